@@ -1,0 +1,100 @@
+"""Everything that can go wrong in a way a person can act on.
+
+    StudioError ─┬─ BadRequest (400) ─┬─ BadField        one field of a request is wrong
+                 │                    ├─ BadData         a dataset's bytes or rows are wrong
+                 │                    └─ DoesNotFit      the machine or the model cannot do what is asked
+                 ├─ NotSignedIn (401)
+                 ├─ Forbidden (403)
+                 ├─ NotFound (404)                       also for another person's object
+                 ├─ Conflict (409)                       the object is in a state that forbids this
+                 ├─ TooLarge (413)
+                 ├─ Unsupported (415)
+                 ├─ TooMany (429)
+                 ├─ Unavailable (503)                    a part of the studio is away; try again
+                 └─ DiskFull (507)
+
+An error says what is wrong, where, and what to do. It is raised where the fault is seen and caught once, at the edge:
+`app.main` turns it into the page or into `{"error": {message, type, param, code}}`.
+"""
+
+from __future__ import annotations
+
+
+class StudioError(Exception):
+    """A fault with a status, a code for programs, and a way out for people.
+
+    `message` says what is wrong and where; `way_out` says what to do about it; `param` names the field of the request.
+    """
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+
+    def __init__(self, message: str, *, way_out: str = "", param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.way_out = way_out
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.way_out}".strip()
+
+
+class BadRequest(StudioError):
+    status, code, type = 400, "invalid_request", "invalid_request_error"
+
+
+class BadField(BadRequest):
+    code = "invalid_value"
+
+
+class BadData(BadRequest):
+    code = "invalid_data"
+
+
+class DoesNotFit(BadRequest):
+    code = "does_not_fit"
+
+
+class NotSignedIn(StudioError):
+    status, code, type = 401, "invalid_api_key", "invalid_request_error"
+
+
+class Forbidden(StudioError):
+    status, code, type = 403, "forbidden", "invalid_request_error"
+
+
+class NotFound(StudioError):
+    status, code, type = 404, "resource_missing", "invalid_request_error"
+
+
+class Conflict(StudioError):
+    status, code, type = 409, "conflict", "invalid_request_error"
+
+
+class TooLarge(StudioError):
+    status, code, type = 413, "too_large", "invalid_request_error"
+
+
+class Unsupported(StudioError):
+    status, code, type = 415, "unsupported", "invalid_request_error"
+
+
+class TooMany(StudioError):
+    """Carries `retry_after_seconds`, sent as the `Retry-After` header."""
+
+    status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0, **rest: str) -> None:
+        super().__init__(message, **rest)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Unavailable(StudioError):
+    status, code, type = 503, "unavailable", "server_error"
+
+
+class DiskFull(StudioError):
+    status, code, type = 507, "disk_full", "server_error"

@@ -1,0 +1,28 @@
+"""Public ids: a prefix that says what it is, and a UUID. Inside the studio only the UUID travels."""
+
+from __future__ import annotations
+
+import uuid
+
+from app.errors import NotFound
+
+FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
+MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
+
+_NAMES = {FILE: "file", DATASET: "dataset", JOB: "fine-tuning job", CHECKPOINT: "checkpoint", MODEL: "model"}
+
+
+def public(prefix: str, key: uuid.UUID) -> str:
+    """`ftjob-0f3c…`. A checkpoint's id is joined by an underscore, as OpenAI writes it."""
+    return f"{prefix}{'_' if prefix == CHECKPOINT else '-'}{key.hex}"
+
+
+def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
+    """The UUID of a public id. Raises NotFound, because an id of another shape names nothing."""
+    head, _, tail = text.partition("_" if prefix == CHECKPOINT else "-")
+    try:
+        if head != prefix or len(tail) != 32:
+            raise ValueError
+        return uuid.UUID(hex=tail)
+    except ValueError:
+        raise NotFound(f"No such {_NAMES.get(prefix, prefix)}: {text[:80]}", param=param) from None

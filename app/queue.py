@@ -1,0 +1,89 @@
+"""The Celery object and the names of its tasks. The bodies live in `worker/tasks.py`.
+
+A message holds one id and only says "look at this": whether there is anything to do is decided by a claim in Postgres.
+So a message may be lost (the reaper announces again) or come twice (the second claim finds nothing), and wiping Redis
+loses nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from urllib.parse import urlsplit
+
+import redis
+from celery import Celery
+from sqlalchemy.orm import Session
+
+from app.settings import get_settings
+from app.tables import Outbox
+
+TRAIN = "luthier.train"
+READ = "luthier.read"
+FETCH = "luthier.fetch"
+GENERATE = "luthier.generate"
+EVALUATE = "luthier.evaluate"
+
+ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", GENERATE: "generate"}
+"""Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task."""
+
+PREFIX = "luthier:"
+"""All our keys and channels begin with this."""
+
+
+def broker_url(redis_url: str) -> str:
+    """The same server in Celery's spelling, which writes a unix socket as `redis+socket://`."""
+    parts = urlsplit(redis_url)
+    if parts.scheme == "unix":
+        return f"redis+socket://{parts.path}?virtual_host={(parts.query or 'db=0').removeprefix('db=')}"
+    return redis_url
+
+
+def make_celery() -> Celery:
+    settings = get_settings()
+    app = Celery("luthier", broker=broker_url(settings.redis_url) if settings.redis_url else None)
+    app.conf.update(
+        task_acks_late=False,
+        task_ignore_result=True,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        task_serializer="json",
+        accept_content=["json"],
+        broker_connection_max_retries=None,
+        broker_connection_retry_on_startup=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_transport_options={
+            "global_keyprefix": PREFIX,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "health_check_interval": 5,
+            "retry_on_timeout": True,
+        },
+        task_routes={name: {"queue": queue} for name, queue in ROUTES.items()},
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        enable_utc=True,
+    )
+    return app
+
+
+celery = make_celery()
+
+
+@functools.cache
+def get_redis() -> redis.Redis:
+    """The live wire: publish, subscribe, short-lived streams. Nothing that must be kept goes here."""
+    url = get_settings().redis_url
+    if not url:
+        raise RuntimeError("LUTHIER_REDIS_URL is not set. Start the studio with `luthier up`, or point it at a Redis.")
+    return redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5, health_check_interval=15)
+
+
+def channel(kind: str, key: uuid.UUID) -> str:
+    """The pub/sub channel that wakes the watchers of one object: `luthier:job:<hex>`."""
+    return f"{PREFIX}{kind}:{key.hex}"
+
+
+def put_in_outbox(session: Session, task: str, key: uuid.UUID) -> None:
+    """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once."""
+    session.add(Outbox(task=task, key=key))

@@ -1,0 +1,67 @@
+"""Every environment variable Luthier reads, in one class."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The folder that holds `templates/`, `static/`, `migrations/` and `samples/`."""
+
+
+def default_data_dir() -> Path:
+    """Where a studio keeps everything when nobody says otherwise.
+
+    Root's home is closed to the unprivileged user that runs the database, so root gets a folder under /var/lib.
+    """
+    if os.geteuid() == 0:
+        return Path("/var/lib/luthier")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "luthier"
+
+
+class Settings(BaseSettings):
+    """One field per variable; `data_dir` is read from `LUTHIER_DATA_DIR`, and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="LUTHIER_", extra="ignore")
+
+    data_dir: Path = Field(default_factory=default_data_dir, description="Folder of the database, files, models and runs.")
+    host: str = Field("127.0.0.1", description="Address the web process listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the web process listens on.")
+    public_url: str | None = Field(None, description="Address people type, when a proxy stands in front; otherwise host and port.")
+    admin_password: str | None = Field(
+        None, description="Password of the first account; needed before another address than 127.0.0.1 is opened."
+    )
+    database_url: str | None = Field(None, description="SQLAlchemy URL of an external PostgreSQL; without it `luthier up` runs its own.")
+    redis_url: str | None = Field(
+        None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."
+    )
+    offline: bool = Field(False, description="Never ask the Hugging Face hub for anything.")
+    train_workers: int = Field(1, ge=0, le=64, description="Train workers that `luthier up` starts: one per GPU.")
+    upload_limit_bytes: int = Field(8 * 2**30, ge=1, description="Largest upload accepted, in bytes.")
+    lease_seconds: float = Field(30.0, gt=0, description="How long a claim on a job lasts without a beat.")
+    beat_seconds: float = Field(5.0, gt=0, description="Pause between two beats of a running job.")
+    reap_seconds: float = Field(5.0, gt=0, description="Pause between two rounds of the reaper.")
+    announce_again_seconds: float = Field(15.0, gt=0, description="A queued job nobody claimed is announced again after this.")
+    stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
+    log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+    log_level: str = Field("INFO", description="Least severe level that is logged.")
+
+    def folder(self, *parts: str) -> Path:
+        """A folder under the data folder, made when missing, readable by its owner alone."""
+        path = self.data_dir.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+
+
+@functools.cache
+def get_settings() -> Settings:
+    """The settings of this process, read once. Tests call `get_settings.cache_clear()` after changing the environment."""
+    settings = Settings()
+    settings.data_dir = settings.data_dir.expanduser().absolute()
+    return settings

@@ -1,0 +1,123 @@
+"""JobSpec: the frozen order. Stored with the job, handed to the trainer, shown on the page, copied as YAML."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.shapes import Shape
+from app.strategies import AnyStrategy
+
+Task = Literal["generation", "classification", "preference"]
+Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSettings(_Frozen):
+    """How training runs, whatever the strategy. The descriptions are the help under each field of the form."""
+
+    epochs: float = Field(
+        3,
+        gt=0,
+        le=1000,
+        description="How often the data is seen. Training stops early when validation stops improving.",
+        json_schema_extra={"basic": True},
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Size of each step. Empty takes the strategy's own advice.", json_schema_extra={"basic": True}
+    )
+    max_tokens_per_step: int = Field(
+        2048,
+        ge=16,
+        le=1_048_576,
+        description="Tokens of data behind each optimizer step; padding is not counted.",
+        json_schema_extra={"basic": True, "unit": "tokens"},
+    )
+    max_length: int = Field(
+        1024,
+        ge=8,
+        le=131_072,
+        description="Longer rows are cut to this many tokens; the report says which.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs say.")
+    accumulation: int = Field(
+        1, ge=1, le=1024, description="Split each step's tokens over this many passes: less memory, the same result, a little slower."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after warm-up.")
+    warmup_fraction: float = Field(0.05, ge=0, le=0.5, description="Share of the steps during which the learning rate rises from zero.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Pulls trained weights towards zero at each step.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are shortened to this. 0 turns it off.")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share of the rows held out, drawn by the seed, when no validation file is given."
+    )
+    evaluations_per_epoch: float = Field(
+        2, ge=0, le=100, description="How often validation loss is measured and a checkpoint saved. 0 measures only at the end."
+    )
+    early_stopping_patience: int = Field(
+        3, ge=0, description="Stop after this many evaluations without a better validation loss. 0 never stops early."
+    )
+    samples: int = Field(3, ge=0, le=16, description="Answers written to held-out prompts at each evaluation, to read how it goes.")
+    sample_tokens: int = Field(64, ge=1, le=1024, description="Longest sample answer.", json_schema_extra={"unit": "tokens"})
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps the optimizer's memory in 8 bits; it needs a GPU."
+    )
+    gradient_checkpointing: Literal["auto", "none", "all"] = Field(
+        "auto",
+        description="Recompute activations instead of keeping them: less memory, slower. auto does it for as many layers as the memory needs.",
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of the data, the split and every random draw.")
+
+
+class Adapter(_Frozen):
+    """One adapter on the way from a base to a tuned model. `path` is relative to the data folder."""
+
+    strategy: str
+    path: str
+    sha256: str
+
+
+class ModelRef(_Frozen):
+    """Which weights. `path` is the folder of the base's weights and tokenizer, relative to the data folder;
+    `adapters` are laid on it in order (none for a whole model). `revision` is the SHA-256 over the files of `path`."""
+
+    id: uuid.UUID
+    name: str
+    kind: Kind
+    path: str
+    revision: str
+    adapters: tuple[Adapter, ...] = ()
+    shape: Shape
+    labels: tuple[str, ...] | None = None
+
+
+class DatasetRef(_Frozen):
+    """Which rows: a Parquet file with the columns `line` and `row`, relative to the data folder."""
+
+    id: uuid.UUID
+    name: str
+    path: str
+    sha256: str
+    format: str
+    rows: int
+
+
+class JobSpec(_Frozen):
+    """All that a trainer needs to know; two equal specs on one machine give equal weights."""
+
+    version: Literal[1] = 1
+    name: str
+    task: Task
+    model: ModelRef
+    dataset: DatasetRef
+    validation: DatasetRef | None = None
+    run: RunSettings
+    strategy: AnyStrategy

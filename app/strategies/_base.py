@@ -1,0 +1,102 @@
+"""What every strategy is: a frozen pydantic model whose fields are its settings.
+
+The fields are the form, the API body, the stored row and the help page. The class variables are its words. The methods
+are its cost (pure arithmetic, no torch) and its set-up (`attach`, `save`, `load`, `merge`: the only places that touch
+torch, imported inside the method).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from app.shapes import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
+
+
+class Memory(NamedTuple):
+    """Bytes that a strategy adds or changes, the model's activations left to `app/estimate.py`.
+
+    `weights` is what the frozen and trained weights take, adapters included; `gradients` and `optimizer` follow from
+    what is trained; `activations_per_token` is what the strategy itself keeps for the backward pass, per token.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations_per_token: int = 0
+
+
+class Strategy(BaseModel, ABC):
+    """One way to tune a model. A subclass in `app/strategies/NAME.py` declares `name: Literal["NAME"] = "NAME"`.
+
+    A field with `json_schema_extra={"basic": True}` stands in the form at once; the others are folded under
+    "All settings". Each field needs a description: it is the help under the field.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: ClassVar[str]
+    family: ClassVar[Family]
+    tasks: ClassVar[tuple[str, ...]] = ("generation",)
+    summary: ClassVar[str]  # one sentence in plain words
+    when_to_use: ClassVar[str]
+    forgets: ClassVar[Literal["little", "some", "much"]] = "little"
+    paper: ClassVar[tuple[str, str] | None] = None  # (citation, address)
+    place: ClassVar[int] = 100  # order in the form, lowest first
+    adapter: ClassVar[bool] = True  # the result needs its base's weights; False: it is a whole model
+    merges: ClassVar[bool] = False  # `merge` gives a plain model with the same outputs
+    switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
+    default_learning_rate: ClassVar[float] = 2e-4
+
+    # What it costs ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def trainable(self, shape: Shape) -> int:
+        """Number of parameters that learn; equal to the count on the real model."""
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones are 4 bytes wide,
+        with a gradient of 4 and `optimizer_bytes` (two moments) each."""
+        learnt = self.trainable(shape)
+        return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        """Why this model or machine cannot run it, in a sentence that ends with a way out; None when it can."""
+        if task not in self.tasks:
+            return f"{self.title} does not learn the task {task}; it learns {' and '.join(self.tasks)}."
+        return None
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        """What the small drawing shows of six layers. Keys: `layers` (list of six from "frozen", "trained"),
+        `beside` (bool: small boxes beside each layer), `before` (bool: vectors before every layer),
+        `input` (bool: vectors before the input only), `head` (bool: new layers on top), `inside` (bool: thin trained
+        stripes inside each layer)."""
+        return {"layers": ["frozen"] * 6}
+
+    # What it does to a model ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        """The model ready to train: `requires_grad` true exactly where it learns. May wrap the model (as peft does)."""
+
+    @abstractmethod
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write what was learnt as safetensors and JSON into an empty folder. `model` is what `attach` returned."""
+
+    @abstractmethod
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        """Lay what `save` wrote on a fresh base model; the outputs equal those of the model that was saved."""
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A plain model with the same outputs. Only where `merges` is true."""
+        raise TypeError(f"{self.title} cannot be merged into its base.")

@@ -1,0 +1,38 @@
+"""What the strategies that stand on the peft library share. The adapter's folder is peft's own layout, so
+`PeftModel.from_pretrained(base, folder)` loads it anywhere."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.strategies._base import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PeftStrategy(Strategy):
+    @abstractmethod
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        """The `peft.PeftConfig` of these settings for this model."""
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        from peft import get_peft_model
+
+        return get_peft_model(model, self.config(model, task=task))
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # ours is written by worker/export.py
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        if not self.merges:
+            return super().merge(model)
+        return model.merge_and_unload()

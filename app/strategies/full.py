@@ -1,0 +1,47 @@
+"""Full re-training: every weight moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape
+from app.strategies._base import Memory, Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Full(Strategy):
+    name: Literal["full"] = "full"
+    title: ClassVar = "Full re-training"
+    family: ClassVar = "full"
+    summary: ClassVar = "Moves every weight. Learns most, forgets most."
+    when_to_use: ClassVar = (
+        "When the data is far from what the model has read, there is much of it, and memory to spare: each weight "
+        "needs sixteen bytes while it is trained."
+    )
+    forgets: ClassVar = "much"
+    place: ClassVar = 40
+    adapter: ClassVar = False
+    default_learning_rate: ClassVar = 3e-5
+
+    def trainable(self, shape: Shape) -> int:
+        return shape.parameters()
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        learnt = self.trainable(shape)
+        return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["trained"] * 6}
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        return model.requires_grad_(True)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder, safe_serialization=True)
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        return type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation)

@@ -1,0 +1,329 @@
+"""Every table. Postgres is the truth; whatever is in Redis can be wiped at any moment.
+
+Times are `timestamptz` written by the database's clock. Paths are relative to the data folder. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Identity, Index, MetaData, Text, UniqueConstraint, false, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import DateTime
+
+JSON = dict[str, Any]
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012
+        JSON: JSONB,
+        list[Any]: JSONB,
+        str: Text,
+        int: BigInteger,
+        datetime: DateTime(timezone=True),
+    }
+
+
+def new_key() -> Mapped[uuid.UUID]:
+    return mapped_column(primary_key=True, default=uuid.uuid4)
+
+
+def now() -> Mapped[datetime]:
+    return mapped_column(server_default=func.clock_timestamp())
+
+
+# People -------------------------------------------------------------------------------------------------------------
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: Mapped[uuid.UUID] = new_key()
+    name: Mapped[str] = mapped_column(unique=True)
+    password_hash: Mapped[str | None]
+    role: Mapped[str] = mapped_column(server_default="admin")
+    created_at: Mapped[datetime] = now()
+
+
+class SignInLink(Base):
+    """A link that signs in once. Only the SHA-256 of its token is stored."""
+
+    __tablename__ = "sign_in_links"
+    token_sha256: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime] = now()
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+class BrowserSession(Base):
+    __tablename__ = "browser_sessions"
+    token_sha256: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = now()
+    expires_at: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """`sk-luthier-<id>-<secret>`: the secret is shown once and stored as its SHA-256."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[uuid.UUID] = new_key()
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str]
+    secret_sha256: Mapped[str]
+    hint: Mapped[str] = mapped_column(comment="the last four characters, so that a person can tell keys apart")
+    created_at: Mapped[datetime] = now()
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+class File(Base):
+    """Uploaded bytes. Two files with equal bytes share one blob, found by `sha256`."""
+
+    __tablename__ = "files"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    sha256: Mapped[str] = mapped_column(index=True)
+    bytes: Mapped[int]
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="uploaded", comment="uploaded, processed or error")
+    status_details: Mapped[str | None]
+    created_at: Mapped[datetime] = now()
+    expires_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+class Dataset(Base):
+    """A file read as rows of one format. Never changed in place: a fix makes a new version with `parent_id`.
+
+    `status` goes reading → ready | error. `rows_path` is a Parquet file with the columns `line` (int64, the 1-based
+    line or record of the source) and `row` (the normalised row as JSON; shapes in `app/formats/__init__.py`).
+    """
+
+    __tablename__ = "datasets"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
+    parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
+    name: Mapped[str]
+    version: Mapped[int] = mapped_column(server_default="1")
+    origin: Mapped[JSON | None] = mapped_column(comment="how this version came from its parents: operation and arguments")
+    format: Mapped[str | None]
+    format_chosen: Mapped[bool] = mapped_column(server_default=false(), comment="true when a person overruled the guess")
+    task: Mapped[str | None]
+    mapping: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="field of the format → column of the file")
+    status: Mapped[str] = mapped_column(server_default="reading")
+    progress: Mapped[float | None] = mapped_column(comment="share of the bytes read so far, 0 to 1")
+    error: Mapped[JSON | None] = mapped_column(comment="message, way_out, line, column")
+    rows: Mapped[int | None]
+    good_rows: Mapped[int | None]
+    rows_path: Mapped[str | None]
+    rows_sha256: Mapped[str | None]
+    report: Mapped[JSON | None] = mapped_column(comment="counts per rule, length histograms, label counts, preview")
+    fence: Mapped[int] = mapped_column(server_default="0")
+    lease_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+class Finding(Base):
+    """One thing the report found: a place, a rule, the offending value and a fix."""
+
+    __tablename__ = "findings"
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    line: Mapped[int | None]
+    column: Mapped[str | None]
+    rule: Mapped[str]
+    severity: Mapped[str] = mapped_column(comment="error (the row is left out), warning or note")
+    value: Mapped[str | None]
+    message: Mapped[str]
+    fix: Mapped[JSON | None] = mapped_column(comment="{label, operation, arguments}")
+    __table_args__ = (Index(None, "dataset_id", "severity", "rule", "line"), Index(None, "dataset_id", "line"))
+
+
+# Models -------------------------------------------------------------------------------------------------------------
+
+
+class Model(Base):
+    """A base model (its own weights) or a tuned one (`job_id`, and an adapter or weights of its own).
+
+    `base_id` is the model it was tuned from. `path` is its folder; for an adapter that folder holds the adapter alone.
+    `revision` is the SHA-256 over its files; `adapter_sha256` the one of the adapter's weights, null for whole models.
+    """
+
+    __tablename__ = "models"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("users.id"), comment="null: shared by everyone")
+    name: Mapped[str] = mapped_column(unique=True, comment="what `model=` takes; ft:… for tuned models")
+    title: Mapped[str]
+    kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier or encoder")
+    base_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True), unique=True)
+    strategy: Mapped[str | None] = mapped_column(comment="name of the strategy that made it; null for a base")
+    adapter: Mapped[bool] = mapped_column(server_default=false(), comment="true when it needs its base's weights")
+    status: Mapped[str] = mapped_column(server_default="ready", comment="fetching, ready or error")
+    error: Mapped[JSON | None]
+    progress: Mapped[float | None]
+    path: Mapped[str | None]
+    revision: Mapped[str | None]
+    adapter_sha256: Mapped[str | None]
+    source: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="where it came from: hub, folder or wheel, and its pin")
+    license: Mapped[str | None]
+    shape: Mapped[JSON | None] = mapped_column(comment="app.shapes.Shape")
+    labels: Mapped[list[Any] | None] = mapped_column(comment="class names of a classifier, in order")
+    bytes: Mapped[int | None]
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None]
+
+
+# Jobs ---------------------------------------------------------------------------------------------------------------
+
+
+class Job(Base):
+    """One order to tune. Its states and who may move it between them stand in `app/jobs.py`."""
+
+    __tablename__ = "jobs"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="queued")
+    spec: Mapped[JSON] = mapped_column(comment="app.spec.JobSpec, frozen")
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that is tuned")
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
+    validation_dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"))
+    comparison_id: Mapped[uuid.UUID | None] = mapped_column(index=True)
+    order: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="the request as it came: suffix, method, integrations")
+    user_metadata: Mapped[JSON | None]
+    idempotency_key: Mapped[str | None]
+    # The claim: who holds the job, and until when.
+    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim; stale writers are refused by it")
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    lease_until: Mapped[datetime | None]
+    worker: Mapped[str | None]
+    deaths: Mapped[int] = mapped_column(server_default="0", comment="worker deaths since the newest checkpoint")
+    cancel_requested: Mapped[bool] = mapped_column(server_default=false())
+    pause_requested: Mapped[bool] = mapped_column(server_default=false())
+    save_requested: Mapped[bool] = mapped_column(server_default=false())
+    # What happened.
+    step: Mapped[int] = mapped_column(server_default="0")
+    total_steps: Mapped[int | None]
+    seconds_left: Mapped[float | None]
+    trained_tokens: Mapped[int | None]
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out, param")
+    estimate: Mapped[JSON | None]
+    measured: Mapped[JSON | None]
+    forgetting: Mapped[JSON | None]
+    evaluation: Mapped[JSON | None] = mapped_column(comment="scores of base and tuned on the same validation rows")
+    created_at: Mapped[datetime] = now()
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (
+        UniqueConstraint("owner_id", "idempotency_key"),
+        Index(None, "owner_id", "created_at"),
+        Index(None, "status", "lease_until"),
+    )
+
+
+class Outbox(Base):
+    """A message that must be sent once its transaction is in. The relay sends it at least once."""
+
+    __tablename__ = "outbox"
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    task: Mapped[str] = mapped_column(comment="name of the Celery task, from app/queue.py")
+    key: Mapped[uuid.UUID] = mapped_column(comment="the one argument: id of the job, dataset or model")
+    created_at: Mapped[datetime] = now()
+    sent_at: Mapped[datetime | None]
+    __table_args__ = (
+        Index("ix_outbox_unsent", "id", postgresql_where=text("sent_at IS NULL")),
+        Index(None, "key", "created_at"),
+    )
+
+
+class Event(Base):
+    """One thing a job said, in the order it was recorded. Its id is the SSE id, so a watcher can resume anywhere."""
+
+    __tablename__ = "events"
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    key: Mapped[uuid.UUID] = mapped_column(default=uuid.uuid4, unique=True, comment="the part of ftevent-… that is ours")
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    type: Mapped[str] = mapped_column(comment="one of app.events")
+    data: Mapped[JSON]
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "type", "id"))
+
+
+class Checkpoint(Base):
+    """A state that verified when it was saved: it can be resumed from and tried in the playground."""
+
+    __tablename__ = "checkpoints"
+    id: Mapped[uuid.UUID] = new_key()
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    step: Mapped[int]
+    path: Mapped[str]
+    manifest_sha256: Mapped[str]
+    bytes: Mapped[int]
+    metrics: Mapped[JSON]
+    best: Mapped[bool] = mapped_column(server_default=false())
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None] = mapped_column(comment="its folder was swept away")
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+
+# The playground -----------------------------------------------------------------------------------------------------
+
+
+class Exchange(Base):
+    """One prompt put to one or more models at once."""
+
+    __tablename__ = "exchanges"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    source: Mapped[str] = mapped_column(server_default="playground", comment="playground or api")
+    messages: Mapped[list[Any] | None]
+    prompt: Mapped[str | None]
+    sampling: Mapped[JSON]
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+class Answer(Base):
+    """What one model answered, and the proof of which weights spoke."""
+
+    __tablename__ = "answers"
+    id: Mapped[uuid.UUID] = new_key()
+    exchange_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("exchanges.id", ondelete="CASCADE"), index=True)
+    model_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
+    checkpoint_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("checkpoints.id", ondelete="SET NULL"))
+    model_name: Mapped[str]
+    revision: Mapped[str | None]
+    adapter_sha256: Mapped[str | None]
+    seed: Mapped[int]
+    rendered_prompt: Mapped[str | None]
+    text: Mapped[str] = mapped_column(server_default="")
+    finish_reason: Mapped[str | None] = mapped_column(comment="stop, length, cancelled or error")
+    error: Mapped[JSON | None]
+    usage: Mapped[JSON | None]
+    first_token_seconds: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    created_at: Mapped[datetime] = now()

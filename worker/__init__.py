@@ -1,0 +1,1 @@
+"""Luthier with torch: training and generation. It imports `app`; nothing imports it."""
