@@ -1,0 +1,325 @@
+"""What a job page shows, as a fold over the job's events. No database, no clock, no HTTP.
+
+    progress = Progress()
+    for row in events:
+        fold(progress, from_row(row.type, row.data), at=row.created_at, event_id=row.id)
+
+The same events give the same page: after a reload, in a second browser, on another web process. A job that resumes at
+step S says again everything after S, so whatever was said about later steps is forgotten first.
+
+Curves are lists of (step, value), rising in step. Losses are nats per trained token, memory bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from app.events import (
+    Claimed,
+    Evaluated,
+    Failed,
+    Finished,
+    JobEvent,
+    Log,
+    Lost,
+    Queued,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+)
+
+Point = tuple[int, float]
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
+"""The curves that every step adds a point to; `validation` comes from the evaluations."""
+
+RECENT_STEPS = 25
+"""How many steps the speed now, and so the time left, is judged by."""
+
+KEPT_LOG_LINES = 500
+
+
+@dataclass(slots=True)
+class LogLine:
+    """One line of the page's log: the trainer's own, or what the studio did with the job."""
+
+    at: datetime | None
+    level: Literal["info", "warn", "error"]
+    message: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """All a page knows of a job from what it said. Mutable, so that folding one more event costs the same after a
+    thousand as after one."""
+
+    last_event_id: int = 0
+    status: Status = "queued"
+    attempt: int = 0
+    worker: str | None = None
+    started: Started | None = None
+    resumed_from: int | None = None
+    resume_reason: str = ""
+    total_steps: int | None = None
+    step: int = 0
+    epoch: float = 0.0
+    latest: Step | None = None
+    curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in (*CURVES, "validation")})
+    metrics: dict[str, list[Point]] = field(default_factory=dict)
+    times: list[Point] = field(default_factory=list)
+    """Training seconds at each recent step, over all attempts."""
+    evaluations: list[Evaluated] = field(default_factory=list)
+    samples: list[Sampled] = field(default_factory=list)
+    checkpoints: list[Saved] = field(default_factory=list)
+    log: list[LogLine] = field(default_factory=list)
+    failure: Failed | None = None
+    finished: Finished | None = None
+
+    # What the page asks -----------------------------------------------------------------------------------------------
+
+    @property
+    def first_loss(self) -> float | None:
+        points = self.curves["loss"]
+        return points[0][1] if points else None
+
+    @property
+    def loss(self) -> float | None:
+        return self.latest.loss if self.latest else None
+
+    @property
+    def best_evaluation(self) -> Evaluated | None:
+        """The evaluation with the least validation loss; a loss that is not a number is never the best."""
+        real = [e for e in self.evaluations if e.loss == e.loss]
+        return min(real, key=lambda e: e.loss, default=None)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        if self.finished:
+            return self.finished.measured.peak_memory_bytes
+        points = self.curves["memory_bytes"]
+        return int(max(value for _, value in points)) if points else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed now: the median of the recent steps. After the end, the average over the whole job."""
+        if self.finished:
+            return self.finished.measured.tokens_per_second
+        recent = [value for _, value in self.curves["tokens_per_second"][-RECENT_STEPS:]]
+        return statistics.median(recent) if recent else None
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that are done, 0 to 1."""
+        if self.finished:
+            return 1.0
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Steps to go times the median recent step, and the evaluations' time spread over the steps so far.
+
+        The median, because an evaluation or a saved checkpoint between two steps must not read as slow training.
+        None before two steps were seen in one attempt, and when nothing is running.
+        """
+        gaps = [later[1] - earlier[1] for earlier, later in zip(self.times, self.times[1:], strict=False) if later[1] > earlier[1]]
+        if self.status != "running" or not gaps or not self.total_steps:
+            return None
+        evaluating = sum(e.seconds for e in self.evaluations) / max(self.step, 1)
+        return max(0, self.total_steps - self.step) * (statistics.median(gaps) + evaluating)
+
+    @property
+    def latest_samples(self) -> Sampled | None:
+        return self.samples[-1] if self.samples else None
+
+    @property
+    def resumed(self) -> str:
+        """`resumed at step 40 after the worker was lost`, or nothing for a job that went straight on."""
+        if self.resumed_from is None:
+            return f"started over {self.resume_reason}".strip() if self.attempt > 1 and self.started and self.resume_reason else ""
+        exact = "" if self.started is None or self.started.exact else ", not bit for bit"
+        return f"resumed at step {self.resumed_from} {self.resume_reason}".strip() + exact
+
+
+def progress(events: Iterable[JobEvent]) -> Progress:
+    """The fold of a whole list of events."""
+    folded = Progress()
+    for event in events:
+        fold(folded, event)
+    return folded
+
+
+def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, event_id: int | None = None) -> Progress:
+    """Take one more event in; `progress` is changed and returned. `at` and `event_id` are the row's time and id."""
+    if event_id is not None:
+        progress.last_event_id = event_id
+    _FOLDS[type(event)](progress, event)
+    line = _log_line(progress, event)
+    if line is not None:
+        progress.log.append(LogLine(at, *line, attempt=progress.attempt))
+        del progress.log[:-KEPT_LOG_LINES]
+    return progress
+
+
+# One function per event, in the order a job says them ---------------------------------------------------------------
+
+
+def _queued(progress: Progress, event: Queued) -> None:
+    progress.status = "queued"
+    progress.failure = None
+    reasons = {"submitted": "", "resumed": "after a pause", "worker_lost": "after the worker was lost", "retry": "after a new try"}
+    progress.resume_reason = reasons[event.reason]
+
+
+def _claimed(progress: Progress, event: Claimed) -> None:
+    progress.status, progress.attempt, progress.worker = "running", event.attempt, event.worker
+    progress.failure = None
+
+
+def _started(progress: Progress, event: Started) -> None:
+    progress.status = "running"
+    progress.started = event
+    progress.total_steps = event.total_steps
+    progress.resumed_from = event.resumed_from
+    progress.times.clear()  # loading the model again is no step
+    _forget_after(progress, event.resumed_from or 0)
+
+
+def _step(progress: Progress, event: Step) -> None:
+    progress.latest, progress.step, progress.epoch = event, event.step, event.epoch
+    for name in CURVES:
+        _put(progress.curves[name], event.step, float(getattr(event, name)))
+    for name, value in event.metrics.items():
+        _put(progress.metrics.setdefault(name, []), event.step, value)
+    _put(progress.times, event.step, event.seconds)
+    del progress.times[: -RECENT_STEPS - 1]
+
+
+def _evaluated(progress: Progress, event: Evaluated) -> None:
+    _put(progress.curves["validation"], event.step, event.loss)
+    for name, value in event.metrics.items():
+        _put(progress.metrics.setdefault(name, []), event.step, value)
+    progress.evaluations = [*(e for e in progress.evaluations if e.step < event.step), event]
+
+
+def _sampled(progress: Progress, event: Sampled) -> None:
+    progress.samples = [*(s for s in progress.samples if s.step < event.step), event]
+
+
+def _saved(progress: Progress, event: Saved) -> None:
+    progress.checkpoints = [*(c for c in progress.checkpoints if c.step < event.step), event]
+
+
+def _finished(progress: Progress, event: Finished) -> None:
+    progress.status, progress.finished, progress.step = "succeeded", event, event.step
+
+
+def _failed(progress: Progress, event: Failed) -> None:
+    progress.status, progress.failure = "failed", event
+
+
+def _stopped(progress: Progress, event: Stopped) -> None:
+    progress.status = event.status
+
+
+def _lost(progress: Progress, event: Lost) -> None:
+    progress.status = "queued"
+    progress.resume_reason = "after the worker was lost"
+
+
+def _nothing(progress: Progress, event: Log) -> None:
+    pass
+
+
+_FOLDS = {
+    Queued: _queued, Claimed: _claimed, Started: _started, Step: _step, Evaluated: _evaluated, Sampled: _sampled, Saved: _saved,
+    Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, Log: _nothing,
+}  # fmt: skip
+
+
+def _put(points: list[Point], step: int, value: float) -> None:
+    """Add a point. A step that is said again replaces what was said, so a line recorded twice draws nothing twice."""
+    while points and points[-1][0] >= step:
+        points.pop()
+    points.append((step, value))
+
+
+def _forget_after(progress: Progress, step: int) -> None:
+    """Forget what was said about later steps: the attempt that said it is gone and the next one says it again."""
+    for points in (*progress.curves.values(), *progress.metrics.values()):
+        while points and points[-1][0] > step:
+            points.pop()
+    progress.evaluations = [e for e in progress.evaluations if e.step <= step]
+    progress.samples = [s for s in progress.samples if s.step <= step]
+    progress.checkpoints = [c for c in progress.checkpoints if c.step <= step]
+    if progress.latest and progress.latest.step > step:
+        progress.latest = None
+    progress.step = step
+
+
+def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "warn", "error"], str] | None:
+    """The sentence an event leaves in the log; steps leave none, they are the curves."""
+    match event:
+        case Log():
+            return event.level, event.message
+        case Queued(reason="submitted"):
+            return "info", "Waiting for a worker."
+        case Queued():
+            return "info", f"Waiting for a worker {progress.resume_reason}."
+        case Claimed():
+            return "info", f"Attempt {event.attempt} began on {event.worker}."
+        case Started():
+            start = f"Training resumes at step {event.resumed_from}" if event.resumed_from is not None else "Training starts"
+            return "info", f"{start} of {event.total_steps} on {event.device} in {event.precision}, {event.train_rows:,} rows."
+        case Evaluated():
+            return "info", f"Step {event.step}: validation loss {event.loss:.4f}{', the best so far' if event.best else ''}."
+        case Saved():
+            return "info", f"Step {event.step}: checkpoint saved and verified."
+        case Lost():
+            return "warn", event.message
+        case Stopped():
+            where = f" at step {event.step}" if event.step is not None else ""
+            return "info", f"{event.status.capitalize()}{where}. {event.reason}".strip()
+        case Failed():
+            return "error", f"{event.message} {event.way_out}".strip()
+        case Finished():
+            early = " Validation loss had stopped improving." if event.reason == "early_stopped" else ""
+            return "info", f"Finished at step {event.step}.{early}"
+        case _:
+            return None
+
+
+# Fewer points, the same picture --------------------------------------------------------------------------------------
+
+
+def downsample(points: Sequence[Point], budget: int) -> list[Point]:
+    """At most `budget` of the points, chosen so that the line looks the same: largest triangle three buckets.
+
+    Sveinn Steinarsson 2013, "Downsampling Time Series for Visual Representation" (University of Iceland), section 4.2.
+    The first and the last point stay; of each bucket between them, the point that spans the largest triangle with the
+    one chosen before and the mean of the next bucket. Points whose value is not finite are left out: they have no place
+    on an axis, and the log tells of them.
+    """
+    points = [p for p in points if abs(p[1]) < float("inf")]
+    if budget < 3:
+        raise ValueError("A budget of fewer than three points keeps no picture.")
+    if len(points) <= budget:
+        return points
+    size = (len(points) - 2) / (budget - 2)
+    edges = [1 + int(i * size) for i in range(budget - 1)]
+    chosen = [points[0]]
+    for bucket in range(budget - 2):
+        here = points[edges[bucket] : edges[bucket + 1]]
+        after = points[edges[bucket + 1] : edges[bucket + 2]] if bucket + 2 < len(edges) else [points[-1]]
+        mean_x = sum(x for x, _ in after) / len(after)
+        mean_y = sum(y for _, y in after) / len(after)
+        last_x, last_y = chosen[-1]
+        chosen.append(max(here, key=lambda p: abs((last_x - mean_x) * (p[1] - last_y) - (last_x - p[0]) * (mean_y - last_y))))
+    return [*chosen, points[-1]]
