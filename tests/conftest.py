@@ -1,0 +1,384 @@
+"""What the tests stand on: a real PostgreSQL, a real Valkey, a real small model, a real studio, a real browser.
+
+Each test has a database, a data folder and an empty Valkey of its own. The servers are started once per run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in [name for name in os.environ if name.startswith("LUTHIER_")]:
+    del os.environ[name]  # a studio of the person who runs the tests must stay out of them
+
+import pytest  # noqa: E402
+from sqlalchemy import NullPool, create_engine, text  # noqa: E402
+from sqlalchemy.orm import Session  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parent.parent
+ORIGIN = "http://127.0.0.1:8000"
+
+
+# Servers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def servers_dir() -> Iterator[Path]:
+    """A folder with a short path, because the path of a unix socket has at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="luthier-"))
+    folder.chmod(0o711)  # the database's user must be able to pass through it
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Server:
+    """A running server: its address, and its process for tests that kill it."""
+
+    url: str
+    process: subprocess.Popen
+
+
+@dataclass
+class PostgresServer(Server):
+    """`template` is a database with the newest schema and nothing in it; `url_of(name)` addresses another."""
+
+    url_of: object
+    template: str = "template_luthier"
+
+
+@pytest.fixture(scope="session")
+def postgres(servers_dir: Path) -> Iterator[PostgresServer]:
+    from app.embedded.postgres import Postgres
+    from app.migrate import upgrade
+
+    database = Postgres(servers_dir, fast=True)
+    database.prepare()
+    with (servers_dir / "postgres.log").open("wb") as log:
+        process = subprocess.Popen(database.command(), stdout=log, stderr=log, cwd="/")
+    try:
+        admin = create_engine(database.url_of("postgres"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        wait_until(lambda: can_connect(admin), what="PostgreSQL", log=servers_dir / "postgres.log")
+        with admin.connect() as connection:
+            connection.execute(text("CREATE DATABASE template_luthier"))
+        upgrade(database.url_of("template_luthier"))
+        yield PostgresServer(database.url_of("postgres"), process, database.url_of)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def valkey(servers_dir: Path) -> Iterator[Server]:
+    import redis
+
+    from app.embedded.valkey import Valkey
+
+    server = Valkey(servers_dir)
+    with (servers_dir / "valkey.log").open("wb") as log:
+        process = subprocess.Popen(server.command(), stdout=log, stderr=log, cwd="/")
+    try:
+        wait_until(server.socket.exists, what="Valkey", log=servers_dir / "valkey.log")
+        redis.Redis.from_url(server.url).ping()
+        yield Server(server.url, process)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def wait_until(condition, *, what: str, log: Path | None = None, seconds: float = 20.0) -> None:
+    """Poll until `condition()` is true; fail with the end of the log when it never is."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.03)
+    said = log.read_text(errors="replace")[-3000:] if log and log.exists() else ""
+    pytest.fail(f"{what} was not there after {seconds} s. {said}")
+
+
+def can_connect(engine) -> bool:
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        with engine.connect():
+            return True
+    except OperationalError:
+        return False
+
+
+# One studio's state, in this process ----------------------------------------------------------------------------------
+
+
+def forget_settings() -> None:
+    """Everything this process remembers of its environment is read anew."""
+    from app import db, queue, settings
+
+    for cached in (db.get_engine, queue.get_redis):
+        if cached.cache_info().currsize:
+            old = cached()
+            old.dispose() if hasattr(old, "dispose") else old.close()
+        cached.cache_clear()
+    settings.get_settings.cache_clear()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty data folder of this test's own; `LUTHIER_DATA_DIR` points at it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("LUTHIER_DATA_DIR", str(folder))
+    monkeypatch.setenv("LUTHIER_OFFLINE", "true")
+    forget_settings()
+    yield folder
+    forget_settings()
+
+
+@pytest.fixture
+def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    """A session on a fresh database. Commit what another session or a client must see."""
+    import redis
+
+    from app import queue
+    from app.db import get_engine
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    admin = create_engine(postgres.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {postgres.template}"))
+    redis.Redis.from_url(valkey.url).flushall()
+    monkeypatch.setenv("LUTHIER_DATABASE_URL", postgres.url_of(name))
+    monkeypatch.setenv("LUTHIER_REDIS_URL", valkey.url)
+    forget_settings()
+    queue.celery.conf.broker_url = queue.broker_url(valkey.url)
+    with Session(get_engine(), expire_on_commit=False) as opened:
+        yield opened
+    forget_settings()
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def user(session: Session):
+    """The person who owns what a test makes: the first account, committed."""
+    from app import accounts
+
+    found = accounts.first_user(session)
+    session.commit()
+    return found
+
+
+@pytest.fixture
+def web(session: Session) -> Iterator:
+    """The web application, started. `client` and `api` are two ways into it."""
+    from app.main import create_app
+    from starlette.testclient import TestClient
+
+    with TestClient(create_app(), base_url=ORIGIN) as started:
+        yield started
+
+
+@pytest.fixture
+def client(web, session: Session, user) -> Iterator:
+    """A browser without its screen: signed in by the link, with the cookie, the origin and the CSRF token."""
+    from starlette.testclient import TestClient
+
+    from app import accounts
+
+    link = accounts.new_sign_in_link(session, user)
+    session.commit()
+    browser = TestClient(web.app, base_url=ORIGIN, headers={"origin": ORIGIN})
+    page = browser.get(link)
+    assert page.status_code == 200, page.text[:2000]
+    browser.headers["x-csrf-token"] = csrf_token(page.text)
+    yield browser
+
+
+def csrf_token(html: str) -> str:
+    found = re.search(r'<meta\s+name="csrf-token"\s+content="([^"]+)"', html)
+    assert found, "the page carries no csrf-token"
+    return found.group(1)
+
+
+@pytest.fixture
+def api(web, session: Session, user) -> Iterator:
+    """An httpx client with an API key. `openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api)` works on it too."""
+    from starlette.testclient import TestClient
+
+    from app import accounts
+
+    _, key = accounts.create_key(session, user, "tests")
+    session.commit()
+    program = TestClient(web.app, base_url=ORIGIN, headers={"authorization": f"Bearer {key}"})
+    program.key = key
+    yield program
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small model. Read it, never write to it."""
+    from tests.tiny import build_model
+
+    return build_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
+    """The small model as a base everyone can use, under the name `tiny`, committed."""
+    from app.shapes import shape_of
+    from app.tables import Model
+
+    key = uuid.uuid4()
+    folder = data_dir / "models" / str(key)
+    shutil.copytree(tiny_model, folder)
+    model = Model(
+        id=key,
+        name="tiny",
+        title="Tiny",
+        kind="dialogue",
+        path=folder.relative_to(data_dir).as_posix(),
+        revision=revision_of(folder),
+        source={"kind": "folder"},
+        license="apache-2.0",
+        shape=shape_of(json.loads((folder / "config.json").read_text())).model_dump(),
+        bytes=sum(file.stat().st_size for file in folder.iterdir()),
+    )
+    session.add(model)
+    session.commit()
+    return model
+
+
+def revision_of(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+# The whole studio -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Studio:
+    """A running `luthier up`: where it answers, how to sign in, and its folder."""
+
+    url: str
+    link: str
+    data_dir: Path
+    process: subprocess.Popen
+    log: Path
+    key: str = ""
+
+    def luthier(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """A `luthier` command beside it."""
+        return subprocess.run(
+            [sys.executable, "-m", "app.cli", *arguments],
+            cwd=PROJECT,
+            env=studio_environment(self.data_dir),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **options,
+        )
+
+    def stop(self, seconds: float = 60.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+def studio_environment(data_dir: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LUTHIER_")}
+    return kept | {"LUTHIER_DATA_DIR": str(data_dir), "LUTHIER_OFFLINE": "true", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_studio(data_dir: Path, *, seconds: float = 90.0, prefix: tuple[str, ...] = (), **more: str) -> Studio:
+    """`luthier up` on a free port, waited for until it has printed its sign-in link."""
+    port = free_port()
+    log = Path(tempfile.mkdtemp(prefix="luthier-log-")) / "up.log"
+    command = [*prefix, sys.executable, "-m", "app.cli", "up", "--port", str(port), "--data-dir", str(data_dir)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=PROJECT,
+            env=studio_environment(data_dir, **more),
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        found = re.search(rf"http://127\.0\.0\.1:{port}/\S+", log.read_text(errors="replace"))
+        if found:
+            return Studio(f"http://127.0.0.1:{port}", found.group(0), data_dir, process, log)
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.terminate()
+    raise AssertionError(f"the studio printed no sign-in link in {seconds} s:\n{log.read_text(errors='replace')[-6000:]}")
+
+
+@pytest.fixture(scope="session")
+def studio() -> Iterator[Studio]:
+    """One whole studio for all tests that ask for it, with an API key in `studio.key`."""
+    folder = Path(tempfile.mkdtemp(prefix="luthier-studio-"))
+    folder.chmod(0o711)
+    running = start_studio(folder)
+    try:
+        made = running.luthier("keys", "create", "tests")
+        assert made.returncode == 0, made.stderr
+        running.key = made.stdout.strip()
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """Chromium: Debian's where it is installed, else the one Playwright brought."""
+    from playwright.sync_api import sync_playwright
+
+    system = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=system, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def browser_page(browser) -> Iterator:
+    """A page in a fresh context. An error in a script of the page fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors, f"scripts of the page failed: {errors}"
