@@ -173,7 +173,7 @@ class Model(Base):
     __tablename__ = "models"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("users.id"), comment="null: shared by everyone")
-    name: Mapped[str] = mapped_column(unique=True, comment="what `model=` takes; ft:… for tuned models")
+    name: Mapped[str] = mapped_column(comment="what `model=` takes; ft:… for tuned models; unique among models not deleted")
     title: Mapped[str]
     kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier or encoder")
     base_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
@@ -191,8 +191,11 @@ class Model(Base):
     shape: Mapped[JSON | None] = mapped_column(comment="app.shapes.Shape")
     labels: Mapped[list[Any] | None] = mapped_column(comment="class names of a classifier, in order")
     bytes: Mapped[int | None]
+    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim of a fetch")
+    lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index("uq_models_live_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),)
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
@@ -233,6 +236,7 @@ class Job(Base):
     measured: Mapped[JSON | None]
     forgetting: Mapped[JSON | None]
     evaluation: Mapped[JSON | None] = mapped_column(comment="scores of base and tuned on the same validation rows")
+    result_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), comment="the CSV of step metrics")
     created_at: Mapped[datetime] = now()
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -288,6 +292,18 @@ class Checkpoint(Base):
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None] = mapped_column(comment="its folder was swept away")
     __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+
+class CheckpointPermission(Base):
+    """A project that may use a checkpoint of this job, as OpenAI's checkpoint permissions record it."""
+
+    __tablename__ = "checkpoint_permissions"
+    id: Mapped[uuid.UUID] = new_key()
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    checkpoint: Mapped[str] = mapped_column(comment="the checkpoint's model name, ft:…")
+    project_id: Mapped[str]
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (UniqueConstraint("checkpoint", "project_id"),)
 
 
 # The playground -----------------------------------------------------------------------------------------------------
