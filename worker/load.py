@@ -1,0 +1,105 @@
+"""Models and tokenizers from folders of the data folder: safetensors only, no code of theirs, no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from app.errors import BadData
+from app.settings import get_settings
+from app.spec import Adapter, ModelRef
+from app.strategies import AnyStrategy, Strategy
+
+STRATEGY_FILE = "strategy.json"
+"""The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""
+
+
+class BadModel(BadData):
+    """The model's folder cannot be loaded, or cannot do what is asked of it."""
+
+    code = "bad_model"
+
+
+def folder_of(path: str) -> Path:
+    """A folder named by a path relative to the data folder. Raises BadModel when it is not there."""
+    folder = get_settings().data_dir / path
+    if not folder.is_dir():
+        raise BadModel(f"The model's folder {path} is gone.", way_out="Add the model again, or choose another.")
+    return folder
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    """The tokenizer of a model; an adapter that brought its own (with the template it learnt) is served with that one."""
+    own = [a.path for a in ref.adapters if (folder_of(a.path) / "tokenizer_config.json").is_file()]
+    folder = folder_of(own[-1] if own else ref.path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, and all of them mean the same to a person
+        raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", way_out="Add the model again.") from error
+
+
+def load_base(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
+    """The weights in `ref.path` alone, in `dtype`, on `device`, in evaluation mode; adapters are left out."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder_of(ref.path),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    return model.to(device).eval()
+
+
+def load_strategy(folder: Path) -> Strategy:
+    """The strategy whose settings a result folder holds."""
+    settings = json.loads((folder / STRATEGY_FILE).read_text())
+    return TypeAdapter(AnyStrategy).validate_python(settings)
+
+
+def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
+    """The model with one adapter on it."""
+    folder = folder_of(adapter.path)
+    try:
+        return load_strategy(folder).load(model, folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadModel(
+            f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Tune again, or choose another model."
+        ) from error
+
+
+def load_model(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> torch.nn.Module:
+    """The whole model: the base with its adapters laid on in order. All but the last are merged into it."""
+    model: torch.nn.Module = load_base(ref, dtype, attention, device)
+    for position, adapter in enumerate(ref.adapters):
+        model = lay_adapter(model, adapter)
+        if position < len(ref.adapters) - 1:
+            model = load_strategy(folder_of(adapter.path)).merge(model)
+    return model.to(device).eval()
+
+
+def load_plain(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> torch.nn.Module:
+    """The whole model with every adapter merged into its weights: what a further tuning starts from.
+
+    Raises BadModel when one of them cannot be merged.
+    """
+    model: torch.nn.Module = load_base(ref, dtype, attention, device)
+    for adapter in ref.adapters:
+        strategy = load_strategy(folder_of(adapter.path))
+        if not strategy.merges:
+            raise BadModel(
+                f"{ref.name} was made by {strategy.title}, which cannot be merged, so it cannot be tuned further.",
+                way_out="Tune the model it came from instead.",
+            )
+        model = strategy.merge(lay_adapter(model, adapter))
+    return model.to(device).eval()
