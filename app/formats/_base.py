@@ -1,0 +1,159 @@
+"""What every dataset format is: how it is recognised, what makes a row good, and how a row is brought into our shape.
+
+A format never sees a file: the readers (`app/readers.py`) hand it raw rows, one dict each, and a *mapping* from the
+format's fields to the columns of this file. Columns no field claims are kept as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+Severity = Literal["error", "warning", "note"]
+Row = dict[str, Any]
+Columns = Mapping[str, str]
+"""Field of the format → column of the file."""
+
+
+class Field(NamedTuple):
+    """One field of a format. `synonyms` are column names people use for it, best first, in lower case."""
+
+    name: str
+    help: str
+    synonyms: tuple[str, ...]
+    required: bool = True
+
+
+class Finding(NamedTuple):
+    """One thing about one row. An `error` leaves the row out; a `warning` or `note` keeps it.
+
+    `column` is a path into the row, as `messages[2].content`. `fix` is `{label, operation, arguments}`.
+    """
+
+    rule: str
+    message: str
+    column: str | None = None
+    value: str | None = None
+    severity: Severity = "error"
+    fix: dict[str, Any] | None = None
+
+
+class Guess(NamedTuple):
+    """How well a format fits the first rows: `score` 0 to 1, the mapping, and the reason in words."""
+
+    score: float
+    mapping: dict[str, str]
+    reason: str
+
+
+class Format(ABC):
+    """One dataset format. A subclass in `app/formats/NAME.py` is registered by being there."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    task: ClassVar[Literal["generation", "classification", "preference"]] = "generation"
+    shape: ClassVar[str]  # which normalised shape its rows have; one of those in app/formats/__init__.py
+    summary: ClassVar[str]  # one sentence in plain words
+    example: ClassVar[Row]  # one good raw row, shown in the help and checked by the tests
+    fields: ClassVar[tuple[Field, ...]]
+    place: ClassVar[int] = 100  # order in lists, and which format wins a tie
+
+    def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
+        """The best column for each field by its synonyms; each column is taken once."""
+        by_name = {plain(column): column for column in reversed(columns)}
+        mapping: dict[str, str] = {}
+        for field in self.fields:
+            for synonym in field.synonyms:
+                column = by_name.get(synonym)
+                if column is not None and column not in mapping.values():
+                    mapping[field.name] = column
+                    break
+        return mapping
+
+    def recognise(self, rows: Sequence[Row]) -> Guess | None:
+        """How well this format fits the first rows of a file; None when a required field has no column."""
+        columns = columns_of(rows)
+        mapping = self.guess_mapping(columns)
+        missing = [f.name for f in self.fields if f.required and f.name not in mapping]
+        if missing or not rows:
+            return None
+        good = sum(not any(f.severity == "error" for f in self.check(row, mapping)) for row in rows) / len(rows)
+        claimed = len(set(mapping.values())) / max(1, len(columns))
+        named = ", ".join(f"“{column}”" for column in mapping.values())
+        reason = f"{'The columns' if len(mapping) > 1 else 'The column'} {named} and {good:.0%} of the first {len(rows)} rows fit."
+        # Good rows decide; among formats that fit equally well, the one that explains more columns wins.
+        return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason)
+
+    @abstractmethod
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        """Everything wrong with one raw row, in reading order; empty when it is good."""
+
+    @abstractmethod
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        """The row in our shape. Only called when `check` found no error."""
+
+    def metadata(self, row: Row, mapping: Columns) -> Row:
+        """The columns that no field claims."""
+        claimed = set(mapping.values())
+        return {key: value for key, value in row.items() if key not in claimed}
+
+
+def plain(column: str) -> str:
+    """A column name without case, spaces and underscores at its ends: `Human Message ` → `human_message`."""
+    return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Every column of these rows, in the order first seen."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as a short line of text for a finding: safe to store and to show."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text[: limit + 1].encode("utf-8", "backslashreplace").decode()
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def fix(label: str, operation: str, **arguments: Any) -> dict[str, Any]:
+    """What one click would do about a finding."""
+    return {"label": label, "operation": operation, "arguments": arguments}
+
+
+def text_of(row: Row, column: str | None) -> str | None:
+    """The text in a column; numbers and truth values are written out, a missing one is None."""
+    value = row.get(column) if column is not None else None
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return str(value)
+    return None
+
+
+def check_text(row: Row, column: str | None, field: str, *, empty: Severity | None = "error", rule: str = "empty") -> list[Finding]:
+    """A column that must hold text. `empty` is how bad it is to hold nothing; None allows it."""
+    at = column or field
+    value = row.get(at)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if empty is None:
+            return []
+        return [Finding(rule, f"“{at}” is empty.", at, "", empty, fix("Drop the row", "drop_row"))]
+    if text_of(row, at) is None:
+        kind = "a list" if isinstance(value, list) else "an object"
+        return [
+            Finding("wrong_shape", f"“{at}” must be text, but holds {kind}.", at, shown(value), "error", fix("Drop the row", "drop_row"))
+        ]
+    return []
+
+
+def parsed(value: Any) -> Any:
+    """A list that a CSV or Parquet cell carries as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

@@ -1,0 +1,200 @@
+"""Rules for conversations, shared by every format that holds messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from app.formats._base import Finding, Row, fix, parsed, shown
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+OTHER_NAMES = {
+    "human": "user",
+    "customer": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
+DROP = fix("Drop the row", "drop_row")
+
+
+def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Finding]:
+    """Findings about one conversation. `answer` asks for an assistant's answer at its end."""
+    messages = parsed(value)
+    if not isinstance(messages, list):
+        return [Finding("wrong_shape", f"“{column}” must be a list of messages.", column, shown(value), "error", DROP)]
+    if not messages:
+        return [Finding("wrong_shape", f"“{column}” holds no message.", column, "[]", "error", DROP)]
+    findings: list[Finding] = []
+    for index, message in enumerate(messages):
+        findings += _check_message(message, f"{column}[{index}]")
+    if any(finding.severity == "error" for finding in findings):
+        return findings  # the order of messages that cannot be read says nothing
+    return findings + _check_order(messages, column, answer)
+
+
+def _check_message(message: Any, at: str) -> list[Finding]:
+    if not isinstance(message, dict):
+        return [Finding("wrong_shape", "A message must be an object with “role” and “content”.", at, shown(message), "error", DROP)]
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        return [_wrong_role(role, at)]
+    findings = _check_content(message, role, at)
+    weight = message.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        findings.append(
+            Finding(
+                "wrong_weight",
+                "“weight” must be 0 or 1.",
+                f"{at}.weight",
+                shown(weight),
+                "error",
+                fix("Remove the weight", "set", value=None),
+            )
+        )
+    elif weight is not None and role != "assistant":
+        findings.append(
+            Finding(
+                "wrong_weight", "Only an assistant's message has a weight; this one is ignored.", f"{at}.weight", shown(weight), "warning"
+            )
+        )
+    unknown = [key for key in message if key not in KEYS]
+    if unknown:
+        named = ", ".join(f"“{key}”" for key in unknown[:5])
+        findings.append(Finding("unknown_key", f"The keys {named} of a message mean nothing here and are left out.", at, None, "note"))
+    return findings
+
+
+def _wrong_role(role: Any, at: str) -> Finding:
+    better = OTHER_NAMES.get(role.lower().strip()) if isinstance(role, str) else None
+    if better is None and isinstance(role, str) and role.lower().strip() in ROLES:
+        better = role.lower().strip()
+    advice = f"Write “{better}”." if better else f"It must be one of {', '.join(ROLES[:5])}."
+    repair = fix(f"Call it {better}", "set", value=better) if better else DROP
+    what = "has no role" if role is None else f"has the role “{shown(role, 40)}”"
+    return Finding("wrong_role", f"This message {what}. {advice}", f"{at}.role", shown(role), "error", repair)
+
+
+def _check_content(message: Row, role: str, at: str) -> list[Finding]:
+    content, calls = message.get("content"), message.get("tool_calls") or message.get("function_call")
+    if isinstance(content, list):
+        other = [part.get("type", "?") if isinstance(part, dict) else "?" for part in content if not _is_text_part(part)]
+        if other:
+            kinds = ", ".join(sorted({str(kind) for kind in other}))
+            return [
+                Finding(
+                    "not_text", f"Only text parts can be learnt here, and this message has: {kinds}.", f"{at}.content", None, "error", DROP
+                )
+            ]
+    elif content is not None and not isinstance(content, str):
+        return [Finding("wrong_shape", "“content” must be text.", f"{at}.content", shown(content), "error", DROP)]
+    if not flat(content).strip() and not calls:
+        if role == "assistant":
+            if message.get("weight") == 0:
+                return []
+            return [Finding("empty_answer", "The answer is empty, so there is nothing to learn.", f"{at}.content", "", "error", DROP)]
+        severity = "warning" if role in ("system", "developer", "tool", "function") else "error"
+        return [Finding("empty", f"The {role}'s message is empty.", f"{at}.content", "", severity, DROP)]
+    if calls is not None and role != "assistant":
+        return [Finding("wrong_role_order", "Only the assistant calls tools.", f"{at}.tool_calls", shown(calls), "error", DROP)]
+    return _check_calls(message.get("tool_calls"), at)
+
+
+def _check_calls(calls: Any, at: str) -> list[Finding]:
+    if calls is None:
+        return []
+    good = isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) and isinstance(call["function"].get("name"), str)
+        for call in calls
+    )
+    if good:
+        return []
+    message = "“tool_calls” must be a list of {id, type, function: {name, arguments}}."
+    return [Finding("wrong_shape", message, f"{at}.tool_calls", shown(calls), "error", DROP)]
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Finding]:
+    findings: list[Finding] = []
+    previous, open_calls = "", set[str]()
+    for index, message in enumerate(messages):
+        role, at = message["role"], f"{column}[{index}]"
+        if role in ("system", "developer"):
+            if previous and previous not in ("system", "developer"):
+                text = "The system's message must stand first; many chat templates refuse it later."
+                findings.append(Finding("wrong_role_order", text, at, role, "error", fix("Move it to the front", "system_first")))
+                return findings
+        elif role in ("tool", "function"):
+            if previous not in ("tool", "function") and not open_calls and previous != "assistant":
+                text = "A tool's answer must follow the assistant's call."
+                return [*findings, Finding("wrong_role_order", text, at, role, "error", DROP)]
+            call = message.get("tool_call_id")
+            if open_calls and isinstance(call, str) and call not in open_calls:
+                text = f"No call before this answer has the id “{shown(call, 40)}”."
+                findings.append(Finding("wrong_role_order", text, f"{at}.tool_call_id", shown(call), "warning"))
+        elif role == previous:
+            text = f"Two messages of the {role} follow each other."
+            findings.append(Finding("wrong_role_order", text, at, role, "error", fix("Join the two", "join_messages", index=index)))
+            return findings
+        elif role == "assistant" and previous in ("", "system", "developer") and answer:
+            text = "The assistant speaks before the user has said anything."
+            findings.append(Finding("wrong_role_order", text, at, role, "warning", fix("Drop this message", "drop_message", index=index)))
+        if role == "assistant":
+            open_calls = {call["id"] for call in message.get("tool_calls") or [] if isinstance(call.get("id"), str)}
+        previous = role
+    return findings + (_check_answer(messages, column) if answer else [])
+
+
+def _check_answer(messages: Sequence[Row], column: str) -> list[Finding]:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        return [Finding("no_answer", "No message is from the assistant, so there is nothing to learn.", column, None, "error", DROP)]
+    if all(message.get("weight") == 0 for message in answers):
+        return [Finding("nothing_to_learn", "Every answer has weight 0, so there is nothing to learn.", column, None, "error", DROP)]
+    last = len(messages) - 1
+    if messages[last]["role"] != "assistant":
+        text = "The conversation must end with the assistant's answer."
+        repair = fix("Drop the last message", "drop_message", index=last)
+        return [Finding("wrong_role_order", text, f"{column}[{last}]", messages[last]["role"], "error", repair)]
+    return []
+
+
+def flat(content: Any) -> str:
+    """The text of a message's content, which OpenAI also allows to be a list of text parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if _is_text_part(part))
+    return ""
+
+
+def normalise_messages(value: Any) -> list[Row]:
+    """Messages with the keys a chat template knows, in a fixed order. `developer` is the system; `function` is a tool."""
+    result: list[Row] = []
+    for message in parsed(value):
+        role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
+        clean: Row = {"role": role, "content": flat(message.get("content"))}
+        if role == "assistant" and message.get("weight") is not None:
+            clean["weight"] = int(message["weight"])
+        if message.get("name"):
+            clean["name"] = message["name"]
+        if message.get("tool_calls"):
+            clean["tool_calls"] = message["tool_calls"]
+        elif message.get("function_call"):
+            clean["tool_calls"] = [{"id": "call_0", "type": "function", "function": message["function_call"]}]
+        if message.get("tool_call_id"):
+            clean["tool_call_id"] = message["tool_call_id"]
+        if result and role == "system" and result[-1]["role"] == "system":
+            result[-1]["content"] += "\n\n" + clean["content"]
+        else:
+            result.append(clean)
+    return result

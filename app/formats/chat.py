@@ -1,0 +1,53 @@
+"""Chat: conversations as OpenAI writes them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Row, fix, parsed, shown
+from app.formats._messages import check_messages, normalise_messages
+
+
+class Chat(Format):
+    name: ClassVar = "chat"
+    title: ClassVar = "Chat"
+    shape: ClassVar = "chat"
+    summary: ClassVar = "Conversations: a list of messages, each with a role and its text. The assistant's messages are learnt."
+    example: ClassVar = {
+        "messages": [
+            {"role": "system", "content": "You answer in one sentence."},
+            {"role": "user", "content": "Why is the sky blue?"},
+            {"role": "assistant", "content": "Because air scatters blue light more than red."},
+        ]
+    }
+    fields: ClassVar = (
+        Field(
+            "messages",
+            "The conversation: a list of {role, content}.",
+            ("messages", "conversation", "conversations", "chat", "dialogue", "dialog"),
+        ),
+        Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),
+    )
+    place: ClassVar = 10
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        column = mapping.get("messages", "messages")
+        if column not in row:
+            known = ", ".join(f"“{key}”" for key in list(row)[:6]) or "nothing"
+            text = f"The row has no “{column}”; it has {known}."
+            return [Finding("missing_field", text, column, shown(row), "error", fix("Drop the row", "drop_row"))]
+        findings = check_messages(row[column], column)
+        tools = parsed(row.get(mapping.get("tools", "tools")))
+        if tools is not None and not isinstance(tools, list):
+            findings.append(
+                Finding("wrong_shape", "“tools” must be a list.", "tools", shown(tools), "error", fix("Drop the row", "drop_row"))
+            )
+        return findings
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        result: Row = {"messages": normalise_messages(row[mapping.get("messages", "messages")])}
+        tools = parsed(row.get(mapping.get("tools", "tools")))
+        if tools:
+            functions = mapping.get("tools") == "functions"  # OpenAI's older spelling holds the functions bare
+            result["tools"] = [{"type": "function", "function": tool} for tool in tools] if functions else tools
+        return result

@@ -1,0 +1,56 @@
+"""Classification: a text and its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, check_text, fix, shown, text_of
+
+
+class Classification(Format):
+    name: ClassVar = "classification"
+    title: ClassVar = "Classification"
+    task: ClassVar = "classification"
+    shape: ClassVar = "classification"
+    summary: ClassVar = "A text and the class it belongs to."
+    example: ClassVar = {"text": "My card was declined.", "label": "card"}
+    fields: ClassVar = (
+        Field(
+            "text",
+            "The text to classify.",
+            ("text", "sentence", "content", "review", "utterance", "question", "tweet", "message", "comment"),
+        ),
+        Field(
+            "label", "Its class.", ("label", "category", "class", "intent", "target", "sentiment", "topic", "labels", "label_text", "tag")
+        ),
+    )
+    place: ClassVar = 50
+
+    def recognise(self, rows: Sequence[Row]) -> Guess | None:
+        guess = super().recognise(rows)
+        if guess is None:
+            return None
+        labels = [text_of(row, guess.mapping["label"]) or "" for row in rows]
+        longest = max((len(label) for label in labels), default=0)
+        # A label is short. A column of long texts under the name “target” is an answer, not a class.
+        return None if longest > 120 else guess
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        findings = check_text(row, mapping.get("text"), "text")
+        column = mapping.get("label", "label")
+        label: Any = row.get(column)
+        if isinstance(label, float) and not label.is_integer():
+            text = "A label must be a name or a whole number; numbers to predict are not supported."
+            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Drop the row", "drop_row"))]
+        findings += check_text(row, column, "label", rule="no_label")
+        if isinstance(label, str) and len(label) > 200:
+            findings.append(
+                Finding("wrong_label", "A label of more than 200 characters is hardly a class.", column, shown(label), "warning")
+            )
+        return findings
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        label: Any = row[mapping["label"]]
+        name = str(int(label)) if isinstance(label, float) else (text_of(row, mapping["label"]) or "")
+        return {"text": text_of(row, mapping["text"]) or "", "label": name.strip()}

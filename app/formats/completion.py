@@ -1,0 +1,27 @@
+"""Completion: a prompt and how it goes on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+
+
+class Completion(Format):
+    name: ClassVar = "completion"
+    title: ClassVar = "Completion"
+    shape: ClassVar = "completion"
+    summary: ClassVar = "A prompt and the text that goes on from it, with no roles. The completion is learnt."
+    example: ClassVar = {"prompt": "Once upon a time,", "completion": " a fox found a violin."}
+    fields: ClassVar = (
+        Field("prompt", "The text that is given.", ("prompt", "source", "input_text")),
+        Field("completion", "The text that follows it.", ("completion", "response", "output", "target", "continuation", "target_text")),
+    )
+    place: ClassVar = 30
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        findings = check_text(row, mapping.get("prompt"), "prompt", empty="note")
+        return findings + check_text(row, mapping.get("completion"), "completion", rule="empty_answer")
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        return {"prompt": text_of(row, mapping["prompt"]) or "", "completion": text_of(row, mapping["completion"]) or ""}

@@ -1,0 +1,54 @@
+"""Instruction: alpaca's keys and the common synonyms."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Row, check_text, fix, parsed, shown, text_of
+
+
+class Instruction(Format):
+    name: ClassVar = "instruction"
+    title: ClassVar = "Instruction"
+    shape: ClassVar = "instruction"
+    summary: ClassVar = "One instruction, perhaps with an input, and the answer to it. The answer is learnt."
+    example: ClassVar = {"instruction": "Name the colour.", "input": "grass", "output": "green"}
+    fields: ClassVar = (
+        Field("instruction", "What is asked.", ("instruction", "question", "query", "user", "human", "task", "request", "problem")),
+        Field("input", "The text the instruction is about.", ("input", "context", "passage"), False),
+        Field("output", "The answer to learn.", ("output", "response", "answer", "assistant", "reply", "target", "solution")),
+        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
+        Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),
+    )
+    place: ClassVar = 20
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        findings = check_text(row, mapping.get("instruction"), "instruction")
+        findings += check_text(row, mapping.get("output"), "output", rule="empty_answer")
+        for name in ("input", "system"):
+            if name in mapping:
+                findings += check_text(row, mapping[name], name, empty=None)
+        history = parsed(row.get(mapping["history"])) if "history" in mapping else None
+        if history and not _is_history(history):
+            text = "“history” must be a list of pairs of question and answer."
+            findings.append(Finding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Drop the row", "drop_row")))
+        return findings
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        messages: list[Row] = []
+        system = text_of(row, mapping.get("system"))
+        if system and system.strip():
+            messages.append({"role": "system", "content": system})
+        for question, answer in (parsed(row.get(mapping["history"])) or []) if "history" in mapping else []:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ask, about = text_of(row, mapping["instruction"]) or "", text_of(row, mapping.get("input"))
+        if about and about.strip():
+            ask = f"{ask}\n\n{about}"
+        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": text_of(row, mapping["output"]) or ""}]
+        return {"messages": messages}
+
+
+def _is_history(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in value
+    )

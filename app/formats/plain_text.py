@@ -1,0 +1,23 @@
+"""Plain text: passages to go on from, with no question and no answer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+
+
+class PlainText(Format):
+    name: ClassVar = "plain_text"
+    title: ClassVar = "Plain text"
+    shape: ClassVar = "plain_text"
+    summary: ClassVar = "Passages of text. Every token is learnt: the model picks up their words and their manner."
+    example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
+    fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story")),)
+    place: ClassVar = 60
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        return check_text(row, mapping.get("text"), "text")
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        return {"text": text_of(row, mapping["text"]) or ""}

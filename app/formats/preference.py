@@ -1,0 +1,126 @@
+"""Preference: two answers to one prompt, and which of them is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
+from app.formats._messages import check_messages, normalise_messages
+
+DROP = fix("Drop the row", "drop_row")
+
+
+class Preference(Format):
+    name: ClassVar = "preference"
+    title: ClassVar = "Preference"
+    task: ClassVar = "preference"
+    shape: ClassVar = "preference"
+    summary: ClassVar = "A prompt with a better and a worse answer. The model learns to prefer the better one."
+    example: ClassVar = {"prompt": "Thank the customer.", "chosen": "Thank you, that helps us a lot.", "rejected": "ok thx"}
+    fields: ClassVar = (
+        Field(
+            "prompt",
+            "The prompt, as text or messages; OpenAI's “input” is understood too.",
+            ("prompt", "input", "question", "instruction"),
+            False,
+        ),
+        Field(
+            "chosen", "The better answer, as text or messages.", ("chosen", "preferred_output", "preferred", "accepted", "chosen_response")
+        ),
+        Field(
+            "rejected",
+            "The worse answer, as text or messages.",
+            ("rejected", "non_preferred_output", "dispreferred", "rejected_response", "rejected_text"),
+        ),
+        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
+    )
+    place: ClassVar = 40
+
+    def recognise(self, rows: Sequence[Row]) -> Guess | None:
+        guess = super().recognise(rows)
+        # Nothing else has a chosen and a rejected column, so their presence weighs more than any other likeness.
+        return guess and guess._replace(score=min(1.0, guess.score + 0.2))
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        findings: list[Finding] = []
+        for name in ("chosen", "rejected"):
+            findings += _check_answer(row, mapping.get(name, name))
+        if any(finding.severity == "error" for finding in findings):
+            return findings
+        try:
+            result = self.normalise(row, mapping)
+        except (KeyError, TypeError, IndexError, AttributeError):
+            at = mapping.get("prompt", "prompt")
+            return [
+                *findings,
+                Finding("wrong_shape", "The prompt must be text or a list of messages.", at, shown(row.get(at)), "error", DROP),
+            ]
+        if not result["messages"]:
+            return [Finding("empty", "There is no prompt before the two answers.", mapping.get("prompt", "prompt"), "", "error", DROP)]
+        findings += check_messages(result["messages"], mapping.get("prompt", "prompt"), answer=False)
+        if result["chosen"] == result["rejected"]:
+            text = "The two answers are equal, so there is nothing to prefer."
+            findings.append(Finding("same_answers", text, mapping.get("rejected"), shown(row[mapping["rejected"]]), "error", DROP))
+        return findings
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        chosen, rejected = (parsed(row[mapping[name]]) for name in ("chosen", "rejected"))
+        prompt = parsed(row.get(mapping["prompt"])) if "prompt" in mapping else None
+        tools = None
+        if isinstance(prompt, dict):  # OpenAI: {"input": {"messages": […], "tools": […]}}
+            prompt, tools = prompt["messages"], prompt.get("tools")
+        messages = _as_messages(prompt, "user")
+        system = text_of(row, mapping.get("system"))
+        if system and system.strip():
+            messages.insert(0, {"role": "system", "content": system})
+        better, worse = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
+        if not messages:  # both answers carry the whole conversation: what they share is the prompt
+            shared = _shared(better, worse)
+            messages, better, worse = better[:shared], better[shared:], worse[shared:]
+        result: Row = {
+            "messages": normalise_messages(messages),
+            "chosen": normalise_messages(_after(messages, better)),
+            "rejected": normalise_messages(_after(messages, worse)),
+        }
+        if tools:
+            result["tools"] = tools
+        return result
+
+
+def _check_answer(row: Row, column: str) -> list[Finding]:
+    value = parsed(row.get(column))
+    if isinstance(value, list):
+        findings = check_messages(value, column, answer=False)
+        if not findings and value[-1].get("role") != "assistant":
+            text = "An answer must end with the assistant's message."
+            findings = [Finding("wrong_role_order", text, column, shown(value[-1].get("role")), "error", DROP)]
+        return findings
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return [Finding("empty_answer", f"“{column}” is empty.", column, "", "error", DROP)]
+    if not isinstance(value, str):
+        return [Finding("wrong_shape", f"“{column}” must be text or a list of messages.", column, shown(value), "error", DROP)]
+    return []
+
+
+def _as_messages(value: Any, role: str) -> list[Row]:
+    if value is None or value == "":
+        return []
+    if isinstance(value, list):
+        return [dict(message) for message in value]
+    if not isinstance(value, str):
+        raise TypeError("neither text nor messages")
+    return [{"role": role, "content": value}]
+
+
+def _shared(a: list[Row], b: list[Row]) -> int:
+    """How many messages at the start are equal in both, the last answers never counted."""
+    count = 0
+    while count < min(len(a), len(b)) - 1 and a[count] == b[count]:
+        count += 1
+    return count
+
+
+def _after(prompt: list[Row], answer: list[Row]) -> list[Row]:
+    """An answer without the prompt, which some files repeat in front of it."""
+    return answer[len(prompt) :] if len(answer) > len(prompt) and answer[: len(prompt)] == prompt else answer
