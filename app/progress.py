@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal
 
@@ -82,6 +82,16 @@ class Progress:
     log: list[LogLine] = field(default_factory=list)
     failure: Failed | None = None
     finished: Finished | None = None
+
+    def snapshot(self) -> Progress:
+        """The same as it stands now; folding on does not change it. Events are frozen, so the lists alone are copied."""
+        return replace(
+            self,
+            curves={name: list(points) for name, points in self.curves.items()},
+            metrics={name: list(points) for name, points in self.metrics.items()},
+            times=list(self.times),
+            log=list(self.log),
+        )
 
     # What the page asks -----------------------------------------------------------------------------------------------
 
