@@ -56,12 +56,26 @@ class Strategy(BaseModel, ABC):
     merges: ClassVar[bool] = False  # `merge` gives a plain model with the same outputs
     switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
     default_learning_rate: ClassVar[float] = 2e-4
+    base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
+    recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/features.py
 
     # What it costs ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def trainable(self, shape: Shape) -> int:
-        """Number of parameters that learn; equal to the count on the real model."""
+        """Number of the model's parameters that learn, a classifier's head apart; equal to the count on the real model."""
+
+    def head_parameters(self, shape: Shape, labels: int) -> int:
+        """Parameters of the head that `head` builds."""
+        return shape.hidden * labels + labels
+
+    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+        """All parameters that learn."""
+        return self.trainable(shape) + (self.head_parameters(shape, labels) if task == "classification" else 0)
+
+    def virtual_tokens(self) -> int:
+        """Placeholder ids that whoever builds a sequence puts before it; the strategy replaces what stands there."""
+        return 0
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones are 4 bytes wide,
@@ -80,14 +94,23 @@ class Strategy(BaseModel, ABC):
         """What the small drawing shows of six layers. Keys: `layers` (list of six from "frozen", "trained"),
         `beside` (bool: small boxes beside each layer), `before` (bool: vectors before every layer),
         `input` (bool: vectors before the input only), `head` (bool: new layers on top), `inside` (bool: thin trained
-        stripes inside each layer)."""
+        stripes inside each layer), `between` (bool: thin trained bars after each layer)."""
         return {"layers": ["frozen"] * 6}
 
     # What it does to a model ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
-        """The model ready to train: `requires_grad` true exactly where it learns. May wrap the model (as peft does)."""
+        """The model ready to train: `requires_grad` true exactly where it learns. May wrap the model (as peft does).
+
+        For classification the model is the stack without its head; the head that `head` builds learns besides.
+        """
+
+    def head(self, hidden: int, labels: int) -> torch.nn.Module:
+        """A classifier's head: pooled states, (B, hidden), to scores, (B, labels)."""
+        import torch
+
+        return torch.nn.Linear(hidden, labels)
 
     @abstractmethod
     def save(self, model: torch.nn.Module, folder: Path) -> None:
@@ -95,8 +118,38 @@ class Strategy(BaseModel, ABC):
 
     @abstractmethod
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        """Lay what `save` wrote on a fresh base model; the outputs equal those of the model that was saved."""
+        """Lay what `save` wrote on a fresh base model; the outputs equal those of the model that was saved.
+
+        The base's own tensors are never written to, since siblings may share them: a changed parameter is a new one.
+        """
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         """A plain model with the same outputs. Only where `merges` is true."""
         raise TypeError(f"{self.title} cannot be merged into its base.")
+
+    def describe(self, model: torch.nn.Module) -> dict[str, Any]:
+        """What `adapter_config.json` says of an adapter that peft does not know."""
+        return {
+            "peft_type": "LUTHIER",
+            "base_model_name_or_path": model.config._name_or_path,
+            "strategy": self.model_dump(),
+        }
+
+    # What it does while training; most need none of it -----------------------------------------------------------------
+
+    def begin(self, model: torch.nn.Module, total_steps: int) -> None:
+        """Called once before the first step, when the number of steps is known."""
+
+    def regulariser(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """A term added to the loss of every step, a scalar."""
+        return None
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """Called after optimizer step `step`, counted from 1, while the gradients still stand."""
+
+    def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold besides the parameters that learn, so that a resumed run is the same run."""
+        return {}
+
+    def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `extra_state` gave."""

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 
 class PeftStrategy(Strategy):
+    def task_type(self, task: str) -> str:
+        """peft's word for the model it wraps: a classifier is wrapped without its head."""
+        return "FEATURE_EXTRACTION" if task == "classification" else "CAUSAL_LM"
+
     @abstractmethod
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         """The `peft.PeftConfig` of these settings for this model."""
