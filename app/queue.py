@@ -8,6 +8,8 @@ loses nothing.
 from __future__ import annotations
 
 import functools
+import logging
+import time
 import uuid
 from urllib.parse import urlsplit
 
@@ -15,6 +17,7 @@ import redis
 from celery import Celery
 from sqlalchemy.orm import Session
 
+from app import db
 from app.settings import get_settings
 from app.tables import Outbox
 
@@ -68,6 +71,7 @@ def make_celery() -> Celery:
 
 
 celery = make_celery()
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -87,3 +91,38 @@ def channel(kind: str, key: uuid.UUID) -> str:
 def put_in_outbox(session: Session, task: str, key: uuid.UUID) -> None:
     """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once."""
     session.add(Outbox(task=task, key=key))
+
+
+@functools.lru_cache(maxsize=4)
+def _waker(url: str) -> redis.Redis:
+    """A client of its own with short timeouts: a wake-up must never hold up the one who gives it."""
+    return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
+
+
+_silent_until = 0.0
+
+
+def wake(session: Session, kind: str, key: uuid.UUID) -> None:
+    """Tell the watchers of one object, once this transaction is in, that it has changed.
+
+    A lost wake-up costs a watcher a few seconds, since it also looks by itself; so Redis being away is noted and borne.
+    """
+    pending: set[str] = session.info.setdefault("luthier_wakes", set())
+    name = channel(kind, key)
+    if name in pending:
+        return
+    pending.add(name)
+
+    def publish() -> None:
+        global _silent_until
+        pending.discard(name)
+        url = get_settings().redis_url
+        if not url or time.monotonic() < _silent_until:
+            return
+        try:
+            _waker(url).publish(name, b"")
+        except redis.RedisError as error:
+            _silent_until = time.monotonic() + 2
+            log.warning("No wake-up sent on %s: %s", name, error)
+
+    db.on_commit(session, publish)

@@ -1,0 +1,279 @@
+"""What a person may order, and the frozen spec that comes of it.
+
+Everything that can be known to be wrong is said here, before a job exists: a model or file that is missing, a dataset
+with errors, a setting out of range, a strategy the model cannot run.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from sqlalchemy.orm import Session
+
+from app import ids
+from app.errors import BadField, StudioError
+from app.spec import DatasetRef, JobSpec, RunSettings, Task
+from app.strategies import STRATEGIES, AnyStrategy, Strategy
+from app.tables import JSON, Dataset, User
+
+Number = float | Literal["auto"]
+Count = int | Literal["auto"]
+
+
+class Hyperparameters(BaseModel):
+    """OpenAI's own settings. "auto" leaves the choice to us."""
+
+    n_epochs: Annotated[Count, Field(description="Epochs, 1 to 1000.")] = "auto"
+    batch_size: Annotated[Count, Field(description="Rows behind each step.")] = "auto"
+    learning_rate_multiplier: Annotated[Number, Field(description="Times the strategy's own learning rate.")] = "auto"
+    beta: Annotated[Number, Field(description="Strength of preference tuning's pull to the base model.")] = "auto"
+
+
+class _Supervised(BaseModel):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(BaseModel):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: _Supervised | None = None
+    dpo: _Supervised | None = None
+
+    def hyperparameters(self) -> Hyperparameters | None:
+        named = self.supervised if self.type == "supervised" else self.dpo
+        return named.hyperparameters if named else None
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class JobOrder(BaseModel):
+    """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run` and `strategy`
+    are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    dataset_id: uuid.UUID | None = None
+    training_file: str | None = None
+    validation_dataset_id: uuid.UUID | None = None
+    validation_file: str | None = None
+    task: Task | None = None
+    run: dict[str, Any] = Field(default_factory=dict)
+    strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
+    name: Annotated[str, StringConstraints(max_length=200)] | None = None
+    suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
+    comparison_id: uuid.UUID | None = None
+
+    def asked(self) -> Hyperparameters:
+        """OpenAI's settings, from `method` or from the deprecated place beside it."""
+        return (self.method and self.method.hyperparameters()) or self.hyperparameters or Hyperparameters()
+
+
+def read_order(body: Mapping[str, Any]) -> JobOrder:
+    """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field."""
+    try:
+        return JobOrder.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        raise bad_field(error) from None
+
+
+def bad_field(error: ValidationError, prefix: str = "", tag: str | None = None) -> BadField:
+    """The first fault of a pydantic error as ours. `param` is the path of the field, as `strategy.rank`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # pydantic names the branch of a union it was in; a person wrote no such thing.
+    place = [str(part) for part in first["loc"] if part not in (tag, "int", "float") and not str(part).startswith("literal[")]
+    param = ".".join(part for part in (prefix, *place) if part)
+    if first["type"] == "extra_forbidden":
+        return BadField(
+            f"There is no setting {param!r}.", way_out="Leave it out, or look up the settings under /v1/strategies.", param=param
+        )
+    if first["type"] == "missing":
+        return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    return BadField(f"{param} cannot be {shown}.", way_out=first["msg"].rstrip(".") + ".", param=param)
+
+
+# From an order to a spec --------------------------------------------------------------------------------------------
+
+
+_strategies: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
+
+
+def read_strategy(asked: Mapping[str, Any]) -> Strategy:
+    """The strategy with its settings. Raises BadField."""
+    name = asked.get("name", "lora")
+    if name not in STRATEGIES:
+        raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Take one of {', '.join(STRATEGIES)}.", param="strategy.name")
+    try:
+        return _strategies.validate_python({**asked, "name": name})
+    except ValidationError as error:
+        raise bad_field(error, "strategy", tag=name) from None
+
+
+def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
+    """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
+    `claims.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    from app import models
+
+    if order.method and order.method.type == "reinforcement":
+        raise BadField("Reinforcement tuning is not offered.", way_out="Use the method supervised.", param="method.type")
+    resolved = _with_param("model", models.resolve, session, user, order.model)
+    if resolved.model.status != "ready":
+        raise BadField(
+            f"The model {order.model} is not ready: it is {resolved.model.status}.",
+            way_out="Wait until it has been fetched, or look at its page for what went wrong.",
+            param="model",
+        )
+    dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
+    if dataset is None:
+        raise BadField(
+            "No data was named.", way_out="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
+        )
+    validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
+    strategy = read_strategy(order.strategy)
+    task = _task(order, dataset)
+    for named, where in ((dataset, param), (validation, validation_param)):
+        if named is not None:
+            _check_dataset(named, task, where)
+    reason = strategy.unavailable(resolved.ref.shape, task=task, cuda=_has_gpu())
+    if reason:
+        raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
+    run = _run_settings(order, strategy, dataset)
+    name = order.name or f"{dataset.name} with {strategy.title}"
+    return JobSpec(
+        name=name,
+        task=task,
+        model=resolved.ref,
+        dataset=reference(dataset),
+        validation=reference(validation) if validation is not None else None,
+        run=run,
+        strategy=strategy,
+    )
+
+
+def reference(dataset: Dataset) -> DatasetRef:
+    """Which rows; without a path while they are still being read."""
+    from app import datasets
+
+    if dataset.status == "ready":
+        return datasets.reference(dataset)
+    return DatasetRef(id=dataset.id, name=dataset.name, path="", sha256="", format=dataset.format or "", rows=0)
+
+
+def _with_param(param: str, call: Any, *arguments: Any) -> Any:
+    """The service's own error, with the field of this request that named the object."""
+    try:
+        return call(*arguments)
+    except StudioError as error:
+        error.param = param
+        raise
+
+
+def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id: str | None, param: str) -> tuple[Dataset | None, str]:
+    from app import datasets
+
+    if dataset_id is not None:
+        param = "dataset_id" if param == "training_file" else "validation_dataset_id"
+        return _with_param(param, datasets.get, session, user, dataset_id), param
+    if file_id is not None:
+        key = ids.parse(ids.FILE, file_id, param=param)
+        return _with_param(param, datasets.for_file, session, user, key), param
+    return None, param
+
+
+def _task(order: JobOrder, dataset: Dataset) -> Task:
+    if order.method and order.method.type == "dpo":
+        if order.task not in (None, "preference"):
+            raise BadField(f"The method dpo learns preferences, not {order.task}.", way_out="Leave out task.", param="task")
+        return "preference"
+    return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
+
+
+def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
+    """The dataset can be trained on for this task. One that is still being read is checked when it is ready."""
+    if dataset.status == "reading":
+        return
+    if dataset.status == "error":
+        said = (dataset.error or {}).get("message", "It could not be read.")
+        raise BadField(
+            f"The dataset {dataset.name} has an error: {said}",
+            way_out=(dataset.error or {}).get("way_out") or "Mend the file and upload it again.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if not dataset.good_rows:
+        raise BadField(
+            f"The dataset {dataset.name} has no good row.",
+            way_out="Its report lists every bad row with the reason.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if dataset.task and dataset.task != task:
+        raise BadField(
+            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot teach {task}.",
+            way_out=f"Set task to {dataset.task}, or take a dataset for {task}.",
+            param="task" if param != "validation_file" else param,
+        )
+
+
+def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset) -> RunSettings:
+    """Our run settings; what `run` says goes before what OpenAI's settings say.
+
+    `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts
+    rows where we count tokens, so it is taken times the mean length of a row of this dataset, in tokens.
+    """
+    asked, settings = order.asked(), dict(order.run)
+    for name, value in (
+        ("n_epochs", asked.n_epochs),
+        ("batch_size", asked.batch_size),
+        ("learning_rate_multiplier", asked.learning_rate_multiplier),
+    ):
+        if value != "auto" and value <= 0:
+            raise BadField(f"{name} cannot be {value}.", way_out='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
+    if asked.n_epochs != "auto":
+        settings.setdefault("epochs", asked.n_epochs)
+    if asked.learning_rate_multiplier != "auto":
+        settings.setdefault("learning_rate", strategy.default_learning_rate * asked.learning_rate_multiplier)
+    if asked.batch_size != "auto" and dataset.status == "ready":
+        settings.setdefault("max_tokens_per_step", max(16, min(round(asked.batch_size * mean_tokens(dataset)), 1_048_576)))
+    if order.seed is not None:
+        settings.setdefault("seed", order.seed)
+    try:
+        return RunSettings.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "run") from None
+
+
+def mean_tokens(dataset: Dataset) -> float:
+    """Mean tokens of a row; where they are not counted yet, a token is taken for four characters."""
+    from app import datasets
+
+    stats = datasets.stats(dataset)
+    total = stats.tokens if stats.tokens is not None else stats.characters / 4
+    return max(total / max(stats.rows, 1), 1.0)
+
+
+def _has_gpu() -> bool:
+    from app.machine import this_machine
+
+    return bool(getattr(this_machine(), "gpu_memory_bytes", None))
+
+
+def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
+    """What the job will take on this machine, or None while its rows are not known."""
+    from app import datasets, estimate, machine
+
+    if not spec.dataset.path:
+        return None
+    stats = datasets.stats(session.get_one(Dataset, spec.dataset.id))
+    return estimate.estimate(spec, stats, machine.this_machine()).model_dump(mode="json")
