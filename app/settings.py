@@ -33,8 +33,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the web process listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the web process listens on.")
     public_url: str | None = Field(None, description="Address people type, when a proxy stands in front; otherwise host and port.")
+    admin_name: str = Field("owner", min_length=1, max_length=80, description="Name of the first account.")
     admin_password: str | None = Field(
         None, description="Password of the first account; needed before another address than 127.0.0.1 is opened."
+    )
+    trusted_hosts: str = Field(
+        "", description="Further host names the studio answers to, with commas; addresses, localhost and public_url always work."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of an external PostgreSQL; without it `luthier up` runs its own.")
     redis_url: str | None = Field(

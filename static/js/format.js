@@ -1,0 +1,50 @@
+// The same words for numbers as the filters in app/web.py. A test compares the two.
+
+const NARROW = "\u202f";
+const NOTHING = "–";
+const unknown = (value) => value === null || value === undefined || Number.isNaN(value);
+const grouped = (text) => text.replace(/^(-?\d+)/, (whole) => whole.replace(/\B(?=(\d{3})+(?!\d))/g, NARROW));
+
+/** 1360000000 → "1.36 GB" */
+export function bytes(value) {
+  if (unknown(value)) return NOTHING;
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let size = value, at = 0;
+  while (Math.abs(size) >= 999.5 && at < units.length - 1) { size /= 1000; at += 1; }
+  const digits = at === 0 || Math.abs(size) >= 100 ? 0 : Math.abs(size) >= 10 ? 1 : 2;
+  return `${size.toFixed(digits)} ${units[at]}`;
+}
+
+/** 130 → "2 min 10 s" */
+export function seconds(value) {
+  if (unknown(value)) return NOTHING;
+  if (value < 1) return `${(value * 1000).toFixed(0)} ms`;
+  if (value < 10) return `${value.toFixed(1)} s`;
+  const whole = Math.round(value);
+  let parts = [[Math.floor(whole / 86400), "d"], [Math.floor(whole / 3600) % 24, "h"], [Math.floor(whole / 60) % 60, "min"], [whole % 60, "s"]];
+  while (parts[0][0] === 0) parts = parts.slice(1);
+  return parts.slice(0, 2).filter(([count]) => count).map(([count, unit]) => `${count} ${unit}`).join(" ");
+}
+
+/** 1204 → "1 204", 1.0834 → "1.08", 0.00002 → "2e-05" */
+export function number(value, digits) {
+  if (unknown(value)) return NOTHING;
+  if (digits === undefined || digits === null) {
+    if (Number.isInteger(value) || Math.abs(value) >= 1000) digits = 0;
+    else if (value && Math.abs(value) < 0.01) return small(value);
+    else digits = 2;
+  }
+  return grouped(value.toFixed(digits));
+}
+
+function small(value) {
+  const [mantissa, exponent] = value.toExponential(2).split("e");
+  if (Number(exponent) >= -4) return String(Number(value.toPrecision(3)));
+  const power = Math.abs(Number(exponent)).toString().padStart(2, "0");
+  return `${Number(mantissa)}e-${power}`;
+}
+
+/** A share, 0.018 → "1.8 %" */
+export function percent(value, digits = 1) {
+  return unknown(value) ? NOTHING : `${(value * 100).toFixed(digits)}${NARROW}%`;
+}
