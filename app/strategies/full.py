@@ -21,6 +21,7 @@ class Full(Strategy):
         "When the data is far from what the model has read, there is much of it, and memory to spare: each weight "
         "needs sixteen bytes while it is trained."
     )
+    tasks: ClassVar = ("generation", "classification", "preference")
     forgets: ClassVar = "much"
     place: ClassVar = 40
     adapter: ClassVar = False

@@ -1,0 +1,66 @@
+"""What LoRA and its relatives share: the settings, the choice of layers and the count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape, shape_of
+from app.strategies._peft import PeftStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+LayerChoice = Literal["all-linear", "attention", "feed-forward"]
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense")
+
+
+def linear_names(shape: Shape, layers: LayerChoice) -> list[str]:
+    """Names of the chosen linear layers of every block, as they end in the model."""
+    names = [linear.name for linear in shape.linears()]
+    if layers == "all-linear":
+        return names
+    return [name for name in names if (name in _FEED_FORWARD) == (layers == "feed-forward")]
+
+
+class LowRank(PeftStrategy):
+    family: ClassVar = "reparametrized"
+    tasks: ClassVar = ("generation", "classification", "preference")
+    merges: ClassVar = True
+    default_learning_rate: ClassVar = 5e-4
+
+    rank: int = Field(
+        8, ge=1, le=1024, description="Width of the correction. More learns more and costs more.", json_schema_extra={"basic": True}
+    )
+    alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the correction's inputs dropped at random while training.")
+    layers: LayerChoice = Field("all-linear", description="Which linear layers get a correction.")
+
+    def targets(self, shape: Shape) -> list[str]:
+        return linear_names(shape, self.layers)
+
+    def trainable(self, shape: Shape) -> int:
+        chosen = set(self.targets(shape))
+        return sum(self.rank * (x.inputs + x.outputs) for x in shape.each_linear() if x.name in chosen)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "beside": True}
+
+    def variant(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig` that make this relative what it is."""
+        return {}
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type=self.task_type(task),
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets(shape_of(model.config.to_dict())),
+            bias="none",
+            **self.variant(),
+        )

@@ -1,0 +1,45 @@
+"""Finding one's way in a transformers model, whether it carries a language-modelling head or not. No torch needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def backbone(model: torch.nn.Module) -> torch.nn.Module:
+    """The stack without its head: `model.model` of a causal LM, the model itself when it was loaded without a head."""
+    return model.base_model
+
+
+def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks, first to last."""
+    body = backbone(model)
+    return body.layers if hasattr(body, "layers") else body.encoder.layer
+
+
+def attention(block: torch.nn.Module) -> torch.nn.Module:
+    """The module of a block that is called with `past_key_values`."""
+    return block.self_attn if hasattr(block, "self_attn") else block.attention.self
+
+
+def attention_output(block: torch.nn.Module) -> torch.nn.Module:
+    """The linear layer that ends the attention sub-layer."""
+    return block.self_attn.o_proj if hasattr(block, "self_attn") else block.attention.output.dense
+
+
+def feed_forward_output(block: torch.nn.Module) -> torch.nn.Module:
+    """The linear layer that ends the feed-forward sub-layer."""
+    return block.mlp.down_proj if hasattr(block, "mlp") else block.output.dense
+
+
+def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The norm after the last block; encoders have none."""
+    return getattr(backbone(model), "norm", None)
+
+
+def parent_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last

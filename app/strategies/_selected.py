@@ -1,0 +1,54 @@
+"""Strategies that train some of the model's own parameters and leave the rest frozen. What is saved is those alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from app.shapes import Shape
+from app.strategies._base import Memory, Strategy
+from app.strategies._files import read_weights, write_adapter
+from app.strategies._model import parent_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Selected(Strategy):
+    tasks: ClassVar = ("generation", "classification", "preference")
+    merges: ClassVar = True  # it already is a plain model
+
+    @abstractmethod
+    def chosen(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that learn."""
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        # What learns are weights of the model itself: they are kept once, at 4 bytes.
+        learnt = self.trainable(shape)
+        frozen = shape.parameters() - learnt
+        return Memory(weights=frozen * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        names = set(self.chosen(model))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        return model
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        named = dict(model.named_parameters())
+        write_adapter(folder, self.describe(model), {name: named[name] for name in self.chosen(model)})
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        import torch
+
+        for name, value in read_weights(folder).items():
+            module, last = parent_of(model, name)
+            # A new parameter, not a copy into the old one, which siblings of this model may share.
+            setattr(module, last, torch.nn.Parameter(value.to(getattr(module, last)), requires_grad=False))
+        if getattr(model.config, "tie_word_embeddings", False):
+            model.tie_weights()
+        return model
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model

@@ -1,0 +1,164 @@
+"""What prompt tuning, p-tuning and prefix tuning share: learnt vectors at the first positions of every sequence.
+
+Every sequence begins with `tokens` placeholder ids, put there by whoever builds it, and whatever stands at a position
+below `tokens` is replaced by what is learnt: in the embedding, or in each layer's keys and values. Positions say where
+a sequence begins, so packed, padded and cached sequences all come out right, and nothing else needs to know.
+
+The adapter's folder is peft's own (one tensor `prompt_embeddings`), so `PeftModel.from_pretrained` loads it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from app.shapes import Shape
+from app.strategies._base import Strategy
+from app.strategies._files import read_weights, write_adapter
+from app.strategies._model import attention, backbone, blocks
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "luthier_prompt"
+
+
+class SoftPrompt(Strategy):
+    family: ClassVar = "additive"
+    tasks: ClassVar = ("generation", "preference")
+
+    tokens: int = Field(
+        20, ge=1, le=1024, description="How many vectors are learnt. Each takes a place of the context.", json_schema_extra={"basic": True}
+    )
+
+    def virtual_tokens(self) -> int:
+        return self.tokens
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if self.tokens >= shape.positions:
+            return f"The model reads {shape.positions} tokens at once; {self.tokens} learnt ones leave no room. Choose fewer."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    @abstractmethod
+    def table(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A module without inputs whose output is what is learnt, (tokens, width), as saved."""
+
+    @abstractmethod
+    def peft_config(self, model: torch.nn.Module) -> Any:
+        """The `peft.PeftConfig` under which the saved tensor loads elsewhere."""
+
+    @abstractmethod
+    def install(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
+        """Register the hooks that put the table's output into the model."""
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        model.requires_grad_(False)
+        self._hang(model, self.table(model))
+        return model
+
+    def _hang(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
+        body = backbone(model)
+        body.add_module(NAME, table.to(next(body.parameters()).device))
+        body.register_forward_pre_hook(_remember_positions, with_kwargs=True)
+        self.install(model, table)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        learnt = getattr(backbone(model), NAME)()
+        write_adapter(folder, self.peft_config(model).to_dict() | {"inference_mode": True}, {"prompt_embeddings": learnt})
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        table = make_table(read_weights(folder)["prompt_embeddings"])
+        self._hang(model, table.requires_grad_(False))
+        return model
+
+
+def task_type(model: torch.nn.Module) -> str:
+    """peft's word for the model: with or without a language-modelling head."""
+    return "CAUSAL_LM" if model.get_output_embeddings() is not None else "FEATURE_EXTRACTION"
+
+
+def make_table(start: torch.Tensor) -> torch.nn.Module:
+    """A table whose rows are learnt as they are."""
+    import torch
+
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = torch.nn.Parameter(start.detach().clone().float())
+
+        def forward(self) -> torch.Tensor:
+            return self.rows
+
+    return Table()
+
+
+def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Note the positions, (B, T), of this call's tokens where the hooks of the layers find them, and compute the table
+    once. Without `position_ids` they count from the length of what is cached."""
+    import torch
+
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
+    table = getattr(body, NAME)
+    object.__setattr__(table, "positions", positions)
+    object.__setattr__(table, "output", table())
+    return args, kwargs
+
+
+def install_in_embedding(model: torch.nn.Module, table: torch.nn.Module) -> None:
+    embedding = model.get_input_embeddings()
+    object.__setattr__(embedding, NAME, table)  # a plain attribute: the table belongs to the backbone
+    embedding.register_forward_hook(_into_embedding)
+
+
+def _into_embedding(embedding: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """(B, T, H) with the learnt vectors at the positions below their number."""
+    import torch
+
+    table = getattr(embedding, NAME)
+    learnt, positions = table.output.to(output.dtype), table.positions.expand(output.shape[0], -1)
+    here = positions < learnt.shape[0]
+    return torch.where(here[..., None], learnt[positions.clamp(max=learnt.shape[0] - 1)], output)
+
+
+def install_in_attention(model: torch.nn.Module, table: torch.nn.Module) -> None:
+    for block in blocks(model):
+        layer = attention(block)
+        object.__setattr__(layer, NAME, table)
+        layer.register_forward_pre_hook(_into_cache, with_kwargs=True)
+
+
+def _into_cache(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "past_key_values": _PrefixedCache(kwargs.get("past_key_values"), getattr(layer, NAME), layer)}
+
+
+class _PrefixedCache:
+    """Stands before the cache of one attention call and puts the learnt keys and values in."""
+
+    def __init__(self, cache: Any, table: torch.nn.Module, layer: torch.nn.Module) -> None:
+        self.cache, self.table, self.layer = cache, table, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys and values: (B, Hkv, T, D). The table's row is (layers · 2 · Hkv · D) numbers, a layer's key first."""
+        import torch
+
+        heads, width = keys.shape[1], keys.shape[3]
+        learnt = self.table.output.view(self.table.output.shape[0], -1, heads, width).to(keys.dtype)
+        positions = self.table.positions.expand(keys.shape[0], -1)
+        here = (positions < learnt.shape[0])[:, None, :, None]
+        rows = learnt[positions.clamp(max=learnt.shape[0] - 1)]  # (B, T, layers · 2, Hkv, D)
+        keys = torch.where(here, rows[:, :, 2 * layer].transpose(1, 2), keys)
+        values = torch.where(here, rows[:, :, 2 * layer + 1].transpose(1, 2), values)
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)

@@ -1,0 +1,102 @@
+"""AdaLoRA: the rank is spent where it matters, layer by layer, while training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape, shape_of
+from app.strategies._low_rank import LowRank
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AdaLora(LowRank):
+    name: Literal["adalora"] = "adalora"
+    title: ClassVar = "AdaLoRA"
+    summary: ClassVar = "LoRA that moves its rank to the layers that need it."
+    when_to_use: ClassVar = "For longer runs with a tight size limit. It needs some hundred steps to find out where rank is needed."
+    paper: ClassVar = (
+        "Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        "https://arxiv.org/abs/2303.10512",
+    )
+    place: ClassVar = 14
+    default_learning_rate: ClassVar = 1e-3
+
+    rank: int = Field(8, ge=1, le=512, description="Mean width that is left in the end.", json_schema_extra={"basic": True})
+    start_rank: int | None = Field(
+        None, ge=1, le=1024, description="Width of every correction at the start. Empty takes one and a half times the rank."
+    )
+    orthogonality: float = Field(0.5, ge=0, le=10, description="How strongly the directions of a correction are kept apart.")
+
+    def first_rank(self) -> int:
+        return self.start_rank or -(-3 * self.rank // 2)
+
+    def trainable(self, shape: Shape) -> int:
+        chosen = set(self.targets(shape))
+        r = self.first_rank()
+        return sum(r * (x.inputs + x.outputs) + r for x in shape.each_linear() if x.name in chosen)
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if self.first_rank() < self.rank:
+            return "The rank at the start is smaller than the rank in the end. Raise start_rank or leave it empty."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import AdaLoraConfig
+
+        return AdaLoraConfig(
+            task_type=self.task_type(task),
+            target_r=self.rank,
+            init_r=self.first_rank(),
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets(shape_of(model.config.to_dict())),
+            orth_reg_weight=self.orthogonality,
+            total_step=1_000_000,  # `begin` says how many there are
+            inference_mode=False,
+        )
+
+    def begin(self, model: torch.nn.Module, total_steps: int) -> None:
+        config = model.peft_config["default"]
+        config.total_step = total_steps
+        config.tinit = total_steps // 10
+        config.tfinal = max(total_steps // 5, 1)
+        config.deltaT = max(total_steps // 50, 1)
+
+    def regulariser(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """Mean over the corrections of ‖AAᵀ − I‖ and ‖BᵀB − I‖ (the paper's equation 4), times the setting's weight."""
+        import torch
+
+        terms = []
+        for name, p in model.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                gram = p @ p.T if ".lora_A." in name else p.T @ p
+                terms.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)))
+        return self.orthogonality * torch.stack(terms).mean()
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+
+    def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        import torch
+
+        allocator = model.base_model.rankallocator
+        state = {}
+        for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            state |= {f"{kind}:{name}": value for name, value in getattr(allocator, kind).items()}
+        pattern = model.peft_config["default"].rank_pattern or {}
+        return state | {f"rank:{name}": torch.tensor(kept, dtype=torch.uint8) for name, kept in pattern.items()}
+
+    def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        allocator = model.base_model.rankallocator
+        pattern: dict[str, list[bool]] = {}
+        for key, value in state.items():
+            kind, _, name = key.partition(":")
+            if kind == "rank":
+                pattern[name] = value.bool().tolist()
+            else:
+                getattr(allocator, kind)[name] = value
+        model.peft_config["default"].rank_pattern = pattern or None

@@ -1,0 +1,43 @@
+"""BitFit: only the biases learn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape
+from app.strategies._selected import Selected
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BitFit(Selected):
+    name: Literal["bitfit"] = "bitfit"
+    title: ClassVar = "BitFit"
+    family: ClassVar = "selective"
+    summary: ClassVar = "Learns only the biases, a thousandth of the model."
+    when_to_use: ClassVar = "For encoders and small labelled sets, when the result must be tiny and forget almost nothing."
+    paper: ClassVar = (
+        "Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+        "https://arxiv.org/abs/2106.10199",
+    )
+    place: ClassVar = 52
+    default_learning_rate: ClassVar = 1e-3
+
+    def trainable(self, shape: Shape) -> int:
+        linears = sum(x.outputs for x in shape.linears() if x.bias)
+        norms = shape.norms_per_layer * shape.hidden if shape.norm_bias else 0
+        return shape.layers * (linears + norms)
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if self.trainable(shape) == 0:
+            return "This model has no biases to learn. Choose layer_norm or ia3, which are as small."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "inside": True}
+
+    def chosen(self, model: torch.nn.Module) -> list[str]:
+        inside = (".layers.", ".layer.")
+        return [n for n, _ in model.named_parameters() if n.endswith(".bias") and any(part in f".{n}" for part in inside)]

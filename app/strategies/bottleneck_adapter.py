@@ -1,0 +1,99 @@
+"""Bottleneck adapters: small dense layers after the sub-layers of every block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape
+from app.strategies._model import attention_output, blocks, feed_forward_output
+from app.strategies._modules import NAME, Added
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BottleneckAdapter(Added):
+    name: Literal["bottleneck_adapter"] = "bottleneck_adapter"
+    title: ClassVar = "Bottleneck adapters"
+    summary: ClassVar = "Small dense layers slipped in after the layers of every block."
+    when_to_use: ClassVar = "When the task asks for new computation, not only for a change of weights: it can learn more than LoRA per parameter, and costs a little at every answer."
+    paper: ClassVar = ("Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP", "https://arxiv.org/abs/1902.00751")
+    place: ClassVar = 20
+    default_learning_rate: ClassVar = 5e-4
+
+    width: int = Field(
+        32, ge=1, le=8192, description="Width of the bottleneck. More learns more and costs more.", json_schema_extra={"basic": True}
+    )
+    arrangement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
+        "houlsby",
+        description="houlsby: after attention and after feed-forward. pfeiffer: after feed-forward alone (Pfeiffer et al. 2021). "
+        "parallel: beside feed-forward (He et al. 2022).",
+        json_schema_extra={"basic": True},
+    )
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="The bend between the two dense layers.")
+    scale: float = Field(1.0, gt=0, le=100, description="Strength of what the adapters add.")
+
+    def trainable(self, shape: Shape) -> int:
+        one = 2 * shape.hidden * self.width + self.width + shape.hidden
+        return shape.layers * one * (2 if self.arrangement == "houlsby" else 1)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "between": True}
+
+    def install(self, model: torch.nn.Module) -> None:
+        for block in blocks(model):
+            if self.arrangement == "parallel":
+                beside = block.mlp if hasattr(block, "mlp") else block.output
+                self._hang(beside, model)
+                if beside is getattr(block, "mlp", None):
+                    beside.register_forward_hook(_beside_mlp)
+                else:
+                    beside.register_forward_pre_hook(_beside_encoder_output)
+                continue
+            places = [feed_forward_output(block)]
+            if self.arrangement == "houlsby":
+                places.insert(0, attention_output(block))
+            for place in places:
+                self._hang(place, model)
+                place.register_forward_hook(_after)
+
+    def _hang(self, place: torch.nn.Module, model: torch.nn.Module) -> None:
+        weight = next(place.parameters())
+        place.add_module(NAME, make_bottleneck(model.config.hidden_size, self.width, self.activation, self.scale).to(weight.device))
+
+
+def make_bottleneck(hidden: int, width: int, activation: str, scale: float) -> torch.nn.Module:
+    """(…, hidden) → (…, hidden): down, bend, up. The last layer starts at zero, so the model starts as it was."""
+    import torch
+
+    class Bottleneck(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = torch.nn.Linear(hidden, width)
+            self.up = torch.nn.Linear(width, hidden)
+            torch.nn.init.zeros_(self.up.weight)
+            torch.nn.init.zeros_(self.up.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = getattr(torch.nn.functional, activation)(self.down(x.to(self.down.weight.dtype)))
+            return (scale * self.up(inner)).to(x.dtype)
+
+    return Bottleneck()
+
+
+def _after(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + module.luthier(output)
+
+
+def _beside_mlp(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + module.luthier(args[0])
+
+
+def _beside_encoder_output(module: torch.nn.Module, args: tuple) -> tuple:
+    # An encoder adds its block's input to the feed-forward output and then norms: what is added to that input is added
+    # beside the feed-forward layers.
+    inner, before = args
+    return inner, before + module.luthier(before)

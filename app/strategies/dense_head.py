@@ -1,0 +1,89 @@
+"""New dense layers on a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape
+from app.strategies._files import read_weights
+from app.strategies._model import final_norm
+from app.strategies._modules import NAME, Added
+from app.strategies.bottleneck_adapter import make_bottleneck
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DenseHead(Added):
+    """Classification: dense layers over the pooled state, then the classes. Generation: a residual block between the
+    last norm and the output layer, zero at the start, so the model starts as it was."""
+
+    name: Literal["dense_head"] = "dense_head"
+    title: ClassVar = "Dense head"
+    family: ClassVar = "partial"
+    summary: ClassVar = "New dense layers on top; the model below is not touched."
+    when_to_use: ClassVar = (
+        "For classes, when there are a few thousand labelled texts or more; for text, to shift word choice without changing what is read."
+    )
+    paper: ClassVar = (
+        "Peters et al. 2019, To Tune or Not to Tune? Adapting Pretrained Representations to Diverse Tasks",
+        "https://arxiv.org/abs/1903.05987",
+    )
+    place: ClassVar = 25
+    default_learning_rate: ClassVar = 1e-3
+
+    width: int = Field(256, ge=1, le=65_536, description="Width of the new layers.", json_schema_extra={"basic": True})
+    depth: int = Field(1, ge=1, le=8, description="How many dense layers of that width stand before the classes.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Share of the new layers' inputs dropped at random while training.")
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="The bend between the layers.")
+
+    def trainable(self, shape: Shape) -> int:
+        return 2 * shape.hidden * self.width + self.width + shape.hidden
+
+    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+        return self.head_parameters(shape, labels) if task == "classification" else self.trainable(shape)
+
+    def head_parameters(self, shape: Shape, labels: int) -> int:
+        first = shape.hidden * self.width + self.width
+        return first + (self.depth - 1) * (self.width * self.width + self.width) + self.width * labels + labels
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if task != "classification" and shape.architecture == "encoder":
+            return "An encoder writes no text. Choose a dataset with labels, or a decoder."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "head": True}
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        model.requires_grad_(False)
+        if task != "classification":
+            self.install(model)
+        return model
+
+    def install(self, model: torch.nn.Module) -> None:
+        norm = final_norm(model)
+        block = make_bottleneck(model.config.hidden_size, self.width, self.activation, scale=1.0)
+        norm.add_module(NAME, block.to(norm.weight.device))
+        norm.register_forward_hook(_after_norm)
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        # A classifier's dense layers are its head, which is saved beside the adapter: then there is nothing to hang here.
+        return super().load(model, folder) if read_weights(folder) else model
+
+    def head(self, hidden: int, labels: int) -> torch.nn.Module:
+        import torch
+
+        bend = {"gelu": torch.nn.GELU, "relu": torch.nn.ReLU, "silu": torch.nn.SiLU}[self.activation]
+        layers: list[torch.nn.Module] = []
+        for width in [hidden] + [self.width] * (self.depth - 1):
+            layers += [torch.nn.Dropout(self.dropout), torch.nn.Linear(width, self.width), bend()]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(self.width, labels))
+
+
+def _after_norm(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + module.luthier(output)

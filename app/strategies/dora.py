@@ -1,0 +1,24 @@
+"""DoRA: the length of each weight row is learnt apart from its direction, and LoRA turns the direction."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from app.shapes import Shape
+from app.strategies._low_rank import LowRank
+
+
+class Dora(LowRank):
+    name: Literal["dora"] = "dora"
+    title: ClassVar = "DoRA"
+    summary: ClassVar = "LoRA for the direction of each weight row, and one learnt length beside it."
+    when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
+    paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
+    place: ClassVar = 12
+
+    def trainable(self, shape: Shape) -> int:
+        chosen = set(self.targets(shape))
+        return super().trainable(shape) + sum(x.outputs for x in shape.each_linear() if x.name in chosen)
+
+    def variant(self) -> dict[str, Any]:
+        return {"use_dora": True}

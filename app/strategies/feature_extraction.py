@@ -1,0 +1,77 @@
+"""Frozen features: the model reads, a small classifier decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape
+from app.strategies._base import Strategy
+from app.strategies._files import write_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FeatureExtraction(Strategy):
+    """One vector per text, computed once and kept; then logistic regression or a small dense network on the vectors.
+    The recipe stands in `worker/features.py`."""
+
+    name: Literal["feature_extraction"] = "feature_extraction"
+    title: ClassVar = "Frozen features"
+    family: ClassVar = "feature"
+    tasks: ClassVar = ("classification",)
+    summary: ClassVar = "The model is frozen and turns each text into a vector; a small classifier learns on those."
+    when_to_use: ClassVar = (
+        "The first thing to try for classes: minutes on a laptop, nothing is forgotten, and hard to beat with few examples."
+    )
+    paper: ClassVar = (
+        "Peters et al. 2019, To Tune or Not to Tune? Adapting Pretrained Representations to Diverse Tasks",
+        "https://arxiv.org/abs/1903.05987",
+    )
+    place: ClassVar = 5
+    recipe: ClassVar = "features"
+    default_learning_rate: ClassVar = 1e-3
+
+    classifier: Literal["logistic", "dense"] = Field(
+        "logistic",
+        description="logistic: logistic regression, its strength chosen by cross-validation. dense: one hidden layer.",
+        json_schema_extra={"basic": True},
+    )
+    pooling: Literal["auto", "mean", "last", "first"] = Field(
+        "auto", description="Which states make the vector. auto: the mean for encoders, the last token for decoders."
+    )
+    regularisation: float | None = Field(
+        None, gt=0, le=1e6, description="Inverse strength C of logistic regression. Empty chooses it by cross-validation."
+    )
+    width: int = Field(256, ge=1, le=8192, description="Width of the hidden layer of a dense classifier.")
+
+    def trainable(self, shape: Shape) -> int:
+        return 0
+
+    def head_parameters(self, shape: Shape, labels: int) -> int:
+        if self.classifier == "logistic":
+            return shape.hidden * labels + labels
+        return shape.hidden * self.width + self.width + self.width * labels + labels
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "head": True}
+
+    def attach(self, model: torch.nn.Module, *, task: str = "classification", labels: int = 0) -> torch.nn.Module:
+        return model.requires_grad_(False)
+
+    def head(self, hidden: int, labels: int) -> torch.nn.Module:
+        import torch
+
+        if self.classifier == "logistic":
+            return torch.nn.Linear(hidden, labels)
+        return torch.nn.Sequential(torch.nn.Linear(hidden, self.width), torch.nn.GELU(), torch.nn.Linear(self.width, labels))
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        write_adapter(folder, self.describe(model), {})
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        return model

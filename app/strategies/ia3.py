@@ -1,0 +1,48 @@
+"""(IA)³: learnt factors on keys, values and the feed-forward layer's inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape, shape_of
+from app.strategies._peft import PeftStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ia3(PeftStrategy):
+    name: Literal["ia3"] = "ia3"
+    title: ClassVar = "(IA)³"
+    family: ClassVar = "additive"
+    tasks: ClassVar = ("generation", "classification", "preference")
+    summary: ClassVar = "Learns to turn single features up or down, a few thousand numbers in all."
+    when_to_use: ClassVar = "With tens of examples: so little can be learnt that it hardly overfits."
+    paper: ClassVar = (
+        "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+        "https://arxiv.org/abs/2205.05638",
+    )
+    place: ClassVar = 50
+    merges: ClassVar = True
+    default_learning_rate: ClassVar = 5e-3
+
+    def trainable(self, shape: Shape) -> int:
+        key_value, down = self._targets(shape)
+        return sum(x.inputs if x.name == down else x.outputs for x in shape.each_linear() if x.name in (*key_value, down))
+
+    def _targets(self, shape: Shape) -> tuple[tuple[str, str], str]:
+        return (("key", "value"), "output.dense") if shape.architecture == "encoder" else (("k_proj", "v_proj"), "down_proj")
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "inside": True}
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import IA3Config
+
+        shape = shape_of(model.config.to_dict())
+        key_value, down = self._targets(shape)
+        # An encoder's attention ends in a layer whose name ends alike; a pattern over the whole name leaves it out.
+        pattern = rf".*layer\.\d+\.(attention\.self\.(key|value)|{down})" if shape.architecture == "encoder" else None
+        feed_forward = rf".*layer\.\d+\.{down}" if pattern else [down]
+        return IA3Config(task_type=self.task_type(task), target_modules=pattern or [*key_value, down], feedforward_modules=feed_forward)

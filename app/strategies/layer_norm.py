@@ -1,0 +1,35 @@
+"""LayerNorm tuning: only the norms learn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape
+from app.strategies._selected import Selected
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LayerNorm(Selected):
+    name: Literal["layer_norm"] = "layer_norm"
+    title: ClassVar = "LayerNorm tuning"
+    family: ClassVar = "selective"
+    summary: ClassVar = "Learns only the norms between the layers: how strongly each feature speaks."
+    when_to_use: ClassVar = "When a change of tone or format is enough and the result must be a few hundred kilobytes."
+    paper: ClassVar = (
+        "Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
+        "https://arxiv.org/abs/2312.11420",
+    )
+    place: ClassVar = 51
+    default_learning_rate: ClassVar = 3e-3
+
+    def trainable(self, shape: Shape) -> int:
+        return shape.norm_parameters()
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "inside": True}
+
+    def chosen(self, model: torch.nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters() if "norm" in name.rsplit(".", 2)[-2].lower()]

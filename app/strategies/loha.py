@@ -1,0 +1,38 @@
+"""LoHa: the correction is the element-wise product of two low-rank products, so a small rank reaches a large one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape, shape_of
+from app.strategies._low_rank import LowRank
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LoHa(LowRank):
+    name: Literal["loha"] = "loha"
+    title: ClassVar = "LoHa"
+    summary: ClassVar = "A correction made of two small ones multiplied: more expressive at the same rank."
+    when_to_use: ClassVar = "When LoRA at a small rank learns too little and the file must stay small. It is slower: the whole correction is built at every step."
+    paper: ClassVar = (
+        "Hyeon-Woo et al. 2021, FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
+        "https://arxiv.org/abs/2108.06098",
+    )
+    place: ClassVar = 15
+    default_learning_rate: ClassVar = 1e-3
+
+    def trainable(self, shape: Shape) -> int:
+        return 2 * super().trainable(shape)
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import LoHaConfig
+
+        return LoHaConfig(
+            task_type=self.task_type(task),
+            r=self.rank,
+            alpha=self.alpha,
+            rank_dropout=self.dropout,
+            target_modules=self.targets(shape_of(model.config.to_dict())),
+        )

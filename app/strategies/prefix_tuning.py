@@ -1,0 +1,59 @@
+"""Prefix tuning: learnt keys and values before every layer's input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from app.shapes import Shape, shape_of
+from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PrefixTuning(SoftPrompt):
+    name: Literal["prefix_tuning"] = "prefix_tuning"
+    title: ClassVar = "Prefix tuning"
+    summary: ClassVar = "Learns a few vectors placed before every layer's input."
+    when_to_use: ClassVar = (
+        "For a change of style or format that must be switched on and off at will. Stronger than prompt tuning, still small."
+    )
+    paper: ClassVar = ("Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation", "https://arxiv.org/abs/2101.00190")
+    place: ClassVar = 21
+    default_learning_rate: ClassVar = 1e-2
+
+    def trainable(self, shape: Shape) -> int:
+        return self.tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if shape.architecture == "encoder":
+            return "An encoder keeps no keys and values to put a prefix before. Choose prompt_tuning, which works on its input."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "before": True}
+
+    def table(self, model: torch.nn.Module) -> torch.nn.Module:
+        import torch
+
+        shape = shape_of(model.config.to_dict())
+        return make_table(torch.randn(self.tokens, shape.layers * 2 * shape.kv_heads * shape.head_dim) * 0.02)
+
+    def install(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
+        install_in_attention(model, table)
+
+    def peft_config(self, model: torch.nn.Module) -> Any:
+        from peft import PrefixTuningConfig
+
+        shape = shape_of(model.config.to_dict())
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.tokens,
+            token_dim=shape.kv_heads * shape.head_dim,
+            num_transformer_submodules=1,
+            num_attention_heads=shape.kv_heads,
+            num_layers=shape.layers,
+            encoder_hidden_size=shape.hidden,
+            prefix_projection=False,
+        )

@@ -1,0 +1,32 @@
+"""QLoRA: LoRA on a base whose weights are kept in 4 bits."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from app.shapes import Shape
+from app.strategies._base import Memory
+from app.strategies._low_rank import LowRank
+
+
+class QLora(LowRank):
+    name: Literal["qlora"] = "qlora"
+    title: ClassVar = "QLoRA"
+    summary: ClassVar = "LoRA on a base squeezed into 4 bits: a quarter of the memory for weights."
+    when_to_use: ClassVar = "When the model does not fit the GPU otherwise. Slower than LoRA, and nearly as good."
+    paper: ClassVar = ("Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs", "https://arxiv.org/abs/2305.14314")
+    place: ClassVar = 19
+    base_bits: ClassVar = 4
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        """4-bit NormalFloat takes half a byte a weight, and its doubly quantised block constants 0.127 bit more
+        (the paper, section 3); embeddings, norms and head stay at `weight_bytes`."""
+        learnt = self.trainable(shape)
+        squeezed = shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
+        weights = squeezed * 4.127 / 8 + (shape.parameters() - squeezed) * weight_bytes + learnt * 4
+        return Memory(weights=int(weights), gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if not cuda:
+            return "A 4-bit base needs an NVIDIA GPU, and this machine shows none. Choose lora, which needs no GPU."
+        return super().unavailable(shape, task=task, cuda=cuda)

@@ -1,0 +1,27 @@
+"""Rank-stabilized LoRA: the correction is scaled by alpha / √rank, so that a large rank goes on helping."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.strategies._low_rank import LowRank
+
+
+class RankStabilizedLora(LowRank):
+    name: Literal["rslora"] = "rslora"
+    title: ClassVar = "Rank-stabilized LoRA"
+    summary: ClassVar = "LoRA whose strength does not fade as its rank grows."
+    when_to_use: ClassVar = "When you have much data and want a rank of 32 or more: plain LoRA learns ever more slowly there."
+    paper: ClassVar = (
+        "Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+        "https://arxiv.org/abs/2312.03732",
+    )
+    place: ClassVar = 11
+
+    rank: int = Field(32, ge=1, le=1024, description="Width of the correction; here large ranks pay.", json_schema_extra={"basic": True})
+    alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / √rank.")
+
+    def variant(self) -> dict[str, Any]:
+        return {"use_rslora": True}

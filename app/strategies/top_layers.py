@@ -1,0 +1,65 @@
+"""Top layers: the last blocks are re-trained, the rest is frozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape
+from app.strategies._model import blocks, final_norm
+from app.strategies._selected import Selected
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TopLayers(Selected):
+    name: Literal["top_layers"] = "top_layers"
+    title: ClassVar = "Top layers"
+    family: ClassVar = "partial"
+    summary: ClassVar = "Re-trains the last blocks, leaves the rest."
+    when_to_use: ClassVar = (
+        "When the model already understands the text and must learn what to do with it. No gradient flows through the "
+        "frozen blocks below, so it is quick and light."
+    )
+    forgets: ClassVar = "some"
+    paper: ClassVar = (
+        "Howard and Ruder 2018, Universal Language Model Fine-tuning for Text Classification",
+        "https://arxiv.org/abs/1801.06146",
+    )
+    place: ClassVar = 30
+    default_learning_rate: ClassVar = 1e-4
+
+    layers: int = Field(2, ge=1, le=1000, description="How many of the last blocks learn.", json_schema_extra={"basic": True})
+    norm: bool = Field(True, description="The norm after the last block learns too.")
+    output_layer: bool = Field(
+        False, description="The output layer learns too. Where it shares its weights with the input embedding, both change."
+    )
+
+    def trainable(self, shape: Shape) -> int:
+        own = min(self.layers, shape.layers) * shape.layer_parameters()
+        decoder = shape.architecture == "decoder"
+        norm = shape.hidden * (2 if shape.norm_bias else 1) if self.norm and decoder else 0
+        return own + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
+
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if self.layers > shape.layers:
+            return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
+        if self.output_layer and task == "classification":
+            return "A classifier has an output layer of its own, which always learns. Turn the setting `output_layer` off."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["trained"] * 2 + ["frozen"] * 4}
+
+    def chosen(self, model: torch.nn.Module) -> list[str]:
+        learning = [p for block in list(blocks(model))[-self.layers :] for p in block.parameters()]
+        norm = final_norm(model)
+        if self.norm and norm is not None:
+            learning += norm.parameters()
+        if self.output_layer:
+            learning.append(model.get_output_embeddings().weight)
+        wanted = {id(parameter) for parameter in learning}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]

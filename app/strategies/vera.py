@@ -1,0 +1,57 @@
+"""VeRA: one pair of random matrices for all layers, frozen; each layer learns two vectors that scale them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape, shape_of
+from app.strategies._base import Memory
+from app.strategies._low_rank import LayerChoice, linear_names
+from app.strategies._peft import PeftStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Vera(PeftStrategy):
+    name: Literal["vera"] = "vera"
+    title: ClassVar = "VeRA"
+    family: ClassVar = "reparametrized"
+    tasks: ClassVar = ("generation", "classification", "preference")
+    summary: ClassVar = "Random matrices shared by all layers; each layer learns only how to scale them."
+    when_to_use: ClassVar = "When hundreds of tuned models must be kept: each is ten times smaller than a LoRA."
+    paper: ClassVar = ("Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation", "https://arxiv.org/abs/2310.11454")
+    place: ClassVar = 17
+    merges: ClassVar = True
+    default_learning_rate: ClassVar = 5e-3
+
+    rank: int = Field(128, ge=1, le=4096, description="Width of the shared random matrices.", json_schema_extra={"basic": True})
+    layers: LayerChoice = Field("all-linear", description="Which linear layers are scaled.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the inputs dropped at random while training.")
+
+    def trainable(self, shape: Shape) -> int:
+        chosen = set(linear_names(shape, self.layers))
+        return sum(self.rank + x.outputs for x in shape.each_linear() if x.name in chosen)
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
+        chosen = [x for x in shape.linears() if x.name in set(linear_names(shape, self.layers))]
+        shared = self.rank * (max(x.inputs for x in chosen) + max(x.outputs for x in chosen))
+        return plain._replace(weights=plain.weights + shared * 4)
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "inside": True, "beside": True}
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import VeraConfig
+
+        return VeraConfig(
+            task_type=self.task_type(task),
+            r=self.rank,
+            vera_dropout=self.dropout,
+            target_modules=linear_names(shape_of(model.config.to_dict()), self.layers),
+            save_projection=True,  # the file then loads on any machine, whatever its random numbers
+        )
