@@ -1,0 +1,67 @@
+"""OFT: each weight is turned, block by block, by a learnt rotation; nothing is stretched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.shapes import Shape, shape_of
+from app.strategies._low_rank import LayerChoice, linear_names
+from app.strategies._peft import PeftStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Oft(PeftStrategy):
+    name: Literal["oft"] = "oft"
+    title: ClassVar = "OFT"
+    family: ClassVar = "reparametrized"
+    tasks: ClassVar = ("generation", "classification", "preference")
+    summary: ClassVar = "Turns the weights without stretching them, so that what the model knows keeps its geometry."
+    when_to_use: ClassVar = "When forgetting is the worry. It is slower than LoRA at every step."
+    paper: ClassVar = ("Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning", "https://arxiv.org/abs/2306.07280")
+    place: ClassVar = 18
+    merges: ClassVar = True
+    default_learning_rate: ClassVar = 1e-3
+
+    block: int = Field(
+        32,
+        ge=2,
+        le=1024,
+        description="Width of the blocks that are turned. More learns more and costs more.",
+        json_schema_extra={"basic": True},
+    )
+    layers: LayerChoice = Field("all-linear", description="Which linear layers are turned.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the rotations left out at random while training.")
+
+    def trainable(self, shape: Shape) -> int:
+        chosen = set(linear_names(shape, self.layers))
+        widths = [nearest_divisor(x.inputs, self.block) for x in shape.linears() if x.name in chosen]
+        inputs = [x.inputs for x in shape.linears() if x.name in chosen]
+        return shape.layers * sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
+
+    @classmethod
+    def drawing(cls) -> dict[str, Any]:
+        return {"layers": ["frozen"] * 6, "beside": True}
+
+    def config(self, model: torch.nn.Module, *, task: str) -> Any:
+        from peft import OFTConfig
+
+        return OFTConfig(
+            task_type=self.task_type(task),
+            r=0,
+            oft_block_size=self.block,
+            module_dropout=self.dropout,
+            use_cayley_neumann=True,
+            target_modules=linear_names(shape_of(model.config.to_dict()), self.layers),
+            bias="none",
+        )
+
+
+def nearest_divisor(width: int, block: int) -> int:
+    """The divisor of `width` nearest to `block`, the smaller one of two equally near: the block that can be used."""
+    if block >= width:
+        return width
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - block), d))
