@@ -1,0 +1,186 @@
+"""How a trainer's life is started, measured and explained: its environment, its pace, and what its exit stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from app import events, manifest
+from app.errors import StudioError
+from app.settings import get_settings
+
+STOPPED = 75
+"""Exit of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "MALLOC_TOP_PAD_": str(64 * 2**20)}
+"""glibc gives each large tensor back to the kernel and takes it again, zeroed, for the next. Keeping the memory saves
+most of the page faults of training on a CPU."""
+
+_HANDED_ON = {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME"}
+_HANDED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")
+
+
+def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
+    a secret that is added later."""
+    kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
+    return kept | ALLOCATOR | {
+        "LUTHIER_DATA_DIR": str(get_settings().data_dir),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
+def is_away(error: DBAPIError) -> bool:
+    """The database cannot be reached or is going down, as opposed to refusing what was asked."""
+    return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+
+
+def kill_group(pid: int) -> None:
+    """Kill the trainer and all it started. It leads its process group, and has not been reaped."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+class Pace:
+    """How fast the trainer speaks, and so when its silence is too long: ten of its median steps, and never less than
+    `least` seconds; `first` seconds before the first step."""
+
+    def __init__(self, first: float, least: float) -> None:
+        self.first, self.least = first, least
+        self.step: int | None = None
+        self._steps: deque[float] = deque(maxlen=50)
+        self._last_step: float | None = None
+        self._heard = time.monotonic()
+
+    def note(self, event: events.TrainerEvent) -> None:
+        self._heard = time.monotonic()
+        if isinstance(event, events.Step):
+            if self._last_step is not None:
+                self._steps.append(self._heard - self._last_step)
+            self.step, self._last_step = event.step, self._heard
+        elif isinstance(event, events.Saved):
+            self.step = event.step
+
+    def patience(self) -> float:
+        if not self._steps:
+            return self.first
+        return max(self.least, 10 * statistics.median(list(self._steps)))
+
+    def silent_too_long(self) -> bool:
+        return time.monotonic() - self._heard > self.patience()
+
+
+class Memory:
+    """How often the kernel has killed for want of memory in our control group. Only a rise says anything."""
+
+    def __init__(self) -> None:
+        self._before = _oom_kills()
+
+    def killed_since(self) -> bool:
+        return _oom_kills() > self._before
+
+
+def _oom_kills() -> int:
+    """`oom_kill` of our control group and of every group above it, versions 1 and 2."""
+    kills = 0
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            kills += _highest(Path("/sys/fs/cgroup"), path, "memory.events")
+        elif "memory" in controllers.split(","):
+            kills += _highest(Path("/sys/fs/cgroup/memory"), path, "memory.oom_control")
+    return kills
+
+
+def _highest(root: Path, path: str, name: str) -> int:
+    here = root / path.strip("/")
+    most = 0
+    for folder in (here, *here.parents):
+        for line in _read(folder / name).splitlines():
+            word, _, count = line.partition(" ")
+            if word == "oom_kill":
+                most = max(most, int(count))
+        if folder == root:
+            break
+    return most
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def tail(path: Path, most: int = 4000) -> str:
+    """The end of a log, in whole lines."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return text if size <= most else text.partition("\n")[2]
+
+
+def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
+    """What an exit without a last word stands for. `code` is negative for a signal; `said` is the end of its log."""
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    if number == signal.SIGKILL and kernel_killed:
+        return _out_of_memory("The kernel killed the trainer because the machine ran out of memory.")
+    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        return events.Failed(kind="worker_lost", message=f"The trainer was killed by {signal.Signals(number).name}.")
+    quoted = f" It said last:\n{_last_words(said)}" if said.strip() else ""
+    if "CUDA out of memory" in said or "OutOfMemoryError" in said:
+        way_out = "Use fewer tokens per step with more accumulation, shorter rows, or gradient checkpointing."
+        return events.Failed(kind="cuda_out_of_memory", message=f"The GPU ran out of memory.{quoted}", way_out=way_out)
+    if "No space left on device" in said:
+        return of_os_error(OSError(errno.ENOSPC, "No space left on device"))
+    if "MemoryError" in said or "Cannot allocate memory" in said or "can't allocate memory" in said:
+        return _out_of_memory(f"The trainer ran out of memory.{quoted}")
+    how = f"by {signal.Signals(number).name}" if number in signal.valid_signals() else f"with exit code {code}"
+    return events.Failed(
+        kind="crashed", message=f"The trainer ended {how}.{quoted}", way_out="Look at its log; if you see no reason, report it."
+    )
+
+
+def _out_of_memory(message: str) -> events.Failed:
+    way_out = "Use fewer tokens per step, shorter rows or a smaller model, or run fewer workers at a time."
+    return events.Failed(kind="out_of_memory", message=message, way_out=way_out)
+
+
+def of_os_error(error: OSError) -> events.Failed:
+    """Our own failure to start an attempt or keep its files."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        way_out = "Free some space; the job goes on by itself from its newest checkpoint."
+        return events.Failed(kind="disk_full", message="The disk of the data folder is full.", way_out=way_out)
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return _out_of_memory(f"The trainer could not be started: {error.strerror}.")
+    return events.Failed(kind="crashed", message=f"The trainer could not be started: {error}.", way_out="Look at the worker's log.")
+
+
+def _last_words(said: str, lines: int = 12) -> str:
+    return "\n".join(said.strip().splitlines()[-lines:])
+
+
+def check_result(folder: Path) -> events.Failed | None:
+    """None when the result's folder is whole. A trainer that says it finished is believed only with its manifest."""
+    try:
+        manifest.verify(folder)
+    except (StudioError, OSError) as error:
+        return events.Failed(
+            kind="crashed", message=f"The trainer finished, but its result is not whole: {error}", way_out="Resume the job."
+        )
+    return None

@@ -1,0 +1,64 @@
+"""The Celery worker: `celery -A worker.main worker -Q train --pool=prefork -c 1`, or the queues data and generate.
+
+The train worker's processes never import torch: each attempt trains in a process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import sys
+from typing import Any
+
+from celery import signals
+
+from app import workers
+from app.db import get_engine
+from app.queue import celery, get_redis
+from app.settings import get_settings
+from worker import tasks
+from worker.supervise import die_with_parent
+
+app = celery
+
+_leaving = mmap.mmap(-1, 1)
+"""One byte shared with the pool's processes, which are forked after this line: 1 when the worker was asked to leave.
+Celery tells only its main process, and waits for running tasks; the byte lets a supervisor stop its trainer, which
+saves, instead of being waited for."""
+
+_main = os.getpid()
+
+
+def going_down() -> bool:
+    return _leaving[0] == 1
+
+
+tasks.going_down = going_down
+
+
+@signals.worker_shutting_down.connect
+def _leave(**_: Any) -> None:
+    _leaving[0] = 1
+
+
+@signals.setup_logging.connect
+def _log(**_: Any) -> None:
+    logging.basicConfig(
+        level=get_settings().log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True
+    )
+
+
+@signals.worker_process_init.connect
+def _begin_process(**_: Any) -> None:
+    """A forked process shares no connection with its parent, and dies with it: the parent's fence goes with it."""
+    get_engine.cache_clear()
+    get_redis.cache_clear()
+    die_with_parent(_main)()
+
+
+@signals.worker_ready.connect
+def _say_alive(sender: Any = None, **_: Any) -> None:
+    """Every queue this worker reads is said to be served."""
+    for queue in sender.app.amqp.queues.consume_from if sender is not None else ():
+        workers.keep_saying(queue)

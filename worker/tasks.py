@@ -1,0 +1,45 @@
+"""The bodies of the Celery tasks, thin: each takes one id and hands it to who knows what to do."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from app.queue import FETCH, GENERATE, READ, TRAIN, celery
+
+
+def _never() -> bool:
+    return False
+
+
+going_down: Callable[[], bool] = _never
+"""Whether this worker was asked to leave; `worker.main` puts its own here."""
+
+
+@celery.task(name=TRAIN)
+def train(key: str) -> None:
+    from worker.supervise import work
+
+    work(uuid.UUID(key), lambda: going_down())
+
+
+@celery.task(name=READ)
+def read(key: str) -> None:
+    from app import datasets
+
+    datasets.read(uuid.UUID(key))
+
+
+@celery.task(name=FETCH)
+def fetch(key: str) -> None:
+    from app import models
+
+    models.fetch(uuid.UUID(key))
+
+
+@celery.task(name=GENERATE)
+def generate(request: dict[str, Any]) -> None:
+    from worker import generate as engine
+
+    engine.generate(request)
