@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app import db
@@ -32,6 +33,9 @@ ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", GENERA
 
 PREFIX = "luthier:"
 """All our keys and channels begin with this."""
+
+OUTBOX_CHANNEL = "luthier_outbox"
+"""The PostgreSQL channel on which the relay is woken."""
 
 
 def broker_url(redis_url: str) -> str:
@@ -89,8 +93,13 @@ def channel(kind: str, key: uuid.UUID) -> str:
 
 
 def put_in_outbox(session: Session, task: str, key: uuid.UUID) -> None:
-    """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once."""
+    """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once.
+
+    PostgreSQL delivers the NOTIFY when the transaction is in, so the relay need not wait for its next look.
+    """
     session.add(Outbox(task=task, key=key))
+    with session.no_autoflush:
+        session.execute(text(f"NOTIFY {OUTBOX_CHANNEL}"))
 
 
 @functools.lru_cache(maxsize=4)

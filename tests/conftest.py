@@ -135,6 +135,8 @@ def forget_settings() -> None:
             old.dispose() if hasattr(old, "dispose") else old.close()
         cached.cache_clear()
     settings.get_settings.cache_clear()
+    if "app.accounts" in sys.modules:
+        sys.modules["app.accounts"].secret.cache_clear()
 
 
 @pytest.fixture

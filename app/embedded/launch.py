@@ -6,8 +6,8 @@ SIGNAL is sent to the program when the parent dies. IDENTITY says as whom it run
 
     self        as whoever starts it
     UID:GID     as that user, for a database started by root
-    namespace   in a user namespace where the caller's uid has the number 1000, so that a program which refuses to run
-                as root runs, while every file keeps the owner it has
+    namespace:UID   in a user namespace where the caller's own uid has that number, so that a program which refuses to
+                run as root runs, while every file keeps the owner it has; UID must be one that /etc/passwd names
 
 A small script instead of `preexec_fn`, because the latter runs Python between fork and exec, where a lock held by
 another thread would never be released. The order matters: the kernel forgets the death signal when a process changes
@@ -22,11 +22,11 @@ PR_SET_PDEATHSIG = 1
 CLONE_NEWUSER = 0x10000000
 
 
-def enter_namespace(libc: ctypes.CDLL) -> None:
+def enter_namespace(libc: ctypes.CDLL, inside: int) -> None:
     uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWUSER) != 0:
         raise OSError(ctypes.get_errno(), "this kernel or container does not allow user namespaces")
-    for name, content in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+    for name, content in (("setgroups", "deny"), ("uid_map", f"{inside} {uid} 1"), ("gid_map", f"{inside} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(content)
 
@@ -34,8 +34,8 @@ def enter_namespace(libc: ctypes.CDLL) -> None:
 def main(arguments: list[str]) -> None:
     parent, signal, identity, *command = arguments
     libc = ctypes.CDLL(None, use_errno=True)
-    if identity == "namespace":
-        enter_namespace(libc)
+    if identity.startswith("namespace:"):
+        enter_namespace(libc, int(identity.partition(":")[2]))
     elif identity != "self":
         uid, _, gid = identity.partition(":")
         os.setgroups([])

@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def socket_folder(data_dir: Path, name: str, owner: tuple[int, int] | None = Non
     folder = data_dir / "run" / name
     if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) > LONGEST_SOCKET_PATH_BYTES:
         digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
-        folder = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp") / f"luthier-{os.geteuid()}-{digest}-{name}"  # noqa: S108
+        folder = Path("/tmp") / f"luthier-{os.geteuid()}-{digest}-{name}"  # noqa: S108
         refuse_strangers(folder, owner)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ class Postgres:
         self.bin = binaries()
         self.identity = self.choose_identity()
         uid, _, gid = self.identity.partition(":")
-        self.owner = (int(uid), int(gid)) if gid else None
+        self.owner = (int(uid), int(gid)) if uid.isdigit() else None
         self.sockets = socket_folder(self.data_dir, "postgres", self.owner)
 
     @property
@@ -160,7 +160,8 @@ class Postgres:
         if made_by is not None and made_by != 0:
             return f"{made_by}:{self.folder.stat().st_gid}"
         nobody = pwd.getpwnam("nobody")
-        candidates = ["namespace"] if made_by == 0 else [f"{nobody.pw_uid}:{nobody.pw_gid}", "namespace"]
+        namespace = f"namespace:{nobody.pw_uid}"
+        candidates = [namespace] if made_by == 0 else [f"{nobody.pw_uid}:{nobody.pw_gid}", namespace]
         for identity in candidates:
             if self.can_run_as(identity):
                 return identity

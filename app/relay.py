@@ -1,0 +1,145 @@
+"""Send what the outbox holds, and find what was lost: `python -m app.relay`.
+
+The relay reads messages that a committed transaction left in `outbox`, sends each to its queue and marks it sent, in
+one transaction of its own: a crash between the two sends twice, never zero times. It is woken by NOTIFY and looks every
+half second anyway. The reaper's round is done by the same process, because it is short and both must always run.
+
+Several relays may run at once: `FOR UPDATE SKIP LOCKED` deals the messages out among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import psycopg
+import redis
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import func, select, update
+from sqlalchemy import text as sql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from app import queue, workers
+from app.db import transaction
+from app.settings import get_settings
+from app.tables import Outbox
+
+log = logging.getLogger("luthier.relay")
+
+BATCH = 200
+LOOK_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 5.0
+
+
+def send_batch(session: Session) -> int:
+    """Send up to 200 waiting messages, oldest first. Returns how many were sent.
+
+    A broker that is away raises before anything is marked, so the whole batch stays as it was.
+    """
+    waiting = select(Outbox).where(Outbox.sent_at.is_(None)).order_by(Outbox.id).limit(BATCH).with_for_update(skip_locked=True)
+    messages = session.scalars(waiting).all()
+    if not messages:
+        return 0
+    with queue.celery.producer_or_acquire() as producer:
+        for message in messages:
+            queue.celery.send_task(message.task, args=[str(message.key)], producer=producer, retry=False)
+    sent = update(Outbox).where(Outbox.id.in_([message.id for message in messages])).values(sent_at=func.clock_timestamp())
+    session.execute(sent.execution_options(synchronize_session=False))
+    return len(messages)
+
+
+def database_is_settled(session: Session) -> bool:
+    """Whether the database has been up for one whole lease.
+
+    While it was away nobody could beat, so just after a restart every running job looks dead; each gets the time to
+    beat once before the reaper judges.
+    """
+    age = session.scalar(sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"))
+    return float(age or 0.0) > get_settings().lease_seconds
+
+
+def reap(session: Session) -> None:
+    """One round over everything that has a lease."""
+    from app import datasets, jobs, models
+
+    if not database_is_settled(session):
+        return
+    for service in (jobs, datasets, models):
+        found = service.reap(session)
+        if found and (not isinstance(found, dict) or any(found.values())):
+            log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)
+
+
+class Waker:
+    """A connection that listens for NOTIFY. When it breaks, the next wait opens another."""
+
+    def __init__(self) -> None:
+        self.connection: psycopg.Connection | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until an order arrives, at most `seconds`."""
+        try:
+            if self.connection is None:
+                self.connection = psycopg.connect(
+                    str(get_settings().database_url).replace("+psycopg", ""), autocommit=True, connect_timeout=5
+                )
+                self.connection.execute(f"LISTEN {queue.OUTBOX_CHANNEL}")
+                return  # what was ordered before we listened is looked for now
+            for _ in self.connection.notifies(timeout=seconds, stop_after=1):
+                pass
+        except psycopg.Error:
+            self.close()
+            time.sleep(seconds)
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+def relay(stop: Callable[[], bool]) -> None:
+    """The loop: send, reap when it is time, sleep. An error of a server that is away is logged and waited out."""
+    settings, waker = get_settings(), Waker()
+    next_reap, failures = time.monotonic(), 0
+    while not stop():
+        try:
+            with transaction() as session:
+                sent = send_batch(session)
+            if time.monotonic() >= next_reap:
+                next_reap = time.monotonic() + settings.reap_seconds
+                with transaction() as session:
+                    reap(session)
+            failures = 0
+            if not sent:
+                waker.wait(LOOK_SECONDS)
+        except (DBAPIError, BrokerError, redis.RedisError, OSError) as error:
+            failures += 1
+            pause = min(LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
+            log.warning("a server is away, trying again in %.1f s: %s", pause, str(error).splitlines()[0])
+            wait_out(pause, stop)
+    waker.close()
+
+
+def wait_out(seconds: float, stop: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stop():
+        time.sleep(0.1)
+
+
+def main() -> None:
+    logging.basicConfig(level=get_settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asked = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: asked.set())
+    talking = workers.keep_saying("relay")
+    log.info("relaying")
+    relay(asked.is_set)
+    talking.set()
+
+
+if __name__ == "__main__":
+    main()
