@@ -1,0 +1,97 @@
+"""Forgetting: what a tuned model lost on general text that its base had, and whether that is more than noise.
+
+Both models are scored on the same probe (`worker/probe/general.yaml`), text by text, in bits per byte. The change is
+relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts
+(Efron 1979; Koehn 2004 for the paired form), so a change that hangs on a few texts is not called forgetting.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel
+
+Verdict = Literal["gained", "within noise", "forgot a little", "forgot some", "forgot much"]
+RESAMPLES = 2000
+LITTLE, SOME = 0.02, 0.10
+"""Relative changes up to which forgetting is called little, and some."""
+
+
+class TextScore(NamedTuple):
+    """One text of the probe: its skill, its loss in nats, and its size in bytes."""
+
+    skill: str
+    nats: float
+    bytes: int
+
+
+class SkillChange(BaseModel):
+    """Bits per byte of one skill before and after, and the relative change with its 95 % interval."""
+
+    before: float
+    after: float
+    change: float
+    interval: tuple[float, float]
+
+
+class Forgetting(SkillChange):
+    """The whole probe, and each skill apart."""
+
+    verdict: Verdict
+    sentence: str
+    skills: dict[str, SkillChange]
+
+
+def bits_per_byte(scores: Sequence[TextScore]) -> float:
+    return sum(s.nats for s in scores) / math.log(2) / sum(s.bytes for s in scores)
+
+
+def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: int = 0) -> Forgetting:
+    """What changed between two scores of the same texts in the same order. Raises ValueError when they are not."""
+    if [(s.skill, s.bytes) for s in before] != [(s.skill, s.bytes) for s in after] or not before:
+        raise ValueError("The two scores are not of the same texts.")
+    whole = _change(before, after, seed)
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, score in enumerate(before):
+        places[score.skill].append(place)
+    skills = {skill: _change([before[i] for i in at], [after[i] for i in at], seed) for skill, at in places.items()}
+    verdict = judge(whole.change, whole.interval)
+    return Forgetting(**whole.model_dump(), verdict=verdict, sentence=_sentence(verdict, whole.change, skills), skills=skills)
+
+
+def judge(change: float, interval: tuple[float, float]) -> Verdict:
+    """A change whose interval holds zero is noise, however large."""
+    low, high = interval
+    if not math.isfinite(change):
+        return "forgot much"
+    if low <= 0 <= high:
+        return "within noise"
+    if change < 0:
+        return "gained"
+    return "forgot a little" if change <= LITTLE else "forgot some" if change <= SOME else "forgot much"
+
+
+def _change(before: Sequence[TextScore], after: Sequence[TextScore], seed: int) -> SkillChange:
+    old, new = bits_per_byte(before), bits_per_byte(after)
+    draw = random.Random(seed)
+    pairs = [(b.nats, a.nats) for b, a in zip(before, after, strict=True)]
+    ratios = []
+    for _ in range(RESAMPLES):
+        chosen = draw.choices(pairs, k=len(pairs))
+        ratios.append(sum(a for _, a in chosen) / sum(b for b, _ in chosen) - 1)
+    ratios.sort()
+    interval = (ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1])
+    return SkillChange(before=old, after=new, change=new / old - 1, interval=interval)
+
+
+def _sentence(verdict: Verdict, change: float, skills: dict[str, SkillChange]) -> str:
+    if verdict == "within noise":
+        return "On general text the tuned model is as good as its base, as far as 72 texts can tell."
+    worst = max(skills, key=lambda name: skills[name].change)
+    if verdict == "gained":
+        return f"General text takes {-change:.1%} fewer bits than before: nothing was forgotten."
+    return f"General text takes {change:.1%} more bits than before; {worst} suffered most ({skills[worst].change:+.1%})."
