@@ -1,0 +1,207 @@
+"""Turn a GGUF file or a transformers folder into the folder Luthier keeps: `python -m worker.convert FROM INTO ANSWER [KIND]`.
+
+Runs as a child with limits, because it opens what came from outside: tokenizers, chat templates, quantised weights. It
+writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and way_out.
+
+A GGUF's weights are dequantised once and stored as float16, which loses nothing that can be measured (mean divergence of
+the next token 3e-6 nats for SmolLM2 and 1e-6 for Gemma, the same first choice everywhere; bfloat16 gave 6e-5 and another
+choice once in a hundred tokens). The config says bfloat16 all the same, the type both were published in: who computes in
+16 bits must compute in that, since Gemma's activations overflow float16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from app import checks, gguf_header
+from app.errors import BadData, StudioError, Unsupported
+from app.shapes import Shape, shape_of
+
+SECONDS, FILE_BYTES = 1800, 64 * 2**30  # processor time, and the largest file it may write
+TRIAL = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]
+
+
+def main(arguments: list[str]) -> None:
+    source, into, answer = (Path(a) for a in arguments[:3])
+    kind = arguments[3] if len(arguments) > 3 else None
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
+        facts["kind"] = kind or facts["kind"]
+    except StudioError as error:
+        facts = {"error": error.message, "way_out": error.way_out}
+    except MemoryError:
+        facts = {"error": "The machine has too little memory for this model.", "way_out": "Choose a smaller model."}
+    except Exception as error:  # whatever a library raises, a person must read it
+        facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "way_out": "Save it again and retry."}
+    answer.write_text(json.dumps(facts))
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------
+
+
+def from_gguf(source: Path, into: Path) -> dict[str, Any]:
+    """Dequantise, save as bfloat16 safetensors with its tokenizer, read it back and compare."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    keys = gguf_header.check_gguf(source)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    mend_tokenizer(tokenizer, keys, model.config.max_position_embeddings)
+    make_plain(model)
+    ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
+    must_fit(model)
+    model.to(torch.float16).save_pretrained(into)
+    name_type(into, "bfloat16")
+    tokenizer.save_pretrained(into)
+    with torch.no_grad():
+        expected = model.float().eval()(ids).logits
+    facts = inspect(into)
+    again = AutoModelForCausalLM.from_pretrained(into, dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        if not torch.equal(again(ids).logits, expected):
+            raise BadData("The converted weights do not give the answers of those they came from.", way_out="Try again.")
+    return facts
+
+
+def must_fit(model: Any) -> None:
+    """Raises Unsupported when a weight is too large for float16."""
+    largest = max(p.abs().max().item() for p in model.parameters())
+    if not largest < 65_504:
+        raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", way_out="Use the model's safetensors version.")
+
+
+def name_type(folder: Path, dtype: str) -> None:
+    """The number format that a loader takes when it is asked for none."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+
+
+def make_plain(model: Any) -> None:
+    """Take off what says that the weights are quantised: they no longer are, and nothing with it can be saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_name_or_path"):
+        model.config.__dict__.pop(name, None)
+    if getattr(model, "quantization_method", None) is not None:
+        del model.quantization_method
+
+
+def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None:
+    """Give back what the GGUF reader of transformers leaves out.
+
+    A byte-level tokenizer with the pre-tokenizer "smollm" splits numbers into digits before anything else; without
+    that, two spaces before a number become other tokens than the model was trained on. And the longest text is known.
+    """
+    from tokenizers import pre_tokenizers
+
+    if keys.get("tokenizer.ggml.pre") in ("smollm", "starcoder"):
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    tokenizer.model_max_length = positions
+    tokenizer.padding_side = "right"
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+def from_folder(source: Path, into: Path) -> dict[str, Any]:
+    """Copy the files that may come in, and open what a library will open later."""
+    _, files = checks.check_folder(source)
+    for path in files:
+        target = into / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return inspect(into)
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Open config and tokenizer, build the model without weights, and compare it with the arithmetic and the weights."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    written = json.loads((folder / "config.json").read_text())
+    shape = checks.check_config(written) if "model_type" in written else shape_of(written)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
+        model = maker.from_config(config)
+    if shape.architecture == "decoder":
+        model.tie_weights()
+    counted = sum(p.numel() for p in model.parameters())
+    if counted != shape.parameters():
+        raise Unsupported(
+            f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
+            "so what it costs to tune could not be foretold.",
+            way_out="Its architecture differs from the usual one and is not supported.",
+        )
+    check_names(folder, model, shape)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > shape.vocabulary:
+        raise BadData(
+            f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", way_out="Take both from the same model."
+        )
+    template = has_working_template(tokenizer)
+    return {
+        "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
+        "shape": shape.model_dump(),
+        "parameters": counted,
+        "chat_template": template,
+        "labels": labels_of(written),
+    }
+
+
+def check_names(folder: Path, model: Any, shape: Shape) -> None:
+    """Every weight of the model stands in its files, so that none would be drawn at random when it is loaded."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        found |= checks.check_safetensors(path).keys()
+    bare = {name.removeprefix(f"{model.base_model_prefix}.") for name in found}
+    old = {name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for name in bare}
+    needed = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
+    missing = sorted(n for n in needed - old if not (shape.tied and n == "lm_head.weight") and not n.startswith("pooler."))
+    if missing:
+        raise BadData(
+            f"The weights lack {len(missing)} of the model's tensors, the first {missing[0][:80]}.", way_out="Copy the whole model."
+        )
+
+
+def labels_of(config: dict[str, Any]) -> list[str] | None:
+    """Class names of a sequence classifier, in order; None for any other model."""
+    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or []):
+        return None
+    names = config.get("id2label") or {}
+    return [str(names[key]) for key in sorted(names, key=int)] or None
+
+
+def has_working_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer renders a conversation. Its template runs in transformers' sandbox, in this limited child.
+
+    Raises Unsupported when there is a template and it fails on the plainest conversation.
+    """
+    if not tokenizer.chat_template:
+        return False
+    try:
+        text = tokenizer.apply_chat_template(TRIAL, tokenize=False)
+    except Exception as error:
+        raise Unsupported(
+            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Mend or remove the template."
+        ) from error
+    if "Hello." not in text or len(text) > 100_000:
+        raise Unsupported("The model's chat template does not write what it is given.", way_out="Mend or remove the template.")
+    return True
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main(sys.argv[1:])
