@@ -60,7 +60,7 @@ def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: in
         places[score.skill].append(place)
     skills = {skill: _change([before[i] for i in at], [after[i] for i in at], seed) for skill, at in places.items()}
     verdict = judge(whole.change, whole.interval)
-    return Forgetting(**whole.model_dump(), verdict=verdict, sentence=_sentence(verdict, whole.change, skills), skills=skills)
+    return Forgetting(**whole.model_dump(), verdict=verdict, sentence=_sentence(verdict, whole.change, skills, len(before)), skills=skills)
 
 
 def judge(change: float, interval: tuple[float, float]) -> Verdict:
@@ -88,9 +88,9 @@ def _change(before: Sequence[TextScore], after: Sequence[TextScore], seed: int) 
     return SkillChange(before=old, after=new, change=new / old - 1, interval=interval)
 
 
-def _sentence(verdict: Verdict, change: float, skills: dict[str, SkillChange]) -> str:
+def _sentence(verdict: Verdict, change: float, skills: dict[str, SkillChange], texts: int) -> str:
     if verdict == "within noise":
-        return "On general text the tuned model is as good as its base, as far as 72 texts can tell."
+        return f"On general text the tuned model is as good as its base, as far as {texts} texts can tell."
     worst = max(skills, key=lambda name: skills[name].change)
     if verdict == "gained":
         return f"General text takes {-change:.1%} fewer bits than before: nothing was forgotten."

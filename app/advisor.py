@@ -1,0 +1,185 @@
+"""Which strategy to pick: every one ranked from facts that are shown, with its reasons in plain words. Pure.
+
+The rules weigh what the literature agrees on; each says its source where it stands. A score is only an order: it is made
+of the points named with each reason, so a reader can follow how the order came about.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from app.shapes import Shape
+from app.strategies import STRATEGIES, Strategy
+
+FEW_ROWS, MANY_ROWS = 100, 5_000
+FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
+CLOSE, FAR = 1.15, 1.6
+"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
+from the second on the data is foreign to it."""
+ROOMY = 0.5
+"""A plan that needs less than this share of the machine's memory leaves room."""
+
+
+class Facts(BaseModel):
+    """What the advice stands on. `distance` is the base's bits per byte on the data over those on the general probe; None
+    while it has not been measured. Memory in bytes."""
+
+    task: Literal["generation", "classification", "preference"]
+    rows: int
+    tokens: int | None = None
+    classes: int | None = None
+    smallest_class: int | None = None
+    largest_class: int | None = None
+    distance: float | None = None
+    memory_bytes: int
+    cuda: bool = False
+
+
+class Cost(BaseModel):
+    """What `app/estimate.py` says of one strategy on this machine."""
+
+    memory_bytes: int
+    seconds: float | None = None
+    trainable_parameters: int
+
+
+class Reason(NamedTuple):
+    points: int
+    text: str
+
+
+class Advice(BaseModel):
+    """One strategy's place. `reasons` speak for it, `warnings` against; `reason` says why it cannot run."""
+
+    strategy: str
+    title: str
+    family: str
+    available: bool
+    reason: str | None = None
+    score: int = 0
+    advised: bool = False
+    reasons: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    cost: Cost | None = None
+
+
+def advise(facts: Facts, shape: Shape, costs: dict[str, Cost]) -> list[Advice]:
+    """Every strategy, best first; those that cannot run come last, with the reason."""
+    found = [_one(cls(), facts, shape, costs.get(name)) for name, cls in STRATEGIES.items()]
+    found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
+    if found and found[0].available:
+        found[0].advised = True
+    return found
+
+
+def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None) -> Advice:
+    why_not = strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
+    if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
+        why_not = (
+            f"It needs {_gb(cost.memory_bytes)} and this machine has {_gb(facts.memory_bytes)}. "
+            "Choose a shorter length, fewer tokens per step, or another strategy."
+        )
+    advice = Advice(
+        strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost
+    )
+    if why_not is None:
+        weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_cost(strategy, facts, cost), *_by_nature(strategy)]
+        advice.score = sum(r.points for r in weighed)
+        advice.reasons = [r.text for r in weighed if r.points > 0]
+        advice.warnings = [r.text for r in weighed if r.points < 0]
+    return advice
+
+
+def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
+    if facts.task == "classification":
+        return _by_labels(strategy, facts)
+    rows = f"{facts.rows:,} rows"
+    if facts.rows < FEW_ROWS:
+        # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
+        if strategy.name in ("ia3", "prompt_tuning", "layer_norm"):
+            return [Reason(12, f"With {rows} there is little to learn from, and this learns so little that it hardly overfits.")]
+        if strategy.family == "full":
+            return [Reason(-40, f"{rows} cannot guide every weight: it would learn them by heart.")]
+        return []
+    if facts.rows >= MANY_ROWS:
+        if strategy.family == "full":
+            return [Reason(15, f"{rows} are enough to guide every weight.")]
+        if strategy.name in ("rslora", "dora", "bottleneck_adapter"):
+            return [Reason(8, f"{rows} can fill the room that it offers beyond plain LoRA.")]
+        if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "bitfit"):
+            return [Reason(-15, f"{rows} hold more than its few numbers can take up.")]
+    return []
+
+
+def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
+    found = []
+    per_class = facts.rows / max(facts.classes or 1, 1)
+    words = f"{facts.rows:,} labelled rows in {facts.classes} classes ({per_class:,.0f} a class)"
+    if strategy.family == "feature":
+        found.append(Reason(35, f"{words}: a frozen model with a small classifier is quick, hard to beat, and forgets nothing."))
+        if facts.distance is not None and facts.distance >= FAR:
+            found.append(Reason(-20, "The texts are foreign to the model, so its frozen vectors may not tell the classes apart."))
+    elif strategy.name == "dense_head":
+        if per_class >= MANY_PER_CLASS:
+            found.append(Reason(28, f"{words}: enough to train new layers on the frozen model."))
+        else:
+            found.append(Reason(-5, f"{per_class:,.0f} rows a class are few for new layers; frozen features overfit less."))
+    elif per_class < FEW_PER_CLASS:
+        found.append(Reason(-15, f"{per_class:,.0f} rows a class are few to move the model itself."))
+    elif per_class >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
+        found.append(Reason(10, f"{words}: enough to let the model itself adapt."))
+    return found
+
+
+def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
+    if facts.distance is None:
+        return []
+    says = f"The base needs {facts.distance:.2f} times the bits per byte of general text for this data"
+    if facts.distance >= FAR:
+        if strategy.family == "full":
+            return [Reason(32, f"{says}: far from what it has read, so there is much to move.")]
+        if strategy.family in ("selective",) or strategy.name in ("prompt_tuning", "ia3"):
+            return [Reason(-12, f"{says}: too far for so few numbers.")]
+        if strategy.name in ("rslora", "bottleneck_adapter", "top_layers"):
+            return [Reason(6, f"{says}: more room to learn helps.")]
+    if facts.distance <= CLOSE:
+        if strategy.family == "full":
+            return [Reason(-15, f"{says}: it knows such text already, so moving every weight mostly makes it forget.")]
+        if strategy.name in ("lora", "prefix_tuning", "prompt_tuning", "ia3", "layer_norm", "feature_extraction"):
+            return [Reason(6, f"{says}: close to what it knows, so a small change is enough.")]
+    return []
+
+
+def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason]:
+    if cost is None:
+        return []
+    share = cost.memory_bytes / facts.memory_bytes
+    needs = f"{_gb(cost.memory_bytes)} of {_gb(facts.memory_bytes)}"
+    if share > 0.9:
+        return [Reason(-10, f"It needs {needs} of memory: it may just fit.")]
+    if strategy.base_bits and share < ROOMY:
+        return [Reason(-12, "There is memory enough to keep the base in full precision, which is faster and a little better.")]
+    if strategy.family == "full" and share < ROOMY:
+        return [Reason(4, f"It needs {needs} of memory, which this machine can spare.")]
+    return []
+
+
+def _by_nature(strategy: Strategy) -> list[Reason]:
+    """What holds on any data. LoRA on all linear layers equals full re-training on most small and middling sets and forgets
+    less (Biderman et al. 2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
+    found = []
+    if strategy.name == "lora":
+        found.append(Reason(30, "On sets like most people's it learns as much as full re-training, and forgets less."))
+    elif strategy.name in ("dora", "rslora", "pissa"):
+        found.append(Reason(22, "A relative of LoRA, as dependable; worth a comparison once LoRA has shown what is possible."))
+    elif strategy.family in ("reparametrized", "additive", "partial"):
+        found.append(Reason(10, "Trains a small part, so the base stays whole and can be shared."))
+    if strategy.forgets == "much":
+        found.append(Reason(-8, "Moves every weight: it forgets most of all. Watch the forgetting score."))
+    return found
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

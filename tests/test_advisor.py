@@ -1,0 +1,60 @@
+"""The advice follows the facts, and says why."""
+
+from __future__ import annotations
+
+from app.advisor import Cost, Facts, advise
+from app.shapes import shape_of
+from app.strategies import STRATEGIES
+
+DECODER = shape_of(
+    {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+)  # fmt: skip
+ENCODER = shape_of(
+    {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
+     "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
+)  # fmt: skip
+GB = 10**9
+
+
+def ranked(facts: Facts, shape=DECODER, costs=None):
+    return [a for a in advise(facts, shape, costs or {}) if a.available]
+
+
+def test_every_strategy_has_a_place_and_those_that_cannot_run_say_why():
+    found = advise(Facts(task="generation", rows=500, memory_bytes=24 * GB), DECODER, {})
+    assert {a.strategy for a in found} == set(STRATEGIES)
+    assert all(a.reason for a in found if not a.available)
+    assert [a.available for a in found] == sorted((a.available for a in found), reverse=True)
+    assert [a.strategy for a in found if a.advised] == [found[0].strategy]
+
+
+def test_a_usual_chat_set_gets_lora():
+    assert ranked(Facts(task="generation", rows=1200, distance=1.3, memory_bytes=24 * GB))[0].strategy == "lora"
+
+
+def test_labels_and_a_close_task_get_frozen_features():
+    best = ranked(Facts(task="classification", rows=770, classes=77, distance=1.0, memory_bytes=24 * GB), ENCODER)[0]
+    assert best.strategy == "feature_extraction"
+    assert any("770 labelled rows" in text for text in best.reasons)
+
+
+def test_a_large_labelled_set_lifts_the_dense_head():
+    def place(rows: int) -> int:
+        order = ranked(Facts(task="classification", rows=rows, classes=10, memory_bytes=24 * GB), ENCODER)
+        return [a.strategy for a in order].index("dense_head")
+
+    assert place(20_000) < place(200)
+
+
+def test_far_data_with_room_gets_full_and_is_warned_of_forgetting():
+    best = ranked(Facts(task="generation", rows=50_000, distance=2.5, memory_bytes=80 * GB))[0]
+    assert best.strategy == "full"
+    assert any("forgets" in text for text in best.warnings)
+
+
+def test_what_does_not_fit_cannot_be_advised():
+    costs = {name: Cost(memory_bytes=9 * GB, trainable_parameters=1) for name in STRATEGIES}
+    found = advise(Facts(task="generation", rows=1000, memory_bytes=8 * GB), DECODER, costs)
+    assert not any(a.available for a in found)
+    assert all("8.0 GB" in a.reason for a in found if STRATEGIES[a.strategy]().unavailable(DECODER) is None)
