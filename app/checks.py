@@ -31,7 +31,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".joblib",
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
 """Architectures whose arithmetic in `app/shapes.py` is tested against the model itself."""
 
-_KEYS = frozenset(
+_KEY_WORDS = (
     "architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path "
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings type_vocab_size hidden_act hidden_activation rms_norm_eps layer_norm_eps "
@@ -43,8 +43,9 @@ _KEYS = frozenset(
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id "
     "tie_word_embeddings use_cache pretraining_tp is_decoder add_cross_attention cross_attention_hidden_size use_mrope "
     "num_labels id2label label2id problem_type finetuning_task output_past chunk_size_feed_forward "
-    "return_dict output_attentions output_hidden_states is_encoder_decoder transformers.js_config".split()  # noqa: SIM905
+    "return_dict output_attentions output_hidden_states is_encoder_decoder transformers.js_config"
 )
+_KEYS = frozenset(_KEY_WORDS.split())
 _FORBIDDEN = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelines")
 _FORBIDDEN_STARTS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "_commit_hash")
 _SIZES = {

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
         None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."
     )
     offline: bool = Field(False, description="Never ask the Hugging Face hub for anything.")
+    import_dirs: str = Field(
+        "", description="Folders, with colons, below which a model folder may be added from the browser; `import` in data_dir always is."
+    )
     train_workers: int = Field(1, ge=0, le=64, description="Train workers that `luthier up` starts: one per GPU.")
     upload_limit_bytes: int = Field(8 * 2**30, ge=1, description="Largest upload accepted, in bytes.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim on a job lasts without a beat.")
@@ -53,6 +56,10 @@ class Settings(BaseSettings):
     announce_again_seconds: float = Field(15.0, gt=0, description="A queued job nobody claimed is announced again after this.")
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
+    generate_memory_bytes: int | None = Field(
+        None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
+    )
+    generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: str = Field("INFO", description="Least severe level that is logged.")
 

@@ -90,7 +90,7 @@ def make_plain(model: Any) -> None:
     """Take off what says that the weights are quantised: they no longer are, and nothing with it can be saved."""
     model.hf_quantizer = None
     model.is_quantized = False
-    for name in ("quantization_config", "_name_or_path"):
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         model.config.__dict__.pop(name, None)
     if getattr(model, "quantization_method", None) is not None:
         del model.quantization_method
