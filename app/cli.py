@@ -1,0 +1,321 @@
+"""`luthier …`: every command in one file, each a few lines over a service."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from app.errors import BadData, BadField, StudioError, Unavailable
+from app.settings import get_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from app.tables import Job, User
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A studio for fine-tuning language models.")
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+models = typer.Typer(no_args_is_help=True, help="Models.")
+app.add_typer(keys, name="keys")
+app.add_typer(models, name="models")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the database, files, models and runs.")]
+
+
+def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A fault of ours is printed as two sentences, what is wrong and what to do, with exit code 1 and no traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except StudioError as error:
+            err.print(f"[bold red]Error:[/] {escape(error.message)}")
+            if error.way_out:
+                err.print(escape(error.way_out))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def choose(**variables: object) -> None:
+    """Options of a command become the environment, which the processes it starts inherit."""
+    for name, value in variables.items():
+        if value is not None:
+            os.environ[f"LUTHIER_{name.upper()}"] = str(value)
+    get_settings.cache_clear()
+    from pydantic import ValidationError
+
+    try:
+        get_settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"LUTHIER_{str(first['loc'][0]).upper()}"
+        raise BadField(f"{name} cannot be {first['input']!r}.", way_out=f"{first['msg']}.", param=name) from None
+
+
+@app.command()
+@plainly
+def up(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Start the studio and keep it running until Ctrl-C."""
+    from app.embedded.up import up as start
+
+    choose(host=host, port=port, data_dir=data_dir)
+    start(say)
+
+
+def say(text: str) -> None:
+    """A line for the person at the console; plain print, so that a link is never broken in two."""
+    print(text, flush=True)
+
+
+@app.command()
+@plainly
+def link(data_dir: DataDir = None) -> None:
+    """Print a new sign-in link of the running studio."""
+    from app.embedded.places import Lock
+    from app.embedded.up import beside, sign_in_path, studio_url
+
+    choose(data_dir=data_dir)
+    holder = Lock(get_settings().data_dir).holder() or {}
+    with beside():
+        print(f"{holder.get('url') or studio_url(get_settings())}{sign_in_path()}")
+
+
+@keys.command("create")
+@plainly
+def create_key(name: Annotated[str, typer.Argument(help="What the key is for.")], data_dir: DataDir = None) -> None:
+    """Make an API key and print it, alone. It is shown only this once."""
+    choose(data_dir=data_dir)
+
+    def make(session: Session, user: User) -> str:
+        from app.accounts import create_key as create
+
+        return create(session, user, name)[1]
+
+    print(as_owner(make))
+
+
+@models.command("add")
+@plainly
+def add_model(
+    name: Annotated[str, typer.Argument(help="A starter model, or the name for the model in --path.")],
+    path: Annotated[
+        Path | None, typer.Option(help="Folder saved by save_pretrained().", exists=True, file_okay=False, resolve_path=True)
+    ] = None,
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's licence terms.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Bring a model into the studio."""
+    choose(data_dir=data_dir)
+
+    def add(session: Session, user: User) -> str:
+        from app import models as service
+
+        if path is not None:
+            return service.add_folder(session, user, path, name).name
+        return service.add_starter(session, name, accept_terms=accept_terms).name
+
+    say(f"{as_owner(add)} is here.")
+
+
+@app.command()
+@plainly
+def train(
+    spec: Annotated[Path, typer.Argument(help="YAML file with model, training_file, strategy, run.", exists=True, dir_okay=False)],
+    profile: Annotated[str | None, typer.Option(help="Take the settings under profiles: NAME in the file.")] = None,
+    follow: Annotated[bool, typer.Option(help="Follow the job to its end.")] = True,
+    data_dir: DataDir = None,
+) -> None:
+    """Submit a job from a YAML file to the running studio, and follow it."""
+    from app.embedded.places import Lock
+
+    choose(data_dir=data_dir)
+    settings = get_settings()
+    if not settings.database_url and Lock(settings.data_dir).holder() is None:
+        raise Unavailable("No studio is running, so nobody would train this.", way_out="Start one with `luthier up` in another terminal.")
+    order = read_spec(spec, profile)
+    with owner_session() as run:
+        job_id = run(lambda session, user: submit(session, user, order, spec.parent))
+        say(f"Job {job_id} is queued.")
+        if follow and run_to_end(run, job_id) != "succeeded":
+            raise typer.Exit(1)
+
+
+@app.command("jobs")
+@plainly
+def list_jobs(data_dir: DataDir = None) -> None:
+    """List the jobs, newest first."""
+    choose(data_dir=data_dir)
+    table = Table("job", "name", "status", "step", "made", box=None)
+
+    def read(session: Session, user: User) -> None:
+        from app import ids
+        from app import jobs as service
+
+        for job in service.list_(session, user):
+            step = f"{job.step}/{job.total_steps}" if job.total_steps else str(job.step)
+            table.add_row(ids.public(ids.JOB, job.id), job.name, job.status, step, f"{job.created_at:%Y-%m-%d %H:%M}")
+
+    as_owner(read)
+    out.print(table if table.row_count else "No jobs yet.")
+
+
+@app.command()
+@plainly
+def status(data_dir: DataDir = None) -> None:
+    """Say whether a studio is running on the data folder, and where. Exit code 3 when none is."""
+    from app.embedded.places import Lock
+
+    choose(data_dir=data_dir)
+    folder = get_settings().data_dir
+    holder = Lock(folder).holder()
+    if holder is None:
+        say(f"No studio is running on {folder}.")
+        raise typer.Exit(3)
+    say(f"A studio is running on {folder}: process {holder.get('pid')}, {holder.get('url', 'starting')}.")
+
+
+@app.command()
+@plainly
+def doctor(data_dir: DataDir = None) -> None:
+    """Look at this machine and say what is missing. Exit code 1 when something must be mended."""
+    from app.doctor import examine
+
+    choose(data_dir=data_dir)
+    signs = {"good": "[green]good[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
+    table, bad = Table("", "what", "found", "what to do", box=None, pad_edge=False), 0
+    for finding in examine():
+        table.add_row(signs[finding.verdict], finding.what, escape(finding.found), escape(finding.way_out))
+        bad += finding.verdict == "bad"
+    out.print(table)
+    if bad:
+        raise typer.Exit(1)
+
+
+# Under the commands -----------------------------------------------------------------------------------------------------
+
+
+class owner_session:
+    """The studio's database for one command; gives `run`, which does one thing as the studio's owner in one transaction."""
+
+    def __enter__(self) -> Callable[[Callable[[Session, User], Any]], Any]:
+        from app.embedded.up import beside
+
+        self.studio = beside()
+        self.studio.__enter__()
+        return self.run
+
+    def __exit__(self, *error: Any) -> None:
+        self.studio.__exit__(*error)
+
+    @staticmethod
+    def run(action: Callable[[Session, User], Any]) -> Any:
+        from app.accounts import first_user
+        from app.db import transaction
+
+        with transaction() as session:
+            return action(session, first_user(session))
+
+
+def as_owner(action: Callable[[Session, User], Any]) -> Any:
+    with owner_session() as run:
+        return run(action)
+
+
+def read_spec(path: Path, profile: str | None) -> dict[str, Any]:
+    """The order in a YAML file; the settings under `profiles: NAME` are laid over it, key by key."""
+    import yaml
+
+    try:
+        order = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadData(f"{path} is not YAML: {error}", way_out="Mend the line it names.") from None
+    if not isinstance(order, dict):
+        raise BadData(f"{path} holds no settings.", way_out="It needs at least `model:` and `training_file:`.")
+    profiles = order.pop("profiles", None) or {}
+    if profile is None:
+        return order
+    if profile not in profiles:
+        raise BadField(f"{path} has no profile {profile!r}.", way_out=f"It has: {', '.join(profiles) or 'none'}.", param="profile")
+    return laid_over(order, profiles[profile])
+
+
+def laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {name for name in over if isinstance(under.get(name), dict) and isinstance(over[name], dict)}
+    return under | {name: laid_over(under[name], value) if name in both else value for name, value in over.items()}
+
+
+def submit(session: Session, user: User, order: dict[str, Any], folder: Path) -> str:
+    """Create the job; a `training_file` that is a path on this machine is uploaded first. Returns its public id."""
+    from app import files, ids, jobs
+    from app.orders import read_order
+
+    for field in ("training_file", "validation_file"):
+        name = order.get(field)
+        if isinstance(name, str) and not name.startswith("file-"):
+            path = folder / name
+            if not path.is_file():
+                raise BadField(
+                    f"{field} names {path}, which is not a file.", way_out="Write a path beside the YAML file, or a file id.", param=field
+                )
+            order[field] = ids.public(ids.FILE, files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune").id)
+    return ids.public(ids.JOB, jobs.create(session, user, read_order(order)).id)
+
+
+def run_to_end(run: Callable[..., Any], job_id: str) -> str:
+    """Print what a job says until it ends; its last status."""
+    from app import ids, jobs
+
+    key, seen, ended = ids.parse(ids.JOB, job_id), 0, ("succeeded", "failed", "cancelled", "paused")
+
+    def look(session: Session, user: User) -> tuple[str, int]:
+        job = jobs.get(session, user, key)
+        rows = jobs.events(session, job, after_id=seen)
+        for row in rows:
+            if line := event_line(row.type, row.data, job):
+                say(line)
+        if job.error and job.status in ended:
+            err.print(escape(f"{job.error.get('message', '')} {job.error.get('way_out', '')}".strip()))
+        return job.status, rows[-1].id if rows else seen
+
+    while True:
+        status_, seen = run(look)
+        if status_ in ended:
+            return status_
+        time.sleep(1.0)
+
+
+def event_line(type_: str, data: dict[str, Any], job: Job) -> str | None:
+    """One line for one event; None for those that a person at a console need not see."""
+    if type_ == "step":
+        total = job.total_steps or data.get("total_steps") or "?"
+        speed = f", {data['tokens_per_second']:.0f} tokens/s" if data.get("tokens_per_second") else ""
+        return f"step {data['step']}/{total}: loss {data['loss']:.4f}{speed}"
+    if type_ == "evaluated":
+        return f"step {data['step']}: validation loss {data['loss']:.4f}"
+    if type_ == "log":
+        return str(data.get("message"))
+    return {"saved": f"step {data.get('step')}: saved", "finished": "finished", "claimed": "started"}.get(type_, type_)
+
+
+if __name__ == "__main__":
+    app(prog_name="luthier")
+    sys.exit(0)

