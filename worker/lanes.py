@@ -1,0 +1,271 @@
+"""Models that stand ready to answer: loaded when first asked for, put away when others need their memory.
+
+A *lane* is one tree of modules with one slot cache; all requests of a lane run in the same batch. A base and all its
+plain LoRA adapters share one lane. Any other adapter gets a lane of its own whose modules are new and whose weights are
+the base's very tensors, so each base is in memory once; only a strategy that cannot share loads its own copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from app import manifest
+from app.errors import DoesNotFit, StudioError, Unavailable
+from app.settings import get_settings
+from app.spec import ModelRef
+from app.strategies import STRATEGIES
+from worker import prompts
+from worker.adapters import AdapterStack, LoraWeights, read_lora
+from worker.cache import ATTENTION, SlotCache, Step, running
+from worker.load import BadModel, folder_of, lay_adapter, load_base, load_model, load_tokenizer
+
+
+@dataclass(eq=False)
+class Lane:
+    """One loaded tree of modules. `users` counts the requests that hold it; only a lane without any can be put away."""
+
+    key: tuple[str, ...]
+    model: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    bytes_per_token: int
+    stack: AdapterStack | None = None
+    source: torch.nn.Module | None = None  # the untouched tree of a base, which other trees are copied from
+    weight_bytes: int = 0
+    users: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    cache: SlotCache = field(default_factory=lambda: SlotCache(1, 512))
+
+    @torch.inference_mode()
+    def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
+        """Logits (len(last), V) in float32 after the tokens of the flat row that `last` points at."""
+        device = self.device
+        with running(step):
+            out = self.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last, device=device),
+            )
+        return out.logits[0].float()
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a request runs: its lane, its tokenizer, and the adapters of the lane's stack it uses, by hash."""
+
+    lane: Lane
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    adapters: dict[str, LoraWeights]
+
+
+class Shelf:
+    """The loaded lanes. Safe to call from many threads: one loads a model while the others wait for that model only."""
+
+    def __init__(self, memory_bytes: int | None = None, device: str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # float32 on a CPU: bfloat16 would be faster, but then an answer depends on what else is in the batch.
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.memory_bytes = memory_bytes or _memory_for_models(self.device)
+        self.lanes: dict[tuple[str, ...], Lane] = {}
+        self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
+        self.adapters: dict[tuple[str, str, str], LoraWeights] = {}
+        self.loads = 0
+        self._lock = threading.RLock()
+        self._loading: dict[tuple[str, ...], threading.Lock] = {}
+
+    def place(self, ref: ModelRef) -> Placement:
+        """Find or load what `ref` names. The lane is held until `release`. Raises DoesNotFit, BadModel or Unavailable."""
+        if ref.kind in ("classifier", "encoder"):
+            raise DoesNotFit(
+                f"{ref.name} is {'a classifier' if ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
+                way_out="Choose a generic, instruction or dialogue model.",
+                param="model",
+            )
+        base = self._lane((ref.path, ref.revision), ref, self._load_base)
+        try:
+            adapters = {} if not ref.adapters else self._stackable(ref, base)
+            if adapters is None:
+                key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
+                lane = self._lane(key, ref, lambda r: self._load_adapted(r, base))
+                self.release(base)
+                base, adapters = lane, {}
+            tokenizer, stops = self._tokenizer(ref, base)
+        except BaseException:
+            self.release(base)
+            raise
+        return Placement(base, tokenizer, stops, adapters)
+
+    def release(self, lane: Lane) -> None:
+        with self._lock:
+            lane.users -= 1
+            lane.used_at = time.monotonic()
+
+    def memory(self) -> int:
+        """Bytes of all weights and caches."""
+        with self._lock:
+            return sum(lane.weight_bytes + lane.cache.nbytes() for lane in self.lanes.values())
+
+    # Loading ----------------------------------------------------------------------------------------------------------
+
+    def _lane(self, key: tuple[str, ...], ref: ModelRef, load: Any) -> Lane:
+        with self._lock:
+            loading = self._loading.setdefault(key, threading.Lock())
+        with loading:
+            with self._lock:
+                if lane := self.lanes.get(key):
+                    lane.users += 1
+                    lane.used_at = time.monotonic()
+                    return lane
+                if len(key) == 2:
+                    self._make_room(ref)
+            lane = load(ref)
+            lane.users = 1
+            with self._lock:
+                self.lanes[key] = lane
+                self.loads += 1
+            return lane
+
+    def _make_room(self, ref: ModelRef) -> None:
+        """Put idle lanes away, the longest unused first, until the model fits."""
+        need = ref.shape.parameters() * self.dtype.itemsize
+        if need > self.memory_bytes:
+            raise DoesNotFit(
+                f"{ref.name} needs {need / 2**30:.1f} GiB, and the playground may use {self.memory_bytes / 2**30:.1f} GiB.",
+                way_out="Choose a smaller model, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
+                param="model",
+            )
+        idle = sorted((lane for lane in self.lanes.values() if not lane.users), key=lambda lane: lane.used_at)
+        for lane in idle:
+            if self.memory() + need <= self.memory_bytes:
+                break
+            del self.lanes[lane.key]
+        if self.memory() + need > self.memory_bytes:
+            raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
+
+    def _load_base(self, ref: ModelRef) -> Lane:
+        check_folder(ref.path, ref.revision, ref.name)
+        model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
+        lane = self._as_lane((ref.path, ref.revision), ref, model)
+        lane.source = share_weights(model)
+        lane.stack = AdapterStack(model)
+        return lane
+
+    def _load_adapted(self, ref: ModelRef, base: Lane) -> Lane:
+        """A tree of its own for adapters that cannot stand side by side, on the base's tensors where that is safe."""
+        for adapter in ref.adapters:
+            check_folder(adapter.path, None, ref.name)
+        if len(ref.adapters) == 1 and STRATEGIES[ref.adapters[0].strategy].switchable and base.source is not None:
+            tree = share_weights(base.source)
+            before = {id(p): p._version for p in base.source.parameters()}
+            model = lay_adapter(tree, ref.adapters[0]).requires_grad_(False)
+            if any(p._version != before[id(p)] for p in base.source.parameters()):
+                with self._lock:  # the strategy wrote into the shared weights: they are no longer the base's
+                    self.lanes.pop(base.key, None)
+                model = load_model(ref, self.dtype, "sdpa", str(self.device))
+        else:
+            model = load_model(ref, self.dtype, "sdpa", str(self.device))
+        lane = self._as_lane((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), ref, model.requires_grad_(False).eval())
+        shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
+        lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
+        return lane
+
+    def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> Lane:
+        _use_slots(model, ref)
+        shape = ref.shape
+        return Lane(
+            key=key,
+            model=model,
+            device=self.device,
+            dtype=self.dtype,
+            context=min(shape.positions, get_settings().generate_context),
+            bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize,
+            weight_bytes=sum(p.nbytes for p in model.parameters()),
+        )
+
+    def _stackable(self, ref: ModelRef, base: Lane) -> dict[str, LoraWeights] | None:
+        """The adapters as matrices for the base's stack; None when one of them is more than plain LoRA."""
+        found: dict[str, LoraWeights] = {}
+        for adapter in ref.adapters:
+            key = (*base.key, adapter.sha256 or adapter.path)
+            with self._lock:
+                weights = self.adapters.get(key)
+            if weights is None:
+                if base.stack is None or not STRATEGIES[adapter.strategy].adapter:
+                    return None
+                check_folder(adapter.path, None, ref.name)
+                weights = read_lora(folder_of(adapter.path), base.stack.linears, self.dtype, self.device)
+                if weights is None:
+                    return None
+                with self._lock:
+                    self.adapters[key] = weights
+                    while len(self.adapters) > 64:
+                        self.adapters.pop(next(iter(self.adapters)))
+            found[key[2]] = weights
+        return found
+
+    def _tokenizer(self, ref: ModelRef, lane: Lane) -> tuple[Any, frozenset[int]]:
+        key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
+        with self._lock:
+            if key not in self.tokenizers:
+                tokenizer = load_tokenizer(ref)
+                prompts.prepare_tokenizer(tokenizer)
+                stops = prompts.stop_ids(tokenizer, getattr(lane.model, "generation_config", None))
+                if len(self.tokenizers) >= 32:
+                    self.tokenizers.pop(next(iter(self.tokenizers)))
+                self.tokenizers[key] = (tokenizer, frozenset(stops))
+            return self.tokenizers[key]
+
+
+def share_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the tree of modules over the same tensors: a change of structure in one leaves the other as it is."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def check_folder(path: str, revision: str | None, name: str) -> None:
+    """Raises BadModel when the files of a folder are not those that were registered. A checkpoint's manifest stands above."""
+    folder = folder_of(path)
+    home = next((f for f in (folder, folder.parent) if (f / manifest.NAME).is_file()), None)
+    if home is None:
+        return
+    try:
+        found = manifest.verify(home)
+    except StudioError as error:
+        raise BadModel(f"The files of {name} are not what was saved. {error.message}", way_out=error.way_out) from error
+    if revision and home == folder and revision not in (found["revision"], manifest.sha256_of(home / manifest.NAME)):
+        raise BadModel(f"The files of {name} are not those of revision {revision[:12]}.", way_out="Add the model again.")
+
+
+def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
+    """Switch the model's attention to the slot cache, or say that its architecture has none."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    shared = getattr(inner.config, "num_kv_shared_layers", 0)
+    if inner._supports_attention_backend and not shared:
+        inner.set_attn_implementation(ATTENTION)
+    if inner.config._attn_implementation != ATTENTION:
+        raise DoesNotFit(
+            f"The playground cannot run the architecture {inner.config.model_type} of {ref.name}.",
+            way_out="Choose a decoder model that supports transformers' attention interface, such as Llama, Qwen or Gemma.",
+            param="model",
+        )
+
+
+def _memory_for_models(device: torch.device) -> int:
+    """What settings say, else half of the machine's memory, or four fifths of what is free on the GPU."""
+    import psutil
+
+    if (said := get_settings().generate_memory_bytes) is not None:
+        return said
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    return psutil.virtual_memory().total // 2
