@@ -66,18 +66,18 @@ class FenceLost(Exception):
     """Another attempt holds the job, or it was ended: this one must stop its trainer and write nothing more."""
 
 
-def _now() -> ColumnElement[datetime]:
+def now() -> ColumnElement[datetime]:
     return func.clock_timestamp(type_=DateTime(timezone=True))
 
 
 def _lease() -> ColumnElement[datetime]:
-    return _now() + timedelta(seconds=get_settings().lease_seconds)
+    return now() + timedelta(seconds=get_settings().lease_seconds)
 
 
 def _lapsed() -> ColumnElement[bool]:
     """The lease has passed, and the database has been up long enough for a healthy worker to have renewed it."""
     up_since = func.pg_postmaster_start_time(type_=DateTime(timezone=True))
-    return (Job.lease_until < _now()) & (up_since < _now() - timedelta(seconds=get_settings().lease_seconds))
+    return (Job.lease_until < now()) & (up_since < now() - timedelta(seconds=get_settings().lease_seconds))
 
 
 def _held(claim: Claim) -> ColumnElement[bool]:
@@ -145,7 +145,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
             attempt=Job.attempt + 1,
             lease_until=_lease(),
             worker=worker,
-            started_at=func.coalesce(Job.started_at, _now()),
+            started_at=func.coalesce(Job.started_at, now()),
             save_requested=False,
         )
         .returning(Job.fence, Job.attempt, Job.spec)
@@ -242,7 +242,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     from app import jobs, models
 
     values = _QUIET | {
-        "finished_at": _now(),
+        "finished_at": now(),
         "error": None,
         "step": finished.step,
         "trained_tokens": finished.measured.trained_tokens,
@@ -272,7 +272,7 @@ def fail(session: Session, held: Claim, failed: events.Failed) -> None:
         if _end(session, held, "paused", error=_error(failed), **_QUIET):
             say(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
         return None
-    if _end(session, held, "failed", finished_at=_now(), error=_error(failed), **_QUIET):
+    if _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET):
         say(session, held.job_id, held.attempt, failed)
     return None
 
@@ -316,7 +316,7 @@ def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "")
     job.status, job.lease_until, job.seconds_left = status, None, None
     job.cancel_requested = job.pause_requested = job.save_requested = False
     if status == "cancelled":
-        job.finished_at = session.scalar(select(_now()))
+        job.finished_at = session.scalar(select(now()))
     session.flush()
     say(session, job.id, job.attempt, events.Stopped(status=status, step=step, reason=reason))
     return True
@@ -338,7 +338,7 @@ def _bury(session: Session, job: Job, failed: events.Failed) -> None:
     if job.deaths < MOST_DEATHS:
         return _requeue(session, job, "worker_lost" if failed.kind == "worker_lost" else "retry")
     job.status, job.lease_until, job.seconds_left = "failed", None, None
-    job.finished_at = session.scalar(select(_now()))
+    job.finished_at = session.scalar(select(now()))
     job.cancel_requested = job.pause_requested = job.save_requested = False
     given_up = failed.model_copy(
         update={
@@ -379,7 +379,7 @@ def announce_again(session: Session, backlog: int = 0) -> int:
     job of a long queue every few seconds would only bury the workers in messages to drop.
     """
     patience = get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1)
-    recent = _now() - timedelta(seconds=patience)
+    recent = now() - timedelta(seconds=patience)
     spoken_of = select(Outbox.id).where(
         Outbox.key == Job.id, Outbox.task == queue.TRAIN, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
     )
@@ -410,7 +410,7 @@ def resume_after_full_disk(session: Session) -> int:
 
 def sweep_outbox(session: Session) -> int:
     """Forget messages sent over a day ago."""
-    old = _now() - timedelta(days=1)
+    old = now() - timedelta(days=1)
     return session.execute(delete(Outbox).where(Outbox.sent_at < old)).rowcount
 
 
@@ -424,6 +424,6 @@ def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
     ).all()
     for old in kept[keep:]:
         if not old.best:
-            old.deleted_at = session.scalar(select(_now()))
+            old.deleted_at = session.scalar(select(now()))
             folder = get_settings().data_dir / old.path
             db.on_commit(session, lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))

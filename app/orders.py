@@ -145,7 +145,7 @@ def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
     for named, where in ((dataset, param), (validation, validation_param)):
         if named is not None:
             _check_dataset(named, task, where)
-    reason = strategy.unavailable(resolved.ref.shape, task=task, cuda=_has_gpu())
+    reason = strategy.unavailable(resolved.ref.shape, task=task, cuda=has_gpu())
     if reason:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset)
@@ -263,7 +263,7 @@ def mean_tokens(dataset: Dataset) -> float:
     return max(total / max(stats.rows, 1), 1.0)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     from app.machine import this_machine
 
     return bool(getattr(this_machine(), "gpu_memory_bytes", None))
