@@ -1,0 +1,227 @@
+"""Reading an uploaded file into rows: recognise its format, check every row, keep the good ones as Parquet, count.
+
+Runs in a limited child (`app/sandbox.py`), because the bytes are not to be trusted: `read(payload, say)`. By hand:
+`python -m app.intake FILE [--format chat] [--tokenizer FOLDER]` prints the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from app import formats, readers
+from app.errors import BadData
+from app.formats import Format
+from app.formats._base import Row, columns_of, shown
+from app.readers import Raw
+from app.report import Report
+from app.token_counts import TokenCounter
+
+VERSION = 1
+"""Raised when the same file would be read differently, so that older readings are not reused."""
+
+SAMPLE_ROWS = 200
+BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
+Say = Any
+
+
+def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Read one file. `payload`: path, filename, format or null, mapping or null, rows (where to write), tokenizer or null.
+
+    Says `{"progress": share}` and `{"finding": {…}}`; gives counts, the mapping, a preview and the hash of the rows.
+    Raises BadData when no row could be read at all.
+    """
+    path = Path(payload["path"])
+    raws = _with_progress(readers.read(path, payload["filename"]), path, say)
+    head = list(itertools.islice(raws, SAMPLE_ROWS))
+    sample = [raw.row for raw in head if raw.row is not None]
+    if not sample:
+        raise _no_rows(head)
+    entry, mapping, reason, others = _choose(sample, payload.get("format"), payload.get("mapping"))
+    report = Report(entry, mapping, say)
+    counter = TokenCounter(Path(payload["tokenizer"])) if payload.get("tokenizer") else None
+    with _RowsFile(Path(payload["rows"])) as rows:
+        for raw in itertools.chain(head, raws):
+            row = report.check(raw)
+            if row is None:
+                continue
+            text = json.dumps(row, ensure_ascii=False)
+            rows.add(raw.line, text)
+            report.count(row, text, raw.line)
+            if counter:
+                counter.add(row)
+    report.finish()
+    return {
+        "format": entry.name,
+        "task": entry.task,
+        "mapping": mapping,
+        "rows": report.rows,
+        "good_rows": report.good,
+        "sha256": rows.sha256,
+        "report": report.result()
+        | {"reason": reason, "other_formats": others, "columns": columns_of(sample), "version": VERSION}
+        | (counter.result() if counter else {}),
+    }
+
+
+def _no_rows(head: Sequence[Raw]) -> BadData:
+    first = next((raw for raw in head if raw.problem and raw.problem.severity == "error"), None)
+    if first is None or first.problem is None:
+        return BadData("The file holds no row.", way_out="Upload a file with at least one row.", param="file")
+    count = sum(raw.problem is not None and raw.problem.severity == "error" for raw in head)
+    error = BadData(
+        f"None of the first {count} rows can be read. Line {first.line}: {first.problem.message}",
+        way_out="Mend the file and upload it again, or save it in another of the accepted formats.",
+        param="file",
+    )
+    error.details = {"line": first.line, "column": first.problem.column, "rule": first.problem.rule, "value": first.problem.value}  # type: ignore[attr-defined]
+    return error
+
+
+def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None) -> tuple[Format, dict[str, str], str, list[str]]:
+    """The format, its mapping, why, and which other formats would fit. What a person chose is taken."""
+    ranked = formats.rank(sample)
+    others = [entry.name for entry, _ in ranked]
+    columns = columns_of(sample)
+    if name:
+        entry = formats.get(name)
+        mapping = entry.guess_mapping(columns) | {field: column for field, column in (mapping or {}).items() if column}
+        _check_mapping(entry, mapping, columns)
+        return entry, mapping, "You chose this format.", others
+    if not ranked:
+        known = "; ".join(
+            f"{entry.title}: {', '.join(field.name for field in entry.fields if field.required)}" for entry in formats.FORMATS.values()
+        )
+        raise BadData(
+            f"The columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} fit no format here.",
+            way_out=f"Choose a format and say which column is which, or rename the columns. Needed are, for {known}.",
+            param="file",
+            code="unknown_format",
+        )
+    entry, guess = ranked[0]
+    return entry, guess.mapping, guess.reason, others[1:]
+
+
+def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -> None:
+    known = {field.name for field in entry.fields}
+    for field, column in mapping.items():
+        if field not in known or column not in columns:
+            raise BadData(
+                f"The mapping says that “{shown(field, 40)}” is the column “{shown(column, 40)}”, and there is no such {'column' if field in known else 'field'}.",
+                way_out=f"Fields of {entry.title}: {', '.join(known)}. Columns of the file: {', '.join(shown(c, 40) for c in columns[:20])}.",
+                param="mapping",
+            )
+    missing = [field.name for field in entry.fields if field.required and field.name not in mapping]
+    if missing:
+        raise BadData(
+            f"{entry.title} needs a column for {', '.join(f'“{name}”' for name in missing)}.",
+            way_out=f"Choose it among the columns {', '.join(shown(c, 40) for c in columns[:20])}.",
+            param="mapping",
+            code="incomplete_mapping",
+        )
+
+
+def _with_progress(raws: Iterator[Raw], path: Path, say: Say) -> Iterator[Raw]:
+    """The rows, while telling about twice a second how much of the file was read."""
+    size, last = max(1, path.stat().st_size), time.monotonic()
+    for count, raw in enumerate(raws):
+        if count % 256 == 0 and time.monotonic() - last > 0.4:
+            last = time.monotonic()
+            say({"progress": min(0.99, _offset(path) / size), "rows": count})
+        yield raw
+
+
+def _offset(path: Path) -> int:
+    """How far this process has read the file, as the kernel tells it: no reader needs to keep count."""
+    target = str(path.resolve())
+    for handle in Path("/proc/self/fd").iterdir():
+        try:
+            if str(handle.readlink()) == target:
+                return int(Path(f"/proc/self/fdinfo/{handle.name}").read_text().split()[1])
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+# The rows -----------------------------------------------------------------------------------------------------------
+
+
+class _RowsFile:
+    """The Parquet file of a dataset: `line` (int64) and `row` (JSON). `sha256` is over `line`, tab, `row`, newline of each,
+    so it names the content and not the way this version of Arrow writes it."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._pa = pa
+        self._schema = pa.schema([("line", pa.int64()), ("row", pa.string())])
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
+        self._lines: list[int] = []
+        self._rows: list[str] = []
+        self._bytes = 0
+        self._hash = hashlib.sha256()
+        self.sha256 = ""
+
+    def __enter__(self) -> _RowsFile:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self._flush()
+            self.sha256 = self._hash.hexdigest()
+        self._writer.close()
+
+    def add(self, line: int, row: str) -> None:
+        self._lines.append(line)
+        self._rows.append(row)
+        self._bytes += len(row)
+        self._hash.update(f"{line}\t{row}\n".encode())
+        if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_batch(self._pa.record_batch([self._lines, self._rows], schema=self._schema))
+        self._lines, self._rows, self._bytes = [], [], 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m app.intake", description="Read a dataset file and print what was found.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--format", choices=list(formats.FORMATS))
+    parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the good rows go")
+    parser.add_argument("--tokenizer", type=Path, help="a model's folder, to count tokens")
+    options = parser.parse_args(arguments)
+    payload = {
+        "path": options.file,
+        "filename": options.file.name,
+        "format": options.format,
+        "rows": options.rows,
+        "tokenizer": options.tokenizer,
+    }
+
+    def say(message: dict[str, Any]) -> None:
+        if "finding" in message:
+            finding = message["finding"]
+            print(f"line {finding['line']}: {finding['severity']}: {finding['message']}", file=sys.stderr)
+
+    try:
+        result = read(payload, say)
+    except BadData as error:
+        print(error, file=sys.stderr)
+        return 1
+    result["report"].pop("preview")
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

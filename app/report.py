@@ -1,0 +1,226 @@
+"""The report on a dataset: what was found, counted while the rows go by, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from app.formats import Finding, Format
+from app.formats._base import Row, fix, shown
+from app.readers import Raw
+
+MOST_FINDINGS_PER_RULE = 1000
+PREVIEW_ROWS, PREVIEW_CHARACTERS = 50, 4000
+MOST_REMEMBERED = 3_000_000
+"""Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
+
+Say = Any
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
+_MARKER = re.compile(r"<\|[a-z_]{2,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")
+
+
+class Report:
+    """Everything the report says about the rows, in memory that does not grow with them."""
+
+    def __init__(self, entry: Format, mapping: dict[str, str], say: Say) -> None:
+        self.entry, self.mapping, self.say = entry, mapping, say
+        self.rows = self.good = self.characters = 0
+        self.longest = 0
+        self.found: dict[str, dict[str, Any]] = {}
+        self.roles: Counter[str] = Counter()
+        self.turns: Counter[int] = Counter()
+        self.labels: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+        self.preview: list[dict[str, Any]] = []
+        self._seen: dict[int, int] = {}
+        self._prompts: dict[int, tuple[int, int]] = {}
+
+    def check(self, raw: Raw) -> Row | None:
+        """The normalised row, or None when it is left out; whatever was found is said."""
+        if raw.row is None:
+            assert raw.problem is not None
+            if raw.problem.severity == "error":
+                self.rows += 1
+            self.add(raw.line, raw.problem)
+            return None
+        self.rows += 1
+        findings = self.entry.check(raw.row, self.mapping)
+        for finding in findings:
+            self.add(raw.line, finding)
+        if any(finding.severity == "error" for finding in findings):
+            return None
+        row = self.entry.normalise(raw.row, self.mapping)
+        metadata = self.entry.metadata(raw.row, self.mapping)
+        if metadata:
+            row["metadata"] = metadata
+        self.good += 1
+        return row
+
+    def add(self, line: int, finding: Finding) -> None:
+        entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
+        entry["count"] += 1
+        if entry["count"] <= MOST_FINDINGS_PER_RULE:
+            value = None if finding.value is None else shown(finding.value)
+            self.say({"finding": {"line": line, **finding._asdict(), "value": value, "message": shown(finding.message, 600)}})
+
+    def count(self, row: Row, text: str, line: int) -> None:
+        """Add a good row to the counts, and look at its texts."""
+        length = 0
+        for column, part in texts(row):
+            length += len(part)
+            if (found := _CONTROL.search(part)) is not None:
+                message = f"The text holds the control character {found.group()!r}."
+                self.add(
+                    line,
+                    Finding(
+                        "control_character",
+                        message,
+                        column,
+                        part[max(0, found.start() - 30) : found.end() + 30],
+                        "warning",
+                        fix("Remove it", "strip_control"),
+                    ),
+                )
+            if (found := _MARKER.search(part)) is not None:
+                message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would learn to write it."
+                self.add(
+                    line,
+                    Finding(
+                        "template_marker",
+                        message,
+                        column,
+                        part[max(0, found.start() - 30) : found.end() + 30],
+                        "warning",
+                        fix("Remove it", "strip_markers"),
+                    ),
+                )
+        self.characters += length
+        self.longest = max(self.longest, length)
+        self.lengths[length.bit_length()] += 1
+        if "messages" in row:
+            self.roles.update(message["role"] for message in row["messages"])
+            self.turns[len(row["messages"])] += 1
+        if "label" in row and (row["label"] in self.labels or len(self.labels) < 20_000):
+            self.labels[row["label"]] += 1
+        self._compare(row, text, line)
+        if len(self.preview) < PREVIEW_ROWS:
+            self.preview.append({"line": line, "row": _short(row)})
+
+    def _compare(self, row: Row, text: str, line: int) -> None:
+        if len(self._seen) >= MOST_REMEMBERED:
+            return
+        content = {key: value for key, value in row.items() if key != "metadata"}
+        print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
+        first = self._seen.setdefault(print_, line)
+        if first != line:
+            self.add(
+                line,
+                Finding(
+                    "duplicate", f"This row says exactly the same as line {first}.", None, None, "warning", fix("Drop the row", "drop_row")
+                ),
+            )
+            return
+        asked, answered = prompt_and_answer(row)
+        if not asked:
+            return
+        answer = _fingerprint(answered)
+        line_before, answer_before = self._prompts.setdefault(_fingerprint(asked), (line, answer))
+        if answer_before != answer:
+            severity = "warning" if self.entry.task == "classification" else "note"
+            message = f"Line {line_before} has the same prompt and another {'label' if self.entry.task == 'classification' else 'answer'}."
+            self.add(line, Finding("other_answer", message, None, shown(asked, 120), severity, fix("Drop the row", "drop_row")))
+
+    def finish(self) -> None:
+        if self.good == 0:
+            return
+        if self.entry.task == "classification":
+            self._check_labels()
+        elif self.good < 10:
+            message = f"Only {self.good} good row{'s' if self.good != 1 else ''}: enough to try things out, too few to learn from. A few dozen good rows already show an effect."
+            self.add(1, Finding("few_rows", message, severity="warning"))
+
+    def _check_labels(self) -> None:
+        if len(self.labels) == 1:
+            only = next(iter(self.labels))
+            self.add(
+                1,
+                Finding(
+                    "one_class",
+                    f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two.",
+                    self.mapping.get("label"),
+                    shown(only),
+                    "warning",
+                ),
+            )
+        for label, count in self.labels.items():
+            if count == 1 and len(self.labels) > 1:
+                self.add(
+                    1,
+                    Finding(
+                        "rare_label",
+                        f"Only one row has the label “{shown(label, 60)}”; it cannot be both learnt and checked.",
+                        self.mapping.get("label"),
+                        shown(label),
+                        "warning",
+                    ),
+                )
+        numbers = sum(re.fullmatch(r"-?\d+(\.\d+)?", label) is not None for label in self.labels)
+        if 0 < numbers < len(self.labels):
+            message = "Some labels are numbers and some are words."
+            self.add(1, Finding("mixed_labels", message, self.mapping.get("label"), None, "warning"))
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "findings": self.found,
+            "characters": self.characters,
+            "longest_characters": self.longest,
+            "lengths": [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(self.lengths.items())],
+            "roles": dict(self.roles.most_common()),
+            "turns": sorted(self.turns.items())[:200],
+            "labels": dict(self.labels.most_common(1000)),
+            "label_count": len(self.labels),
+            "preview": self.preview,
+        }
+
+
+def texts(row: Row) -> Iterator[tuple[str, str]]:
+    """Every text of a normalised row that a model would see, with its place."""
+    for key in ("text", "prompt", "completion"):
+        if key in row:
+            yield key, row[key]
+    for key in ("messages", "chosen", "rejected"):
+        for index, message in enumerate(row.get(key, ())):
+            yield f"{key}[{index}].content", message["content"]
+
+
+def prompt_and_answer(row: Row) -> tuple[str, str]:
+    """What is given and what is learnt, as texts to compare."""
+    if "label" in row:
+        return row["text"], row["label"]
+    if "completion" in row:
+        return row["prompt"], row["completion"]
+    if "messages" in row and "chosen" not in row:
+        *before, last = row["messages"]
+        return json.dumps(before, ensure_ascii=False), last["content"]
+    return "", ""
+
+
+def _fingerprint(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _short(value: Any) -> Any:
+    """A row to show: long texts cut, and without what Postgres cannot hold."""
+    if isinstance(value, str):
+        text = value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+        return text if len(text) <= PREVIEW_CHARACTERS else text[:PREVIEW_CHARACTERS] + "…"
+    if isinstance(value, list):
+        return [_short(item) for item in value[:100]]
+    if isinstance(value, dict):
+        return {_short(str(key)): _short(item) for key, item in list(value.items())[:100]}
+    return value
