@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,14 +127,16 @@ def add_model(
     """Bring a model into the studio."""
     choose(data_dir=data_dir)
 
-    def add(session: Session, user: User) -> str:
+    def order(session: Session, user: User) -> Any:
         from app import models as service
 
         if path is not None:
-            return service.add_folder(session, user, path, name).name
-        return service.add_starter(session, name, accept_terms=accept_terms).name
+            return service.add_folder(session, user, str(path), name, anywhere=True).id
+        return service.add_starter(session, name, accept_terms=accept_terms).id
 
-    say(f"{as_owner(add)} is here.")
+    with owner_session() as run:
+        bring(run, run(order))
+    say(f"{name} is here.")
 
 
 @app.command()
@@ -238,6 +241,29 @@ class owner_session:
 def as_owner(action: Callable[[Session, User], Any]) -> Any:
     with owner_session() as run:
         return run(action)
+
+
+def bring(run: Callable[..., Any], model_id: Any) -> None:
+    """Fetch an ordered model here and now, or wait for the studio's own worker when that was quicker to take it."""
+    from rich.progress import Progress
+
+    from app.models import fetch
+    from app.tables import Model
+
+    def look(session: Session, user: User) -> tuple[str, float | None, dict[str, Any] | None]:
+        model = session.get_one(Model, model_id)
+        return model.status, model.progress, model.error
+
+    worker = threading.Thread(target=fetch, args=(model_id,), daemon=True)
+    worker.start()
+    with Progress(console=err, transient=True) as bar:
+        line = bar.add_task("Fetching the model", total=1.0)
+        while (found := run(look))[0] == "fetching":
+            bar.update(line, completed=found[1] or 0.0)
+            time.sleep(0.3)
+    if found[0] != "ready":
+        error = found[2] or {}
+        raise Unavailable(error.get("message", "The model could not be fetched."), way_out=error.get("way_out", ""))
 
 
 def read_spec(path: Path, profile: str | None) -> dict[str, Any]:

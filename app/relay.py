@@ -23,7 +23,7 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import queue, workers
+from app import logs, queue, workers
 from app.db import transaction
 from app.settings import get_settings
 from app.tables import Outbox
@@ -131,7 +131,7 @@ def wait_out(seconds: float, stop: Callable[[], bool]) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=get_settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     asked = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: asked.set())

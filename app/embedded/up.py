@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.embedded import sweep
 from app.embedded.places import Lock, make_data_dir, private_folder
@@ -21,7 +22,12 @@ from app.embedded.postgres import DATABASE, Postgres, launched
 from app.embedded.supervisor import Child, Supervisor
 from app.embedded.valkey import Valkey
 from app.errors import BadField, Forbidden, Unavailable
-from app.settings import Settings, get_settings
+from app.settings import PROJECT, Settings, get_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from app.tables import User
 
 SERVERS = ["valkey", "postgres"]
 
@@ -55,7 +61,7 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
             supervisor.start(child)
         url = studio_url(settings)
         lock.tell(url=url, external=bool(settings.database_url))
-        path = sign_in_path()
+        path = welcome()
         web = next(child for child in children if child.name == "web")
         supervisor.wait_for(lambda: answers(settings), what=web, seconds=120)
         say(f"Luthier is ready. Sign in (once, within an hour):\n\n    {url}{path}\n\nCtrl-C stops it. Logs: {supervisor.logs}")
@@ -253,6 +259,35 @@ def sign_in_path() -> str:
 
     with transaction() as session:
         return accounts.new_sign_in_link(session, accounts.first_user(session))
+
+
+def welcome() -> str:
+    """What a person finds when they come in: the starter models on disk, at the first start the samples, and a way in."""
+    from app import accounts
+    from app.db import transaction
+
+    with transaction() as session:
+        from app import models
+
+        user = accounts.first_user(session)
+        models.adopt_starters(session)
+        import_samples(session, user)
+        return accounts.new_sign_in_link(session, user)
+
+
+def import_samples(session: Session, user: User) -> None:
+    """The small datasets of `samples/`, once: into a studio that never had a file."""
+    from sqlalchemy import select
+
+    from app import datasets, files
+    from app.tables import File
+
+    if session.scalar(select(File.id).limit(1)) is not None:
+        return
+    for path in sorted((PROJECT / "samples").glob("*")):
+        if path.suffix in (".jsonl", ".json", ".csv", ".txt"):
+            file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
+            datasets.for_file(session, user, file.id)
 
 
 # Beside a studio, or without one ---------------------------------------------------------------------------------------
