@@ -95,9 +95,17 @@ def foot() -> list[str]:
 
 
 def machine_line() -> str:
+    return machine_facts()[0][1]
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """What stands in this machine, as (what, how much)."""
+    if not importlib.util.find_spec("app.machine"):
+        return []
     from app.machine import this_machine
 
     machine = this_machine()
-    if getattr(machine, "gpu_name", None):
-        return str(machine.gpu_name)
-    return f"{machine.cores} CPU cores · {human_bytes(machine.memory_bytes)}"
+    facts = [("Processor", f"{machine.cores} cores, {human_bytes(machine.memory_bytes)}")]
+    if gpu := getattr(machine, "gpu_name", None):
+        facts.insert(0, ("GPU", f"{gpu}, {human_bytes(machine.gpu_memory_bytes)}"))
+    return facts

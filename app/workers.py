@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -37,10 +38,8 @@ def keep_saying(queue: str) -> threading.Event:
 
     def talk() -> None:
         while True:
-            try:
+            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
                 say_alive(queue, started_at)
-            except (redis.ConnectionError, redis.TimeoutError):
-                pass
             if stop.wait(REPEAT_SECONDS):
                 return
 

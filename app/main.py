@@ -1,0 +1,117 @@
+"""The web application. `uvicorn app.main:create_app --factory` runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import ipaddress
+import pkgutil
+import re
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import Response
+from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Scope
+
+from app import accounts, answers, logs, middleware, routes, shell, web
+from app.db import get_engine, transaction
+from app.errors import Forbidden
+from app.settings import get_settings
+
+
+def create_app() -> FastAPI:
+    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `accounts.PUBLIC`."""
+    logs.configure()
+    _refuse_open_door()
+    app = FastAPI(
+        title="Luthier",
+        version=version("luthier"),
+        summary="Fine-tuning of language models, in the shape of the OpenAI API.",
+        dependencies=[Depends(accounts.sign_in), Depends(accounts.check_csrf)],
+        lifespan=_lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for module in _route_modules():
+        if hasattr(module, "api"):
+            app.include_router(module.api)
+        if hasattr(module, "pages"):
+            app.include_router(module.pages, include_in_schema=False)
+    app.mount("/static", Versioned(directory=web.STATIC), name="static")
+    for kind in _handled():
+        app.add_exception_handler(kind, _handle)
+    app.state.paths = shell.paths(app)
+    middleware.install(app)
+    return app
+
+
+def _route_modules() -> list[Any]:
+    names = sorted(info.name for info in pkgutil.iter_modules(routes.__path__))
+    return [importlib.import_module(f"app.routes.{name}") for name in names]
+
+
+def _refuse_open_door() -> None:
+    """Another address than this machine's own is only opened behind a password."""
+    settings = get_settings()
+    try:
+        local = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        local = settings.host == "localhost"
+    if not local and not settings.admin_password:
+        raise Forbidden(
+            f"LUTHIER_HOST={settings.host} would open the studio to other machines.",
+            way_out="Set LUTHIER_ADMIN_PASSWORD first, or stay on 127.0.0.1.",
+        )
+
+
+def _handled() -> list[Any]:
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    from app.errors import StudioError
+
+    return [StudioError, HTTPException, RequestValidationError]
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    return await run_in_threadpool(answers.answer, request, answers.fault_of(error))
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Make the first account if the database is there already, and give the pools back at the end."""
+    from sqlalchemy.exc import DBAPIError
+
+    def start() -> None:
+        accounts.secret()
+        web.static_version()
+        with contextlib.suppress(DBAPIError), transaction() as session:
+            accounts.first_user(session)
+
+    await run_in_threadpool(start)
+    yield
+    from app.queue import get_redis
+
+    if get_engine.cache_info().currsize:
+        get_engine().dispose()
+    if get_redis.cache_info().currsize:
+        get_redis().close()
+
+
+class Versioned(StaticFiles):
+    """Files of `static/` under `/static/<version>/…`, kept forever by browsers while the version is the present one."""
+
+    def get_path(self, scope: Scope) -> str:
+        return re.sub(r"^[0-9a-f]{16}/", "", super().get_path(scope))
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        fresh = f"/static/{web.static_version()}/" in scope["path"]
+        response.headers["cache-control"] = "public, max-age=31536000, immutable" if fresh else "no-cache"
+        return response

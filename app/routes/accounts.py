@@ -1,0 +1,90 @@
+"""Signing in by a link or a password, signing out, and the colours one likes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, Request, Response
+from fastapi.responses import RedirectResponse
+from sqlalchemy import select
+
+from app import accounts
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import StudioError
+from app.settings import get_settings
+from app.tables import User
+from app.web import render
+
+pages = APIRouter()
+
+
+def safe_next(path: str) -> str:
+    """Only a path of our own: `//host` and `/\\host` would leave the studio."""
+    inside = path.startswith("/") and not path.startswith(("//", "/\\")) and not any(ord(c) < 32 for c in path)
+    return path if inside else "/"
+
+
+@pages.get("/sign-in")
+def sign_in_page(request: Request, next: str = "/") -> Response:
+    if accounts.identify(request):
+        return RedirectResponse(safe_next(next), 303)
+    return _form(request, next)
+
+
+def _form(request: Request, next: str, fault: StudioError | None = None, name: str = "") -> Response:
+    settings = get_settings()
+    with transaction() as session:
+        passwords = session.scalars(select(User.id).where(User.password_hash.is_not(None)).limit(1)).first() is not None
+    status = fault.status if fault else 200
+    values = {"next": safe_next(next), "fault": fault, "passwords": passwords, "name": name or settings.admin_name}
+    return render(request, "sign_in.html", status_code=status, **values)
+
+
+@pages.post("/sign-in")
+def sign_in(
+    request: Request, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = "", next: Annotated[str, Form()] = "/"
+) -> Response:
+    """A password, of which the first five wrong ones cost nothing but themselves."""
+    try:
+        with transaction() as session:
+            user = accounts.check_password(session, name.strip()[:80], password[:1000], request.client.host if request.client else "")
+            response = RedirectResponse(safe_next(next), 303)
+            accounts.open_session(session, request, response, user)
+        return response
+    except StudioError as fault:
+        response = _form(request, next, fault, name)
+        if seconds := getattr(fault, "retry_after_seconds", None):
+            response.headers["retry-after"] = str(round(seconds))
+        return response
+
+
+@pages.get("/sign-in/{token}")
+def sign_in_by_link(request: Request, token: str, session: Db) -> Response:
+    """The link that `luthier up` prints. It works once."""
+    try:
+        user = accounts.use_link(session, token)
+    except StudioError:
+        if accounts.identify(request):
+            return RedirectResponse("/", 303)  # the link was opened again by one who is in already
+        raise
+    response = RedirectResponse("/", 303)
+    accounts.open_session(session, request, response, user)
+    return response
+
+
+@pages.post("/sign-out")
+def sign_out(request: Request, user: CurrentUser, session: Db) -> Response:
+    response = RedirectResponse("/sign-in", 303)
+    accounts.close_session(session, request, response)
+    return response
+
+
+@pages.post("/theme")
+def theme(request: Request, user: CurrentUser, theme: Annotated[Literal["", "light", "dark"], Form()] = "") -> Response:
+    """The colours are kept in a cookie, so that the very first byte of a page has them already."""
+    back = request.headers.get("referer", "/")
+    path = safe_next("/" + back.split("/", 3)[3]) if back.count("/") >= 3 else "/"
+    response = RedirectResponse(path, 303)
+    response.set_cookie("luthier_theme", theme, max_age=365 * 86_400, samesite="lax", secure=accounts.secure(request), path="/")
+    return response

@@ -1,0 +1,73 @@
+"""Is it alive, is it ready, how is it doing: for supervisors, load balancers and Prometheus."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from app import accounts, measures, studio
+from app.accounts import CurrentUser
+from app.errors import NotSignedIn
+from app.workers import alive
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1")
+
+
+@pages.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process answers. Nothing else is asked, so that a database away is no reason to restart this one."""
+    return {"status": "ok"}
+
+
+@pages.get("/readyz")
+def readyz() -> JSONResponse:
+    """Whether work can be taken: 503 while the database, its schema or the broker is not there."""
+    found = studio.checks()
+    ready = all(check.good for check in found)
+    body = {
+        "status": "ready" if ready else "waiting",
+        "checks": {check.name: check.model_dump(exclude={"name"}, exclude_defaults=True) for check in found},
+        "workers": [
+            {"queue": w.queue, "up_seconds": round(w.up_seconds, 1), "silent_seconds": round(w.silent_seconds, 1)} for w in alive()
+        ],
+    }
+    return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"retry-after": "1"})
+
+
+@pages.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Figures in the text format of Prometheus, for this machine and for the signed-in."""
+    if not _local(request) and accounts.identify(request) is None:
+        raise NotSignedIn("The figures are for this machine and for the signed-in.", way_out="Send an API key.")
+    return Response(measures.text(), media_type="text/plain; version=0.0.4")
+
+
+def _local(request: Request) -> bool:
+    """Asked from this machine, and not through a proxy that stands on it."""
+    if request.client is None or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+        return False
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+@api.get("/studio")
+def state(user: CurrentUser) -> dict[str, Any]:
+    """The health of every part: what the Overview and the Settings show."""
+    return {
+        "object": "studio",
+        "checks": [check.model_dump() for check in studio.checks()],
+        "workers": [duty.model_dump() for duty in studio.duties()],
+        "versions": dict(studio.versions()),
+    }
+
+
+@api.get("/openapi.json", include_in_schema=False)
+def openapi(request: Request, user: CurrentUser) -> dict[str, Any]:
+    """The description of everything under /v1."""
+    return request.app.openapi()

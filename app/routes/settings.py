@@ -1,0 +1,56 @@
+"""API keys, and the facts of this studio."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request, Response
+from fastapi.responses import RedirectResponse
+
+from app import accounts, shell, studio
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import NotFound
+from app.settings import get_settings
+from app.tables import User
+from app.web import flash, render
+
+pages = APIRouter()
+
+
+@pages.get("/settings")
+def settings(request: Request, user: CurrentUser, session: Db) -> Response:
+    return _page(request, user, session)
+
+
+def _page(request: Request, user: User, session: Db, new_key: str | None = None) -> Response:
+    values: dict[str, Any] = {
+        "keys": accounts.list_keys(session, user),
+        "new_key": new_key,
+        "base_url": f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1",
+        "duties": studio.duties(),
+        "checks": studio.checks(),
+        "versions": studio.versions(),
+        "space": studio.space(),
+        "machine": shell.machine_facts(),
+    }
+    return render(request, "settings.html", **values)
+
+
+@pages.post("/settings/keys")
+def create_key(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form()] = "") -> Response:
+    """Answers with the page itself, because the key is shown this once and kept nowhere, not even for a redirect."""
+    _, text = accounts.create_key(session, user, name)
+    return _page(request, user, session, new_key=text)
+
+
+@pages.post("/settings/keys/{key}/revoke")
+def revoke_key(request: Request, user: CurrentUser, session: Db, key: str) -> Response:
+    try:
+        key_id = uuid.UUID(key)
+    except ValueError:
+        raise NotFound("No such API key.") from None
+    name = accounts.revoke_key(session, user, key_id).name
+    flash(request, f"The key “{name}” is revoked. Programs that use it are refused from now on.")
+    return RedirectResponse("/settings#keys", 303)
