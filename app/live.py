@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections import OrderedDict
 
-from sqlalchemy import select
+from sqlalchemy import Float, cast, func, select
 from sqlalchemy.orm import Session
 
 from app.events import from_row
@@ -49,3 +49,10 @@ def _of(job_id: uuid.UUID) -> _Kept:
         while len(_kept) > KEPT_JOBS:
             _kept.popitem(last=False)
         return kept
+
+
+def best_losses(session: Session, found: list[Job]) -> dict[uuid.UUID, float]:
+    """Least validation loss of each job, for lists; a job without an evaluation is not in it."""
+    loss = cast(Event.data["loss"].astext, Float)
+    query = select(Event.job_id, func.min(loss)).where(Event.job_id.in_([job.id for job in found]), Event.type == "evaluated")
+    return {job_id: best for job_id, best in session.execute(query.group_by(Event.job_id)) if best is not None}

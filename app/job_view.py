@@ -1,0 +1,246 @@
+"""What the pages of jobs show, worked out once in plain words and figures, so that the templates only lay it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+import yaml
+from markupsafe import Markup
+from sqlalchemy.orm import Session
+
+from app import charts, ids, jobs, live, models, workers
+from app.forms import as_text
+from app.order_form import OrderForm
+from app.progress import Progress
+from app.shapes import Shape
+from app.spec import JobSpec
+from app.strategies import STRATEGIES
+from app.tables import Job, User
+from app.web import NARROW, NOTHING, human_number
+
+
+def url(job: Job) -> str:
+    return f"/jobs/{ids.public(ids.JOB, job.id)}"
+
+
+def model_url(name: str) -> str:
+    return f"/models/{name}"
+
+
+def dataset_url(dataset_id: Any) -> str:
+    return f"/datasets/{ids.public(ids.DATASET, dataset_id)}"
+
+
+def playground_url(*names: str) -> str:
+    return f"/playground?{urlencode([('model', name) for name in names])}"
+
+
+def count(value: int) -> str:
+    """A number of parameters in three figures: `2.44 M`, `134 M`, `1.24 B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{NARROW}{unit}"
+    return str(value)
+
+
+# The list -------------------------------------------------------------------------------------------------------------
+
+
+def rows(found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "job": job,
+            "url": url(job),
+            "model": job.spec["model"]["name"],
+            "dataset": job.spec["dataset"]["name"],
+            "strategy": _title(job.spec["strategy"]["name"]),
+            "loss": best.get(job.id),
+            "forgetting": forgetting(job.forgetting)["figure"],
+            "memory": (job.measured or {}).get("peak_memory_bytes"),
+            "predicted_memory": (job.estimate or {}).get("memory_bytes"),
+            "seconds": (job.measured or {}).get("seconds"),
+            "predicted_seconds": (job.estimate or {}).get("seconds"),
+        }
+        for job in found
+    ]
+
+
+def summary(found: list[Job]) -> str:
+    """`1 running, 2 waiting, 14 finished`: what is going on, in one line."""
+    words = {
+        "running": "running",
+        "queued": "waiting",
+        "paused": "paused",
+        "succeeded": "finished",
+        "failed": "failed",
+        "cancelled": "stopped",
+    }
+    counts = {status: sum(job.status == status for job in found) for status in words}
+    return ", ".join(f"{human_number(n)} {words[status]}" for status, n in counts.items() if n)
+
+
+def _title(strategy: str) -> str:
+    return STRATEGIES[strategy].title if strategy in STRATEGIES else strategy
+
+
+# The order form -------------------------------------------------------------------------------------------------------
+
+
+def facts_of(form: OrderForm) -> dict[str, Any]:
+    """Figures about the chosen model and data that stand beside the form."""
+    shape = Shape.model_validate(form.model.shape) if form.model and form.model.shape else None
+    dataset = form.dataset
+    tokens = None
+    if dataset is not None and dataset.status == "ready":
+        from app import datasets
+
+        tokens = datasets.stats(dataset).tokens
+    return {
+        "model_parameters": count(shape.parameters()) if shape else "",
+        "bad_rows": (dataset.rows or 0) - (dataset.good_rows or 0) if dataset else 0,
+        "tokens": tokens,
+        "learns": count(form.estimate["trainable_parameters"]) if form.estimate else "",
+    }
+
+
+# One job --------------------------------------------------------------------------------------------------------------
+
+
+def page(session: Session, user: User, job: Job) -> dict[str, Any]:
+    """Everything `job.html` and its live part show."""
+    progress = live.progress_of(session, job)
+    spec = JobSpec.model_validate(job.spec)
+    shape, strategy = spec.model.shape, spec.strategy
+    learnt = progress.started.trainable_parameters if progress.started else strategy.trainable(shape)
+    total = progress.started.parameters if progress.started else shape.parameters()
+    found = charts.charts(progress)
+    tuned = jobs.tuned_model(session, job)
+    suggestion = progress.failure.suggestion if progress.failure and job.status == "failed" else None
+    return {
+        "job": job,
+        "public_id": ids.public(ids.JOB, job.id),
+        "url": url(job),
+        "spec": spec,
+        "strategy": strategy,
+        "model_url": model_url(spec.model.name),
+        "dataset_url": dataset_url(spec.dataset.id),
+        "rows": spec.dataset.rows,
+        "progress": progress,
+        "status_line": status_line(progress, job, spec),
+        "ends_at": datetime.now(UTC) + timedelta(seconds=progress.seconds_left or 0),
+        "actions": actions(job),
+        "waiting": _waiting(session, job) if job.status == "queued" else "",
+        "failure": failure(job, progress),
+        "suggestion": suggestion,
+        "suggestion_text": ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in (suggestion or {}).items()),
+        "tuned": tuned,
+        "compare_url": playground_url(spec.model.name, tuned.name) if tuned else "",
+        "download_url": f"{model_url(tuned.name)}/download" if tuned else "",
+        "forgetting": forgetting(job.forgetting or (progress.finished.forgetting if progress.finished else None)),
+        "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
+        "settings": [(name, as_text(value)) for name, value in strategy.model_dump(exclude={"name"}).items() if value is not None][:4],
+        "checkpoints": _checkpoints(session, job, progress),
+        "sample_history": sample_history(progress),
+        "evaluation": evaluation(job.evaluation),
+        "charts": found,
+        "points": charts.data(found, progress),
+        "yaml": yaml.safe_dump(
+            {"strategy": spec.strategy.model_dump(mode="json"), "run": spec.run.model_dump(mode="json")}, sort_keys=False
+        ),
+    }
+
+
+def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
+    """`Step 74 of 120, epoch 2 of 3, attempt 2 (resumed at step 40 after the worker was lost)`."""
+    if not progress.total_steps:
+        return Markup("{}").format({"queued": "Waiting to start", "running": "Loading the model"}.get(job.status, "No step was made"))
+    parts = [Markup("<b>Step {} of {}</b>").format(human_number(progress.step), human_number(progress.total_steps))]
+    if progress.latest and not spec.run.max_steps:
+        epochs = max(1, -int(-spec.run.epochs // 1))
+        parts.append(Markup("epoch {} of {}").format(min(epochs, int(progress.epoch) + 1), human_number(epochs)))
+    if progress.attempt > 1:
+        note = f" ({progress.resumed})" if progress.resumed else ""
+        parts.append(Markup("attempt {}{}").format(progress.attempt, note))
+    if progress.finished and progress.finished.reason == "early_stopped":
+        parts.append(Markup("stopped early, since validation loss no longer fell"))
+    return Markup(", ").join(parts)
+
+
+def actions(job: Job) -> list[dict[str, Any]]:
+    """The buttons that make sense now; one whose wish is on its way says so and waits."""
+    stop = {"name": "stop", "label": "Stopping…" if job.cancel_requested else "Stop", "pending": job.cancel_requested}
+    pause = {
+        "name": "pause",
+        "label": "Pausing…" if job.pause_requested else "Pause",
+        "pending": job.pause_requested or job.cancel_requested,
+    }
+    save = {"name": "save", "label": "Saving…" if job.save_requested else "Save now", "pending": job.save_requested}
+    if job.status == "running":
+        return [pause, save, stop]
+    if job.status == "queued":
+        return [{**pause, "label": "Pause", "pending": False}, {**stop, "label": "Stop", "pending": False}]
+    if job.status == "paused":
+        return [{"name": "resume", "label": "Resume", "pending": False}, {**stop, "label": "Stop", "pending": False}]
+    return [{"name": "resume", "label": "Go on from the last checkpoint", "pending": False}] if job.status == "failed" else []
+
+
+def _waiting(session: Session, job: Job) -> str:
+    """Why a queued job does not run yet, and what helps."""
+    if jobs.reading(session, job):
+        return "The dataset is still being read. The job starts when that is done."
+    if not any(worker.queue == "train" for worker in workers.alive()):
+        return "No train worker is there. Start one with `luthier up`, or `celery -A worker.main worker -Q train`; the job then starts by itself."
+    return "A worker takes it as soon as one is free."
+
+
+def failure(job: Job, progress: Progress) -> dict[str, Any] | None:
+    """What went wrong and the way out: from the trainer's last word, else from the job's row."""
+    if job.status != "failed":
+        return None
+    if progress.failure:
+        return {"message": progress.failure.message, "way_out": progress.failure.way_out, "line": progress.failure.line}
+    error = job.error or {}
+    return {"message": error.get("message", "The job failed and left no reason."), "way_out": error.get("way_out", ""), "line": None}
+
+
+def forgetting(measured: Mapping[str, Any] | None) -> dict[str, str]:
+    """The relative change on general text, with its verdict; a dash where it was not measured."""
+    if not measured:
+        return {"figure": NOTHING, "verdict": "not measured"}
+    before, after = measured.get("before"), measured.get("after")
+    change = measured.get("change")
+    if change is None and before and after is not None:
+        change = after / before - 1
+    return {"figure": NOTHING if change is None else f"{change * 100:+.1f}{NARROW}%", "verdict": str(measured.get("verdict", ""))}
+
+
+def _checkpoints(session: Session, job: Job, progress: Progress) -> list[dict[str, Any]]:
+    """The checkpoints on disk, newest first, each with its validation loss and the way to try it."""
+    losses = dict(progress.curves["validation"])
+    found = []
+    for row in jobs.checkpoints(session, job):
+        loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
+        name = models.checkpoint_name(session, job, row.step)
+        found.append({"step": row.step, "best": row.best, "loss": loss, "url": playground_url(job.spec["model"]["name"], name)})
+    return found
+
+
+def sample_history(progress: Progress) -> list[tuple[str, list[tuple[int, str]]]]:
+    """For each prompt its answers from the first evaluation to the last."""
+    history: dict[str, list[tuple[int, str]]] = {}
+    for sampled in progress.samples:
+        for sample in sampled.samples:
+            history.setdefault(sample.prompt, []).append((sampled.step, sample.answer))
+    return list(history.items())
+
+
+def evaluation(scores: Mapping[str, Any] | None) -> list[tuple[str, float | None, float | None]]:
+    """Scores that base and tuned both have, side by side."""
+    base, tuned = (scores or {}).get("base"), (scores or {}).get("tuned")
+    if not isinstance(base, dict) or not isinstance(tuned, dict):
+        return []
+    both = [name for name in base if isinstance(base[name], int | float) and isinstance(tuned.get(name), int | float)]
+    return [(name.replace("_", " ").capitalize(), base[name], tuned[name]) for name in both]

@@ -1,0 +1,252 @@
+"""The form of a new job: what was typed so far, what it would cost, what is wrong with it, and the same as text to copy.
+
+Typed values are text by the name of their input: `model`, `dataset`, `strategy`, `name`, `strategy.rank`, `run.epochs`,
+and `kept.rank` for settings of a strategy that was looked at before, so that trying another one loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from sqlalchemy.orm import Session
+
+from app import ids, jobs, models, orders
+from app.errors import NotFound, StudioError
+from app.forms import Control, Filled, as_text, controls, fill
+from app.orders import JobOrder
+from app.shapes import Shape
+from app.spec import JobSpec, RunSettings
+from app.strategies import STRATEGIES, Strategy
+from app.tables import Dataset, Job, Model, User
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One strategy to choose. `reason` says why this model, task or machine cannot run it."""
+
+    cls: type[Strategy]
+    chosen: bool
+    reason: str | None
+
+
+@dataclass(slots=True)
+class OrderForm:
+    typed: dict[str, str]
+    models: list[Model]
+    datasets: list[Dataset]
+    model: Model | None
+    dataset: Dataset | None
+    strategy: type[Strategy]
+    cards: list[Card]
+    more_cards: list[Card]
+    strategy_controls: list[Control]
+    run_controls: list[Control]
+    kept: dict[str, str]
+    errors: dict[str, str] = field(default_factory=dict)
+    order: JobOrder | None = None
+    spec: JobSpec | None = None
+    estimate: dict[str, Any] | None = None
+    machine_bytes: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the order can be given as it stands."""
+        return self.order is not None and not self.errors
+
+
+def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
+    """The form for what was typed so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    from app import datasets
+
+    typed = dict(typed)
+    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    rows = datasets.list_(session, user)
+    usable = [d for d in rows if d.status in ("ready", "reading")]
+    errors: dict[str, str] = {}
+    model = _chosen(ready, typed.get("model"), lambda m: (m.name, ids.public(ids.MODEL, m.id)))
+    dataset = _chosen(usable, typed.get("dataset"), lambda d: (ids.public(ids.DATASET, d.id),))
+    if typed.get("model") and model is None:
+        errors["model"] = f"There is no model {typed['model'][:80]}. It may have been deleted; choose another."
+    if typed.get("dataset") and dataset is None:
+        errors["dataset"] = _why_not(rows, typed["dataset"])
+    task = (dataset.task if dataset else None) or "generation"
+    cards = _cards(typed.get("strategy"), task, Shape.model_validate(model.shape) if model and model.shape else None)
+    strategy = next(card.cls for card in cards if card.chosen)
+    asked = _carried(typed, strategy)
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run")
+    errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
+        f"run.{name}": text for name, text in run.errors.items()
+    }
+    first, more = _split(cards)
+    form = OrderForm(
+        typed=typed,
+        models=ready,
+        datasets=usable,
+        model=model,
+        dataset=dataset,
+        strategy=strategy,
+        cards=first,
+        more_cards=more,
+        strategy_controls=controls(strategy, "strategy", typed=filled.typed, errors=filled.errors),
+        run_controls=controls(
+            RunSettings, "run", typed=run.typed, errors=run.errors, placeholders={"learning_rate": f"{strategy.default_learning_rate:g}"}
+        ),
+        kept={key: value for key, value in asked.items() if key.startswith("kept.")},
+        errors=errors,
+        machine_bytes=_memory(),
+    )
+    if model and dataset and not errors:
+        _try(session, user, form, filled, run)
+    return form
+
+
+def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled) -> None:
+    """Build the order's spec and estimate; what is wrong with them becomes an error of the form."""
+    assert form.model and form.dataset
+    form.order = JobOrder(
+        model=form.model.name,
+        dataset_id=form.dataset.id,
+        name=form.typed.get("name", "").strip()[:200] or None,
+        strategy={"name": form.strategy.model_fields["name"].default, **filled.settings},
+        run=run.settings,
+    )
+    try:
+        form.spec = orders.build_spec(session, user, form.order)
+        form.estimate = orders.estimate_of(session, form.spec)
+    except StudioError as error:
+        form.errors[{"dataset_id": "dataset", "training_file": "dataset"}.get(error.param or "", error.param or "")] = str(error)
+
+
+def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
+    """The row of that name; the first one when none was named."""
+    if not wanted:
+        return rows[0] if rows else None
+    return next((row for row in rows if wanted in names(row)), None)
+
+
+def _why_not(rows: list[Dataset], wanted: str) -> str:
+    for row in rows:
+        if ids.public(ids.DATASET, row.id) == wanted:
+            return f"{row.name} has an error: {(row.error or {}).get('message', 'it could not be read')} Its page says what to do."
+    return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
+
+
+def _memory() -> int | None:
+    """Bytes a job can have on this machine: the GPU's where there is one."""
+    from app.machine import this_machine
+
+    return getattr(this_machine(), "gpu_memory_bytes", None) or this_machine().memory_bytes
+
+
+def _has_gpu() -> bool:
+    from app.machine import this_machine
+
+    return bool(getattr(this_machine(), "gpu_memory_bytes", None))
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------
+
+
+def _cards(wanted: str | None, task: str, shape: Shape | None) -> list[Card]:
+    """Every strategy, with why it cannot be had. Where none was named the first that learns the task is chosen."""
+    cuda = _has_gpu()
+    reasons = {name: cls().unavailable(shape, task=task, cuda=cuda) if shape else None for name, cls in STRATEGIES.items()}
+    able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
+    chosen = wanted if wanted in STRATEGIES else (able or list(STRATEGIES))[0]
+    return [Card(cls, name == chosen, reasons[name]) for name, cls in STRATEGIES.items()]
+
+
+def _split(cards: list[Card]) -> tuple[list[Card], list[Card]]:
+    """In sight: of each family the first that can run, and what is chosen. The others are folded."""
+    seen: set[str] = set()
+    first = []
+    for card in cards:
+        if card.chosen or (card.reason is None and card.cls.family not in seen):
+            first.append(card)
+        if card.reason is None:
+            seen.add(card.cls.family)
+    return first, [card for card in cards if card not in first]
+
+
+def _carried(typed: Mapping[str, str], strategy: type[Strategy]) -> dict[str, str]:
+    """Typed settings for this strategy. Those of the strategy shown before come along where both know the field and a
+    person changed it; what this one does not know is kept for the way back."""
+    before = STRATEGIES.get(typed.get("shown", ""), strategy)
+    if before is strategy:
+        return dict(typed)
+    defaults = {name: as_text(info.get_default(call_default_factory=True)) for name, info in before.model_fields.items()}
+    values = {key.removeprefix("kept."): value for key, value in typed.items() if key.startswith("kept.")}
+    for key, value in typed.items():
+        name = key.removeprefix("strategy.")
+        if key.startswith("strategy.") and value != defaults.get(name):
+            values[name] = value
+        elif key.startswith("strategy."):
+            values.pop(name, None)
+    known = {f"strategy.{name}": value for name, value in values.items() if name in strategy.model_fields and name != "name"}
+    return known | {f"kept.{name}": value for name, value in values.items() if name not in strategy.model_fields}
+
+
+# From a job, and as text ----------------------------------------------------------------------------------------------
+
+
+def typed_from(job: Job) -> dict[str, str]:
+    """A job's order as the form would have been typed, for cloning it."""
+    spec = job.spec
+    strategy = {k: as_text(v) for k, v in spec["strategy"].items() if k != "name"}
+    return {
+        "model": spec["model"]["name"],
+        "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "strategy": spec["strategy"]["name"],
+        "name": job.name,
+        **{f"strategy.{name}": value for name, value in strategy.items()},
+        **{f"run.{name}": as_text(value) for name, value in spec["run"].items() if value is not None},
+    }
+
+
+def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
+    """`typed_from` a job named by its public id; nothing when there is none such."""
+    try:
+        return typed_from(jobs.get(session, user, ids.parse(ids.JOB, public_id)))
+    except NotFound:
+        return {}
+
+
+def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
+    """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
+    data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if spec_dataset.file_id else {"dataset_id": str(spec_dataset.id)}
+    body = {"model": order.model, **data, "strategy": order.strategy, "run": order.run, "name": order.name}
+    return {key: value for key, value in body.items() if value not in (None, {})}
+
+
+def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
+    """The order to copy: as a YAML file, a curl command and a Python program. Each of them works as it stands, with the
+    key of an account in `LUTHIER_API_KEY`."""
+    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "name") if key in body}
+    arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]
+    if "training_file" not in body:
+        arguments.append('    training_file="",  # the data is named by dataset_id')
+    return {
+        "YAML": "# luthier train order.yaml\n" + yaml.safe_dump(dict(body), sort_keys=False, allow_unicode=True),
+        "curl": f"curl {base_url}/v1/fine_tuning/jobs \\\n"
+        '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
+        f"  -d {shlex.quote(json.dumps(body, indent=2, ensure_ascii=False))}",
+        "Python": "\n".join(
+            [
+                "import os",
+                "",
+                "from openai import OpenAI",
+                "",
+                f'client = OpenAI(base_url="{base_url}/v1", api_key=os.environ["LUTHIER_API_KEY"])',
+                "job = client.fine_tuning.jobs.create(",
+                *arguments,
+                f"    extra_body={ours!r},",
+                ")",
+                "print(job.id, job.status)",
+            ]
+        ),
+    }

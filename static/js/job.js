@@ -1,0 +1,129 @@
+// The life of a job's page. Events come over one stream: their points go into the charts at once, and the rest of the
+// page is asked for again (at most once a second) and laid over what stands. A reload shows the same.
+import { Chart, Line, onThemeChange } from "./charts.js";
+
+const PER_STEP = ["learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"];
+
+const points = JSON.parse(document.getElementById("points").textContent);
+let total = points.total;
+let last = points.last_event_id;
+const lines = {};
+for (const [chart, found] of Object.entries(points.charts)) {
+  lines[chart] = Object.fromEntries(Object.entries(found).map(([name, columns]) => [name, new Line(columns)]));
+}
+const charts = new Map();
+
+const live = () => document.getElementById("live");
+
+function line(chart, name) {
+  lines[chart] ??= {};
+  return (lines[chart][name] ??= new Line());
+}
+
+/** Make a chart for every place that has none yet, and drop those whose place has gone. */
+function place() {
+  for (const [element, chart] of charts) {
+    if (!element.isConnected) {
+      chart.remove();
+      charts.delete(element);
+    }
+  }
+  for (const element of document.querySelectorAll("[data-chart]")) {
+    if (charts.has(element)) continue;
+    const name = element.dataset.chart;
+    for (const word of element.dataset.lines.trim().split(/\s+/)) line(name, word.split(":")[0]);
+    charts.set(element, new Chart(element, lines[name], () => total));
+  }
+}
+
+const take = {
+  started(event) {
+    total = event.total_steps;
+    for (const chart of Object.values(lines)) for (const each of Object.values(chart)) each.forgetAfter(event.resumed_from ?? 0);
+  },
+  step(event) {
+    line("loss", "loss").put(event.step, event.loss);
+    for (const name of PER_STEP) line(name, name).put(event.step, event[name]);
+    for (const [name, value] of Object.entries(event.metrics ?? {})) line(name, name).put(event.step, value);
+  },
+  evaluated(event) {
+    line("loss", "validation").put(event.step, event.loss);
+    for (const [name, value] of Object.entries(event.metrics ?? {})) line(name, name).put(event.step, value);
+  },
+};
+
+function receive(event) {
+  if (event.id <= last) return; // said before a reconnect
+  last = event.id;
+  if (take[event.type]) {
+    take[event.type](event);
+    for (const chart of charts.values()) chart.draw();
+  }
+  refresh();
+}
+
+function refresh() {
+  live().dispatchEvent(new CustomEvent("luthier:changed"));
+}
+
+let source = null;
+let retry = 0;
+
+function follow() {
+  if (source || live().dataset.live !== "true") return;
+  source = new EventSource(`${live().dataset.stream}?after=${last}`);
+  source.onmessage = (message) => receive(JSON.parse(message.data));
+  source.onopen = () => {
+    retry = 0;
+    say("");
+  };
+  source.onerror = () => {
+    say("The connection was lost; trying again.");
+    if (source.readyState !== EventSource.CLOSED) return; // the browser tries again by itself
+    close();
+    retry = Math.min(retry + 1, 6);
+    setTimeout(follow, 1000 * retry);
+  };
+}
+
+function close() {
+  source?.close();
+  source = null;
+}
+
+function say(text) {
+  const place = document.getElementById("connection");
+  if (place && place.textContent !== text) place.textContent = text;
+}
+
+/** Times of day as the reader's clock has them; the server writes UTC. */
+function localTimes() {
+  for (const time of document.querySelectorAll("time[data-hour]")) {
+    const precise = time.dataset.hour === "second" ? { second: "2-digit" } : {};
+    const text = new Date(time.dateTime).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", ...precise, hourCycle: "h23" });
+    if (time.textContent !== text) time.textContent = text;
+  }
+}
+
+/** What a person opened stays open when the page is laid over, and a finished job is followed no longer. */
+let open = [];
+document.addEventListener("htmx:before:swap", () => {
+  open = [...live().querySelectorAll("details[open]")].map((details) => details.id);
+});
+document.addEventListener("htmx:after:swap", () => {
+  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+  place();
+  localTimes();
+  if (live().dataset.live !== "true") close();
+});
+
+place();
+localTimes();
+follow();
+onThemeChange(() => charts.forEach((chart) => chart.redraw()));
+addEventListener("pagehide", close);
+addEventListener("pageshow", (event) => {
+  if (!event.persisted) return;
+  refresh(); // back from the browser's memory: time has passed
+  follow();
+});
