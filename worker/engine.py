@@ -11,6 +11,7 @@ it ends, a long prompt stalls nobody, and the weights are read once for all (Yu 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -138,6 +139,9 @@ class Engine:
                     raise Unavailable("The generation engine stopped.", way_out="Try again in a moment.") from None
                 yield []
                 continue
+            with contextlib.suppress(queue.Empty):  # what has gathered while the last entries were being sent
+                while True:
+                    entries = entries + running.out.get_nowait()
             yield entries
             if entries and isinstance(entries[-1], Done | Broke):
                 return

@@ -1,0 +1,129 @@
+"""The body of the Celery task GENERATE: take one request, answer it through this process's engine, publish what comes.
+
+The worker keeps no state that matters: killed at any moment, it leaves streams that expire and readers who see, within
+seconds, that its key is gone. A reader that leaves says so in its key, and one that died lets it expire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+import uuid
+from typing import Any
+
+import redis
+
+from app.generation import (
+    STREAM_SECONDS,
+    WORKER_SECONDS,
+    Entry,
+    GenerateRequest,
+    claim_key,
+    pack,
+    reader_key,
+    stream_key,
+    worker_key,
+)
+from app.queue import get_redis
+
+log = logging.getLogger(__name__)
+
+NAME = uuid.uuid4().hex
+"""This process, as readers know it."""
+LEFT = b"left"
+"""Value of a reader's key once the reader has gone."""
+MISSING_SECONDS = 5.0
+"""A reader's key may be missing this long (Redis may have been wiped) before the reader is taken for dead."""
+
+
+def generate(payload: dict[str, Any]) -> None:
+    """Answer one request, unless another message about it was first or nobody waits for it any more."""
+    request = GenerateRequest.model_validate(payload)
+    wire = get_redis()
+    _keep_pulse()
+    if not wire.set(claim_key(request.id), NAME, nx=True, ex=int(request.seconds) + 60):
+        return
+    if wire.get(reader_key(request.id)) in (None, LEFT):
+        wire.delete(claim_key(request.id))
+        return
+    _answer(Publisher(wire, request.id), request)
+
+
+def _answer(publisher: Publisher, request: GenerateRequest) -> None:
+    from worker.engine import broke
+
+    try:
+        with contextlib.closing(_engine().answer(request)) as answer:
+            for entries in answer:
+                publisher.say(entries)
+                if not publisher.is_read():
+                    return
+    except redis.RedisError as error:
+        log.warning("Answer %s was given up: Redis is away (%s).", request.id, error)
+    except Exception as error:
+        log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "way_out"))
+        publisher.say([broke(error)])
+
+
+class Publisher:
+    """Writes one stream. `is_read` is false once the reader has left or has been silent for too long."""
+
+    def __init__(self, wire: redis.Redis, request_id: uuid.UUID) -> None:
+        self.wire, self.id, self.seq = wire, request_id, 0
+        self.reader: bytes | None = b"1"
+        self.missing_since: float | None = None
+
+    def say(self, entries: list[Entry]) -> None:
+        with self.wire.pipeline(transaction=False) as pipe:
+            if entries:
+                pipe.xadd(stream_key(self.id), {b"seq": self.seq, b"entries": pack(entries)})
+                pipe.expire(stream_key(self.id), STREAM_SECONDS)
+                self.seq += 1
+            pipe.get(reader_key(self.id))
+            self.reader = pipe.execute()[-1]
+
+    def is_read(self) -> bool:
+        if self.reader is not None:
+            self.missing_since = None
+            return self.reader != LEFT
+        self.missing_since = self.missing_since or time.monotonic()
+        return time.monotonic() - self.missing_since < MISSING_SECONDS
+
+
+_starting = threading.Lock()
+
+
+@functools.cache
+def _started_engine() -> Any:
+    from worker.engine import Engine
+
+    return Engine()
+
+
+def _engine() -> Any:
+    """The one engine of this process, started with the first request. The lock keeps two first requests from starting two."""
+    with _starting:
+        return _started_engine()
+
+
+@functools.cache
+def _pulse() -> threading.Thread:
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                get_redis().set(worker_key(NAME), 1, ex=WORKER_SECONDS)
+            time.sleep(1)
+
+    with contextlib.suppress(redis.RedisError):
+        get_redis().set(worker_key(NAME), 1, ex=WORKER_SECONDS)
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    return thread
+
+
+def _keep_pulse() -> None:
+    with _starting:
+        _pulse()
