@@ -23,10 +23,10 @@ from app.errors import BadData, BadRequest
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "### {{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 """The template a generic model learns when it is given conversations or instructions. It is saved with the result."""
 

@@ -1,0 +1,218 @@
+"""Memory and time of a job before it starts: arithmetic on the model's shape, the data and the machine. Pure, no torch.
+
+The figures describe Luthier's own engine: packed rows without padding, attention without masks, a head that is applied
+only where a token is learnt. `tests/test_estimate.py` and `benchmarks/estimates.py` hold them against measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from app.machine import Machine
+from app.shapes import Shape
+from app.spec import JobSpec, RunSettings
+from app.strategies import Strategy
+
+FLOOR_CPU_BYTES = 560 * 2**20
+"""A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
+FLOOR_CUDA_BYTES = 700 * 2**20
+"""What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
+LOGITS_BYTES = 3 * 48 * 2**20
+"""The chunks of logits alive at once in `worker/loss.py`, and their gradient's product."""
+
+SPEED_PER_CORE = 35e9
+SPEED_PER_CORE_MATRIX_UNITS = 120e9
+SPEED_GPU = 150e12
+"""Operations per second taken for granted until a job has been measured on this machine."""
+
+LOAD_SECONDS = 8.0
+
+
+class Stats(Protocol):
+    """What is known of a dataset. Token figures are None until they were counted."""
+
+    rows: int
+    characters: int
+    tokens: int | None
+    trained_tokens: int | None
+    longest: int | None
+
+
+class MemoryParts(BaseModel):
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    other: int
+
+
+class Estimate(BaseModel):
+    """Bytes and seconds. `low_seconds` to `high_seconds` is the range to expect."""
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_bytes: int
+    memory: MemoryParts
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    trainable_parameters: int
+    fits: bool
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    recomputed_layers: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
+    """What the job will take on this machine."""
+    shape, run, strategy = spec.model.shape, spec.run, spec.strategy
+    rows, longest = tokens_of(stats, run)
+    held_out = 0.0 if spec.validation else run.validation_fraction
+    train_tokens = rows * (1 - held_out)
+    steps = total_steps(train_tokens, run)
+    tokens = int(min(run.epochs * train_tokens, steps * run.max_tokens_per_step))
+    recompute = recomputed_layers(shape, strategy, run, longest, machine)
+    memory = memory_of(shape, strategy, run, longest, machine, recompute)
+    total = sum(memory.model_dump().values())
+    seconds, per_second = _seconds(spec, machine, tokens, steps, rows * held_out, learnt_share(stats), recompute / shape.layers)
+    known = strategy.name in machine.speeds
+    spread = 1.25 if known else 2.0
+    return Estimate(
+        memory_bytes=total,
+        memory=memory,
+        seconds=seconds,
+        low_seconds=seconds / spread,
+        high_seconds=seconds * spread,
+        trainable_parameters=strategy.trainable(shape),
+        fits=total <= 0.95 * machine.training_memory_bytes,
+        steps=steps,
+        tokens=tokens,
+        tokens_per_second=per_second,
+        recomputed_layers=recompute,
+        device="cuda" if machine.cuda else "cpu",
+    )
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(stats: Stats, run: RunSettings) -> tuple[int, int]:
+    """(tokens of all rows, tokens of the longest row) after cutting; four characters are a token until tokens are counted."""
+    tokens = stats.tokens if stats.tokens is not None else math.ceil(stats.characters / 4) + 8 * stats.rows
+    mean = tokens / max(stats.rows, 1)
+    longest = stats.longest if stats.longest is not None else math.ceil(3 * mean)
+    return min(tokens, stats.rows * run.max_length), max(1, min(longest, run.max_length))
+
+
+def learnt_share(stats: Stats) -> float:
+    """Share of the tokens that carry a loss; half when nobody counted."""
+    if not stats.tokens or stats.trained_tokens is None:
+        return 0.5
+    return min(1.0, stats.trained_tokens / stats.tokens)
+
+
+def total_steps(train_tokens: float, run: RunSettings) -> int:
+    """Optimizer steps of a job whose epoch has this many tokens."""
+    steps = max(1, math.ceil(run.epochs * max(1, math.ceil(train_tokens / run.max_tokens_per_step))))
+    return min(steps, run.max_steps) if run.max_steps else steps
+
+
+def pack_tokens(run: RunSettings, longest: int) -> int:
+    """Tokens of one pass: a step's share, or the longest row where that is more."""
+    return max(math.ceil(run.max_tokens_per_step / run.accumulation), longest)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def precision_of(run: RunSettings, machine: Machine) -> Literal["fp32", "bf16"]:
+    """The number format a job runs in: as asked, or bf16 where the machine gains by it."""
+    if run.precision != "auto":
+        return run.precision
+    return "bf16" if machine.bf16_pays else "fp32"
+
+
+def activation_floats(shape: Shape, *, norms_trained: bool = False) -> int:
+    """Numbers kept for the backward pass, per token and layer.
+
+    Two norms keep input and output, attention keeps q, k, v, its result and the joined result, a gated feed-forward keeps
+    gate, its activation, up and their product.
+    """
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * shape.norms_per_layer * shape.hidden + (2 * (q + kv) if shape.qk_norm else 0)
+    if norms_trained:
+        norms += shape.norms_per_layer * shape.hidden
+    feed_forward = (4 if shape.gated else 3) * shape.intermediate
+    return norms + 3 * q + 2 * kv + feed_forward
+
+
+def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int) -> MemoryParts:
+    """Peak bytes by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
+    half = precision_of(run, machine) == "bf16"
+    frozen_bytes = 2 if half and strategy.adapter else 4
+    held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    tokens, width = pack_tokens(run, longest), 2 if half else 4
+    per_layer = tokens * (activation_floats(shape, norms_trained=not strategy.adapter) * width)
+    kept = (shape.layers - recompute) * per_layer + recompute * tokens * shape.hidden * width + (per_layer if recompute else 0)
+    backward = tokens * 3 * shape.intermediate * width  # gradients of the widest products, alive together
+    head_gradient = shape.vocabulary * shape.hidden * 4 if strategy.trainable(shape) >= shape.parameters() else 0
+    floor = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES
+    return MemoryParts(
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=kept + backward + tokens * held.activations_per_token,
+        other=floor + LOGITS_BYTES + head_gradient,
+    )
+
+
+def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine) -> int:
+    """Layers whose activations are recomputed: none or all as asked, or as few as let the job fit in nine tenths of the memory."""
+    if run.gradient_checkpointing != "auto":
+        return shape.layers if run.gradient_checkpointing == "all" else 0
+    limit = 0.9 * machine.training_memory_bytes
+    for layers in range(shape.layers + 1):
+        if sum(memory_of(shape, strategy, run, longest, machine, layers).model_dump().values()) <= limit:
+            return layers
+    return shape.layers
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recompute: float = 0.0) -> float:
+    """Floating-point operations of one training step per token: 2 per weight forwards, 2 back through it, and 2 more per
+    weight that learns; `recompute` is the share of layers run forwards twice. The head counts only where tokens are learnt."""
+    blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
+    head = shape.vocabulary * shape.hidden * learnt
+    learns = min(strategy.trainable(shape), blocks + head)
+    return 4 * (blocks + head) + 2 * learns + 2 * recompute * blocks
+
+
+def speed_of(spec: JobSpec, machine: Machine) -> float:
+    """Operations per second to expect: as measured here before, or a cautious figure."""
+    if measured := machine.speeds.get(spec.strategy.name):
+        return measured
+    if machine.cuda:
+        return SPEED_GPU
+    matrix_units = machine.bf16_pays and spec.run.precision != "fp32"
+    return machine.cores * (SPEED_PER_CORE_MATRIX_UNITS if matrix_units else SPEED_PER_CORE)
+
+
+def _seconds(
+    spec: JobSpec, machine: Machine, tokens: int, steps: int, held_out: float, learnt: float, recompute: float
+) -> tuple[float, float]:
+    """(seconds of the job, training tokens per second)."""
+    shape, run, speed = spec.model.shape, spec.run, speed_of(spec, machine)
+    work = operations_per_token(shape, spec.strategy, learnt, recompute)
+    evaluations = 2 + math.ceil(run.evaluations_per_epoch * run.epochs)
+    forward = work / 2
+    written = run.samples * run.sample_tokens * (evaluations + 1)
+    # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
+    answers = written * 10 * forward / speed
+    return LOAD_SECONDS + (tokens * work + evaluations * held_out * forward) / speed + answers + 0.01 * steps, speed / work

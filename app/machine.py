@@ -1,0 +1,121 @@
+"""What this machine is: cores, memory, GPU, and how fast it has trained so far. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.settings import get_settings
+
+CALIBRATION = "calibration.json"
+
+
+class Machine(BaseModel):
+    """Memory in bytes. `speeds` are useful floating-point operations per second measured by past jobs, by strategy."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cores: int
+    memory_bytes: int
+    processor: str = ""
+    bf16_pays: bool = Field(False, description="bf16 products are faster than fp32 ones (matrix units, or a GPU)")
+    gpu_name: str | None = None
+    gpu_memory_bytes: int | None = None
+    speeds: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return self.gpu_memory_bytes is not None
+
+    @property
+    def training_memory_bytes(self) -> int:
+        """The memory that training has to fit into."""
+        return self.gpu_memory_bytes or self.memory_bytes
+
+
+def this_machine() -> Machine:
+    """This machine with its newest calibration; the rest is looked up once."""
+    return _facts().model_copy(update={"speeds": read_calibration()})
+
+
+@functools.cache
+def _facts() -> Machine:
+    name, memory = _gpu()
+    info = _read("/proc/cpuinfo")
+    processor = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    return Machine(
+        cores=usable_cores(),
+        memory_bytes=usable_memory(),
+        processor=processor,
+        bf16_pays=memory is not None or "amx_bf16" in info,
+        gpu_name=name,
+        gpu_memory_bytes=memory,
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and its control group's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if not quota:
+        quota, period = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip(), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        if int(quota) > 0:
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(cores, 1)
+
+
+def usable_memory() -> int:
+    """Bytes of memory, bounded by the control group."""
+    total = psutil.virtual_memory().total
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError):
+            total = min(total, int(_read(name)))
+    return total
+
+
+def _gpu() -> tuple[str | None, int | None]:
+    """Name and memory of the first GPU the driver's own tool reports."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
+        name, _, mebibytes = lines[0].rpartition(",")
+        return name.strip(), int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None, None
+
+
+def read_calibration() -> dict[str, float]:
+    """Speeds that past jobs reached here, by strategy; empty before the first."""
+    try:
+        found = json.loads((get_settings().data_dir / CALIBRATION).read_text())
+        return {str(k): float(v) for k, v in found.items() if float(v) > 0}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def calibrate(strategy: str, operations_per_second: float) -> None:
+    """Note the speed of a finished job; each new figure moves the kept one half of the way."""
+    speeds = read_calibration()
+    before = speeds.get(strategy, operations_per_second)
+    speeds[strategy] = (before + operations_per_second) / 2
+    path = get_settings().data_dir / CALIBRATION
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(speeds))
+    os.replace(temporary, path)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,143 @@
+"""From the rows of a dataset to tensors: read, split, render once, and lay side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+
+from app.errors import BadData
+from app.settings import get_settings
+from app.spec import DatasetRef
+from worker.attention import packed_arguments
+from worker.prompts import render_row
+
+
+class Row(NamedTuple):
+    """A normalised row and the line of the source it came from."""
+
+    line: int
+    row: dict[str, Any]
+
+
+class BadRow(BadData):
+    """A row that cannot be learnt from; `line` says which."""
+
+    def __init__(self, line: int, error: BadData) -> None:
+        super().__init__(error.message, way_out=error.way_out, code=error.code)
+        self.line = line
+
+
+def read_rows(ref: DatasetRef) -> list[Row]:
+    """All rows of a dataset's Parquet file, in its order. Raises BadData when the file is gone or holds no rows."""
+    path = get_settings().data_dir / ref.path
+    if not path.is_file():
+        raise BadData(f"The rows of dataset {ref.name} are gone.", way_out="Upload the file again.")
+    rows: list[Row] = []
+    for batch in parquet.ParquetFile(path).iter_batches(columns=["line", "row"]):
+        rows += [Row(line, json.loads(row)) for line, row in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True)]
+    if not rows:
+        raise BadData(f"Dataset {ref.name} has no rows to learn from.", way_out="Mend the rows its report lists, and upload it again.")
+    return rows
+
+
+def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, validation). A row's side follows from its content and the seed, whatever the order; equal rows stay together.
+
+    At least one row is held out when `fraction` is above zero and there are two different rows.
+    """
+    if fraction <= 0 or len(rows) < 2:
+        return list(rows), []
+    keys = [hashlib.sha256(f"{seed}\n{json.dumps(r.row, sort_keys=True, ensure_ascii=False)}".encode()).digest() for r in rows]
+    wanted = max(1, round(fraction * len(rows)))
+    last = sorted(keys)[wanted - 1]
+    held = [r for r, key in zip(rows, keys, strict=True) if key <= last]
+    if len(held) == len(rows):
+        return list(rows), []
+    return [r for r, key in zip(rows, keys, strict=True) if key > last], sorted(held, key=lambda r: r.line)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Rendered rows, end to end: row i is `ids[starts[i]:starts[i + 1]]`. Rows that teach nothing were left out."""
+
+    ids: np.ndarray  # (tokens,) int32
+    trained: np.ndarray  # (tokens,) bool
+    starts: np.ndarray  # (rows + 1,) int64
+    lines: list[int]
+    cut: int  # rows cut to the longest length allowed
+    skipped: list[int]  # lines of rows with nothing left to learn
+
+    @property
+    def lengths(self) -> list[int]:
+        return np.diff(self.starts).tolist()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int) -> Tokenised:
+    """Every row rendered once. Raises BadRow with the line of the first that cannot be."""
+    ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
+    for line, row in rows:
+        try:
+            rendered = render_row(tokenizer, row, kind, max_length)
+        except BadData as error:
+            raise BadRow(line, error) from None
+        cut += rendered.cut
+        if not any(rendered.trained):
+            skipped.append(line)
+            continue
+        ids.append(np.asarray(rendered.ids, dtype=np.int32))
+        trained.append(np.asarray(rendered.trained, dtype=bool))
+        starts.append(starts[-1] + len(rendered.ids))
+        lines.append(line)
+    flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
+    mask = np.concatenate(trained) if trained else np.zeros(0, bool)
+    return Tokenised(flat, mask, np.asarray(starts, np.int64), lines, cut, skipped)
+
+
+@dataclass
+class Batch:
+    """One pack of T tokens in a row, without padding."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), from 0 in each sequence
+    sources: torch.Tensor  # (K,) places whose next token is learnt
+    targets: torch.Tensor  # (K,) those tokens
+    arguments: dict[str, Any]  # for the attention
+    tokens: int
+    trained: int
+
+
+def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device) -> Batch:
+    """The tensors of a pack of row numbers. On CUDA they are copied from pinned memory without waiting."""
+    spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
+    lengths = [int(s.stop - s.start) for s in spans]
+    ids = np.concatenate([data.ids[s] for s in spans]).astype(np.int64)
+    learnt = np.flatnonzero(np.concatenate([data.trained[s] for s in spans]))
+    places = np.concatenate([np.arange(n) for n in lengths])
+    tensors = [torch.from_numpy(x) for x in (ids[None], places[None], learnt - 1, ids[learnt])]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return Batch(*tensors, arguments=packed_arguments(lengths, device), tokens=len(ids), trained=len(learnt))
+
+
+def trained_in(data: Tokenised, packs: Iterable[Sequence[int]]) -> int:
+    """Tokens with a loss in some packs, counted without making their tensors."""
+    return int(sum(data.trained[data.starts[r] : data.starts[r + 1]].sum() for pack in packs for r in pack))
+
+
+def batches(data: Tokenised, packs: Iterable[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+    for pack in packs:
+        yield make_batch(data, pack, device)

@@ -1,0 +1,81 @@
+"""Which rows share a step: best-fit-decreasing into a token budget, in an order that the seed decides.
+
+Packing a whole dataset at once would put equal lengths together in every epoch, so rows are shuffled first and packed in
+windows of a few dozen packs; what fills a pack badly waits for the next window. Packs are then shuffled too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Iterator, Sequence
+
+WINDOW_PACKS = 32
+WELL_FILLED = 0.97
+
+
+def plan(lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None) -> list[list[int]]:
+    """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does,
+    nor more than `most` rows."""
+    draw = random.Random(f"luthier/{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    packs: list[list[int]] = []
+    window: list[int] = []
+    held = 0
+    for row in order:
+        window.append(row)
+        held += lengths[row]
+        if held >= WINDOW_PACKS * budget:
+            good, window = _settle(best_fit(window, lengths, budget, most), lengths, budget, most)
+            packs += good
+            held = sum(lengths[r] for r in window)
+    packs += best_fit(window, lengths, budget, most)
+    draw.shuffle(packs)
+    return packs
+
+
+def best_fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
+    """Best-fit-decreasing: the longest row first, each into the fullest pack that still takes it."""
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted; packs that take no more rows are dropped
+    for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+        at = bisect.bisect_left(room, (lengths[row], -1))
+        if at == len(room):
+            packs.append([row])
+            left, pack = budget - lengths[row], len(packs) - 1
+        else:
+            left, pack = room.pop(at)
+            packs[pack].append(row)
+            left -= lengths[row]
+        if left > 0 and (most is None or len(packs[pack]) < most):
+            bisect.insort(room, (left, pack))
+    return packs
+
+
+def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
+    """The packs worth keeping, and the rows of the others."""
+    keep, wait = [], []
+    for pack in packs:
+        full = sum(lengths[r] for r in pack) >= WELL_FILLED * budget or len(pack) == most
+        (keep.append if full else wait.extend)(pack)
+    return (keep, wait) if keep else (packs, [])
+
+
+def stream(
+    lengths: Sequence[int], budget: int, *, seed: int, start: int = 0, most: int | None = None
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Packs without end, epoch after epoch, as (epoch, place in the epoch, rows), beginning at pack number `start`.
+
+    The number of packs may differ between epochs, so the place is found by planning the epochs before it.
+    """
+    epoch = 0
+    while True:
+        packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most)
+        if start < len(packs):
+            for place in range(start, len(packs)):
+                yield epoch, place, packs[place]
+            start = 0
+        else:
+            start -= len(packs)
+        epoch += 1
