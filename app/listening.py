@@ -16,10 +16,10 @@ import redis
 import redis.asyncio
 from starlette.concurrency import run_in_threadpool
 
-from app import workers
+from app import queue, workers
 from app.errors import StudioError, Unavailable
 from app.generation import READER_SECONDS, Broke, Done, Entry, GenerateRequest, claim_key, reader_key, stream_key, unpack, worker_key
-from app.queue import GENERATE, celery
+from app.queue import GENERATE
 from app.settings import get_settings
 
 BLOCK_SECONDS = 1.0
@@ -82,7 +82,7 @@ async def _leave(wire: redis.asyncio.Redis, request: GenerateRequest) -> None:
 
 async def _send(request: GenerateRequest) -> None:
     payload = request.model_dump(mode="json")
-    await run_in_threadpool(celery.send_task, GENERATE, args=[payload], expires=WAIT_SECONDS)
+    await run_in_threadpool(queue.celery.send_task, GENERATE, args=[payload], expires=WAIT_SECONDS)
 
 
 async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIterator[list[Entry]]:

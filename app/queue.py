@@ -11,6 +11,7 @@ import functools
 import logging
 import time
 import uuid
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import redis
@@ -21,6 +22,9 @@ from sqlalchemy.orm import Session
 from app import db
 from app.settings import get_settings
 from app.tables import Outbox
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 TRAIN = "luthier.train"
 READ = "luthier.read"
@@ -47,6 +51,8 @@ def broker_url(redis_url: str) -> str:
 
 
 def make_celery() -> Celery:
+    from celery import Celery
+
     settings = get_settings()
     app = Celery("luthier", broker=broker_url(settings.redis_url) if settings.redis_url else None)
     app.conf.update(
@@ -74,7 +80,18 @@ def make_celery() -> Celery:
     return app
 
 
-celery = make_celery()
+if TYPE_CHECKING:
+    celery: Celery
+
+
+def __getattr__(name: str) -> Any:
+    """`queue.celery` is made when it is first asked for: the web process seldom needs it, and it is slow to import."""
+    if name != "celery":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["celery"] = made = make_celery()
+    return made
+
+
 log = logging.getLogger(__name__)
 
 
