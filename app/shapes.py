@@ -82,6 +82,11 @@ class Shape(BaseModel):
         positions = self.positions * self.hidden if self.learned_positions else 0
         return self.vocabulary * self.hidden + positions + self.token_types * self.hidden
 
+    def body_parameters(self) -> int:
+        """Parameters of the stack without head and pooler: what a classifier stands on."""
+        final_norm = self.hidden * (2 if self.norm_bias else 1)
+        return self.embedding_parameters() + self.layers * self.layer_parameters() + final_norm
+
     def parameters(self) -> int:
         """All parameters, the head counted once when it is tied to the embedding."""
         head = 0 if self.tied or self.architecture == "encoder" else self.vocabulary * self.hidden

@@ -30,6 +30,11 @@ class Full(Strategy):
     def trainable(self, shape: Shape) -> int:
         return shape.parameters()
 
+    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+        if task != "classification":
+            return self.trainable(shape)
+        return shape.body_parameters() + self.head_parameters(shape, labels)
+
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         learnt = self.trainable(shape)
         return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)

@@ -1,0 +1,117 @@
+"""A classifier: a model's stack without its head, the states of a text pooled to one vector, and a head on that.
+
+The stack may be an encoder or a decoder. Texts come packed, one after the other in one row of T tokens, as everywhere in
+training; where each begins is told by their lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from app.spec import ModelRef
+from app.strategies import Strategy
+from worker.load import BadModel, folder_of, lay_adapter, load_strategy
+
+Pooling = Literal["mean", "last", "first"]
+HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
+
+
+def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
+    """The weights in `ref.path` without a head, in evaluation mode; adapters are left out."""
+    # An encoder's own pooler is not used: the mean of its states serves sentences better (Reimers and Gurevych 2019).
+    extra: dict[str, Any] = {"add_pooling_layer": False} if ref.shape.architecture == "encoder" else {}
+    try:
+        model = AutoModel.from_pretrained(
+            folder_of(ref.path),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    return model.to(device).eval()
+
+
+def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
+    """How a strategy's classifier pools: as it says, or the mean for encoders and the last token for decoders."""
+    asked = getattr(strategy, "pooling", "auto")
+    if asked != "auto":
+        return asked
+    return "mean" if architecture == "encoder" else "last"
+
+
+class Classifier(nn.Module):
+    """`backbone` is what the strategy attached to; `head` is what its `head` built. `skip` leading tokens of every text
+    are placeholders of a soft prompt and no part of a mean. `normalise` scales each pooled vector to length 1."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, pooling: Pooling, *, skip: int = 0, normalise: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.pooling, self.skip, self.normalise = pooling, skip, normalise
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
+        """Scores, (texts, labels), of packed ids (1, T)."""
+        return self.head(self.pooled(input_ids, position_ids, lengths, **arguments).to(next(self.head.parameters()).dtype))
+
+    def pooled(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
+        """One vector per text, (texts, H)."""
+        states = self.backbone(input_ids=input_ids, position_ids=position_ids, **arguments).last_hidden_state
+        vectors = pool(states[0], lengths, self.pooling, self.skip)
+        return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
+
+
+def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) -> torch.Tensor:
+    """One vector per text, (texts, H), from the states of packed tokens, (T, H)."""
+    sizes = torch.tensor(lengths, device=states.device)
+    ends = sizes.cumsum(0)
+    if how == "last":
+        return states[ends - 1]
+    if how == "first":
+        return states[ends - sizes + skip]
+    pieces = states.float().split(lengths)
+    return torch.stack([piece[skip:].mean(0) for piece in pieces]).to(states.dtype)
+
+
+def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], bool]:
+    """Ids of a text as the model's tokenizer frames one ([CLS] … [SEP] for an encoder), and whether it was cut."""
+    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    if len(ids) <= max_length:
+        return ids, False
+    return tokenizer(text, add_special_tokens=True, truncation=True, max_length=max_length)["input_ids"], True
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> None:
+    """Write the head and what is needed to use it beside what the strategy saved of the stack."""
+    about = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
+    save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, folder / HEAD_FILE)
+    (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def load_classifier(ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Classifier, list[str]]:
+    """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
+    folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
+    if not (folder / HEAD_FILE).is_file():
+        raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was tuned on labelled rows.")
+    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    backbone: nn.Module = load_backbone(ref, dtype, device=device)
+    for adapter in ref.adapters:
+        backbone = lay_adapter(backbone, adapter)
+    head = load_strategy(folder).head(ref.shape.hidden, len(about["labels"]))
+    head.load_state_dict(load_file(folder / HEAD_FILE))
+    classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"])
+    return classifier.to(device).eval(), about["labels"]

@@ -1,0 +1,154 @@
+"""The frozen-features recipe: the model turns each text into a vector, once; a small classifier learns on the vectors.
+
+Vectors are kept under `features/` by what they depend on (model, texts, length, pooling), so a second run, or a comparison
+of classifiers on the same data, computes none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from torch import nn
+
+from app.settings import get_settings
+from app.spec import ModelRef
+from worker.attention import packed_arguments
+from worker.classifier import Classifier, Pooling, render_text
+
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Inverse strengths C that cross-validation tries."""
+FOLD_ROWS = 4000
+"""Cross-validation looks at this many rows at most: choosing C needs no more, and its time grows with each."""
+Progress = Callable[[int, int], None]
+
+
+def embed(
+    classifier: Classifier,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    tokens_per_batch: int = 4096,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding.
+
+    Equal texts are computed once. `progress(done, all)` is called after every batch, in texts.
+    """
+    unique = list(dict.fromkeys(texts))
+    ids = [render_text(tokenizer, text, max_length)[0] or [tokenizer.eos_token_id or 0] for text in unique]
+    order = sorted(range(len(unique)), key=lambda i: len(ids[i]))
+    vectors: np.ndarray | None = None
+    done = 0
+    for batch in _batches(order, ids, tokens_per_batch):
+        found = _embed_batch(classifier, [ids[i] for i in batch], device)
+        if vectors is None:
+            vectors = np.empty((len(unique), found.shape[1]), np.float32)
+        vectors[batch] = found
+        done += len(batch)
+        if progress:
+            progress(done, len(unique))
+    place = {text: i for i, text in enumerate(unique)}
+    return vectors[[place[text] for text in texts]]
+
+
+def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    batches, held = [[]], 0
+    for i in order:
+        if batches[-1] and held + len(ids[i]) > budget:
+            batches.append([])
+            held = 0
+        batches[-1].append(i)
+        held += len(ids[i])
+    return batches
+
+
+@torch.inference_mode()
+def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> np.ndarray:
+    lengths = [len(x) for x in ids]
+    flat = torch.tensor([[token for text in ids for token in text]], device=device)
+    places = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    arguments = packed_arguments(lengths, torch.device(device))
+    return classifier.pooled(flat, places, lengths, **arguments).float().cpu().numpy()
+
+
+def cached(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The vectors kept under a name, computed when they are not there. Written whole or not at all."""
+    folder = get_settings().folder("features")
+    path = folder / f"{name}.safetensors"
+    if path.is_file():
+        return load_file(path)["vectors"]
+    vectors = compute()
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(handle)
+    save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
+    Path(temporary).replace(path)
+    return vectors
+
+
+def cache_name(ref: ModelRef, texts: Sequence[str], pooling: Pooling, max_length: int) -> str:
+    """A SHA-256 over all that the vectors depend on."""
+    about = [ref.revision, [a.sha256 for a in ref.adapters], pooling, max_length]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+def fit_logistic(
+    vectors: np.ndarray, truth: np.ndarray, *, strength: float | None, seed: int
+) -> tuple[LogisticRegression, dict[str, float]]:
+    """Multinomial logistic regression on vectors (rows, H), and the mean held-out accuracy of every strength that was tried.
+
+    Without a given `strength` C is chosen by stratified cross-validation in three folds (two where a class is that small).
+    """
+    tried: dict[str, float] = {}
+    if strength is None:
+        tried = _try_strengths(vectors, truth, seed)
+        strength = float(max(tried, key=lambda c: tried[c])) if tried else 10.0
+    model = LogisticRegression(C=strength, max_iter=2000)
+    return model.fit(vectors, truth), tried
+
+
+def _try_strengths(vectors: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:
+    chosen = np.random.default_rng(seed).permutation(len(truth))[:FOLD_ROWS]
+    x, y = vectors[chosen], truth[chosen]
+    counts = np.bincount(y)
+    x, y = x[counts[y] >= 2], y[counts[y] >= 2]  # a class with one row can be in one fold only
+    if len(np.unique(y)) < 2:
+        return {}
+    folds = StratifiedKFold(min(3, int(np.bincount(y)[np.unique(y)].min())), shuffle=True, random_state=seed)
+    return {str(c): float(cross_val_score(LogisticRegression(C=c, max_iter=1000), x, y, cv=folds).mean()) for c in STRENGTHS}
+
+
+def logistic_head(model: LogisticRegression, labels: int) -> nn.Linear:
+    """The regression as a linear layer, (H) → (labels); softmax of its scores are the regression's probabilities.
+
+    With two classes scikit-learn keeps one row of weights, for the second class; the first then scores zero.
+    """
+    weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    head = nn.Linear(weight.shape[1], labels)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-1e4 if len(model.classes_) < labels else 0.0)  # a class without a training row is never answered
+        rows = model.classes_[1:] if len(model.classes_) == 2 else model.classes_
+        head.bias[torch.from_numpy(model.classes_)] = 0.0
+        for row, w, b in zip(rows, weight, bias, strict=True):
+            head.weight[row] = torch.from_numpy(w).float()
+            head.bias[row] = float(b)
+    return head

@@ -1,0 +1,62 @@
+"""What an evaluation says of a classifier: how often it is right, where it errs, and whether its probabilities can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+CALIBRATION_BINS = 10
+
+
+def classification_scores(probabilities: np.ndarray, truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of probabilities (rows, labels) against the right label's number for each row.
+
+    `accuracy`, `macro_f1`, `log_loss` (nats a row), `calibration_error` (expected calibration error over ten equal bins of
+    confidence, Guo et al. 2017), `per_class` (precision, recall, f1 and rows by label), `confusion` (rows of the truth,
+    columns of the answer) and `reliability` (for each bin: confidence, accuracy, rows).
+    """
+    right = np.asarray(truth)
+    answer = probabilities.argmax(1)
+    every = np.arange(len(labels))
+    precision, recall, f1, support = precision_recall_fscore_support(right, answer, labels=every, zero_division=0)
+    present = np.unique(right)
+    picked = np.clip(probabilities[np.arange(len(right)), right], 1e-12, None)
+    error, bins = calibration(probabilities.max(1), answer == right)
+    return {
+        "rows": len(right),
+        "accuracy": float((answer == right).mean()),
+        "macro_f1": float(f1_score(right, answer, labels=present, average="macro", zero_division=0)),
+        "log_loss": float(-np.log(picked).mean()),
+        "calibration_error": error,
+        "reliability": bins,
+        "per_class": {
+            label: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for label, p, r, f, n in zip(labels, precision, recall, f1, support, strict=True)
+        },
+        "labels": list(labels),
+        "confusion": confusion_matrix(right, answer, labels=every).tolist(),
+    }
+
+
+def calibration(confidence: np.ndarray, hit: np.ndarray) -> tuple[float, list[dict[str, float]]]:
+    """The expected calibration error and its bins: how far the stated confidence lies from the share of right answers."""
+    place = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins, error = [], 0.0
+    for i in range(CALIBRATION_BINS):
+        inside = place == i
+        rows = int(inside.sum())
+        if rows == 0:
+            continue
+        stated, true = float(confidence[inside].mean()), float(hit[inside].mean())
+        bins.append({"confidence": stated, "accuracy": true, "rows": rows})
+        error += rows / len(confidence) * abs(stated - true)
+    return error, bins
+
+
+def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
+    """The scores of always answering with the shares of the training rows: what any classifier has to beat."""
+    shares = np.bincount(np.asarray(train), minlength=len(labels)) / max(len(train), 1)
+    return classification_scores(np.tile(shares, (len(truth), 1)), truth, labels)
