@@ -16,6 +16,7 @@ in which they are committed, and a watcher who has seen event n has seen all bef
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -97,8 +98,10 @@ def is_complete(session: Session, job_id: uuid.UUID) -> bool:
 
 
 def storable(value: Any) -> Any:
-    """The same JSON without what Postgres cannot keep: NUL characters and halves of surrogate pairs. A model's sample
-    answers may hold either."""
+    """The same JSON without what Postgres cannot keep: NUL characters and halves of surrogate pairs, as a model's sample
+    answers may hold, and numbers that are not finite, which become the words that pydantic reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
         return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):

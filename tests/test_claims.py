@@ -1,0 +1,431 @@
+"""Who holds a job: each move between the states, and then every order of them that hypothesis can think of."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import func, select, update
+
+from app import claims, events, files, jobs
+from app.db import transaction
+from app.settings import get_settings
+from app.tables import Checkpoint, Event, File, Job, Model, Outbox
+from tests.orders import make_dataset, make_job
+
+
+def step(n: int) -> events.Step:
+    return events.Step(
+        step=n, epoch=n / 10, loss=2.0 / n, learning_rate=1e-4, grad_norm=1.0, tokens=n * 100, trained_tokens=n * 50,
+        tokens_per_second=500.0, memory_bytes=1 << 20, seconds=n * 0.5,
+    )  # fmt: skip
+
+
+def saved(n: int, fence: int = 1, best: bool = False) -> events.Saved:
+    return events.Saved(
+        step=n, path=f"runs/x/a{fence}/checkpoint-{n}", bytes=1000, manifest_sha256="a" * 64, metrics={"loss": 1.0}, best=best
+    )
+
+
+STARTED = events.Started(
+    device="cpu",
+    precision="fp32",
+    total_steps=20,
+    train_rows=40,
+    validation_rows=4,
+    train_tokens=900,
+    trainable_parameters=10,
+    parameters=100,
+)
+FINISHED = events.Finished(
+    reason="completed", step=20, path="runs/x/a1/final", bytes=5, revision="r" * 64, adapter_sha256="b" * 64, kind="dialogue",
+    measured=events.Measured(peak_memory_bytes=1, seconds=9.0, tokens_per_second=2.0, tokens=20, trained_tokens=777, steps=20, device="cpu"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(session, user, data_dir, tiny_registered):
+    get_settings().lease_seconds = 0.2  # the database of the tests has been up for longer than this
+    return make_job(session, user, tiny_registered, make_dataset(session, user, data_dir))
+
+
+def now_of(job_id: uuid.UUID) -> Job:
+    with transaction() as session:
+        return session.get_one(Job, job_id)
+
+
+def take(job_id: uuid.UUID, worker: str = "w") -> claims.Claim | None:
+    with transaction() as session:
+        return claims.claim(session, job_id, worker)
+
+
+def let_lapse(job_id: uuid.UUID) -> None:
+    with transaction() as session:
+        session.execute(
+            update(Job).where(Job.id == job_id).values(lease_until=func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, 1))
+        )
+
+
+def said(job_id: uuid.UUID) -> list[str]:
+    with transaction() as session:
+        return list(session.scalars(select(Event.type).where(Event.job_id == job_id).order_by(Event.id)))
+
+
+def test_one_message_or_three_one_claim(job):
+    held = take(job.id)
+    assert held is not None and (held.fence, held.attempt) == (1, 1)
+    assert take(job.id) is None and take(job.id) is None
+    assert take(uuid.uuid4()) is None
+    assert said(job.id) == ["claimed"]
+    assert held.folder == f"runs/{job.id}/a1"
+
+
+def test_recording_moves_the_job_and_twice_is_once(job):
+    held = take(job.id)
+    batch = [STARTED, *[step(n) for n in range(1, 6)], saved(5)]
+    for _ in range(2):  # as after a COMMIT whose answer was lost
+        with transaction() as session:
+            claims.record(session, held, 0, batch)
+    row = now_of(job.id)
+    assert (row.step, row.total_steps, row.trained_tokens) == (5, 20, 250)
+    assert row.seconds_left == pytest.approx(7.5)
+    assert said(job.id) == ["claimed", "started", "step", "step", "step", "step", "step", "saved"]
+    with transaction() as session:
+        assert session.scalar(select(func.count()).select_from(Checkpoint)) == 1
+
+
+def test_text_that_postgres_cannot_keep_is_kept_without_it(job):
+    held = take(job.id)
+    torn = events.Sampled(step=1, samples=[events.Sample(prompt="a\x00b", reference="\ud800", answer="ok")])
+    with transaction() as session:
+        claims.record(session, held, 0, [torn, events.Log(message="NaN"), step(1).model_copy(update={"loss": float("nan")})])
+    with transaction() as session:
+        rows = jobs.events(session, session.get_one(Job, job.id))
+    assert rows[1].data["samples"][0]["prompt"] == "a\ufffdb"
+    again = events.from_row(rows[3].type, rows[3].data)
+    assert again.loss != again.loss
+
+
+def test_a_stale_worker_can_write_nothing(job):
+    stale = take(job.id)
+    let_lapse(job.id)
+    fresh = take(job.id, "another")
+    assert (fresh.fence, fresh.attempt) == (2, 2)
+    for move in (
+        lambda s: claims.beat(s, stale),
+        lambda s: claims.record(s, stale, 0, [step(1)]),
+        lambda s: claims.finish(s, stale, FINISHED),
+        lambda s: claims.fail(s, stale, events.Failed(kind="diverged", message="m")),
+        lambda s: claims.fail(s, stale, events.Failed(kind="worker_lost", message="m")),
+        lambda s: claims.stopped(s, stale, 3),
+    ):
+        with pytest.raises(claims.FenceLost), transaction() as session:
+            move(session)
+    row = now_of(job.id)
+    assert (row.status, row.fence, row.step) == ("running", 2, 0)
+    assert said(job.id) == ["claimed", "lost", "queued", "claimed"]
+
+
+def test_finish_makes_one_model_and_one_metrics_file(job, user):
+    held = take(job.id)
+    with transaction() as session:
+        claims.record(session, held, 0, [STARTED, step(1), step(2), events.Evaluated(step=2, loss=1.5)])
+    for _ in range(2):
+        with transaction() as session:
+            claims.finish(session, held, FINISHED)
+    row = now_of(job.id)
+    assert row.status == "succeeded" and row.trained_tokens == 777 and row.finished_at and row.lease_until is None
+    with transaction() as session:
+        model = session.scalars(select(Model).where(Model.job_id == job.id)).one()
+        file = session.get_one(File, row.result_file_id)
+        assert model.name.startswith("ft:tiny:") and file.purpose == "fine-tune-results"
+        lines = files.content(session, user, file.id).read_text().splitlines()
+    assert (
+        lines[0].startswith("step,epoch,train_loss,valid_loss")
+        and lines[1].startswith("1,0.1,2.0,,")
+        and lines[2].startswith("2,0.2,1.0,1.5,")
+    )
+    assert said(job.id)[-1] == "finished"
+
+
+def test_three_deaths_without_a_checkpoint_end_it_and_a_checkpoint_forgives(job):
+    for n in (1, 2):
+        assert take(job.id).attempt == n
+        let_lapse(job.id)
+    held = take(job.id)
+    assert held is not None and now_of(job.id).deaths == 2
+    with transaction() as session:
+        claims.record(session, held, 0, [saved(4, 3)])
+    assert now_of(job.id).deaths == 0
+    for _ in range(2):
+        let_lapse(job.id)
+        held = take(job.id)
+        with transaction() as session:
+            claims.record(session, held, 0, [saved(4, held.fence)])  # the same step again is no progress
+    let_lapse(job.id)
+    assert take(job.id) is None
+    row = now_of(job.id)
+    assert row.status == "failed" and row.error["code"] == "worker_lost" and row.error["way_out"]
+    assert said(job.id)[-2:] == ["lost", "failed"]
+
+
+@pytest.mark.parametrize("kind", ["diverged", "bad_data", "bad_model", "cuda_out_of_memory", "crashed"])
+def test_what_would_fail_again_is_not_tried_again(job, kind):
+    held = take(job.id)
+    with transaction() as session:
+        claims.fail(session, held, events.Failed(kind=kind, message="It did.", way_out="Do this.", line=7))
+    row = now_of(job.id)
+    assert row.status == "failed" and (row.error["code"], row.error["line"], row.error["way_out"]) == (kind, 7, "Do this.")
+    assert take(job.id) is None
+
+
+def test_out_of_memory_is_tried_once_more_and_a_hang_thrice(job):
+    def die(kind):
+        held = take(job.id)
+        with transaction() as session:
+            claims.fail(session, held, events.Failed(kind=kind, message="It did."))
+        return now_of(job.id).status
+
+    assert [die("out_of_memory"), die("out_of_memory")] == ["queued", "failed"]
+    with transaction() as session:
+        jobs.resume(session, _owner(session, job), job.id)
+    assert [die("no_progress") for _ in range(3)] == ["queued", "queued", "failed"]
+
+
+def _owner(session, job):
+    from app.tables import User
+
+    return session.get_one(User, job.owner_id)
+
+
+def test_full_disk_pauses_and_goes_on_by_itself(job, monkeypatch):
+    held = take(job.id)
+    with transaction() as session:
+        claims.fail(session, held, events.Failed(kind="disk_full", message="No room."))
+    assert now_of(job.id).status == "paused" and now_of(job.id).error["code"] == "disk_full"
+    free = claims.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: free)
+    with transaction() as session:
+        assert claims.resume_after_full_disk(session) == 0
+    monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: free._replace(free=2**40))
+    with transaction() as session:
+        assert claims.resume_after_full_disk(session) == 1
+    assert now_of(job.id).status == "queued" and now_of(job.id).error is None
+
+
+def test_lost_messages_are_announced_again_and_a_long_queue_is_not_flooded(job):
+    def announce(backlog=0):
+        with transaction() as session:
+            return claims.announce_again(session, backlog)
+
+    assert announce() == 0  # its message has not been sent yet
+    with transaction() as session:
+        session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, 16)))
+    assert announce(backlog=3) == 0
+    assert announce() == 1
+    assert announce() == 0
+
+
+def test_the_reaper_waits_for_a_database_that_just_started(job):
+    take(job.id)
+    let_lapse(job.id)
+    get_settings().lease_seconds = 1e6  # as if the server had started within the last lease
+    with transaction() as session:
+        assert claims.lapse(session) == 0
+    get_settings().lease_seconds = 0.2
+    with transaction() as session:
+        assert claims.lapse(session) == 1
+
+
+def test_checkpoints_are_swept_but_for_the_newest_and_the_best(job, data_dir):
+    held = take(job.id)
+    for n in (1, 2, 3, 4):
+        (data_dir / f"runs/x/a1/checkpoint-{n}").mkdir(parents=True)
+    with transaction() as session:
+        claims.record(session, held, 0, [saved(1), saved(2, best=True), saved(3), saved(4)])
+        claims.sweep_checkpoints(session, job.id, keep=1)
+    assert sorted(p.name for p in (data_dir / "runs/x/a1").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+# Every order of moves -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Believed:
+    """What the job must look like now."""
+
+    status: str = "queued"
+    fence: int = 0
+    deaths: int = 0
+    newest: int = 0
+    cancel: bool = False
+    pause: bool = False
+    results: int = 0
+
+
+class JobMachine(RuleBasedStateMachine):
+    """Moves by people, workers (also stale ones) and the reaper, in any order, against a real database."""
+
+    make = None  # set by the test: makes a fresh job and gives its id and owner
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.id, self.user = self.make()
+        self.now = Believed()
+        self.held: claims.Claim | None = None
+        self.stale: list[claims.Claim] = []
+        self.number = 0
+
+    def end(self, status: str) -> None:
+        self.now.status, self.now.cancel, self.now.pause = status, False, False
+        if self.held is not None:
+            self.stale.append(self.held)
+        self.held = None
+
+    def die(self) -> None:
+        self.now.deaths += 1
+        if self.now.cancel or self.now.pause:
+            self.end("cancelled" if self.now.cancel else "paused")
+        else:
+            self.end("queued" if self.now.deaths < claims.MOST_DEATHS else "failed")
+
+    @rule()
+    def claim(self) -> None:
+        held = take(self.id)
+        assert (held is not None) == (self.now.status == "queued")
+        if held is not None:
+            self.now.status, self.now.fence = "running", self.now.fence + 1
+            assert held.fence == self.now.fence
+            self.held, self.number = held, 0
+
+    @rule(lapse_first=st.booleans())
+    def claim_after_lapse(self, lapse_first: bool) -> None:
+        if self.now.status != "running":
+            return
+        let_lapse(self.id)
+        self.die()
+        if lapse_first:
+            with transaction() as session:
+                assert claims.lapse(session) == 1
+        else:
+            self.claim()
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def beat(self) -> None:
+        with transaction() as session:
+            wishes = claims.beat(session, self.held)
+        assert (wishes.cancel, wishes.pause) == (self.now.cancel, self.now.pause)
+
+    @precondition(lambda self: self.held)
+    @rule(at=st.integers(1, 6), again=st.booleans())
+    def save(self, at: int, again: bool) -> None:
+        for _ in range(1 + again):
+            with transaction() as session:
+                claims.record(session, self.held, self.number, [step(at), saved(at, self.held.fence)])
+        self.number += 2
+        if at > self.now.newest:
+            self.now.newest, self.now.deaths = at, 0
+
+    @precondition(lambda self: self.held)
+    @rule(kind=st.sampled_from(["diverged", "worker_lost", "no_progress", "out_of_memory", "crashed"]), again=st.booleans())
+    def fail(self, kind: str, again: bool) -> None:
+        held, deaths = self.held, self.now.deaths
+        for _ in range(1 + again):
+            with transaction() as session:
+                claims.fail(session, held, events.Failed(kind=kind, message="It did."))
+        if kind in events.TRANSIENT or (kind == "out_of_memory" and deaths == 0):
+            self.die()
+        else:
+            self.end("failed")
+
+    @precondition(lambda self: self.held)
+    @rule(again=st.booleans())
+    def finish(self, again: bool) -> None:
+        for _ in range(1 + again):
+            with transaction() as session:
+                claims.finish(session, self.held, FINISHED)
+        self.end("succeeded")
+        self.now.results = 1
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def stop(self) -> None:
+        with transaction() as session:
+            claims.stopped(session, self.held, 1)
+        self.end("cancelled" if self.now.cancel else "paused" if self.now.pause else "queued")
+
+    @precondition(lambda self: self.stale)
+    @rule(data=st.data())
+    def stale_write(self, data: st.DataObject) -> None:
+        old = data.draw(st.sampled_from(self.stale))
+        if old.fence == self.now.fence and self.now.status != "running":
+            return  # its own last move again, which is no harm: see `again` above
+        move = data.draw(st.sampled_from([claims.beat, claims.finish, claims.fail, claims.stopped, claims.record]))
+        arguments = {
+            claims.beat: (), claims.finish: (FINISHED,), claims.fail: (events.Failed(kind="crashed", message="late"),),
+            claims.stopped: (1,), claims.record: (0, [step(9)]),
+        }[move]  # fmt: skip
+        with pytest.raises(claims.FenceLost), transaction() as session:
+            move(session, old, *arguments)
+
+    @rule(wish=st.sampled_from(["cancel", "pause", "resume"]))
+    def ask(self, wish: str) -> None:
+        before = self.now.status
+        allowed = {
+            "cancel": {"queued", "running", "paused", "cancelled"},
+            "pause": {"queued", "running", "paused"},
+            "resume": {"queued", "running", "paused", "failed"},
+        }[wish]
+        if before not in allowed:
+            with pytest.raises(jobs.Conflict), transaction() as session:
+                getattr(jobs, wish)(session, self.user, self.id)
+            return
+        with transaction() as session:
+            getattr(jobs, wish)(session, self.user, self.id)
+        if wish == "cancel":
+            self.now.status, self.now.cancel = ("running", True) if before == "running" else ("cancelled", False)
+        elif wish == "pause":
+            self.now.status, self.now.pause = ("running", True) if before == "running" else ("paused", False)
+        elif before in ("paused", "failed"):
+            self.now.status, self.now.deaths = "queued", 0
+        elif before == "running":
+            self.now.pause = False
+
+    @rule()
+    def reap(self) -> None:
+        with transaction() as session:
+            jobs.reap(session)
+
+    @invariant()
+    def holds(self) -> None:
+        with transaction() as session:
+            row = session.get_one(Job, self.id)
+            seen = (row.status, row.fence, row.deaths, row.cancel_requested, row.pause_requested)
+            assert seen == (self.now.status, self.now.fence, self.now.deaths, self.now.cancel, self.now.pause)
+            assert (row.lease_until is not None) == (row.status == "running")
+            assert (row.finished_at is not None) == (row.status in jobs.ENDED)
+            assert (row.error is not None) == (row.status == "failed")
+            assert session.scalar(select(func.count()).select_from(Model).where(Model.job_id == self.id)) == self.now.results
+            waiting = session.scalar(select(func.count()).select_from(Outbox).where(Outbox.key == self.id))
+            assert row.status != "queued" or waiting, "a queued job that nobody speaks of"
+
+
+@pytest.mark.timeout(600)
+def test_every_order_of_moves(session, user, data_dir, tiny_registered):
+    get_settings().lease_seconds = 0.2
+    dataset = make_dataset(session, user, data_dir)
+    session.commit()
+
+    class Here(JobMachine):
+        @staticmethod
+        def make():
+            return make_job(session, user, tiny_registered, dataset).id, user
+
+    run_state_machine_as_test(
+        Here, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    )
