@@ -57,7 +57,7 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
         session.add(model)
     model.license, model.bytes, model.deleted_at = starter.license, starter.bytes, None
     model.source = {"from": "wheel", "starter": name, "wheels": [w.requirement for w in starter.wheels], "terms_accepted": accept_terms}
-    return _order(session, model)
+    return order(session, model)
 
 
 def add_folder(
@@ -81,7 +81,7 @@ def add_folder(
         bytes=sum(file.stat().st_size for file in files),
     )
     session.add(model)
-    return _order(session, model)
+    return order(session, model)
 
 
 def add_hub(session: Session, user: User, repo: str, name: str | None = None, revision: str | None = None) -> Model:
@@ -100,10 +100,11 @@ def add_hub(session: Session, user: User, repo: str, name: str | None = None, re
         source={"from": "hub", "repo": repo, "revision": revision},
     )
     session.add(model)
-    return _order(session, model)
+    return order(session, model)
 
 
-def _order(session: Session, model: Model) -> Model:
+def order(session: Session, model: Model) -> Model:
+    """Set a row to `fetching` and order the task that brings its files, in this transaction."""
     model.status, model.error, model.progress, model.fence, model.lease_until = "fetching", None, 0.0, 0, None
     session.flush()
     queue.put_in_outbox(session, queue.FETCH, model.id)
@@ -115,7 +116,7 @@ def try_again(session: Session, model: Model) -> Model:
     session.refresh(model, with_for_update=True)
     if model.status != "error":
         raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", way_out="Reload the page.")
-    return _order(session, model)
+    return order(session, model)
 
 
 def _good_name(name: str) -> str:
@@ -219,6 +220,11 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         return manifest.verify(place)
     work = Path(tempfile.mkdtemp(prefix="fetch-", dir=get_settings().folder("tmp")))
     try:
+        if source["from"] == "merge":
+            facts = starters.merge(source["ref"], work / "model", lambda: beat(0.5))
+            written = manifest.write(work / "model", source=source, **facts)
+            starters.settle(work / "model", place)
+            return written
         pinned: dict[str, Any] = {}
         made = Path(source["path"]) if source["from"] == "folder" else work / "hub"
         if source["from"] == "hub":
@@ -256,6 +262,8 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What only opening the model could tell. A starter's kind and licence are pinned with it."""
     if source["from"] == "wheel":
         return {"source": {**source, **facts["source"]}}
+    if source["from"] == "merge":  # kind, labels and licence are those of the model it was made from
+        return {}
     return {"kind": facts["kind"], "license": facts.get("license"), "source": facts["source"]}
 
 

@@ -19,7 +19,7 @@ from app import ids, manifest
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
-from app.fetching import add_folder, add_hub, add_starter, adopt_starters, fetch, reap
+from app.fetching import add_folder, add_hub, add_starter, adopt_starters, fetch, order, reap
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
@@ -230,6 +230,49 @@ def lineage(session: Session, model: Model) -> list[Model]:
     while chain[0].base_id is not None:
         chain.insert(0, session.get_one(Model, chain[0].base_id))
     return chain
+
+
+def children(session: Session, model: Model) -> list[Model]:
+    """What was tuned (or merged) directly from a model and is still there."""
+    return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
+
+
+# Merging ------------------------------------------------------------------------------------------------------------
+
+
+def merged_id(model: Model) -> uuid.UUID:
+    """The id of the merged form of an adapter: one per adapter, so that asking twice makes it once."""
+    return uuid.uuid5(model.id, f"merged:{model.adapter_sha256}")
+
+
+def can_merge(session: Session, model: Model) -> bool:
+    """Whether every adapter on the way from the base can be folded into the weights."""
+    parts = [part for part in lineage(session, model) if part.adapter]
+    return model.adapter and all(part.strategy in STRATEGIES and STRATEGIES[part.strategy].merges for part in parts)
+
+
+def merge(session: Session, user: User, model: Model) -> Model:
+    """Order the merged form of an adapter: plain weights that need no peft. Done by the task FETCH.
+
+    Raises Conflict for a whole model, and for a strategy whose result cannot be folded into the weights.
+    """
+    if not can_merge(session, model):
+        raise Conflict(
+            f"{model.name} cannot be merged.",
+            way_out="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
+            param="model",
+        )
+    ref = reference(session, model)
+    merged = session.get(Model, merged_id(model), with_for_update=True)
+    if merged is not None and merged.deleted_at is None and merged.status in ("ready", "fetching"):
+        return merged
+    if merged is None:
+        merged = Model(id=merged_id(model), owner_id=user.id, name=f"{model.name}:merged", base_id=model.id, strategy=model.strategy)
+        session.add(merged)
+    merged.title, merged.kind, merged.license, merged.labels = f"{model.title}, merged"[:120], model.kind, model.license, model.labels
+    merged.shape, merged.deleted_at, merged.path = model.shape, None, None
+    merged.source = {"from": "merge", "model": model.name, "ref": ref.model_dump(mode="json")}
+    return order(session, merged)
 
 
 # Deleting -----------------------------------------------------------------------------------------------------------

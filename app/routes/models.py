@@ -1,0 +1,298 @@
+"""Models: `/v1/models` as the OpenAI client calls it, and the pages around it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import cards, downloads, fetching, ids, models, starters
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import BadField, Conflict, Forbidden, StudioError
+from app.settings import get_settings
+from app.shapes import Shape
+from app.strategies import STRATEGIES
+from app.tables import Job, Model, User
+from app.web import flash, render
+
+api = APIRouter(prefix="/v1", tags=["models"])
+pages = APIRouter()
+
+KINDS = ("generic", "instruction", "dialogue", "encoder")
+KIND_WORDS = {
+    "generic": "predicts the next token",
+    "instruction": "follows one instruction",
+    "dialogue": "holds a conversation",
+    "classifier": "sorts texts into classes",
+    "encoder": "turns a text into a vector",
+}
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+class ModelOrder(BaseModel):
+    """One of `starter`, `folder` and `hub` says where the model comes from."""
+
+    starter: str | None = Field(None, description="Name of a starter model.")
+    accept_terms: bool = Field(False, description="The starter's terms were read and accepted.")
+    folder: str | None = Field(None, description="A transformers folder below an import folder of the studio.")
+    hub: str | None = Field(None, description="Repository on the Hugging Face hub, owner/name.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the repository.")
+    name: str | None = Field(None, description="What the model is called here.")
+    kind: str | None = Field(None, description="generic, instruction, dialogue or encoder, where the guess is wrong.")
+
+
+def to_json(session: Session, model: Model, name: str | None = None) -> dict[str, Any]:
+    """OpenAI's model object with our own words beside it."""
+    chain = models.lineage(session, model)
+    return {
+        "id": name or model.name,
+        "object": "model",
+        "created": int(model.created_at.timestamp()),
+        "owned_by": "luthier" if model.owner_id is None else "user",
+        "key": ids.public(ids.MODEL, model.id),
+        "title": model.title,
+        "kind": model.kind,
+        "status": model.status,
+        "progress": model.progress,
+        "error": model.error,
+        "base": chain[0].name if len(chain) > 1 else None,
+        "lineage": [part.name for part in chain],
+        "job": ids.public(ids.JOB, model.job_id) if model.job_id else None,
+        "strategy": model.strategy,
+        "adapter": model.adapter,
+        "shape": model.shape,
+        "parameters": parameters(model),
+        "bytes": model.bytes,
+        "license": model.license,
+        "labels": model.labels,
+        "revision": model.revision,
+        "adapter_sha256": model.adapter_sha256,
+    }
+
+
+def parameters(model: Model) -> int | None:
+    """Parameters of the whole model, without what an adapter adds."""
+    return Shape.model_validate(model.shape).parameters() if model.shape else None
+
+
+@api.get("/models")
+def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
+    rows = [to_json(session, model) for model in models.list_(session, user)]
+    return {"object": "list", "data": rows, "has_more": False}
+
+
+@api.post("/models")
+def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
+    """Order a model. The answer comes at once with the status `fetching`."""
+    return to_json(session, add(session, user, order))
+
+
+@api.get("/models/{model:path}")
+def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    if ":ckpt-step-" in model or model.startswith("ftckpt_"):
+        found = models.resolve(session, user, model)
+        return to_json(session, found.model, name=found.ref.name)
+    return to_json(session, models.get(session, user, model))
+
+
+@api.delete("/models/{model:path}")
+def delete_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    row = models.get(session, user, model)
+    _may_change(user, row)
+    models.delete(session, user, row)
+    return {"id": row.name, "object": "model", "deleted": True}
+
+
+def add(session: Session, user: User, order: ModelOrder) -> Model:
+    """The row of an ordered model. Raises BadField unless exactly one place is named."""
+    named = [word for word in ("starter", "folder", "hub") if getattr(order, word)]
+    if len(named) != 1:
+        raise BadField("Say where the model comes from: one of starter, folder and hub.", way_out="Give exactly one.", param="starter")
+    if order.kind and order.kind not in KINDS:
+        raise BadField(f"{order.kind[:40]!r} is no kind of model.", way_out=f"There are {', '.join(KINDS)}.", param="kind")
+    if order.starter:
+        return models.add_starter(session, order.starter, accept_terms=order.accept_terms)
+    if order.folder:
+        return models.add_folder(session, user, order.folder, order.name, kind=order.kind)
+    return models.add_hub(session, user, str(order.hub), order.name, order.revision)
+
+
+def _may_change(user: User, model: Model) -> None:
+    """A shared model belongs to the studio: only an admin may take it away."""
+    if model.owner_id != user.id and user.role != "admin":
+        raise Forbidden(f"{model.name} is shared by everyone here.", way_out="Ask an admin.", param="model")
+
+
+# The list -----------------------------------------------------------------------------------------------------------
+
+
+def _groups(session: Session, user: User) -> list[dict[str, Any]]:
+    """Each base with what was tuned from it, at any depth."""
+    groups: dict[uuid.UUID, dict[str, Any]] = {}
+    for model in models.list_(session, user):
+        base = models.base_of(session, model)
+        group = groups.setdefault(base.id, {"base": base, "tuned": []})
+        if model.id != base.id:
+            group["tuned"].append(model)
+    return list(groups.values())
+
+
+def _list_page(
+    request: Request, session: Session, user: User, fault: StudioError | None = None, form: dict[str, str] | None = None
+) -> Response:
+    groups = _groups(session, user)
+    here = {model.id for group in groups for model in (group["base"], *group["tuned"]) if model.deleted_at is None}
+    rows = [model for group in groups for model in (group["base"], *group["tuned"])]
+    return render(
+        request,
+        "models.html",
+        status_code=fault.status if fault else 200,
+        groups=groups,
+        busy=any(model.status == "fetching" for model in rows),
+        starters=[s for s in starters.STARTERS.values() if starters.model_id(s.name) not in here],
+        folders=[path for path in fetching.importable()],
+        import_folder=fetching.import_folders()[0],
+        offline=get_settings().offline,
+        kinds=KINDS,
+        kind_words=KIND_WORDS,
+        strategies=STRATEGIES,
+        parameters=parameters,
+        key=_key,
+        fault=fault,
+        form=form or {},
+    )
+
+
+def _key(model: Model) -> str:
+    return ids.public(ids.MODEL, model.id)
+
+
+@pages.get("/models", response_class=HTMLResponse)
+def list_page(request: Request, session: Db, user: CurrentUser) -> Response:
+    return _list_page(request, session, user)
+
+
+@pages.post("/models")
+def add_from_form(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    starter: Annotated[str, Form()] = "",
+    accept_terms: Annotated[bool, Form()] = False,
+    folder: Annotated[str, Form()] = "",
+    hub: Annotated[str, Form()] = "",
+    revision: Annotated[str, Form()] = "",
+    name: Annotated[str, Form()] = "",
+    kind: Annotated[str, Form()] = "",
+) -> Response:
+    """The three forms of the page post here. A fault is shown on the page with what was typed still there."""
+    texts = {"folder": folder, "hub": hub, "revision": revision, "name": name, "kind": kind}
+    order = ModelOrder(starter=starter or None, accept_terms=accept_terms, **{k: v.strip() or None for k, v in texts.items()})
+    try:
+        with session.begin_nested():
+            model = add(session, user, order)
+    except Conflict as fault:
+        if fault.code == "terms_not_accepted":
+            return RedirectResponse(f"/models/terms/{starter}", status_code=303)
+        return _list_page(request, session, user, fault, texts)
+    except StudioError as fault:
+        return _list_page(request, session, user, fault, texts)
+    flash(request, f"{model.title} is being fetched. It can be used as soon as it is ready.")
+    return RedirectResponse("/models", status_code=303)
+
+
+@pages.get("/models/terms/{name}", response_class=HTMLResponse)
+def terms_page(request: Request, user: CurrentUser, name: str) -> Response:
+    """The terms of a starter model, to be read before it is fetched."""
+    starter = starters.find(name)
+    return render(request, "model_terms.html", starter=starter, text=starters.terms(name))
+
+
+# One model ----------------------------------------------------------------------------------------------------------
+
+
+@pages.get("/models/{key}", response_class=HTMLResponse)
+def model_page(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+    return _model_page(request, session, user, models.get(session, user, key))
+
+
+def _model_page(request: Request, session: Session, user: User, model: Model, fault: StudioError | None = None) -> Response:
+    chain = models.lineage(session, model)
+    job = session.get(Job, model.job_id) if model.job_id else None
+    merge_model = (
+        session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
+    )
+    return render(
+        request,
+        "model.html",
+        status_code=fault.status if fault else 200,
+        model=model,
+        key=_key(model),
+        chain=chain,
+        below=models.children(session, model),
+        job=job,
+        job_key=ids.public(ids.JOB, job.id) if job else None,
+        shape=Shape.model_validate(model.shape) if model.shape else None,
+        parameters=parameters(model),
+        strategy=STRATEGIES.get(model.strategy or ""),
+        files=models.hashes(model),
+        reasons=models.dependants(session, model),
+        kind_words=KIND_WORDS,
+        load_code=cards.load_code(model, chain[0]),
+        address=str(request.base_url),
+        merged=merge_model,
+        merges=models.can_merge(session, model),
+        key_of=_key,
+        fault=fault,
+    )
+
+
+@pages.post("/models/{key}/delete")
+def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+    model = models.get(session, user, key)
+    _may_change(user, model)
+    try:
+        models.delete(session, user, model)
+    except Conflict as fault:
+        return _model_page(request, session, user, model, fault)
+    flash(request, f"{model.title} was deleted.")
+    return RedirectResponse("/models", status_code=303)
+
+
+@pages.post("/models/{key}/retry")
+def retry(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+    model = models.get(session, user, key)
+    _may_change(user, model)
+    fetching.try_again(session, model)
+    return RedirectResponse("/models", status_code=303)
+
+
+@pages.post("/models/{key}/merge")
+def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+    merged = models.merge(session, user, models.get(session, user, key))
+    flash(request, "The merged model is being made. It stands below the tuned one as soon as it is ready.")
+    return RedirectResponse(f"/models/{_key(merged)}", status_code=303)
+
+
+@pages.get("/models/{key}/download")
+def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
+    """The model's folder as a zip: an adapter in the layout `PeftModel.from_pretrained` loads, or whole weights."""
+    model = models.get(session, user, key)
+    models.reference(session, model)  # refuses what is not ready
+    folder = models.own_folder(model)
+    if folder is None or not folder.is_dir():
+        raise Conflict(f"The files of {model.name} are not there.", way_out="Add the model again.")
+    chain = models.lineage(session, model)
+    job = session.get(Job, model.job_id) if model.job_id else None
+    stream = downloads.zip_of(folder, cards.card(model, chain, job), cards.upstream(chain[0]))
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.name)
+    headers = {"content-disposition": f'attachment; filename="{safe}.zip"', "x-content-type-options": "nosniff"}
+    return StreamingResponse(stream, media_type="application/zip", headers=headers)

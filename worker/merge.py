@@ -1,0 +1,62 @@
+"""Fold a model's adapters into its base's weights: `python -m worker.merge REF.json INTO ANSWER`.
+
+The folding is done in float32 and stored as float16, like the bases are; the answers of both forms are compared here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.errors import BadData, StudioError
+from app.spec import ModelRef
+from worker.convert import inspect, must_fit, name_type
+from worker.load import load_model, load_plain, load_tokenizer
+
+TRIAL = "The cat sat on the mat, and then it went to sleep in the sun."
+FARTHEST = 0.05
+"""Nats between the two forms' next-token distributions on the trial text; more means that the folding went wrong."""
+
+
+def main(arguments: list[str]) -> None:
+    order, into, answer = (Path(a) for a in arguments)
+    try:
+        facts = merge(ModelRef.model_validate_json(order.read_text()), into)
+    except StudioError as error:
+        facts = {"error": error.message, "way_out": error.way_out}
+    except Exception as error:  # whatever a library raises, a person must read it
+        facts = {"error": f"The model cannot be merged: {type(error).__name__}: {str(error)[:400]}", "way_out": "Download the adapter."}
+    answer.write_text(json.dumps(facts))
+
+
+def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
+    """Write the merged model with its tokenizer into a new folder. Raises BadData when its answers differ."""
+    tokenizer = load_tokenizer(ref)
+    ids = tokenizer(TRIAL, return_tensors="pt").input_ids
+    expected = answers(load_model(ref), ids)
+    model = load_plain(ref)
+    must_fit(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float16)
+    model.save_pretrained(into)
+    name_type(into, "bfloat16")
+    tokenizer.save_pretrained(into)
+    found = answers(model.float(), ids)
+    apart = (expected.exp() * (expected - found)).sum(-1).max().item()
+    if not apart < FARTHEST:
+        raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", way_out="Download the adapter instead.")
+    return {**inspect(into), "kind": ref.kind, "labels": list(ref.labels) if ref.labels else None, "apart": apart}
+
+
+def answers(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Log probabilities of the next token at each place, (T, V)."""
+    with torch.no_grad():
+        return model(ids).logits[0].float().log_softmax(-1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
