@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import redis
-from celery import Celery
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
