@@ -95,7 +95,9 @@ async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIte
             await watch.check()
             continue
         watch.heard()
-        for last, fields in found[0][1] if isinstance(found, list) else next(iter(found.values()))[0]:
+        entries = found[0][1] if isinstance(found, list) else next(iter(found.values()))[0]
+        for entry_id, fields in entries:
+            last = entry_id
             if int(fields[b"seq"]) != seq:
                 raise Unavailable("A part of the answer was lost on the way.", way_out="Ask again.", code="answer_lost")
             seq += 1

@@ -310,11 +310,12 @@ class CheckpointPermission(Base):
 
 
 class Exchange(Base):
-    """One prompt put to one or more models at once."""
+    """One prompt put to one or more models at once. `parent_id` is the turn before it in a conversation."""
 
     __tablename__ = "exchanges"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
     source: Mapped[str] = mapped_column(server_default="playground", comment="playground or api")
     messages: Mapped[list[Any] | None]
     prompt: Mapped[str | None]

@@ -60,14 +60,17 @@ def upgrade() -> None:
         "exchanges",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("owner_id", sa.Uuid(), nullable=False),
+        sa.Column("parent_id", sa.Uuid(), nullable=True),
         sa.Column("source", sa.Text(), server_default="playground", nullable=False, comment="playground or api"),
         sa.Column("messages", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("prompt", sa.Text(), nullable=True),
         sa.Column("sampling", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.ForeignKeyConstraint(["owner_id"], ["users.id"], name=op.f("fk_exchanges_owner_id_users")),
+        sa.ForeignKeyConstraint(["parent_id"], ["exchanges.id"], name=op.f("fk_exchanges_parent_id_exchanges"), ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_exchanges")),
     )
+    op.create_index(op.f("ix_exchanges_parent_id"), "exchanges", ["parent_id"], unique=False)
     op.create_index(op.f("ix_exchanges_owner_id_created_at"), "exchanges", ["owner_id", "created_at"], unique=False)
     op.create_table(
         "files",
@@ -369,6 +372,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_files_sha256"), table_name="files")
     op.drop_index(op.f("ix_files_owner_id_created_at"), table_name="files")
     op.drop_table("files")
+    op.drop_index(op.f("ix_exchanges_parent_id"), table_name="exchanges")
     op.drop_index(op.f("ix_exchanges_owner_id_created_at"), table_name="exchanges")
     op.drop_table("exchanges")
     op.drop_index(op.f("ix_browser_sessions_user_id"), table_name="browser_sessions")

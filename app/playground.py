@@ -1,0 +1,271 @@
+"""The playground: the same prompt put to several models, and a record of what each answered and which weights did.
+
+A conversation is a chain of exchanges. Each pane has a history of its own, since each model sees its own answers; the
+history is rebuilt here from what is stored, so a reload, a link and a plain form go on where the script would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import models
+from app.errors import BadField, NotFound
+from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Sampling, Started, TextPart
+from app.models import Resolved
+from app.spec import ModelRef
+from app.tables import Answer, Exchange, User
+
+MOST_PANES = 3
+MOST_TURNS = 200
+LONGEST_PROMPT = 1_000_000  # characters
+
+
+class Speaker(NamedTuple):
+    """Who is asked: the name it was asked by, what that means, and how its kind takes a prompt."""
+
+    name: str
+    resolved: Resolved
+
+    @property
+    def ref(self) -> ModelRef:
+        return self.resolved.ref
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        return self.ref.adapters[-1].sha256 if self.ref.adapters else None
+
+
+class Asked(NamedTuple):
+    """One model's part of an exchange, ready to be sent. The row of its answer gets the request's id."""
+
+    speaker: Speaker
+    request: GenerateRequest
+
+
+@dataclass
+class Choice:
+    text: str = ""
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    tokens: int = 0
+
+
+@dataclass
+class Heard:
+    """What one model said so far, folded from the entries of its stream."""
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+    started: Started | None = None
+    done: Done | None = None
+    error: dict[str, Any] | None = None
+
+    def take(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            match entry:
+                case Started():
+                    self.started = entry
+                case TextPart():
+                    choice = self.choices.setdefault(entry.index, Choice())
+                    choice.text += entry.text
+                    choice.logprobs += entry.logprobs
+                case ChoiceFinished():
+                    choice = self.choices.setdefault(entry.index, Choice())
+                    choice.finish_reason, choice.tokens = entry.reason, entry.tokens
+                case Done():
+                    self.done = entry
+                case Broke():
+                    self.error = {"message": entry.message, "way_out": entry.way_out, "code": entry.code}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens in the shape of the OpenAI API."""
+        prompt = self.started.prompt_tokens if self.started else 0
+        written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": self.done.cached_tokens if self.done else 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+
+
+# Asking -------------------------------------------------------------------------------------------------------------
+
+
+def speaker(session: Session, user: User, name: str) -> Speaker:
+    """The model behind a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that
+    does not write text."""
+    found = Speaker(name, models.resolve(session, user, name))
+    if found.ref.kind in ("classifier", "encoder"):
+        raise BadField(
+            f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
+            way_out="Choose a generic, instruction or dialogue model.",
+            param="model",
+        )
+    return found
+
+
+def request_for(user: User, who: Speaker, sampling: Sampling, **prompt: Any) -> GenerateRequest:
+    """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
+    seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
+    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, sampling=sampling, seed=seed, **prompt)
+
+
+def ask(
+    session: Session,
+    user: User,
+    names: Sequence[str],
+    prompt: str,
+    sampling: Sampling,
+    *,
+    system: str = "",
+    parent: uuid.UUID | None = None,
+) -> tuple[Exchange, list[Asked]]:
+    """A new exchange and, for each model, the request that continues its own history. One seed serves all panes."""
+    if not 1 <= len(names) <= MOST_PANES:
+        raise BadField(f"Choose between one and {MOST_PANES} models; {len(names)} were named.", param="models")
+    if len(set(names)) != len(names):
+        raise BadField("A model was named twice.", way_out="Choose different models.", param="models")
+    if not prompt:
+        raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
+    if len(prompt) > LONGEST_PROMPT:
+        raise BadField(f"The prompt has {len(prompt)} characters; {LONGEST_PROMPT} is the most.", way_out="Shorten it.", param="prompt")
+    before = thread(session, user, parent) if parent else []
+    if sampling.seed is None:
+        sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
+    exchange = Exchange(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        parent_id=parent,
+        source="playground",
+        prompt=prompt.replace("\0", "�"),
+        messages=[{"role": "system", "content": system}] if system else None,
+        sampling=sampling.model_dump(mode="json", exclude_defaults=False),
+    )
+    asked = []
+    for name in names:
+        who = speaker(session, user, name)
+        asked.append(Asked(who, request_for(user, who, sampling, **_input(who, before, prompt, system))))
+    session.add(exchange)
+    session.flush()
+    return exchange, asked
+
+
+def _input(who: Speaker, before: Sequence[tuple[Exchange, Sequence[Answer]]], prompt: str, system: str) -> dict[str, Any]:
+    """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
+    alone, a dialogue model all turns."""
+    said = [(e.prompt or "", next((a.text for a in answers if a.model_name == who.name), None)) for e, answers in before]
+    turns = [(question, answer) for question, answer in said if answer is not None]
+    if who.ref.kind == "generic":
+        return {"prompt": "".join(question + answer for question, answer in turns) + prompt}
+    messages = [{"role": "system", "content": system}] if system else []
+    if who.ref.kind == "dialogue":
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": [*messages, {"role": "user", "content": prompt}]}
+
+
+def fingerprint(who: Speaker) -> str:
+    """Changes when the weights that answer do: the API's `system_fingerprint`."""
+    parts = [who.ref.revision, *(a.sha256 for a in who.ref.adapters)]
+    return f"fp_{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:12]}"
+
+
+# Recording ----------------------------------------------------------------------------------------------------------
+
+
+def record(session: Session, exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> list[Answer]:
+    """Store what a model answered, one row for each choice; what was cut off is stored as far as it came."""
+    who, request = asked.speaker, asked.request
+    rows = []
+    for index in range(request.sampling.n):
+        choice = heard.choices.get(index, Choice())
+        row = Answer(
+            id=request.id if index == 0 else uuid.uuid4(),
+            exchange_id=exchange_id,
+            model_id=who.resolved.model.id,
+            checkpoint_id=who.resolved.checkpoint.id if who.resolved.checkpoint else None,
+            model_name=who.name,
+            revision=who.ref.revision,
+            adapter_sha256=who.adapter_sha256,
+            seed=request.seed + index,
+            rendered_prompt=_storable(heard.started.rendered_prompt) if heard.started else None,
+            text=_storable(choice.text),
+            finish_reason="error" if heard.error else choice.finish_reason or "cancelled",
+            error=heard.error,
+            usage=heard.usage(),
+            first_token_seconds=heard.done.first_token_seconds if heard.done else None,
+            tokens_per_second=heard.done.tokens_per_second if heard.done else None,
+        )
+        session.add(row)
+        rows.append(row)
+    session.flush()
+    return rows
+
+
+def record_call(session: Session, user: User, heard: Sequence[tuple[Asked, Heard]], sampling: Sampling, **asked: Any) -> Exchange:
+    """Store a call of the API: its exchange and every answer."""
+    exchange = Exchange(id=uuid.uuid4(), owner_id=user.id, source="api", sampling=sampling.model_dump(mode="json"), **asked)
+    session.add(exchange)
+    session.flush()
+    for one, said in heard:
+        record(session, exchange.id, one, said)
+    return exchange
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL stores no NUL and no half of a surrogate pair."""
+    return text.replace("\0", "�").encode("utf-8", "replace").decode()
+
+
+# Looking back ---------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, user: User, exchange_id: uuid.UUID) -> Exchange:
+    found = session.get(Exchange, exchange_id)
+    if found is None or found.owner_id != user.id:
+        raise NotFound(f"No such exchange: {exchange_id}.", way_out="The playground's history lists those that are stored.")
+    return found
+
+
+def answers(session: Session, exchange_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Answer]]:
+    found: dict[uuid.UUID, list[Answer]] = {key: [] for key in exchange_ids}
+    for row in session.scalars(select(Answer).where(Answer.exchange_id.in_(exchange_ids)).order_by(Answer.created_at, Answer.id)):
+        found[row.exchange_id].append(row)
+    return found
+
+
+def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[Exchange, list[Answer]]]:
+    """The conversation that ends with this exchange, its first turn first."""
+    chain: list[Exchange] = []
+    key: uuid.UUID | None = exchange_id
+    while key is not None and len(chain) < MOST_TURNS:
+        chain.insert(0, get(session, user, key))
+        key = chain[0].parent_id
+    said = answers(session, [e.id for e in chain])
+    return [(e, said[e.id]) for e in chain]
+
+
+def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchange, list[Answer]]]:
+    """The newest exchanges of the playground; of a conversation its last turn only."""
+    gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
+    query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", Exchange.id.not_in(gone_on))
+    rows = session.scalars(query.order_by(Exchange.created_at.desc(), Exchange.id).limit(limit)).all()
+    said = answers(session, [e.id for e in rows])
+    return [(e, said[e.id]) for e in rows]
+
+
+def proof(answer: Answer) -> str:
+    """One line that says which weights spoke: what stands under an answer."""
+    parts = [f"adapter {answer.adapter_sha256[:6]}" if answer.adapter_sha256 else "base", f"revision {(answer.revision or '')[:6]}"]
+    if answer.tokens_per_second:
+        parts.append(f"{answer.tokens_per_second:.0f} tokens/s")
+    return " · ".join([*parts, f"seed {answer.seed}"])

@@ -1,0 +1,409 @@
+"""`/v1/chat/completions` and `/v1/completions`, as the official clients call them.
+
+No session of the database is open while an answer streams: one transaction before it, one after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Send
+
+from app import answers as errors_as_json
+from app import playground
+from app.accounts import CurrentUser
+from app.db import transaction
+from app.errors import BadField
+from app.generation import MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, ChoiceFinished, Entry, Logprob, Sampling, TextPart
+from app.listening import listen
+from app.playground import Asked, Heard
+from app.tables import User
+
+api = APIRouter(prefix="/v1")
+
+MOST_PROMPTS = 16
+STUCK_SECONDS = 30.0
+"""A client that takes nothing for so long is dropped."""
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Body(BaseModel):
+    """What both calls take. Unknown parameters are ignored, as the clients expect; `null` means the default."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field(min_length=1, max_length=512)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=MOST_STOPS)] = []
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    # Ours, through `extra_body`.
+    top_k: int | None = Field(0, ge=0, le=1_000_000)
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+
+    def sampling(self, **more: Any) -> Sampling:
+        given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name, None) is not None}
+        given |= {
+            "stop": tuple(self.stop),
+            "max_tokens": self.max_tokens,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+        }
+        return Sampling(**({"top_p": 1.0} | given | more))
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    role: str = Field(pattern="^(system|developer|user|assistant|tool|function)$")
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def plain(self, place: int) -> dict[str, Any]:
+        """The message as templates know it. Raises BadField for a part that is not text."""
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.get("type") not in ("text", "refusal") or not isinstance(part.get(part["type"]), str):
+                    raise BadField(f"messages.{place}.content: only parts of type text can be read.", param="messages")
+            content = "".join(part[part["type"]] for part in content)
+        if content is None and self.role != "assistant":
+            raise BadField(f"messages.{place}.content is missing.", way_out="Send a text.", param="messages")
+        extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content or "", **extra}
+
+
+class ChatBody(_Body):
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+
+
+class CompletionBody(_Body):
+    prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)  # type: ignore[assignment]
+    echo: bool | None = False
+
+
+@api.post("/chat/completions")
+async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
+    if body.top_logprobs and not body.logprobs:
+        raise BadField("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    sampling = body.sampling(
+        max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0
+    )
+    messages = [message.plain(i) for i, message in enumerate(body.messages)]
+    call = Call(Chat(body.model), user, sampling, [{"messages": messages, "tools": body.tools}], {"messages": messages})
+    return await call.respond(request, body)
+
+
+@api.post("/completions")
+async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
+    prompts = _prompts(body.prompt)
+    sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0)
+    stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
+    call = Call(Completion(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored.replace("\0", "�")})
+    return await call.respond(request, body)
+
+
+def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
+    """One or several prompts, as text or as tokens."""
+    several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if not several or len(several) > MOST_PROMPTS:
+        raise BadField(f"Send between 1 and {MOST_PROMPTS} prompts.", param="prompt")
+    return [{"prompt": p} if isinstance(p, str) else {"tokens": p} for p in several]
+
+
+# The two shapes of an answer ------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """chat.completion and chat.completion.chunk."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def first(self, index: int, prompt: str) -> dict[str, Any] | None:
+        return {"index": index, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, entry: TextPart) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": entry.text}, "logprobs": self.logprobs(entry.logprobs), "finish_reason": None}
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+
+    def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
+        logs = (self.logprobs(choice.logprobs) or {"content": [], "refusal": None}) if asked_logprobs else None
+        return {"index": index, "message": message, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
+
+    def logprobs(self, logs: list[Logprob]) -> dict[str, Any] | None:
+        return {"content": [_token(x) | {"top_logprobs": [_token(t) for t in x.top]} for x in logs], "refusal": None} if logs else None
+
+
+def _token(x: Logprob) -> dict[str, Any]:
+    return {"token": x.token, "bytes": x.bytes, "logprob": x.logprob}
+
+
+class Completion:
+    """text_completion, whole and in parts. With `echo` the prompt stands before the answer."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, echo: bool) -> None:
+        self.model, self.echo = model, echo
+        self.at: dict[int, int] = {}
+
+    def first(self, index: int, prompt: str) -> dict[str, Any] | None:
+        return {"index": index, "text": prompt, "logprobs": None, "finish_reason": None} if self.echo else None
+
+    def piece(self, index: int, entry: TextPart) -> dict[str, Any]:
+        return {"index": index, "text": entry.text, "logprobs": self.logprobs(entry.logprobs, index), "finish_reason": None}
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+
+    def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
+        logs = self.logprobs(choice.logprobs, index) if asked_logprobs else None
+        text = (prompt if self.echo else "") + choice.text
+        return {"index": index, "text": text, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
+
+    def logprobs(self, logs: list[Logprob], index: int) -> dict[str, Any] | None:
+        if not logs:
+            return None
+        offsets = []
+        for x in logs:
+            offsets.append(self.at.get(index, 0))
+            self.at[index] = offsets[-1] + len(x.token)
+        return {
+            "tokens": [x.token for x in logs],
+            "token_logprobs": [x.logprob for x in logs],
+            "top_logprobs": [{t.token: t.logprob for t in x.top} for x in logs],
+            "text_offset": offsets,
+        }
+
+
+def _reason(reason: str | None) -> str:
+    """The API knows stop and length; what was cut off for another reason was cut off."""
+    return "stop" if reason == "stop" else "length"
+
+
+# One call -------------------------------------------------------------------------------------------------------------
+
+
+class Call:
+    """One call of the API: several prompts, each with `n` answers, told whole or as a stream."""
+
+    def __init__(
+        self, shape: Chat | Completion, user: User, sampling: Sampling, prompts: list[dict[str, Any]], stored: dict[str, Any]
+    ) -> None:
+        self.shape, self.user, self.sampling, self.prompts, self.stored = shape, user, sampling, prompts, stored
+        self.head: dict[str, Any] = {}
+        self.asked: list[Asked] = []
+        self.heard: list[Heard] = []
+
+    async def respond(self, request: Request, body: _Body) -> Response:
+        await run_in_threadpool(self._resolve)
+        streams = [listen(asked.request) for asked in self.asked]
+        self.head = {
+            "id": f"{self.shape.prefix}-{uuid.uuid4().hex}",
+            "object": self.shape.part if body.stream else self.shape.whole,
+            "created": int(time.time()),
+            "model": self.shape.model,
+            "system_fingerprint": playground.fingerprint(self.asked[0].speaker),
+        }
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            merged = merge(streams)
+            first = await anext(merged)  # an error before the first word is a plain error answer
+            return Stream(self._events(first, merged, usage))
+        return await self._whole(request, streams)
+
+    def _resolve(self) -> None:
+        with transaction() as session:
+            who = playground.speaker(session, self.user, self.shape.model)
+        self.asked = [Asked(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
+        self.heard = [Heard() for _ in self.asked]
+
+    async def _whole(self, request: Request, streams: list[AsyncIterator[list[Entry]]]) -> Response:
+        gone = asyncio.ensure_future(_gone(request))
+        work = asyncio.ensure_future(self._hear_all(streams))
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return Response(status_code=499)  # nobody is there to read it
+            work.result()
+        finally:
+            gone.cancel()
+            work.cancel()
+        await run_in_threadpool(self._record)
+        n, choices = self.sampling.n, []
+        for p, heard in enumerate(self.heard):
+            prompt = heard.started.rendered_prompt if heard.started else ""
+            for i in range(n):
+                choices.append(self.shape.choice(p * n + i, heard.choices.get(i, playground.Choice()), self.sampling.logprobs, prompt))
+        return JSONResponse({**self.head, "choices": choices, "usage": self._usage(), "luthier": self._proof()})
+
+    async def _hear_all(self, streams: list[AsyncIterator[list[Entry]]]) -> None:
+        async for place, entries in merge(streams):
+            self.heard[place].take(entries)
+
+    async def _events(
+        self, first: tuple[int, list[Entry]], merged: AsyncIterator[tuple[int, list[Entry]]], usage: bool
+    ) -> AsyncIterator[bytes]:
+        try:
+            for line in self._chunks(*first, usage):
+                yield line
+            async for place, entries in merged:
+                for line in self._chunks(place, entries, usage):
+                    yield line
+            if usage:
+                yield self._line([], usage=self._usage())
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            fault = errors_as_json.fault_of(error)
+            for heard in self.heard:
+                heard.error = heard.error or (
+                    None if heard.done else {"message": fault.message, "way_out": fault.way_out, "code": fault.code}
+                )
+            yield b"data: " + json.dumps({"error": errors_as_json.as_json(fault)}).encode() + b"\n\n"
+        finally:
+            later(self._record)
+            await merged.aclose()  # type: ignore[attr-defined]
+
+    def _chunks(self, place: int, entries: list[Entry], usage: bool) -> list[bytes]:
+        """The lines that a few entries of one stream become."""
+        heard, n = self.heard[place], self.sampling.n
+        fresh = heard.started is None
+        heard.take(entries)
+        more = {"usage": None} if usage else {}
+        lines = []
+        if fresh and heard.started is not None:
+            firsts = [self.shape.first(place * n + i, heard.started.rendered_prompt) for i in range(n)]
+            lines += [self._line([choice], **more) for choice in firsts if choice is not None]
+        for entry in entries:
+            if isinstance(entry, TextPart):
+                lines.append(self._line([self.shape.piece(place * n + entry.index, entry)], **more))
+            elif isinstance(entry, ChoiceFinished):
+                lines.append(self._line([self.shape.last(place * n + entry.index, _reason(entry.reason))], **more))
+        return lines
+
+    def _line(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return b"data: " + json.dumps({**self.head, "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
+
+    def _usage(self) -> dict[str, Any]:
+        total: dict[str, Any] = {}
+        for usage in (heard.usage() for heard in self.heard):
+            for key, value in usage.items():
+                if isinstance(value, dict):
+                    total[key] = {k: total.get(key, {}).get(k, 0) + v for k, v in value.items()}
+                else:
+                    total[key] = total.get(key, 0) + value
+        return total
+
+    def _proof(self) -> dict[str, Any]:
+        who = self.asked[0].speaker
+        return {
+            "revision": who.ref.revision,
+            "adapter_sha256": who.adapter_sha256,
+            "seeds": [asked.request.seed for asked in self.asked],
+            "first_token_seconds": self.heard[0].done.first_token_seconds if self.heard[0].done else None,
+            "tokens_per_second": self.heard[0].done.tokens_per_second if self.heard[0].done else None,
+        }
+
+    def _record(self) -> None:
+        with transaction() as session:
+            playground.record_call(session, self.user, list(zip(self.asked, self.heard, strict=True)), self.sampling, **self.stored)
+
+
+async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tuple[int, list[Entry]]]:
+    """Entries of several streams as they come, each with its stream's place. The first error ends all of them."""
+    box: asyncio.Queue[tuple[int, list[Entry] | Exception | None]] = asyncio.Queue(maxsize=8)
+
+    async def pump(place: int, stream: AsyncIterator[list[Entry]]) -> None:
+        try:
+            async for entries in stream:
+                await box.put((place, entries))
+            await box.put((place, None))
+        except Exception as error:
+            await box.put((place, error))
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    pumps = [asyncio.ensure_future(pump(i, s)) for i, s in enumerate(streams)]
+    left = len(pumps)
+    try:
+        while left:
+            place, found = await box.get()
+            if found is None:
+                left -= 1
+            elif isinstance(found, Exception):
+                raise found
+            else:
+                yield place, found
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection. The body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+_tasks: set[asyncio.Future[Any]] = set()
+
+
+def later(work: Callable[[], None]) -> None:
+    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+class Stream(StreamingResponse):
+    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped."""
+
+    def __init__(self, content: AsyncIterator[bytes], media_type: str = "text/event-stream") -> None:
+        super().__init__(content, media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def stream_response(self, send: Send) -> None:
+        async def impatient(message: Any) -> None:
+            async with asyncio.timeout(STUCK_SECONDS):
+                await send(message)
+
+        try:
+            await super().stream_response(impatient)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
