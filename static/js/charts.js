@@ -103,7 +103,7 @@ export class Chart {
         y: { range: (_, min, max) => this.range(min, max) },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 60, size: 44, label: "step", labelSize: 16, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => whole.format(tick)) },
+        { ...axis, grid: { show: false }, space: 60, size: 26, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => whole.format(tick)) },
         { ...axis, size: this.unit === "" ? 46 : 62, space: 40, values: (_, ticks) => ticks.map((tick) => this.tick(tick)) },
       ],
       series: [{}, ...this.names.map(([, hue, shape]) => this.series(hue, shape))],
