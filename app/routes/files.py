@@ -1,0 +1,157 @@
+"""Files, as the OpenAI client calls them, and the report on the dataset a file is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from app import datasets, files, ids, readers
+from app import pages as cursor
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import BadField, StudioError
+from app.multipart import Form, read_form
+from app.settings import get_settings
+from app.tables import Dataset, File, Finding, User
+
+api = APIRouter(prefix="/v1")
+
+
+def to_json(file: File) -> dict[str, Any]:
+    return {
+        "id": ids.public(ids.FILE, file.id),
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created_at.timestamp()),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": file.status,
+        "status_details": file.status_details,
+        "expires_at": int(file.expires_at.timestamp()) if file.expires_at else None,
+    }
+
+
+@api.post("/files")
+async def create(request: Request, user: CurrentUser) -> dict[str, Any]:
+    """The body is read as a stream, and no database connection is held while it comes in."""
+    form = await read_form(request, get_settings().upload_limit_bytes)
+    return await run_in_threadpool(_create, user, form)
+
+
+def _create(user: User, form: Form) -> dict[str, Any]:
+    if form.upload is None:
+        raise BadField("The form has no file.", way_out="Send the bytes in the part called “file”.", param="file")
+    try:
+        purpose = form.fields.get("purpose", "")
+        if purpose not in files.UPLOAD_PURPOSES:
+            files.check_purpose("" if purpose in files.PURPOSES else purpose)
+        with transaction() as session:
+            if purpose == "fine-tune":
+                readers.kind_of(form.upload.filename)
+            file = files.create(session, user, form.upload.blob, form.upload.filename, purpose, _expires_after(form.fields))
+            if purpose == "fine-tune":
+                _check_not_empty(file)
+                datasets.create(session, user, file)
+            return to_json(file)
+    except StudioError:
+        with transaction() as session:  # nothing half-saved: the bytes go too
+            files.discard_if_unused(session, form.upload.blob)
+        raise
+
+
+def _check_not_empty(file: File) -> None:
+    if file.bytes == 0:
+        raise BadField(f"The file “{file.filename}” is empty.", way_out="Upload a file with at least one row.", param="file")
+
+
+def _expires_after(fields: dict[str, str]) -> int | None:
+    """The form's `expires_after[anchor]` and `expires_after[seconds]`."""
+    text, anchor = fields.get("expires_after[seconds]"), fields.get("expires_after[anchor]")
+    if anchor not in (None, "created_at"):
+        raise BadField(f"The anchor “{anchor[:40]}” is not known.", way_out="Use created_at.", param="expires_after[anchor]")
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise BadField(
+            f"“{text[:40]}” is not a number of seconds.", way_out="Use 3600 to 2592000.", param="expires_after[seconds]"
+        ) from None
+
+
+@api.get("/files")
+def list_(
+    user: CurrentUser,
+    session: Db,
+    after: cursor.After = None,
+    limit: cursor.Limit = 10_000,
+    order: cursor.Order = "desc",
+    purpose: str | None = None,
+) -> dict[str, Any]:
+    return cursor.page(files.list_(session, user, purpose), after, limit, order, to_json)
+
+
+@api.get("/files/{file_id}")
+def retrieve(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
+    return to_json(files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id")))
+
+
+@api.delete("/files/{file_id}")
+def delete(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
+    file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
+    datasets.delete_file(session, user, file.id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+@api.get("/files/{file_id}/content")
+def content(user: CurrentUser, session: Db, file_id: str) -> Response:
+    """The bytes as they came. Always sent as a download, so that a browser never shows them as a page of ours."""
+    file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
+    path = files.content(session, user, file.id)
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
+
+
+@api.get("/files/{file_id}/report")
+def report(
+    user: CurrentUser,
+    session: Db,
+    file_id: str,
+    after: Annotated[int, Query(ge=0, description="Findings before the first one wanted.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    rule: str | None = None,
+    severity: Literal["error", "warning", "note"] | None = None,
+    sort: str = "line",
+) -> dict[str, Any]:
+    """What the studio found in a dataset, one page of findings at a time."""
+    dataset = datasets.for_file(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
+    found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
+    return report_json(dataset, found, more)
+
+
+def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str, Any]:
+    stats = datasets.stats(dataset)
+    return {
+        "object": "dataset.report",
+        "dataset": ids.public(ids.DATASET, dataset.id),
+        "status": dataset.status,
+        "progress": dataset.progress,
+        "error": dataset.error,
+        "format": dataset.format,
+        "task": dataset.task,
+        "mapping": dataset.mapping,
+        "reason": (dataset.report or {}).get("reason"),
+        "rows": dataset.rows,
+        "good_rows": dataset.good_rows,
+        "characters": stats.characters,
+        "tokens": stats.tokens,
+        "trained_tokens": stats.trained_tokens,
+        "longest": stats.longest,
+        "rules": datasets.rules(dataset),
+        "findings": [
+            {key: getattr(finding, key) for key in ("line", "column", "rule", "severity", "value", "message", "fix")} for finding in found
+        ],
+        "has_more": more,
+    }
