@@ -266,7 +266,7 @@ def mean_tokens(dataset: Dataset) -> float:
 def has_gpu() -> bool:
     from app.machine import this_machine
 
-    return bool(getattr(this_machine(), "gpu_memory_bytes", None))
+    return this_machine().cuda
 
 
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:

@@ -26,16 +26,19 @@ def train(key: str) -> None:
 
 @celery.task(name=READ)
 def read(key: str) -> None:
-    from app import datasets
+    from app import datasets, jobs
+    from app.db import transaction
 
     datasets.read(uuid.UUID(key))
+    with transaction() as session:
+        jobs.settle(session, uuid.UUID(key))  # jobs that waited for it
 
 
 @celery.task(name=FETCH)
 def fetch(key: str) -> None:
-    from app import models
+    from app import fetching
 
-    models.fetch(uuid.UUID(key))
+    fetching.fetch(uuid.UUID(key))
 
 
 @celery.task(name=GENERATE)
