@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
@@ -39,9 +39,9 @@ def create_app() -> FastAPI:
         redirect_slashes=False,
     )
     for module in _route_modules():
-        if hasattr(module, "api"):
+        if isinstance(getattr(module, "api", None), APIRouter):
             app.include_router(module.api)
-        if hasattr(module, "pages"):
+        if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
     app.mount("/static", Versioned(directory=web.STATIC), name="static")
     for kind in _handled():

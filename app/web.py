@@ -27,7 +27,7 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 NOTHING = "–"
 
 
-def render(request: Request, name: str, status_code: int = 200, **context: Any) -> HTMLResponse:
+def render(request: Request, name: str, /, status_code: int = 200, **context: Any) -> HTMLResponse:
     """A page from `templates/`. Besides `context` it knows the user, the counts beside the menu and waiting messages."""
     from app import shell  # it asks the services, which must not be needed to show an error page
 
