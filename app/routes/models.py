@@ -167,7 +167,7 @@ def _list_page(
         parameters=parameters,
         key=_key,
         fault=fault,
-        form=form or {},
+        form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
     )
 
 
