@@ -58,6 +58,8 @@ def load_base(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    # What is saved later names the model, not a folder of this machine.
+    model.name_or_path = model.config._name_or_path = ref.name
     return model.to(device).eval()
 
 

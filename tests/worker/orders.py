@@ -1,0 +1,95 @@
+"""Orders for the trainer's tests: a data folder with the small model and a few rows, and the spec that names them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from app import events
+from app.settings import PROJECT, get_settings
+from app.shapes import shape_of
+from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
+from app.strategies import STRATEGIES
+from tests.tiny import SENTENCES
+
+
+def chat_rows(count: int = 24) -> list[dict[str, Any]]:
+    """Short conversations with answers of different lengths."""
+    rows = []
+    for i in range(count):
+        words = SENTENCES[i % len(SENTENCES)].split()
+        rows.append({"messages": [
+            {"role": "user", "content": f"{i}: " + " ".join(words[: 3 + i % 4])},
+            {"role": "assistant", "content": " ".join(words[: 4 + i % 7])},
+        ]})  # fmt: skip
+    return rows
+
+
+def put_dataset(rows: list[dict[str, Any]], format_: str = "chat") -> DatasetRef:
+    """Rows as the studio stores them, in the data folder of the settings."""
+    key = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(rows))
+    path = get_settings().folder("rows", str(key)) / "rows.parquet"
+    table = {"line": pa.array(range(1, len(rows) + 1), pa.int64()), "row": [json.dumps(r) for r in rows]}
+    parquet.write_table(pa.table(table), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    relative = path.relative_to(get_settings().data_dir).as_posix()
+    return DatasetRef(id=key, name="rows", path=relative, sha256=digest, format=format_, rows=len(rows))
+
+
+def put_model(folder: Path, kind: str = "dialogue") -> ModelRef:
+    """The small model in the data folder of the settings."""
+    target = get_settings().data_dir / "models" / "tiny"
+    if not target.exists():
+        shutil.copytree(folder, target)
+    shape = shape_of(json.loads((target / "config.json").read_text()))
+    return ModelRef(id=uuid.uuid5(uuid.NAMESPACE_OID, "tiny"), name="tiny", kind=kind, path="models/tiny", revision="0" * 64, shape=shape)
+
+
+def order(model: ModelRef, data: DatasetRef, strategy: str = "lora", settings: dict[str, Any] | None = None, **run: Any) -> JobSpec:
+    """A quick job: a few dozen tokens a step, no sample answers unless asked for."""
+    quick = {"epochs": 2, "max_tokens_per_step": 160, "samples": 0, "learning_rate": 5e-3, "early_stopping_patience": 0, **run}
+    chosen = STRATEGIES[strategy](**(settings or {}))
+    return JobSpec(name="a test", task="generation", model=model, dataset=data, run=RunSettings(**quick), strategy=chosen)
+
+
+class Trainer:
+    """`python -m worker.run` as its supervisor starts it, with its events read as they come."""
+
+    def __init__(self, spec: JobSpec, job: str, attempt: int, environment: dict[str, str] | None = None) -> None:
+        root = get_settings().data_dir
+        folder = f"runs/{job}/a{attempt}"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        path = root / folder / "spec.json"
+        path.write_text(spec.model_dump_json())
+        read_end, write_end = os.pipe()
+        command = [sys.executable, "-m", "worker.run", "--spec", str(path), "--folder", folder]
+        command += ["--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
+        given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+        self.log = (root / folder / "trainer.log").open("wb")
+        self.process = subprocess.Popen(command, cwd=PROJECT, env=given, pass_fds=[write_end], stderr=self.log, start_new_session=True)
+        os.close(write_end)
+        self.pipe = os.fdopen(read_end, "rb")
+
+    def __iter__(self):
+        for line in self.pipe:
+            if line.endswith(b"\n"):  # a kill may cut the last line short
+                yield events.read_line(line)
+
+    def wait(self) -> int:
+        self.pipe.close()
+        self.log.close()
+        return self.process.wait(timeout=120)
+
+    def run(self) -> tuple[list[events.TrainerEvent], int]:
+        said = list(self)
+        return said, self.wait()

@@ -1,0 +1,199 @@
+"""Saved states a job can resume from: written aside, synced to disk, given a manifest, and renamed into place.
+
+    checkpoint-<step>/
+      weights/               what the strategy's `save` wrote, strategy.json and the tokenizer: the playground loads it
+      trainer/               optimizer.safetensors, rng.safetensors, trained.safetensors (weights not found in weights/ as they are)
+      trainer/state.json     counters, early stopping, the facts of the engine, the base's answers
+      manifest.json          sizes and SHA-256 of all of these
+
+No pickle anywhere. A kill at any moment leaves either the whole folder under its name or a temporary one that is swept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from app import manifest
+from app.errors import StudioError
+from app.settings import get_settings
+from app.strategies import Strategy
+from worker.load import STRATEGY_FILE
+from worker.optim import Named
+
+WEIGHTS, TRAINER = "weights", "trainer"
+
+
+@dataclass
+class State:
+    """Where a job stands after an optimizer step. Seconds and tokens are over all attempts."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0  # of training steps alone
+    wall_seconds: float = 0.0  # of everything: loading, evaluating, saving
+    not_finite: int = 0  # steps in a row whose loss or gradient was not finite
+    evaluated_at: int = -1
+    best_loss: float | None = None
+    best_step: int | None = None
+    best_path: str | None = None  # its checkpoint, relative to the data folder
+    without_better: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # the untuned model on the validation rows
+    last: dict[str, float] = field(default_factory=dict)  # the newest scores
+    best: dict[str, float] = field(default_factory=dict)  # the best checkpoint on the same rows
+    base_answers: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # of the engine and the order; equal means bit-exact
+
+
+@dataclass(frozen=True)
+class Written:
+    path: Path
+    bytes: int
+    manifest_sha256: str
+
+
+def relative(path: Path) -> str:
+    """A path as tables and events carry it: relative to the data folder."""
+    return path.resolve().relative_to(get_settings().data_dir.resolve()).as_posix()
+
+
+def write_folder(target: Path, fill: Callable[[Path], None], **facts: Any) -> Written:
+    """Fill a folder under a temporary name and rename it to `target` once it is on disk with its manifest."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True, mode=0o700)
+    try:
+        fill(aside)
+        made = manifest.write(aside, **facts)
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        digest = manifest.sha256_of(aside / manifest.NAME)
+        if target.exists():  # left by a kill between the rename and its announcement, or by a save at the same step
+            shutil.rmtree(target)
+        os.rename(aside, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return Written(target, made["bytes"], digest)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_weights(folder: Path, model: torch.nn.Module, strategy: Strategy, tokenizer: Any) -> None:
+    """What a strategy learnt, with its settings and the tokenizer, as the playground loads it."""
+    folder.mkdir(exist_ok=True)
+    strategy.save(model, folder)
+    tokenizer.save_pretrained(folder)
+    (folder / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))
+
+
+def save(
+    attempt: Path,
+    state: State,
+    model: torch.nn.Module,
+    strategy: Strategy,
+    tokenizer: Any,
+    trained: Named,
+    optimizer: dict[str, torch.Tensor],
+    rng: dict[str, torch.Tensor],
+) -> Written:
+    """Write `checkpoint-<step>` in the attempt's folder."""
+
+    def fill(folder: Path) -> None:
+        write_weights(folder / WEIGHTS, model, strategy, tokenizer)
+        own = folder / TRAINER
+        own.mkdir()
+        there = _names(folder / WEIGHTS)
+        missing = {name: p.detach().cpu().contiguous() for name, p in trained.items() if name not in there}
+        save_file(_separate(missing), own / "trained.safetensors")
+        save_file(optimizer, own / "optimizer.safetensors")
+        save_file(rng, own / "rng.safetensors")
+        (own / "state.json").write_text(json.dumps(asdict(state), indent=1))
+
+    return write_folder(attempt / f"checkpoint-{state.step}", fill, step=state.step)
+
+
+def _names(folder: Path) -> set[str]:
+    """Names of all tensors in a folder's safetensors files."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update(file.keys())
+    return found
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied tensors as copies: safetensors refuses two names for one memory."""
+    seen: set[int] = set()
+    return {n: t.clone() if t.data_ptr() in seen or seen.add(t.data_ptr()) else t for n, t in tensors.items()}
+
+
+def newest(runs: Path) -> Path | None:
+    """The checkpoint of the highest step, over all attempts, whose manifest verifies. Torn ones are passed over."""
+    found = [p for p in runs.glob("a*/checkpoint-*") if p.name.rpartition("-")[2].isdigit() and p.is_dir()]
+    for path in sorted(found, key=lambda p: (_step(p), _fence(p)), reverse=True):
+        try:
+            manifest.verify(path)
+            return path
+        except (StudioError, OSError):
+            continue
+    return None
+
+
+def read_state(checkpoint: Path) -> State:
+    return State(**json.loads((checkpoint / TRAINER / "state.json").read_text()))
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / TRAINER / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, trained: Named) -> None:
+    """Put a checkpoint's trained weights into the parameters. Raises KeyError naming one it lacks."""
+    wanted = set(trained)
+    for path in [checkpoint / TRAINER / "trained.safetensors", *(checkpoint / WEIGHTS).glob("*.safetensors")]:
+        with safe_open(path, "pt") as file:
+            for name in sorted(wanted & set(file.keys())):
+                trained[name].copy_(file.get_tensor(name))
+                wanted.discard(name)
+    if wanted:
+        raise KeyError(f"checkpoint {checkpoint.name} lacks {min(wanted)}")
+
+
+def prune(attempt: Path, keep: int, best: str | None) -> None:
+    """Remove this job's checkpoints but the newest `keep` and the best, and temporary folders that a kill left behind."""
+    runs = attempt.parent
+    for torn in runs.glob("a*/.*.tmp"):
+        if not torn.name.endswith(f".{os.getpid()}.tmp"):
+            shutil.rmtree(torn, ignore_errors=True)
+    found = sorted((p for p in runs.glob("a*/checkpoint-*") if p.is_dir()), key=lambda p: (_step(p), _fence(p)), reverse=True)
+    for old in found[keep:]:
+        if relative(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _fence(path: Path) -> int:
+    digits = path.parent.name[1:]
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,183 @@
+"""The training process: `python -m worker.run`. Reads an order, trains, and says each event as a line of JSON on a pipe.
+
+Exits: 0 after `finished`, 75 after SIGTERM once the state is saved, 1 after `failed`. SIGUSR1 saves a checkpoint and goes on.
+It has no address of the database; its supervisor records what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from app import events
+from app.errors import BadData, DoesNotFit, StudioError
+from app.settings import get_settings
+from app.spec import JobSpec
+
+STOPPED = 75
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    spec = JobSpec.model_validate_json(Path(options.spec).read_bytes())
+    root = get_settings().data_dir
+    folder, runs = root / options.folder, root / options.resume_from
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with os.fdopen(options.events_fd, "w", encoding="utf-8", buffering=1) as pipe:
+        return attempt(spec, folder, runs, pipe)
+
+
+def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any) -> int:
+    """One try of a job; its exit code. Every failure is said on the pipe before the process ends."""
+    asked = _Asked()
+    step: int | None = None
+    try:
+        with _tensorboard(folder) as note:
+            for event in _events(spec, folder, runs, asked):
+                pipe.write(event.model_dump_json() + "\n")
+                note(event)
+                step = getattr(event, "step", step)
+                if isinstance(event, events.Finished):
+                    _calibrate(spec, event)
+                    return 0
+        return STOPPED
+    except BrokenPipeError:
+        return STOPPED  # nobody listens any more; the next attempt goes on from the newest checkpoint
+    except BaseException as error:
+        traceback.print_exc(file=sys.stderr)
+        with contextlib.suppress(OSError):
+            pipe.write(failed(error, spec, step).model_dump_json() + "\n")
+        return 1
+
+
+class _Asked:
+    """The signals that were heard. The handlers stand before the slow imports, so that none is lost."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save", True))
+
+
+def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[events.TrainerEvent]:
+    from transformers.utils import logging as transformers_logging
+
+    from worker.train import train
+
+    transformers_logging.disable_progress_bar()
+    yield from train(spec, folder, runs, asked)  # type: ignore[arg-type]  # it has the two fields that matter
+
+
+# What a failure is called ---------------------------------------------------------------------------------------------
+
+
+def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
+    """The failure's class, what to do about it and, where one setting mends it, that setting."""
+    import torch
+
+    smaller = {"accumulation": spec.run.accumulation * 2}
+    if isinstance(error, torch.OutOfMemoryError):
+        message, way_out = "The GPU ran out of memory.", "Split each step over more passes (accumulation), or recompute activations."
+        return events.Failed(kind="cuda_out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        message, way_out = "The machine ran out of memory.", "Split each step over more passes (accumulation), or cut the rows shorter."
+        return events.Failed(kind="out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
+    if _disk_is_full(error):
+        message, way_out = "The disk of the data folder is full.", "Free some space and resume; the newest checkpoint is whole."
+        return events.Failed(kind="disk_full", message=message, way_out=way_out, step=step)
+    if isinstance(error, StudioError):
+        return _of_studio(error, spec, step)
+    message = f"{type(error).__name__}: {error}"[:2000]
+    return events.Failed(kind="crashed", message=message, way_out="Look at the attempt's log; if you see no reason, report it.", step=step)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """safetensors wraps the system's error in one of its own, so its words are looked at too."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Failed:
+    line, suggestion = getattr(error, "line", None), None
+    kind: events.FailureKind = "crashed"
+    if error.code == "diverged":
+        kind = "diverged"
+        suggestion = {"learning_rate": (spec.run.learning_rate or type(spec.strategy).default_learning_rate) / 10}
+    elif error.code == "bad_model" or isinstance(error, DoesNotFit):
+        kind = "bad_model"
+    elif isinstance(error, BadData):
+        kind = "bad_data"
+    message = f"Line {line}: {error.message}" if line is not None else error.message
+    return events.Failed(kind=kind, message=message, way_out=error.way_out, step=step, line=line, suggestion=suggestion)
+
+
+# Beside the pipe ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path) -> Iterator[Any]:
+    """Write curves as TensorBoard files too. A fault there never stops a job."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder / "tensorboard"))
+
+    def note(event: events.TrainerEvent) -> None:
+        values: dict[str, float] = {}
+        if isinstance(event, events.Step):
+            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
+            values = {f"train/{name}": getattr(event, name) for name in names}
+        elif isinstance(event, events.Evaluated):
+            values = {"validation/loss": event.loss, **{f"validation/{k}": v for k, v in event.metrics.items()}}
+        if values:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+            writer.add_event(Event(summary=summary, step=event.step, wall_time=_now()))
+
+    try:
+        yield note
+    finally:
+        with contextlib.suppress(OSError):
+            writer.close()
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+def _calibrate(spec: JobSpec, finished: events.Finished) -> None:
+    """Keep how fast this machine was, so that the next estimate is better."""
+    from app.estimate import operations_per_token
+    from app.machine import calibrate
+
+    measured = finished.measured
+    if measured.steps < 10:
+        return
+    learnt = measured.trained_tokens / max(measured.tokens, 1)
+    with contextlib.suppress(OSError):
+        calibrate(spec.strategy.name, measured.tokens_per_second * operations_per_token(spec.model.shape, spec.strategy, learnt))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m worker.run", description="Train one attempt of a job.")
+    parser.add_argument("--spec", required=True, help="file with the order as JSON")
+    parser.add_argument("--folder", required=True, help="the attempt's folder, relative to the data folder")
+    parser.add_argument("--resume-from", required=True, help="the job's folder; the newest whole checkpoint in it is gone on from")
+    parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one event per line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
