@@ -11,6 +11,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -471,7 +472,7 @@ class _Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.inside and not self.silent:
-            self.parts.append(" ".join(data.split()) + " " if data.strip() else " ")
+            self.parts.append(re.sub(r"\s+", " ", data))
 
 
 def _text_of(html: bytes) -> str:
