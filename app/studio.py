@@ -49,7 +49,7 @@ def _database() -> list[Check]:
     schema = "is the newest" if current else "is of another version"
     return [
         Check(name="database", good=True, message="answers"),
-        Check(name="migrations", good=current, message=schema, way_out="" if current else "Run `luthier migrate`."),
+        Check(name="migrations", good=current, message=schema, way_out="" if current else "`luthier up` brings it up to date."),
     ]
 
 

@@ -194,7 +194,9 @@ def test_keys_of_another_shape_are_refused(web):
 def test_a_wrong_secret_behind_a_right_id_is_refused(web, session, user):
     _, text = accounts.create_key(session, user, "laptop")
     session.commit()
-    asker = TestClient(web.app, base_url="http://127.0.0.1:8000", headers={"authorization": f"Bearer {text[:-1]}{'A' if text[-1] != 'A' else 'B'}"})
+    asker = TestClient(
+        web.app, base_url="http://127.0.0.1:8000", headers={"authorization": f"Bearer {text[:-1]}{'A' if text[-1] != 'A' else 'B'}"}
+    )
     assert asker.get("/v1/studio").status_code == 401
 
 
