@@ -28,8 +28,8 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {  # noqa: RUF012
-        JSON: JSONB,
-        list[Any]: JSONB,
+        JSON: JSONB(none_as_null=True),  # None is NULL and not the JSON word
+        list[Any]: JSONB(none_as_null=True),
         str: Text,
         int: BigInteger,
         datetime: DateTime(timezone=True),

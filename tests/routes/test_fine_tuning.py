@@ -1,0 +1,284 @@
+"""`/v1/fine_tuning` through the unmodified `openai` client, against the real server on a real port."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from app import accounts, claims, events, ids, jobs, queue
+from app.db import transaction
+from app.tables import User
+from tests.conftest import free_port
+from tests.orders import make_dataset
+from tests.test_claims import FINISHED, STARTED, saved, step, take
+
+
+@pytest.fixture
+def server(session, user, data_dir):
+    """The address of a live server, and a key."""
+    from app.main import create_app
+
+    _, key = accounts.create_key(session, user, "tests")
+    session.commit()
+    port = free_port()
+    running = uvicorn.Server(uvicorn.Config(create_app(), port=port, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}", key
+    running.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def ai(server):
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=server[1], max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def file_id(session, user, data_dir, tiny_registered):
+    return ids.public(ids.FILE, make_dataset(session, user, data_dir).file_id)
+
+
+def key_of(job) -> Any:
+    return ids.parse(ids.JOB, job.id)
+
+
+def test_create_answers_with_openais_fields_and_ours(ai, file_id):
+    job = ai.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file_id,
+        suffix="my-own",
+        seed=7,
+        metadata={"team": "a"},
+        integrations=[{"type": "wandb", "wandb": {"project": "p", "tags": ["t"]}}],
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 1.0}},
+        },
+        extra_body={"strategy": {"name": "lora", "rank": 4}, "run": {"max_tokens_per_step": 512}, "something_new": 1},
+    )
+    assert (job.object, job.status, job.model, job.training_file, job.seed) == ("fine_tuning.job", "queued", "tiny", file_id, 7)
+    assert job.hyperparameters.n_epochs == 2 and job.hyperparameters.batch_size == "auto"
+    assert job.method.supervised.hyperparameters.n_epochs == 2 and job.integrations[0].wandb.project == "p"
+    assert job.metadata == {"team": "a"} and job.error is None and job.finished_at is None and job.result_files == []
+    assert job.strategy["rank"] == 4 and job.run["max_tokens_per_step"] == 512 and job.run["epochs"] == 2
+    assert job.estimate["seconds"] > 0 and job.progress["step"] == 0
+    assert ai.fine_tuning.jobs.retrieve(job.id) == job
+
+
+def test_the_deprecated_form_and_auto_everywhere(ai, file_id):
+    auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, hyperparameters=auto)
+    assert job.hyperparameters.n_epochs == "auto" and isinstance(job.seed, int) and job.run["epochs"] == 3
+
+
+def test_lists_turn_pages_and_filter_by_metadata(ai, file_id):
+    made = [ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, metadata={"n": str(n % 2)} if n else None) for n in range(5)]
+    assert [job.id for job in ai.fine_tuning.jobs.list(limit=2)] == [job.id for job in reversed(made)]
+    assert {job.id for job in ai.fine_tuning.jobs.list(metadata={"n": "1"})} == {made[1].id, made[3].id}
+    bare = ai.fine_tuning.jobs.list(extra_query={"metadata": "null"})
+    assert [job.id for job in bare] == [made[0].id]
+
+
+def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, suffix="x")
+    held = take(key_of(job))
+    with transaction() as session:
+        claims.record(
+            session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), saved(30, best=True)]
+        )
+    running = ai.fine_tuning.jobs.retrieve(job.id)
+    assert running.status == "running" and running.estimated_finish >= time.time() - 5 and running.progress["step"] == 30
+    said = list(ai.fine_tuning.jobs.list_events(job.id, limit=7))
+    assert len(said) == 35 and said[-1].message.startswith("Created fine-tuning job: ftjob-")
+    metrics = next(e for e in said if e.type == "metrics" and e.data.get("train_loss"))
+    assert metrics.message == "Step 30/20: training loss=0.06667" and metrics.data["step"] == 30
+    (checkpoint,) = ai.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.step_number == 30 and checkpoint.fine_tuned_model_checkpoint.endswith(":ckpt-step-30")
+    assert checkpoint.metrics.train_loss == pytest.approx(2 / 30) and checkpoint.metrics.full_valid_loss == 1.0
+    with transaction() as session:
+        claims.finish(session, held, FINISHED)
+    done = ai.fine_tuning.jobs.retrieve(job.id)
+    assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:") and done.finished_at and done.trained_tokens == 777
+    assert done.measured["peak_memory_bytes"] == 1
+    assert ai.files.content(done.result_files[0]).text.startswith("step,epoch,train_loss")
+    assert "successfully completed" in ai.fine_tuning.jobs.list_events(job.id, limit=1).data[0].message
+
+
+def test_pause_resume_cancel_without_a_body(ai, file_id):
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    assert ai.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert ai.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert ai.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.ConflictError) as caught:
+        ai.fine_tuning.jobs.resume(job.id)
+    assert caught.value.code == "wrong_state" and caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_errors_have_openais_shape(ai, file_id):
+    with pytest.raises(openai.NotFoundError) as caught:
+        ai.fine_tuning.jobs.retrieve("missing")
+    assert caught.value.body == {
+        "message": "No such fine-tuning job: missing", "type": "invalid_request_error", "param": "fine_tuning_job_id", "code": "resource_missing",
+    }  # fmt: skip
+    assert caught.value.response.headers["x-request-id"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"strategy": {"name": "lora", "rank": 0}})
+    assert caught.value.param == "strategy.rank"
+    dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=dpo)
+    assert "preference" in caught.value.message
+    for ask in (ai.fine_tuning.jobs.list_events, ai.fine_tuning.jobs.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            list(ask("ftjob-missing"))
+    with pytest.raises(openai.APIStatusError) as caught:
+        list(ai.fine_tuning.jobs.list(after="ftjob-" + "0" * 32))
+    assert caught.value.status_code in (400, 404) and caught.value.response.json()["error"]["param"] == "after"
+
+
+def test_an_idempotency_key_is_honoured(ai, file_id):
+    def submit(seed):
+        return ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, seed=seed, extra_headers={"Idempotency-Key": "k"})
+
+    assert submit(1).id == submit(1).id
+    with pytest.raises(openai.ConflictError):
+        submit(2)
+
+
+def test_checkpoint_permissions(ai, file_id, data_dir):
+    from app import manifest
+
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    held = take(key_of(job))
+    folder = data_dir / "runs/x/a1/checkpoint-3"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    manifest.write(folder)
+    with transaction() as session:
+        claims.record(session, held, 0, [STARTED, step(3), saved(3)])
+        claims.finish(session, held, FINISHED)
+    name = ai.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    made = ai.fine_tuning.checkpoints.permissions.create(name, project_ids=["p1", "p2"])
+    assert {p.project_id for p in made} == {"p1", "p2"}
+    found = ai.fine_tuning.checkpoints.permissions.list(name)
+    assert len(found.data) == 2
+    assert ai.fine_tuning.checkpoints.permissions.delete(found.data[0].id, fine_tuned_model_checkpoint=name).deleted
+    assert len(ai.fine_tuning.checkpoints.permissions.list(name).data) == 1
+
+
+def test_strategies_and_estimates(server, file_id):
+    with httpx.Client(base_url=server[0], headers={"authorization": f"Bearer {server[1]}"}) as web:
+        listed = web.get("/v1/strategies").json()["data"]
+        assert {"lora", "full"} <= {s["name"] for s in listed}
+        lora = next(s for s in listed if s["name"] == "lora")
+        assert lora["schema"]["properties"]["rank"]["minimum"] == 1 and lora["available"] and lora["reason"] is None
+        found = web.post("/v1/estimates", json={"model": "tiny", "training_file": file_id}).json()
+        assert set(found) >= {"memory_bytes", "memory", "seconds", "trainable_parameters", "fits"}
+        assert web.post("/v1/estimates", json={"model": "tiny"}).json()["error"]["param"] == "training_file"
+        assert web.post("/v1/estimates", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+
+
+# Watching -----------------------------------------------------------------------------------------------------------
+
+
+class Reader(threading.Thread):
+    """Reads one stream until it has heard `wanted` events or is told to leave."""
+
+    def __init__(self, server, job_id: str, wanted: int, **headers: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.headers = f"{server[0]}/v1/fine_tuning/jobs/{job_id}/stream", {"authorization": f"Bearer {server[1]}"} | headers
+        self.wanted, self.heard, self.times, self.open = wanted, [], [], threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(httpx.RemoteProtocolError), httpx.stream("GET", self.url, headers=self.headers, timeout=20) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream"), answer.read()
+            self.open.set()
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    self.heard.append(json.loads(line[5:]))
+                    self.times.append(time.time())
+                    if len(self.heard) >= self.wanted:
+                        return
+
+
+def record(job, held, first, *said):
+    with transaction() as session:
+        claims.record(session, held, first, list(said))
+
+
+def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server, ai, file_id):
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    held = take(key_of(job))
+    readers = [Reader(server, job.id, 22) for _ in range(20)]
+    assert all(r.open.wait(10) for r in readers)
+    for n in range(1, 21):
+        record(job, held, n, step(n))
+    [r.join(15) for r in readers]
+    for r in readers:
+        assert [e["type"] for e in r.heard] == ["queued", "claimed", *["step"] * 20]
+        assert [e["id"] for e in r.heard] == sorted({e["id"] for e in r.heard})
+    again = Reader(server, job.id, 5, **{"last-event-id": str(readers[0].heard[-6]["id"])})
+    again.join(10)
+    assert [e["id"] for e in again.heard] == [e["id"] for e in readers[0].heard[-5:]]
+
+
+def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_id, monkeypatch):
+    from app import watch
+
+    monkeypatch.setattr(watch, "RING", 50)
+    monkeypatch.setattr(watch, "PAGE", 40)
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    held = take(key_of(job))
+    record(job, held, 0, *[step(n) for n in range(1, 301)])
+    reader = Reader(server, job.id, 303)
+    assert reader.open.wait(5)
+    record(job, held, 300, step(301))
+    reader.join(15)
+    assert [e["step"] for e in reader.heard if e["type"] == "step"] == list(range(1, 302))
+
+
+def test_without_redis_watchers_still_hear(server, ai, file_id, monkeypatch):
+    monkeypatch.setattr(queue, "wake", lambda *_: None)
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    held = take(key_of(job))
+    reader = Reader(server, job.id, 3)
+    assert reader.open.wait(5)
+    time.sleep(0.3)
+    record(job, held, 0, step(1))
+    reader.join(10)
+    assert len(reader.heard) == 3
+
+
+def test_a_stream_holds_no_connection_to_the_database(server, ai, file_id):
+    from app.db import get_engine
+
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    readers = [Reader(server, job.id, 99) for _ in range(40)]
+    assert all(r.open.wait(15) for r in readers)
+    time.sleep(0.5)
+    assert get_engine().pool.checkedout() <= 1
+
+
+def test_another_persons_stream_is_not_there(server, ai, file_id, session):
+    other = User(name="other")
+    session.add(other)
+    session.flush()
+    _, key = accounts.create_key(session, other, "k")
+    session.commit()
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    answer = httpx.get(f"{server[0]}/v1/fine_tuning/jobs/{job.id}/stream", headers={"authorization": f"Bearer {key}"})
+    assert answer.status_code == 404
+    assert jobs.list_(session, other) == []
