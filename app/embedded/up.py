@@ -56,14 +56,14 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
     try:
         supervisor.start(warden(settings.data_dir, run))
         start_servers(supervisor, settings)
-        children = processes(settings)
-        for child in children:
-            supervisor.start(child)
+        web, *others = processes(settings)
+        supervisor.start(web)
         url = studio_url(settings)
         lock.tell(url=url, external=bool(settings.database_url))
         path = welcome()
-        web = next(child for child in children if child.name == "web")
         supervisor.wait_for(lambda: answers(settings), what=web, seconds=120)
+        for child in others:  # only now, so that they do not take the processor from the page a person waits for
+            supervisor.start(child)
         say(f"Luthier is ready. Sign in (once, within an hour):\n\n    {url}{path}\n\nCtrl-C stops it. Logs: {supervisor.logs}")
         supervisor.run()
     except KeyboardInterrupt:
