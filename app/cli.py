@@ -291,7 +291,7 @@ def laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def submit(session: Session, user: User, order: dict[str, Any], folder: Path) -> str:
     """Create the job; a `training_file` that is a path on this machine is uploaded first. Returns its public id."""
-    from app import files, ids, jobs
+    from app import datasets, files, ids, jobs
     from app.orders import read_order
 
     for field in ("training_file", "validation_file"):
@@ -302,7 +302,9 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
                 raise BadField(
                     f"{field} names {path}, which is not a file.", way_out="Write a path beside the YAML file, or a file id.", param=field
                 )
-            order[field] = ids.public(ids.FILE, files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune").id)
+            file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
+            datasets.create(session, user, file)
+            order[field] = ids.public(ids.FILE, file.id)
     return ids.public(ids.JOB, jobs.create(session, user, read_order(order)).id)
 
 

@@ -287,7 +287,7 @@ def import_samples(session: Session, user: User) -> None:
     for path in sorted((PROJECT / "samples").glob("*")):
         if path.suffix in (".jsonl", ".json", ".csv", ".txt"):
             file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
-            datasets.for_file(session, user, file.id)
+            datasets.create(session, user, file)
 
 
 # Beside a studio, or without one ---------------------------------------------------------------------------------------
