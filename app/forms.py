@@ -53,7 +53,7 @@ class Filled:
     """What came of a filled form: the settings that were given, or what is wrong with each field."""
 
     typed: dict[str, str]
-    settings: dict[str, Any]  # only the fields that were given, as JSON can hold them
+    settings: dict[str, Any]  # only the fields that differ from their default, as JSON can hold them
     errors: dict[str, str]  # field → sentence; "" for what belongs to no field
 
 
@@ -101,7 +101,8 @@ def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str) -> Filled:
         settings = cls.model_validate(given)
     except ValidationError as error:
         return Filled(typed, {}, {str(e["loc"][0]) if e["loc"] else "": explain(cls, dict(e)) for e in error.errors()})
-    return Filled(typed, settings.model_dump(mode="json", include=set(given)), {})
+    changed = {name for name in given if getattr(settings, name) != cls.model_fields[name].get_default(call_default_factory=True)}
+    return Filled(typed, settings.model_dump(mode="json", include=changed), {})
 
 
 def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:

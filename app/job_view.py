@@ -131,7 +131,7 @@ def page(session: Session, user: User, job: Job) -> dict[str, Any]:
         "progress": progress,
         "status_line": status_line(progress, job, spec),
         "ends_at": datetime.now(UTC) + timedelta(seconds=progress.seconds_left or 0),
-        "actions": actions(job),
+        "actions": actions(job, saved=bool(progress.checkpoints)),
         "waiting": _waiting(session, job) if job.status == "queued" else "",
         "failure": failure(job, progress),
         "suggestion": suggestion,
@@ -169,7 +169,7 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
     return Markup(", ").join(parts)
 
 
-def actions(job: Job) -> list[dict[str, Any]]:
+def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
     """The buttons that make sense now; one whose wish is on its way says so and waits."""
     stop = {"name": "stop", "label": "Stopping…" if job.cancel_requested else "Stop", "pending": job.cancel_requested}
     pause = {
@@ -184,20 +184,26 @@ def actions(job: Job) -> list[dict[str, Any]]:
         return [{**pause, "label": "Pause", "pending": False}, {**stop, "label": "Stop", "pending": False}]
     if job.status == "paused":
         return [{"name": "resume", "label": "Resume", "pending": False}, {**stop, "label": "Stop", "pending": False}]
-    return [{"name": "resume", "label": "Go on from the last checkpoint", "pending": False}] if job.status == "failed" else []
+    return (
+        [{"name": "resume", "label": "Go on from the last checkpoint" if saved else "Start again", "pending": False}]
+        if job.status == "failed"
+        else []
+    )
 
 
-def _waiting(session: Session, job: Job) -> str:
+def _waiting(session: Session, job: Job) -> str | Markup:
     """Why a queued job does not run yet, and what helps."""
     if jobs.reading(session, job):
         return "The dataset is still being read. The job starts when that is done."
     if not any(worker.queue == "train" for worker in workers.alive()):
-        return "No train worker is there. Start one with `luthier up`, or `celery -A worker.main worker -Q train`; the job then starts by itself."
+        return Markup("No train worker is there. <code>luthier up</code> starts one on this machine; the job then begins by itself.")
     return "A worker takes it as soon as one is free."
 
 
 def failure(job: Job, progress: Progress) -> dict[str, Any] | None:
     """What went wrong and the way out: from the trainer's last word, else from the job's row."""
+    if job.status == "paused" and job.error:  # a full disk pauses a job, which is nobody's wish
+        return {"message": job.error["message"], "way_out": job.error.get("way_out", ""), "line": None}
     if job.status != "failed":
         return None
     if progress.failure:

@@ -7,7 +7,9 @@ and `kept.rank` for settings of a strategy that was looked at before, so that tr
 from __future__ import annotations
 
 import json
+import pprint
 import shlex
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,7 +246,9 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
                 f'client = OpenAI(base_url="{base_url}/v1", api_key=os.environ["LUTHIER_API_KEY"])',
                 "job = client.fine_tuning.jobs.create(",
                 *arguments,
-                f"    extra_body={ours!r},",
+                textwrap.indent(f"extra_body={pprint.pformat(ours, sort_dicts=False, width=88)},", "    ").replace(
+                    "\n    ", "\n" + " " * 15
+                ),
                 ")",
                 "print(job.id, job.status)",
             ]

@@ -282,12 +282,12 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
         case Queued(reason="submitted"):
             return "info", "Waiting for a worker."
         case Queued():
-            return "info", f"Waiting for a worker {progress.resume_reason}."
+            return "info", f"Waiting for a worker again, {progress.resume_reason}."
         case Claimed():
             return "info", f"Attempt {event.attempt} began on {event.worker}."
         case Started():
-            start = f"Training resumes at step {event.resumed_from}" if event.resumed_from is not None else "Training starts"
-            return "info", f"{start} of {event.total_steps} on {event.device} in {event.precision}, {event.train_rows:,} rows."
+            start = f"Training resumes at step {event.resumed_from} of" if event.resumed_from is not None else "Training starts:"
+            return "info", f"{start} {event.total_steps} steps over {event.train_rows} rows, on {event.device} in {event.precision}."
         case Evaluated():
             return "info", f"Step {event.step}: validation loss {event.loss:.4f}{', the best so far' if event.best else ''}."
         case Saved():

@@ -45,6 +45,8 @@ def job_list(request: Request, user: CurrentUser, session: Db, shown: Annotated[
         "jobs.html",
         rows=view.rows(found[:shown], live.best_losses(session, found[:shown])),
         summary=view.summary(found[:shown]),
+        shown=shown,
+        moving=any(job.status in ("queued", "running") for job in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
     )
 

@@ -1,30 +1,15 @@
 // Line charts over training steps, drawn by uPlot. Colours come from the stylesheet, so a chart follows the theme;
 // sizes come from its place, so it follows the window. The table under each chart says the same in figures.
 import uPlot from "../vendor/uplot/uPlot.esm.js";
+import { bytes, number } from "./format.js";
 
 const MOST_POINTS = 2400; // per line; beyond this every second one goes, which no screen can show
 
-const compact = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-
 /** A value as the page writes it, by the unit of its chart. */
 export function write(value, unit) {
-  if (value == null || Number.isNaN(value)) return "–";
   if (unit === "bytes") return bytes(value);
-  if (unit === "rate") return value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1).replace("e-", "e-") : compact.format(value);
-  if (unit === "tokens/s") return `${whole.format(value)} tokens/s`;
-  return Math.abs(value) >= 1000 ? whole.format(value) : value.toFixed(Math.abs(value) < 0.1 ? 4 : 2);
-}
-
-function bytes(value) {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let size = value;
-  let unit = 0;
-  while (size >= 999.5 && unit < units.length - 1) {
-    size /= 1000;
-    unit += 1;
-  }
-  return `${size >= 100 || unit === 0 ? size.toFixed(0) : size >= 10 ? size.toFixed(1) : size.toFixed(2)} ${units[unit]}`;
+  if (unit === "tokens/s" && value != null) return `${number(value, 0)} tokens/s`;
+  return number(value);
 }
 
 /** Points of one line, rising in step. A step said again replaces what was said. */
@@ -103,8 +88,8 @@ export class Chart {
         y: { range: (_, min, max) => this.range(min, max) },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 60, size: 26, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => whole.format(tick)) },
-        { ...axis, size: this.unit === "" ? 46 : 62, space: 40, values: (_, ticks) => ticks.map((tick) => this.tick(tick)) },
+        { ...axis, grid: { show: false }, space: 60, size: 26, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => number(tick, 0)) },
+        { ...axis, size: this.unit === "" ? 46 : 62, space: 40, values: (_, ticks, _axis, _space, gap) => ticks.map((tick) => this.tick(tick, gap)) },
       ],
       series: [{}, ...this.names.map(([, hue, shape]) => this.series(hue, shape))],
       hooks: { setCursor: [(plot) => this.hover(plot)] },
@@ -125,10 +110,11 @@ export class Chart {
     return [min >= 0 ? Math.max(0, min - room) : min - room, max + room];
   }
 
-  tick(value) {
-    if (this.unit === "tokens/s") return whole.format(value);
-    if (this.unit === "rate") return value === 0 ? "0" : value.toExponential(1);
-    return this.unit === "bytes" ? bytes(value) : compact.format(value);
+  /** A figure on the axis. `gap` lies between two of them and decides how many decimals they need. */
+  tick(value, gap) {
+    if (this.unit === "bytes") return value === 0 ? "0" : bytes(value);
+    if (this.unit === "rate") return value === 0 ? "0" : value.toExponential(gap / value < 0.1 ? 1 : 0);
+    return number(value, Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9))));
   }
 
   size() {
@@ -162,7 +148,7 @@ export class Chart {
       while (at >= 0 && plot.data[i + 1][at] == null) at -= 1;
       return at < 0 ? null : plot.data[i + 1][at];
     });
-    this.say(values, `step ${whole.format(plot.data[0][index])}`);
+    this.say(values, `step ${number(plot.data[0][index], 0)}`);
   }
 
   showLatest() {
