@@ -21,7 +21,7 @@ from app.errors import BadField, NotFound
 from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Sampling, Started, TextPart
 from app.models import Resolved
 from app.spec import ModelRef
-from app.tables import Answer, Exchange, User
+from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
 
 MOST_PANES = 3
 MOST_TURNS = 200
@@ -138,6 +138,7 @@ def ask(
         raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
     if len(prompt) > LONGEST_PROMPT:
         raise BadField(f"The prompt has {len(prompt)} characters; {LONGEST_PROMPT} is the most.", way_out="Shorten it.", param="prompt")
+    prompt, system = readable(prompt), readable(system)
     before = thread(session, user, parent) if parent else []
     if sampling.seed is None:
         sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
@@ -146,9 +147,9 @@ def ask(
         owner_id=user.id,
         parent_id=parent,
         source="playground",
-        prompt=prompt.replace("\0", "�"),
-        messages=[{"role": "system", "content": system}] if system else None,
-        sampling=sampling.model_dump(mode="json", exclude_defaults=False),
+        prompt=_storable(prompt),
+        messages=_storable([{"role": "system", "content": system}]) if system else None,
+        sampling=_storable(sampling.model_dump(mode="json") | {"models": list(names)}),
     )
     asked = []
     for name in names:
@@ -213,7 +214,13 @@ def record(session: Session, exchange_id: uuid.UUID, asked: Asked, heard: Heard)
 
 def record_call(session: Session, user: User, heard: Sequence[tuple[Asked, Heard]], sampling: Sampling, **asked: Any) -> Exchange:
     """Store a call of the API: its exchange and every answer."""
-    exchange = Exchange(id=uuid.uuid4(), owner_id=user.id, source="api", sampling=sampling.model_dump(mode="json"), **asked)
+    exchange = Exchange(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        source="api",
+        sampling=_storable(sampling.model_dump(mode="json")),
+        **_storable(asked),
+    )
     session.add(exchange)
     session.flush()
     for one, said in heard:
@@ -221,9 +228,18 @@ def record_call(session: Session, user: User, heard: Sequence[tuple[Asked, Heard
     return exchange
 
 
-def _storable(text: str) -> str:
-    """PostgreSQL stores no NUL and no half of a surrogate pair."""
-    return text.replace("\0", "�").encode("utf-8", "replace").decode()
+def _storable(value: Any) -> Any:
+    """The same without NUL, which PostgreSQL does not store, in every text of it."""
+    if isinstance(value, str):
+        return readable(value).replace("\0", "�")
+    if isinstance(value, dict):
+        return {_storable(k): _storable(v) for k, v in value.items()}
+    return [_storable(v) for v in value] if isinstance(value, list) else value
+
+
+def readable(text: str) -> str:
+    """Text that is UTF-8 without halves of surrogate pairs, which JSON can smuggle in and tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # Looking back ---------------------------------------------------------------------------------------------------------
@@ -264,8 +280,60 @@ def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchang
 
 
 def proof(answer: Answer) -> str:
+    return proof_line(answer.adapter_sha256, answer.revision, answer.tokens_per_second, answer.seed)
+
+
+def proof_line(adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int) -> str:
     """One line that says which weights spoke: what stands under an answer."""
-    parts = [f"adapter {answer.adapter_sha256[:6]}" if answer.adapter_sha256 else "base", f"revision {(answer.revision or '')[:6]}"]
-    if answer.tokens_per_second:
-        parts.append(f"{answer.tokens_per_second:.0f} tokens/s")
-    return " · ".join([*parts, f"seed {answer.seed}"])
+    parts = [f"adapter {adapter_sha256[:6]} on revision" if adapter_sha256 else "base · revision", f" {(revision or '')[:6]}"]
+    speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
+    return "".join(parts) + speed + f" · seed {seed}"
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """One model the page offers."""
+
+    name: str
+    title: str
+    kind: str
+
+
+class Pane(NamedTuple):
+    """One column: a model, and what was said in it so far."""
+
+    name: str
+    title: str
+    kind: str
+    turns: list[tuple[Exchange, Answer]]
+
+
+def choices(session: Session, user: User) -> dict[str, list[Option]]:
+    """What can be asked, by group, newest tuned model first. Classifiers and encoders do not write."""
+    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
+    found = {
+        "Base models": [Option(m.name, m.title, m.kind) for m in rows if m.base_id is None],
+        "Tuned models": [Option(m.name, m.title, m.kind) for m in reversed(rows) if m.base_id is not None],
+        "Checkpoints": _checkpoints(session, user),
+    }
+    return {group: options for group, options in found.items() if options}
+
+
+def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
+    query = select(Checkpoint, Job, Model.kind).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
+    query = query.where(Job.owner_id == user.id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None))
+    rows = session.execute(query.order_by(Checkpoint.created_at.desc()).limit(limit)).all()
+    return [
+        Option(models.checkpoint_name(session, job, checkpoint.step), f"{job.name}, step {checkpoint.step}", kind)
+        for checkpoint, job, kind in rows
+        if kind not in ("classifier", "encoder")
+    ]
+
+
+def pane(name: str, offered: dict[str, list[Option]], turns: Sequence[tuple[Exchange, Sequence[Answer]]]) -> Pane:
+    """A column of the page, also for a model that is no longer there."""
+    option = next((o for group in offered.values() for o in group if o.name == name), Option(name, name, ""))
+    mine = [(e, a) for e, said in turns for a in said if a.model_name == name]
+    return Pane(option.name, option.title, option.kind, mine)

@@ -95,7 +95,7 @@ class Message(BaseModel):
         if content is None and self.role != "assistant":
             raise BadField(f"messages.{place}.content is missing.", way_out="Send a text.", param="messages")
         extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
-        return {"role": "system" if self.role == "developer" else self.role, "content": content or "", **extra}
+        return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
 
 
 class ChatBody(_Body):
@@ -130,7 +130,7 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
     prompts = _prompts(body.prompt)
     sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0)
     stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
-    call = Call(Completion(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored.replace("\0", "�")})
+    call = Call(Completion(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored})
     return await call.respond(request, body)
 
 
@@ -139,7 +139,7 @@ def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
     if not several or len(several) > MOST_PROMPTS:
         raise BadField(f"Send between 1 and {MOST_PROMPTS} prompts.", param="prompt")
-    return [{"prompt": p} if isinstance(p, str) else {"tokens": p} for p in several]
+    return [{"prompt": playground.readable(p)} if isinstance(p, str) else {"tokens": p} for p in several]
 
 
 # The two shapes of an answer ------------------------------------------------------------------------------------------

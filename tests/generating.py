@@ -1,0 +1,112 @@
+"""What tests of generation share: a real generate worker on the small model, and a live web server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PROJECT, free_port
+
+
+def start_worker(data_dir: Path, redis_url: str, **more: str) -> subprocess.Popen:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
+    env = (
+        kept | {"LUTHIER_DATA_DIR": str(data_dir), "LUTHIER_REDIS_URL": redis_url, "LUTHIER_OFFLINE": "true", "OMP_NUM_THREADS": "1"} | more
+    )
+    command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-Q", "generate", "--pool=threads", "-c", "16", "-l", "INFO"]
+    log = (data_dir / f"worker-{uuid.uuid4().hex[:6]}.log").open("wb")
+    return subprocess.Popen(command, cwd=PROJECT, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def stop_worker(process: subprocess.Popen, kill: bool = False) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(5)
+
+
+@pytest.fixture(scope="session")
+def answering_dir(tmp_path_factory, tiny_model: Path) -> Path:
+    """The data folder of the generate worker; `models/tiny` is in it."""
+    folder = tmp_path_factory.mktemp("answering")
+    shutil.copytree(tiny_model, folder / "models" / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _workers():
+    running: list[subprocess.Popen] = []
+    yield running
+    for process in running:
+        stop_worker(process)
+
+
+@pytest.fixture
+def generate_worker(answering_dir: Path, valkey, _workers):
+    """One worker for all tests; a new one when a test has killed it. It knows no database, so each test may have its own."""
+    if not _workers or _workers[-1].poll() is not None:
+        _workers.append(start_worker(answering_dir, valkey.url))
+    return _workers[-1]
+
+
+def register_tiny(session, name: str = "tiny", kind: str = "dialogue", path: str = "models/tiny", **more):
+    """A row for the worker's small model."""
+    from app.shapes import shape_of
+    from app.tables import Model
+
+    config = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = Model(
+        id=uuid.uuid4(), name=name, title=name, kind=kind, path=path, revision="0" * 64, source={"kind": "folder"},
+        shape=json.loads(shape_of(config).model_dump_json()), bytes=1, **more,
+    )  # fmt: skip
+    session.add(model)
+    session.commit()
+    return model
+
+
+@pytest.fixture
+def live(session, user):
+    """The web application on a real port, in this process."""
+    import uvicorn
+
+    from app.main import create_app
+
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(), host="127.0.0.1", port=port, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.started
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def openai_client(live, session, user):
+    import openai
+
+    from app import accounts
+
+    _, key = accounts.create_key(session, user, "tests")
+    session.commit()
+    with openai.OpenAI(base_url=f"{live}/v1", api_key=key, max_retries=0, timeout=60) as client:
+        yield client

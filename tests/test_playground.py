@@ -1,0 +1,161 @@
+"""The playground: histories, records and the page, with a real worker and a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+from sqlalchemy import select
+
+from app import playground
+from app.errors import BadField, NotFound
+from app.generation import ChoiceFinished, Done, Sampling, Started, TextPart
+from app.playground import Heard
+from app.tables import Answer, Exchange, User
+from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+
+NAMES = ["tiny", "tiny-generic", "tiny-instruction"]
+
+
+@pytest.fixture
+def three(session):
+    return [register_tiny(session, name, kind) for name, kind in zip(NAMES, ("dialogue", "generic", "instruction"), strict=True)]
+
+
+def answered(session, user, names, prompt, text, parent=None):
+    """An exchange with its answers, as if the worker had given them."""
+    exchange, asked = playground.ask(session, user, names, prompt, Sampling(), parent=parent)
+    heard = Heard()
+    heard.take([Started(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text)])
+    heard.take(
+        [
+            ChoiceFinished(index=0, reason="stop", tokens=2),
+            Done(prompt_tokens=1, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=9),
+        ]
+    )
+    for one in asked:
+        playground.record(session, exchange.id, one, heard)
+    return exchange, asked
+
+
+def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three):
+    first, _ = answered(session, user, NAMES, "One.", " Two.")
+    _, asked = playground.ask(session, user, NAMES, "Three?", Sampling(), system="Be short.", parent=first.id)
+    dialogue, generic, instruction = (one.request for one in asked)
+    assert dialogue.messages == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "One."},
+        {"role": "assistant", "content": " Two."},
+        {"role": "user", "content": "Three?"},
+    ]
+    assert generic.prompt == "One. Two.Three?" and generic.messages is None
+    assert instruction.messages == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Three?"}]
+    assert dialogue.seed == generic.seed == instruction.seed
+
+
+def test_orders_that_cannot_be(session, user, three):
+    for names, prompt in (([], "a"), (["tiny"] * 2, "a"), (["tiny", "tiny-generic", "tiny-instruction", "four"], "a"), (["tiny"], "")):
+        with pytest.raises(BadField):
+            playground.ask(session, user, names, prompt, Sampling())
+    with pytest.raises(NotFound):
+        playground.ask(session, user, ["nobody"], "a", Sampling())
+
+
+def test_a_conversation_is_private(session, user, three):
+    exchange, _ = answered(session, user, ["tiny"], "One.", "Two.")
+    other = User(name="somebody else")
+    session.add(other)
+    session.flush()
+    with pytest.raises(NotFound):
+        playground.thread(session, other, exchange.id)
+    assert playground.history(session, other) == []
+    second, _ = answered(session, user, ["tiny"], "More.", "Yes.", parent=exchange.id)
+    assert [e.id for e, _ in playground.history(session, user)] == [second.id]
+
+
+def test_the_plain_form_answers(client, session, three, generate_worker):  # noqa: F811
+    page = client.get("/playground?models=tiny,tiny-generic")
+    assert page.status_code == 200 and page.text.count("data-pane") == 2
+    order = {"models": ["tiny", "tiny-generic"], "prompt": "The <b>bridge</b>", "sampling.max_tokens": "5", "sampling.seed": "4"}
+    done = client.post("/playground", data=order, follow_redirects=False)
+    assert done.status_code == 303
+    page = client.get(done.headers["location"])
+    assert page.status_code == 200 and "The &lt;b&gt;bridge&lt;/b&gt;" in page.text and "<b>bridge" not in page.text
+    rows = session.scalars(select(Answer)).all()
+    assert len(rows) == 2 and all(r.finish_reason in ("stop", "length") and r.seed == 4 for r in rows)
+    assert "&lt;|im_start|&gt;user" in page.text and "revision 000000" in page.text
+    more = client.post("/playground", data={**order, "prompt": "And?", "parent": done.headers["location"].split("/")[-1]})
+    assert more.text.count('class="turn"') == 4 + 2  # two turns in each of two columns, and the two templates
+    newest = session.scalars(select(Answer).where(Answer.model_name == "tiny").order_by(Answer.created_at.desc())).first()
+    assert newest.rendered_prompt.count("<|im_start|>user") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sampling.temperature": "9"}, "2 or less"),
+        ({"prompt": ""}, "empty"),
+        ({"models": []}, "between one and"),
+        ({"models": ["gone"]}, "No such model"),
+    ],
+)
+def test_the_plain_form_says_what_is_wrong_and_keeps_the_prompt(client, three, change, says):
+    answer = client.post("/playground", data={"models": ["tiny"], "prompt": "keep this", **change})
+    assert answer.status_code in (400, 404) and says in answer.text
+    assert change.get("prompt") == "" or "keep this" in answer.text
+
+
+def test_the_stream_tells_each_column(client, session, three, generate_worker):  # noqa: F811
+    register_tiny(session, "broken", path="models/not-there")
+    order = {"models": ["tiny", "broken"], "prompt": "Good morning!", "sampling.max_tokens": "4"}
+    told = [json.loads(line) for line in client.post("/playground/stream", data=order).text.splitlines()]
+    assert told[0]["type"] == "asked" and [p["model"] for p in told[0]["panes"]] == ["tiny", "broken"] and told[-1] == {"type": "end"}
+    assert [t["type"] for t in told if t.get("pane") == 0][-1] == "done"
+    wrong = [t for t in told if t.get("pane") == 1]
+    assert len(wrong) == 1 and "gone" in wrong[0]["message"] and wrong[0]["way_out"]
+    assert sorted(session.scalars(select(Answer.finish_reason)).all())[0] == "error"
+
+
+def shown(page):
+    """The answers on the page. What is stored holds a mark in the place of each NUL."""
+    return [" ".join(t.replace("\0", "�").split()) for t in page.locator("[data-pane] [data-text]").all_text_contents()]
+
+
+def test_in_the_browser(browser_page, live, session, user, three, generate_worker):  # noqa: F811
+    from app import accounts
+
+    link = accounts.new_sign_in_link(session, user)
+    session.commit()
+    page = browser_page
+    page.goto(live + link)
+    if page.locator("form button").count() and "/sign-in" in page.url:
+        page.locator("main form button").first.click()
+    page.goto(f"{live}/playground?models=tiny&models=tiny-generic")
+    page.locator("summary", has_text="temperature").click()
+    page.get_by_label("Max tokens").fill("12")
+    page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Done.").wait_for()
+    texts = shown(page)
+    rows = session.scalars(select(Answer)).all()
+    assert {" ".join(r.text.split()) for r in rows} == set(texts) and len(texts) == 2
+    assert re.search(r"/playground/[0-9a-f-]{36}$", page.url)
+    page.locator("[data-rendered] summary").first.click()
+    assert "<|im_start|>user" in page.locator("[data-prompt]").first.inner_text()
+    page.reload()
+    assert shown(page) == texts
+
+    page.get_by_label("Max tokens").fill("480")
+    page.get_by_label("Prompt", exact=True).fill("Go on until you are stopped")
+    page.keyboard.press("Control+Enter")
+    page.locator("[data-pane] [data-text]").nth(1).filter(has_text=re.compile("..")).wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_text("Stopped.").first.wait_for()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and len(session.scalars(select(Answer)).all()) < 4:
+        session.rollback()
+        time.sleep(0.1)
+    session.rollback()
+    assert len(session.scalars(select(Answer)).all()) == 4 and len(session.scalars(select(Exchange)).all()) == 2
