@@ -95,7 +95,8 @@ def foot() -> list[str]:
 
 
 def machine_line() -> str:
-    return machine_facts()[0][1]
+    facts = dict(machine_facts())
+    return facts.get("GPU") or f"{facts['Processor']}, {facts['Memory']}"
 
 
 def machine_facts() -> list[tuple[str, str]]:
@@ -105,7 +106,7 @@ def machine_facts() -> list[tuple[str, str]]:
     from app.machine import this_machine
 
     machine = this_machine()
-    facts = [("Processor", f"{machine.cores} cores, {human_bytes(machine.memory_bytes)}")]
+    facts = [("Processor", f"{machine.cores} cores"), ("Memory", human_bytes(machine.memory_bytes))]
     if gpu := getattr(machine, "gpu_name", None):
         facts.insert(0, ("GPU", f"{gpu}, {human_bytes(machine.gpu_memory_bytes)}"))
     return facts

@@ -51,7 +51,7 @@ def environment() -> Environment:
     )
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
-        "time": clock, "plural": plural,
+        "time": clock, "plural": plural, "ticks": ticks,
     }  # fmt: skip
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
@@ -276,6 +276,6 @@ def _clean(html: str) -> str:
     return nh3.clean(html, tags=tags, attributes={"a": {"href", "title"}}, url_schemes={"http", "https", "mailto"})
 
 
-def text_of(value: Any) -> str:
-    """Escaped text, for the few places that build markup in code."""
-    return str(escape(value))
+def ticks(text: Any) -> Markup:
+    """Plain text in which `words between ticks` are shown as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  escaped before
