@@ -177,7 +177,8 @@ def test_it_runs_as_a_plain_user():
 def plain_user(folder: Path) -> tuple[str, ...]:
     """How root becomes an ordinary user: `nobody` where that user can run this Python, else inside a user namespace."""
     as_nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
-    if shutil.which("setpriv") and subprocess.run([*as_nobody, sys.executable, "-c", ""], cwd=PROJECT, check=False).returncode == 0:
+    reaches = "import os, sys; sys.exit(not os.access(sys.executable, os.X_OK))"
+    if shutil.which("setpriv") and subprocess.run([*as_nobody, sys.executable, "-c", reaches], cwd=PROJECT, check=False).returncode == 0:
         os.chown(folder, 65534, 65534)
         return as_nobody
     in_namespace = ("unshare", "--user", "--map-user=65534", "--map-group=65534")

@@ -22,7 +22,7 @@ from app.embedded.postgres import DATABASE, Postgres, launched
 from app.embedded.supervisor import Child, Supervisor
 from app.embedded.valkey import Valkey
 from app.errors import BadField, Forbidden, Unavailable
-from app.settings import PROJECT, Settings, get_settings
+from app.settings import Settings, get_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -279,15 +279,12 @@ def import_samples(session: Session, user: User) -> None:
     """The small datasets of `samples/`, once: into a studio that never had a file."""
     from sqlalchemy import select
 
-    from app import datasets, files
+    from app import samples
     from app.tables import File
 
-    if session.scalar(select(File.id).limit(1)) is not None:
-        return
-    for path in sorted((PROJECT / "samples").glob("*")):
-        if path.suffix in (".jsonl", ".json", ".csv", ".txt"):
-            file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
-            datasets.create(session, user, file)
+    if session.scalar(select(File.id).limit(1)) is None:
+        for sample in samples.list_():
+            samples.add(session, user, sample["name"])
 
 
 # Beside a studio, or without one ---------------------------------------------------------------------------------------
