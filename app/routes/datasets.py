@@ -1,0 +1,171 @@
+"""The pages of the data room: the list, the upload, and a dataset with its report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from app import datasets, files, formats, ids, readers, samples
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import BadField, StudioError
+from app.multipart import Form as StreamedForm
+from app.multipart import read_form
+from app.settings import get_settings
+from app.tables import Dataset, User
+from app.web import flash, render
+
+pages = APIRouter()
+FINDINGS_PER_PAGE = 50
+SAMPLES_OF_PREVIEW = 8
+
+
+@pages.get("/datasets")
+def list_(request: Request, user: CurrentUser, session: Db) -> Response:
+    rows = datasets.list_(session, user)
+    newest: dict[Any, Dataset] = {}
+    for dataset in rows:  # one line per dataset: its newest version
+        newest.setdefault(dataset.name if dataset.file_id is None else (dataset.file_id, dataset.name), dataset)
+    return render(request, "datasets.html", datasets=list(newest.values()), samples=_samples(rows), titles=_titles())
+
+
+def _samples(rows: list[Dataset]) -> list[dict[str, Any]]:
+    have = {dataset.name for dataset in rows}
+    return [{**sample, "format_title": formats.get(sample["format"]).title, "added": sample["title"] in have} for sample in samples.list_()]
+
+
+def _titles() -> dict[str, str]:
+    return {name: entry.title for name, entry in formats.FORMATS.items()}
+
+
+@pages.get("/datasets/new")
+def new(request: Request, user: CurrentUser, session: Db) -> Response:
+    return render(
+        request,
+        "upload.html",
+        accepted=readers.ACCEPTED,
+        limit=get_settings().upload_limit_bytes,
+        formats=list(formats.FORMATS.values()),
+        samples=_samples(datasets.list_(session, user)),
+    )
+
+
+@pages.post("/datasets")
+async def upload(request: Request, user: CurrentUser) -> Response:
+    """The upload of the page. With JavaScript the answer is JSON that says where to go; without, a redirect."""
+    form = await read_form(request, get_settings().upload_limit_bytes)
+    path = await run_in_threadpool(_create, user, form)
+    if "application/json" in request.headers.get("accept", ""):
+        return JSONResponse({"location": path}, status_code=201)
+    return RedirectResponse(path, 303)
+
+
+def _create(user: User, form: StreamedForm) -> str:
+    upload = form.upload
+    if upload is None or not upload.filename:
+        raise BadField("No file was chosen.", way_out="Choose a file and send the form again.", param="file")
+    try:
+        if upload.blob.bytes == 0:
+            raise BadField(f"The file “{upload.filename}” is empty.", way_out="Choose a file with at least one row.", param="file")
+        with transaction() as session:
+            readers.kind_of(upload.filename)
+            file = files.create(session, user, upload.blob, upload.filename, "fine-tune")
+            dataset = datasets.create(session, user, file, form.fields.get("name") or None, form.fields.get("format") or None)
+            return _path(dataset)
+    except StudioError:
+        with transaction() as session:
+            files.discard_if_unused(session, upload.blob)
+        raise
+
+
+def _path(dataset: Dataset) -> str:
+    return f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+
+
+@pages.post("/datasets/samples/{name}")
+def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> Response:
+    return RedirectResponse(_path(samples.add(session, user, name)), 303)
+
+
+@pages.get("/datasets/{key}")
+def show(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    key: str,
+    rule: str = "",
+    severity: str = "",
+    sort: str = "line",
+    page: Annotated[int, Query(ge=1)] = 1,
+) -> Response:
+    dataset = _get(session, user, key)
+    found, more = datasets.findings(
+        session, dataset, rule or None, severity or None, sort, (page - 1) * FINDINGS_PER_PAGE, FINDINGS_PER_PAGE
+    )
+    rules = datasets.rules(dataset)
+    return render(
+        request,
+        "dataset.html",
+        dataset=dataset,
+        key=key,
+        entry=formats.FORMATS.get(dataset.format or ""),
+        formats=list(formats.FORMATS.values()),
+        stats=datasets.stats(dataset),
+        report=dataset.report or {},
+        columns=(dataset.report or {}).get("columns", []),
+        preview=(dataset.report or {}).get("preview", [])[:SAMPLES_OF_PREVIEW],
+        rules=rules,
+        errors=sum(entry["count"] for entry in rules if entry["severity"] == "error"),
+        warnings=sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
+        findings=found,
+        more=more,
+        page=page,
+        chosen={"rule": rule, "severity": severity, "sort": sort},
+        versions=[(version, ids.public(ids.DATASET, version.id)) for version in datasets.versions(session, dataset)],
+        file_key=ids.public(ids.FILE, dataset.file_id) if dataset.file_id else None,
+        lengths=_bars((dataset.report or {}).get("token_lengths") or (dataset.report or {}).get("lengths", [])),
+    )
+
+
+def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:
+    """The length histogram with each bar's share of the tallest, 0 to 1."""
+    most = max((count for _, count in lengths), default=1)
+    return [{"low": low, "high": max(2 * low - 1, low), "count": count, "share": count / most} for low, count in lengths]
+
+
+@pages.get("/datasets/{key}/state")
+def state(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    """What the page asks once a second while the file is read."""
+    dataset = _get(session, user, key)
+    return {"status": dataset.status, "progress": dataset.progress}
+
+
+@pages.post("/datasets/{key}/read")
+async def read_as(request: Request, user: CurrentUser, key: str) -> Response:
+    """Read the file again as the person says: `format`, and `map.FIELD` for each field of it."""
+    form = await request.form()
+    typed = {name: value for name, value in form.items() if isinstance(value, str)}
+    return RedirectResponse(await run_in_threadpool(_read_as, user, key, typed), 303)
+
+
+def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
+    name = typed.get("format", "")
+    entry = formats.get(name)
+    mapping = {field.name: typed[f"map.{name}.{field.name}"] for field in entry.fields if typed.get(f"map.{name}.{field.name}")}
+    with transaction() as session:
+        return _path(datasets.read_as(session, user, _get(session, user, key), name, mapping))
+
+
+@pages.post("/datasets/{key}/delete")
+def delete(request: Request, user: CurrentUser, session: Db, key: str) -> Response:
+    dataset = _get(session, user, key)
+    datasets.delete(session, user, dataset)
+    flash(request, f"The dataset “{dataset.name}” is deleted.")
+    return RedirectResponse("/datasets", 303)
+
+
+def _get(session: Db, user: User, key: str) -> Dataset:
+    return datasets.get(session, user, ids.parse(ids.DATASET, key))

@@ -1,0 +1,29 @@
+"""The sample datasets that come with the studio: `samples/index.yaml` says what each one is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from sqlalchemy.orm import Session
+
+from app import datasets, files
+from app.errors import NotFound
+from app.settings import PROJECT
+from app.tables import Dataset, User
+
+FOLDER = PROJECT / "samples"
+
+
+def list_() -> list[dict[str, Any]]:
+    """Every sample: name, file, title, format, rows, shows, and held-out prompts where there are some."""
+    return yaml.safe_load((FOLDER / "index.yaml").read_text(encoding="utf-8"))["samples"]
+
+
+def add(session: Session, user: User, name: str) -> Dataset:
+    """A sample as a dataset of this user. Raises NotFound for a name that is not in the index."""
+    sample = next((sample for sample in list_() if sample["name"] == name), None)
+    if sample is None:
+        raise NotFound(f"There is no sample “{name[:60]}”.", way_out=f"There are {', '.join(entry['name'] for entry in list_())}.")
+    file = files.add_bytes(session, user, (FOLDER / sample["file"]).read_bytes(), sample["file"], "fine-tune")
+    return datasets.create(session, user, file, name=sample["title"])

@@ -1,0 +1,131 @@
+"""The pages of the data room as a browser without scripts sees them."""
+
+import re
+
+import pytest
+from sqlalchemy import select
+
+from app import datasets, files, formats, ids, samples
+from app.tables import Dataset, User
+
+CHAT = '{"messages": [{"role": "user", "content": "<b>ask</b>"}, {"role": "assistant", "content": "tell"}]}\n'
+BAD = '{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def upload(client, name="talk.jsonl", data=CHAT * 12 + BAD + "{broken\n", **fields):
+    return client.post("/datasets", data=fields, files={"file": (name, data)}, follow_redirects=False)
+
+
+def read(session, answer):
+    assert answer.status_code == 303, answer.text
+    key = ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1])
+    datasets.read(key)
+    session.expire_all()
+    return answer.headers["location"]
+
+
+def test_an_empty_list_says_how_to_fill_it(client):
+    page = client.get("/datasets").text
+    assert "No dataset yet" in page and 'href="/datasets/new"' in page and "Support replies" in page
+
+
+def test_upload_then_reading_then_the_report(client, session):
+    answer = upload(client)
+    waiting = client.get(answer.headers["location"]).text
+    assert 'id="reading"' in waiting and "<progress" in waiting
+    assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None}
+    path = read(session, answer)
+    page = client.get(path).text
+    assert "Recognised as chat" in page and "wrong role" in page and "Call it user" in page and "invalid json" in page
+    assert "&lt;b&gt;ask&lt;/b&gt;" in page and "<b>ask" not in page
+    assert f"/jobs/new?dataset={path.rsplit('/', 1)[1]}" in page
+    only = client.get(path + "?rule=wrong_role&sort=severity").text
+    table = only[only.index('id="findings"') : only.index('id="preview"')]
+    assert "Call it user" in table and "Not valid JSON" not in table
+    assert client.get(path + "?sort=colour").status_code == 400
+    assert "talk" in client.get("/datasets").text
+
+
+def test_overruling_makes_a_new_version_and_leaves_the_old_one(client, session):
+    path = read(session, upload(client, "pairs.csv", "question,answer,note\nq1,a1,x\nq2,a2,y\n"))
+    assert "Recognised as instruction" in client.get(path).text
+    form = {"format": "completion", "map.completion.prompt": "answer", "map.completion.completion": "question"}
+    second = read(session, client.post(path + "/read", data=form, follow_redirects=False))
+    assert second != path
+    page = client.get(second).text
+    assert "Recognised as completion" in page and "You chose this format" in page
+    old, new = session.scalars(select(Dataset).order_by(Dataset.version)).all()
+    assert (old.format, new.format, new.version, new.parent_id) == ("instruction", "completion", 2, old.id)
+    assert datasets.preview(new)[0] == {"prompt": "a1", "completion": "q1", "metadata": {"note": "x"}}
+    assert "Read as you said" in client.get(path).text
+
+
+def test_a_file_no_format_fits_says_so_and_offers_the_columns(client, session):
+    path = read(session, upload(client, "odd.csv", "alpha,beta\n1,2\n"))
+    page = client.get(path).text
+    assert "“alpha”" in page and "fit no format" in page and "Read it differently" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("x.jsonl", b"", "empty"),
+        ("x.exe", b"MZ", "no reader"),
+        ("", b"x", "No file"),
+    ],
+)
+def test_a_refused_upload_says_why(client, session, data_dir, name, data, words):
+    answer = client.post(
+        "/datasets", files={"file": (name, data)} if name else {"other": ("a", b"x")}, headers={"accept": "application/json"}
+    )
+    assert answer.status_code in (400, 415)
+    assert words in answer.json()["error"]["message"]
+    assert session.scalars(select(Dataset)).all() == []
+    assert not [path for path in (data_dir / "blobs").glob("*/*")]
+
+
+def test_every_sample_is_good_in_every_row_and_is_what_the_index_says(client, session):
+    for sample in samples.list_():
+        path = read(session, client.post(f"/datasets/samples/{sample['name']}", follow_redirects=False))
+        dataset = session.get(Dataset, ids.parse(ids.DATASET, path.rsplit("/", 1)[1]))
+        assert (dataset.status, dataset.format) == ("ready", sample["format"]), dataset.error
+        assert dataset.rows == dataset.good_rows == sample["rows"]
+        assert not [rule for rule in datasets.rules(dataset) if rule["severity"] != "note"], datasets.rules(dataset)
+        assert sample["shows"].endswith(".") and sample["format"] in formats.FORMATS
+        page = client.get(path)
+        assert page.status_code == 200 and "StrictUndefined" not in page.text
+        assert not any(prompt in page.text for prompt in sample.get("held_out", []))
+    assert client.post("/datasets/samples/nothing").status_code == 404
+
+
+def test_the_same_sample_again_is_ready_at_once(client, session):
+    read(session, client.post("/datasets/samples/support-replies", follow_redirects=False))
+    again = client.post("/datasets/samples/support-replies", follow_redirects=False)
+    assert "Recognised as chat" in client.get(again.headers["location"]).text
+
+
+def test_deleting_takes_the_rows_away(client, session, data_dir):
+    path = read(session, upload(client))
+    assert list((data_dir / "rows").glob("*/*.parquet"))
+    assert client.post(path + "/delete", follow_redirects=False).status_code == 303
+    assert not list((data_dir / "rows").glob("*/*"))
+    assert client.get(path).status_code == 404
+
+
+def test_another_persons_dataset_is_not_there(client, session):
+    other = User(name="other")
+    session.add(other)
+    session.flush()
+    dataset = datasets.create(session, other, files.add_bytes(session, other, CHAT.encode(), "x.jsonl", "fine-tune"))
+    session.commit()
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    for method, tail in (("GET", ""), ("GET", "/state"), ("POST", "/read"), ("POST", "/delete")):
+        data = {"format": "chat"} if method == "POST" else None
+        assert client.request(method, path + tail, data=data).status_code == 404
+
+
+def test_no_page_has_inline_scripts_or_styles(client, session):
+    path = read(session, upload(client))
+    for address in ("/datasets", "/datasets/new", path):
+        page = client.get(address).text
+        assert not re.search(r"<[^>]+\s(style|on\w+)=", page)
