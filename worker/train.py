@@ -402,5 +402,5 @@ def finish(job: Trainee) -> events.Finished:
         best_step=state.best_step,
         labels=list(spec.model.labels) if spec.model.labels else None,
         measured=measured,
-        evaluation={"rows": len(job.data.held_out), "before": state.before, "after": state.best} if state.best else {},
+        evaluation={"rows": len(job.data.held_out), "base": state.before, "tuned": state.best} if state.best else {},
     )

@@ -1,0 +1,117 @@
+"""Packed training equals training row by row, and no row sees another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.worker.orders import chat_rows
+from worker import attention, kernels
+from worker.batches import Row, Tokenised, make_batch, tokenise
+from worker.loss import head_of, linear_cross_entropy, score
+
+CPU = torch.device("cpu")
+
+
+def data_of(tokenizer, count: int = 7) -> Tokenised:
+    return tokenise(tokenizer, [Row(i, row) for i, row in enumerate(chat_rows(count), 1)], "dialogue", 64)
+
+
+def packed_loss(model, data: Tokenised, rows: list[int]) -> torch.Tensor:
+    batch = make_batch(data, rows, CPU)
+    hidden = model.get_decoder()(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
+    return linear_cross_entropy(hidden.last_hidden_state[0].index_select(0, batch.sources), head_of(model), batch.targets) / batch.trained
+
+
+def padded_loss(model, data: Tokenised, rows: list[int]) -> torch.Tensor:
+    """What everyone does: rows padded on the right, a mask, and labels of -100 where nothing is learnt."""
+    longest = max(data.lengths)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for place, row in enumerate(rows):
+        span = slice(data.starts[row], data.starts[row + 1])
+        length = data.lengths[row]
+        ids[place, :length] = torch.from_numpy(data.ids[span].astype("int64"))
+        mask[place, :length] = 1
+        labels[place, :length] = torch.where(torch.from_numpy(data.trained[span]), ids[place, :length], -100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_packed_loss_and_gradients_equal_the_padded_batch(network, tiny_model, tokenizer, norms: bool) -> None:
+    data, rows = data_of(tokenizer), list(range(7))
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
+    if norms:
+        assert kernels.use_fused_norms(network) == 2 * network.config.num_hidden_layers + 1
+    packed, padded = packed_loss(network, data, rows), padded_loss(reference, data, rows)
+    packed.backward()
+    padded.backward()
+    assert packed.item() == pytest.approx(padded.item(), abs=1e-5)
+    for (name, ours), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_row_does_not_see_the_one_before(network, tokenizer) -> None:
+    data = data_of(tokenizer)
+
+    def second(first: int) -> torch.Tensor:
+        batch = make_batch(data, [first, 3], CPU)
+        out = network.get_decoder()(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
+        return out.last_hidden_state[0, -data.lengths[3] :]
+
+    with torch.no_grad():
+        torch.testing.assert_close(second(0), second(5), atol=1e-6, rtol=0)
+
+
+def test_recomputed_layers_give_the_same_gradients(network, tiny_model, tokenizer) -> None:
+    data, rows = data_of(tokenizer), [0, 1, 2]
+    again = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME).train()
+    assert kernels.recompute_layers(again, 1) == 1
+    packed_loss(network, data, rows).backward()
+    packed_loss(again, data, rows).backward()
+    for ours, theirs in zip(network.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(4, None), (None, 20.0), (4, 20.0)])
+def test_window_and_soft_cap(window: int | None, softcap: float | None) -> None:
+    """Against the formula written out, with fewer key heads than query heads."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    out, _ = attention.packed_attention(
+        torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, softcap=softcap, sequence_lengths=[5, 7]
+    )
+    for start, end in ((0, 5), (5, 12)):
+        for i in range(start, end):
+            seen = range(max(start, i - window + 1) if window else start, i + 1)
+            for head in range(4):
+                scores = torch.stack([q[0, head, i] @ k[0, head // 2, j] * 0.3 for j in seen])
+                scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+                wanted = scores.softmax(0) @ v[0, head // 2, list(seen)]
+                torch.testing.assert_close(out[0, i, head], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 3.0)])
+def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scale: float, cap: float | None) -> None:
+    from worker import loss
+
+    monkeypatch.setattr(loss, "chunk_rows", lambda vocabulary, rows: 5)
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((17, 6), (11, 6), (11,)))
+    targets = torch.randint(0, 11, (17,))
+    ours = linear_cross_entropy(hidden, loss.Head(weight, bias, scale, cap), targets)
+    ours.mul(0.25).backward()
+    grads = [t.grad.clone() for t in (hidden, weight, bias)]
+    for t in (hidden, weight, bias):
+        t.grad = None
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    plain.mul(0.25).backward()
+    torch.testing.assert_close(ours, plain)
+    for ours_grad, t in zip(grads, (hidden, weight, bias), strict=True):
+        torch.testing.assert_close(ours_grad, t.grad, atol=1e-5, rtol=1e-4)
+    each, hits = score(hidden, loss.Head(weight, bias, scale, cap), targets)
+    torch.testing.assert_close(each.sum(), plain)
+    assert torch.equal(hits, logits.argmax(1) == targets)

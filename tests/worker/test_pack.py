@@ -1,0 +1,43 @@
+"""Packs hold every row once, keep to the budget, are nearly full, and follow from the seed."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.pack import plan, stream
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=400)
+
+
+@given(lengths=lengths, budget=st.integers(50, 600), seed=st.integers(0, 9), epoch=st.integers(0, 3), most=st.none() | st.integers(1, 5))
+def test_every_row_once_within_the_budget(lengths: list[int], budget: int, seed: int, epoch: int, most: int | None) -> None:
+    packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most)
+    assert sorted(itertools.chain(*packs)) == list(range(len(lengths)))
+    for pack in packs:
+        assert sum(lengths[r] for r in pack) <= budget or len(pack) == 1
+        assert most is None or len(pack) <= most
+    assert packs == plan(lengths, budget, seed=seed, epoch=epoch, most=most)
+
+
+def test_packs_are_nearly_full_and_mixed() -> None:
+    sizes = [60 + (i * 37) % 141 for i in range(2000)]
+    packs = plan(sizes, 2048, seed=1, epoch=0)
+    fill = sum(sizes) / (2048 * len(packs))
+    assert fill > 0.98
+    first, second = (plan(sizes, 2048, seed=1, epoch=e) for e in (0, 1))
+    assert first != second
+    means = [sum(sizes[r] for r in pack) / len(pack) for pack in packs]
+    # Packing must not sort the data: neighbours in time are as unlike as packs far apart.
+    near = sum(abs(a - b) for a, b in itertools.pairwise(means)) / (len(means) - 1)
+    far = sum(abs(a - b) for a, b in itertools.combinations(means, 2)) / (len(means) * (len(means) - 1) / 2)
+    assert near > 0.6 * far
+
+
+def test_a_stream_goes_on_from_any_place() -> None:
+    sizes = [10 + i % 17 for i in range(50)]
+    whole = list(itertools.islice(stream(sizes, 64, seed=3), 60))
+    for start in (0, 1, 13, 14, 40):
+        assert list(itertools.islice(stream(sizes, 64, seed=3, start=start), 60 - start)) == whole[start:]
