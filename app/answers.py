@@ -147,9 +147,11 @@ def _page(request: Request, fault: StudioError) -> Response:
 def _find_user(request: Request) -> None:
     """So that the error page keeps its menu. An address nobody answers has met no door, so nobody looked yet."""
     from app.accounts import identify
+    from app.shell import remember_notes
 
     if not hasattr(request.state, "user"):
         try:
             request.state.user = identify(request)
+            remember_notes(request, request.state.user)
         except Exception:  # the page must be shown whatever is broken
             request.state.user = None

@@ -31,7 +31,7 @@ def create_app() -> FastAPI:
         title="Luthier",
         version=version("luthier"),
         summary="Fine-tuning of language models, in the shape of the OpenAI API.",
-        dependencies=[Depends(accounts.sign_in), Depends(accounts.check_csrf)],
+        dependencies=[Depends(accounts.sign_in), Depends(accounts.check_csrf), Depends(shell.remember_notes)],
         lifespan=_lifespan,
         openapi_url=None,
         docs_url=None,

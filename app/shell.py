@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from sqlalchemy import ScalarSelect, func, or_, select
 from sqlalchemy.exc import DBAPIError
 
+from app.accounts import sign_in
+from app.answers import is_program
 from app.db import transaction
 from app.tables import Dataset, Job, Model, User
 from app.web import human_bytes, human_number, human_seconds
@@ -42,7 +44,7 @@ def each_route(router: Any) -> Iterator[tuple[str, Any]]:
 
 def menu(request: Request, user: User) -> dict[str, Any]:
     """`nav` (title, path, note, current) and `foot` (lines of text) for the base template."""
-    here, known, notes = request.url.path, request.app.state.paths, _notes(user)
+    here, known, notes = request.url.path, request.app.state.paths, getattr(request.state, "notes", {})
     nav = [
         {
             "title": title,
@@ -54,6 +56,16 @@ def menu(request: Request, user: User) -> dict[str, Any]:
         if path in known
     ]
     return {"nav": nav, "foot": foot()}
+
+
+def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
+    """The third dependency of the whole app: ask for the counts of the menu before the route opens its own session.
+
+    Asked while the page is rendered, each request would hold one connection and wait for a second; enough of them at
+    once would then wait for each other until the pool gives up.
+    """
+    if user is not None and request.method in ("GET", "POST") and not is_program(request):
+        request.state.notes = _notes(user)
 
 
 def _notes(user: User) -> dict[str, str]:

@@ -35,15 +35,18 @@ class Check(BaseModel):
     way_out: str = ""
 
 
-def checks() -> list[Check]:
-    """The parts without which nothing works: database, its schema, broker."""
-    return [*_database(), _broker()]
+def checks(session: Session | None = None) -> list[Check]:
+    """The parts without which nothing works: database, its schema, broker. Asked over `session` where there is one."""
+    return [*_database(session), _broker()]
 
 
-def _database() -> list[Check]:
+def _database(session: Session | None) -> list[Check]:
     try:
-        with get_engine().connect() as connection:
-            current = is_current(connection)
+        if session is not None:
+            current = is_current(session.connection())
+        else:
+            with get_engine().connect() as connection:
+                current = is_current(connection)
     except (SQLAlchemyError, RuntimeError):
         return [Check(name="database", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")]
     schema = "is the newest" if current else "is of another version"

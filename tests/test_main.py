@@ -295,3 +295,18 @@ def test_the_web_process_is_light(data_dir):
 def test_compression_is_really_gzip(client):
     with client.stream("GET", "/", headers={"accept-encoding": "gzip"}) as answer:
         assert gzip.decompress(b"".join(answer.iter_raw())).startswith(b"<!doctype html>")
+
+
+def test_a_page_needs_no_second_connection(client, monkeypatch):
+    """Else enough pages at once hold one connection each and wait for each other."""
+    from app import db
+
+    db.get_engine().dispose()
+    db.get_engine.cache_clear()
+    real = db.create_engine
+    monkeypatch.setattr(db, "create_engine", lambda url, **rest: real(url, pool_size=1, max_overflow=0, pool_timeout=1))
+    for path in ("/", "/settings", "/nothing", "/datasets", "/models", "/jobs", "/jobs/new", "/playground"):
+        if path == "/nothing" or path in client.app.state.paths:
+            assert client.get(path, headers={"accept": "text/html"}).status_code in (200, 404), path
+    made = client.post("/settings/keys", data={"name": "laptop"})
+    assert made.status_code == 200 and "sk-luthier-" in made.text

@@ -16,7 +16,7 @@ pages = APIRouter()
 def overview(request: Request, user: CurrentUser, session: Db) -> Response:
     seen = studio.overview(session, user)
     troubles = [duty for duty in studio.duties() if not duty.alive]
-    bad = [check for check in studio.checks() if not check.good]
+    bad = [check for check in studio.checks(session) if not check.good]
     return render(
         request, "overview.html", steps=seen.steps, jobs=seen.jobs, datasets=seen.datasets, models=seen.models, troubles=troubles, bad=bad
     )

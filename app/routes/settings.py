@@ -30,7 +30,7 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
         "new_key": new_key,
         "base_url": f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1",
         "duties": studio.duties(),
-        "checks": studio.checks(),
+        "checks": studio.checks(session),
         "versions": studio.versions(),
         "space": studio.space(),
         "machine": shell.machine_facts(),
