@@ -149,13 +149,7 @@ class Attempt:
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         read_end, write_end = os.pipe()
-        runs = f"runs/{self.held.job_id}"
-        # fmt: off
-        command = [
-            sys.executable, "-m", "worker.run", "--spec", str(spec), "--folder", self.held.folder,
-            "--resume-from", runs, "--events-fd", str(write_end),
-        ]
-        # fmt: on
+        command = trainer_command(self.held, spec, write_end)
         try:
             with (self.folder / "trainer.log").open("ab") as out:
                 self.trainer = subprocess.Popen(
@@ -234,8 +228,6 @@ class Attempt:
         for _ in batch:
             self.heard.popleft()
         self.recorded += len(batch)
-        if any(isinstance(event, events.Saved) for event in batch):
-            self.save_sent = False
 
     # Beating and stopping ---------------------------------------------------------------------------------------------
 
@@ -254,6 +246,8 @@ class Attempt:
 
     def _hear_wishes(self) -> None:
         """Stop or save as asked. A trainer that does not leave within its grace is killed."""
+        if not self.wishes.save:
+            self.save_sent = False  # a beat has seen the last request fulfilled
         if self.stop_at is None:
             if self.wishes.cancel or self.wishes.pause:
                 self._stop("asked for")
@@ -309,6 +303,15 @@ class Attempt:
         """Waiting for the database has no more use: the fence is lost, or this worker has been leaving for a while."""
         leaving = self.stop_at is not None and time.monotonic() > self.stop_at + get_settings().stop_grace_seconds
         return self.fence_lost.is_set() or (leaving and self.going_down())
+
+
+def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
+    # fmt: off
+    return [
+        sys.executable, "-m", "worker.run", "--spec", str(spec), "--folder", held.folder,
+        "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
+    ]
+    # fmt: on
 
 
 def die_with_parent(parent: int | None = None) -> Callable[[], None]:

@@ -1,0 +1,65 @@
+"""A trainer that misbehaves on purpose: `python odd_trainer.py HOW FD`. Real processes, signals, pipes and exits; only the
+learning is left out, since no real trainer can be made to fail in these ways at will."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+how, fd = sys.argv[1], int(sys.argv[2])
+pipe = os.fdopen(fd, "w", buffering=1)
+
+
+def say(**event):
+    pipe.write(json.dumps(event) + "\n")
+
+
+def step(n):
+    say(type="step", step=n, epoch=n / 10, loss=1.0, learning_rate=1e-3, grad_norm=1.0, tokens=n, trained_tokens=n,
+        tokens_per_second=1.0, memory_bytes=1, seconds=n / 10)  # fmt: skip
+
+
+say(type="started", device="cpu", precision="fp32", total_steps=10, train_rows=4, validation_rows=0, train_tokens=9,
+    trainable_parameters=1, parameters=2)  # fmt: skip
+step(1)
+if how == "exit":
+    print("Traceback: the reason is here", file=sys.stderr)
+    sys.exit(3)
+if how == "segfault":
+    os.kill(os.getpid(), signal.SIGSEGV)
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "disk":
+    sys.exit("OSError: [Errno 28] No space left on device: 'checkpoint'")
+if how == "memory":
+    sys.exit("MemoryError")
+if how == "liar":  # says it finished, with no result on disk
+    measured = {"peak_memory_bytes": 1, "seconds": 1, "tokens_per_second": 1, "tokens": 1, "trained_tokens": 1, "steps": 1, "device": "cpu"}
+    say(type="finished", reason="completed", step=10, path="runs/nowhere/final", bytes=1, revision="r", adapter_sha256=None, kind="dialogue",
+        measured=measured)  # fmt: skip
+    sys.exit(0)
+if how == "garbage":
+    pipe.write("this is no JSON\n")
+    say(type="unheard_of")
+    step(2)
+    sys.exit(3)
+if how == "family":  # leaves a child behind that holds the pipe
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[fd])
+    print("child", child.pid, flush=True)
+    sys.exit(3)
+if how == "environment":
+    say(type="log", message=json.dumps(dict(os.environ)))
+    sys.exit(75)
+if how == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say(type="log", message="deaf")
+if how == "polite":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGUSR1, lambda *_: say(type="saved", step=1, path="runs/x", bytes=1, manifest_sha256="0" * 64))
+    say(type="log", message="ready")
+    for n in range(2, 100_000):
+        step(n)
+        time.sleep(0.02)
+time.sleep(600)
