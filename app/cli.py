@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from app.errors import BadData, BadField, StudioError, Unavailable
 from app.settings import get_settings
@@ -167,7 +167,7 @@ def train(
 def list_jobs(data_dir: DataDir = None) -> None:
     """List the jobs, newest first."""
     choose(data_dir=data_dir)
-    table = Table("job", "name", "status", "step", "made", box=None)
+    table = Table(Column("job", no_wrap=True, min_width=38), "name", "status", "step", "made", box=None)  # an id is never cut
 
     def read(session: Session, user: User) -> None:
         from app import ids

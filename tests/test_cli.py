@@ -1,0 +1,171 @@
+"""The commands: what they print, their exit codes, and that a fault is two sentences and no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from app import doctor, ids, jobs
+from app.cli import app, event_line, laid_over, read_spec
+from app.errors import BadData, BadField
+from app.settings import get_settings
+from app.tables import ApiKey, Job, Model
+
+run = CliRunner()
+
+
+def luthier(*arguments: str, code: int = 0):
+    done = run.invoke(app, list(arguments))
+    assert done.exit_code == code, (done.output, done.exception)
+    assert "Traceback" not in done.output
+    return done
+
+
+def test_a_key_is_printed_alone_and_works(session, user, api):
+    done = luthier("keys", "create", "laptop")
+    key = done.stdout.strip()
+    assert done.stdout == f"{key}\n"
+    assert api.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    session.expire_all()
+    assert {row.name for row in session.query(ApiKey)} == {"laptop", "tests"}
+
+
+def test_a_link_signs_in(session, user, web):
+    from starlette.testclient import TestClient
+
+    link = luthier("link").stdout.strip()
+    assert link.startswith("http://127.0.0.1:8000/sign-in/")
+    assert TestClient(web.app, base_url="http://127.0.0.1:8000").get(link).status_code == 200
+
+
+def test_status_of_nothing(data_dir):
+    assert "No studio is running" in luthier("status", code=3).stdout
+
+
+def test_jobs_of_nobody(session, user):
+    assert "No jobs yet." in luthier("jobs").stdout
+
+
+def test_a_folder_becomes_a_model(session, user, tiny_model):
+    done = luthier("models", "add", "small", "--path", str(tiny_model))
+    assert "small is here." in done.stdout
+    model = session.query(Model).one()
+    assert (model.name, model.status) == ("small", "ready")
+    assert (get_settings().data_dir / model.path / "config.json").exists()
+
+
+def test_an_unknown_starter_is_named(session, user):
+    done = luthier("models", "add", "no-such-model", code=1)
+    assert "no-such-model" in done.stderr
+
+
+def test_a_model_under_terms_is_not_brought_without_them(session, user):
+    done = luthier("models", "add", "gemma-3-270m", code=1)
+    assert "accept" in done.stderr
+    assert session.query(Model).count() == 0
+
+
+def test_training_without_a_studio_says_how_to_start_one(data_dir, tmp_path):
+    spec = tmp_path / "job.yaml"
+    spec.write_text("model: tiny\n")
+    assert "luthier up" in luthier("train", str(spec), code=1).stderr
+
+
+def test_a_job_from_a_file(session, user, tiny_registered, tmp_path):
+    """The rows beside the YAML file are uploaded; the profile's settings are laid over the others."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]} for n in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    order = {
+        "model": "tiny",
+        "training_file": "rows.jsonl",
+        "strategy": {"name": "lora", "rank": 4},
+        "profiles": {"small": {"strategy": {"rank": 2}}},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(order))
+    done = luthier("train", str(tmp_path / "job.yaml"), "--profile", "small", "--no-follow")
+    key = ids.parse(ids.JOB, done.stdout.split()[1])
+    job = jobs.get(session, user, key)
+    assert job.status == "queued"
+    assert job.order["strategy"] == {"name": "lora", "rank": 2}
+    assert key.hex in luthier("jobs").stdout
+
+
+def test_a_job_whose_rows_are_missing(session, user, tiny_registered, tmp_path):
+    (tmp_path / "job.yaml").write_text("model: tiny\ntraining_file: nowhere.jsonl\n")
+    done = luthier("train", str(tmp_path / "job.yaml"), code=1)
+    assert "nowhere.jsonl" in done.stderr and "training_file" in done.stderr
+    assert session.query(Job).count() == 0
+
+
+@pytest.mark.parametrize(("text", "error"), [("a: [", BadData), ("- 1\n", BadData), ("", BadData)])
+def test_a_file_that_holds_no_order(tmp_path, text, error):
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(error, match=r"job\.yaml"):
+        read_spec(tmp_path / "job.yaml", None)
+
+
+def test_a_profile_that_is_not_there_names_those_that_are(tmp_path):
+    (tmp_path / "job.yaml").write_text("model: tiny\nprofiles: {small: {}, large: {}}\n")
+    with pytest.raises(BadField, match="small, large"):
+        read_spec(tmp_path / "job.yaml", "huge")
+
+
+def test_settings_are_laid_over_key_by_key():
+    assert laid_over({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}) == {"a": {"b": 9, "c": 2}, "d": {"e": 4}}
+
+
+def test_a_wrong_setting_is_named(data_dir, monkeypatch):
+    monkeypatch.setenv("LUTHIER_LEASE_SECONDS", "soon")
+    assert "LUTHIER_LEASE_SECONDS" in luthier("status", code=1).stderr
+
+
+def test_event_lines():
+    job = Job(total_steps=10)
+    step = {"step": 3, "loss": 1.25, "tokens_per_second": 812.3}
+    assert event_line("step", step, job) == "step 3/10: loss 1.2500, 812 tokens/s"
+    assert event_line("evaluated", {"step": 4, "loss": 2.0}, job) == "step 4: validation loss 2.0000"
+
+
+def test_doctor_looks_at_everything(data_dir):
+    done = luthier("doctor")
+    for word in (
+        "python",
+        "torch",
+        "gpu",
+        "memory",
+        "disk",
+        "database",
+        "redis",
+        "user namespaces",
+        "chromium",
+        "models",
+        "hub",
+        "packages",
+    ):
+        assert word in done.stdout, word
+
+
+def test_doctor_goes_on_when_a_check_breaks(data_dir, monkeypatch):
+    def broken() -> None:
+        raise OSError("no such device")
+
+    monkeypatch.setattr(doctor, "gpu", broken)
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert found["broken"].verdict == "bad" and "no such device" in found["broken"].found
+    assert "disk" in found
+
+
+def test_doctor_names_a_folder_that_cannot_be_written(data_dir, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert doctor.disk().verdict == "bad"
+    assert "LUTHIER_DATA_DIR" in doctor.disk().way_out
+
+
+def test_doctor_reads_the_servers_that_are_given(session):
+    assert doctor.database().found.startswith("PostgreSQL 18")
+    assert "valkey" in doctor.broker().found
