@@ -38,10 +38,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing packages; the first time takes a few minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing packages; the first time takes a few minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,test]'
 	@touch $@ $(VENV)/.installed
 
