@@ -1,0 +1,90 @@
+"""The estimate's arithmetic: what must rise with what, and that only what was measured replaces the cautious figures."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+
+from app import estimate, machine
+from app.machine import Machine
+from app.shapes import shape_of
+from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
+from app.strategies import STRATEGIES
+
+SHAPE = shape_of(
+    {
+        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }
+)  # fmt: skip
+CPU = Machine(cores=2, memory_bytes=24 * 2**30)
+GPU = Machine(cores=16, memory_bytes=128 * 2**30, bf16_pays=True, gpu_name="a card", gpu_memory_bytes=80 * 2**30)
+STATS = SimpleNamespace(rows=1000, characters=520_000, tokens=130_000, trained_tokens=65_000, longest=200)
+
+
+def spec(strategy: str = "lora", **run) -> JobSpec:
+    model = ModelRef(id=uuid4(), name="m", kind="dialogue", path="models/m", revision="0", shape=SHAPE)
+    data = DatasetRef(id=uuid4(), name="d", path="rows/d", sha256="0", format="chat", rows=1000)
+    return JobSpec(name="j", task="generation", model=model, dataset=data, run=RunSettings(**run), strategy=STRATEGIES[strategy]())
+
+
+def test_the_parts_add_up() -> None:
+    found = estimate.estimate(spec(), STATS, CPU)
+    assert found.memory_bytes == sum(found.memory.model_dump().values())
+    assert found.fits and found.low_seconds < found.seconds < found.high_seconds
+    assert found.trainable_parameters == STRATEGIES["lora"]().trainable(SHAPE)
+    assert found.tokens == pytest.approx(3 * 117_000, rel=0.01) and found.steps == 3 * 58
+
+
+def test_full_needs_sixteen_bytes_a_weight() -> None:
+    memory = estimate.estimate(spec("full"), STATS, CPU).memory
+    assert memory.weights + memory.gradients + memory.optimizer == 16 * SHAPE.parameters()
+
+
+def test_what_saves_memory_saves_memory() -> None:
+    plain = estimate.estimate(spec(gradient_checkpointing="none"), STATS, CPU)
+    for other in ({"accumulation": 4}, {"max_tokens_per_step": 512}, {"gradient_checkpointing": "all"}):
+        assert (
+            estimate.estimate(spec(**{"gradient_checkpointing": "none", **other}), STATS, CPU).memory.activations
+            < plain.memory.activations / 1.5
+        )
+    recomputed = estimate.estimate(spec(gradient_checkpointing="all"), STATS, CPU)
+    assert recomputed.seconds > plain.seconds
+
+
+def test_only_as_many_layers_are_recomputed_as_needed() -> None:
+    assert estimate.estimate(spec(), STATS, CPU).recomputed_layers == 0
+    small = Machine(cores=2, memory_bytes=int(2.6 * 2**30))
+    tight = estimate.estimate(spec(), STATS, small)
+    assert 0 < tight.recomputed_layers < SHAPE.layers and tight.memory_bytes <= 0.9 * small.memory_bytes
+    assert not estimate.estimate(spec("full"), STATS, Machine(cores=2, memory_bytes=2**30)).fits
+
+
+def test_a_measured_speed_replaces_the_guess(data_dir) -> None:
+    guessed = estimate.estimate(spec(), STATS, CPU)
+    machine.calibrate("lora", 2 * estimate.speed_of(spec(), CPU))
+    known = estimate.estimate(spec(), STATS, CPU.model_copy(update={"speeds": machine.read_calibration()}))
+    assert known.tokens_per_second == pytest.approx(2 * guessed.tokens_per_second)
+    assert known.high_seconds / known.seconds < guessed.high_seconds / guessed.seconds
+
+
+def test_a_torn_calibration_is_no_calibration(data_dir) -> None:
+    (data_dir / machine.CALIBRATION).write_text('{"lora": "fast"')
+    assert machine.read_calibration() == {}
+
+
+def test_bf16_halves_frozen_weights_on_a_gpu() -> None:
+    cpu, gpu = (estimate.estimate(spec(), STATS, m).memory.weights for m in (CPU, GPU))
+    assert cpu - gpu == 2 * SHAPE.parameters()
+
+
+def test_uncounted_tokens_are_guessed_from_characters() -> None:
+    guess = SimpleNamespace(rows=1000, characters=520_000, tokens=None, trained_tokens=None, longest=None)
+    assert estimate.estimate(spec(), guess, CPU).tokens == pytest.approx(estimate.estimate(spec(), STATS, CPU).tokens, rel=0.2)
+
+
+def test_this_machine() -> None:
+    found = machine.this_machine()
+    assert found.cores >= 1 and found.memory_bytes > 2**28 and found.training_memory_bytes > 0
