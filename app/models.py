@@ -121,9 +121,14 @@ def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
 def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: Checkpoint) -> ModelRef:
     """The base with the checkpoint's adapter on it, or the checkpoint's own weights where it is a whole model."""
     folder = get_settings().data_dir / checkpoint.path
-    if not (folder / "weights").is_dir():
+    try:
+        manifest.verify(folder, deep=False)
+        whole = manifest.sha256_of(folder / manifest.NAME) == checkpoint.manifest_sha256
+    except BadData:
+        whole = False
+    if not whole:
         raise BadData(
-            f"The checkpoint of step {checkpoint.step} is no longer on disk.",
+            f"The checkpoint of step {checkpoint.step} is no longer whole on disk.",
             way_out="Choose another checkpoint of the job.",
             param="model",
         )
