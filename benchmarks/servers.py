@@ -1,0 +1,142 @@
+"""A PostgreSQL, a Valkey and a data folder of a benchmark's own, and rows to begin with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Servers:
+    """Both servers, each of which can be killed and started again."""
+
+    def __init__(self, folder: Path, fast: bool = True) -> None:
+        from app.embedded.postgres import Postgres
+        from app.embedded.valkey import Valkey
+
+        self.folder = folder
+        self.postgres, self.valkey = Postgres(folder, fast=fast), Valkey(folder)
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.log = (folder / "servers.log").open("wb")
+        self.postgres.prepare()
+        self.start("postgres")
+        self.start("valkey")
+
+    def start(self, name: str) -> None:
+        command = {"postgres": self.postgres, "valkey": self.valkey}[name].command()
+        self.processes[name] = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd="/", start_new_session=True)
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of the server's main process; PostgreSQL's other processes see it and leave."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate() if process is not self.processes["postgres"] else process.send_signal(2)
+        for process in self.processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+
+
+@contextmanager
+def servers(fast: bool = True, **settings: str) -> Iterator[Servers]:
+    """Both servers with a migrated database, and this process's settings pointed at them."""
+    folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
+    folder.chmod(0o711)
+    running = Servers(folder, fast)
+    os.environ.update(
+        LUTHIER_DATA_DIR=str(folder / "data"),
+        LUTHIER_DATABASE_URL=running.postgres.url,
+        LUTHIER_REDIS_URL=running.valkey.url,
+        LUTHIER_OFFLINE="true",
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        **settings,
+    )
+    (folder / "data").mkdir()
+    from app.settings import get_settings
+
+    get_settings.cache_clear()
+    try:
+        wait_for_database(running.postgres.url_of("postgres"))
+        _make_database(running.postgres)
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_database(url: str, seconds: float = 30) -> None:
+    import psycopg
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            psycopg.connect(url.replace("+psycopg", ""), connect_timeout=3).close()
+            return
+        except psycopg.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _make_database(postgres: Any) -> None:
+    import psycopg
+
+    from app.migrate import upgrade
+
+    name = postgres.url.rsplit("/", 1)[-1].partition("?")[0]
+    with psycopg.connect(postgres.url_of("postgres").replace("+psycopg", ""), autocommit=True) as admin:
+        if not admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone():
+            admin.execute(f'CREATE DATABASE "{name}"')
+    upgrade(postgres.url)
+
+
+def python(*arguments: str, log: Path, **environment: str) -> subprocess.Popen:
+    with log.open("ab") as out:
+        return subprocess.Popen([sys.executable, *arguments], cwd=PROJECT, env=os.environ | environment, stdout=out, stderr=out)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def tiny_model(data_dir: Path, session: Any) -> Any:
+    """The small Llama of the tests, as a registered base."""
+    from app import manifest
+    from app.shapes import shape_of
+    from app.tables import Model
+    from tests.tiny import build_model
+
+    key = uuid.uuid4()
+    folder = build_model(data_dir / "models" / str(key))
+    files = manifest.write(folder)
+    model = Model(
+        id=key,
+        name="tiny",
+        title="Tiny",
+        kind="dialogue",
+        path=folder.relative_to(data_dir).as_posix(),
+        revision=files["revision"],
+        shape=shape_of(json.loads((folder / "config.json").read_text())).model_dump(),
+        bytes=files["bytes"],
+    )
+    session.add(model)
+    session.commit()
+    return model
