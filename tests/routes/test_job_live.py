@@ -1,0 +1,210 @@
+"""The life of a job's page in a real browser: what is recorded appears, and a reload shows the same."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from app import events
+from tests import lives
+from tests.conftest import free_port
+from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.browser
+
+CHART = """(name) => { const box = document.querySelector(`[data-chart="${name}"]`);
+  const canvas = box?.querySelector("canvas"); return canvas ? [canvas.clientWidth, canvas.clientHeight, box.clientWidth] : null }"""
+
+
+@pytest.fixture
+def served(session, user) -> Iterator[str]:
+    """The web application on a port of its own, in this process, so that it has this test's database."""
+    from app.main import create_app
+
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.02)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def sign_in(context, served, session, user):
+    from app import accounts
+
+    link = accounts.new_sign_in_link(session, user)
+    session.commit()
+    page = context.new_page()
+    page.goto(served + link)
+    return page
+
+
+@pytest.fixture
+def page(browser_page, served, session, user) -> Iterator:
+    """Signed in; an error or a refusal by the content security policy in the console fails the test."""
+    said: list[str] = []
+    page = sign_in(browser_page.context, served, session, user)
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    yield page
+    page.close()
+    assert said == [], f"the console said {said}"
+
+
+def until(page, expression: str, seconds: float = 20.0) -> None:
+    """Poll until the expression holds. Playwright's own wait evaluates text inside the page, which our policy forbids."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(f"Boolean({expression})"):
+        assert time.monotonic() < deadline, f"never came true: {expression}"
+        page.wait_for_timeout(50)
+
+
+def violations(page) -> list[str]:
+    from axe_playwright_python.sync_playwright import Axe
+
+    return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in Axe().run(page).response["violations"]]
+
+
+def latest(page) -> str:
+    return page.inner_text(".progress p")
+
+
+def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, served, session, user, tiny_registered):
+    life = lives.Life(session, lives.order(session, user, tiny_registered))
+    page.goto(served + address(life))
+    assert "The line begins with the first step." in page.inner_text("main")
+    life.claim().say(lives.started(), *lives.steps(1, 11))
+    until(page, "document.querySelector('.progress').innerText.includes('Step 11 of 120')")
+    until(page, f"({CHART})('loss')")
+    page.click("#table-loss summary")
+    top = page.locator(".facts").bounding_box()["y"]
+    life.say(*lives.steps(12, 24))
+    until(page, "document.querySelector('#samples-title').innerText.includes('step 24')")
+    assert page.get_attribute("#table-loss", "open") is not None  # what was opened stays open
+    assert page.locator(".facts").bounding_box()["y"] == top  # nothing jumps
+    until(page, "document.querySelector('[data-legend=loss]').innerText.replace(/\\s+/g, ' ').includes('validation 1.59')")
+    life.lose()
+    until(page, "document.querySelector('.head').innerText.includes('Waiting')")
+    life.claim().say(lives.started(resumed_from=12), *lives.steps(13, 20))
+    until(page, "document.querySelector('.progress').innerText.includes('resumed at step 12 after the worker was lost')")
+    until(page, "document.querySelector('.progress').innerText.includes('Step 20 of 120')")
+    until(page, "document.querySelector('[data-legend=loss]').innerText.replace(/\\s+/g, ' ').includes('validation 1.93')")
+    seen, legend = latest(page), page.inner_text("[data-legend=loss]")
+    page.reload()
+    until(page, f"({CHART})('loss')")
+    assert latest(page).split("left")[0].split(",")[0] == seen.split(",")[0]
+    assert page.inner_text("[data-legend=loss]") == legend
+    life.say(*lives.steps(21, 120)).finish()
+    page.get_by_text("Compare in the playground").wait_for()
+    until(page, "document.querySelector('#live').dataset.live === 'false'")
+    assert "Finished" in page.inner_text(".head")
+
+
+def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_registered):
+    life = lives.running(session, user, tiny_registered)
+    context = browser.new_context()
+    other = sign_in(context, served, session, user)
+    for one in (page, other):
+        one.goto(served + address(life))
+    life.say(*lives.steps(75, 84))
+    for one in (page, other):
+        until(one, "document.querySelector('.progress').innerText.includes('Step 84 of 120')")
+    for place in (".facts", "[data-legend=loss]", "#samples-title", ".log"):
+        assert page.inner_text(place) == other.inner_text(place)
+    context.close()
+
+
+def test_a_lost_connection_misses_nothing(page, served, session, user, tiny_registered):
+    life = lives.running(session, user, tiny_registered)
+    page.goto(served + address(life))
+    until(page, f"({CHART})('loss')")
+    page.route("**/stream*", lambda route: route.abort())
+    page.evaluate("document.getElementById('live').dispatchEvent(new CustomEvent('luthier:changed'))")
+    page.unroute("**/stream*")
+    page.context.set_offline(True)
+    life.say(*lives.steps(75, 90))
+    page.wait_for_timeout(300)
+    page.context.set_offline(False)
+    life.say(*lives.steps(91, 92))
+    until(page, "document.querySelector('.progress').innerText.includes('Step 92 of 120')")
+
+
+def test_charts_fit_their_place_and_follow_the_theme(page, served, session, user, tiny_registered):
+    page.goto(served + address(lives.running(session, user, tiny_registered)))
+    for width in (1280, 700, 320, 1000):
+        page.set_viewport_size({"width": width, "height": 900})
+        for name in ("loss", "memory_bytes"):
+            until(page, f"(() => {{ const s = ({CHART})('{name}'); return s && Math.abs(s[0] - s[2]) <= 1 && s[1] > 100 }})()")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"the page is wider than {width}"
+    pixels = "document.querySelector('[data-chart=loss] canvas').toDataURL()"
+    light = page.evaluate(pixels)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    until(page, f"({pixels}) !== {light!r}")
+
+
+def test_a_chart_says_the_value_under_the_pointer(page, served, session, user, tiny_registered):
+    page.goto(served + address(lives.running(session, user, tiny_registered)))
+    until(page, f"({CHART})('loss')")
+    page.hover("[data-chart=loss] .u-over", position={"x": 60, "y": 60})
+    until(page, "/^step \\d/.test(document.querySelector('[data-legend=loss] [data-at]').textContent)")
+    page.mouse.move(1, 1)
+    until(page, "document.querySelector('[data-legend=loss] [data-at]').textContent === ''")
+
+
+def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session, user, tiny_registered, dataset):  # noqa: F811
+    page.goto(f"{served}/jobs/new?model=tiny")
+    before = page.inner_text("#before")
+    page.fill("#strategy-rank", "64")
+    until(page, "document.querySelector('#before').innerText !== " + json.dumps(before))
+    page.fill("#strategy-rank", "0")
+    page.get_by_text("Rank must be 1 or more; you wrote 0.").first.wait_for()
+    assert page.is_disabled("#start")
+    page.fill("#strategy-rank", "16")
+    until(page, "!document.querySelector('#start').disabled")
+    page.locator(".card", has_text="Full re-training").click()
+    page.wait_for_selector("#strategy-rank", state="detached")
+    page.locator(".card", has_text="LoRA").first.click()
+    page.wait_for_selector("#strategy-rank")
+    assert page.input_value("#strategy-rank") == "16"
+    page.click("#start")
+    page.wait_for_url("**/jobs/ftjob-*")
+    assert "rank 16" in page.inner_text("main")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nobody_is_shut_out(page, served, session, user, tiny_registered, dataset, theme):  # noqa: F811
+    failed = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 3))
+    failed.fail(events.Failed(kind="diverged", message="The loss is not a number.", way_out="Lower the learning rate."))
+    done = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 24)).finish(24)
+    page.emulate_media(color_scheme=theme)
+    for path in (
+        "/jobs",
+        "/jobs/new",
+        "/jobs/new?strategy.rank=0",
+        *map(address, (lives.running(session, user, tiny_registered), failed, done)),
+    ):
+        page.goto(served + path)
+        page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = !d.matches('.menu'))")
+        assert violations(page) == [], path
+
+
+def test_without_scripts_the_page_shows_all_and_says_how_to_look_again(browser, served, session, user, tiny_registered):
+    context = browser.new_context(java_script_enabled=False)
+    page = sign_in(context, served, session, user)
+    if page.locator("main form button").count():
+        page.locator("main form button").first.click()
+    page.goto(served + address(lives.running(session, user, tiny_registered)))
+    said = page.inner_text("main")
+    assert "Step 74 of 120" in said and "Sample answers at step 72" in said and "Refresh" in said
+    page.click("#table-loss summary")
+    assert page.locator("#table-loss td").first.is_visible()
+    context.close()
