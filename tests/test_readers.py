@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from app import readers
 from app.errors import BadData, Unsupported
+from app.readers import _base, _json, _tables
 
 
 def read(tmp_path, name, data):
@@ -97,7 +98,7 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
 def test_a_line_too_long_is_skipped_without_being_held(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(_base, "LONGEST_LINE_BYTES", 3 << 20)
     long = "x" * (5 << 20)
     text = {
         "x.jsonl": '{"a": 1}\n{"a": "' + long + '"}\n{"a": 1}\n',
@@ -116,7 +117,7 @@ def test_any_json_list_is_read_back_whatever_the_chunks(values, indent, chunk):
     for ascii_ in (True, False):
         data = json.dumps(values, indent=indent, ensure_ascii=ascii_).encode()
         pieces = iter([data[at : at + chunk] for at in range(0, len(data), chunk)])
-        raws = list(readers._read_json(pieces))
+        raws = list(_json.read_json(pieces))
         assert [raw.row for raw in raws] == values
 
 
@@ -124,7 +125,7 @@ def test_any_json_list_is_read_back_whatever_the_chunks(values, indent, chunk):
 @settings(max_examples=100, deadline=None)
 def test_any_json_lines_are_read_back_whatever_the_chunks(values, chunk):
     data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
-    raws = list(readers._read_jsonl(iter([data[at : at + chunk] for at in range(0, len(data), chunk)])))
+    raws = list(_json.read_jsonl(iter([data[at : at + chunk] for at in range(0, len(data), chunk)])))
     assert [raw.row for raw in raws] == values
     assert [raw.line for raw in raws] == list(range(1, len(values) + 1))
 
@@ -134,7 +135,7 @@ def test_any_json_lines_are_read_back_whatever_the_chunks(values, chunk):
 def test_any_table_written_by_the_csv_module_is_read_back(cells):
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([("first", "second"), *cells])
-    raws = list(readers._read_csv(iter([out.getvalue().encode()])))
+    raws = list(_tables.read_csv(iter([out.getvalue().encode()])))
     assert [tuple(raw.row.values()) for raw in raws if raw.row] == cells
 
 
@@ -206,7 +207,7 @@ def test_text_in_paragraphs_lines_and_one_long_passage(tmp_path):
     assert rows(read(tmp_path, "x.txt", "one\ntwo\n")) == [(1, {"text": "one"}), (2, {"text": "two"})]
     text = "A sentence of some length. " * 1000
     pieces = [row["text"] for _, row in rows(read(tmp_path, "x.txt", text))]
-    assert all(len(piece) <= readers.LONGEST_PASSAGE and piece.endswith(".") for piece in pieces)
+    assert all(len(piece) <= _base.LONGEST_PASSAGE and piece.endswith(".") for piece in pieces)
     assert " ".join(pieces) == text.strip()
 
 

@@ -1,0 +1,23 @@
+"""What every reader gives, and the sizes it keeps to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from app.formats._base import Finding, Row
+
+LONGEST_LINE_BYTES = 16 << 20
+"""A longer line, field or element is reported and skipped without being held in memory."""
+LONGEST_PASSAGE = 4000
+"""Plain text is cut into passages of at most this many characters, so that a trainer's maximum length loses none of it."""
+MOST_UNPACKED_BYTES = 64 << 30
+LARGEST_RATIO = 200
+CHUNK_BYTES = 1 << 20
+
+
+class Raw(NamedTuple):
+    """A row, or a problem, at a line (1-based; for Parquet, and inside one-line JSON, the record)."""
+
+    line: int
+    row: Row | None
+    problem: Finding | None = None

@@ -1,0 +1,247 @@
+"""JSON Lines, JSON lists and JSON objects that follow each other: rows one by one, a broken one harming no other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from app.formats._base import Finding, Row, shown
+from app.readers import _base
+from app.readers._base import Raw
+from app.readers._bytes import chain, lines_of, text_of_line, too_long
+
+
+class _Odd(ValueError):
+    """JSON that Python would let through and that must not be."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Odd(
+            Finding("duplicate_key", f"The key “{shown(twice, 60)}” stands twice in one object. Keep one of them.", shown(twice, 60))
+        )
+    return result
+
+
+def _constant(name: str) -> Any:
+    raise _Odd(Finding("not_a_number", f"{name} is not JSON. Write null or a number.", value=name))
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+_surrogates = re.compile("[\ud800-\udfff]")
+
+
+def parse_json(text: str) -> Row | Finding:
+    """One row from its JSON text, or what is wrong with it."""
+    try:
+        value = _decoder.decode(text)
+    except _Odd as odd:
+        return odd.finding
+    except RecursionError:
+        return Finding("too_deep", "This JSON is nested deeper than can be read. Flatten it.", value=shown(text, 60))
+    except json.JSONDecodeError as error:
+        return Finding(
+            "invalid_json",
+            f"Not valid JSON: {error.msg} at character {error.pos + 1}. {_hint(text, error)}".strip(),
+            value=shown(text, 120),
+        )
+    except ValueError as error:  # an integer of more than 4,300 digits
+        return Finding("invalid_json", f"Not valid JSON: {str(error)[:120]}.", value=shown(text, 60))
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
+        return Finding("wrong_shape", f'A row must be an object like {{"prompt": …}}, and this is {kind}.', value=shown(value, 120))
+    if "\\u" in text.lower() and (found := _lone_surrogate(value)):
+        return found
+    return value
+
+
+def _hint(text: str, error: json.JSONDecodeError) -> str:
+    stripped = text.strip()
+    if error.msg.startswith("Extra data"):
+        return "Two rows may stand on one line: write each on a line of its own."
+    if stripped in ("{", "[") or (stripped.startswith("{") and error.pos >= len(text.rstrip())):
+        return "The object does not end on this line: in a .jsonl file every row stands on one line; name a pretty-printed file .json."
+    if stripped.startswith("{'") or "': '" in stripped:
+        return "JSON needs double quotes, as Python's json.dumps writes them."
+    if re.search(r",\s*[}\]]", text[max(0, error.pos - 20) : error.pos + 2]):
+        return "Take away the comma before the closing bracket."
+    if "control character" in error.msg:
+        return "Write line breaks as \\n and tabs as \\t inside a text, and remove other control characters."
+    return ""
+
+
+def _lone_surrogate(value: Any, column: str = "") -> Finding | None:
+    if isinstance(value, str):
+        found = _surrogates.search(value)
+        return found and Finding(
+            "lone_surrogate",
+            f"The text holds half of a character (\\u{ord(found.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
+            column or None,
+            shown(value),
+        )
+    if isinstance(value, dict):
+        pairs = [(item, f"{column}.{shown(key, 60)}" if column else shown(key, 60)) for key, item in value.items()]
+        pairs += [(key, column) for key in value]
+    elif isinstance(value, list):
+        pairs = [(item, f"{column}[{index}]") for index, item in enumerate(value)]
+    else:
+        return None
+    return next((finding for item, at in pairs if (finding := _lone_surrogate(item, at))), None)
+
+
+def _row(line: int, data: bytes) -> Raw:
+    text = text_of_line(data)
+    if isinstance(text, Finding):
+        return Raw(line, None, text)
+    row = parse_json(text)
+    return Raw(line, None, row) if isinstance(row, Finding) else Raw(line, row)
+
+
+def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first byte that is not white space, and all the chunks again."""
+    seen: list[bytes] = []
+    first = b""
+    for chunk in chunks:
+        seen.append(chunk)
+        first = chunk.lstrip()[:1]
+        if first or len(seen) > 8:
+            break
+
+    def again() -> Iterator[bytes]:
+        while seen:
+            yield seen.pop(0)
+        yield from chunks
+
+    return first, again()
+
+
+def read_jsonl(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    first, chunks = _peek(chunks)
+    if first == b"[":
+        yield Raw(1, None, Finding("json_array", "The file holds one JSON list, so it was read as .json.", severity="note"))
+        yield from _elements(chunks)
+        return
+    for number, line in lines_of(chunks):
+        if line is None:
+            yield Raw(number, None, too_long())
+        elif line.strip():
+            yield _row(number, line)
+
+
+_WRAPPED = re.compile(rb'\s*\{\s*"(?:data|rows|train|examples|items|records|dataset)"\s*:\s*(?=\[)')
+
+
+def read_json(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    first, chunks = _peek(chunks)
+    if first == b"[":
+        yield from _elements(chunks)
+        return
+    if first != b"{":
+        yield from read_jsonl(chunks)
+        return
+    head = next(chunks)
+    wrapped = _WRAPPED.match(head)
+    if wrapped:  # {"data": [row, row, …]}
+        yield from _elements(chain(head[wrapped.end() :], chunks))
+    else:  # objects one after the other, on lines of their own or pretty-printed
+        cutter = _Cutter(array=False)
+        for chunk in chain(head, chunks):
+            yield from (_cut_row(*item) for item in cutter.feed(chunk))
+        yield from (_cut_row(*item) for item in cutter.emit())
+
+
+def _elements(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    cutter = _Cutter(array=True)
+    for chunk in chunks:
+        yield from (_cut_row(*item) for item in cutter.feed(chunk))
+        if cutter.done:
+            return
+    yield from (_cut_row(*item) for item in cutter.emit())
+    text = "The list does not end with “]”: the file may have been cut off. The rows before this line were read."
+    yield Raw(cutter.line, None, Finding("invalid_json", text))
+
+
+def _cut_row(line: int, data: bytes | None) -> Raw:
+    return Raw(line, None, too_long("element")) if data is None else _row(line, data)
+
+
+_STRUCTURE = re.compile(rb'["{}\[\],]')
+_IN_TEXT = re.compile(rb'["\\]')
+
+
+class _Cutter:
+    """Cuts a JSON array, or objects that follow each other, into pieces by their brackets alone.
+
+    Each piece is parsed by itself afterwards, so a broken one harms no other, and depth costs nothing but a counter.
+    """
+
+    def __init__(self, *, array: bool) -> None:
+        self.array = array
+        self.done = False
+        self.line = 1
+        self._start_line = 1
+        self._buffer = bytearray()
+        self._too_long = False
+        self._depth = 0
+        self._in_text = False
+        self._escaped = False
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
+        """The pieces that end in this chunk, as (line, bytes); None for one too long to be held."""
+        at = taken = 0
+        while True:
+            if self._escaped and at < len(chunk):
+                self._escaped, at = False, at + 1
+            match = None if self._escaped else (_IN_TEXT if self._in_text else _STRUCTURE).search(chunk, at)
+            if match is None:
+                self._take(chunk[taken:])
+                return
+            token, at = match.group(), match.end()
+            if self._in_text:
+                self._escaped, self._in_text = token == b"\\", token == b"\\"
+            elif token == b'"':
+                self._in_text = True
+            elif token in b"{[":
+                self._depth += 1
+                if self.array and self._depth == 1:  # the bracket of the list itself
+                    self.line += chunk.count(b"\n", 0, at)
+                    taken = at
+            elif token == b",":
+                if self.array and self._depth == 1:
+                    self._take(chunk[taken : at - 1])
+                    yield from self.emit(always=True)
+                    taken = at
+            else:
+                self._depth = max(0, self._depth - 1)
+                if self._depth == 0:
+                    self._take(chunk[taken : at - 1] if self.array else chunk[taken:at])
+                    yield from self.emit()
+                    taken = at
+                    if self.array:
+                        self.done = True
+                        return
+
+    def emit(self, *, always: bool = False) -> Iterator[tuple[int, bytes | None]]:
+        if self._buffer or self._too_long or always:
+            yield self._start_line, None if self._too_long else bytes(self._buffer)
+        self._buffer, self._too_long = bytearray(), False
+
+    def _take(self, part: bytes) -> None:
+        if self._buffer:
+            self._buffer += part
+        elif not self._too_long:
+            stripped = part.lstrip()
+            self._start_line = self.line + part.count(b"\n", 0, len(part) - len(stripped))
+            self._buffer += stripped
+        self.line += part.count(b"\n")
+        if len(self._buffer) > _base.LONGEST_LINE_BYTES:
+            self._too_long, self._buffer = True, bytearray()

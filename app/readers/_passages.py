@@ -1,0 +1,49 @@
+"""Plain text: passages between blank lines, or lines, none longer than a trainer would take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from app.formats._base import Finding, shown
+from app.readers import _base
+from app.readers._base import Raw
+from app.readers._bytes import chain, lines_of, text_of_line, too_long
+
+
+def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    """Passages between blank lines, or single lines where the file has no blank line near its start."""
+    head = next(chunks, b"")
+    by_paragraph = re.search(rb"\n[ \t\r]*\n", head.strip()) is not None
+    start, parts, held = 1, list[str](), 0
+    for number, line in lines_of(chain(head, chunks)):
+        text = text_of_line(line) if line is not None else too_long()
+        if isinstance(text, str) and "\0" in text:
+            text = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
+        if isinstance(text, Finding):
+            yield Raw(number, None, text)
+            continue
+        if parts and (not text.strip() or not by_paragraph or held > _base.LONGEST_PASSAGE):
+            yield from _passages(start, "\n".join(parts))
+            parts, held = [], 0
+        if text.strip():
+            if not parts:
+                start = number
+            parts.append(text.rstrip())
+            held += len(text)
+    if parts:
+        yield from _passages(start, "\n".join(parts))
+
+
+def _passages(line: int, text: str) -> Iterator[Raw]:
+    """A passage, cut at the end of a sentence or a word where it is longer than _base.LONGEST_PASSAGE."""
+    at = 0
+    while at < len(text):
+        end = min(len(text), at + _base.LONGEST_PASSAGE)
+        if end < len(text):
+            cuts = [text.rfind(mark, at + _base.LONGEST_PASSAGE // 2, end) for mark in (". ", ".\n", "\n", " ")]
+            end = next((cut + 1 for cut in cuts if cut > 0), end)
+        piece = text[at:end].strip()
+        if piece:
+            yield Raw(line + text.count("\n", 0, at), {"text": piece})
+        at = end

@@ -1,0 +1,151 @@
+"""Tables: csv and tsv, with whatever delimiter, and Parquet."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from app.errors import BadData
+from app.formats._base import Finding, shown
+from app.readers import _base
+from app.readers._base import Raw
+from app.readers._bytes import lines_of, text_of_line, too_long
+
+
+def read_csv(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    yield from _read_table(chunks, None)
+
+
+def read_tsv(chunks: Iterator[bytes]) -> Iterator[Raw]:
+    yield from _read_table(chunks, "\t")
+
+
+class _TextLines:
+    """Lines as text for the csv module, remembering what was wrong with those since the last row."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._lines = lines_of(chunks)
+        self.problem: Finding | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for _, line in self._lines:
+            if line is None:
+                self.problem = too_long()
+                yield "\n"
+                continue
+            text = text_of_line(line)
+            if isinstance(text, Finding):
+                self.problem = text
+                text = line.decode("utf-8", "replace")
+            if "\0" in text:
+                self.problem = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
+                text = text.replace("\0", "")
+            yield text + "\n"
+
+
+def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]:
+    csv.field_size_limit(_base.LONGEST_LINE_BYTES)
+    lines = _TextLines(chunks)
+    feed = iter(lines)
+    head = next((line for line in feed if line.strip()), "")
+    delimiter = delimiter or max(",;\t|", key=lambda mark: (head.count(mark), mark == ","))
+    reader = csv.reader(_chain_text(head, feed), delimiter=delimiter, strict=True)
+    header = _header(reader)
+    while True:
+        line = reader.line_num + 1
+        lines.problem = None
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Raw(line, None, _csv_problem(error, line, reader.line_num))
+            continue
+        if lines.problem:
+            yield Raw(line, None, lines.problem)
+        elif len(cells) == len(header):
+            yield Raw(line, dict(zip(header, cells, strict=True)))
+        elif any(cell.strip() for cell in cells):
+            yield Raw(line, None, _ragged(cells, header, delimiter))
+
+
+def _chain_text(head: str, feed: Iterator[str]) -> Iterator[str]:
+    yield head
+    yield from feed
+
+
+def _header(reader: Any) -> list[str]:
+    try:
+        names = [name.strip() for name in next(reader)]
+    except (StopIteration, csv.Error) as error:
+        raise BadData(
+            f"The first line is not a header of column names ({error}).", way_out="Begin the file with one line of names.", param="file"
+        ) from None
+    names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
+    if len(names) > 10_000:
+        raise BadData(
+            f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
+    return names
+
+
+def _csv_problem(error: csv.Error, first: int, last: int) -> Finding:
+    if "unexpected end" in str(error):
+        return Finding("open_quote", f"A quote that opens in the row of line {first} is never closed. Double every quote inside a field.")
+    if "field limit" in str(error) or "larger than field" in str(error):
+        return Finding(
+            "line_too_long",
+            f"A field here is larger than {_base.LONGEST_LINE_BYTES >> 20} MiB; a quote may never be closed. Double every quote inside a field.",
+        )
+    return Finding("bad_quotes", f"The quotes of line {last} cannot be read: {error}. Double every quote inside a field.")
+
+
+def _ragged(cells: list[str], header: list[str], delimiter: str) -> Finding:
+    mark = {"\t": "tab", ";": "semicolon", "|": "bar"}.get(delimiter, "comma")
+    advice = f"Put quotes around a field that holds a {mark}." if len(cells) > len(header) else "A field is missing."
+    return Finding(
+        "ragged", f"This row has {len(cells)} fields and the header has {len(header)}. {advice}", value=shown(delimiter.join(cells), 120)
+    )
+
+
+def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if packed:
+        raise BadData("A Parquet file is compressed inside already.", way_out="Upload the .parquet file without .gz.", param="file")
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(names) > 10_000:
+            raise BadData(
+                f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=256, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield Raw(number, {key: _plain_value(value) for key, value in row.items()})
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, pa.ArrowMemoryError):
+            raise MemoryError from None
+        raise BadData(
+            f"The Parquet file cannot be read: {shown(str(error), 200)}.", way_out="Write it again, or convert it to .jsonl.", param="file"
+        ) from None
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, dict):
+        return {key: _plain_value(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
