@@ -86,21 +86,22 @@ class Tokenised:
         return len(self.lines)
 
 
-def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int) -> Tokenised:
-    """Every row rendered once. Raises BadRow with the line of the first that cannot be."""
+def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> Tokenised:
+    """Every row rendered once, at most `max_length` tokens with the placeholders of `lead` before it. Raises BadRow with the
+    line of the first row that cannot be rendered."""
     ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
     for line, row in rows:
         try:
-            rendered = render_row(tokenizer, row, kind, max_length)
+            rendered = render_row(tokenizer, row, kind, max_length - len(lead))
         except BadData as error:
             raise BadRow(line, error) from None
         cut += rendered.cut
         if not any(rendered.trained):
             skipped.append(line)
             continue
-        ids.append(np.asarray(rendered.ids, dtype=np.int32))
-        trained.append(np.asarray(rendered.trained, dtype=bool))
-        starts.append(starts[-1] + len(rendered.ids))
+        ids.append(np.asarray([*lead, *rendered.ids], dtype=np.int32))
+        trained.append(np.asarray([False] * len(lead) + rendered.trained, dtype=bool))
+        starts.append(starts[-1] + len(ids[-1]))
         lines.append(line)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     mask = np.concatenate(trained) if trained else np.zeros(0, bool)

@@ -2,7 +2,7 @@
 
     checkpoint-<step>/
       weights/               what the strategy's `save` wrote, strategy.json and the tokenizer: the playground loads it
-      trainer/               optimizer.safetensors, rng.safetensors, trained.safetensors (weights not found in weights/ as they are)
+      trainer/               optimizer, rng, extra (the strategy's own state) and trained (weights that weights/ does not hold as they are)
       trainer/state.json     counters, early stopping, the facts of the engine, the base's answers
       manifest.json          sizes and SHA-256 of all of these
 
@@ -125,6 +125,7 @@ def save(
         save_file(_separate(missing), own / "trained.safetensors")
         save_file(optimizer, own / "optimizer.safetensors")
         save_file(rng, own / "rng.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in strategy.extra_state(model).items()}, own / "extra.safetensors")
         (own / "state.json").write_text(json.dumps(asdict(state), indent=1))
 
     return write_folder(attempt / f"checkpoint-{state.step}", fill, step=state.step)

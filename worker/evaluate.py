@@ -79,11 +79,15 @@ def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longes
     return found
 
 
-def answers(model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine) -> list[str]:
-    """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values."""
+def answers(
+    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = ()
+) -> list[str]:
+    """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values.
+    `lead` are the placeholders of a soft prompt."""
     if not asked:
         return []
     inner = plain_model(model)
+    asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
     longest = max(len(q.ids) for q in asked)
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)

@@ -43,8 +43,10 @@ def load_tokenizer(ref: ModelRef) -> Any:
         raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", way_out="Add the model again.") from error
 
 
-def load_base(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
-    """The weights in `ref.path` alone, in `dtype`, on `device`, in evaluation mode; adapters are left out."""
+def load_base(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> PreTrainedModel:
+    """The weights in `ref.path` alone, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode; adapters are left out."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder_of(ref.path),
@@ -53,6 +55,7 @@ def load_base(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str 
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            **_in_bits(bits, dtype, device),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -60,7 +63,17 @@ def load_base(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str 
         raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
     # What is saved later names the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
-    return model.to(device).eval()
+    return model.eval() if bits else model.to(device).eval()
+
+
+def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The arguments that load a base in few bits: NF4 with doubly quantised scales (Dettmers et al. 2023, QLoRA, section 3)."""
+    if bits is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True})), "device_map": {"": device}}
 
 
 def load_strategy(folder: Path) -> Strategy:
@@ -90,12 +103,14 @@ def load_model(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str
     return model.to(device).eval()
 
 
-def load_plain(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> torch.nn.Module:
+def load_plain(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> torch.nn.Module:
     """The whole model with every adapter merged into its weights: what a further tuning starts from.
 
     Raises BadModel when one of them cannot be merged.
     """
-    model: torch.nn.Module = load_base(ref, dtype, attention, device)
+    model: torch.nn.Module = load_base(ref, dtype, attention, device, bits)
     for adapter in ref.adapters:
         strategy = load_strategy(folder_of(adapter.path))
         if not strategy.merges:
@@ -104,4 +119,4 @@ def load_plain(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str
                 way_out="Tune the model it came from instead.",
             )
         model = strategy.merge(lay_adapter(model, adapter))
-    return model.to(device).eval()
+    return model.eval()

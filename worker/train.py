@@ -80,6 +80,7 @@ class Trainee:
     trained: optim.Named
     optimizer: torch.optim.Optimizer
     data: Data
+    lead: list[int]  # placeholders before every sequence, for strategies that learn what stands there
     state: State
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
@@ -99,9 +100,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     """
     control = control or Control()
     began = time.monotonic()
-    if spec.task != "generation":
-        raise BadData(f"The task {spec.task} is not learnt by gradient steps on text.", way_out="Choose the task generation.")
     run, strategy = spec.run, spec.strategy
+    if spec.task != "generation" or type(strategy).recipe != "gradient":
+        raise BadData(f"{strategy.title} for the task {spec.task} is not learnt by this recipe.", way_out="Choose the task generation.")
     found = checkpoint.newest(runs or folder.parent)
     state = checkpoint.read_state(found) if found else State()
 
@@ -112,10 +113,11 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     tokenizer = load_tokenizer(spec.model)
     plain_template = prepare_tokenizer(tokenizer)
-    data = read_data(spec, tokenizer)
+    lead = [tokenizer.pad_token_id] * strategy.virtual_tokens()
+    data = read_data(spec, tokenizer, lead)
     yield from _remarks(data, spec, plain_template)
 
-    model = load_plain(spec.model, engine.frozen, attention.NAME, str(engine.device))
+    model = load_plain(spec.model, engine.frozen, attention.NAME, str(engine.device), type(strategy).base_bits)
     kernels.use_fused_norms(model)
     if not found and data.questions:
         state.base_answers = evaluate.answers(model, tokenizer, data.questions, run.sample_tokens, engine)
@@ -125,15 +127,18 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, peak_rate(spec), run.weight_decay, run.optimizer)
 
+    strategy.begin(model, data.total_steps)
+
     facts = {**engine.facts(), "spec": spec_digest(spec), "dataset": spec.dataset.sha256}
     exact = not found or state.facts == facts
     if found:
         checkpoint.load_weights(found, trained)
         optim.load_state(optimizer, trained, checkpoint.read_tensors(found, "optimizer"))
+        strategy.restore(model, checkpoint.read_tensors(found, "extra"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
-    job = Trainee(spec, folder, engine, tokenizer, model, trained, optimizer, data, state, began - state.wall_seconds)
+    job = Trainee(spec, folder, engine, tokenizer, model, trained, optimizer, data, lead, state, began - state.wall_seconds)
     yield started(job, state.step if found else None, exact, recompute, time.monotonic() - began)
     del found
 
@@ -165,7 +170,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def read_data(spec: JobSpec, tokenizer: Any) -> Data:
+def read_data(spec: JobSpec, tokenizer: Any, lead: list[int]) -> Data:
     """Rows split, rendered once, and counted. Raises BadData when nothing is left to learn."""
     run, kind = spec.run, spec.model.kind
     rows = batches.read_rows(spec.dataset)
@@ -174,14 +179,15 @@ def read_data(spec: JobSpec, tokenizer: Any) -> Data:
     else:
         train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed)
     longest = min(run.max_length, spec.model.shape.positions)
-    train_data = batches.tokenise(tokenizer, train_rows, kind, longest)
-    held_out = batches.tokenise(tokenizer, held_rows, kind, longest)
+    train_data = batches.tokenise(tokenizer, train_rows, kind, longest, lead)
+    held_out = batches.tokenise(tokenizer, held_rows, kind, longest, lead)
     if not len(train_data):
         raise BadData(
             f"None of the {len(train_rows)} rows has an answer to learn within {longest} tokens.",
             way_out="Raise the longest length, or check that the rows have assistant turns with weight 1.",
         )
-    asked = evaluate.questions(tokenizer, held_rows, kind, run.samples, spec.model.shape.positions - run.sample_tokens)
+    room = spec.model.shape.positions - run.sample_tokens - len(lead)
+    asked = evaluate.questions(tokenizer, held_rows, kind, run.samples, room)
     budget = math.ceil(run.max_tokens_per_step / run.accumulation)
     packs = len(plan(train_data.lengths, budget, seed=run.seed, epoch=0))
     total = max(1, math.ceil(run.epochs * packs / run.accumulation))
@@ -258,11 +264,15 @@ def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torc
         state.tokens += batch.tokens
         state.trained_tokens += batch.trained
     state.step += 1
+    extra = job.spec.strategy.regulariser(job.model)
+    if extra is not None:
+        extra.backward()
     norm = optim.clip(job.trained, run.max_grad_norm)
     rate = optim.rate(state.step, job.data.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
     optim.skip_if_not_finite(job.optimizer, norm + total)
     job.optimizer.step()
+    job.spec.strategy.after_step(job.model, state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -334,7 +344,7 @@ def judge(job: Trainee) -> Iterator[events.Evaluated | events.Sampled]:
     if data.questions:
         told = state.base_answers
         if state.step:
-            told = evaluate.answers(job.model, job.tokenizer, data.questions, run.sample_tokens, job.engine)
+            told = evaluate.answers(job.model, job.tokenizer, data.questions, run.sample_tokens, job.engine, job.lead)
         samples = [
             events.Sample(prompt=q.text, reference=q.reference, base=base, answer=answer)
             for q, base, answer in zip(data.questions, state.base_answers, told, strict=True)
