@@ -24,12 +24,12 @@ from pydantic import BaseModel
 from sqlalchemy import ColumnElement, Select, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, files, formats, ids, queue, readers, sandbox
+from app import db, files, formats, ids, queue, readers, recount, sandbox
 from app.errors import BadData, BadField, Conflict, NotFound, StudioError
 from app.intake import VERSION
 from app.settings import get_settings
 from app.spec import DatasetRef
-from app.tables import Dataset, File, Finding, Job, Model, Outbox, User
+from app.tables import Dataset, File, Finding, Job, Outbox, User
 
 log = logging.getLogger("luthier.datasets")
 
@@ -330,9 +330,10 @@ def read(dataset_id: uuid.UUID) -> None:
     """Body of the task READ: claim, read in a child, record. Each step is a transaction of its own."""
     with db.transaction() as session:
         fence = claim(session, dataset_id)
-        if fence is None:
-            return
-        payload = _payload(session, session.get_one(Dataset, dataset_id))
+        payload = _payload(session, session.get_one(Dataset, dataset_id)) if fence is not None else {}
+    if fence is None:
+        recount.count(dataset_id)  # nothing to read; its tokens may be uncounted still
+        return
     folder = get_settings().folder("rows", str(dataset_id))
     rows = folder / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
@@ -355,7 +356,7 @@ def read(dataset_id: uuid.UUID) -> None:
 
 def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
-    model = _counting_model(session)
+    model = recount.counting_model(session)
     return {
         "sha256": file.sha256 if file and file.deleted_at is None else None,
         "filename": file.filename if file else "",
@@ -364,16 +365,6 @@ def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
         "tokenizer": str(get_settings().data_dir / model.path) if model and model.path else None,
         "tokenizer_name": model.name if model else None,
     }
-
-
-def _counting_model(session: Session) -> Model | None:
-    """The model whose tokenizer counts: the oldest base that is ready, which is the starter model."""
-    query = select(Model).where(Model.status == "ready", Model.base_id.is_(None), Model.path.is_not(None), Model.deleted_at.is_(None))
-    query = query.where(Model.kind.not_in(("encoder", "classifier"))).order_by(Model.created_at)
-    for model in session.scalars(query):
-        if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists():
-            return model
-    return None
 
 
 class _Reading:
@@ -513,7 +504,7 @@ def reap(session: Session) -> int:
         queue.put_in_outbox(session, queue.READ, dataset.id)
         announced += 1
     _sweep(session)
-    return announced
+    return announced + recount.order(session)
 
 
 _swept_at = float("-inf")

@@ -67,7 +67,7 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         "sha256": rows.sha256,
         "report": report.result()
         | {"reason": reason, "other_formats": others, "columns": columns_of(sample), "version": VERSION}
-        | (counter.result() if counter else {}),
+        | (counter.result() | {"tokenizer": payload.get("tokenizer_name")} if counter else {}),
     }
 
 

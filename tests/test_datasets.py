@@ -7,7 +7,7 @@ import time
 import pytest
 from sqlalchemy import func, select, text, update
 
-from app import datasets, db, files, queue, sandbox
+from app import datasets, db, files, queue, recount, sandbox
 from app.errors import BadField, Conflict, Unsupported
 from app.tables import Dataset, Finding, Job, Outbox
 
@@ -63,6 +63,20 @@ def test_tokens_are_counted_as_the_model_counts_them(session, make, tiny_registe
     assert stats.tokens == wanted
     assert 0 < stats.trained_tokens < stats.tokens
     assert stats.longest >= wanted / 20
+
+
+def test_a_dataset_older_than_the_first_model_is_counted_later(session, make, request):
+    dataset = read(session, make())
+    assert recount.order(session) == 0
+    request.getfixturevalue("tiny_registered")
+    session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
+    assert recount.order(session) == 1
+    assert recount.order(session) == 0
+    session.commit()
+    hash_before = dataset.rows_sha256
+    read(session, dataset)
+    assert (dataset.status, dataset.rows_sha256, dataset.report["tokenizer"]) == ("ready", hash_before, "tiny")
+    assert datasets.stats(dataset).tokens == read(session, make(rows(20), name="again.ndjson")).report["tokens"] > 0
 
 
 def test_the_same_rows_have_the_same_hash_and_other_rows_another(session, make):

@@ -1,0 +1,83 @@
+"""Counting a dataset's tokens after it was read: a studio's first datasets are often there before its first model.
+
+The reaper orders it by the same message that orders reading; `count` takes it when there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+
+from sqlalchemy import ColumnElement, cast, func, or_, select, update
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session
+
+from app import db, queue, sandbox
+from app.settings import get_settings
+from app.tables import Dataset, Model, Outbox
+
+SECONDS = 600
+"""How long a count may hold its lease; it tells no progress."""
+
+
+def counting_model(session: Session) -> Model | None:
+    """The model whose tokenizer counts: the oldest base that is ready, which is the starter model."""
+    query = select(Model).where(Model.status == "ready", Model.base_id.is_(None), Model.path.is_not(None), Model.deleted_at.is_(None))
+    query = query.where(Model.kind.not_in(("encoder", "classifier"))).order_by(Model.created_at)
+    for model in session.scalars(query):
+        if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists():
+            return model
+    return None
+
+
+def _uncounted() -> ColumnElement[bool]:
+    """Ready, and neither counted nor tried in vain."""
+    return (
+        (Dataset.status == "ready")
+        & Dataset.deleted_at.is_(None)
+        & ~Dataset.report.has_key("tokens")
+        & ~Dataset.report.has_key("uncountable")
+    )
+
+
+def _free() -> ColumnElement[bool]:
+    return or_(Dataset.lease_until.is_(None), Dataset.lease_until < func.clock_timestamp())
+
+
+def order(session: Session) -> int:
+    """Order the counts that can be made now. Returns how many."""
+    waiting = select(Dataset.id).where(_uncounted(), _free())
+    if session.scalar(waiting.limit(1)) is None or counting_model(session) is None:
+        return 0
+    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == Dataset.id, Outbox.task == queue.READ, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
+    )
+    found = session.scalars(waiting.where(~spoken_of.exists()).order_by(Dataset.created_at).limit(20)).all()
+    for key in found:
+        queue.put_in_outbox(session, queue.READ, key)
+    return len(found)
+
+
+def count(dataset_id: uuid.UUID) -> None:
+    """Count one dataset's tokens in a limited child, unless that is done or being done."""
+    with db.transaction() as session:
+        model = counting_model(session)
+        if model is None:
+            return
+        claim = update(Dataset).where(Dataset.id == dataset_id, _uncounted(), _free())
+        claim = claim.values(fence=Dataset.fence + 1, lease_until=func.clock_timestamp() + timedelta(seconds=SECONDS))
+        claimed = session.execute(claim.returning(Dataset.fence, Dataset.rows_path)).one_or_none()
+        if claimed is None:
+            return
+        data = get_settings().data_dir
+        payload = {"rows": str(data / claimed.rows_path), "tokenizer": str(data / str(model.path)), "name": model.name}
+    limits = sandbox.Limits(seconds=SECONDS - 10, cpu_seconds=2 * SECONDS)
+    try:
+        counted = sandbox.run("app.token_counts:count", payload, limits, folder=get_settings().folder("tmp"))
+    except (sandbox.Killed, sandbox.Refused) as error:
+        counted = {"uncountable": str(error)[:500]}  # the data is good all the same: estimates go by its characters
+    with db.transaction() as session:
+        done = update(Dataset).where(Dataset.id == dataset_id, Dataset.fence == claimed.fence)
+        session.execute(done.values(report=Dataset.report.op("||")(cast(counted, JSONB)), lease_until=None))
+        queue.wake(session, "dataset", dataset_id)
