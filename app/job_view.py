@@ -26,8 +26,8 @@ def url(job: Job) -> str:
     return f"/jobs/{ids.public(ids.JOB, job.id)}"
 
 
-def model_url(name: str) -> str:
-    return f"/models/{name}"
+def model_url(model_id: Any) -> str:
+    return f"/models/{ids.public(ids.MODEL, model_id)}"
 
 
 def dataset_url(dataset_id: Any) -> str:
@@ -35,7 +35,7 @@ def dataset_url(dataset_id: Any) -> str:
 
 
 def playground_url(*names: str) -> str:
-    return f"/playground?{urlencode([('model', name) for name in names])}"
+    return f"/playground?{urlencode([('models', name) for name in names])}"
 
 
 def count(value: int) -> str:
@@ -125,7 +125,7 @@ def page(session: Session, user: User, job: Job) -> dict[str, Any]:
         "url": url(job),
         "spec": spec,
         "strategy": strategy,
-        "model_url": model_url(spec.model.name),
+        "model_url": model_url(job.model_id),
         "dataset_url": dataset_url(spec.dataset.id),
         "rows": spec.dataset.rows,
         "progress": progress,
@@ -138,7 +138,7 @@ def page(session: Session, user: User, job: Job) -> dict[str, Any]:
         "suggestion_text": ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in (suggestion or {}).items()),
         "tuned": tuned,
         "compare_url": playground_url(spec.model.name, tuned.name) if tuned else "",
-        "download_url": f"{model_url(tuned.name)}/download" if tuned else "",
+        "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "forgetting": forgetting(job.forgetting or (progress.finished.forgetting if progress.finished else None)),
         "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
         "settings": [(name, as_text(value)) for name, value in strategy.model_dump(exclude={"name"}).items() if value is not None][:4],

@@ -120,10 +120,10 @@ def test_a_table_says_what_a_chart_shows(client, session, user, tiny_registered)
     assert {1, 12, 24, 36, 48, 60, 72, 74} <= shown
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_the_page_can_show_a_job_of_every_strategy(client, session, user, tiny_registered, name):
-    page = client.get(address(lives.order(session, user, tiny_registered, strategy=name)))
-    assert page.status_code == 200 and STRATEGIES[name].title in html.unescape(page.text)
+def test_the_page_can_show_a_job_of_every_strategy(client, session, user, tiny_registered):
+    for name, strategy in STRATEGIES.items():
+        page = client.get(address(lives.order(session, user, tiny_registered, strategy=name)))
+        assert page.status_code == 200 and strategy.title in html.unescape(page.text), name
 
 
 def test_a_failed_job_says_why_and_what_to_do_and_offers_it_as_one_click(client, session, user, tiny_registered, dataset):
@@ -147,6 +147,11 @@ def test_a_finished_job_leads_to_the_playground(client, session, user, tiny_regi
     page = client.get(address(life))
     name = jobs.tuned_model(session, jobs.get(session, user, life.job_id)).name
     assert "Compare in the playground" in page.text and name in page.text
+    for link in re.findall(r'href="(/(?:playground|models)[^"]*)"', page.text):  # where the page leads, somebody answers
+        if not link.endswith("/download"):
+            assert client.get(html.unescape(link)).status_code == 200, link
+    compare = re.search(r'href="(/playground[^"]*)">Compare', page.text).group(1)
+    assert html.unescape(compare).count("models=") == 2
     assert 'data-live="false"' in page.text
     assert "2.5100 1.1300" in words(page)
 
