@@ -15,7 +15,7 @@ help:
 	@sed -n '1,2p' Makefile
 
 studio: $(VENV)/.installed
-	@$(BIN)/luthier models add $(STARTER) || echo "The studio starts without a model; the page Models can add one."
+	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
 	@exec $(BIN)/luthier up
 
 test: $(VENV)/.installed-test $(VENV)/.browser

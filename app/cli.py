@@ -122,10 +122,17 @@ def add_model(
         Path | None, typer.Option(help="Folder saved by save_pretrained().", exists=True, file_okay=False, resolve_path=True)
     ] = None,
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's licence terms.")] = False,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Bring a starter's files; the next `luthier up` takes them in.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Bring a model into the studio."""
     choose(data_dir=data_dir)
+    if files_only:
+        from app import starters
+
+        starters.ensure(name, accept_terms=accept_terms)
+        say(f"{name} is here.")
+        return
 
     def order(session: Session, user: User) -> Any:
         from app import models as service
