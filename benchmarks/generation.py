@@ -5,6 +5,7 @@
 Measured warm, on prompts that differ from each other: time to the first token of a lone chat (p50 and p95); tokens per
 second of one chat alone, and of several at once spread over LoRA adapters of one base; the same prompts one after the
 other through `model.generate`, and as one padded batch of it (the base alone, since it cannot mix adapters).
+Beside the clock stands the processor's time per token, which other programs on the machine hardly change.
 Tokens are counted until each answer's end; the end token is switched off, so that every engine writes the same number.
 """
 
@@ -108,13 +109,14 @@ def plain(model_folder: Path, chats: int, tokens: int, device: str) -> dict[str,
         return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
 
     model.generate(**encode(range(1)), **how)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for i in range(2):
         model.generate(**encode(range(100 + i, 101 + i)), **how)
-    alone = 2 * tokens / (time.perf_counter() - began)
-    began = time.perf_counter()
+    alone, alone_cpu = 2 * tokens / (time.perf_counter() - began), (time.process_time() - cpu) / 2 / tokens
+    began, cpu = time.perf_counter(), time.process_time()
     model.generate(**encode(range(200, 200 + chats)), **how)
-    return {"alone": alone, "batch": chats * tokens / (time.perf_counter() - began)}
+    batch, batch_cpu = chats * tokens / (time.perf_counter() - began), (time.process_time() - cpu) / chats / tokens
+    return {"alone": alone, "batch": batch, "alone_cpu": alone_cpu, "batch_cpu": batch_cpu}
 
 
 def measure(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -> dict[str, Any]:
@@ -134,12 +136,17 @@ def measure(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -
             run_engine(engine, ref, 900 + i, 4, bias)
         lone = [run_engine(engine, refs[0], 300 + i, 4, bias) for i in range(12)]
         alone, together, firsts = [], [], [x["first"] for x in lone]
+        alone_cpu, together_cpu = [], []
         crowd_firsts: list[float] = []
         for r in range(rounds):
+            cpu = time.process_time()
             one = run_engine(engine, refs[1 % len(refs)], 400 + r, tokens, bias)
+            alone_cpu.append((time.process_time() - cpu) / one["tokens"])
+            cpu = time.process_time()
             alone.append(one["tokens"] / one["seconds"])
             seconds, found = crowd(engine, refs[1:] or refs, range(500 + 50 * r, 500 + 50 * r + chats), tokens, bias)
             together.append(sum(x["tokens"] for x in found) / seconds)
+            together_cpu.append((time.process_time() - cpu) / sum(x["tokens"] for x in found))
             crowd_firsts += [x["first"] for x in found]
         device = str(engine.shelf.device)
         engine.close()
@@ -161,21 +168,28 @@ def measure(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -
             "generate_alone": beside["alone"],
             "generate_padded_batch": beside["batch"],
         },
+        "cpu_seconds_per_token": {
+            "engine_alone": statistics.median(alone_cpu),
+            "engine_crowd": statistics.median(together_cpu),
+            "generate_alone": beside["alone_cpu"],
+            "generate_padded_batch": beside["batch_cpu"],
+        },
         "crowd_over_alone": statistics.median(together) / statistics.median(alone),
     }
 
 
 def as_text(r: dict[str, Any]) -> str:
     speed, first, crowded = r["tokens_per_second"], r["first_token_seconds"], r["first_token_seconds_in_crowd"]
+    cpu = {name: f"{seconds * 1000:7.1f} ms of processor per token" for name, seconds in r["cpu_seconds_per_token"].items()}
     return "\n".join(
         [
             f"{r['model']} on {r['device']}; prompts of about {r['prompt_tokens']} tokens, answers of {r['tokens']}",
             f"first token, one chat            p50 {first['p50'] * 1000:6.0f} ms   p95 {first['p95'] * 1000:6.0f} ms",
             f"first token, {r['chats']} chats at once     p50 {crowded['p50'] * 1000:6.0f} ms worst {crowded['worst'] * 1000:6.0f} ms",
-            f"engine, one chat                 {speed['engine_alone']:8.1f} tokens/s",
-            f"engine, {r['chats']} chats, {r['adapters']} adapters     {speed['engine_crowd']:8.1f} tokens/s  ({r['crowd_over_alone']:.2f} times one)",
-            f"model.generate, one by one       {speed['generate_alone']:8.1f} tokens/s",
-            f"model.generate, padded batch     {speed['generate_padded_batch']:8.1f} tokens/s  (base alone)",
+            f"engine, one chat                 {speed['engine_alone']:8.1f} tokens/s {cpu['engine_alone']}",
+            f"engine, {r['chats']} chats, {r['adapters']} adapters     {speed['engine_crowd']:8.1f} tokens/s {cpu['engine_crowd']}  ({r['crowd_over_alone']:.2f} times one)",
+            f"model.generate, one by one       {speed['generate_alone']:8.1f} tokens/s {cpu['generate_alone']}",
+            f"model.generate, padded batch     {speed['generate_padded_batch']:8.1f} tokens/s {cpu['generate_padded_batch']}  (base alone)",
         ]
     )
 

@@ -67,7 +67,7 @@ def run(engine, asked):
                 done = entry
             elif entry.type == "error":
                 raise AssertionError(entry.message)
-    return [texts.get(i, "") for i in range(asked.sampling.n)], reasons, done
+    return [whole_characters(texts.get(i, "")) for i in range(asked.sampling.n)], reasons, done
 
 
 def crowd(engine, requests):
@@ -87,8 +87,12 @@ def by_transformers(folder, prompt, tokens=24, adapter=None):
         model = PeftModel.from_pretrained(model, adapter)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    # The engine never shows half of a character, and an answer may be cut inside one.
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).rstrip("�")
+    return whole_characters(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def whole_characters(text):
+    """An answer may be cut inside a character: the engine drops the half, transformers shows a mark."""
+    return text.rstrip("�")
 
 
 def make_adapter(folder, tiny, seed, rank=4, **more):
