@@ -16,7 +16,7 @@ from app.shapes import Shape
 from app.spec import JobSpec, RunSettings
 from app.strategies import Strategy
 
-FLOOR_CPU_BYTES = 560 * 2**20
+FLOOR_CPU_BYTES = 500 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
 FLOOR_CUDA_BYTES = 700 * 2**20
 """What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
@@ -72,6 +72,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     """What the job will take on this machine."""
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     rows, longest = tokens_of(stats, run)
+    rows, longest = rows + stats.rows * strategy.virtual_tokens(), longest + strategy.virtual_tokens()
     held_out = 0.0 if spec.validation else run.validation_fraction
     train_tokens = rows * (1 - held_out)
     steps = total_steps(train_tokens, run)
@@ -137,18 +138,19 @@ def precision_of(run: RunSettings, machine: Machine) -> Literal["fp32", "bf16"]:
     return "bf16" if machine.bf16_pays else "fp32"
 
 
-def activation_floats(shape: Shape, *, norms_trained: bool = False) -> int:
+def activation_floats(shape: Shape, *, norms_trained: bool = False, cuda: bool = False) -> int:
     """Numbers kept for the backward pass, per token and layer.
 
     Two norms keep input and output, attention keeps q, k, v, its result and the joined result, a gated feed-forward keeps
-    gate, its activation, up and their product.
+    gate, its activation, up and their product. On a CPU attention repeats grouped keys and values for every head.
     """
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * shape.norms_per_layer * shape.hidden + (2 * (q + kv) if shape.qk_norm else 0)
     if norms_trained:
         norms += shape.norms_per_layer * shape.hidden
     feed_forward = (4 if shape.gated else 3) * shape.intermediate
-    return norms + 3 * q + 2 * kv + feed_forward
+    repeated = 0 if cuda else 2 * (q - kv)
+    return norms + 3 * q + 2 * kv + repeated + feed_forward
 
 
 def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int) -> MemoryParts:
@@ -157,16 +159,19 @@ def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, 
     frozen_bytes = 2 if half and strategy.adapter else 4
     held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
     tokens, width = pack_tokens(run, longest), 2 if half else 4
-    per_layer = tokens * (activation_floats(shape, norms_trained=not strategy.adapter) * width)
+    per_layer = tokens * (activation_floats(shape, norms_trained=not strategy.adapter, cuda=machine.cuda) * width)
     kept = (shape.layers - recompute) * per_layer + recompute * tokens * shape.hidden * width + (per_layer if recompute else 0)
     backward = tokens * 3 * shape.intermediate * width  # gradients of the widest products, alive together
     head_gradient = shape.vocabulary * shape.hidden * 4 if strategy.trainable(shape) >= shape.parameters() else 0
+    # Activations are freed while gradients grow, so the two are never whole at once; measured, half of the smaller is saved.
+    activations = kept + backward + tokens * held.activations_per_token
+    activations -= min(activations, held.gradients) // 2
     floor = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES
     return MemoryParts(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=kept + backward + tokens * held.activations_per_token,
+        activations=activations,
         other=floor + LOGITS_BYTES + head_gradient,
     )
 

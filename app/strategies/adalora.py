@@ -61,9 +61,9 @@ class AdaLora(LowRank):
 
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
         config = model.peft_config["default"]
-        config.total_step = total_steps
+        config.total_step = max(total_steps, 2)  # ranks are settled after at least one step has told what matters
         config.tinit = total_steps // 10
-        config.tfinal = max(total_steps // 5, 1)
+        config.tfinal = total_steps // 5
         config.deltaT = max(total_steps // 50, 1)
 
     def regulariser(self, model: torch.nn.Module) -> torch.Tensor | None:
