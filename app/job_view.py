@@ -109,8 +109,8 @@ def facts_of(form: OrderForm) -> dict[str, Any]:
 # One job --------------------------------------------------------------------------------------------------------------
 
 
-def page(session: Session, user: User, job: Job) -> dict[str, Any]:
-    """Everything `job.html` and its live part show."""
+def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict[str, Any]:
+    """Everything `job.html` and its live part show; the live part does without the charts' points, which it is told by the stream."""
     progress = live.progress_of(session, job)
     spec = JobSpec.model_validate(job.spec)
     shape, strategy = spec.model.shape, spec.strategy
@@ -146,7 +146,7 @@ def page(session: Session, user: User, job: Job) -> dict[str, Any]:
         "sample_history": sample_history(progress),
         "evaluation": evaluation(job.evaluation),
         "charts": found,
-        "points": charts.data(found, progress),
+        "points": charts.data(found, progress) if points else None,
         "yaml": yaml.safe_dump(
             {"strategy": spec.strategy.model_dump(mode="json"), "run": spec.run.model_dump(mode="json")}, sort_keys=False
         ),

@@ -110,7 +110,7 @@ def _order_page(request: Request, session: Db, form: order_form.OrderForm, key: 
 def job_page(request: Request, user: CurrentUser, session: Db, job_id: str, part: str = "") -> Response:
     """The whole page; with `?part=live` what changes in it, for the browser that has the rest."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    context = view.page(session, user, job)
+    context = view.page(session, user, job, points=part != "live")
     if part == "live":
         return render(request, "parts/job_live.html", **context)
     return render(request, "job.html", **context)
