@@ -27,6 +27,7 @@ AT = re.compile(rb'"id":(\d+),"type":"(\w+)","attempt":\d+,"at":([\d.]+)')
 class Watcher(asyncio.Protocol):
     def __init__(self, request: bytes, opened: asyncio.Future[None]) -> None:
         self.request, self.opened, self.ids, self.delays, self.rest = request, opened, [], [], b""
+        self.closed = self.leaving = False
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -45,11 +46,12 @@ class Watcher(asyncio.Protocol):
                 self.delays.append(now - float(at))
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.closed = not self.leaving
         if not self.opened.done():
             self.opened.set_exception(error or ConnectionError("closed"))
 
 
-async def watch(port: int, path: str, key: str, count: int, ready: threading.Event, done: threading.Event) -> list[Watcher]:
+async def watch(port: int, path: str, key: str, count: int, ready: threading.Event, done: threading.Event, made: list[Watcher]) -> None:
     loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(200)
     request = f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n\r\n".encode()
 
@@ -60,13 +62,13 @@ async def watch(port: int, path: str, key: str, count: int, ready: threading.Eve
             await opened
             return watcher
 
-    watchers = await asyncio.gather(*[one() for _ in range(count)])
+    made.extend(await asyncio.gather(*[one() for _ in range(count)]))
     ready.set()
     while not done.is_set():
         await asyncio.sleep(0.1)
-    for watcher in watchers:
+    for watcher in made:
+        watcher.leaving = True
         watcher.transport.close()
-    return watchers
 
 
 def main() -> None:
@@ -102,11 +104,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         _wait_for_port(port)
         idle = psutil.Process(web.pid).memory_info().rss
-        ready, done, found = threading.Event(), threading.Event(), []
+        ready, done = threading.Event(), threading.Event()
+        made: list[Watcher] = []
         path = f"/v1/fine_tuning/jobs/{ids.public(ids.JOB, job.id)}/stream"
-        thread = threading.Thread(
-            target=lambda: found.extend(asyncio.run(watch(port, path, key, options.watchers, ready, done))), daemon=True
-        )
+        thread = threading.Thread(target=lambda: asyncio.run(watch(port, path, key, options.watchers, ready, done, made)), daemon=True)
         began = time.monotonic()
         thread.start()
         if not ready.wait(600):
@@ -115,22 +116,31 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with transaction() as session:
             held = claims.claim(session, job.id, "benchmark")
             claims.record(session, held, 0, [STARTED])
+        before = sum(psutil.Process(web.pid).cpu_times()[:2])
         expected = int(options.seconds / options.interval)
         for n in range(1, expected + 1):
             with transaction() as session:
                 claims.record(session, held, n, [step(n)])
             time.sleep(options.interval)
-        time.sleep(5)
+        settle(made, expected)
         full = psutil.Process(web.pid).memory_info().rss
+        spent = sum(psutil.Process(web.pid).cpu_times()[:2]) - before
         done.set()
         thread.join(60)
     finally:
         web.terminate()
         web.wait(20)
-    return report(found, expected, connected, idle, full)
+    return report(made, expected, connected, idle, full, spent)
 
 
-def report(found: list[Watcher], expected: int, connected: float, idle: int, full: int) -> dict[str, Any]:
+def settle(made: list[Watcher], expected: int, seconds: float = 120.0) -> None:
+    """Wait until every watcher has heard everything, so that what is late is counted as late and not as lost."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and sum(len(w.ids) for w in made) < expected * len(made):
+        time.sleep(0.5)
+
+
+def report(found: list[Watcher], expected: int, connected: float, idle: int, full: int, spent: float) -> dict[str, Any]:
     delays = sorted(delay for watcher in found for delay in watcher.delays)
     cuts = statistics.quantiles(delays, n=100)
     return {
@@ -138,6 +148,7 @@ def report(found: list[Watcher], expected: int, connected: float, idle: int, ful
         "events_each": expected,
         "delivered": len(delays),
         "lost": sum(expected - len(set(w.ids)) for w in found),
+        "cut_off": sum(w.closed for w in found),
         "twice": sum(len(w.ids) - len(set(w.ids)) for w in found),
         "out_of_order": sum(w.ids != sorted(w.ids) for w in found),
         "p50_seconds": round(cuts[49], 4),
@@ -146,6 +157,7 @@ def report(found: list[Watcher], expected: int, connected: float, idle: int, ful
         "connected_in_seconds": round(connected, 1),
         "idle_mb": round(idle / 2**20, 1),
         "kb_per_watcher": round((full - idle) / 1024 / max(len(found), 1), 1),
+        "web_cpu_microseconds_per_delivery": round(spent / max(len(delays), 1) * 1e6, 1),
         "load_average": psutil.getloadavg()[0],
     }
 
