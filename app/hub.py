@@ -43,9 +43,14 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
     Raises Unavailable when the hub cannot be reached, NotFound, Unsupported for a repository without safetensors,
     TooLarge and DiskFull.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,  # of the HTTP library this version stands on, whose name has changed before
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     must_be_allowed()
     api = HfApi()
@@ -64,7 +69,7 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise NotFound(f"The hub has no model {repo} (or not that revision).", way_out="Check the name.", param="repo") from None
-    except (OfflineModeIsEnabled, httpx.HTTPError, HfHubHTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == 28:
             raise DiskFull(f"The disk filled up while {repo} was fetched.", way_out="Free some space and try again.") from error
         raise Unavailable(
