@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -93,3 +95,66 @@ class Trainer:
     def run(self) -> tuple[list[events.TrainerEvent], int]:
         said = list(self)
         return said, self.wait()
+
+
+class WarmTrainer:
+    """The same process forked from one that has imported torch already, for tests that start and kill it many times.
+
+    With `die_at` it kills itself at that call of fsync or rename: in the middle of writing a checkpoint.
+    """
+
+    def __init__(self, spec: JobSpec, job: str, attempt: int, die_at: int = 0) -> None:
+        root = get_settings().data_dir
+        folder = f"runs/{job}/a{attempt}"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        path, pipe = root / folder / "spec.json", root / folder / "events.fifo"
+        path.write_text(spec.model_dump_json())
+        os.mkfifo(pipe)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["worker.run", "worker.train", "tests.worker.orders"])
+        arguments = ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd"]
+        self.process = context.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at), daemon=True)
+        self.process.start()
+        self.pipe = pipe.open("rb")
+
+    def __iter__(self):
+        for line in self.pipe:
+            if line.endswith(b"\n"):
+                yield events.read_line(line)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> int:
+        self.pipe.close()
+        self.process.join(timeout=120)
+        return self.process.exitcode
+
+    def run(self) -> tuple[list[events.TrainerEvent], int]:
+        said = list(self)
+        return said, self.wait()
+
+
+def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int) -> None:
+    os.environ["LUTHIER_DATA_DIR"] = data_dir
+    import torch
+
+    from worker.run import main
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    left = die_at
+
+    def counted(call):
+        def run(*given, **named):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+
+        return run
+
+    if die_at:
+        os.fsync, os.rename = counted(os.fsync), counted(os.rename)
+    sys.exit(main([*arguments, str(os.open(pipe, os.O_WRONLY))]))

@@ -12,7 +12,7 @@ import pytest
 
 from app import events, manifest
 from app.settings import get_settings
-from tests.worker.orders import Trainer, chat_rows, order, put_dataset, put_model
+from tests.worker.orders import Trainer, WarmTrainer, chat_rows, order, put_dataset, put_model
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,12 +35,12 @@ def weights(finished: events.Finished) -> dict[str, str]:
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict) -> None:
     model, data = put_model(tiny_model), put_dataset(chat_rows())
     spec = order(model, data, strategy, settings, accumulation=2, evaluations_per_epoch=3, epochs=3)
-    whole, code = Trainer(spec, "whole", 1).run()
+    whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
 
     draw, said, resumed = random.Random(5), [], []
     for attempt in range(1, 6):
-        trainer = Trainer(spec, "killed", attempt)
+        trainer = WarmTrainer(spec, "killed", attempt)
         # Steps differ in what follows them: some are followed by an evaluation and a save, which the kill then hits.
         until, seen = draw.randrange(2, 9), 0
         for event in trainer:
@@ -48,10 +48,10 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
             seen += isinstance(event, (events.Step, events.Evaluated))
             resumed += [event.resumed_from] if isinstance(event, events.Started) else []
             if seen == until:
-                trainer.process.send_signal(signal.SIGKILL)
+                trainer.kill()
                 break
         trainer.wait()
-    last, code = Trainer(spec, "killed", 6).run()
+    last, code = WarmTrainer(spec, "killed", 6).run()
     assert code == 0
     assert any(resumed), "no attempt got as far as a checkpoint, so nothing was tested"
     assert all(e.exact for e in [*said, *last] if isinstance(e, events.Started))
@@ -64,27 +64,13 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
 def test_killed_while_saving(data_dir: Path, tiny_model: Path) -> None:
     """Killed at the k-th file system call of a save, for several k: never a torn checkpoint, never a different result."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), evaluations_per_epoch=2)
-    whole, _ = Trainer(spec, "whole", 1).run()
-    hook = data_dir / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "left = int(os.environ['DIE_AT'])\n"
-        "def counted(call):\n"
-        "    def run(*a, **k):\n"
-        "        global left\n"
-        "        left -= 1\n"
-        "        if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return call(*a, **k)\n"
-        "    return run\n"
-        "os.fsync, os.rename = counted(os.fsync), counted(os.rename)\n"
-    )
+    whole, _ = WarmTrainer(spec, "whole", 1).run()
     said = []
     for attempt, moment in enumerate((1, 7, 15, 16, 18), start=1):
-        some, code = Trainer(spec, "torn", attempt, {"PYTHONPATH": str(hook), "DIE_AT": str(moment)}).run()
+        some, code = WarmTrainer(spec, "torn", attempt, die_at=moment).run()
         assert code == -signal.SIGKILL
         said += some
-    last, code = Trainer(spec, "torn", 6).run()
+    last, code = WarmTrainer(spec, "torn", 6).run()
     assert code == 0
     assert losses([*said, *last]) == losses(whole)
     assert weights(last[-1]) == weights(whole[-1])
@@ -112,7 +98,7 @@ def test_stop_saves_and_leaves(data_dir: Path, tiny_model: Path) -> None:
 
 def test_a_changed_machine_is_said(data_dir: Path, tiny_model: Path) -> None:
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), max_steps=4)
-    Trainer(spec, "moved", 1).run()
+    WarmTrainer(spec, "moved", 1).run()
     state = next((data_dir / "runs" / "moved").glob("a1/checkpoint-*/trainer/state.json"))
     folder = state.parent.parent
     found = json.loads(state.read_text())
@@ -122,7 +108,7 @@ def test_a_changed_machine_is_said(data_dir: Path, tiny_model: Path) -> None:
     for other in folder.parent.glob("checkpoint-*"):
         if other != folder:
             os.rename(other, other.with_name("gone"))
-    said, code = Trainer(spec, "moved", 2).run()
+    said, code = WarmTrainer(spec, "moved", 2).run()
     started = next(e for e in said if isinstance(e, events.Started))
     assert code == 0 and started.resumed_from == found["step"] and not started.exact
     assert any(isinstance(e, events.Log) and "torch: 1.0" in e.message for e in said)
