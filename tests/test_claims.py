@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -48,8 +49,15 @@ FINISHED = events.Finished(
 
 
 @pytest.fixture
-def job(session, user, data_dir, tiny_registered):
-    get_settings().lease_seconds = 0.2  # the database of the tests has been up for longer than this
+def leases(session, monkeypatch):
+    """Leases pass only when a test says so, however slow the machine. The database of the tests has been up for longer
+    than the lease that the reaper waits out after a restart."""
+    get_settings().lease_seconds = 0.2
+    monkeypatch.setattr(claims, "_lease", lambda: claims.now() + timedelta(hours=1))
+
+
+@pytest.fixture
+def job(session, user, data_dir, tiny_registered, leases):
     return make_job(session, user, tiny_registered, make_dataset(session, user, data_dir))
 
 
@@ -416,8 +424,7 @@ class JobMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(600)
-def test_every_order_of_moves(session, user, data_dir, tiny_registered):
-    get_settings().lease_seconds = 0.2
+def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases):
     dataset = make_dataset(session, user, data_dir)
     session.commit()
 

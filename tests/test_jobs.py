@@ -16,7 +16,7 @@ from app.orders import read_order
 from app.spec import JobSpec
 from app.tables import Dataset, Event, Job, Outbox, User
 from tests.orders import make_dataset
-from tests.test_claims import let_lapse, take
+from tests.test_claims import leases, let_lapse, take  # noqa: F401
 
 
 @pytest.fixture
@@ -217,10 +217,7 @@ def test_a_running_job_is_asked(session, user, order):
     assert jobs.get(session, user, job.id).status == "paused"
 
 
-def test_a_cancelled_job_whose_worker_died_is_cancelled(session, user, order):
-    from app.settings import get_settings
-
-    get_settings().lease_seconds = 0.2
+def test_a_cancelled_job_whose_worker_died_is_cancelled(session, user, order, leases):  # noqa: F811
     job = make(session, user, order())
     take(job.id)
     jobs.cancel(session, user, job.id)

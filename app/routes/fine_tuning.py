@@ -335,7 +335,7 @@ def _step_losses(session: Session, job: Job) -> dict[int, float]:
     rows = session.execute(
         select(step, Event.data["loss"].as_float()).where(Event.job_id == job.id, Event.type == "step", step.in_(steps)).order_by(Event.id)
     )
-    return dict(rows.tuples().all())
+    return {row[0]: row[1] for row in rows}
 
 
 def _permission_key(text: str) -> uuid.UUID:
