@@ -248,6 +248,47 @@ class Job(Base):
     )
 
 
+class Comparison(Base):
+    """Several jobs on the same data, split, seed and token budget, ordered as one; its jobs carry its id.
+
+    `refused` holds the strategies that were asked for and could not be had, each with the reason.
+    """
+
+    __tablename__ = "comparisons"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str]
+    kind: Mapped[str] = mapped_column(server_default="strategies", comment="strategies, or learning_curve")
+    order: Mapped[JSON] = mapped_column(comment="the request as it came")
+    refused: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="[{strategy, title, reason}]")
+    idempotency_key: Mapped[str | None]
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (UniqueConstraint("owner_id", "idempotency_key"), Index(None, "owner_id", "created_at"))
+
+
+class Evaluation(Base):
+    """A model scored on a dataset, without training. Its states and claims stand in `app/evaluations.py`."""
+
+    __tablename__ = "evaluations"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    kind: Mapped[str] = mapped_column(comment="scores, advice or blend")
+    status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded or failed")
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
+    spec: Mapped[JSON] = mapped_column(comment="app.evaluations.EvaluationSpec, frozen")
+    result: Mapped[JSON | None]
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")
+    progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
+    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim")
+    lease_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = now()
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
 class Outbox(Base):
     """A message that must be sent once its transaction is in. The relay sends it at least once."""
 
