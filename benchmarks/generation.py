@@ -22,6 +22,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the generate worker does
+
 TOPICS = [
     "the wood of a violin", "how bread rises", "why the sky is blue", "a walk by the sea", "the history of paper", "learning to swim",
     "how bees find flowers", "a good night's sleep", "the phases of the moon", "how to plant a tree", "what makes a story", "old clocks",

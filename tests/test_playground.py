@@ -87,7 +87,7 @@ def test_the_plain_form_answers(client, session, three, generate_worker):  # noq
     assert len(rows) == 2 and all(r.finish_reason in ("stop", "length") and r.seed == 4 for r in rows)
     assert "&lt;|im_start|&gt;user" in page.text and "revision 000000" in page.text
     more = client.post("/playground", data={**order, "prompt": "And?", "parent": done.headers["location"].split("/")[-1]})
-    assert more.text.count('class="turn"') == 4 + 2  # two turns in each of two columns, and the two templates
+    assert more.text.count('class="spoken"') == 4 + 2  # two turns in each of two columns, and the two templates
     newest = session.scalars(select(Answer).where(Answer.model_name == "tiny").order_by(Answer.created_at.desc())).first()
     assert newest.rendered_prompt.count("<|im_start|>user") == 2
 
@@ -147,6 +147,7 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     page.reload()
     assert shown(page) == texts
 
+    page.locator("summary", has_text="temperature").click()
     page.get_by_label("Max tokens").fill("480")
     page.get_by_label("Prompt", exact=True).fill("Go on until you are stopped")
     page.keyboard.press("Control+Enter")

@@ -80,6 +80,7 @@ function begin(pane, asked) {
   part("asked").textContent = asked;
   if (kind !== "generic") text.previousElementSibling.textContent = pane.getAttribute("aria-label");
   text.classList.add("writing");
+  part("proof", pane).textContent = "Waiting";
   body.append(turn);
   body.scrollTop = body.scrollHeight;
   let over = false;
@@ -94,17 +95,21 @@ function begin(pane, asked) {
       if (told.type === "started") {
         part("prompt", pane).textContent = told.rendered_prompt;
         part("rendered", pane).hidden = false;
+        part("proof", pane).textContent = "Answering";
       } else if (told.type === "text") text.append(told.text);
       else if (told.type === "finished") end(told.reason === "length" ? "Cut at the longest answer allowed." : "");
       else if (told.type === "done") part("proof", pane).textContent = told.proof;
       else if (told.type === "error") {
         end("");
+        part("proof", pane).textContent = "No answer";
         Object.assign(part("error"), { textContent: `${told.message} ${told.way_out}`.trim(), hidden: false });
       }
       if (near) body.scrollTop = body.scrollHeight;
     },
     cut(note) {
-      if (!over) end(note);
+      if (over) return;
+      part("proof", pane).textContent = note;
+      end(note);
     },
   };
 }
@@ -121,6 +126,9 @@ function goOn(exchange) {
     select.replaceWith(hidden, name);
   }
   document.querySelector(".pick")?.remove();
+  const anew = document.querySelector("[data-anew]");
+  anew.href = `/playground?${new URLSearchParams([...panes.querySelectorAll("[name=models]")].map((m) => ["models", m.value]))}`;
+  anew.hidden = false;
 }
 
 function changeModels(event) {
