@@ -25,6 +25,11 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
 """glibc gives each large tensor back to the kernel and takes it again, zeroed, for the next. Keeping the memory saves
 most of the page faults of training on a CPU."""
 
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the
+playground, another job) spinning threads take the time of those they wait for: a decoding loop on two busy cores ran at
+2.2 tokens/s spinning and at 10 sleeping."""
+
 _HANDED_ON = {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME"}
 _HANDED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")
 
@@ -33,7 +38,7 @@ def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
     a secret that is added later."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
-    return kept | ALLOCATOR | {
+    return ALLOCATOR | THREADS | kept | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
