@@ -114,7 +114,8 @@ class Engine:
 
     def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
         text, ids = render(request, place)
-        room = place.lane.context - len(ids)
+        lead = [0] * place.lane.lead
+        room = place.lane.context - len(lead) - len(ids)
         if room < 1:
             raise BadRequest(
                 f"The prompt has {len(ids)} tokens, and {request.model.name} reads at most {place.lane.context}, its answer included.",
@@ -127,7 +128,7 @@ class Engine:
         rows = [
             Row(i, Chooser(sampling, request.seed + i, ids), TextStream(place.tokenizer, ids, sampling.stop)) for i in range(sampling.n)
         ]
-        running = Running(request, place, ids, most, began + request.seconds, queue.SimpleQueue(), rows, began)
+        running = Running(request, place, lead + ids, most, began + request.seconds, queue.SimpleQueue(), rows, began)
         return running, Started(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
 
     def _entries(self, running: Running, poll_seconds: float) -> Iterator[list[Entry]]:
@@ -368,7 +369,7 @@ class Engine:
             speed = (written - len(running.rows)) / max(now - first, 1e-9)
         entries.append(
             Done(
-                prompt_tokens=len(running.prompt),
+                prompt_tokens=len(running.prompt) - running.place.lane.lead,
                 cached_tokens=running.cached,
                 completion_tokens=written,
                 first_token_seconds=None if first is None else first - running.began,

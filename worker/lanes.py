@@ -24,7 +24,7 @@ from app.strategies import STRATEGIES
 from worker import prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, SlotCache, Step, running
-from worker.load import BadModel, folder_of, lay_adapter, load_base, load_model, load_tokenizer
+from worker.load import BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
 @dataclass(eq=False)
@@ -40,6 +40,7 @@ class Lane:
     stack: AdapterStack | None = None
     source: torch.nn.Module | None = None  # the untouched tree of a base, which other trees are copied from
     weight_bytes: int = 0
+    lead: int = 0  # placeholder tokens before every prompt, whose places a soft prompt fills
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     cache: SlotCache = field(default_factory=lambda: SlotCache(1, 512))
@@ -177,6 +178,7 @@ class Shelf:
         lane = self._as_lane((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), ref, model.requires_grad_(False).eval())
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
+        lane.lead = load_strategy(folder_of(ref.adapters[-1].path)).virtual_tokens()
         return lane
 
     def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> Lane:

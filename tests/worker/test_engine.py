@@ -19,10 +19,11 @@ from app.errors import BadRequest, DoesNotFit
 from app.generation import Done, GenerateRequest, Sampling
 from app.shapes import shape_of
 from app.spec import Adapter, ModelRef
+from app.strategies import STRATEGIES
 from worker.cache import Segment, Step, current_step
 from worker.engine import Engine
 from worker.lanes import Shelf
-from worker.load import BadModel
+from worker.load import BadModel, load_model
 
 PROMPTS = [
     "The bridge", "A cello needs a wider bass bar than a viola, because", "x", "Why does my violin buzz? " * 8,
@@ -170,6 +171,45 @@ def test_what_is_more_than_plain_lora_gets_its_own_tree_on_the_same_weights(engi
     small, large = sorted(lane.weight_bytes for lane in lanes)
     assert small < large / 3, "the second tree holds the base's weights a second time"
     assert run(engine, request(base, PROMPTS[0]))[0] == said[0]
+
+
+@pytest.mark.parametrize("name", sorted(n for n, s in STRATEGIES.items() if "generation" in s.tasks and s.adapter))
+def test_every_strategy_answers_as_in_training(engine, home, tmp_path, tiny_model, name):
+    """What the trainer's own loader writes greedily, the engine writes too, beside the base and without harming it."""
+    strategy = STRATEGIES[name]()
+    if (reason := strategy.unavailable(ref_of(home).shape)) or name == "qlora":
+        pytest.skip(reason or "needs a GPU")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(3)
+    model = strategy.attach(plain)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    folder = tmp_path / name
+    folder.mkdir()
+    strategy.save(model, folder)
+    (folder / "strategy.json").write_text(strategy.model_dump_json())
+    base = ref_of(home)
+    tuned = ref_of(home, adapters=[Adapter(strategy=name, path=str(folder), sha256="a" * 64)])
+    before = run(engine, request(base, PROMPTS[0]))[0]
+    said, there = crowd(engine, [request(tuned, PROMPTS[3]), request(base, PROMPTS[0])])
+    assert said == [whole_characters(by_stepping(load_model(tuned), tiny_model, PROMPTS[3], strategy.virtual_tokens()))]
+    assert there == before == run(engine, request(base, PROMPTS[0]))[0]
+
+
+def by_stepping(model, folder, prompt, lead, tokens=24):
+    """Greedy, the whole sequence anew for each token: slow, and without any cache to be wrong."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [0] * lead + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    written = []
+    for _ in range(tokens):
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([ids + written]), position_ids=torch.arange(len(ids + written))[None], use_cache=False)
+        written.append(int(out.logits[0, -1].argmax()))
+        if written[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_seeds_and_several_answers(engine, home):
