@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app import formats, readers
+from app.edits import Edits
 from app.errors import BadData
 from app.formats import Format
 from app.formats._base import Row, columns_of, shown
@@ -24,7 +25,7 @@ from app.readers import Raw
 from app.report import Report
 from app.token_counts import TokenCounter
 
-VERSION = 1
+VERSION = 2
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
@@ -39,7 +40,7 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     Raises BadData when no row could be read at all.
     """
     path = Path(payload["path"])
-    raws = _with_progress(readers.read(path, payload["filename"]), path, say)
+    raws = _numbered(_with_progress(readers.read(path, payload["filename"]), path, say))
     head = list(itertools.islice(raws, SAMPLE_ROWS))
     sample = [raw.row for raw in head if raw.row is not None]
     if not sample:
@@ -47,9 +48,10 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     entry, mapping, reason, others = _choose(sample, payload.get("format"), payload.get("mapping"))
     report = Report(entry, mapping, say)
     counter = TokenCounter(Path(payload["tokenizer"])) if payload.get("tokenizer") else None
+    edits = Edits(payload.get("edits") or ())
     with _RowsFile(Path(payload["rows"])) as rows:
         for raw in itertools.chain(head, raws):
-            row = report.check(raw)
+            row = _row_of(raw, edits, report)
             if row is None:
                 continue
             text = json.dumps(row, ensure_ascii=False)
@@ -58,6 +60,8 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
             if counter:
                 counter.add(row)
     report.finish()
+    if payload.get("lines"):
+        Path(payload["lines"]).write_text(json.dumps({rule: lines.tolist() for rule, lines in report.lines.items()}))
     return {
         "format": entry.name,
         "task": entry.task,
@@ -69,6 +73,28 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         | {"reason": reason, "other_formats": others, "columns": columns_of(sample), "version": VERSION}
         | (counter.result() | {"tokenizer": payload.get("tokenizer_name")} if counter else {}),
     }
+
+
+def _numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
+    """The rows, each with a number of its own: where several stand on one line, they are counted on from it."""
+    last = 0
+    for raw in raws:
+        if raw.row is not None or (raw.problem and raw.problem.severity == "error"):
+            last = max(raw.line, last + 1)
+            raw = raw._replace(line=last)
+        yield raw
+
+
+def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
+    """The good row of a raw one, after what this version changes in it; None when it is left out."""
+    if raw.line not in edits.by_line:
+        return report.check(raw)
+    row, typed = edits.apply(raw.line, raw.row or {}, report.entry, report.mapping)
+    if typed is not None:
+        return typed if report.take(raw.line, typed) else None
+    if row is None:
+        return None
+    return report.check(raw if raw.row is None else raw._replace(row=row))
 
 
 def _no_rows(head: Sequence[Raw]) -> BadData:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from app.edits import CONTROL, MARKER, check_normalised
 from app.formats import Finding, Format
 from app.formats._base import Row, fix, shown
 from app.readers import Raw
+from app.rules._base import Seen
 
-MOST_FINDINGS_PER_RULE = 1000
+MOST_FINDINGS_PER_RULE = 5000
+"""Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
 PREVIEW_ROWS, PREVIEW_CHARACTERS = 50, 4000
 MOST_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
 
 Say = Any
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
-_MARKER = re.compile(r"<\|[a-z_]{2,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")
-
 
 class Report:
     """Everything the report says about the rows, in memory that does not grow with them."""
 
     def __init__(self, entry: Format, mapping: dict[str, str], say: Say) -> None:
+        from app.rules import RULES  # numpy stands behind it, which the web process does without
+
         self.entry, self.mapping, self.say = entry, mapping, say
+        self.lines: dict[str, array[int]] = {}
+        self._rules = [rule(self.add, entry.task) for rule in RULES]
         self.rows = self.good = self.characters = 0
         self.longest = 0
         self.found: dict[str, dict[str, Any]] = {}
@@ -61,44 +66,33 @@ class Report:
         self.good += 1
         return row
 
+    def take(self, line: int, row: Row) -> bool:
+        """Count a row that a person typed; False when it cannot be kept."""
+        self.rows += 1
+        findings = check_normalised(row, self.entry.shape)
+        for finding in findings:
+            self.add(line, finding)
+        good = not any(finding.severity == "error" for finding in findings)
+        self.good += good
+        return good
+
     def add(self, line: int, finding: Finding) -> None:
         entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
         entry["count"] += 1
+        if finding.fix is not None:
+            kept = self.lines.setdefault(finding.rule, array("q"))
+            if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):
+                kept.append(line)
         if entry["count"] <= MOST_FINDINGS_PER_RULE:
             value = None if finding.value is None else shown(finding.value)
             self.say({"finding": {"line": line, **finding._asdict(), "value": value, "message": shown(finding.message, 600)}})
 
     def count(self, row: Row, text: str, line: int) -> None:
         """Add a good row to the counts, and look at its texts."""
-        length = 0
-        for column, part in texts(row):
-            length += len(part)
-            if (found := _CONTROL.search(part)) is not None:
-                message = f"The text holds the control character {found.group()!r}."
-                self.add(
-                    line,
-                    Finding(
-                        "control_character",
-                        message,
-                        column,
-                        part[max(0, found.start() - 30) : found.end() + 30],
-                        "warning",
-                        fix("Remove it", "strip_control"),
-                    ),
-                )
-            if (found := _MARKER.search(part)) is not None:
-                message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would learn to write it."
-                self.add(
-                    line,
-                    Finding(
-                        "template_marker",
-                        message,
-                        column,
-                        part[max(0, found.start() - 30) : found.end() + 30],
-                        "warning",
-                        fix("Remove it", "strip_markers"),
-                    ),
-                )
+        parts = list(texts(row))
+        length = sum(len(part) for _, part in parts)
+        for column, part in parts:
+            self._look_at(line, column, part)
         self.characters += length
         self.longest = max(self.longest, length)
         self.lengths[length.bit_length()] += 1
@@ -107,11 +101,27 @@ class Report:
             self.turns[len(row["messages"])] += 1
         if "label" in row and (row["label"] in self.labels or len(self.labels) < 20_000):
             self.labels[row["label"]] += 1
-        self._compare(row, text, line)
+        asked, answered = prompt_and_answer(row)
+        self._compare(row, text, line, asked, answered)
+        seen = Seen(line, row, parts, asked, answered)
+        for rule in self._rules:
+            rule.see(seen)
         if len(self.preview) < PREVIEW_ROWS:
             self.preview.append({"line": line, "row": _short(row)})
 
-    def _compare(self, row: Row, text: str, line: int) -> None:
+    def _look_at(self, line: int, column: str, part: str) -> None:
+        found = CONTROL.search(part)
+        if found is not None:
+            message = f"The text holds the control character {found.group()!r}."
+            repair = fix("Remove it", "strip_control")
+            self.add(line, Finding("control_character", message, column, _around(part, found), "warning", repair))
+        found = MARKER.search(part)
+        if found is not None:
+            message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would learn to write it."
+            repair = fix("Remove it", "strip_markers")
+            self.add(line, Finding("template_marker", message, column, _around(part, found), "warning", repair))
+
+    def _compare(self, row: Row, text: str, line: int, asked: str, answered: str) -> None:
         if len(self._seen) >= MOST_REMEMBERED:
             return
         content = {key: value for key, value in row.items() if key != "metadata"}
@@ -125,7 +135,6 @@ class Report:
                 ),
             )
             return
-        asked, answered = prompt_and_answer(row)
         if not asked:
             return
         answer = _fingerprint(answered)
@@ -138,6 +147,8 @@ class Report:
     def finish(self) -> None:
         if self.good == 0:
             return
+        for rule in self._rules:
+            rule.finish()
         if self.entry.task == "classification":
             self._check_labels()
         elif self.good < 10:
@@ -208,6 +219,10 @@ def prompt_and_answer(row: Row) -> tuple[str, str]:
         *before, last = row["messages"]
         return json.dumps(before, ensure_ascii=False), last["content"]
     return "", ""
+
+
+def _around(text: str, found: re.Match[str]) -> str:
+    return text[max(0, found.start() - 30) : found.end() + 30]
 
 
 def _fingerprint(text: str) -> int:

@@ -106,6 +106,7 @@ def _environment(folder: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "MALLOC_ARENA_MAX": "2",
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "RAYON_NUM_THREADS": "2",
         "TOKENIZERS_PARALLELISM": "true",
         "ARROW_DEFAULT_MEMORY_POOL": "system",

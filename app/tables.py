@@ -129,6 +129,7 @@ class Dataset(Base):
     format_chosen: Mapped[bool] = mapped_column(server_default=false(), comment="true when a person overruled the guess")
     task: Mapped[str | None]
     mapping: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="field of the format → column of the file")
+    edits: Mapped[list[Any] | None] = mapped_column(comment="what this version changes in its file's rows, see app/edits.py")
     status: Mapped[str] = mapped_column(server_default="reading")
     progress: Mapped[float | None] = mapped_column(comment="share of the bytes read so far, 0 to 1")
     error: Mapped[JSON | None] = mapped_column(comment="message, way_out, line, column")
@@ -158,6 +159,42 @@ class Finding(Base):
     message: Mapped[str]
     fix: Mapped[JSON | None] = mapped_column(comment="{label, operation, arguments}")
     __table_args__ = (Index(None, "dataset_id", "severity", "rule", "line"), Index(None, "dataset_id", "line"))
+
+
+class Inspection(Base):
+    """A question about a dataset that takes a child of the data worker: token counts of a model, rows as its trainer sees
+    them, the two sides of a split, a joining of datasets. The answer is kept, so asking again costs nothing."""
+
+    __tablename__ = "inspections"
+    id: Mapped[uuid.UUID] = new_key()
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    model_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(comment="lengths, rows or split")
+    arguments: Mapped[JSON] = mapped_column(server_default=text("'{}'"))
+    question: Mapped[str] = mapped_column(unique=True, comment="SHA-256 over dataset, model, kind and arguments")
+    status: Mapped[str] = mapped_column(server_default="waiting", comment="waiting, running, ready or error")
+    result: Mapped[JSON | None]
+    error: Mapped[JSON | None]
+    asked_at: Mapped[datetime] = now()
+    lease_until: Mapped[datetime | None]
+    __table_args__ = (Index(None, "dataset_id", "kind"),)
+
+
+class Upload(Base):
+    """A resumable upload (tus 1.0) that is not complete yet. Its bytes lie in tmp/; `sha256` is known at the end."""
+
+    __tablename__ = "uploads"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    wishes: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="name and format for the dataset")
+    length: Mapped[int]
+    path: Mapped[str]
+    file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), comment="set once all bytes are there")
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"))
+    created_at: Mapped[datetime] = now()
+    expires_at: Mapped[datetime]
 
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import time
 import pytest
 from sqlalchemy import func, select, text, update
 
-from app import datasets, db, files, queue, recount, sandbox
+from app import datasets, db, files, queue, reading, recount, sandbox
 from app.errors import BadField, Conflict, Unsupported
 from app.tables import Dataset, Finding, Job, Outbox
 
@@ -97,7 +97,7 @@ def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make
         assert datasets.claim(three, dataset.id) == fence + 1
         assert not datasets.beat(three, dataset.id, fence, 0.5)
         assert datasets.beat(three, dataset.id, fence + 1, 0.5)
-    datasets._record_error(dataset.id, fence, {"message": "stale"})
+    reading._record_error(dataset.id, fence, {"message": "stale"})
     session.expire_all()
     assert dataset.status == "reading"
 
@@ -138,7 +138,7 @@ def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "_record", power_cut)
+        patch.setattr(reading, "_record", power_cut)
         with pytest.raises(KeyboardInterrupt):
             datasets.read(again.id)
     session.expire_all()

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, ids, readers, samples
+from app import datasets, files, formats, ids, readers, samples, versions
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
@@ -121,6 +121,8 @@ def show(
         errors=sum(entry["count"] for entry in rules if entry["severity"] == "error"),
         warnings=sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
         findings=found,
+        origin_words=versions.describe,
+        fixable=any(finding.fix for finding in found),
         more=more,
         page=page,
         chosen={"rule": rule, "severity": severity, "sort": sort},

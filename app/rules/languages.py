@@ -1,0 +1,93 @@
+"""Mixed languages: rows in another language than most, told by their script and, for Latin letters, by common words."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+
+from app.formats import Finding
+from app.formats._base import fix, shown
+from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+
+FEWEST_LETTERS, FEWEST_COMMON = 20, 4
+MOST_LOOKED_AT = 1500
+MAIN_SHARE = 0.6
+"""Below this share no language is the dataset's own, so none is odd in it."""
+
+_SCRIPTS = {
+    "Russian or another Cyrillic language": re.compile("[\u0400-\u04ff]"),
+    "Greek": re.compile("[\u0370-\u03ff]"),
+    "Arabic": re.compile("[\u0600-\u06ff]"),
+    "Hebrew": re.compile("[\u0590-\u05ff]"),
+    "Hindi or another language in Devanagari": re.compile("[\u0900-\u097f]"),
+    "Thai": re.compile("[\u0e00-\u0e7f]"),
+    "Korean": re.compile("[\uac00-\ud7af]"),
+    "Japanese": re.compile("[\u3040-\u30ff]"),
+    "Chinese": re.compile("[\u4e00-\u9fff]"),
+}
+_COMMON = {
+    "English": "the and is of to in it you that this for with are was have not be your on what",
+    "German": "der die das und ist nicht ein eine ich sie wir mit auf für von den dem es zu wie",
+    "French": "le la les et est une des du que qui dans pour pas vous nous je sur avec ce il",
+    "Spanish": "el la los las y es una de que en por para con no se del su lo como más",
+    "Italian": "il lo la gli e è un una di che in per non con del sono si ma come della",
+    "Portuguese": "o a os as e é um uma de que em para com não se do da por como mais",
+    "Dutch": "de het een en is van niet ik je dat op te met voor zijn er maar om aan ook",
+}
+_WORDS: dict[str, set[str]] = {name: set(words.split()) for name, words in _COMMON.items()}
+_BY_WORD: dict[str, list[str]] = {}
+for _name, _set in _WORDS.items():
+    for _word in _set:
+        _BY_WORD.setdefault(_word, []).append(_name)
+
+
+def language(text: str) -> str | None:
+    """The language of a text, or None where it is too short or not clear."""
+    text = text[:MOST_LOOKED_AT]
+    if not text.isascii():
+        letters = sum(character.isalpha() for character in text)
+        for name, script in _SCRIPTS.items():
+            if len(script.findall(text)) * 3 > max(letters, 12):
+                return name
+    votes: Counter[str] = Counter()
+    for word in WORD.findall(text.lower()):
+        votes.update(_BY_WORD.get(word, ()))
+    ranked = votes.most_common(2)
+    if not ranked or ranked[0][1] < FEWEST_COMMON or (len(ranked) > 1 and ranked[0][1] < 1.3 * ranked[1][1]):
+        return None
+    return ranked[0][0]
+
+
+class Languages(Rule):
+    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(say, task)
+        self._names: dict[str, int] = {}
+        self._lines, self._of = array("q"), array("h")
+
+    def see(self, seen: Seen) -> None:
+        if len(self._lines) >= MOST_ROWS:
+            return
+        found = language(" ".join(text for _, text in seen.texts))
+        if found is not None:
+            self._lines.append(seen.line)
+            self._of.append(self._names.setdefault(found, len(self._names)))
+
+    def finish(self) -> None:
+        counts = Counter(self._of)
+        if len(counts) < 2:
+            return
+        main, count = counts.most_common(1)[0]
+        if count < MAIN_SHARE * len(self._of):
+            names = list(self._names)
+            said = ", ".join(f"{names[key]} {number / len(self._of):.0%}" for key, number in counts.most_common(4))
+            self.say(
+                1, Finding("mixed_languages", f"The rows are in several languages, none of them the main one: {said}.", severity="note")
+            )
+            return
+        names = list(self._names)
+        for line, number in zip(self._lines, self._of, strict=True):
+            if number != main:
+                message = f"This row looks like {names[number]}, and most rows are {names[main]}."
+                repair = fix("Drop the row", "drop_row")
+                self.say(line, Finding("other_language", message, None, shown(names[number], 60), "note", repair))

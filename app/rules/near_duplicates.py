@@ -1,0 +1,78 @@
+"""Near duplicates by MinHash: rows whose word triples are nearly the same set.
+
+Broder, "On the resemblance and containment of documents" (1997), section 3: the share of equal minima estimates the
+Jaccard likeness of two sets. Signatures are cut into bands, and only rows that agree in a whole band are compared
+(Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4).
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+
+import numpy as np
+
+from app.formats import Finding
+from app.formats._base import fix
+from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+
+HASHES, BANDS = 64, 16
+ALIKE = 0.8
+FEWEST_WORDS = 8
+MOST_WORDS = 2000
+_PRIME = (1 << 31) - 1
+
+
+class NearDuplicates(Rule):
+    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(say, task)
+        draw = np.random.default_rng(20260101)
+        self._a = draw.integers(1, _PRIME, size=(HASHES, 1), dtype=np.uint64)
+        self._b = draw.integers(0, _PRIME, size=(HASHES, 1), dtype=np.uint64)
+        self._signatures = bytearray()
+        self._lines = array("q")
+        self._exact: set[int] = set()
+
+    def see(self, seen: Seen) -> None:
+        if len(self._lines) >= MOST_ROWS:
+            return
+        words = [word for _, text in seen.texts for word in WORD.findall(text.lower())][:MOST_WORDS]
+        if len(words) < FEWEST_WORDS:
+            return
+        text = " ".join(words)
+        whole = hash(text)
+        if whole in self._exact:  # another rule tells of rows that are the same
+            return
+        self._exact.add(whole)
+        triples = {zlib.crc32(" ".join(words[i : i + 3]).encode()) for i in range(len(words) - 2)}
+        values = np.fromiter(triples, dtype=np.uint64, count=len(triples)) % _PRIME
+        # a and value are below 2³¹, so the product stays below 2⁶².
+        self._signatures += ((self._a * values + self._b) % _PRIME).min(axis=1).astype(np.uint32).tobytes()
+        self._lines.append(seen.line)
+
+    def finish(self) -> None:
+        signatures = np.frombuffer(bytes(self._signatures), dtype=np.uint32).reshape(-1, HASHES)
+        best: dict[int, tuple[float, int]] = {}
+        width = HASHES // BANDS
+        for band in range(BANDS):
+            part = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+            keys = part.view(np.dtype((np.void, part.dtype.itemsize * width))).ravel()
+            order = np.argsort(keys, kind="stable")
+            same = keys[order][1:] == keys[order][:-1]
+            for group in _groups(order, same):
+                first = group[0]
+                shares = (signatures[group[1:]] == signatures[first]).mean(axis=1)
+                for row, share in zip(group[1:].tolist(), shares.tolist(), strict=True):
+                    if share >= ALIKE and share > best.get(row, (0.0, 0))[0]:
+                        best[row] = (share, int(first))
+        for row, (share, first) in sorted(best.items()):
+            message = f"This row says nearly the same as line {self._lines[first]} (about {share:.0%} alike)."
+            self.say(self._lines[row], Finding("near_duplicate", message, severity="warning", fix=fix("Drop the row", "drop_row")))
+
+
+def _groups(order: np.ndarray, same: np.ndarray) -> list[np.ndarray]:
+    """Runs of rows with an equal key, as row numbers in rising order."""
+    if not same.any():
+        return []
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
+    return [np.sort(order[start : end + 1]) for start, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,138 @@
+"""New versions of a dataset: mended, edited, thinned. The parent stays as it is; the new version is its file read again
+under a longer list of edits (`app/edits.py`)."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app import datasets, edits, formats, ids
+from app.errors import BadField, Conflict
+from app.reading import lines_path
+from app.settings import get_settings
+from app.tables import Dataset, Finding, User
+
+_OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
+"""Operations that need nothing but the line; all others are the format's own and are found again in the row."""
+
+MOST_LINES = 1_000_000
+
+
+def fix_one(session: Session, user: User, dataset: Dataset, finding_id: int) -> Dataset:
+    """A version with the fix of one finding. Raises BadField when it has none."""
+    found = session.scalar(select(Finding).where(Finding.id == finding_id, Finding.dataset_id == dataset.id))
+    if found is None or not found.fix or found.line is None:
+        raise BadField("This finding has no fix to apply.", way_out="Edit the row, or drop it.", param="finding")
+    return make(session, user, dataset, [_edit(found, [found.line])], {"operation": "fix", "rule": found.rule, "lines": [found.line]})
+
+
+def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Dataset:
+    """A version with the fix of every finding of a rule, also of those that are not listed. Raises BadField when it has none."""
+    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.rule == rule, Finding.fix.is_not(None)).order_by(Finding.id)
+    found = session.scalars(query.limit(1)).first()
+    lines = lines_of(session, dataset, rule) if found is not None else []
+    if found is None or not lines:
+        raise BadField(f"Nothing found under “{rule[:60]}” has a fix.", way_out="Edit the rows, or drop them.", param="rule")
+    return make(session, user, dataset, [_edit(found, lines)], {"operation": "fix", "rule": rule, "count": len(lines)})
+
+
+def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
+    assert found.fix is not None
+    operation = found.fix["operation"]
+    # Where one rule has several fixes, as roles do, each row takes its own.
+    own = operation not in _OF_THE_REPORT or found.severity == "error"
+    return {"operation": "mend" if own else operation, "rule": found.rule, "lines": list(lines)}
+
+
+def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
+    """Every line a rule with a fix was found in."""
+    path = lines_path(get_settings().data_dir / (dataset.rows_path or "none"))
+    try:
+        return json.loads(path.read_text()).get(rule, [])
+    except FileNotFoundError:  # read before these lines were kept
+        query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.rule == rule, Finding.fix.is_not(None))
+        return sorted({line for line in session.scalars(query) if line is not None})
+
+
+def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
+    """A version without these lines."""
+    if not lines or len(lines) > MOST_LINES:
+        raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
+    kept = sorted(set(lines))
+    return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
+
+
+def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
+    """A version in which one row is what a person typed, as JSON of the normalised row. Raises BadField saying what is wrong."""
+    if not dataset.format:
+        raise Conflict("This dataset is not read yet.", way_out="Wait until it is ready.")
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadField(f"The row is not valid JSON: {error}.", way_out="Mend the text and save again.", param="row") from None
+    for found in edits.check_normalised(row, formats.get(dataset.format).shape):
+        if found.severity == "error":
+            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
+    edit = {"operation": "replace", "lines": [line], "row": _clean(row)}
+    return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
+
+
+def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, Any]], origin: dict[str, Any]) -> Dataset:
+    """The next version: the parent's edits and some more, ordered to be read."""
+    if dataset.status != "ready":
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+    file = datasets.file_of(session, dataset)
+    new = Dataset(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        file_id=dataset.file_id,
+        parent_id=dataset.id,
+        name=dataset.name,
+        version=next_number(session, dataset),
+        format=dataset.format,
+        format_chosen=True,
+        mapping=dataset.mapping,
+        edits=[*(dataset.edits or []), *more],
+        origin={**origin, "from": ids.public(ids.DATASET, dataset.id)},
+    )
+    return datasets.order(session, new, file)
+
+
+def next_number(session: Session, dataset: Dataset) -> int:
+    """The number after the highest of this dataset's versions. Two people who ask at once wait for each other."""
+    family = datasets.family(session, dataset)
+    session.execute(select(func.pg_advisory_xact_lock(min(family).int & ((1 << 63) - 1))))
+    return (session.scalar(select(func.max(Dataset.version)).where(Dataset.id.in_(family))) or dataset.version) + 1
+
+
+def _named(lines: Sequence[int]) -> dict[str, Any]:
+    return {"lines": list(lines)} if len(lines) <= 20 else {"count": len(lines)}
+
+
+def _clean(value: Any) -> Any:
+    """Without what Postgres cannot hold."""
+    return json.loads(json.dumps(value).replace("\\u0000", ""))
+
+
+def describe(dataset: Dataset) -> str:
+    """How a version was made, in a few words."""
+    origin = dataset.origin or {}
+    count = origin.get("count") or len(origin.get("lines", ()))
+    rows = f"{count:,} row{'s' if count != 1 else ''}"
+    rule = str(origin.get("rule", "")).replace("_", " ")
+    return {
+        "upload": "Uploaded",
+        "read_as": "Read as you said",
+        "fix": f"Fixed {rule} in {rows}",
+        "drop": f"Left out {rows}",
+        "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
+        "concatenate": "Joined, one after the other",
+        "mix": "Mixed by weights",
+        "sample": f"Drawn at random: {origin.get('rows', 0):,} rows",
+        "deduplicate": "Repeated rows taken out",
+    }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

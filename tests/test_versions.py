@@ -1,0 +1,181 @@
+"""New versions: every fix does what its button says, to one row or to all of its kind, and the parent never changes."""
+
+import csv
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from app import datasets, edits, files, findings, formats, ids, versions
+from app.errors import BadField, Conflict
+from app.tables import Finding
+
+
+def chat(*turns, **rest):
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns], **rest})
+
+
+GOOD = chat(("user", "ask {}"), ("assistant", "tell"))
+
+
+@pytest.fixture
+def make(session, user):
+    def make(lines, name="x.jsonl"):
+        data = "\n".join(lines) if isinstance(lines, list) else lines
+        file = files.add_bytes(session, user, data.encode("utf-8", "surrogatepass"), name, "fine-tune")
+        dataset = datasets.create(session, user, file)
+        session.commit()
+        return read(session, dataset)
+
+    return make
+
+
+def read(session, dataset):
+    session.commit()
+    datasets.read(dataset.id)
+    session.expire_all()
+    assert dataset.status == "ready", dataset.error
+    return dataset
+
+
+def rows_of(dataset, data_dir):
+    table = pq.read_table(data_dir / dataset.rows_path)
+    return dict(zip(table["line"].to_pylist(), map(json.loads, table["row"].to_pylist()), strict=True))
+
+
+def some(count, first=0):
+    return [GOOD.replace("{}", f"question number {n}") for n in range(first, first + count)]
+
+
+def test_one_finding_is_fixed_and_the_parent_stays_as_it_is(session, user, make, data_dir):
+    parent = make([*some(12), chat(("human", "a"), ("assistant", "b")), chat(("human", "c"), ("assistant", "d"))])
+    before = (parent.rows_sha256, parent.good_rows)
+    found, _ = datasets.findings(session, parent, rule="wrong_role")
+    new = read(session, versions.fix_one(session, user, parent, found[0].id))
+    assert (new.version, new.parent_id, new.good_rows) == (2, parent.id, 13)
+    assert rows_of(new, data_dir)[13]["messages"][0] == {"role": "user", "content": "a"}
+    assert [f.line for f in datasets.findings(session, new, rule="wrong_role")[0]] == [14]
+    session.refresh(parent)
+    assert (parent.rows_sha256, parent.good_rows) == before and parent.edits is None
+    assert versions.describe(new) == "Fixed wrong role in 1 row"
+
+
+def test_all_of_a_kind_are_fixed_each_by_its_own_fix(session, user, make, data_dir):
+    parent = make(
+        [
+            *some(10),
+            chat(("user", "a"), ("user", "b"), ("user", "c"), ("assistant", "d")),
+            chat(("user", "a"), ("assistant", "b"), ("user", "c")),
+            chat(("user", "a"), ("assistant", "b"), ("system", "s"), ("assistant", "c")),
+        ]
+    )
+    assert parent.good_rows == 10
+    new = read(session, versions.fix_all(session, user, parent, "wrong_role_order"))
+    rows = rows_of(new, data_dir)
+    assert [m["content"] for m in rows[11]["messages"]] == ["a\n\nb\n\nc", "d"]
+    assert [m["role"] for m in rows[12]["messages"]] == ["user", "assistant"]
+    assert [m["role"] for m in rows[13]["messages"]] == ["system", "user", "assistant"]
+    assert not [rule for rule in datasets.rules(new) if rule["rule"] == "wrong_role_order"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "wanted"),
+    [
+        ("ding\x07dong", "control_character", "dingdong"),
+        ("one <|im_end|> two", "template_marker", "one  two"),
+        ("write to anna.berg@hafen.de now", "personal_data", "write to [e-mail address] now"),
+        ("key sk-proj-abcdefghijklmnopqrstuvwx1234", "secret", "key [API key]"),
+    ],
+)
+def test_texts_are_cleaned(session, user, make, data_dir, text, rule, wanted):
+    parent = make([*some(10), chat(("user", "a"), ("assistant", text))])
+    new = read(session, versions.fix_all(session, user, parent, rule))
+    assert rows_of(new, data_dir)[11]["messages"][1]["content"] == wanted
+    assert rule not in {entry["rule"] for entry in datasets.rules(new)}
+
+
+def test_a_fix_reaches_findings_that_are_not_listed(session, user, make, monkeypatch):
+    parent = make(some(3) + [GOOD.replace("{}", "the same")] * 5500)
+    assert len(session.query(Finding.id).filter_by(dataset_id=parent.id, rule="duplicate").all()) == 5000
+    new = read(session, versions.fix_all(session, user, parent, "duplicate"))
+    assert new.good_rows == 4 and "duplicate" not in {entry["rule"] for entry in datasets.rules(new)}
+
+
+def test_edits_add_up_over_versions_and_lines_keep_their_numbers(session, user, make, data_dir):
+    first = make([*some(10), chat(("human", "a"), ("assistant", "b"))])
+    second = read(session, versions.drop_rows(session, user, first, [1, 2, 2]))
+    third = read(session, versions.fix_all(session, user, second, "wrong_role"))
+    row = {"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "answer"}]}
+    fourth = read(session, versions.edit_row(session, user, third, 5, json.dumps(row)))
+    rows = rows_of(fourth, data_dir)
+    assert list(rows) == [3, 4, 5, 6, 7, 8, 9, 10, 11] and rows[5] == row
+    assert [v.version for v in datasets.versions(session, first)] == [1, 2, 3, 4]
+    assert rows_of(first, data_dir)[5] != row
+    assert [versions.describe(v) for v in (second, fourth)] == ["Left out 2 rows", "Edited line 5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "object"),
+        ('{"messages": []}', "no message"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "learn"),
+    ],
+)
+def test_a_typed_row_is_checked_before_anything_is_made(session, user, make, text, words):
+    dataset = make(some(10))
+    with pytest.raises(BadField, match=words):
+        versions.edit_row(session, user, dataset, 1, text)
+
+
+def test_what_cannot_be_fixed_says_so(session, user, make):
+    dataset = make([*some(10), "{broken"])
+    (broken,), _ = datasets.findings(session, dataset, rule="invalid_json")
+    with pytest.raises(BadField, match="no fix"):
+        versions.fix_one(session, user, dataset, broken.id)
+    with pytest.raises(BadField, match="Nothing found"):
+        versions.fix_all(session, user, dataset, "duplicate")
+    files.delete(session, user, dataset.file_id)
+    with pytest.raises(Conflict, match="deleted"):
+        versions.drop_rows(session, user, dataset, [1])
+
+
+def test_rows_of_every_shape_can_be_typed(session, user):
+    for entry in formats.FORMATS.values():
+        mapping = entry.guess_mapping(list(entry.example))
+        row = entry.normalise(entry.example, mapping)
+        assert not [f for f in edits.check_normalised(row, entry.shape) if f.severity == "error"], entry.name
+
+
+def test_rows_on_one_line_have_numbers_of_their_own(session, user, make, data_dir):
+    rows = [json.loads(line) for line in some(10)]
+    parent = make(json.dumps(rows), "x.json")
+    new = read(session, versions.drop_rows(session, user, parent, [2]))
+    assert list(rows_of(new, data_dir)) == [1, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_findings_taken_away_hold_no_formula(session, make, client):
+    dataset = make([*some(10), json.dumps({"messages": [{"role": "=1+1", "content": "a"}]})])
+    key = ids.public(ids.DATASET, dataset.id)
+    answer = client.get(f"/datasets/{key}/findings.csv")
+    assert "attachment" in answer.headers["content-disposition"]
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["value"] for row in rows if row["rule"] == "wrong_role"] == ["'=1+1"]
+    lines = [json.loads(line) for line in client.get(f"/datasets/{key}/findings.jsonl").text.splitlines()]
+    assert lines[0]["value"] == "'=1+1" or lines[0]["value"] == "=1+1"
+    assert [findings.guarded(cell) for cell in ("+1", "@a", 3, "-x", "a")] == ["'+1", "'@a", 3, "'-x", "a"]
+
+
+def test_a_click_on_the_page_makes_the_version(session, make, client):
+    dataset = make([*some(10), chat(("human", "a"), ("assistant", "b"))])
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    assert "Fix all 1 of this kind" in client.get(path + "?rule=wrong_role").text
+    answer = client.post(path + "/fix", data={"rule": "wrong_role"}, follow_redirects=False)
+    assert answer.status_code == 303
+    new = session.get(type(dataset), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1]))
+    assert read(session, new).good_rows == 11
+    assert "Fixed wrong role in 1 row" in client.get(answer.headers["location"]).text
+    assert client.post(path + "/fix", data={}).status_code == 400
+    assert client.post(path + "/drop", data={"line": ["1", "2"]}, follow_redirects=False).status_code == 303
