@@ -30,8 +30,9 @@ READ = "luthier.read"
 FETCH = "luthier.fetch"
 GENERATE = "luthier.generate"
 EVALUATE = "luthier.evaluate"
+INSPECT = "luthier.inspect"
 
-ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", GENERATE: "generate"}
+ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", INSPECT: "data", GENERATE: "generate"}
 """Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task."""
 
 PREFIX = "luthier:"

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, files, queue, recount, sandbox
+from app import db, files, inspections, queue, recount, sandbox
 from app.errors import BadData, StudioError
 from app.settings import get_settings
 from app.tables import Dataset, File, Finding, Outbox
@@ -163,6 +163,7 @@ def _record(session: Session, dataset_id: uuid.UUID, fence: int, result: dict[st
     ours.rows_path, ours.rows_sha256 = rows.relative_to(get_settings().data_dir).as_posix(), result["sha256"]
     ours.report = result["report"]
     _settle(session, ours, "processed", None)
+    inspections.order_report(session, ours)
     return True
 
 

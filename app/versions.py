@@ -53,10 +53,13 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
     """Every line a rule with a fix was found in."""
     path = lines_path(get_settings().data_dir / (dataset.rows_path or "none"))
     try:
-        return json.loads(path.read_text()).get(rule, [])
-    except FileNotFoundError:  # read before these lines were kept
+        kept = json.loads(path.read_text()).get(rule)
+    except FileNotFoundError:
+        kept = None
+    if kept is None:  # found by another child, which lists its findings only
         query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.rule == rule, Finding.fix.is_not(None))
-        return sorted({line for line in session.scalars(query) if line is not None})
+        kept = sorted({line for line in session.scalars(query) if line is not None})
+    return kept
 
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:

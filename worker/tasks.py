@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import FETCH, GENERATE, READ, TRAIN, celery
+from app.queue import FETCH, GENERATE, INSPECT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -39,6 +39,13 @@ def fetch(key: str) -> None:
     from app import fetching
 
     fetching.fetch(uuid.UUID(key))
+
+
+@celery.task(name=INSPECT)
+def inspect(key: str) -> None:
+    from app import inspections
+
+    inspections.answer(uuid.UUID(key))
 
 
 @celery.task(name=GENERATE)

@@ -1,0 +1,181 @@
+"""Questions about a dataset that need a child of the data worker, and their answers, which are kept.
+
+    ask ─→ waiting ─answer()─→ ready | error
+
+The web process asks, waits a moment, and shows the answer or a page that looks again. Everything asked for a second time
+is there at once, because a version of a dataset never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import db, queue, sandbox
+from app.errors import Conflict, StudioError
+from app.settings import get_settings
+from app.spec import RunSettings
+from app.tables import Dataset, Finding, Inspection, Model
+
+FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows", "split": "app.splits:look"}
+"""What the child runs. Names, because nothing here imports the worker."""
+LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
+LEASE_SECONDS = 60
+ASK_AGAIN_SECONDS = 20
+TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
+
+
+def ask(session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None) -> Inspection:
+    """The inspection that answers this, ordered when it is new, failed, or was forgotten on the way."""
+    if dataset.status != "ready":
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+    asked = json.dumps(
+        [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments], sort_keys=True
+    )
+    question = hashlib.sha256(asked.encode()).hexdigest()
+    values = {"id": uuid.uuid4(), "dataset_id": dataset.id, "model_id": model.id if model else None, "kind": kind}
+    new = session.scalar(
+        insert(Inspection)
+        .values(**values, arguments=arguments, question=question)
+        .on_conflict_do_nothing(index_elements=["question"])
+        .returning(Inspection.id)
+    )
+    quiet = func.clock_timestamp() - timedelta(seconds=ASK_AGAIN_SECONDS)
+    again = None if new else session.scalar(
+        update(Inspection)
+        .where(Inspection.question == question, Inspection.status != "ready", Inspection.asked_at < quiet)
+        .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
+        .values(status="waiting", asked_at=func.clock_timestamp(), error=None)
+        .returning(Inspection.id)
+    )  # fmt: skip
+    if new or again:
+        queue.put_in_outbox(session, queue.INSPECT, new or again)
+    return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
+
+
+def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:
+    """The inspection once it is answered, or as it is after `seconds`. Holds no connection while it waits."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with db.transaction() as session:
+            found = session.get_one(Inspection, inspection_id)
+        if found.status in ("ready", "error") or time.monotonic() > deadline:
+            return found
+        time.sleep(0.08)
+
+
+def tokenizer_of(session: Session, model: Model) -> str:
+    """The folder of a model's tokenizer, relative to the data folder: the newest adapter's own, or the base's."""
+    from app import models
+
+    ref = models.reference(session, model)
+    data = get_settings().data_dir
+    own = [adapter.path for adapter in ref.adapters if (data / adapter.path / "tokenizer_config.json").is_file()]
+    return own[-1] if own else ref.path
+
+
+# In the data worker ---------------------------------------------------------------------------------------------------
+
+
+def answer(inspection_id: uuid.UUID) -> None:
+    """Body of the task INSPECT: claim, run a child, record. A question that is being answered already is left alone."""
+    with db.transaction() as session:
+        found = session.scalar(
+            update(Inspection)
+            .where(Inspection.id == inspection_id, Inspection.status.in_(("waiting", "running")))
+            .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
+            .values(status="running", lease_until=func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS))
+            .returning(Inspection)
+        )
+        payload = _payload(session, found) if found is not None else None
+    if found is None:
+        return
+    said: list[dict[str, Any]] = []
+    try:
+        if payload is None:
+            raise Conflict("The dataset or the model was deleted.", way_out="Choose another.")
+        result, error = (
+            sandbox.run(
+                FUNCTIONS[found.kind],
+                payload,
+                LIMITS,
+                folder=get_settings().folder("tmp"),
+                on_message=lambda message: said.append(message["finding"]) if "finding" in message else None,
+                keep_going=lambda: _beat(inspection_id),
+            ),
+            None,
+        )
+    except sandbox.Refused as refused:
+        result, error = None, refused.error
+    except sandbox.Killed as killed:
+        result, error = None, {"message": f"It could not be computed. {killed.message}", "way_out": "Try again, or with another model."}
+    except StudioError as fault:
+        result, error = None, {"message": fault.message, "way_out": fault.way_out}
+    with db.transaction() as session:
+        _record(session, inspection_id, result, error, said)
+
+
+def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
+    dataset, model = session.get_one(Dataset, found.dataset_id), session.get(Model, found.model_id) if found.model_id else None
+    if dataset.deleted_at is not None or not dataset.rows_path or (found.model_id and (model is None or model.deleted_at is not None)):
+        return None
+    data = get_settings().data_dir
+    payload = {**found.arguments, "rows": str(data / dataset.rows_path), "count_of_rows": dataset.good_rows, "task": dataset.task}
+    payload.setdefault("count", dataset.good_rows)
+    if model is not None:
+        payload |= {"tokenizer": str(data / tokenizer_of(session, model)), "kind": model.kind}
+    return payload
+
+
+def _beat(inspection_id: uuid.UUID) -> bool:
+    with db.transaction() as session:
+        lease = func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
+        kept = update(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").values(lease_until=lease)
+        return session.scalar(kept.returning(Inspection.id)) is not None
+
+
+def _record(
+    session: Session, inspection_id: uuid.UUID, result: dict[str, Any] | None, error: dict[str, Any] | None, said: list[dict[str, Any]]
+) -> None:
+    found = session.scalar(select(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").with_for_update())
+    if found is None:
+        return
+    found.result = json.loads(json.dumps(result).replace("\\u0000", "")) if result is not None else None
+    found.error = error
+    found.status, found.lease_until = ("ready" if error is None else "error"), None
+    if found.kind == "lengths" and found.arguments.get("report") and result is not None:
+        _add_to_report(session, found.dataset_id, result, said)
+
+
+def _add_to_report(session: Session, dataset_id: uuid.UUID, result: dict[str, Any], said: list[dict[str, Any]]) -> None:
+    """What the trainer's own converter found becomes part of the dataset's report."""
+    dataset = session.scalars(select(Dataset).where(Dataset.id == dataset_id).with_for_update()).one()
+    session.execute(delete(Finding).where(Finding.dataset_id == dataset_id, Finding.rule.in_(TOKEN_RULES)))
+    for at in range(0, len(said), 1000):
+        session.execute(insert(Finding), [{"dataset_id": dataset_id, **finding} for finding in said[at : at + 1000]])
+    report = dict(dataset.report or {})
+    found = {rule: entry for rule, entry in report.get("findings", {}).items() if rule not in TOKEN_RULES}
+    for finding in said:
+        rule = finding["rule"]
+        found.setdefault(rule, {"severity": finding["severity"], "count": result["counts"][rule], "message": finding["message"]})
+    exact = {name: result[name] for name in ("tokens", "trained_tokens", "longest")} if result["rows"] == dataset.good_rows else {}
+    dataset.report = report | {"findings": found} | exact
+    queue.wake(session, "dataset", dataset_id)
+
+
+def order_report(session: Session, dataset: Dataset) -> None:
+    """Have the trainer's converter look at every row of a dataset that was just read, where a model is there to do it."""
+    from app import recount
+
+    model = recount.counting_model(session)
+    if model is not None and dataset.good_rows and dataset.task != "classification":
+        cutoff = min(RunSettings().max_length, int((model.shape or {}).get("positions") or 1 << 30))
+        ask(session, dataset, "lengths", {"cutoff": cutoff, "report": True}, model)

@@ -1,0 +1,164 @@
+"""Which rows are held out for validation: at random, with every label in its share, or whole groups at a time.
+
+A row's side follows from the seed and its content (or its group's name) alone, so it is the same in every attempt, in
+every process and in whatever order rows come, and equal rows never stand on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.errors import BadData
+
+MOST_OVERLAPS = 50
+
+
+class Line(NamedTuple):
+    """A normalised row and its line."""
+
+    line: int
+    row: dict[str, Any]
+
+
+def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "random", column: str | None = None) -> list[bool]:
+    """For each row, whether it is held out. Each row has `line` and `row`; `method` is random, stratified or grouped.
+
+    At least one row is held out where that leaves one to learn. Raises BadData when the column is not there.
+    """
+    if fraction <= 0 or len(rows) < 2:
+        return [False] * len(rows)
+    if method == "grouped":
+        return _grouped([_value(row, column) for row in rows], fraction, seed)
+    keys = [key_of(row.row, seed) for row in rows]
+    if method == "random":
+        return _first(keys, fraction)
+    parts: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        parts[_value(row, column or "label")].append(place)
+    held = [False] * len(rows)
+    for places in parts.values():
+        if len(places) > 1:
+            for place, chosen in zip(places, _first([keys[place] for place in places], fraction), strict=True):
+                held[place] = chosen
+    return held
+
+
+def key_of(row: dict[str, Any], seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\n{json.dumps(row, sort_keys=True, ensure_ascii=False)}".encode()).digest()
+
+
+def _first(keys: Sequence[bytes], fraction: float) -> list[bool]:
+    """The rows with the smallest keys; rows with an equal key go together."""
+    last = sorted(keys)[max(1, round(fraction * len(keys))) - 1]
+    held = [key <= last for key in keys]
+    return held if not all(held) else [False] * len(keys)
+
+
+def _grouped(names: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Whole groups, in the order of their keys, as long as each brings the held-out share nearer to `fraction`."""
+    sizes = Counter(names)
+    if len(sizes) < 2:
+        raise BadData("All rows are in one group, so none can be held out.", way_out="Group by another column, or split at random.")
+    wanted, taken, chosen = fraction * len(names), 0, set[str]()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).digest()):
+        if len(chosen) == len(sizes) - 1:
+            break
+        if not chosen or abs(taken + sizes[name] - wanted) < abs(taken - wanted):
+            chosen.add(name)
+            taken += sizes[name]
+    return [name in chosen for name in names]
+
+
+def _value(row: Any, column: str | None) -> str:
+    holder = row.row if column == "label" and "label" in row.row else row.row.get("metadata", {})
+    if column is None or column not in holder:
+        known = ", ".join(sorted(set(row.row.get("metadata", {})) | ({"label"} if "label" in row.row else set()))[:20])
+        raise BadData(
+            f"Line {row.line} has no column “{column}” to split by." if column else "The column to split by is missing.",
+            way_out=f"Take one of {known}." if known else "Split at random: this dataset keeps no further columns.",
+            param="split.column",
+        )
+    value = holder[column]
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+# Looking at a split before it is used (in a child of the data worker) ---------------------------------------------------
+
+
+def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
+    """What a split gives: rows and labels of both sides, and what stands on both. `payload`: rows, fraction, seed, method,
+    column; or `validation`, the rows of a validation file."""
+    rows = list(_read(Path(payload["rows"])))
+    if payload.get("validation"):
+        train, held = rows, list(_read(Path(payload["validation"])))
+    else:
+        sides = divide(rows, payload["fraction"], payload["seed"], payload["method"], payload.get("column"))
+        train = [row for row, out in zip(rows, sides, strict=True) if not out]
+        held = [row for row, out in zip(rows, sides, strict=True) if out]
+    found = overlap(train, held)
+    return {
+        "train": len(train),
+        "validation": len(held),
+        "labels": _labels(train, held),
+        "overlap": len(found),
+        "examples": [{"line": line, "train_line": other, "how": how} for line, other, how in found[:MOST_OVERLAPS]],
+        "lines": [row.line for row in held[:20]],
+    }
+
+
+def overlap(train: Iterable[Any], held: Iterable[Any]) -> list[tuple[int, int, str]]:
+    """(held-out line, training line, "row" or "prompt") for each held-out row whose text, or whose prompt alone, is also
+    learnt from. Case, accents' spelling and white space make no difference."""
+    whole: dict[bytes, int] = {}
+    prompts: dict[bytes, int] = {}
+    for row in train:
+        prompt, text = _texts(row.row)
+        whole.setdefault(_print(text), row.line)
+        if prompt:
+            prompts.setdefault(_print(prompt), row.line)
+    found = []
+    for row in held:
+        prompt, text = _texts(row.row)
+        if (line := whole.get(_print(text))) is not None:
+            found.append((row.line, line, "row"))
+        elif prompt and (line := prompts.get(_print(prompt))) is not None:
+            found.append((row.line, line, "prompt"))
+    return found
+
+
+def _texts(row: dict[str, Any]) -> tuple[str, str]:
+    """What is given, and everything."""
+    if "messages" in row:
+        turns = row["messages"] if "chosen" in row or "answer" in row else row["messages"][:-1]
+        prompt = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+        rest = [*row["messages"], *row.get("chosen", []), *row.get("answer", [])]
+        return prompt, "\n".join(turn["content"] for turn in rest)
+    if "completion" in row:
+        return row["prompt"], f"{row['prompt']}\n{row['completion']}"
+    return "", row["text"]
+
+
+def _print(text: str) -> bytes:
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _labels(train: Sequence[Any], held: Sequence[Any]) -> list[list[Any]]:
+    if not train or "label" not in train[0].row:
+        return []
+    left, right = (Counter(str(row.row["label"]) for row in side) for side in (train, held))
+    return [[label, left[label], right[label]] for label, _ in (left + right).most_common(100)]
+
+
+def _read(path: Path) -> Iterable[Line]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
+        for line, text in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True):
+            yield Line(line, json.loads(text))

@@ -1,0 +1,133 @@
+"""A model's tokenizer and chat template without transformers and torch: what `worker/prompts.py` needs of them, and no more.
+
+A child that shows rows or counts tokens starts in a fraction of a second with it. Tests hold it against transformers'
+own tokenizer, id for id.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+class LightTokenizer:
+    """The tokenizer in a folder with a tokenizer.json. The template runs in Jinja's sandbox, as in transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _json(folder / "tokenizer_config.json")
+        named = _json(folder / "special_tokens_map.json") | config
+        self.special = {name: _text(named[name]) for name in _NAMES if named.get(name)}
+        more = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
+        self._more = [_text(token) for token in (more.values() if isinstance(more, dict) else more)]
+        self.chat_template = _template_of(folder, config)
+        self.added_tokens_decoder = {key: token.content for key, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self.pad_token = self.special.get("pad_token")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("_token_id"):
+            token = self.pad_token if name == "pad_token_id" else self.special.get(name.removesuffix("_id"))
+            return None if token is None else self._tokenizer.token_to_id(token)
+        if name in _NAMES:
+            return self.special.get(name)
+        raise AttributeError(name)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys([*self.special.values(), *self._more]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [self._tokenizer.token_to_id(token) for token in self.all_special_tokens]
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+    ) -> str:
+        if not messages:
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        template = _compiled(chat_template or self.chat_template or "")
+        return template.render(messages=kept, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text of each token. A character that several tokens share stands with the last of them."""
+        texts: list[str] = []
+        waiting: list[int] = []
+        for key in ids:
+            if key in self.added_tokens_decoder:
+                texts.append(self.added_tokens_decoder[key])
+                waiting = []
+                continue
+            token = self._tokenizer.id_to_token(key) or ""
+            waiting.append(key)
+            text = self._tokenizer.decode(waiting, skip_special_tokens=False)
+            if text.endswith("\ufffd") and len(waiting) < 4:
+                texts.append("")
+                continue
+            texts.append(" " + text.lstrip(" ") if token.startswith("\u2581") else text)
+            waiting = []
+        return texts
+
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _template_of(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
