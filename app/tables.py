@@ -228,6 +228,7 @@ class Model(Base):
     shape: Mapped[JSON | None] = mapped_column(comment="app.shapes.Shape")
     labels: Mapped[list[Any] | None] = mapped_column(comment="class names of a classifier, in order")
     bytes: Mapped[int | None]
+    engine: Mapped[JSON | None] = mapped_column(comment="an external server that answers for it: {url, model}; null is our own engine")
     fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim of a fetch")
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
@@ -394,7 +395,8 @@ class Exchange(Base):
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
-    source: Mapped[str] = mapped_column(server_default="playground", comment="playground or api")
+    source: Mapped[str] = mapped_column(server_default="playground", comment="playground, api or vote")
+    title: Mapped[str | None] = mapped_column(comment="given when a person saves it as a comparison")
     messages: Mapped[list[Any] | None]
     prompt: Mapped[str | None]
     sampling: Mapped[JSON]
@@ -422,3 +424,87 @@ class Answer(Base):
     first_token_seconds: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
     created_at: Mapped[datetime] = now()
+
+
+class Vote(Base):
+    """Two answers to one prompt with their sides shuffled, and which of them a person preferred.
+
+    `choice` is 1 (the left one), 2 (the right one) or 0 (equally good), and null until somebody has voted.
+    """
+
+    __tablename__ = "votes"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    exchange_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), comment="where the prompt came from")
+    messages: Mapped[list[Any]]
+    left_model: Mapped[str]
+    right_model: Mapped[str]
+    left_text: Mapped[str] = mapped_column(server_default="")
+    right_text: Mapped[str] = mapped_column(server_default="")
+    choice: Mapped[int | None]
+    edited: Mapped[str | None] = mapped_column(comment="the answer a person would have liked better")
+    created_at: Mapped[datetime] = now()
+    voted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+# The prompt lab -----------------------------------------------------------------------------------------------------
+
+
+class Prompt(Base):
+    """A named prompt. What it says stands in its versions, which are never changed."""
+
+    __tablename__ = "prompts"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str]
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+class PromptVersion(Base):
+    __tablename__ = "prompt_versions"
+    id: Mapped[uuid.UUID] = new_key()
+    prompt_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompts.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    body: Mapped[JSON] = mapped_column(comment="app.prompts.PromptBody")
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (UniqueConstraint("prompt_id", "number"),)
+
+
+class PromptRun(Base):
+    """One version of a prompt, put to one model over the validation rows of one dataset. States in `app/prompt_runs.py`."""
+
+    __tablename__ = "prompt_runs"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_versions.id"), index=True)
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
+    spec: Mapped[JSON] = mapped_column(comment="app.prompt_runs.RunSpec, frozen")
+    status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
+    progress: Mapped[float | None]
+    result: Mapped[JSON | None] = mapped_column(comment="score, interval, rows, tokens and seconds")
+    error: Mapped[JSON | None]
+    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim")
+    lease_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = now()
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
+class PromptResult(Base):
+    """What came of one row of a run."""
+
+    __tablename__ = "prompt_results"
+    run_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_runs.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    input: Mapped[str]
+    rendered_prompt: Mapped[str]
+    expected: Mapped[str]
+    said: Mapped[list[Any]] = mapped_column(comment="each sample's whole text")
+    answer: Mapped[str] = mapped_column(comment="what the rule took from it; the majority of several samples")
+    score: Mapped[float]
