@@ -1,0 +1,64 @@
+"""One row as fields a person can type in, and back again."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from app.errors import BadField
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Part(NamedTuple):
+    """One text of a row: where it stands, what it is called, and its role where it is a message."""
+
+    path: str
+    title: str
+    text: str
+    role: str | None = None
+
+
+def parts(row: dict[str, Any]) -> list[Part]:
+    """The texts of a normalised row in reading order."""
+    found: list[Part] = []
+    for key in ("text", "prompt", "completion", "label"):
+        if isinstance(row.get(key), str):
+            found.append(Part(key, key.capitalize(), row[key]))
+    for key, title in (("messages", "Message"), ("chosen", "Better answer"), ("rejected", "Worse answer"), ("answer", "Answer")):
+        for place, message in enumerate(row.get(key) or ()):
+            if isinstance(message, dict):
+                found.append(Part(f"{key}[{place}]", f"{title} {place + 1}", message.get("content") or "", message.get("role")))
+    return found
+
+
+def parsed(text: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def merged(text: str, typed: dict[str, str]) -> str:
+    """The row's JSON with what was typed into its fields. Browsers send line ends as CR LF; rows have LF."""
+    row = parsed(text)
+    if row is None:
+        raise BadField("The row is not valid JSON.", way_out="Load the page again.", param="row")
+    for name, value in typed.items():
+        kind, _, path = name.partition(".")
+        if kind not in ("text", "role") or not path:
+            continue
+        value = value.replace("\r\n", "\n")
+        found = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", path)
+        try:
+            if found is None:
+                raise KeyError(path)
+            if found[2] is None:
+                row[found[1]] = value
+            else:
+                row[found[1]][int(found[2])]["content" if kind == "text" else "role"] = value
+        except (KeyError, IndexError, TypeError):
+            raise BadField(f"The row has no “{path[:60]}”.", way_out="Load the page again.", param=name[:60]) from None
+    return json.dumps(row, ensure_ascii=False)

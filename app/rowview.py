@@ -1,0 +1,102 @@
+"""What the page of a dataset's rows shows: the rows as a model's trainer sees them, and what a longest length does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app import ids, inspections, models, recount
+from app.errors import NotFound
+from app.tables import Dataset, Inspection, Job, Model, User
+
+ROWS_PER_PAGE = 10
+DEFAULT_CUTOFF = 1024
+CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
+WAIT_SECONDS = 2.5
+
+
+@dataclass(slots=True)
+class Wish:
+    """What a person wants to see."""
+
+    model: Model | None
+    cutoff: int
+    search: str = ""
+    page: int = 1
+    lines: list[int] | None = None
+
+
+@dataclass(slots=True)
+class Shown:
+    rows: Inspection
+    lengths: Inspection | None
+    at: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> bool:
+        return self.rows.status in ("waiting", "running") or (self.lengths is not None and self.lengths.status in ("waiting", "running"))
+
+
+def able_models(session: Session, user: User) -> list[Model]:
+    """The models whose trainer can look at rows: all that write text."""
+    return [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("encoder", "classifier")]
+
+
+def choose_model(session: Session, user: User, name: str | None) -> Model | None:
+    """The model named, or the one that counts tokens; None where there is none."""
+    able = able_models(session, user)
+    if name:
+        for model in able:
+            if name in (model.name, ids.public(ids.MODEL, model.id)):
+                return model
+        raise NotFound(f"No such model: {name[:80]}", way_out="Choose one of the list.", param="model")
+    first = recount.counting_model(session)
+    return next((model for model in able if first is not None and model.id == first.id), able[0] if able else None)
+
+
+def ask(session: Session, dataset: Dataset, wish: Wish) -> tuple[Inspection, Inspection | None]:
+    """The two questions behind the page: some rows, and the lengths of all."""
+    arguments: dict[str, Any] = {"count": ROWS_PER_PAGE, "cutoff": wish.cutoff}
+    if wish.lines is not None:
+        arguments["lines"] = wish.lines
+    else:
+        arguments |= {"skip": (wish.page - 1) * ROWS_PER_PAGE, "search": wish.search}
+    rows = inspections.ask(session, dataset, "rows", arguments, wish.model)
+    lengths = inspections.ask(session, dataset, "lengths", {"cutoff": DEFAULT_CUTOFF}, wish.model) if wish.model else None
+    return rows, lengths
+
+
+def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
+    """The answers, after a moment of waiting for them."""
+    rows = inspections.wait(rows.id, WAIT_SECONDS)
+    lengths = inspections.wait(lengths.id, 0.3) if lengths else None
+    shown = Shown(rows, lengths)
+    if lengths is not None and lengths.result:
+        shown.at = next((entry for entry in lengths.result["cutoffs"] if entry["cutoff"] == cutoff), {})
+    return shown
+
+
+def bars(lengths: dict[str, Any], cutoff: int) -> dict[str, Any]:
+    """The histogram as rectangles of a 600 × 120 drawing, and where the cut-off stands in it."""
+    histogram = lengths["histogram"]
+    most = max((count for _, _, count in histogram), default=1) or 1
+    end = histogram[-1][1] + 1 if histogram else 1
+    width = 600 / max(1, len(histogram))
+    return {
+        "bars": [
+            {"x": place * width, "width": max(1.0, width - 2), "height": 110 * count / most, "low": low, "high": high, "count": count, "cut": low >= cutoff}
+            for place, (low, high, count) in enumerate(histogram)
+        ],
+        "line": 600 * cutoff / end if cutoff < end else None,
+        "end": end,
+        "most": most,
+    }  # fmt: skip
+
+
+def jobs_with_ledger(session: Session, dataset: Dataset) -> list[Job]:
+    """Jobs whose training wrote down each row's loss of this dataset, newest first."""
+    from app import ledger
+
+    return ledger.jobs_of(session, dataset)
