@@ -22,7 +22,7 @@ from app.errors import NotFound, StudioError
 from app.forms import Control, Filled, as_text, controls, fill
 from app.orders import JobOrder
 from app.shapes import Shape
-from app.spec import JobSpec, RunSettings
+from app.spec import JobSpec, PreferenceSettings, RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
@@ -48,6 +48,7 @@ class OrderForm:
     more_cards: list[Card]
     strategy_controls: list[Control]
     run_controls: list[Control]
+    preference_controls: list[Control]  # none but for a dataset of preferences
     kept: dict[str, str]
     errors: dict[str, str] = field(default_factory=dict)
     order: JobOrder | None = None
@@ -84,6 +85,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
+    compared = fill(PreferenceSettings, typed, "preference") if task == "preference" else None
+    errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
     first, more = _split(cards)
     form = OrderForm(
         typed=typed,
@@ -98,16 +101,17 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         run_controls=controls(
             RunSettings, "run", typed=run.typed, errors=run.errors, placeholders={"learning_rate": f"{strategy.default_learning_rate:g}"}
         ),
+        preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(),
     )
     if model and dataset and not errors:
-        _try(session, user, form, filled, run)
+        _try(session, user, form, filled, run, compared)
     return form
 
 
-def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled) -> None:
+def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:
     """Build the order's spec and estimate; what is wrong with them becomes an error of the form."""
     assert form.model and form.dataset
     form.order = JobOrder(
@@ -116,6 +120,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         name=form.typed.get("name", "").strip()[:200] or None,
         strategy={"name": form.strategy.model_fields["name"].default, **filled.settings},
         run=run.settings,
+        preference=(compared and compared.settings) or None,
     )
     try:
         form.spec = orders.build_spec(session, user, form.order)
@@ -207,6 +212,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "name": job.name,
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in spec["run"].items() if value is not None},
+        **{f"preference.{name}": as_text(value) for name, value in (spec.get("preference") or {}).items()},
     }
 
 
@@ -221,14 +227,14 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
     """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
     data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if spec_dataset.file_id else {"dataset_id": str(spec_dataset.id)}
-    body = {"model": order.model, **data, "strategy": order.strategy, "run": order.run, "name": order.name}
+    body = {"model": order.model, **data, "strategy": order.strategy, "run": order.run, "preference": order.preference, "name": order.name}
     return {key: value for key, value in body.items() if value not in (None, {})}
 
 
 def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     """The order to copy: as a YAML file, a curl command and a Python program. Each of them works as it stands, with the
     key of an account in `LUTHIER_API_KEY`."""
-    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "name") if key in body}
+    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "preference", "name") if key in body}
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]
     if "training_file" not in body:
         arguments.append('    training_file="",  # the data is named by dataset_id')

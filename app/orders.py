@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import ids
 from app.errors import BadField, StudioError
-from app.spec import DatasetRef, JobSpec, RunSettings, Task
+from app.spec import DatasetRef, JobSpec, PreferenceSettings, RunSettings, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 
@@ -51,8 +51,8 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
 class JobOrder(BaseModel):
-    """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run` and `strategy`
-    are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
+    """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy`
+    and `preference` are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -64,6 +64,7 @@ class JobOrder(BaseModel):
     task: Task | None = None
     run: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
+    preference: dict[str, Any] | None = None
     name: Annotated[str, StringConstraints(max_length=200)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -158,6 +159,7 @@ def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
         validation=reference(validation) if validation is not None else None,
         run=run,
         strategy=strategy,
+        preference=_preference(order, task, dataset),
     )
 
 
@@ -196,6 +198,12 @@ def _task(order: JobOrder, dataset: Dataset) -> Task:
         if order.task not in (None, "preference"):
             raise BadField(f"The method dpo learns preferences, not {order.task}.", way_out="Leave out task.", param="task")
         return "preference"
+    if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
+        raise BadField(
+            f"The method supervised learns from answers, and the dataset {dataset.name} holds pairs of them.",
+            way_out="Set the method to dpo, or take a dataset with one answer to each prompt.",
+            param="method.type",
+        )
     return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
 
 
@@ -252,6 +260,30 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset) -> RunS
         return RunSettings.model_validate(settings)
     except ValidationError as error:
         raise bad_field(error, "run") from None
+
+
+def _preference(order: JobOrder, task: Task, dataset: Dataset) -> PreferenceSettings | None:
+    """How the pairs of a preference job are compared; what `preference` says goes before OpenAI's `beta`."""
+    if task != "preference":
+        # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.
+        if order.preference is not None and dataset.status == "ready":
+            raise BadField(
+                f"The settings “preference” are for jobs that learn from pairs of answers; this one learns {task}.",
+                way_out="Leave them out, or take a dataset of preferences.",
+                param="preference",
+            )
+        return None
+    settings, beta = dict(order.preference or {}), order.asked().beta
+    if beta != "auto":
+        if not 0 < beta <= 10:
+            raise BadField(
+                f"beta cannot be {beta}.", way_out='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta"
+            )
+        settings.setdefault("beta", beta)
+    try:
+        return PreferenceSettings.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "preference") from None
 
 
 def mean_tokens(dataset: Dataset) -> float:

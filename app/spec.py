@@ -64,6 +64,9 @@ class RunSettings(_Frozen):
     )
     samples: int = Field(3, ge=0, le=16, description="Answers written to held-out prompts at each evaluation, to read how it goes.")
     sample_tokens: int = Field(64, ge=1, le=1024, description="Longest sample answer.", json_schema_extra={"unit": "tokens"})
+    evaluation_answers: int = Field(
+        8, ge=0, le=32, description="Held-out rows answered in full by the base and the result at the end. 0 writes none."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."
     )
@@ -75,6 +78,30 @@ class RunSettings(_Frozen):
         description="Recompute activations instead of keeping them: less memory, slower. auto does it for as many layers as the memory needs.",
     )
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of the data, the split and every random draw.")
+
+
+class PreferenceSettings(_Frozen):
+    """How two answers are compared, for jobs that learn preferences. The descriptions are the help of the form."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=10,
+        description="Pull back to the model before tuning: higher changes less, lower follows the preferences further.",
+        json_schema_extra={"basic": True},
+    )
+    loss: Literal["dpo", "ipo"] = Field("dpo", description="dpo widens the margin without end; ipo stops at a margin that beta sets.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the pairs expected to be labelled the wrong way round; dpo only."
+    )
+    length_normalised: bool = Field(
+        False, description="Compare likelihood per token, so that long answers weigh no more than short ones. ipo always does."
+    )
+
+    @property
+    def means(self) -> bool:
+        """Whether an answer's log-probability is the mean over its tokens rather than the sum."""
+        return self.length_normalised or self.loss == "ipo"
 
 
 class Adapter(_Frozen):
@@ -121,3 +148,4 @@ class JobSpec(_Frozen):
     validation: DatasetRef | None = None
     run: RunSettings
     strategy: AnyStrategy
+    preference: PreferenceSettings | None = None

@@ -160,7 +160,7 @@ def job_json(session: Session, job: Job) -> Json:
         "trained_tokens": job.trained_tokens,
         "seed": job.spec["run"]["seed"],
         "hyperparameters": hyperparameters(order.asked()),
-        "method": method_json(order),
+        "method": method_json(order, job.spec["task"]),
         "integrations": order.integrations or [],
         "metadata": job.user_metadata,
         "error": {**job.error, "param": job.error.get("param")} if job.error else None,
@@ -170,6 +170,7 @@ def job_json(session: Session, job: Job) -> Json:
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],
+        "preference": job.spec.get("preference"),
         "dataset": ids.public(ids.DATASET, job.dataset_id),
         "estimate": job.estimate,
         "measured": job.measured,
@@ -195,9 +196,9 @@ def hyperparameters(asked: Hyperparameters) -> Json:
     return asked.model_dump(include={"n_epochs", "batch_size", "learning_rate_multiplier"})
 
 
-def method_json(order: JobOrder) -> Json:
-    """The method as it was asked for; supervised when nobody said."""
-    kind = order.method.type if order.method else "supervised"
+def method_json(order: JobOrder, task: str) -> Json:
+    """The method as it was asked for; where nobody said, the one that follows from the data."""
+    kind = order.method.type if order.method else "dpo" if task == "preference" else "supervised"
     settings = hyperparameters(order.asked())
     if kind == "dpo":
         settings["beta"] = order.asked().beta
