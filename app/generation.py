@@ -22,6 +22,8 @@ from app.spec import ModelRef
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
+MOST_NEXT = 100
+MOST_TEXTS = 256
 
 READER_SECONDS = 10
 """Life of the reader's key. A reader renews it each time it reads, so one that is stuck behind a full socket lets it pass."""
@@ -59,7 +61,11 @@ class Sampling(_Frozen):
 
 
 class GenerateRequest(_Frozen):
-    """One prompt for one model. Exactly one of `messages`, `prompt` and `tokens` is given; `seed` is always set."""
+    """One prompt for one model. Exactly one of `messages`, `prompt`, `tokens` and `embed` is given; `seed` is always set.
+
+    With `look` nothing is written: the answer says how likely each token of the prompt was, and the `look` likeliest next ones.
+    With `embed` the model is an encoder, and the answer is a vector for each text.
+    """
 
     id: uuid.UUID
     owner: uuid.UUID
@@ -68,6 +74,8 @@ class GenerateRequest(_Frozen):
     tools: list[dict[str, Any]] | None = None
     prompt: str | None = None
     tokens: list[int] | None = None
+    embed: list[str] | None = Field(None, max_length=MOST_TEXTS)
+    look: int | None = Field(None, ge=1, le=MOST_NEXT)
     sampling: Sampling
     seed: int
     seconds: float = Field(600, gt=0, le=3600, description="the answer is cut off after this long")
@@ -109,6 +117,32 @@ class ChoiceFinished(BaseModel):
     tokens: int
 
 
+class SeenToken(BaseModel):
+    """One token: its number, text, UTF-8 bytes, and the natural logarithm of its probability where it stands. None for the
+    first token of a prompt, which nothing comes before."""
+
+    id: int
+    token: str
+    bytes: list[int]
+    logprob: float | None
+
+
+class Seen(BaseModel):
+    """What a model thinks of a prompt: each of its tokens, and the likeliest next ones."""
+
+    type: Literal["seen"] = "seen"
+    tokens: list[SeenToken]
+    following: list[SeenToken]
+
+
+class Embedded(BaseModel):
+    """A unit vector for each text, in order."""
+
+    type: Literal["embedded"] = "embedded"
+    vectors: list[list[float]]
+    tokens: int
+
+
 class Done(BaseModel):
     """Seconds are counted from the moment the worker took the request; `tokens_per_second` from the first token on."""
 
@@ -132,7 +166,7 @@ class Broke(BaseModel):
     param: str | None = None
 
 
-Entry = Annotated[Started | TextPart | ChoiceFinished | Done | Broke, Field(discriminator="type")]
+Entry = Annotated[Started | TextPart | ChoiceFinished | Seen | Embedded | Done | Broke, Field(discriminator="type")]
 _entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 

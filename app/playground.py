@@ -23,7 +23,7 @@ from app.models import Resolved
 from app.spec import ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
 
-MOST_PANES = 3
+MOST_PANES = 4
 MOST_TURNS = 200
 LONGEST_PROMPT = 1_000_000  # characters
 

@@ -56,7 +56,7 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
 
 
 def test_orders_that_cannot_be(session, user, three):
-    for names, prompt in (([], "a"), (["tiny"] * 2, "a"), (["tiny", "tiny-generic", "tiny-instruction", "four"], "a"), (["tiny"], "")):
+    for names, prompt in (([], "a"), (["tiny"] * 2, "a"), (["tiny", "tiny-generic", "tiny-instruction", "four", "five"], "a"), (["tiny"], "")):
         with pytest.raises(BadField):
             playground.ask(session, user, names, prompt, Sampling())
     with pytest.raises(NotFound):

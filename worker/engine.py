@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 import torch
 
 from app.errors import BadRequest, StudioError, Unavailable
-from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Started, TextPart
+from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, SeenToken, Started, TextPart
 from app.spec import ModelRef
-from worker import prompts
+from worker import looking, prompts
 from worker.cache import Segment, SlotCache, Step
 from worker.lanes import Lane, Placement, Shelf
 from worker.sampling import Chooser, TextStream, logprob
@@ -69,6 +69,7 @@ class Running:
     read: int = 0
     cached: int = 0
     cancelled: bool = False
+    seen: list[SeenToken] = field(default_factory=list)
     first_token: float | None = None
     arrived: float = field(default_factory=time.monotonic)
 
@@ -219,7 +220,7 @@ class Engine:
         free = [s for s in range(cache.slots) if s not in taken]
         shared, first = max((self._shared(cache, s, running), -s) for s in free)
         first = -first
-        if shared < REUSE:
+        if shared < REUSE or running.request.look:  # who looks at every token must read every token
             shared, first = 0, min(free, key=lambda s: (len(cache.tokens[s]), s))
         running.read = running.cached = shared
         slots = [first, *[s for s in free if s != first][: count - 1]]
@@ -287,17 +288,20 @@ class Engine:
         ids: list[int] = [row.written[-1] for row, _ in writing]
         decode = [Segment(row.slot, i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
         positions = [s.past for s in decode]
-        prefill, last, done = [], list(range(len(decode))), []
+        prefill, last, done, looked = [], list(range(len(decode))), [], []
         budget = self.chunk if decode else self.lone_chunk
         for r in sorted((r for r in mine if r.read < len(r.prompt)), key=lambda r: r.arrived):
-            count = min(budget, len(r.prompt) - r.read)
+            count = min(budget, len(r.prompt) - r.read, looking.CHUNK if r.request.look else budget)
             if count <= 0:
                 break
             prefill.append((r, Segment(r.rows[0].slot, len(ids), count, r.read)))
             ids += r.prompt[r.read : r.read + count]
             positions += range(r.read, r.read + count)
             budget -= count
-            if r.read + count == len(r.prompt):
+            if r.request.look:
+                looked.append((r, slice(len(last), len(last) + count)))
+                last += range(len(ids) - count, len(ids))
+            elif r.read + count == len(r.prompt):
                 done.append((r, len(last)))
                 last.append(len(ids) - 1)
         runs = [(1, r.adapters) for _, r in writing] + [(s.count, r.adapters) for r, s in prefill]
@@ -309,6 +313,9 @@ class Engine:
         for r, segment in prefill:
             lane.cache.tokens[segment.slot] += r.prompt[r.read : r.read + segment.count]
             r.read += segment.count
+        for r, rows in looked:
+            if (seen := looking.look(r, logits[rows])) is not None:
+                self._leave(r, [seen])
         self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)], done)
 
     def _choose(self, lane: Lane, logits: torch.Tensor, writing: list[tuple[Row, Running, int]], done: list[tuple[Running, int]]) -> None:

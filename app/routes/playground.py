@@ -81,19 +81,11 @@ def show_empty(request: Request, session: Db, user: CurrentUser, models: Annotat
     return _page(request, session, user, named[: playground.MOST_PANES], None)
 
 
-@pages.get("/playground/{exchange_id}")
-def show(request: Request, session: Db, user: CurrentUser, exchange_id: str) -> Response:
-    key = _key(exchange_id)
-    last = playground.get(session, user, key)
+@pages.get("/playground/{exchange_id:uuid}")
+def show(request: Request, session: Db, user: CurrentUser, exchange_id: uuid.UUID) -> Response:
+    last = playground.get(session, user, exchange_id)
     named = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
-    return _page(request, session, user, named, key)
-
-
-def _key(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise NotFound(f"No such exchange: {text[:80]}.", way_out="The playground's history lists those that are stored.") from None
+    return _page(request, session, user, named, exchange_id)
 
 
 def _page(request: Request, session: Session, user: User, named: list[str], key: uuid.UUID | None, **more: Any) -> Response:

@@ -1,0 +1,86 @@
+"""`POST /v1/next_tokens`, and the page that shows what comes next and how likely a text was to several models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from app import next_tokens, playground, web
+from app.accounts import CurrentUser
+from app.db import transaction
+from app.errors import StudioError
+from app.generation import MOST_NEXT, Entry
+from app.listening import listen, listen_calmly
+from app.next_tokens import View
+from app.playground import MOST_PANES, Asked
+from app.routes.chat import merge
+from app.tables import User
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1")
+SHOWN = 10
+
+
+class NextTokens(BaseModel):
+    models: list[str] = Field(min_length=1, max_length=MOST_PANES)
+    prompt: str = Field(min_length=1, max_length=next_tokens.LONGEST_TEXT)
+    top_k: int = Field(10, ge=1, le=MOST_NEXT)
+    prompt_tokens: bool = Field(False, description="Also say how likely each token of the prompt was.")
+
+
+def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
+    with transaction() as session:
+        return next_tokens.ask(session, user, models, prompt, top_k)
+
+
+@api.post("/next_tokens")
+async def next_tokens_of(body: NextTokens, user: CurrentUser) -> dict[str, Any]:
+    asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)
+    heard: list[list[Entry]] = [[] for _ in asked]
+    async for place, entries in merge([listen(one.request) for one in asked]):
+        heard[place] += entries
+    views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
+    return {"object": "list", "data": [next_tokens.to_json(view, body.prompt_tokens) for view in views]}
+
+
+@pages.get("/playground/tokens")
+async def tokens_page(
+    request: Request,
+    user: CurrentUser,
+    models: Annotated[list[str] | None, Query()] = None,
+    text: Annotated[str, Query()] = "",
+    top_k: Annotated[int, Query()] = SHOWN,
+) -> Response:
+    """An address says all of it, so a view can be linked, and each likely token is a link to what would follow it."""
+    names = list(dict.fromkeys(name for name in models or [] if name))
+    views: list[View] = []
+    error: StudioError | None = None
+    text = text.replace("\r\n", "\n")
+    if text:
+        try:
+            asked = await run_in_threadpool(_ask, user, names, text, top_k)
+            heard: list[list[Entry]] = [[] for _ in asked]
+            async for place, entries in merge([listen_calmly(one.request) for one in asked]):
+                heard[place] += entries
+            views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
+        except StudioError as fault:
+            error = fault
+    return await run_in_threadpool(_page, request, user, names, text, top_k, views, error)
+
+
+def _page(request: Request, user: User, names: list[str], text: str, top_k: int, views: list[View], error: StudioError | None) -> Response:
+    with transaction() as session:
+        choices = playground.choices(session, user)
+    if not names:
+        names = [option.name for group in choices.values() for option in group][:1]
+    said = [view for view in views if not view.error]
+    context = {
+        "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "top_k": top_k, "views": views, "error": error,
+        "probability": next_tokens.probability, "shade": next_tokens.shade, "rows": next_tokens.side_by_side(said), "said": said,
+        "same": next_tokens.same_tokens(said) if said else False,
+    }  # fmt: skip
+    return web.render(request, "tokens.html", status_code=error.status if error else 200, **context)

@@ -1,0 +1,94 @@
+"""Next tokens: the engine against transformers, the API, the page, and a browser that picks one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+
+
+@pytest.fixture
+def two(session):
+    return [register_tiny(session, name, kind) for name, kind in (("tiny", "dialogue"), ("tiny-generic", "generic"))]
+
+
+def by_transformers(folder, text):
+    """ids, log-probability of each token after the first, and of all next tokens: a plain forward pass."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(text)["input_ids"]
+    with torch.inference_mode():
+        logs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return ids, [float(logs[i, ids[i + 1]]) for i in range(len(ids) - 1)], logs[-1]
+
+
+def test_every_token_is_as_likely_as_in_a_plain_forward_pass(api, two, generate_worker, tiny_model):  # noqa: F811
+    text = "The luthier glued the belly to the ribs, and waited. " * 6  # more tokens than are looked at in one step
+    body = {"models": ["tiny", "tiny-generic"], "prompt": text, "top_k": 7, "prompt_tokens": True}
+    answer = api.post("/v1/next_tokens", json=body)
+    assert answer.status_code == 200, answer.text
+    ids, logs, following = by_transformers(tiny_model, text)
+    assert len(ids) > 40
+    assert [one["model"] for one in answer.json()["data"]] == body["models"]
+    for one in answer.json()["data"]:
+        assert [t["id"] for t in one["prompt_tokens"]] == ids
+        assert one["prompt_tokens"][0]["probability"] is None
+        assert [t["logprob"] for t in one["prompt_tokens"][1:]] == pytest.approx(logs, abs=1e-3)
+        values, best = following.topk(7)
+        assert [t["id"] for t in one["tokens"]] == best.tolist()
+        assert [t["probability"] for t in one["tokens"]] == pytest.approx([math.exp(v) for v in values], abs=1e-4)
+    assert b"".join(bytes(t["bytes"]) for t in one["prompt_tokens"]).decode().strip() == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"models": []}, "models"),
+        ({"prompt": ""}, "prompt"),
+        ({"top_k": 0}, "top_k"),
+        ({"models": ["tiny"] * 2}, "models"),
+        ({"models": ["gone"]}, "model"),
+    ],
+)
+def test_bad_requests(api, two, change, param):
+    answer = api.post("/v1/next_tokens", json={"models": ["tiny"], "prompt": "a", **change})
+    assert answer.status_code in (400, 404, 422) and answer.json()["error"]["param"] == param
+
+
+def test_a_text_longer_than_the_window_says_so(api, two, generate_worker):  # noqa: F811
+    answer = api.post("/v1/next_tokens", json={"models": ["tiny"], "prompt": "wood " * 2000})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_page_without_scripts(client, session, two, generate_worker):  # noqa: F811
+    register_tiny(session, "broken", path="models/not-there")
+    page = client.get("/playground/tokens", params={"models": ["tiny", "broken"], "text": "<b>The</b> cat sat on"})
+    assert page.status_code == 200 and "<b>The" not in page.text and "is gone" in page.text
+    assert page.text.count('<li class="tok">') == 10 and "bits a token" in page.text
+
+
+def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
+    from tests.looks import look_at, sign_in
+
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/tokens?models=tiny")
+    page.locator("select[name=models]").nth(1).select_option("tiny-generic")
+    page.get_by_role("button", name="Look").click()
+    page.locator(".next").nth(1).wait_for()
+    first = page.locator(".next").first.locator("a").first
+    token = first.inner_text()
+    place = 1 + next(i for i, li in enumerate(page.locator(".next").first.locator("li").all()) if li.locator("a").count())
+    page.locator("h1").click()
+    page.keyboard.press(str(place))
+    page.wait_for_function("document.querySelector('#text').value !== 'The cat sat on'")
+    assert page.locator("#text").input_value() == "The cat sat on" + token.replace("␣", " ").replace("⏎", "\n").replace("⇥", "\t")
+    page.get_by_text("As a table").click()
+    look_at(page, "tokens", tmp_path)
+    page.goto(f"{live}/playground/kinds")
+    assert page.get_by_text("It continues a text".lower()).count()
+    look_at(page, "kinds", tmp_path)
