@@ -1,0 +1,159 @@
+"""The main job, whole: upload a dataset, tune the starter model with LoRA, watch it, compare it with its base.
+
+Once in a browser as a person does it, once with the unmodified `openai` client; both on a studio started by `luthier up`.
+The figures go to `test-results/main-job-*.json`, and are printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+
+from tests.conftest import PROJECT
+
+SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
+QUESTION = "My cello case lost a wheel."  # held out: not a row of the sample
+STEPS = 8
+pytestmark = [pytest.mark.studio, pytest.mark.starter, pytest.mark.timeout(900)]
+
+
+def note(name: str, figures: dict) -> None:
+    folder = PROJECT / "test-results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"main-job-{name}.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    print(f"\nmain job ({name}): {json.dumps(figures, ensure_ascii=False)}")
+
+
+def wait_for(page, text: str, seconds: float) -> None:
+    page.get_by_text(text, exact=False).first.wait_for(timeout=seconds * 1000)
+
+
+@pytest.mark.browser
+def test_in_the_browser(studio, browser_page):
+    page = browser_page
+    fresh = studio.luthier("link").stdout
+    page.goto(re.search(r"http://\S+", fresh).group(0))
+
+    # Upload, and see what is in it.
+    page.goto(f"{studio.url}/datasets/new")
+    page.set_input_files("#file", str(SAMPLE))
+    page.fill("#name", "browser-replies")
+    page.click("#send")
+    wait_for(page, "Tune a model on it", 60)
+    assert "118" in page.inner_text("main")
+    page.get_by_role("link", name="Tune a model on it").click()
+
+    # Order a short LoRA; the estimate stands beside the form.
+    page.locator("input[name='strategy.rank']").fill("8")
+    page.locator("#more-run > summary").click()
+    page.locator("input[name='run.max_steps']").fill(str(STEPS))
+    page.locator("input[name='run.max_tokens_per_step']").fill("512")
+    page.locator("input[name='run.evaluations_per_epoch']").fill("1")
+    assert re.search(r"\d GB", page.inner_text("aside"))
+    began = time.monotonic()
+    page.get_by_role("button", name="Start").click()
+
+    # Watch it: the first step appears by itself, and a reload shows the same.
+    page.wait_for_url(re.compile(r"/jobs/ftjob-"))
+    address = page.url
+    wait_for(page, f"of {STEPS}", 240)
+    first_step = time.monotonic() - began
+    page.goto(address)
+    wait_for(page, f"of {STEPS}", 10)
+    wait_for(page, "The tuned model is ready", 600)
+    facts = page.inner_text("dl.facts")
+    assert "Training loss" in facts and "from" in facts
+
+    # Compare base and tuned, side by side.
+    page.get_by_role("link", name="Compare in the playground").click()
+    page.fill("#prompt", QUESTION)
+    page.locator("details.knobs > summary").click()
+    page.locator("input[name$='temperature']").fill("0")
+    page.keyboard.press("Tab")
+    page.click("[data-send]")
+    panes = page.locator("[data-pane]")
+    assert panes.count() == 2
+    deadline = time.monotonic() + 120
+    while any(not re.search(r"tokens/s", panes.nth(i).locator("[data-proof]").inner_text()) for i in range(2)):
+        assert time.monotonic() < deadline, panes.all_inner_texts()
+        page.wait_for_timeout(200)
+    answers = [panes.nth(i).locator("[data-body]").inner_text() for i in range(2)]
+    proofs = [panes.nth(i).locator("[data-proof]").inner_text() for i in range(2)]
+    assert answers[0] != answers[1], "the tuned model answers as its base does"
+    assert proofs[0] != proofs[1]
+    panes.nth(1).locator("[data-rendered] > summary").click()
+    assert "<|im_start|>user" in panes.nth(1).locator("[data-prompt]").inner_text()
+    note("browser", {"seconds_to_first_step": round(first_step, 1), "facts": facts, "answers": answers, "proofs": proofs})
+
+
+def test_with_the_openai_client(studio):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{studio.url}/v1", api_key=studio.key, timeout=120)
+    with SAMPLE.open("rb") as file:
+        uploaded = client.files.create(file=file, purpose="fine-tune")
+    uploaded = client.files.wait_for_processing(uploaded.id, poll_interval=0.3)
+    assert uploaded.status == "processed"
+
+    job = client.fine_tuning.jobs.create(
+        model="smollm2-135m-instruct",
+        training_file=uploaded.id,
+        suffix="replies",
+        seed=7,
+        extra_body={
+            "strategy": {"name": "lora", "rank": 8},
+            "run": {"max_steps": STEPS, "max_tokens_per_step": 512, "evaluations_per_epoch": 1},
+        },
+    )
+    deadline = time.monotonic() + 700
+    while job.status not in ("succeeded", "failed", "cancelled"):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.5)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", job.error
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+    losses = {e.data["step"]: e.data["train_loss"] for e in events if e.type == "metrics" and "train_loss" in (e.data or {})}
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1]
+
+    told = job.to_dict()
+    before, after = told["evaluation"]["base"]["loss"], told["evaluation"]["tuned"]["loss"]
+    assert after < before
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert checkpoints
+
+    def ask(model: str) -> str:
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0, seed=1
+        )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        return answer.choices[0].message.content
+
+    base, tuned = ask("smollm2-135m-instruct"), ask(job.fine_tuned_model)
+    assert base != tuned
+    streamed = client.chat.completions.create(
+        model=job.fine_tuned_model, messages=[{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0, seed=1, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == tuned
+    assert ask(checkpoints[0].fine_tuned_model_checkpoint)
+    assert job.fine_tuned_model in {model.id for model in client.models.list()}
+    measured = told["measured"]
+    note(
+        "client",
+        {
+            "first_loss": losses[1],
+            "last_loss": losses[STEPS],
+            "validation_before": before,
+            "validation_after": after,
+            "tokens_per_second": measured["tokens_per_second"],
+            "seconds": measured["seconds"],
+            "predicted_seconds": told["estimate"]["seconds"],
+            "peak_memory_bytes": measured["peak_memory_bytes"],
+            "predicted_memory_bytes": told["estimate"]["memory_bytes"],
+            "base_answer": base,
+            "tuned_answer": tuned,
+        },
+    )
