@@ -58,7 +58,7 @@ class Chart:
 
 
 def charts(progress: Progress) -> list[Chart]:
-    """Loss first, then what explains it, then whatever else the recipe measures."""
+    """Loss first, then what the recipe measures at every step, then what explains them, then what evaluations measure."""
     c = progress.curves
     loss = Chart(
         "loss",
@@ -72,11 +72,14 @@ def charts(progress: Progress) -> list[Chart]:
         ("tokens_per_second", "Speed", "tokens/s", 3),
         ("memory_bytes", "Memory, peak so far", "bytes", 2),
     ]
-    found = [loss, *(Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single)]
-    for name, points in progress.metrics.items():
-        title = name.replace("_", " ").capitalize()
-        found.append(Chart(name, title, "", [Series(name, title.lower(), 2, points, dots=True)]))
-    return found
+    explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
+    own, judged_only = [], []
+    for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
+        title, trained = name.replace("_", " ").capitalize(), progress.step_metrics.get(name)
+        judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
+        chart = Chart(name, title, "", [Series("training", "training", 1, trained), judged] if trained else [judged])
+        (own if trained else judged_only).append(chart)
+    return [loss, *own, *explaining, *judged_only]
 
 
 def data(found: list[Chart], progress: Progress) -> dict[str, Any]:

@@ -74,6 +74,9 @@ class Progress:
     latest: Step | None = None
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in (*CURVES, "validation")})
     metrics: dict[str, list[Point]] = field(default_factory=dict)
+    """What evaluations measured besides the loss."""
+    step_metrics: dict[str, list[Point]] = field(default_factory=dict)
+    """What training steps measured besides, under the same names where they are the same figure."""
     times: list[Point] = field(default_factory=list)
     """Training seconds at each recent step, over all attempts."""
     evaluations: list[Evaluated] = field(default_factory=list)
@@ -89,6 +92,7 @@ class Progress:
             self,
             curves={name: list(points) for name, points in self.curves.items()},
             metrics={name: list(points) for name, points in self.metrics.items()},
+            step_metrics={name: list(points) for name, points in self.step_metrics.items()},
             times=list(self.times),
             log=list(self.log),
         )
@@ -207,7 +211,7 @@ def _step(progress: Progress, event: Step) -> None:
     for name in CURVES:
         _put(progress.curves[name], event.step, float(getattr(event, name)))
     for name, value in event.metrics.items():
-        _put(progress.metrics.setdefault(name, []), event.step, value)
+        _put(progress.step_metrics.setdefault(name, []), event.step, value)
     _put(progress.times, event.step, event.seconds)
     del progress.times[: -RECENT_STEPS - 1]
 
@@ -263,7 +267,7 @@ def _put(points: list[Point], step: int, value: float) -> None:
 
 def _forget_after(progress: Progress, step: int) -> None:
     """Forget what was said about later steps: the attempt that said it is gone and the next one says it again."""
-    for points in (*progress.curves.values(), *progress.metrics.values()):
+    for points in (*progress.curves.values(), *progress.metrics.values(), *progress.step_metrics.values()):
         while points and points[-1][0] > step:
             points.pop()
     progress.evaluations = [e for e in progress.evaluations if e.step <= step]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import events
+from app.charts import charts
 from app.progress import Progress, downsample, fold, progress
 
 
@@ -48,6 +49,17 @@ def test_a_straight_run_ends_with_every_point_and_nothing_left_to_do():
     assert (seen.status, seen.share, seen.seconds_left) == ("succeeded", 1.0, None)
     assert (seen.first_loss, seen.loss) == (3.0, 0.15)
     assert (seen.peak_memory_bytes, seen.tokens_per_second) == (5000, 210)
+
+
+def test_what_a_recipe_measures_is_drawn_for_training_and_validation():
+    margins = [step(n).model_copy(update={"metrics": {"reward_margin": n / 10}}) for n in range(1, 6)]
+    told = [started(), *margins, events.Evaluated(step=5, loss=0.6, metrics={"reward_margin": 0.4, "perplexity": 2.0})]
+    seen = progress([*told, started(resumed_from=3)])
+    assert seen.step_metrics == {"reward_margin": [(1, 0.1), (2, 0.2), (3, 0.3)]}, "steps after the resume are said again"
+    drawn = charts(progress(told))
+    assert [chart.name for chart in drawn][:3] == ["loss", "reward_margin", "learning_rate"] and drawn[-1].name == "perplexity"
+    assert drawn[1].data() == {"training": [[1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 0.5]], "reward_margin": [[5], [0.4]]}
+    assert drawn[1].rows()[-1] == (5, [0.5, 0.4])
 
 
 def test_a_resume_forgets_the_steps_that_are_said_again():

@@ -44,7 +44,7 @@ const take = {
   step(event) {
     line("loss", "loss").put(event.step, event.loss);
     for (const name of PER_STEP) line(name, name).put(event.step, event[name]);
-    for (const [name, value] of Object.entries(event.metrics ?? {})) line(name, name).put(event.step, value);
+    for (const [name, value] of Object.entries(event.metrics ?? {})) line(name, "training").put(event.step, value);
   },
   evaluated(event) {
     line("loss", "validation").put(event.step, event.loss);
