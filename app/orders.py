@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import ids
 from app.errors import BadField, StudioError
-from app.spec import DatasetRef, JobSpec, PreferenceSettings, RunSettings, Task
+from app.spec import DatasetRef, JobSpec, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 
@@ -61,6 +61,7 @@ class JobOrder(BaseModel):
     training_file: str | None = None
     validation_dataset_id: uuid.UUID | None = None
     validation_file: str | None = None
+    split: Split | None = None
     task: Task | None = None
     run: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
@@ -157,6 +158,7 @@ def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
         model=resolved.ref,
         dataset=reference(dataset),
         validation=reference(validation) if validation is not None else None,
+        split=_split(order, dataset),
         run=run,
         strategy=strategy,
         preference=_preference(order, task, dataset),
@@ -232,6 +234,25 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
             way_out=f"Set task to {dataset.task}, or take a dataset for {task}.",
             param="task" if param != "validation_file" else param,
         )
+
+
+def _split(order: JobOrder, dataset: Dataset) -> Split | None:
+    """How rows are held out; None for at random, which is what every order without a wish means."""
+    asked = order.split
+    if asked is None or asked.method == "random":
+        return None
+    if order.validation_file or order.validation_dataset_id:
+        raise BadField("A validation file was named and a split too.", way_out="Leave one of them out.", param="split")
+    if asked.method == "grouped" and not asked.column:
+        raise BadField("Which column names the groups was not said.", way_out="Send split.column.", param="split.column")
+    if dataset.status == "ready":
+        known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
+        if asked.column and asked.column not in known | {"label"}:
+            way_out = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
+            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", way_out=way_out, param="split.column")
+        if asked.method == "stratified" and not asked.column and dataset.task != "classification":
+            raise BadField("Only labelled rows can be split by label.", way_out="Send split.column, or split at random.", param="split")
+    return asked
 
 
 def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset) -> RunSettings:

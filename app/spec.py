@@ -137,6 +137,15 @@ class DatasetRef(_Frozen):
     rows: int
 
 
+class Split(_Frozen):
+    """How rows are held out when there is no validation file; how many, and the seed, stand in the run settings."""
+
+    method: Literal["random", "stratified", "grouped"] = Field(
+        "random", description="At random; every label in its share; or whole groups of a column at a time."
+    )
+    column: str | None = Field(None, max_length=200, description="The column whose values are the groups, or the labels.")
+
+
 class JobSpec(_Frozen):
     """All that a trainer needs to know; two equal specs on one machine give equal weights."""
 
@@ -146,6 +155,7 @@ class JobSpec(_Frozen):
     model: ModelRef
     dataset: DatasetRef
     validation: DatasetRef | None = None
+    split: Split | None = Field(None, exclude_if=lambda split: split is None)
     run: RunSettings
     strategy: AnyStrategy
     preference: PreferenceSettings | None = None

@@ -14,7 +14,8 @@ import torch
 
 from app.errors import BadData
 from app.settings import get_settings
-from app.spec import DatasetRef
+from app.spec import DatasetRef, Split
+from app.splits import divide
 from worker.attention import packed_arguments
 from worker.prompts import render_row
 
@@ -47,13 +48,17 @@ def read_rows(ref: DatasetRef) -> list[Row]:
     return rows
 
 
-def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = None) -> tuple[list[Row], list[Row]]:
     """(train, validation). A row's side follows from its content and the seed, whatever the order; equal rows stay together.
 
     At least one row is held out when `fraction` is above zero and there are two different rows.
     """
     if fraction <= 0 or len(rows) < 2:
         return list(rows), []
+    if how is not None and how.method != "random":
+        sides = divide(rows, fraction, seed, how.method, how.column)
+        held = [r for r, out in zip(rows, sides, strict=True) if out]
+        return [r for r, out in zip(rows, sides, strict=True) if not out], sorted(held, key=lambda r: r.line)
     keys = [hashlib.sha256(f"{seed}\n{json.dumps(r.row, sort_keys=True, ensure_ascii=False)}".encode()).digest() for r in rows]
     wanted = max(1, round(fraction * len(rows)))
     last = sorted(keys)[wanted - 1]

@@ -177,7 +177,7 @@ def read_data(spec: JobSpec, tokenizer: Any, lead: list[int]) -> Data:
     if spec.validation:
         train_rows, held_rows = rows, batches.read_rows(spec.validation)
     else:
-        train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed)
+        train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed, spec.split)
     longest = min(run.max_length, spec.model.shape.positions)
     train_data = batches.tokenise(tokenizer, train_rows, kind, longest, lead)
     held_out = batches.tokenise(tokenizer, held_rows, kind, longest, lead)
