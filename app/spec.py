@@ -158,4 +158,4 @@ class JobSpec(_Frozen):
     split: Split | None = Field(None, exclude_if=lambda split: split is None)
     run: RunSettings
     strategy: AnyStrategy
-    preference: PreferenceSettings | None = None
+    preference: PreferenceSettings | None = Field(None, exclude_if=lambda settings: settings is None)
