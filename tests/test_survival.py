@@ -1,0 +1,133 @@
+"""Kill everything, one after the other, while a job runs: it finishes, and its weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import PROJECT, start_studio
+
+SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
+ORDER = {
+    "model": "tiny",
+    "seed": 3,
+    "strategy": {"name": "lora", "rank": 4, "dropout": 0.1},
+    "run": {
+        "epochs": 16,
+        "max_tokens_per_step": 256,
+        "accumulation": 2,
+        "evaluations_per_epoch": 0.5,
+        "samples": 0,
+        "early_stopping_patience": 0,
+    },
+}
+pytestmark = [pytest.mark.studio, pytest.mark.timeout(600)]
+
+
+class Client:
+    """The API of a studio, patient while a part of it is being restarted."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.http = httpx.Client(base_url=f"{url}/v1", headers={"authorization": f"Bearer {key}"}, timeout=20)
+
+    def ask(self, method: str, path: str, **rest) -> dict:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                answer = self.http.request(method, path, **rest)
+            except httpx.HTTPError:
+                answer = None
+            if answer is not None and answer.status_code < 500:
+                assert answer.status_code == 200, answer.text
+                return answer.json()
+            assert time.monotonic() < deadline, f"{method} {path} never answered: {answer and answer.text}"
+            time.sleep(0.3)
+
+    def submit(self, file: str, name: str) -> str:
+        return self.ask("POST", "/fine_tuning/jobs", json={**ORDER, "training_file": file, "suffix": name})["id"]
+
+    def follow(self, job: str, until) -> dict:
+        deadline = time.monotonic() + 300
+        while True:
+            told = self.ask("GET", f"/fine_tuning/jobs/{job}")
+            if until(told):
+                return told
+            assert told["status"] not in ("failed", "cancelled"), told["error"]
+            assert time.monotonic() < deadline, told
+            time.sleep(0.1)
+
+
+def processes(studio, *words: str) -> list[psutil.Process]:
+    """The studio's processes whose command line holds all the words."""
+    found = []
+    for process in psutil.Process(studio.process.pid).children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if all(word in line for word in words):
+            found.append(process)
+    return found
+
+
+VICTIMS = {
+    "trainer": ("worker.run",),
+    "worker": ("celery", "train"),
+    "valkey": ("valkey-server",),
+    "postgres": ("postgres", "-D"),
+}
+
+
+def test_a_job_survives_the_death_of_every_part(tiny_model: Path):
+    folder = Path(tempfile.mkdtemp(prefix="luthier-survival-"))
+    folder.chmod(0o711)
+    studio = start_studio(folder, LUTHIER_LEASE_SECONDS="4", LUTHIER_BEAT_SECONDS="1", LUTHIER_REAP_SECONDS="1")
+    try:
+        added = studio.luthier("models", "add", "tiny", "--path", str(tiny_model))
+        assert added.returncode == 0, added.stderr + added.stdout
+        client = Client(studio.url, studio.luthier("keys", "create", "survival").stdout.strip())
+        with SAMPLE.open("rb") as file:
+            uploaded = client.ask("POST", "/files", data={"purpose": "fine-tune"}, files={"file": file})["id"]
+
+        calm = client.follow(client.submit(uploaded, "calm"), lambda told: told["status"] == "succeeded")
+
+        job = client.submit(uploaded, "killed")
+        total = calm["measured"]["steps"]
+        for number, (name, words) in enumerate(VICTIMS.items(), start=1):
+            client.follow(job, lambda told, at=number * total // 6: told["progress"]["step"] >= at)
+            victims = processes(studio, *words)
+            assert victims, f"no process of {name}"
+            for victim in victims:
+                victim.kill()
+        killed = client.follow(job, lambda told: told["status"] == "succeeded")
+
+        assert killed["progress"]["attempt"] > 1
+        assert losses(client, killed["id"]) == losses(client, calm["id"])
+        assert adapter(client, killed) == adapter(client, calm)
+    finally:
+        studio.stop()
+
+
+def losses(client: Client, job: str) -> dict[int, float]:
+    """The last word on every step's training loss."""
+    told: dict[int, float] = {}
+    after = ""
+    while True:
+        page = client.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100{after}")
+        for event in page["data"]:
+            data = event["data"] or {}
+            if "train_loss" in data:
+                told.setdefault(data["step"], data["train_loss"])  # newest first
+        if not page["has_more"]:
+            return told
+        after = f"&after={page['data'][-1]['id']}"
+
+
+def adapter(client: Client, job: dict) -> str:
+    model = client.ask("GET", f"/models/{job['fine_tuned_model']}")
+    return model["adapter_sha256"]
