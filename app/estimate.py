@@ -131,11 +131,11 @@ def pack_tokens(run: RunSettings, longest: int) -> int:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def precision_of(run: RunSettings, machine: Machine) -> Literal["fp32", "bf16"]:
+def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:
     """The number format a job runs in: as asked, or bf16 where the machine gains by it."""
     if run.precision != "auto":
         return run.precision
-    return "bf16" if machine.bf16_pays else "fp32"
+    return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
 
 
 def activation_floats(shape: Shape, *, norms_trained: bool = False, cuda: bool = False) -> int:
@@ -155,7 +155,7 @@ def activation_floats(shape: Shape, *, norms_trained: bool = False, cuda: bool =
 
 def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int) -> MemoryParts:
     """Peak bytes by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
-    half = precision_of(run, machine) == "bf16"
+    half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
     tokens, width = pack_tokens(run, longest), 2 if half else 4
@@ -205,7 +205,7 @@ def speed_of(spec: JobSpec, machine: Machine) -> float:
         return measured
     if machine.cuda:
         return SPEED_GPU
-    matrix_units = machine.bf16_pays and spec.run.precision != "fp32"
+    matrix_units = machine.bf16_pays and precision_of(spec.run, spec.strategy, machine) == "bf16"
     return machine.cores * (SPEED_PER_CORE_MATRIX_UNITS if matrix_units else SPEED_PER_CORE)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.settings import get_settings
 
 CALIBRATION = "calibration.json"
+ARITHMETIC = "arithmetic.json"
 
 
 class Machine(BaseModel):
@@ -28,6 +29,7 @@ class Machine(BaseModel):
     memory_bytes: int
     processor: str = ""
     bf16_pays: bool = Field(False, description="bf16 products are faster than fp32 ones (matrix units, or a GPU)")
+    bf16_measured: float | None = Field(None, description="how many times faster a bf16 product is than an fp32 one on this CPU")
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
     speeds: dict[str, float] = Field(default_factory=dict)
@@ -44,7 +46,9 @@ class Machine(BaseModel):
 
 def this_machine() -> Machine:
     """This machine with its newest calibration; the rest is looked up once."""
-    return _facts().model_copy(update={"speeds": read_calibration()})
+    facts, gain = _facts(), read_bf16()
+    pays = facts.bf16_pays if gain is None or facts.cuda else gain >= 1.2
+    return facts.model_copy(update={"speeds": read_calibration(), "bf16_measured": gain, "bf16_pays": pays})
 
 
 @functools.cache
@@ -56,7 +60,7 @@ def _facts() -> Machine:
         cores=usable_cores(),
         memory_bytes=usable_memory(),
         processor=processor,
-        bf16_pays=memory is not None or "amx_bf16" in info,
+        bf16_pays=memory is not None or "amx_bf16" in info or "avx512_bf16" in info,
         gpu_name=name,
         gpu_memory_bytes=memory,
     )
@@ -92,6 +96,22 @@ def _gpu() -> tuple[str | None, int | None]:
         return name.strip(), int(mebibytes) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None, None
+
+
+def read_bf16() -> float | None:
+    """How many times faster bf16 was when a trainer measured it on this processor; None before."""
+    try:
+        return float(json.loads((get_settings().data_dir / ARITHMETIC).read_text())[_facts().processor])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def note_bf16(gain: float) -> None:
+    """Keep that measurement for this processor."""
+    path = get_settings().data_dir / ARITHMETIC
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({_facts().processor: round(gain, 3)}))
+    os.replace(temporary, path)
 
 
 def read_calibration() -> dict[str, float]:

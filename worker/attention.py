@@ -11,7 +11,9 @@ measured on two cores that equals padding the sequences to one batch for speed, 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,46 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 
-def packed_arguments(lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0."""
+class Frame(NamedTuple):
+    """What every pack of a job has in common on a GPU, so that a compiled layer meets one shape and is compiled once."""
+
+    tokens: int  # T: packs are filled up to it
+    sequences: int  # places in the table of sequence ends, those of the filling included
+    longest: int  # no sequence, and no piece of the filling, is longer
+
+    def most(self) -> int:
+        """Sequences that a pack may hold beside its filling."""
+        return self.sequences - math.ceil(self.tokens / self.longest)
+
+    def filling(self, tokens: int) -> list[int]:
+        """Lengths of the pieces that fill a pack of `tokens` up. One piece longer than `longest` would make the attention
+        read outside its table, which gave losses that were not numbers."""
+        left = self.tokens - tokens
+        return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
+
+
+def frame_of(lengths: Sequence[int], budget: int) -> Frame:
+    """The frame for packs of up to `budget` tokens of sequences of these lengths: room for twice as many as are usual."""
+    longest = -(-max(lengths) // 64) * 64
+    tokens = -(-max(budget, longest) // 64) * 64
+    usual = tokens * len(lengths) / max(sum(lengths), 1)
+    places = math.ceil(2 * usual) + 16 + math.ceil(tokens / longest)
+    return Frame(tokens, min(places, tokens), longest)
+
+
+def packed_arguments(lengths: list[int], device: torch.device, frame: Frame | None = None) -> dict[str, Any]:
+    """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
+    with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
     if device.type != "cuda":
         return {"sequence_lengths": lengths}
-    ends = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    ends[1:] = torch.tensor(lengths).cumsum(0)
-    return {"sequence_lengths": lengths, "cu_seq_lens": ends.to(device, non_blocking=True), "longest": max(lengths)}
+    places = frame.sequences if frame else len(lengths)
+    if len(lengths) > places:
+        raise ValueError(f"{len(lengths)} sequences in a pack with {places} places")
+    ends = torch.full((places + 1,), sum(lengths), dtype=torch.int32)
+    ends[0] = 0
+    ends[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+    found = {"cu_seq_lens": ends.pin_memory().to(device, non_blocking=True), "longest": frame.longest if frame else max(lengths)}
+    return found if frame else {**found, "sequence_lengths": lengths}
 
 
 def packed_attention(
@@ -53,7 +88,6 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of each packed sequence to itself. Returns (1, T, heads, D)."""
     causal = getattr(module, "is_causal", True)
-    lengths = sequence_lengths or [query.shape[2]]
     fast = varlen_attn is not None and cu_seq_lens is not None and query.dtype in (torch.bfloat16, torch.float16)
     if fast and softcap is None and query.shape[-1] <= 256 and not dropout:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -62,6 +96,9 @@ def packed_attention(
         window = ((sliding_window or 0) - 1, 0 if causal else -1)
         out = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
         return out.unsqueeze(0), None
+    if sequence_lengths is None and cu_seq_lens is not None:
+        sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
+    lengths = sequence_lengths or [query.shape[2]]
     # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = [_one(q, k, v, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2) for q, k, v in pieces]

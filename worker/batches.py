@@ -16,7 +16,7 @@ from app.errors import BadData
 from app.settings import get_settings
 from app.spec import DatasetRef, Split
 from app.splits import divide
-from worker.attention import packed_arguments
+from worker.attention import Frame, packed_arguments
 from worker.prompts import render_row
 
 
@@ -126,17 +126,31 @@ class Batch:
     trained: int
 
 
-def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device) -> Batch:
-    """The tensors of a pack of row numbers. On CUDA they are copied from pinned memory without waiting."""
+LEARNT_MULTIPLE = 256
+"""With a frame, the places that are learnt are filled up to a multiple of this, so that the head meets few shapes."""
+NOT_LEARNT = -100
+"""The target of such a filling place."""
+
+
+def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: Frame | None = None) -> Batch:
+    """The tensors of a pack of row numbers, filled up to `frame`. On CUDA they are copied from pinned memory without waiting."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
+    tokens = sum(lengths)
     ids = np.concatenate([data.ids[s] for s in spans]).astype(np.int64)
     learnt = np.flatnonzero(np.concatenate([data.trained[s] for s in spans]))
+    sources, targets = learnt - 1, ids[learnt]
+    if frame:
+        lengths += frame.filling(tokens)
+        ids = np.concatenate([ids, np.zeros(frame.tokens - tokens, np.int64)])
+        spare = -len(learnt) % LEARNT_MULTIPLE
+        sources = np.concatenate([sources, np.zeros(spare, np.int64)])
+        targets = np.concatenate([targets, np.full(spare, NOT_LEARNT)])
     places = np.concatenate([np.arange(n) for n in lengths])
-    tensors = [torch.from_numpy(x) for x in (ids[None], places[None], learnt - 1, ids[learnt])]
+    tensors = [torch.from_numpy(x) for x in (ids[None], places[None], sources, targets)]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return Batch(*tensors, arguments=packed_arguments(lengths, device), tokens=len(ids), trained=len(learnt))
+    return Batch(*tensors, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
 
 
 def trained_in(data: Tokenised, packs: Iterable[Sequence[int]]) -> int:

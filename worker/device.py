@@ -1,17 +1,19 @@
 """Where and in what numbers a job computes, decided once and written down, so that a resumed job decides the same.
 
-Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU with matrix units
-(AMX): bf16 autocast, 1.25 to 1.35 times float32. On other CPUs: float32, although bf16 products are 1.5 times faster where
-the CPU has AVX-512 BF16 (LoRA, 135 M: 215 against 137 tokens per processor second). There the loss fell more slowly over the
-first steps (13.01 against 12.88 after two), because a small correction added to a value already rounded to bf16 is lost; a
-person who wants the speed orders bf16.
+Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU: bf16 where a
+product is measured to be faster in it (AMX, AVX-512 BF16) and the strategy learns as well in it as in float32: LoRA and its
+nearest relatives, whose correction is added before the sum is rounded (`worker/lora.py`), and those that train whole weights
+kept in float32. With peft's own layers bf16 was as fast, but learnt more slowly: a small correction added to a value
+already rounded to bf16 is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from app.errors import DoesNotFit
-from app.machine import this_machine, usable_cores
+from app.machine import note_bf16, this_machine, usable_cores
 from app.spec import RunSettings
 from app.strategies import Strategy
 
@@ -37,6 +39,11 @@ class Engine:
     @property
     def compute(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def framed(self) -> bool:
+        """Packs are filled up to one shape: on a GPU in bf16, where the attention takes a table of sequence ends."""
+        return self.device.type == "cuda" and self.precision == "bf16"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in `compute`; a no-op in float32."""
@@ -73,10 +80,41 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         return Engine(device, torch.cuda.get_device_name(device), precision, _frozen(precision, strategy), torch.get_num_threads())
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and this_machine().bf16_pays)
-    precision = "bf16" if bf16 else "fp32"
+    precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
     name = f"cpu ({this_machine().processor})"
     return Engine(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
+
+
+def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp32", "bf16"]:
+    """What `auto` takes on a CPU: the format of the checkpoint that is resumed, or bf16 where it was measured to be faster and
+    the strategy learns as well in it."""
+    if recorded.get("precision") in ("fp32", "bf16"):
+        return recorded["precision"]
+    return "bf16" if strategy.learns_in_bf16() and bf16_pays_here() else "fp32"
+
+
+WORTHWHILE = 1.2
+
+
+def bf16_pays_here() -> bool:
+    """Whether bf16 products beat float32 ones on this CPU, measured once and kept for the studio."""
+    machine = this_machine()
+    if machine.bf16_measured is None:
+        note_bf16(_bf16_gain())
+        machine = this_machine()
+    return (machine.bf16_measured or 0.0) >= WORTHWHILE
+
+
+def _bf16_gain() -> float:
+    """How many times faster a product of a training step's size is in bf16; the best of a few tries of each, in turn."""
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    pairs = {t: (torch.ones(512, 576, dtype=t), torch.ones(1536, 576, dtype=t)) for t in best}
+    for _ in range(8):
+        for kind, (x, weight) in pairs.items():
+            began = time.process_time()
+            torch.nn.functional.linear(x, weight)
+            best[kind] = min(best[kind], time.process_time() - began)
+    return best[torch.float32] / max(best[torch.bfloat16], 1e-9)
 
 
 def _frozen(precision: str, strategy: Strategy) -> torch.dtype:

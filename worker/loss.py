@@ -33,8 +33,12 @@ def head_of(model: torch.nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
-def chunk_rows(vocabulary: int, rows: int) -> int:
-    return max(16, min(rows, CHUNK_BYTES // (4 * vocabulary)))
+CHUNK_BYTES_CUDA = 2**30
+"""The same on a GPU, whose products want thousands of rows: 2,048 rows of 128,256 logits in float32."""
+
+
+def chunk_rows(vocabulary: int, rows: int, cuda: bool = False) -> int:
+    return max(16, min(rows, (CHUNK_BYTES_CUDA if cuda else CHUNK_BYTES) // (4 * vocabulary)))
 
 
 def _chunk(hidden: torch.Tensor, head: Head, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,8 +58,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
+        if hidden.is_cuda and head.bias is None and head.scale == 1.0 and head.cap is None and compute != torch.float32:
+            return _on_gpu(ctx, hidden, weight, targets, compute)
+        kept = (targets >= 0)[:, None] if hidden.is_cuda else None  # only packs for a GPU have filling places
+        targets = targets if kept is None else targets.clamp(min=0)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        rows = chunk_rows(weight.shape[0], hidden.shape[0])
+        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -69,10 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             top = logits.amax(1, keepdim=True)
             p = logits.sub_(top).exp_()
             mass = p.sum(1, keepdim=True)
-            total += (mass.log() + top - picked).sum()
+            nats = mass.log() + top - picked
+            total += nats.sum() if kept is None else (nats * kept[part]).sum()
             if d_hidden is None and d_weight is None:
                 continue
             p.div_(mass).scatter_add_(1, targets[part, None], torch.full_like(picked, -1.0))  # d loss / d logits
+            if kept is not None:
+                p.mul_(kept[part])
             if bent is not None:
                 p.mul_(1 - bent.square())
             if head.scale != 1.0:
@@ -96,6 +107,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], scaled[2], None, None
 
 
+def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """The same with logits in `compute`, made into their gradient in place by one kernel. A target below 0 is left out."""
+    from worker.softmax import softmax_gradient_
+
+    needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    source, cast = hidden.to(compute), weight.to(compute)
+    rows = max(256, chunk_rows(weight.shape[0], hidden.shape[0], True) // 256 * 256)
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(source) if needs_hidden else None
+    d_weight: torch.Tensor | None = None
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = source[part] @ cast.t()
+        softmax_gradient_(logits, targets[part], losses[part])
+        if d_hidden is not None:
+            torch.mm(logits, cast, out=d_hidden[part])
+        if needs_weight:
+            more = torch.mm(logits.t(), source[part], out_dtype=torch.float32)
+            d_weight = more if d_weight is None else d_weight.add_(more)
+        del logits
+    ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None)
+    return losses.sum()
+
+
 def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
     """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,); products in `compute`, sums in float32.
 
@@ -113,7 +148,7 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats and whether the likeliest token is the right one, for each of K positions."""
     losses, hits = [], []
-    rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1))
+    rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda)
     with torch.autocast(hidden.device.type, enabled=False):
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits, _ = _chunk(h, head, compute)

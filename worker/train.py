@@ -21,7 +21,7 @@ import torch
 
 from app import events
 from app.errors import BadData, StudioError
-from app.estimate import recomputed_layers
+from app.estimate import operations_per_token, recomputed_layers, speed_of
 from app.machine import this_machine
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -63,6 +63,12 @@ class Data:
     packs_per_epoch: int
     total_steps: int
     evaluate_every: int  # steps; total_steps when only the end is evaluated
+    frame: attention.Frame | None = None  # the one shape of all packs, on a GPU
+
+    @property
+    def most(self) -> int | None:
+        """Rows that a pack holds at most."""
+        return self.frame.most() if self.frame else None
 
     def due(self, step: int) -> bool:
         return step == self.total_steps or step % self.evaluate_every == 0
@@ -114,7 +120,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     tokenizer = load_tokenizer(spec.model)
     plain_template = prepare_tokenizer(tokenizer)
     lead = [tokenizer.pad_token_id] * strategy.virtual_tokens()
-    data = read_data(spec, tokenizer, lead)
+    data = read_data(spec, tokenizer, lead, engine)
     yield from _remarks(data, spec, plain_template)
 
     model = load_plain(spec.model, engine.frozen, attention.NAME, str(engine.device), type(strategy).base_bits)
@@ -124,6 +130,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(data.train.lengths), this_machine())
     recompute = kernels.recompute_layers(model, recompute)
     model = strategy.attach(model, task=spec.task).train()
+    done = kernels.speed_up(model, engine, seconds_expected(spec, data))
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, peak_rate(spec), run.weight_decay, run.optimizer)
 
@@ -139,12 +146,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         yield from _differences(state.facts, facts)
     state.facts = facts
     job = Trainee(spec, folder, engine, tokenizer, model, trained, optimizer, data, lead, state, began - state.wall_seconds)
-    yield started(job, state.step if found else None, exact, recompute, time.monotonic() - began)
+    yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del found
 
     if state.evaluated_at < 0:
         yield from judge(job)
-    packs = stream(data.train.lengths, data.budget, seed=run.seed, start=state.step * run.accumulation)
+    packs = stream(data.train.lengths, data.budget, seed=run.seed, start=state.step * run.accumulation, most=data.most)
     late: list[tuple[events.Step, torch.Tensor, torch.Tensor]] = []
     job.lap = time.perf_counter()
     while state.step < data.total_steps and not job.stopped_early:
@@ -170,7 +177,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def read_data(spec: JobSpec, tokenizer: Any, lead: list[int]) -> Data:
+def read_data(spec: JobSpec, tokenizer: Any, lead: list[int], engine: Engine) -> Data:
     """Rows split, rendered once, and counted. Raises BadData when nothing is left to learn."""
     run, kind = spec.run, spec.model.kind
     rows = batches.read_rows(spec.dataset)
@@ -189,11 +196,18 @@ def read_data(spec: JobSpec, tokenizer: Any, lead: list[int]) -> Data:
     room = spec.model.shape.positions - run.sample_tokens - len(lead)
     asked = evaluate.questions(tokenizer, held_rows, kind, run.samples, room)
     budget = math.ceil(run.max_tokens_per_step / run.accumulation)
-    packs = len(plan(train_data.lengths, budget, seed=run.seed, epoch=0))
+    frame = attention.frame_of(train_data.lengths, budget) if engine.framed else None
+    packs = len(plan(train_data.lengths, budget, seed=run.seed, epoch=0, most=frame and frame.most()))
     total = max(1, math.ceil(run.epochs * packs / run.accumulation))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.accumulation / run.evaluations_per_epoch)) if run.evaluations_per_epoch else total
-    return Data(train_data, held_out, asked, budget, packs, total, every)
+    return Data(train_data, held_out, asked, budget, packs, total, every, frame)
+
+
+def seconds_expected(spec: JobSpec, data: Data) -> float:
+    """How long the training steps will take here, from past speeds or a cautious guess."""
+    work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
+    return data.total_steps * spec.run.max_tokens_per_step * work / speed_of(spec, this_machine())
 
 
 def peak_rate(spec: JobSpec) -> float:
@@ -204,7 +218,7 @@ def spec_digest(spec: JobSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
-def started(job: Trainee, resumed_from: int | None, exact: bool, recompute: int, seconds: float) -> events.Started:
+def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
     data, model = job.data, job.model
     return events.Started(
         device=job.engine.name,
@@ -218,7 +232,7 @@ def started(job: Trainee, resumed_from: int | None, exact: bool, recompute: int,
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": attention.NAME, "recomputed_layers": recompute, "tokens_per_pass": data.budget},
+        details={**job.state.facts, "attention": attention.NAME, **done, "tokens_per_pass": data.budget},
     )
 
 
@@ -256,7 +270,7 @@ def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torc
     head = head_of(evaluate.plain_model(job.model))
     total = torch.zeros((), device=engine.device)
     for pack in window:
-        batch = make_batch(job.data.train, pack, engine.device)
+        batch = make_batch(job.data.train, pack, engine.device, job.data.frame)
         hidden = evaluate.hidden_states(job.model, batch, engine)
         loss = linear_cross_entropy(hidden, head, batch.targets, engine.compute) / learnt
         loss.backward()

@@ -77,6 +77,11 @@ class Strategy(BaseModel, ABC):
         """Placeholder ids that whoever builds a sequence puts before it; the strategy replaces what stands there."""
         return 0
 
+    def learns_in_bf16(self) -> bool:
+        """Whether it learns as well in bf16 on a CPU as in float32: its weights move in float32, and what it adds to a frozen
+        product is added before that is rounded."""
+        return not self.adapter
+
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones are 4 bytes wide,
         with a gradient of 4 and `optimizer_bytes` (two moments) each."""

@@ -17,3 +17,6 @@ class Lora(LowRank):
     )
     paper: ClassVar = ("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")
     place: ClassVar = 10
+
+    def learns_in_bf16(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own

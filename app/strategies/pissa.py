@@ -66,3 +66,6 @@ class Pissa(LowRank):
             "inference_mode": True,
         }
         write_adapter(folder, config, plain)
+
+    def learns_in_bf16(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own

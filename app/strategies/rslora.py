@@ -25,3 +25,6 @@ class RankStabilizedLora(LowRank):
 
     def variant(self) -> dict[str, Any]:
         return {"use_rslora": True}
+
+    def learns_in_bf16(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own

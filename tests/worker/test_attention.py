@@ -96,7 +96,7 @@ def test_window_and_soft_cap(window: int | None, softcap: float | None) -> None:
 def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scale: float, cap: float | None) -> None:
     from worker import loss
 
-    monkeypatch.setattr(loss, "chunk_rows", lambda vocabulary, rows: 5)
+    monkeypatch.setattr(loss, "chunk_rows", lambda vocabulary, rows, cuda=False: 5)
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((17, 6), (11, 6), (11,)))
     targets = torch.randint(0, 11, (17,))

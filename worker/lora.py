@@ -1,0 +1,192 @@
+"""LoRA's layers in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
+
+For a frozen weight W (N, K) and the correction s · B · A, with A (r, K) and B (N, r) kept in float32:
+
+    forward    y  = x Wᵀ + s (x Aᵀ) Bᵀ
+    backward   dx = dy W + s (dy B) A,   dA = s (dy B)ᵀ x,   dB = s dyᵀ (x Aᵀ)
+
+All products run in the type of x. The small product is made first and the large one is added to it inside the matrix
+product, where sums are float32: a correction far below the last digit of a bf16 result still moves how that result is rounded.
+peft adds it to a value that is rounded already, so that most of a young correction is lost. Kept for the backward pass are x
+and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share one product, and where x needs no gradient none is made.
+(Hu et al. 2021, LoRA, section 4.1; the joint products follow the idea of Unsloth's and NeMo's kernels, written anew.)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+
+ADAPTER = "default"
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Product(torch.autograd.Function):
+    """x (T, K), then for each of n layers W (N, K), bias (N,) or None, A (r, K), B (N, r); the result is one (T, ΣN)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor | None, scales: tuple, states: tuple, *tensors: Any) -> torch.Tensor:
+        weights, biases, downs, ups = (tensors[i::4] for i in range(4))
+        low = x @ _stack(downs, x.dtype).t()  # (T, Σr)
+        lift = [(up * scale).to(x.dtype).t() for up, scale in zip(ups, scales, strict=True)]
+        lifts = lift[0] if len(lift) == 1 else torch.block_diag(*lift)  # (Σr, ΣN)
+        y = low @ lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, lifts)
+        if joined is not None:
+            y.addmm_(x, joined.t())
+        elif len(weights) == 1:
+            y.addmm_(x, _dense(weights[0], states[0], x.dtype).t())
+        else:
+            for part, weight, state in zip(y.split([up.shape[0] for up in ups], 1), weights, states, strict=True):
+                part.addmm_(x, _dense(weight, state, x.dtype).t())
+        ctx.scales, ctx.states = scales, states
+        ctx.save_for_backward(x, low, *weights, *downs, *ups)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, low, *rest = ctx.saved_tensors
+        count = len(ctx.scales)
+        weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        dx = None
+        width, rank = 0, 0
+        found: list[Any] = []
+        for weight, down, up, scale, state in zip(weights, downs, ups, ctx.scales, ctx.states, strict=True):
+            part, own = dy[:, width : width + up.shape[0]], low[:, rank : rank + up.shape[1]]
+            back = part @ (up * scale).to(dy.dtype)  # (T, r)
+            d_up = (part.t() @ own).to(up.dtype).mul_(scale)
+            d_down = (back.t() @ x).to(down.dtype)
+            if ctx.needs_input_grad[0]:
+                small = down.to(dy.dtype)
+                dx = torch.mm(back, small) if dx is None else dx.addmm_(back, small)
+                dx.addmm_(part, _dense(weight, state, dy.dtype))
+            found += [None, None, d_down, d_up]
+            width, rank = width + up.shape[0], rank + up.shape[1]
+        return dx, None, None, None, *found
+
+
+def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A frozen weight as a matrix; one kept in 4 bits is made dense for one product and dropped."""
+    if state is None:
+        return weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, state).to(dtype)
+
+
+def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    return biases[0].to(dtype) if len(biases) == 1 else torch.cat([bias.to(dtype) for bias in biases])
+
+
+def _stack(downs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    return downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
+
+
+class _Group:
+    """Layers that read the same input, computed together by whichever is called first. Their frozen weights are made views
+    of one matrix, so that joining them takes no memory."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.joined: torch.Tensor | None = None
+        self.source: torch.Tensor | None = None
+        self.parts: list[torch.Tensor | None] = [None] * len(layers)
+        weights = [layer.base_layer.weight for layer in layers]
+        if all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
+            self.joined = torch.cat([w.detach() for w in weights])
+            for weight, part in zip(weights, self.joined.split([w.shape[0] for w in weights]), strict=True):
+                weight.data = part
+
+    def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
+        if self.source is not x or self.parts[place] is None:
+            widths = [layer.lora_B[ADAPTER].weight.shape[0] for layer in self.layers]
+            self.source, self.parts = x, list(product(x, self.layers, self.joined).split(widths, -1))
+        result, self.parts[place] = self.parts[place], None
+        if all(part is None for part in self.parts):
+            self.source = None
+        return result
+
+
+def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | None = None) -> torch.Tensor:
+    """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
+    compute = _compute_type(x)
+    flat = x.reshape(-1, x.shape[-1]).to(compute)
+    tensors: list[Any] = []
+    for layer in layers:
+        base = layer.base_layer
+        tensors += [base.weight, base.bias, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    if joined is not None and joined.dtype != compute:
+        joined = None
+    scales = tuple(layer.scaling[ADAPTER] for layer in layers)
+    states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
+    y = _Product.apply(flat, joined, scales, states, *tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _compute_type(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+class Fused:
+    """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
+
+    group: _Group | None = None
+    place = 0  # in the group
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        if self.group is not None:
+            return self.group.take(self.place, x)
+        return product(x, [self])
+
+
+class FusedLora(Fused, PeftLinear):
+    """On a base whose weights are numbers as they are."""
+
+
+@functools.cache
+def _fused_4bit(kind: type) -> type:
+    """On a base kept in 4 bits; peft has that class only where bitsandbytes is installed."""
+    return type("FusedLora4bit", (Fused, kind), {})
+
+
+def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
+    """Give every plain LoRA layer of a peft model the fused forward. Returns how many were plain; the others stay peft's."""
+    found = [m for m in model.modules() if _plain(m)]
+    for layer in found:
+        layer.__class__ = FusedLora if type(layer) is PeftLinear else _fused_4bit(type(layer))
+    if grouped:
+        for parent in model.modules():
+            for names in GROUPS:
+                layers = [getattr(parent, name, None) for name in names]
+                if all(isinstance(layer, Fused) for layer in layers) and len({layer.base_layer.bias is None for layer in layers}) == 1:
+                    _join(layers)
+    return len(found)
+
+
+def _join(layers: list[Any]) -> None:
+    group = _Group(layers)
+    for place, layer in enumerate(layers):
+        layer.group, layer.place = group, place
+
+
+def _plain(layer: torch.nn.Module) -> bool:
+    """One adapter, no dropout, no variant such as DoRA, on an ordinary linear layer that is frozen."""
+    quantised = type(layer).__name__ == "Linear4bit" and isinstance(layer, LoraLayer)
+    if not (quantised or type(layer) is PeftLinear) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:
+        return False
+    base = layer.base_layer
+    return (
+        (quantised or type(base) is torch.nn.Linear)
+        and not base.weight.requires_grad
+        and not (base.bias is not None and base.bias.requires_grad)
+        and not getattr(layer, "fan_in_fan_out", False)
+        and not layer.lora_variant
+        and not layer.lora_bias[ADAPTER]
+        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
+    )
