@@ -1,0 +1,190 @@
+"""Preference tuning: of two answers to a prompt, the chosen one becomes likelier than the rejected one.
+
+Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7). The reference is the
+model before tuning. It scores every pair once, before the strategy is attached, so there is never a second copy of it in
+memory, and a strategy may change the base's own weights. Its scores are kept beside the checkpoints: a resumed job reads the
+very same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from app import manifest
+from app.errors import BadData, StudioError
+from app.spec import JobSpec, PreferenceSettings
+from worker import batches, evaluate
+from worker.batches import Row, make_batch
+from worker.checkpoint import write_folder
+from worker.device import Engine
+from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.likelihood import token_nats
+from worker.loss import head_of
+from worker.pack import best_fit
+from worker.pairs import Pairs, conversation_with, sequences_of, tokenise_pairs
+from worker.prompts import prepare_tokenizer
+from worker.writing import Writing
+
+REFERENCE = "reference"
+PARTS = ("train", "held_out")
+
+
+def log_likelihoods(
+    model: torch.nn.Module, data: Pairs, pack: Sequence[int], engine: Engine, *, mean: bool = False
+) -> tuple[torch.Tensor, int, int]:
+    """(log-probabilities (pairs, 2) of the chosen and the rejected answers in nats, tokens read, tokens of answers) of a pack.
+
+    Sums over the tokens of each answer, or means. Gradients flow.
+    """
+    sequences = sequences_of(pack)
+    batch = make_batch(data.sequences, sequences, engine.device)
+    counts = [data.answer_tokens(s) for s in sequences]
+    hidden = evaluate.hidden_states(model, batch, engine)
+    nats = token_nats(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
+    sums = torch.stack([part.mean() if mean else part.sum() for part in nats.split(counts)])
+    return -sums.view(-1, 2), batch.tokens, batch.trained
+
+
+def losses_of(policy: torch.Tensor, reference: torch.Tensor, settings: PreferenceSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of each pair, rewards (pairs, 2) of its answers) from log-probabilities (pairs, 2) of chosen and rejected.
+
+    An answer's reward is β times how much likelier it became: β (log π − log π_ref). DPO's loss is −log σ of the margin
+    between the rewards; with label smoothing ε every label is taken to be wrong with that probability (Mitchell 2023,
+    conservative DPO). IPO (Azar et al. 2023, https://arxiv.org/abs/2310.12036, equation 17) pulls the difference of the
+    log-ratios to 1 / 2β instead, so that it does not grow without end.
+    """
+    ratios = policy - reference
+    rewards = settings.beta * ratios
+    if settings.loss == "ipo":
+        return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * settings.beta)).square(), rewards
+    margin = rewards[:, 0] - rewards[:, 1]
+    smoothing = settings.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
+
+
+def sums_of(rewards: torch.Tensor) -> torch.Tensor:
+    """Sums over pairs of: pairs, reward of chosen, of rejected, and pairs told apart rightly; a tie counts half."""
+    chosen, rejected = rewards.detach().double().unbind(1)
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    return torch.stack([torch.ones_like(chosen).sum(), chosen.sum(), rejected.sum(), right.sum()])
+
+
+def named(sums: torch.Tensor) -> dict[str, float]:
+    """The means of `sums_of`, as events carry them."""
+    pairs, chosen, rejected, right = sums.tolist()
+    means = {"reward_margin": chosen - rejected, "reward_accuracy": right, "chosen_reward": chosen, "rejected_reward": rejected}
+    return {name: value / max(pairs, 1.0) for name, value in means.items()}
+
+
+class Preferring(Writing):
+    unit: ClassVar = "pair"
+
+    def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
+        self.plain_template = prepare_tokenizer(tokenizer)
+        Lesson.__init__(self, spec, tokenizer)
+        self.settings = spec.preference or PreferenceSettings()
+        run, kind = spec.run, spec.model.kind
+        rows = batches.read_rows(spec.dataset)
+        if spec.validation:
+            train_rows, held_rows = rows, batches.read_rows(spec.validation)
+        else:
+            train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed, spec.split)
+        self.pairs = {
+            "train": tokenise_pairs(tokenizer, train_rows, kind, self.longest, self.lead),
+            "held_out": tokenise_pairs(tokenizer, held_rows, kind, self.longest, self.lead),
+        }
+        self.train, self.held_out = self.pairs["train"].pairs, self.pairs["held_out"].pairs
+        if not len(self.train):
+            raise BadData(
+                f"None of the {len(train_rows)} pairs has two different answers within {self.longest} tokens.",
+                way_out="Raise the longest length, or check the two answers of each row.",
+            )
+        kept = set(self.held_out.lines)
+        # As conversations that end with the better answer, which is what samples and evaluations compare with.
+        self.held_rows = [Row(line, conversation_with(row, "chosen")) for line, row in held_rows if line in kept]
+        self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
+        self.questions = evaluate.questions(tokenizer, self.held_rows, kind, run.samples, self.room)
+        self.reference: dict[str, torch.Tensor] = {}
+        self.sums: torch.Tensor | None = None
+
+    # The reference ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> None:
+        """Score all pairs with the model before tuning, or read what an earlier attempt at this job found."""
+        digest = self._digest(engine)
+        found = _kept(attempt.parent, digest)
+        if found is None:
+            found = {name: self._score(model, self.pairs[name].without_lead(), engine, budget) for name in PARTS}
+            write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
+        self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
+
+    def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> torch.Tensor:
+        """Log-probabilities, (pairs, 2), of all pairs; sums or means as the loss takes them."""
+        found = torch.zeros(len(data), 2)
+        with evaluate.evaluating(model):
+            for pack in best_fit(range(len(data)), data.pairs.lengths, budget):
+                found[pack] = log_likelihoods(model, data, pack, engine, mean=self.settings.means)[0].float().cpu()
+        return found
+
+    def _digest(self, engine: Engine) -> str:
+        """What the reference's figures follow from."""
+        spec = self.spec
+        said = spec.model_dump_json(include={"model", "dataset", "validation", "split", "run", "preference", "strategy"})
+        return hashlib.sha256(f"{said}\n{engine.precision}\n{engine.name}".encode()).hexdigest()
+
+    # Training -----------------------------------------------------------------------------------------------------------
+
+    def remarks(self) -> Iterator[str]:
+        yield from remarks_on(self)
+        for name, part in (("training", self.train), ("validation", self.held_out)):
+            if part.skipped:
+                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
+                yield f"{len(part.skipped)} {name} pairs have no two different answers left and were left out (lines {lines})."
+        if self.plain_template:
+            yield "The model has no chat template; it learns a plain one, which is saved with the result."
+
+    def learnt(self, window: Sequence[Sequence[int]]) -> int:
+        return sum(len(pack) for pack in window)
+
+    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
+        """(sum of the pairs' losses, tokens, tokens of answers)."""
+        policy, tokens, answers = log_likelihoods(model, self.pairs["train"], pack, engine, mean=self.settings.means)
+        reference = self.reference["train"][list(pack)].to(policy.dtype)
+        losses, rewards = losses_of(policy, reference, self.settings)
+        sums = sums_of(rewards)
+        self.sums = sums if self.sums is None else self.sums + sums
+        return losses.sum(), tokens, answers
+
+    def step_metrics(self) -> torch.Tensor | None:
+        sums, self.sums = self.sums, None
+        return sums
+
+    def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        return named(sums)
+
+    # Judging ------------------------------------------------------------------------------------------------------------
+
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
+        data = self.pairs["held_out"]
+        policy = self._score(model, data, engine, budget).double()
+        losses, rewards = losses_of(policy, self.reference["held_out"].cpu().double(), self.settings)
+        metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
+        return Scored(metrics, losses.tolist()[:MOST_REMEMBERED])
+
+
+def _kept(runs: Path, digest: str) -> dict[str, torch.Tensor] | None:
+    """The reference's figures of an earlier attempt whose files are whole."""
+    for folder in sorted(runs.glob(f"a*/{REFERENCE}")):
+        try:
+            if manifest.verify(folder).get("of") == digest:
+                return load_file(folder / f"{REFERENCE}.safetensors")
+        except (StudioError, OSError):
+            continue
+    return None
