@@ -71,8 +71,10 @@ class Estimate(BaseModel):
 def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     """What the job will take on this machine."""
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
-    rows, longest = tokens_of(stats, run)
-    rows, longest = rows + stats.rows * strategy.virtual_tokens(), longest + strategy.virtual_tokens()
+    each = sequences_per_row(spec)
+    rows, longest = tokens_of(stats, run, each)
+    # A row's sequences share a pack, and placeholders stand before each of them.
+    rows, longest = rows + each * stats.rows * strategy.virtual_tokens(), each * (longest + strategy.virtual_tokens())
     held_out = 0.0 if spec.validation else run.validation_fraction
     train_tokens = rows * (1 - held_out)
     steps = total_steps(train_tokens, run)
@@ -81,6 +83,8 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     memory = memory_of(shape, strategy, run, longest, machine, recompute)
     total = sum(memory.model_dump().values())
     seconds, per_second = _seconds(spec, machine, tokens, steps, rows * held_out, learnt_share(stats), recompute / shape.layers)
+    if spec.task == "preference":  # the model before tuning reads every pair once
+        seconds += rows * operations_per_token(shape, strategy, learnt_share(stats)) / 2 / speed_of(spec, machine)
     known = strategy.name in machine.speeds
     spread = 1.25 if known else 2.0
     return Estimate(
@@ -102,12 +106,18 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(stats: Stats, run: RunSettings) -> tuple[int, int]:
-    """(tokens of all rows, tokens of the longest row) after cutting; four characters are a token until tokens are counted."""
+def sequences_per_row(spec: JobSpec) -> int:
+    """How many sequences a row becomes: a pair is its prompt with the one answer and with the other."""
+    return 2 if spec.task == "preference" else 1
+
+
+def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
+    """(tokens of all rows, tokens of the longest sequence) after cutting, with `each` sequences a row; four characters are
+    a token until tokens are counted."""
     tokens = stats.tokens if stats.tokens is not None else math.ceil(stats.characters / 4) + 8 * stats.rows
-    mean = tokens / max(stats.rows, 1)
+    mean = tokens / max(each * stats.rows, 1)
     longest = stats.longest if stats.longest is not None else math.ceil(3 * mean)
-    return min(tokens, stats.rows * run.max_length), max(1, min(longest, run.max_length))
+    return min(tokens, each * stats.rows * run.max_length), max(1, min(longest, run.max_length))
 
 
 def learnt_share(stats: Stats) -> float:

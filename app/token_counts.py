@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.formats._base import Row
+from app.formats.preference import conversation_with
 from app.report import texts
 
 
@@ -37,16 +38,17 @@ class TokenCounter:
         self._answers: list[list[str]] = []
 
     def add(self, row: Row) -> None:
-        self._whole.append(self._render(row))
-        self._answers.append(_answers(row))
+        # A pair of answers is two sequences, each with the prompt, as the trainer reads them.
+        for one in (conversation_with(row, "chosen"), conversation_with(row, "rejected")) if "rejected" in row else (row,):
+            self._whole.append(self._render(one))
+            self._answers.append(_answers(one))
         if len(self._whole) >= 256:
             self._count()
 
     def _render(self, row: Row) -> str:
         if self.template is not None and "messages" in row:
-            messages = row["messages"] + row.get("chosen", [])
             try:
-                return self.template.render(messages=messages, tools=row.get("tools"), add_generation_prompt=False, **self.marks)
+                return self.template.render(messages=row["messages"], tools=row.get("tools"), add_generation_prompt=False, **self.marks)
             except Exception:  # the trainer says which rows its template refuses; a count needs no more than the texts
                 return _plain(row)
         return _plain(row)
@@ -95,5 +97,4 @@ def _answers(row: Row) -> list[str]:
         return [row["completion"]]
     if "text" in row:
         return [] if "label" in row else [row["text"]]
-    messages = row["messages"] + row.get("chosen", [])
-    return [message["content"] for message in messages if message["role"] == "assistant" and message.get("weight") != 0]
+    return [message["content"] for message in row["messages"] if message["role"] == "assistant" and message.get("weight") != 0]

@@ -85,6 +85,16 @@ def test_uncounted_tokens_are_guessed_from_characters() -> None:
     assert estimate.estimate(spec(), guess, CPU).tokens == pytest.approx(estimate.estimate(spec(), STATS, CPU).tokens, rel=0.2)
 
 
+def test_a_pair_is_two_sequences_in_one_pack_and_is_read_once_before() -> None:
+    pairs = spec(max_tokens_per_step=256).model_copy(update={"task": "preference"})
+    one, two = estimate.estimate(spec(max_tokens_per_step=256), STATS, CPU), estimate.estimate(pairs, STATS, CPU)
+    assert two.tokens == one.tokens, "both answers are in the count of the dataset's tokens"
+    assert two.seconds > one.seconds and two.memory.activations > one.memory.activations, "the longest pair is 400 tokens"
+    prompts = pairs.model_copy(update={"strategy": STRATEGIES["prompt_tuning"](tokens=20)})
+    grown = estimate.estimate(prompts, STATS, CPU).tokens - two.tokens
+    assert grown == pytest.approx(3 * 900 * 2 * 20, rel=0.01)
+
+
 def test_this_machine() -> None:
     found = machine.this_machine()
     assert found.cores >= 1 and found.memory_bytes > 2**28 and found.training_memory_bytes > 0

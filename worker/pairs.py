@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from app.errors import BadData
+from app.formats.preference import conversation_with
 from worker.batches import BadRow, Row, Tokenised
 from worker.prompts import Rendered, render_row
 
@@ -44,12 +45,6 @@ class Pairs:
 def sequences_of(pack: Sequence[int]) -> list[int]:
     """The sequences of a pack of pairs, the two of a pair side by side."""
     return [sequence for pair in pack for sequence in (2 * pair, 2 * pair + 1)]
-
-
-def conversation_with(row: dict[str, Any], answer: str) -> dict[str, Any]:
-    """The row as one conversation that ends with its answer `chosen` or `rejected`, of which only that answer is learnt."""
-    prompt = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in row["messages"]]
-    return {"messages": [*prompt, *row[answer]], **({"tools": row["tools"]} if row.get("tools") else {})}
 
 
 def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> Pairs:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from app import manifest
 from app.errors import BadData, StudioError
+from app.formats.preference import conversation_with
 from app.spec import JobSpec, PreferenceSettings
 from worker import batches, evaluate
 from worker.batches import Row, make_batch
@@ -28,7 +29,7 @@ from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pack import best_fit
-from worker.pairs import Pairs, conversation_with, sequences_of, tokenise_pairs
+from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.prompts import prepare_tokenizer
 from worker.writing import Writing
 

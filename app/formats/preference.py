@@ -88,6 +88,12 @@ class Preference(Format):
         return result
 
 
+def conversation_with(row: Row, answer: str) -> Row:
+    """A normalised row as one conversation that ends with its answer “chosen” or “rejected”, of which only that answer is learnt."""
+    prompt = [{**message, "weight": 0} if message.get("role") == "assistant" else message for message in row["messages"]]
+    return {"messages": [*prompt, *row[answer]], **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
 def _check_answer(row: Row, column: str) -> list[Finding]:
     value = parsed(row.get(column))
     if isinstance(value, list):
