@@ -88,7 +88,10 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One engine's run in a process of its own."""
-    from worker.exits import ALLOCATOR, THREADS
+    try:
+        from worker.exits import ALLOCATOR, THREADS
+    except ImportError:  # a machine with the trainer's packages alone
+        ALLOCATOR, THREADS = {}, {}
 
     path = work / f"plan-{plan['engine']}.json"
     path.write_text(json.dumps(plan))

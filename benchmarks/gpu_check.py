@@ -1,0 +1,249 @@
+"""Is every path that only a GPU takes right? Against float32 on the CPU: loss, gradients, no leak, nothing that is not a number.
+
+    python -m benchmarks.gpu_check [--device cuda]
+
+Prints one line per check and leaves with 1 if any failed. Runs on small models and takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.shapes import draw_samples
+
+TOKENS = 1024
+CONFIG = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "vocab_size": 4000, "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def model_folder(family: str, home: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(3)
+    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config, model = kinds[family]
+    folder = home / family
+    if not folder.exists():
+        model(config(**CONFIG)).save_pretrained(folder)
+    return folder
+
+
+def data_of(samples: list[list[int]]) -> Any:
+    from worker.batches import Tokenised
+
+    starts = np.concatenate([[0], np.cumsum([len(s) for s in samples])]).astype(np.int64)
+    trained = np.ones(starts[-1], bool)
+    trained[starts[:-1]] = False
+    ids = np.concatenate([np.asarray(s, np.int32) for s in samples])
+    return Tokenised(ids, trained, starts, list(range(len(samples))), 0, [])
+
+
+def pass_through(
+    folder: Path, device: str, dtype: torch.dtype, *, strategy: str = "lora", fused: bool = True, compiled: bool = False, recompute: int = 0,
+    bits: int | None = None, samples: list[list[int]], steps: int = 1,
+) -> tuple[list[float], torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+    """Losses of some steps, the first step's gradient, the last hidden states, and the model."""
+    from transformers import AutoModelForCausalLM
+
+    from app.strategies import STRATEGIES
+    from worker import attention, evaluate, kernels, optim
+    from worker.batches import make_batch
+    from worker.device import Engine
+    from worker.lora import fuse
+    from worker.loss import head_of, linear_cross_entropy
+
+    where = torch.device(device)
+    half = dtype == torch.bfloat16
+    chosen = STRATEGIES[strategy]()
+    engine = Engine(where, device, "bf16" if half else "fp32", dtype if chosen.adapter else torch.float32, 1)
+    more: dict[str, Any] = {}
+    if bits:
+        from worker.load import _in_bits
+
+        more = _in_bits(bits, dtype, device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.frozen, attn_implementation=attention.NAME, **more)
+    model = model if bits else model.to(where)
+    kernels.use_fused_norms(model)
+    kernels.recompute_layers(model, recompute)
+    torch.manual_seed(5)
+    model = chosen.attach(model).train()
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(11)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+                if "lora_" in name:
+                    p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
+    if fused and hasattr(model, "peft_config"):
+        fuse(model, grouped=not (compiled and recompute))
+    if compiled:
+        kernels.compile_blocks(model)
+    trained = optim.trained_parameters(model)
+    optimizer = optim.make_optimizer(trained, 1e-3, 0.0)
+    data = data_of(samples)
+    frame = attention.frame_of(data.lengths, TOKENS) if engine.framed else None
+    rows = list(range(len(samples)))
+    losses, gradient, hidden = [], None, None
+    for _ in range(steps):
+        batch = make_batch(data, rows, where, frame)
+        hidden = evaluate.hidden_states(model, batch, engine)
+        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute) / batch.trained
+        loss.backward()
+        if gradient is None:
+            gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values()])
+        norm = optim.clip(trained, 1.0)
+        optim.skip_if_not_finite(optimizer, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
+    assert all(bool(torch.isfinite(p).all()) for p in trained.values()), "a weight is not a number"
+    return losses, gradient, hidden.detach().float().cpu(), model
+
+
+def compare(reference: Any, found: Any, loss_within: float, cosine_above: float) -> str:
+    (a, ga, _, _), (b, gb, _, _) = reference, found
+    worst = max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+    cosine = float(torch.nn.functional.cosine_similarity(ga.double(), gb.double(), dim=0))
+    length = float(gb.norm() / ga.norm())
+    assert np.isfinite(b).all(), f"losses {b}"
+    assert worst <= loss_within, f"loss differs by {worst:.2e}: {a} {b}"
+    assert cosine >= cosine_above, f"gradient cosine {cosine:.6f}"
+    assert abs(length - 1) < 0.05, f"gradient length {length:.4f}"
+    return f"loss within {worst:.1e}, gradient cosine {cosine:.6f}, length {length:.4f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    samples = draw_samples(CONFIG["vocab_size"], 9, 80, 0.6, 20, 200)
+    failed: list[str] = []
+
+    def check(name: str, body: Callable[[], str]) -> None:
+        began = time.perf_counter()
+        try:
+            said = body()
+            print(f"ok      {name}: {said} ({time.perf_counter() - began:.1f} s)", flush=True)
+        except Exception as error:
+            failed.append(name)
+            traceback.print_exc()
+            print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
+
+    with tempfile.TemporaryDirectory() as home:
+        half = torch.bfloat16
+        for family in ("llama", "qwen2"):
+            folder = model_folder(family, Path(home))
+            reference = pass_through(folder, "cpu", torch.float32, fused=False, samples=samples, steps=4)
+            ways: dict[str, dict[str, Any]] = {"peft's layers": {"fused": False}, "fused": {}, "fused, recomputed": {"recompute": 2}}
+            ways |= {"fused, compiled": {"compiled": True}, "fused, compiled, recomputed": {"compiled": True, "recompute": 2}}
+            for way, given in ways.items():
+                if family == "qwen2" and "recomputed" in way:
+                    continue
+
+                def body(folder: Path = folder, given: dict[str, Any] = given, reference: Any = reference) -> str:
+                    torch._dynamo.reset()
+                    return compare(reference, pass_through(folder, device, half, samples=samples, steps=4, **given), 5e-3, 0.99)
+
+                check(f"{family} lora bf16 {way}", body)
+            check(
+                f"{family} lora float32",
+                lambda folder=folder, r=reference: compare(
+                    r, pass_through(folder, device, torch.float32, samples=samples, steps=4), 2e-3, 0.995
+                ),
+            )
+        folder = model_folder("llama", Path(home))
+        whole = pass_through(folder, "cpu", torch.float32, strategy="full", samples=samples, steps=4)
+        for compiled in (False, True):
+            check(
+                f"full bf16 compiled={compiled}",
+                lambda compiled=compiled: compare(
+                    whole, pass_through(folder, device, half, strategy="full", compiled=compiled, samples=samples, steps=4), 1e-2, 0.99
+                ),
+            )
+        for strategy in ("prefix_tuning", "bottleneck_adapter", "dora"):
+            check(
+                f"{strategy} bf16",
+                lambda strategy=strategy: finite(pass_through(folder, device, half, strategy=strategy, samples=samples, steps=3)),
+            )
+        check("no document sees another", lambda: no_leak(folder, device, samples))
+        check("evaluation of a compiled model", lambda: evaluation(folder, device, samples))
+        if device == "cuda":
+            check("softmax kernel", softmax)
+            lora = pass_through(folder, "cpu", torch.float32, fused=False, samples=samples, steps=4)
+            for fused in (False, True):
+                check(
+                    f"qlora fused={fused}",
+                    lambda fused=fused: compare(
+                        lora,
+                        pass_through(folder, device, half, strategy="qlora", bits=4, fused=fused, samples=samples, steps=4),
+                        5e-2,
+                        0.85,
+                    ),
+                )
+    print("all right" if not failed else f"{len(failed)} failed: {failed}")
+    return 1 if failed else 0
+
+
+def finite(found: Any) -> str:
+    assert np.isfinite(found[0]).all(), found[0]
+    return f"losses {found[0][0]:.4f} to {found[0][-1]:.4f}"
+
+
+def no_leak(folder: Path, device: str, samples: list[list[int]]) -> str:
+    """Changing the first document moves no hidden state of the others."""
+    other = [[7] * len(samples[0]), *samples[1:]]
+    first = pass_through(folder, device, torch.bfloat16, samples=samples)[2]
+    second = pass_through(folder, device, torch.bfloat16, samples=other)[2]
+    own = len(samples[0]) - 1
+    rest = sum(len(s) - 1 for s in samples)
+    moved = float((first[own:rest] - second[own:rest]).abs().max())
+    assert moved == 0.0, f"others moved by {moved}"
+    assert float((first[:own] - second[:own]).abs().max()) > 0
+    return "others moved by 0"
+
+
+def evaluation(folder: Path, device: str, samples: list[list[int]]) -> str:
+    from worker import evaluate
+    from worker.device import Engine
+
+    torch._dynamo.reset()
+    _, _, _, model = pass_through(folder, device, torch.bfloat16, samples=samples, compiled=True)
+    engine = Engine(torch.device(device), device, "bf16", torch.bfloat16, 1)
+    began = time.perf_counter()
+    found = evaluate.validate(model, data_of(samples), 300, engine)
+    assert np.isfinite(found["loss"])
+    return f"loss {found['loss']:.4f} in {time.perf_counter() - began:.2f} s"
+
+
+def softmax() -> str:
+    from worker.softmax import softmax_gradient_
+
+    worst = 0.0
+    for vocabulary in (4000, 32_000, 128_256, 151_936):
+        logits = torch.randn(300, vocabulary, device="cuda", dtype=torch.bfloat16) * 3
+        targets = torch.randint(0, vocabulary, (300,), device="cuda")
+        targets[::7] = -100
+        plain = logits.float().requires_grad_()
+        wanted = torch.nn.functional.cross_entropy(plain, targets, reduction="none", ignore_index=-100)
+        wanted.sum().backward()
+        losses = torch.empty(300, device="cuda")
+        softmax_gradient_(logits, targets, losses)
+        worst = max(worst, float((losses - wanted).abs().max()), float((logits.float() - plain.grad).abs().max()))
+    assert worst < 1e-2, worst
+    return f"within {worst:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
