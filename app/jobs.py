@@ -292,18 +292,26 @@ RESULT_COLUMNS = (
 
 
 def results_csv(rows: Sequence[Event]) -> bytes:
-    """Step metrics as CSV, one line per step. A step that was taken again after a crash counts once, as taken last."""
+    """Step metrics as CSV, one line per step. A step that was taken again after a crash counts once, as taken last.
+
+    What a recipe measures besides follows in columns of its own, `train_…` and `valid_…`.
+    """
     lines: dict[int, dict[str, Any]] = {}
+    more: dict[str, None] = {}
     for row in rows:
         event = said.from_row(row.type, row.data)
         if isinstance(event, said.Started) and event.resumed_from is not None:
             lines = {step: line for step, line in lines.items() if step <= event.resumed_from}
         elif isinstance(event, said.Step):
-            lines.setdefault(event.step, {}).update(event.model_dump(include=set(RESULT_COLUMNS)), train_loss=event.loss)
+            own = {f"train_{name}": value for name, value in event.metrics.items()}
+            more |= dict.fromkeys(own)
+            lines.setdefault(event.step, {}).update(event.model_dump(include=set(RESULT_COLUMNS)), train_loss=event.loss, **own)
         elif isinstance(event, said.Evaluated):
-            lines.setdefault(event.step, {"step": event.step})["valid_loss"] = event.loss
+            own = {f"valid_{name}": value for name, value in event.metrics.items()}
+            more |= dict.fromkeys(own)
+            lines.setdefault(event.step, {"step": event.step}).update(valid_loss=event.loss, **own)
     out = io.StringIO()
-    writer = csv.DictWriter(out, RESULT_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, (*RESULT_COLUMNS, *more), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(line for _, line in sorted(lines.items()))
     return out.getvalue().encode()
