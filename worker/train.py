@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from app.errors import BadData, StudioError
 from app.estimate import operations_per_token, recomputed_layers, speed_of
 from app.machine import this_machine
 from app.settings import get_settings
-from app.spec import JobSpec
+from app.spec import JobSpec, RunSettings
 from worker import attention, batches, checkpoint, evaluate, kernels, optim
 from worker.batches import Tokenised, make_batch
 from worker.checkpoint import State, relative
@@ -35,6 +35,9 @@ from worker.load import load_plain, load_tokenizer
 from worker.loss import head_of, linear_cross_entropy
 from worker.pack import plan, stream
 from worker.prompts import prepare_tokenizer, tuned_kind
+
+if TYPE_CHECKING:
+    from worker.preference import Preferring
 
 MOST_NOT_FINITE = 3
 SPEED_WINDOW = 20
@@ -63,6 +66,7 @@ class Data:
     packs_per_epoch: int
     total_steps: int
     evaluate_every: int  # steps; total_steps when only the end is evaluated
+    lesson: Preferring | None = None  # what learning preferences changes
     frame: attention.Frame | None = None  # the one shape of all packs, on a GPU
 
     @property
@@ -107,7 +111,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     control = control or Control()
     began = time.monotonic()
     run, strategy = spec.run, spec.strategy
-    if spec.task != "generation" or type(strategy).recipe != "gradient":
+    if spec.task == "classification" or type(strategy).recipe != "gradient":
         raise BadData(f"{strategy.title} for the task {spec.task} is not learnt by this recipe.", way_out="Choose the task generation.")
     found = checkpoint.newest(runs or folder.parent)
     state = checkpoint.read_state(found) if found else State()
@@ -127,10 +131,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     kernels.use_fused_norms(model)
     if not found and data.questions:
         state.base_answers = evaluate.answers(model, tokenizer, data.questions, run.sample_tokens, engine)
+    if data.lesson:
+        data.lesson.prepare(model, engine, folder, data.budget)
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(data.train.lengths), this_machine())
     recompute = kernels.recompute_layers(model, recompute)
     model = strategy.attach(model, task=spec.task).train()
-    done = kernels.speed_up(model, engine, seconds_expected(spec, data))
+    done = kernels.speed_up(model, engine, 0.0 if data.lesson else seconds_expected(spec, data))  # packs of pairs have many shapes
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, peak_rate(spec), run.weight_decay, run.optimizer)
 
@@ -152,12 +158,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     if state.evaluated_at < 0:
         yield from judge(job)
     packs = stream(data.train.lengths, data.budget, seed=run.seed, start=state.step * run.accumulation, most=data.most)
-    late: list[tuple[events.Step, torch.Tensor, torch.Tensor]] = []
+    late: list[tuple[events.Step, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     job.lap = time.perf_counter()
     while state.step < data.total_steps and not job.stopped_early:
         window = [rows for _, _, rows in itertools.islice(packs, run.accumulation)]
         loss, norm = take_step(job, window)
-        late.append((_step_event(job, window), loss, norm))
+        late.append((_step_event(job, window), loss, norm, data.lesson.step_metrics() if data.lesson else None))
         # On a GPU a step's figures are read while the next one runs, so that the device never waits for us.
         while len(late) > (engine.device.type == "cuda"):
             yield report(job, *late.pop(0))
@@ -180,6 +186,11 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 def read_data(spec: JobSpec, tokenizer: Any, lead: list[int], engine: Engine) -> Data:
     """Rows split, rendered once, and counted. Raises BadData when nothing is left to learn."""
     run, kind = spec.run, spec.model.kind
+    if spec.task == "preference":
+        from worker.preference import Preferring
+
+        lesson = Preferring(spec, tokenizer)
+        return _counted(run, lesson.train, lesson.held_out, lesson.questions, lesson=lesson)
     rows = batches.read_rows(spec.dataset)
     if spec.validation:
         train_rows, held_rows = rows, batches.read_rows(spec.validation)
@@ -195,13 +206,26 @@ def read_data(spec: JobSpec, tokenizer: Any, lead: list[int], engine: Engine) ->
         )
     room = spec.model.shape.positions - run.sample_tokens - len(lead)
     asked = evaluate.questions(tokenizer, held_rows, kind, run.samples, room)
+    return _counted(run, train_data, held_out, asked, framed=engine.framed)
+
+
+def _counted(
+    run: RunSettings,
+    train_data: Tokenised,
+    held_out: Tokenised,
+    asked: list[Question],
+    *,
+    framed: bool = False,
+    lesson: Preferring | None = None,
+) -> Data:
+    """The data with its packs and steps counted."""
     budget = math.ceil(run.max_tokens_per_step / run.accumulation)
-    frame = attention.frame_of(train_data.lengths, budget) if engine.framed else None
+    frame = attention.frame_of(train_data.lengths, budget) if framed else None
     packs = len(plan(train_data.lengths, budget, seed=run.seed, epoch=0, most=frame and frame.most()))
     total = max(1, math.ceil(run.epochs * packs / run.accumulation))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.accumulation / run.evaluations_per_epoch)) if run.evaluations_per_epoch else total
-    return Data(train_data, held_out, asked, budget, packs, total, every, frame)
+    return Data(train_data, held_out, asked, budget, packs, total, every, lesson, frame)
 
 
 def seconds_expected(spec: JobSpec, data: Data) -> float:
@@ -238,6 +262,9 @@ def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str,
 
 def _remarks(data: Data, spec: JobSpec, plain_template: bool) -> Iterator[events.Log]:
     """What a person should know of the data before training starts."""
+    if data.lesson:
+        yield from (_log("warn", text) for text in data.lesson.remarks())
+        return
     for name, part in (("training", data.train), ("validation", data.held_out)):
         if part.cut:
             yield _log("warn", f"{part.cut} {name} rows were longer than {spec.run.max_length} tokens and were cut.")
@@ -266,17 +293,22 @@ def _log(level: str, message: str) -> events.Log:
 def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over the packs of `window`. Returns loss (nats per trained token) and gradient length, still on the device."""
     run, state, engine = job.spec.run, job.state, job.engine
-    learnt = batches.trained_in(job.data.train, window)
+    lesson = job.data.lesson
+    learnt = lesson.learnt(window) if lesson else batches.trained_in(job.data.train, window)
     head = head_of(evaluate.plain_model(job.model))
     total = torch.zeros((), device=engine.device)
     for pack in window:
-        batch = make_batch(job.data.train, pack, engine.device, job.data.frame)
-        hidden = evaluate.hidden_states(job.model, batch, engine)
-        loss = linear_cross_entropy(hidden, head, batch.targets, engine.compute) / learnt
+        if lesson:
+            loss, tokens, trained = lesson.loss(job.model, pack, engine)
+        else:
+            batch = make_batch(job.data.train, pack, engine.device, job.data.frame)
+            hidden = evaluate.hidden_states(job.model, batch, engine)
+            loss, tokens, trained = linear_cross_entropy(hidden, head, batch.targets, engine.compute), batch.tokens, batch.trained
+        loss = loss / learnt
         loss.backward()
         total += loss.detach()
-        state.tokens += batch.tokens
-        state.trained_tokens += batch.trained
+        state.tokens += tokens
+        state.trained_tokens += trained
     state.step += 1
     extra = job.spec.strategy.regulariser(job.model)
     if extra is not None:
@@ -308,7 +340,7 @@ def _step_event(job: Trainee, window: list[list[int]]) -> events.Step:
     )
 
 
-def report(job: Trainee, step: events.Step, loss: torch.Tensor, norm: torch.Tensor) -> events.Step:
+def report(job: Trainee, step: events.Step, loss: torch.Tensor, norm: torch.Tensor, measured: torch.Tensor | None = None) -> events.Step:
     """The finished event of a step. Raises Diverged after several steps in a row without a finite loss."""
     state = job.state
     loss_value, norm_value = float(loss), float(norm)
@@ -325,6 +357,7 @@ def report(job: Trainee, step: events.Step, loss: torch.Tensor, norm: torch.Tens
     return step.model_copy(
         update={
             "loss": loss_value,
+            "metrics": job.data.lesson.name_metrics(measured) if job.data.lesson and measured is not None else {},
             "grad_norm": norm_value,
             "tokens_per_second": _speed(job),
             "memory_bytes": peak_memory(job.engine.device),
@@ -350,7 +383,10 @@ def judge(job: Trainee) -> Iterator[events.Evaluated | events.Sampled]:
     state.evaluated_at = state.step
     if len(data.held_out):
         began = time.monotonic()
-        metrics = evaluate.validate(job.model, data.held_out, data.budget, job.engine)
+        if data.lesson:
+            metrics = data.lesson.validate(job.model, data.budget, job.engine).metrics
+        else:
+            metrics = evaluate.validate(job.model, data.held_out, data.budget, job.engine)
         best = _remember(job, metrics)
         rest = {key: value for key, value in metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
