@@ -108,7 +108,7 @@ def read_bf16() -> float | None:
 
 def note_bf16(gain: float) -> None:
     """Keep that measurement for this processor."""
-    path = get_settings().data_dir / ARITHMETIC
+    path = get_settings().folder() / ARITHMETIC
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({_facts().processor: round(gain, 3)}))
     os.replace(temporary, path)
