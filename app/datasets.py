@@ -164,6 +164,7 @@ def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
     """The newest dataset of a file. Raises NotFound for an unknown file, BadField for one that is no dataset."""
     file = files.get(session, user, file_id)
     query = select(Dataset).where(Dataset.file_id == file.id, Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    query = query.where(Dataset.edits.is_(None))  # the file's id always names its own rows; a mended version has an id of its own
     dataset = session.scalars(query.order_by(Dataset.version.desc(), Dataset.created_at.desc()).limit(1)).first()
     if dataset is None:
         raise BadField(

@@ -62,7 +62,7 @@ class BlobWriter:
         self.limit = limit
         self.bytes = 0
         self._hash = hashlib.sha256()
-        with _disk_errors():
+        with disk_errors():
             handle, name = tempfile.mkstemp(prefix="upload-", dir=get_settings().folder("tmp"))
         self._path = Path(name)
         self._file = os.fdopen(handle, "wb", buffering=0)
@@ -76,7 +76,7 @@ class BlobWriter:
                 param="file",
             )
         self._hash.update(data)
-        with _disk_errors():
+        with disk_errors():
             view = memoryview(data)
             while view:  # an unbuffered write may take fewer bytes than it was given
                 view = view[self._file.write(view) :]
@@ -85,7 +85,7 @@ class BlobWriter:
         """Bytes safely on disk under their name. Equal bytes that are there already are kept, and marked as in use."""
         blob = Blob(self._hash.hexdigest(), self.bytes)
         target = blob_path(blob.sha256)
-        with _disk_errors():
+        with disk_errors():
             os.fsync(self._file.fileno())
             self._file.close()
             get_settings().folder("blobs", blob.sha256[:2])
@@ -128,7 +128,7 @@ def store_bytes(data: bytes) -> Blob:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a whole file or nothing: a temporary neighbour, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _disk_errors():
+    with disk_errors():
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -152,7 +152,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
+    """What the system says of a full disk, as an error that a person can act on."""
     try:
         yield
     except OSError as error:

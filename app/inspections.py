@@ -130,6 +130,8 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
     data = get_settings().data_dir
     payload = {**found.arguments, "rows": str(data / dataset.rows_path), "count_of_rows": dataset.good_rows, "task": dataset.task}
     payload.setdefault("count", dataset.good_rows)
+    if "validation_rows" in payload:
+        payload["validation"] = str(data / payload["validation_rows"])
     if model is not None:
         payload |= {"tokenizer": str(data / tokenizer_of(session, model)), "kind": model.kind}
     return payload

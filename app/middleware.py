@@ -174,7 +174,7 @@ def _foreign(request: Request) -> bool:
 
 
 class Body:
-    """JSON and plain forms fit into memory; only a multipart upload, which is read as a stream, may be large."""
+    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -184,7 +184,7 @@ class Body:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        multipart = headers.get("content-type", "").startswith("multipart/form-data")
+        multipart = headers.get("content-type", "").startswith(("multipart/form-data", "application/offset+octet-stream"))
         most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MOST_JSON_BYTES
         length = headers.get("content-length", "0")
         if not length.isdigit():

@@ -22,7 +22,7 @@ from app.errors import NotFound, StudioError
 from app.forms import Control, Filled, as_text, controls, fill
 from app.orders import JobOrder
 from app.shapes import Shape
-from app.spec import JobSpec, PreferenceSettings, RunSettings
+from app.spec import JobSpec, PreferenceSettings, RunSettings, Split
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
@@ -120,6 +120,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         name=form.typed.get("name", "").strip()[:200] or None,
         strategy={"name": form.strategy.model_fields["name"].default, **filled.settings},
         run=run.settings,
+        split=_split_asked(form.typed),
         preference=(compared and compared.settings) or None,
     )
     try:
@@ -127,6 +128,12 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         form.estimate = orders.estimate_of(session, form.spec)
     except StudioError as error:
         form.errors[{"dataset_id": "dataset", "training_file": "dataset"}.get(error.param or "", error.param or "")] = str(error)
+
+
+def _split_asked(typed: Mapping[str, str]) -> Split | None:
+    """How rows are to be held out, where the form says other than at random."""
+    method, column = typed.get("split.method", ""), typed.get("split.column", "") or None
+    return Split(method=method, column=column) if method in ("stratified", "grouped") else None  # type: ignore[arg-type]
 
 
 def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
@@ -212,6 +219,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "name": job.name,
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in spec["run"].items() if value is not None},
+        **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
         **{f"preference.{name}": as_text(value) for name, value in (spec.get("preference") or {}).items()},
     }
 
@@ -226,15 +234,25 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 
 def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
     """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
-    data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if spec_dataset.file_id else {"dataset_id": str(spec_dataset.id)}
-    body = {"model": order.model, **data, "strategy": order.strategy, "run": order.run, "preference": order.preference, "name": order.name}
+    own = spec_dataset.file_id is not None and spec_dataset.edits is None  # a file's id names what was read from it unchanged
+    data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if own else {"dataset_id": str(spec_dataset.id)}  # type: ignore[arg-type]
+    split = order.split.model_dump(exclude_none=True) if order.split else None
+    body = {
+        "model": order.model,
+        **data,
+        "strategy": order.strategy,
+        "run": order.run,
+        "preference": order.preference,
+        "split": split,
+        "name": order.name,
+    }
     return {key: value for key, value in body.items() if value not in (None, {})}
 
 
 def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     """The order to copy: as a YAML file, a curl command and a Python program. Each of them works as it stands, with the
     key of an account in `LUTHIER_API_KEY`."""
-    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "preference", "name") if key in body}
+    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "preference", "split", "name") if key in body}
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]
     if "training_file" not in body:
         arguments.append('    training_file="",  # the data is named by dataset_id')

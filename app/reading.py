@@ -252,7 +252,10 @@ _swept_at = float("-inf")
 
 def _sweep(session: Session) -> None:
     """Walking over all blobs is not free, so it is done once a minute at most."""
+    from app import uploads
+
     global _swept_at
     if time.monotonic() - _swept_at > 60:
         _swept_at = time.monotonic()
         files.sweep(session)
+        uploads.sweep(session)

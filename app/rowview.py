@@ -64,7 +64,11 @@ def ask(session: Session, dataset: Dataset, wish: Wish) -> tuple[Inspection, Ins
     else:
         arguments |= {"skip": (wish.page - 1) * ROWS_PER_PAGE, "search": wish.search}
     rows = inspections.ask(session, dataset, "rows", arguments, wish.model)
-    lengths = inspections.ask(session, dataset, "lengths", {"cutoff": DEFAULT_CUTOFF}, wish.model) if wish.model else None
+    lengths = (
+        inspections.ask(session, dataset, "lengths", {"cutoff": DEFAULT_CUTOFF if wish.cutoff in CUTOFFS else wish.cutoff}, wish.model)
+        if wish.model
+        else None
+    )
     return rows, lengths
 
 

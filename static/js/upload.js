@@ -1,12 +1,15 @@
-// The upload page: drop a file, see how far it is, stop it. Without this module the form is sent as it is.
+// The upload page: drop a file, see how far it is, stop it, go on after a reload. Without this module the form is sent as it is.
 import { bytes, seconds } from "./format.js";
+import { Upload, forget, offsetOf, remembered } from "./tus.js";
 
 const form = document.getElementById("upload");
 const input = document.getElementById("file");
 const drop = document.getElementById("drop");
 const fault = document.getElementById("fault");
 const sending = document.getElementById("sending");
-let request = null;
+const bar = document.getElementById("sent");
+const text = document.getElementById("sent-text");
+let upload = null;
 
 for (const element of form.querySelectorAll(".with-js")) element.hidden = false;
 
@@ -39,56 +42,57 @@ function complain(message, wayOut = "") {
   fault.hidden = false;
 }
 
-function done() {
-  request = null;
-  sending.hidden = true;
-  document.getElementById("send").disabled = false;
-}
-
-form.addEventListener("submit", (event) => {
+form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (request || !input.files.length) return;
+  if (upload || !input.files.length) return;
+  const file = input.files[0];
   fault.hidden = true;
-  if (input.files[0].size === 0) return complain("This file is empty.", "Choose a file with at least one row.");
+  if (file.size === 0) return complain("This file is empty.", "Choose a file with at least one row.");
   sending.hidden = false;
   document.getElementById("send").disabled = true;
   const start = performance.now();
-  request = new XMLHttpRequest(); // fetch cannot say how much of a body was sent
-  request.upload.addEventListener("progress", (progress) => {
-    if (!progress.lengthComputable) return;
-    const share = progress.loaded / progress.total;
+  let first = null;
+  upload = new Upload(file, { name: form.elements.name.value, format: form.elements.format.value }, (sent, note) => {
+    first ??= sent;
+    bar.value = sent / file.size;
     const passed = (performance.now() - start) / 1000;
-    document.getElementById("sent").value = share;
-    const left = share > 0 && passed > 1 ? `, about ${seconds((passed / share) * (1 - share))} left` : "";
-    document.getElementById("sent-text").textContent = `${bytes(progress.loaded)} of ${bytes(progress.total)}${left}`;
+    const left = sent > first && passed > 1 ? `, about ${seconds((passed / (sent - first)) * (file.size - sent))} left` : "";
+    const state = sent === file.size ? "all sent; the studio is storing it" : `${bytes(sent)} of ${bytes(file.size)}${left}`;
+    text.textContent = note ? `${state}; ${note}` : state;
   });
-  request.addEventListener("load", () => {
-    let answer = {};
-    try {
-      answer = JSON.parse(request.responseText);
-    } catch {
-      // an error page of a proxy in between
-    }
-    const status = request.status;
-    done();
-    if (status === 201) location.assign(answer.location);
-    else complain(answer.error?.message ?? `The server answered ${status}.`, answer.error ? "" : "Try again.");
-  });
-  request.addEventListener("error", () => {
-    done();
-    complain("The connection broke before the file was there; nothing was saved.", "Send it again.");
-  });
-  request.addEventListener("abort", () => {
-    done();
-    complain("Stopped; nothing was saved.");
-  });
-  const body = new FormData();
-  for (const name of ["name", "format"]) body.append(name, form.elements[name].value);
-  body.append("file", input.files[0]);
-  request.open("POST", form.action);
-  request.setRequestHeader("accept", "application/json");
-  request.setRequestHeader("x-csrf-token", document.querySelector('meta[name="csrf-token"]').content);
-  request.send(body);
+  try {
+    location.assign(`/datasets/${await upload.send()}`);
+  } catch (error) {
+    sending.hidden = true;
+    if (!upload.stopped) complain(error.message, remembered() ? "Choose the same file again to go on where it stopped." : "");
+    else complain("Stopped; nothing was saved.");
+  } finally {
+    upload = null;
+    document.getElementById("send").disabled = false;
+  }
 });
 
-document.getElementById("stop").addEventListener("click", () => request?.abort());
+document.getElementById("stop").addEventListener("click", async () => {
+  if (upload) return upload.stop();
+  const before = remembered();
+  if (before) {
+    const form = new Upload({ name: before.name }, {}, () => {});
+    form.url = before.url;
+    await form.stop();
+  }
+  sending.hidden = true;
+});
+
+// After a reload: the bar stands where the upload stands, and goes on once the same file is chosen.
+const before = remembered();
+if (before) {
+  const state = await offsetOf(before.url).catch(() => null);
+  if (state?.dataset) {
+    forget();
+    location.assign(`/datasets/${state.dataset}`);
+  } else if (state && !upload) {
+    sending.hidden = false;
+    bar.value = state.offset / before.size;
+    text.textContent = `${before.name}: ${bytes(state.offset)} of ${bytes(before.size)} are here. Choose the same file again to go on.`;
+  } else if (!state) forget();
+}

@@ -1,0 +1,136 @@
+"""Resumable uploads over HTTP: tus 1.0, as any tus client speaks it; our upload page is one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from app import uploads
+from app.accounts import CurrentUser
+from app.db import transaction
+from app.errors import BadField, NotFound, Unsupported
+from app.settings import get_settings
+from app.tables import Upload, User
+
+api = APIRouter(prefix="/v1")
+VERSION = "1.0.0"
+BASE = "/v1/tus"
+
+
+def _answer(status: int, **headers: str) -> Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(status_code=status, headers={"Tus-Resumable": VERSION, "Cache-Control": "no-store", **named})
+
+
+def _check_version(request: Request) -> None:
+    if request.headers.get("tus-resumable") != VERSION:
+        raise BadField("This address speaks tus 1.0.0.", way_out="Send the header Tus-Resumable: 1.0.0.", param="Tus-Resumable")
+
+
+def _number(request: Request, name: str) -> int:
+    text = request.headers.get(name, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise BadField(f"The header {name} is missing or not a number.", way_out="Send it as a whole number of bytes.", param=name)
+    return int(text)
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    """`filename d29ya3M=,name …`: pairs of a key and its value in Base64."""
+    found: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in request.headers.get("upload-metadata", "").split(","))):
+        key, _, value = pair.partition(" ")
+        try:
+            found[key] = base64.b64decode(value, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise BadField(f"The value of “{key[:40]}” is not Base64 of UTF-8.", param="Upload-Metadata") from None
+    return found
+
+
+@api.options("/tus", include_in_schema=False)
+def abilities(user: CurrentUser) -> Response:
+    """What this server can do."""
+    limit = str(get_settings().upload_limit_bytes)
+    return _answer(204, Tus_Version=VERSION, Tus_Extension="creation,expiration,termination", Tus_Max_Size=limit)
+
+
+@api.post("/tus", status_code=201)
+def create(request: Request, user: CurrentUser) -> Response:
+    """Begin an upload. `Upload-Metadata` names filename and, if wished, purpose, name and format."""
+    _check_version(request)
+    said = _metadata(request)
+    with transaction() as session:
+        upload = uploads.begin(
+            session, user, _number(request, "upload-length"), said.get("filename", ""), said.get("purpose") or "fine-tune", said
+        )
+        return _answer(201, Location=f"{BASE}/{upload.id}", Upload_Expires=_when(upload))
+
+
+def _when(upload: Upload) -> str:
+    return upload.expires_at.strftime("%a, %d %b %Y %H:%M:%S GMT")
+
+
+def _find(user: User, key: str) -> tuple[uploads.Ticket, str]:
+    try:
+        upload_id = uuid.UUID(key)
+    except ValueError:
+        raise NotFound("There is no such upload.", way_out="Begin again.") from None
+    with transaction() as session:
+        upload = uploads.get(session, user, upload_id)
+        return uploads.ticket(upload), _when(upload)
+
+
+@api.head("/tus/{key}", include_in_schema=False)
+def offset(user: CurrentUser, key: str) -> Response:
+    """How many bytes are here: where to go on."""
+    held, when = _find(user, key)
+    return _answer(200, Upload_Offset=str(held.offset), Upload_Length=str(held.length), Upload_Expires=when, **_became(held.dataset))
+
+
+def _became(dataset: str | None) -> dict[str, str]:
+    return {"Luthier_Dataset": dataset} if dataset else {}
+
+
+@api.patch("/tus/{key}", status_code=204)
+async def append(request: Request, user: CurrentUser, key: str) -> Response:
+    """More bytes. The request that brings the last one is answered when the file is a dataset, named by Luthier-Dataset."""
+    _check_version(request)
+    if request.headers.get("content-type") != "application/offset+octet-stream":
+        raise Unsupported("The bytes of an upload come as application/offset+octet-stream.", way_out="Send that Content-Type.")
+    start = _number(request, "upload-offset")
+    held, when = await run_in_threadpool(_find, user, key)
+    if held.file is None:
+        at = await uploads.append(held, start, _chunks(request))
+    else:
+        at = held.length
+    if at < held.length:
+        return _answer(204, Upload_Offset=str(at), Upload_Expires=when)
+    dataset = await run_in_threadpool(uploads.finish, user, held)
+    return _answer(204, Upload_Offset=str(at), **_became(dataset))
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes; when the sender goes away it ends, and what came is kept."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        return
+
+
+@api.delete("/tus/{key}", status_code=204)
+def stop(request: Request, user: CurrentUser, key: str) -> Response:
+    """Take the upload back."""
+    _check_version(request)
+    held, _ = _find(user, key)
+    with transaction() as session:
+        upload = session.get(Upload, held.id)
+        if upload is not None:
+            uploads.stop(session, upload)
+    return _answer(204)
