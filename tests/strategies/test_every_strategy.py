@@ -62,7 +62,7 @@ def data_for(tokenizer, strategy: Strategy) -> Tokenised:
 
 def learn(strategy: Strategy, model: torch.nn.Module, data: Tokenised, steps: int) -> list[float]:
     """Some steps on the same rows, as `worker/train.py` takes them; the losses."""
-    engine = choose(RunSettings(), strategy)
+    engine = choose(RunSettings(precision="fp32"), strategy)
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, max(1e-2, type(strategy).default_learning_rate), 0.0)
     strategy.begin(model, steps)
@@ -137,7 +137,7 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
 
     asked = evaluate.questions(tokenizer, [Row(1, chat_rows(1)[0]), Row(2, chat_rows(2)[1])], "dialogue", 2, 200)
     lead = [tokenizer.pad_token_id] * strategy.virtual_tokens()
-    engine = choose(RunSettings(), strategy)
+    engine = choose(RunSettings(precision="fp32"), strategy)
     together = evaluate.answers(again, tokenizer, asked, 8, engine, lead)
     apart = list(itertools.chain(*(evaluate.answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
     assert together == apart  # padding on the left changes nothing
