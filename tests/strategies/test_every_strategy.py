@@ -83,7 +83,7 @@ def logits(model: torch.nn.Module, data: Tokenised) -> torch.Tensor:
     """Of the packed rows, so that every architecture of the engine is in play."""
     batch = make_batch(data, [0, 1, 2], torch.device("cpu"))
     with evaluate.evaluating(model):
-        hidden = evaluate.hidden_states(model, batch, choose(RunSettings(), STRATEGIES["lora"]()))
+        hidden = evaluate.hidden_states(model, batch, choose(RunSettings(precision="fp32"), STRATEGIES["lora"]()))
         return evaluate.plain_model(model).get_output_embeddings()(hidden)
 
 
