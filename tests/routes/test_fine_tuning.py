@@ -13,8 +13,9 @@ import openai
 import pytest
 import uvicorn
 
-from app import accounts, claims, events, ids, jobs, queue
+from app import accounts, claims, datasets, events, ids, jobs, queue
 from app.db import transaction
+from app.spec import JobSpec
 from app.tables import User
 from tests.conftest import free_port
 from tests.orders import make_dataset
@@ -124,6 +125,92 @@ def test_pause_resume_cancel_without_a_body(ai, file_id):
     with pytest.raises(openai.ConflictError) as caught:
         ai.fine_tuning.jobs.resume(job.id)
     assert caught.value.code == "wrong_state" and caught.value.response.headers["x-should-retry"] == "false"
+
+
+PAIRS = [
+    ("What wood is the belly made of?", "Spruce.", "That is a very good question about a very old instrument."),
+    ("Which glue should I use?", "Hide glue, because it can be opened again.", "One, two, three, four."),
+    ("How long does varnish dry?", "Two days in summer.", "Yes. No. Thank you. Yes. No."),
+    ("What is carved last?", "The scroll.", "You may tap the plate and listen, or you may not."),
+]
+
+
+@pytest.fixture
+def pairs_id(ai, user):
+    """A file in OpenAI's preference format, uploaded with the client and read."""
+    lines = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"{n}. {prompt}"}], "tools": []},
+            "preferred_output": [{"role": "assistant", "content": better}],
+            "non_preferred_output": [{"role": "assistant", "content": worse}],
+        }
+        for n in range(10)
+        for prompt, better, worse in PAIRS
+    ]
+    uploaded = ai.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
+    with transaction() as session:
+        dataset = datasets.for_file(session, user, ids.parse(ids.FILE, uploaded.id))
+    datasets.read(dataset.id)
+    return uploaded.id
+
+
+def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data_dir):
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 4, "batch_size": 4}}}
+    run = {"learning_rate": 1e-2, "samples": 1, "sample_tokens": 4, "evaluation_answers": 0}
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, method=method, seed=3, extra_body={"run": run})
+    assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.3 and job.method.dpo.hyperparameters.n_epochs == 4
+    assert job.task == "preference" and job.preference["beta"] == 0.3 and job.run["epochs"] == 4
+    assert job.estimate["tokens"] > 0
+
+    from worker.train import train
+
+    held = take(key_of(job))
+    said = list(train(JobSpec.model_validate(held.spec), data_dir / "runs" / job.id / "a1"))
+    with transaction() as session:
+        claims.record(session, held, 0, said[:-1])
+    with transaction() as session:
+        claims.finish(session, held, said[-1])
+    done = ai.fine_tuning.jobs.retrieve(job.id)
+    assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:")
+    assert done.evaluation["tuned"]["reward_accuracy"] > 0.9
+    metrics = [e.data for e in ai.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
+    margins = {data["step"]: data["metrics"]["reward_margin"] for data in metrics if data["event"] == "step"}
+    assert margins[max(margins)] > margins[1] + 0.1
+    last = next(iter(ai.fine_tuning.jobs.checkpoints.list(job.id)))
+    assert last.metrics.to_dict()["reward_margin"] > 0.1
+    header = ai.files.content(done.result_files[0]).text.splitlines()[0]
+    assert "train_reward_margin" in header and "valid_reward_accuracy" in header
+
+
+def test_preferences_are_learnt_without_being_asked_for_by_name(ai, tiny_registered, pairs_id):
+    job = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id)
+    assert job.task == "preference" and job.method.type == "dpo" and job.preference["beta"] == 0.1
+    ours = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, extra_body={"preference": {"loss": "ipo", "beta": 0.5}})
+    assert (ours.preference["loss"], ours.preference["beta"]) == ("ipo", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ask", "param", "says"),
+    [
+        ({"method": {"type": "supervised"}}, "method.type", "pairs"),
+        ({"extra_body": {"task": "generation"}}, "task", "cannot teach generation"),
+        ({"extra_body": {"strategy": {"name": "feature_extraction"}}}, "strategy", "does not learn the task preference"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}}, "hyperparameters.beta", "beta cannot be -1"),
+        ({"extra_body": {"preference": {"beta": 0}}}, "preference.beta", "beta cannot be 0"),
+        ({"extra_body": {"preference": {"gamma": 1}}}, "preference.gamma", "no setting"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "not offered"),
+    ],
+)
+def test_what_preferences_cannot_be_combined_with(ai, tiny_registered, pairs_id, ask, param, says):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, **ask)
+    assert caught.value.param == param and says in caught.value.message
+
+
+def test_settings_for_pairs_need_pairs(ai, file_id):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"preference": {"beta": 0.2}})
+    assert caught.value.param == "preference" and "generation" in caught.value.message
 
 
 def test_errors_have_openais_shape(ai, file_id):
