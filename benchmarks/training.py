@@ -214,7 +214,7 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
         frame = attention.frame_of(done.lengths, plan["tokens"]) if engine.framed else None
         packs = plan_packs(done.lengths, plan["tokens"], seed=run.seed, epoch=0, most=frame and frame.most())
         total = plan["steps"] + WARM
-        return train.Data(done, nothing, [], plan["tokens"], len(packs), total, total, frame)
+        return train.Data(done, nothing, [], plan["tokens"], len(packs), total, total, frame=frame)
 
     train.read_data = given
     kernels.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(

@@ -24,6 +24,7 @@ from app.errors import DoesNotFit
 from app.machine import note_bf16, this_machine, usable_cores
 from app.spec import RunSettings
 from app.strategies import Strategy
+from worker import processes
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Engine:
             "device": self.name,
             "precision": self.precision,
             "threads": self.threads,
-            "world_size": 1,
+            "world_size": processes.size(),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         }

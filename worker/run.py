@@ -7,6 +7,7 @@ It has no address of the database; its supervisor records what it says.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import errno
 import os
@@ -23,6 +24,7 @@ from app.settings import get_settings
 from app.spec import JobSpec
 
 STOPPED = 75
+FIRST = os.environ.get("RANK", "0") == "0"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     root = get_settings().data_dir
     folder, runs = root / options.folder, root / options.resume_from
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with os.fdopen(options.events_fd, "w", encoding="utf-8", buffering=1) as pipe:
+    with os.fdopen(_pipe(options.events_fd), "w", encoding="utf-8", buffering=1) as pipe:
         return attempt(spec, folder, runs, pipe)
 
 
@@ -41,6 +43,9 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any) -> int:
     asked = _Asked()
     step: int | None = None
     try:
+        if not FIRST:  # the first of several processes speaks for all
+            collections.deque(_events(spec, folder, runs, asked), maxlen=0)
+            return STOPPED if asked.stop else 0
         with _tensorboard(folder) as note:
             for event in _events(spec, folder, runs, asked):
                 pipe.write(event.model_dump_json() + "\n")
@@ -57,6 +62,13 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any) -> int:
         with contextlib.suppress(OSError):
             pipe.write(failed(error, spec, step).model_dump_json() + "\n")
         return 1
+
+
+def _pipe(descriptor: int) -> int:
+    """The descriptor to write events to. torchrun closes it in the processes it starts, but holds it open itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return descriptor
+    return os.open(f"/proc/{os.getppid()}/fd/{descriptor}", os.O_WRONLY)
 
 
 class _Asked:

@@ -306,9 +306,12 @@ class Attempt:
 
 
 def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
+    started_by = [sys.executable, "-m", "worker.run"]
+    if (processes := get_settings().gpus_per_job) > 1:
+        started_by[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     # fmt: off
     return [
-        sys.executable, "-m", "worker.run", "--spec", str(spec), "--folder", held.folder,
+        *started_by, "--spec", str(spec), "--folder", held.folder,
         "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
     ]
     # fmt: on

@@ -25,7 +25,7 @@ from app.estimate import operations_per_token, recomputed_layers, speed_of
 from app.machine import this_machine
 from app.settings import get_settings
 from app.spec import JobSpec, RunSettings
-from worker import attention, batches, checkpoint, evaluate, kernels, optim
+from worker import attention, batches, checkpoint, evaluate, kernels, ledger, optim, processes
 from worker.batches import Tokenised, make_batch
 from worker.checkpoint import State, relative
 from worker.device import Engine, choose, peak_memory, rng_tensors, set_rng
@@ -95,6 +95,7 @@ class Trainee:
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
+    world: processes.World = field(default_factory=processes.World)
 
     @property
     def stopped_early(self) -> bool:
@@ -110,6 +111,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     """
     control = control or Control()
     began = time.monotonic()
+    digest = spec_digest(spec)
+    spec = processes.spread(spec)
     run, strategy = spec.run, spec.strategy
     if spec.task == "classification" or type(strategy).recipe != "gradient":
         raise BadData(f"{strategy.title} for the task {spec.task} is not learnt by this recipe.", way_out="Choose the task generation.")
@@ -142,7 +145,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     strategy.begin(model, data.total_steps)
 
-    facts = {**engine.facts(), "spec": spec_digest(spec), "dataset": spec.dataset.sha256}
+    facts = {**engine.facts(), "spec": digest, "dataset": spec.dataset.sha256}
     exact = not found or state.facts == facts
     if found:
         checkpoint.load_weights(found, trained)
@@ -155,29 +158,42 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del found
 
-    if state.evaluated_at < 0:
-        yield from judge(job)
+    with processes.together(engine.device) as job.world:
+        yield from _steps(job, control)
+    if job.world.first and not (control.stop and state.step < data.total_steps):
+        yield finish(job)
+
+
+def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
+    """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved."""
+    run, state, data, engine, world = job.spec.run, job.state, job.data, job.engine, job.world
+    world.even(job.trained.values())
+    if world.first:
+        if state.evaluated_at < 0:
+            yield from judge(job)
+        ledger.before(job)
     packs = stream(data.train.lengths, data.budget, seed=run.seed, start=state.step * run.accumulation, most=data.most)
     late: list[tuple[events.Step, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     job.lap = time.perf_counter()
-    while state.step < data.total_steps and not job.stopped_early:
+    while state.step < data.total_steps and not any(world.agree(job.stopped_early)):
         window = [rows for _, _, rows in itertools.islice(packs, run.accumulation)]
         loss, norm = take_step(job, window)
         late.append((_step_event(job, window), loss, norm, data.lesson.step_metrics() if data.lesson else None))
         # On a GPU a step's figures are read while the next one runs, so that the device never waits for us.
         while len(late) > (engine.device.type == "cuda"):
             yield report(job, *late.pop(0))
+        control.stop, control.save = world.agree(control.stop, control.save)
         if data.due(state.step) or control.save or control.stop:
             while late:
                 yield report(job, *late.pop(0))
-            if data.due(state.step):
-                yield from judge(job)
-            yield save(job)
+            if world.first:
+                if data.due(state.step):
+                    yield from judge(job)
+                yield save(job)
             control.save = False
             if control.stop and state.step < data.total_steps:
                 return
             job.lap = time.perf_counter()
-    yield finish(job)
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
@@ -297,7 +313,8 @@ def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torc
     learnt = lesson.learnt(window) if lesson else batches.trained_in(job.data.train, window)
     head = head_of(evaluate.plain_model(job.model))
     total = torch.zeros((), device=engine.device)
-    for pack in window:
+    tokens_here, trained_here = 0, 0
+    for pack in job.world.share(window):
         if lesson:
             loss, tokens, trained = lesson.loss(job.model, pack, engine)
         else:
@@ -307,9 +324,11 @@ def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torc
         loss = loss / learnt
         loss.backward()
         total += loss.detach()
-        state.tokens += tokens
-        state.trained_tokens += trained
-    state.step += 1
+        tokens_here, trained_here = tokens_here + tokens, trained_here + trained
+    job.world.sum_gradients(job.trained.values())
+    job.world.sum_([total])
+    tokens, trained = job.world.count(tokens_here, trained_here)
+    state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + trained
     extra = job.spec.strategy.regulariser(job.model)
     if extra is not None:
         extra.backward()
@@ -440,6 +459,7 @@ def finish(job: Trainee) -> events.Finished:
     steps = state.step
     if state.best_path and state.best_step != steps:
         checkpoint.load_weights(get_settings().data_dir / state.best_path, job.trained)
+    ledger.after(job)
     written, revision, adapter = export(job.attempt, spec, job.model, job.tokenizer, state)
     state.wall_seconds = time.monotonic() - job.began
     measured = events.Measured(

@@ -1,0 +1,95 @@
+"""Two processes train as one does: the same packs, the same weights within float error, one voice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app import events
+from app.settings import PROJECT, get_settings
+from tests.worker.orders import chat_rows, order, put_dataset, put_model
+from worker.train import train
+
+
+@pytest.fixture
+def spec(data_dir, tiny_model):
+    return order(put_model(tiny_model), put_dataset(chat_rows(24)), accumulation=2, epochs=1, evaluations_per_epoch=2)
+
+
+class Pair:
+    """`worker.run` as two processes under torchrun, as a supervisor with two GPUs per job starts it."""
+
+    def __init__(self, spec, job: str, attempt: int = 1) -> None:
+        root, folder = get_settings().data_dir, f"runs/{job}/a{attempt}"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        path = root / folder / "spec.json"
+        path.write_text(spec.model_dump_json())
+        read_end, write_end = os.pipe()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "worker.run"]
+        command += ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
+        given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.log = root / folder / "trainer.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=PROJECT, env=given, pass_fds=[write_end], stdout=log, stderr=log)
+        os.close(write_end)
+        self.pipe = os.fdopen(read_end, "rb")
+
+    def __iter__(self):
+        for line in self.pipe:
+            yield events.read_line(line)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=120)
+
+
+def weights(path):
+    return load_file(get_settings().data_dir / path / "adapter_model.safetensors")
+
+
+def test_two_processes_learn_what_one_does(spec, data_dir):
+    alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
+    pair = Pair(spec, "pair")
+    said = list(pair)
+    assert pair.wait() == 0, pair.log.read_text()[-3000:]
+    assert [type(e) for e in said] == [type(e) for e in alone]
+    one, two = ([e for e in run if isinstance(e, events.Step)] for run in (alone, said))
+    assert [(e.step, e.tokens, e.trained_tokens) for e in one] == [(e.step, e.tokens, e.trained_tokens) for e in two]
+    assert max(abs(a.loss - b.loss) for a, b in zip(one, two, strict=True)) < 1e-4
+    first, second = weights(alone[-1].path), weights(said[-1].path)
+    assert first.keys() == second.keys()
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
+    assert any(float(v.abs().max()) > 1e-3 for k, v in first.items() if "lora_B" in k)
+
+
+def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir):
+    """Their checkpoint is whole on its own, so any number of processes goes on from it."""
+    whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
+    pair = Pair(spec, "shared")
+    for event in pair:
+        if isinstance(event, events.Step) and event.step == 1:
+            pair.process.send_signal(signal.SIGTERM)
+    pair.wait()
+    rest = list(train(spec, data_dir / "runs" / "shared" / "a2", data_dir / "runs" / "shared"))
+    began = next(e for e in rest if isinstance(e, events.Started))
+    assert began.resumed_from and not began.exact
+    first, second = weights(whole[-1].path), weights(rest[-1].path)
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 5e-4
+
+
+def test_gradients_of_many_sizes_are_summed(monkeypatch):
+    """The messages split and join tensors of different shapes and types; a world of one leaves them alone."""
+    from worker import processes
+
+    monkeypatch.setattr(processes, "MESSAGE_BYTES", 64)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat, *a, **k: flat.mul_(2))
+    tensors = [torch.ones(3), torch.ones(20), torch.ones(2, 2), torch.ones(5, dtype=torch.float64)]
+    processes.World(size=1).sum_(tensors)
+    assert all(bool((t == 1).all()) for t in tensors)
+    processes.World(size=2).sum_(tensors)
+    assert all(bool((t == 2).all()) for t in tensors)
