@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder, runs = root / options.folder, root / options.resume_from
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with os.fdopen(_pipe(options.events_fd), "w", encoding="utf-8", buffering=1) as pipe:
-        return attempt(spec, folder, runs, pipe)
+        return attempt(spec, folder, runs, pipe, options.profile)
 
 
-def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any) -> int:
+def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False) -> int:
     """One try of a job; its exit code. Every failure is said on the pipe before the process ends."""
     asked = _Asked()
     step: int | None = None
@@ -47,7 +47,12 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any) -> int:
             collections.deque(_events(spec, folder, runs, asked), maxlen=0)
             return STOPPED if asked.stop else 0
         with _tensorboard(folder) as note:
-            for event in _events(spec, folder, runs, asked):
+            told = _events(spec, folder, runs, asked)
+            if profile:
+                from worker.profile import profiled
+
+                told = profiled(told, spec, folder)
+            for event in told:
                 pipe.write(event.model_dump_json() + "\n")
                 note(event)
                 step = getattr(event, "step", step)
@@ -188,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", required=True, help="the attempt's folder, relative to the data folder")
     parser.add_argument("--resume-from", required=True, help="the job's folder; the newest whole checkpoint in it is gone on from")
     parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one event per line")
+    parser.add_argument("--profile", action="store_true", help="record a few steps: a trace and a summary in the attempt's folder")
     return parser
 
 
