@@ -1,0 +1,147 @@
+"""The fused LoRA layers against peft's own, and bf16 against float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from app.strategies import STRATEGIES
+from worker import attention, kernels
+from worker.lora import Fused, _Product, fuse
+from worker.loss import head_of, linear_cross_entropy
+
+IDS = torch.arange(3, 99)[None] * 7 % 512
+PLACES = torch.cat([torch.arange(40), torch.arange(56)])[None]
+
+
+def build(folder, dtype=torch.float32, fused=True, grouped=True, young=False, **config):
+    """The small model with LoRA of a correction that is not zero; `young` makes it a thousandth of that."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+    kernels.use_fused_norms(model)
+    torch.manual_seed(1)
+    model = get_peft_model(
+        model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
+    )
+    draw = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=draw) * (0.0003 if young and "lora_B" in name else 0.05)
+    if fused:
+        fuse(model, grouped)
+    return model.train()
+
+
+def run(model, dtype=torch.float32):
+    """Loss and the gradient of all that learns."""
+    inner = model.get_base_model()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+        out = inner.get_decoder()(input_ids=IDS, position_ids=PLACES, use_cache=False, sequence_lengths=[40, 56])
+    hidden = out.last_hidden_state[0]
+    loss = linear_cross_entropy(hidden[:-1], head_of(inner), IDS[0, 1:], dtype) / (IDS.shape[1] - 1)
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("config", [{}, {"target_modules": ["q_proj", "up_proj"]}, {"use_rslora": True}])
+def test_fused_equals_peft(tiny_model, grouped, config):
+    loss, gradient = run(build(tiny_model, fused=False, **config))
+    ours, own = run(build(tiny_model, grouped=grouped, **config))
+    assert abs(loss - ours) < 1e-6
+    torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_bf16_follows_float32(tiny_model):
+    loss, gradient = run(build(tiny_model))
+    ours, own = run(build(tiny_model, torch.bfloat16), torch.bfloat16)
+    assert abs(loss - ours) < 5e-3
+    assert cosine(gradient, own) > 0.999
+
+
+def test_a_young_correction_survives_rounding():
+    """Far below the last digit of what it is added to, it still shows in the mean; added after rounding it is lost."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(512, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    down, up = torch.randn(4, 64), torch.randn(32, 4) * 1e-4
+    wanted = x.float() @ down.t() @ up.t()
+    plain = (x @ weight.t()).float()
+    ours = _Product.apply(x, None, (1.0,), (None,), weight, None, down, up).float() - plain
+    after = ((x @ weight.t()) + wanted.bfloat16()).float() - plain
+    share = lambda moved: float((moved * wanted).sum() / wanted.square().sum())  # noqa: E731
+    assert 0.7 < share(ours) < 1.3
+    assert share(after) < 0.5
+
+
+def test_thirty_steps_learn_alike(tiny_model):
+    """Float32 with peft's layers and bf16 with ours end at the same loss, which has fallen."""
+    ends = []
+    for dtype, fused in ((torch.float32, False), (torch.bfloat16, True)):
+        model = build(tiny_model, dtype, fused, young=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for _ in range(35):
+            losses.append(run(model, dtype)[0])
+            optimizer.step()
+        ends.append(losses)
+    assert ends[0][-1] < ends[0][0] - 0.3
+    assert abs(sum(ends[0][-5:]) - sum(ends[1][-5:])) / 5 < 0.02
+
+
+def test_what_is_saved_is_what_peft_saves(tiny_model, tmp_path):
+    strategy = STRATEGIES["lora"]()
+    torch.manual_seed(4)
+    plain = strategy.attach(AutoModelForCausalLM.from_pretrained(tiny_model))
+    ours = copy.deepcopy(plain)
+    assert fuse(ours) == 14
+    for name, model in (("plain", plain), ("ours", ours)):
+        (tmp_path / name).mkdir()
+        strategy.save(model, tmp_path / name)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("plain", "ours")]
+    assert files[0].keys() == files[1].keys()
+    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "ours")]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
+def test_copies_switched_off_and_merged(tiny_model):
+    model = build(tiny_model).eval()
+    with torch.no_grad():
+        with_it = model(input_ids=IDS).logits
+        again = copy.deepcopy(model)(input_ids=IDS).logits
+        with model.disable_adapter():
+            without = model(input_ids=IDS).logits
+        merged = model.merge_and_unload()(input_ids=IDS).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)(input_ids=IDS).logits
+    assert torch.equal(with_it, again)
+    torch.testing.assert_close(without, base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, with_it, rtol=1e-4, atol=1e-5)
+    assert float((with_it - without).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("config", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_relatives_stay_with_peft(tiny_model, config):
+    model = build(tiny_model, **config)
+    assert not any(isinstance(m, Fused) for m in model.modules())
+
+
+def test_no_gradient_below_the_lowest_layer_that_learns(tiny_model):
+    """Where the input needs no gradient, none is made: the product back through the frozen weight is not run."""
+    model = build(tiny_model, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
+    seen = []
+    hook = model.get_base_model().model.layers[0].register_full_backward_hook(lambda *_: seen.append(1))
+    run(model)
+    hook.remove()
+    assert seen == []
+    x = torch.randn(5, 8)
+    parts = torch.randn(6, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    _Product.apply(x, None, (1.0,), (None,), *parts).sum().backward()
+    assert x.grad is None and parts[2].grad is not None
