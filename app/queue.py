@@ -29,10 +29,11 @@ TRAIN = "luthier.train"
 READ = "luthier.read"
 FETCH = "luthier.fetch"
 GENERATE = "luthier.generate"
+PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
 INSPECT = "luthier.inspect"
 
-ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", INSPECT: "data", GENERATE: "generate"}
+ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", INSPECT: "data", GENERATE: "generate", PROMPT: "generate"}
 """Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task."""
 
 PREFIX = "luthier:"

@@ -21,7 +21,7 @@ def look_at(page, name: str, folder: Path) -> None:
     """No page is wider than its window, axe objects to nothing, and pictures are left to look at."""
     from axe_playwright_python.sync_playwright import Axe
 
-    folder = Path(os.environ.get("LUTHIER_PICTURES") or folder)
+    folder = Path(os.environ.get("PICTURES") or folder)
     folder.mkdir(parents=True, exist_ok=True)
     for theme in ("light", "dark"):
         page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)

@@ -61,7 +61,7 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
     from worker.engine import broke
 
     try:
-        with contextlib.closing(_engine().answer(request)) as answer:
+        with contextlib.closing(engine().answer(request)) as answer:
             for entries in answer:
                 publisher.say(entries)
                 if not publisher.is_read():
@@ -108,7 +108,7 @@ def _started_engine() -> Any:
     return Engine()
 
 
-def _engine() -> Any:
+def engine() -> Any:
     """The one engine of this process, started with the first request. The lock keeps two first requests from starting two."""
     with _starting:
         return _started_engine()

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import FETCH, GENERATE, INSPECT, READ, TRAIN, celery
+from app.queue import FETCH, GENERATE, INSPECT, PROMPT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -53,3 +53,10 @@ def generate(request: dict[str, Any]) -> None:
     from worker import generate as engine
 
     engine.generate(request)
+
+
+@celery.task(name=PROMPT)
+def prompt(key: str) -> None:
+    from worker import promptlab
+
+    promptlab.work(uuid.UUID(key))

@@ -1,0 +1,280 @@
+"""Runs of the prompt lab: one version of a prompt, put to one model over the held-out rows of one dataset.
+
+    queued ──claim──▶ running ──finish──▶ succeeded
+      ▲                 │  ├────fail────▶ failed
+      └──── lapse ──────┘  └───cancel───▶ cancelled      what was scored so far is kept
+
+Results are kept row by row, so a run whose worker died goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import ColumnElement, Select, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from app import datasets, ids, playground, prompts, queue
+from app.claims import storable
+from app.errors import BadField, Conflict, NotFound
+from app.prompts import PromptBody
+from app.settings import get_settings
+from app.spec import DatasetRef, ModelRef
+from app.tables import JSON, Dataset, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
+
+MOST_DEATHS = 3
+LEASE_SECONDS = 30.0
+RUN = "run"
+
+
+class RunSpec(BaseModel):
+    """The frozen order, all that the worker is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: uuid.UUID
+    body: PromptBody
+    model: ModelRef
+    dataset: DatasetRef
+    task: str
+    part: Literal["validation", "all"]
+    rows: int
+    validation_fraction: float
+    split_seed: int
+
+
+class RunOrder(BaseModel):
+    """Which rows: `validation` is the share a job with this fraction and seed holds out, so a tuned model never saw it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    part: Literal["validation", "all"] = "validation"
+    rows: int = Field(100, ge=1, le=100_000)
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    split_seed: int = Field(42, ge=0, le=2**31 - 1)
+
+
+def create(session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder) -> PromptRun:
+    """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
+    who = playground.speaker(session, user, model)
+    ref = datasets.reference(dataset)
+    if ref.format == "plain_text" or dataset.task == "preference":
+        raise BadField(
+            f"The rows of {dataset.name} have no right answer to compare with.",
+            way_out="Take a dataset of instructions, conversations, completions or labels.",
+            param="dataset_id",
+        )
+    body = PromptBody(**version.body)
+    if body.score == "label" and dataset.task != "classification":
+        raise BadField(f"{dataset.name} has no labels to score by.", way_out="Score by exact match or contains.", param="score")
+    if body.shots and order.part == "all" and body.choose != "chosen":
+        raise BadField(
+            "Examples come from the training rows, and a run over all rows leaves none.",
+            way_out="Run over the validation rows, or name the example lines.",
+            param="part",
+        )
+    spec = RunSpec(
+        owner=user.id, body=body, model=who.ref, dataset=ref, task=dataset.task or "generation", **order.model_dump()
+    )  # fmt: skip
+    run = PromptRun(
+        id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
+        spec=storable(spec.model_dump(mode="json")),
+    )  # fmt: skip
+    session.add(run)
+    session.flush()
+    queue.put_in_outbox(session, queue.PROMPT, run.id)
+    session.refresh(run)
+    return run
+
+
+# Looking ------------------------------------------------------------------------------------------------------------
+
+
+def mine(user: User) -> Select[tuple[PromptRun]]:
+    return select(PromptRun).where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
+
+
+def get(session: Session, user: User, run_id: uuid.UUID) -> PromptRun:
+    found = session.scalar(mine(user).where(PromptRun.id == run_id).execution_options(populate_existing=True))
+    if found is None:
+        raise NotFound(f"No such run: {ids.public(RUN, run_id)}", param="run_id")
+    return found
+
+
+def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[tuple[PromptRun]]:
+    return mine(user).where(PromptRun.version_id.in_(select(PromptVersion.id).where(PromptVersion.prompt_id == prompt.id)))
+
+
+def results(session: Session, run: PromptRun, after: int = 0, limit: int = 50) -> list[PromptResult]:
+    """Rows in the order of the dataset, from the one behind line `after`."""
+    query = select(PromptResult).where(PromptResult.run_id == run.id, PromptResult.line > after).order_by(PromptResult.line).limit(limit)
+    return list(session.scalars(query))
+
+
+def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset, list[tuple[PromptRun, Prompt, PromptVersion]]]]:
+    """All runs by dataset, the newest dataset first, and on each the best score first: prompts and tuned models in one table."""
+    query = (
+        select(PromptRun, Prompt, PromptVersion, Dataset)
+        .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
+        .join(Prompt, Prompt.id == PromptVersion.prompt_id)
+        .join(Dataset, Dataset.id == PromptRun.dataset_id)
+        .where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
+        .order_by(PromptRun.created_at.desc())
+        .limit(limit)
+    )
+    found: dict[uuid.UUID, tuple[Dataset, list[Any]]] = {}
+    for run, prompt, version, dataset in session.execute(query):
+        found.setdefault(dataset.id, (dataset, []))[1].append((run, prompt, version))
+    for _, rows in found.values():
+        rows.sort(key=lambda row: -(row[0].result or {}).get("score", -1.0))
+    return list(found.values())
+
+
+def verdict(rows: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> str:
+    """Whether a better prompt would have been enough, in one sentence, from the finished runs on one dataset."""
+    done = [r for r in rows if r[0].status == "succeeded" and r[0].result]
+    tuned = [r for r in done if _is_tuned(r[0])]
+    plain = [r for r in done if not _is_tuned(r[0])]
+    if not plain or not tuned:
+        return "Run a prompt on a base model and on a tuned one to learn whether a better prompt would have been enough."
+    best, other = tuned[0][0], plain[0][0]
+    if other.spec["body"]["score"] != best.spec["body"]["score"]:
+        return "The best tuned model and the best prompt were scored by different rules, so they cannot be compared."
+    if best.result["low"] > other.result["high"]:
+        return f"Tuning was needed: {best.spec['model']['name']} is ahead of every prompt by more than chance explains."
+    if other.result["low"] > best.result["high"]:
+        return f"A prompt was enough: “{plain[0][1].name}” on {other.spec['model']['name']} beats the tuned model."
+    return "The intervals of the best prompt and the best tuned model overlap: on these rows a prompt may have been enough. More rows would tell."
+
+
+def _is_tuned(run: PromptRun) -> bool:
+    return bool(run.spec["model"]["adapters"]) or run.spec["model"]["name"].startswith("ft:")
+
+
+def to_json(run: PromptRun) -> JSON:
+    spec = run.spec
+    return {
+        "id": ids.public(RUN, run.id),
+        "object": "prompt.run",
+        "status": run.status,
+        "model": spec["model"]["name"],
+        "revision": spec["model"]["revision"],
+        "dataset": spec["dataset"]["name"],
+        "dataset_id": ids.public(ids.DATASET, run.dataset_id),
+        "part": spec["part"],
+        "score_rule": spec["body"]["score"],
+        "progress": run.progress,
+        "result": run.result,
+        "error": run.error,
+        "created_at": int(run.created_at.timestamp()),
+        "finished_at": int(run.finished_at.timestamp()) if run.finished_at else None,
+    }
+
+
+def result_json(row: PromptResult) -> JSON:
+    names = ("line", "input", "rendered_prompt", "expected", "said", "answer", "score")
+    return {name: getattr(row, name) for name in names}
+
+
+def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
+    """Stop a run; what was scored so far is kept. One that has ended stays as it is."""
+    session.refresh(run, with_for_update=True)
+    if run.status in ("queued", "running"):
+        run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()  # type: ignore[assignment]
+        run.result = summary(session, run.id)
+        session.flush()
+    session.refresh(run)
+    return run
+
+
+def delete(session: Session, user: User, run: PromptRun) -> None:
+    if run.status in ("queued", "running"):
+        raise Conflict("The run has not ended.", way_out="Stop it first.")
+    run.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    session.flush()
+
+
+# Who runs it --------------------------------------------------------------------------------------------------------
+
+
+def _lease() -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
+
+
+def _held(run_id: uuid.UUID, fence: int) -> ColumnElement[bool]:
+    return (PromptRun.id == run_id) & (PromptRun.fence == fence) & (PromptRun.status == "running") & PromptRun.deleted_at.is_(None)
+
+
+def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int]] | None:
+    """The fence, the order and the lines that are scored already; None when there is nothing to do or another is at it."""
+    free = or_(PromptRun.status == "queued", (PromptRun.status == "running") & (PromptRun.lease_until < func.clock_timestamp()))
+    row = session.execute(
+        update(PromptRun)
+        .where(PromptRun.id == run_id, PromptRun.deleted_at.is_(None), free)
+        .values(status="running", fence=PromptRun.fence + 1, lease_until=_lease())
+        .returning(PromptRun.fence, PromptRun.spec)
+    ).one_or_none()
+    if row is None:
+        return None
+    done = set(session.scalars(select(PromptResult.line).where(PromptResult.run_id == run_id)))
+    return row.fence, RunSpec.model_validate(row.spec), done
+
+
+def beat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON]) -> bool:
+    """Keep the lease and store the rows scored since the last beat; False when the run is no longer ours or was stopped."""
+    held = update(PromptRun).where(_held(run_id, fence)).values(lease_until=_lease(), progress=progress).returning(PromptRun.id)
+    if session.scalar(held) is None:
+        return False
+    session.add_all([PromptResult(run_id=run_id, **storable(row)) for row in rows])
+    session.flush()
+    return True
+
+
+def finish(session: Session, run_id: uuid.UUID, fence: int, *, more: JSON | None = None, error: JSON | None = None) -> bool:
+    """Record how it ended, with the score over what was stored; False when it is no longer ours."""
+    values = {
+        "status": "failed" if error else "succeeded",
+        "result": storable((summary(session, run_id) or {}) | (more or {})) or None,
+        "error": storable(error),
+        "lease_until": None,
+        "progress": 1.0,
+        "finished_at": func.clock_timestamp(),
+    }
+    done = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
+    return session.scalar(done) is not None
+
+
+def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
+    """Mean score with its 95 % interval over the stored rows; None without any."""
+    scores = list(session.scalars(select(PromptResult.score).where(PromptResult.run_id == run_id).order_by(PromptResult.line)))
+    if not scores:
+        return None
+    low, high = prompts.interval(scores)
+    return {"score": sum(scores) / len(scores), "low": low, "high": high, "rows": len(scores)}
+
+
+def reap(session: Session) -> int:
+    """Runs whose worker died or whose message was lost are announced again. Returns how many."""
+    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == PromptRun.id, Outbox.task == queue.PROMPT, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
+    )
+    free = or_(PromptRun.lease_until.is_(None), PromptRun.lease_until < func.clock_timestamp())
+    lost = session.scalars(
+        select(PromptRun)
+        .where(PromptRun.status.in_(("queued", "running")), PromptRun.deleted_at.is_(None), free, ~spoken_of.exists())
+        .limit(50)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for run in lost:
+        if run.fence >= MOST_DEATHS:
+            run.status, run.lease_until = "failed", None
+            run.error = {"code": "crashed", "message": f"Its worker died {MOST_DEATHS} times.", "way_out": "Take a smaller model."}
+            continue
+        run.status, run.lease_until = "queued", None
+        queue.put_in_outbox(session, queue.PROMPT, run.id)
+    return len(lost)

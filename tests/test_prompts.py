@@ -1,0 +1,278 @@
+"""The prompt lab: templates, rules, scores and intervals; runs through the real engine; the API; the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+from sqlalchemy import select
+
+from app import datasets, files, ids, prompt_runs, prompts, queue
+from app.errors import BadField
+from app.prompts import PromptBody
+from app.tables import Outbox, PromptResult, PromptRun
+from tests.generating import live, register_tiny, start_worker, stop_worker  # noqa: F401
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def sums(session, user, data_dir, tiny_model):
+    """Sixty questions with their reasoning and a number after ####, read; and the small model beside them."""
+    shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
+    rows = [
+        {"instruction": f"What is {i} plus {i + 1}, in {COLOURS[i % 3]}?", "output": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}
+        for i in range(60)
+    ]
+    return ready(session, user, rows, "sums.jsonl")
+
+
+@pytest.fixture
+def words(session, user, data_dir, tiny_model):
+    shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
+    rows = [{"text": f"A thing number {i}", "label": COLOURS[i % 7 % 3]} for i in range(60)]
+    return ready(session, user, rows, "words.jsonl")
+
+
+def ready(session, user, rows, name):
+    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
+    dataset = datasets.create(session, user, file)
+    session.commit()
+    datasets.read(dataset.id)
+    session.refresh(dataset)
+    assert dataset.status == "ready", dataset.error
+    return dataset
+
+
+def test_a_template_is_filled_in_one_pass():
+    body = PromptBody(
+        template="{{greeting}} {{input}} {{examples}}",
+        example="Q {{input}} A {{answer}}",
+        separator=";",
+        variables={"greeting": "Say"},
+        reference="after",
+    )
+    asked = prompts.text_of(body, "{{examples}} {{secret}}", [("one", "because\n#### 1")])
+    assert asked == "Say {{examples}} {{secret}} Q one A 1;"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"template": "no variable"}, "{{input}}"),
+        ({"template": "{{input}} {{oops}}"}, "oops"),
+        ({"builder": "few_shot"}, "at least one shot"),
+        ({"samples": 3}, "raise the temperature"),
+        ({"choose": "chosen", "shots": 1}, "need their lines"),
+    ],
+)
+def test_prompts_that_cannot_work_say_why(change, says):
+    with pytest.raises(BadField, match=says.replace("{", r"\{")):
+        prompts.read_body(change)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "taken"),
+    [
+        ("after", "2 + 2 = 4\n#### 4\n", "4"),
+        ("after", "no marker\nso 5", "so 5"),
+        ("after", "ends at ####", ""),
+        ("last_number", "first 3, then $1,204.50.", "$1,204.50"),
+        ("last_number", "none", ""),
+        ("first_line", "\n yes \nno", "yes"),
+        ("all", " as it is ", "as it is"),
+    ],
+)
+def test_rules_that_take_the_answer(rule, text, taken):
+    assert prompts.take(text, rule, "####") == taken
+
+
+def test_scores():
+    assert prompts.right("It is $1,204.50", "1204.5", "numeric") == 1
+    assert prompts.right("12", "13", "numeric") == prompts.right("", "13", "numeric") == prompts.right("x", "y", "numeric") == 0
+    assert prompts.right(" Yes. ", "yes", "exact") == 1 and prompts.right("yes, it is", "yes", "exact") == 0
+    assert prompts.right("I say: Yes, it is", "yes", "contains") == 1 and prompts.right("anything", "", "contains") == 0
+    assert prompts.right("not bad, good", "good", "label", ["good", "bad"]) == 0
+    assert prompts.right("goodness", "good", "label", ["good", "bad"]) == 0
+    assert prompts.majority(["4", "5", "4.0"], "numeric") == "4" and prompts.majority(["", "b", "B."], "exact") == "b"
+
+
+def test_intervals():
+    low, high = prompts.wilson(0, 100)
+    assert low == 0 and high == pytest.approx(0.0370, abs=1e-3)
+    low, high = prompts.wilson(50, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
+    low, high = prompts.interval([0.2, 0.4, 0.6, 0.8] * 25)
+    assert low == pytest.approx(0.455, abs=0.02) and high == pytest.approx(0.545, abs=0.02)
+
+
+def test_examples_come_from_training_rows_and_are_the_similar_ones():
+    from worker.shots import Shots, Solved
+
+    rows = [Solved(i, f"{kind} number {i}", kind) for i, kind in enumerate(["apple", "pear", "plum"] * 5)]
+    asked = Solved(99, "a pear, please", "pear")
+    near = Shots(PromptBody(shots=3, choose="similar"), rows, rows).of(asked)
+    assert [s.answer for s in near] == ["pear"] * 3
+    even = Shots(PromptBody(shots=6, choose="balanced"), rows, rows).of(asked)
+    assert sorted(s.answer for s in even) == ["apple"] * 2 + ["pear"] * 2 + ["plum"] * 2
+    drawn = Shots(PromptBody(shots=4, choose="random"), rows, rows)
+    assert drawn.of(asked) == drawn.of(asked) and len(set(drawn.of(asked))) == 4
+    assert [s.line for s in Shots(PromptBody(shots=2, choose="chosen", lines=[3, 1]), [], rows).of(asked)] == [3, 1]
+
+
+def order(session, user, dataset, body, model="tiny", **more):
+    _, version = prompts.create(session, user, "a prompt", prompts.read_body(body))
+    run = prompt_runs.create(session, user, version, model, dataset, prompt_runs.RunOrder(**more))
+    session.commit()
+    return run
+
+
+def test_a_run_scores_the_rows_that_training_holds_out(session, user, sums):
+    from app.spec import DatasetRef
+    from worker import promptlab
+    from worker.batches import read_rows, split
+
+    register_tiny(session)
+    body = prompts.STARTS["few_shot"] | {"reference": "after", "score": "numeric", "max_tokens": 4, "samples": 2, "temperature": 0.5}
+    run = order(session, user, sums, body, validation_fraction=0.2)
+    assert session.scalar(select(Outbox.task).where(Outbox.key == run.id)) == queue.PROMPT
+    promptlab.work(run.id)
+    session.refresh(run)
+    assert run.status == "succeeded", run.error
+    _, held = split(read_rows(DatasetRef.model_validate(run.spec["dataset"])), 0.2, 42)
+    results = session.scalars(select(PromptResult).where(PromptResult.run_id == run.id).order_by(PromptResult.line)).all()
+    assert [r.line for r in results] == [r.line for r in held] and len(held) == run.result["rows"] == 12
+    for row in results:
+        assert row.rendered_prompt.count("Question:") == 5 and row.rendered_prompt.startswith("<|im_start|>") and len(row.said) == 2
+        shown = [q for q in row.rendered_prompt.split("Question: ")[1:-1]]
+        assert all(q.split("\n")[0] not in {h.row["messages"][0]["content"] for h in held} for q in shown)
+        assert "####" not in row.rendered_prompt and row.expected.isdecimal()
+    assert run.result["score"] == sum(r.score for r in results) / 12 and run.result["low"] <= run.result["score"] <= run.result["high"]
+    before = [(r.line, r.said) for r in results]
+    again = order(session, user, sums, body, validation_fraction=0.2)
+    promptlab.work(again.id)
+    session.expire_all()
+    assert [(r.line, r.said) for r in prompt_runs.results(session, again)] == before
+
+
+def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
+    from worker import promptlab
+
+    register_tiny(session)
+    run = order(session, user, sums, {"max_tokens": 2}, part="all", rows=10)
+    fence, _, done = prompt_runs.claim(session, run.id)
+    row = {"line": 1, "input": "x", "rendered_prompt": "\0", "expected": "x", "said": ["mine"], "answer": "x", "score": 1.0}
+    assert not done and prompt_runs.beat(session, run.id, fence, 0.1, [row])
+    session.commit()
+    promptlab.work(run.id)  # another one has it
+    session.refresh(run)
+    assert run.status == "running" and run.fence == fence
+    from sqlalchemy import text
+
+    session.execute(text("UPDATE prompt_runs SET lease_until = clock_timestamp() - interval '1 second'"))
+    session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+    session.commit()
+    assert prompt_runs.reap(session) == 1
+    session.commit()
+    promptlab.work(run.id)
+    session.refresh(run)
+    assert run.status == "succeeded" and run.fence == fence + 1
+    assert not prompt_runs.beat(session, run.id, fence, 0.5, [])
+    kept = {r.line: r.said for r in prompt_runs.results(session, run)}
+    assert kept.get(1, ["mine"]) == ["mine"]
+
+
+def test_labels_and_rouge(session, user, words, sums):
+    from worker import promptlab
+
+    register_tiny(session, "tiny-generic", "generic")
+    run = order(
+        session, user, words, {"score": "label", "template": "One of {{labels}}: {{input}}", "max_tokens": 3}, "tiny-generic", rows=5
+    )
+    promptlab.work(run.id)
+    rouge = order(session, user, sums, {"score": "rouge_l", "max_tokens": 3}, "tiny-generic", rows=3)
+    promptlab.work(rouge.id)
+    session.refresh(run)
+    session.refresh(rouge)
+    assert run.status == rouge.status == "succeeded", (run.error, rouge.error)
+    assert prompt_runs.results(session, run)[0].rendered_prompt.startswith("One of blue, green, red: A thing")
+    with pytest.raises(BadField, match="no labels"):
+        order(session, user, sums, {"score": "label"}, "tiny-generic")
+    with pytest.raises(BadField, match="leaves none"):
+        order(session, user, sums, {"shots": 2, "builder": "few_shot"}, "tiny-generic", part="all")
+
+
+def test_what_goes_wrong_is_told(session, user, sums):
+    from worker import promptlab
+
+    register_tiny(session, "gone", path="models/not-there")
+    run = order(session, user, sums, {}, "gone", rows=3)
+    promptlab.work(run.id)
+    session.refresh(run)
+    assert run.status == "failed" and "gone" in run.error["message"] and run.error["way_out"]
+    register_tiny(session)
+    long = order(session, user, sums, {"template": "{{input}} " + "wood " * 1500, "max_tokens": 2}, rows=3)
+    promptlab.work(long.id)
+    session.refresh(long)
+    assert long.status == "succeeded" and long.result["unanswered"] == long.result["rows"] and long.result["score"] == 0
+
+
+def test_the_api_and_versions(api, session, user, sums):
+    register_tiny(session)
+    made = api.post("/v1/prompts", json={"name": "sums", "template": "{{input}}", "score": "numeric"}).json()
+    assert made["object"] == "prompt" and made["version"] == 1
+    place = f"/v1/prompts/{made['id']}"
+    assert api.post(place, json={"template": "{{input}}"}).json()["version"] == 1  # nothing changed
+    assert api.post(place, json={"template": "Please: {{input}}"}).json()["version"] == 2
+    assert api.get(place).json()["versions"][0]["body"]["template"] == "{{input}}"
+    run = api.post(f"{place}/runs", json={"model": "tiny", "dataset_id": ids.public(ids.DATASET, sums.id), "version": 1, "rows": 5}).json()
+    assert run["status"] == "queued" and api.get(f"{place}/runs").json()["data"][0]["id"] == run["id"]
+    assert api.post(f"/v1/prompts/runs/{run['id']}/cancel").json()["status"] == "cancelled"
+    assert api.get(f"/v1/prompts/runs/{run['id']}/results").json() == {"object": "list", "data": [], "has_more": False}
+    for body, param in (
+        ({"name": ""}, "name"),
+        ({}, "name"),
+        ({"name": "x", "shots": 99}, "shots"),
+        ({"name": "x", "nonsense": 1}, "nonsense"),
+    ):
+        answer = api.post("/v1/prompts", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert api.post(f"{place}/runs", json={"model": "tiny", "rows": 5}).json()["error"]["param"] == "dataset_id"
+    assert api.delete(place).json()["deleted"] and api.get(place).status_code == 404
+
+
+def test_in_the_browser_through_a_real_worker(browser_page, live, session, user, sums, data_dir, valkey):  # noqa: F811
+    import os
+
+    from tests.looks import look_at, sign_in
+
+    register_tiny(session)
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/lab")
+    page.get_by_role("link", name="Few-shot").click()
+    page.get_by_label("Name").fill("Four like it")
+    page.get_by_label("Max tokens").fill("3")
+    page.get_by_label("Score", exact=True).select_option("numeric")
+    page.get_by_label("Reference").select_option("after")
+    look_at(page, "prompt", data_dir)
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("Saved “Four like it”, version 1.").wait_for()
+    page.goto(f"{live}/playground/lab")
+    page.get_by_label("Models").select_option("tiny")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Queued").wait_for()
+    worker = start_worker(data_dir, valkey.url, LUTHIER_DATABASE_URL=os.environ["LUTHIER_DATABASE_URL"])
+    try:
+        run = session.scalars(select(PromptRun)).one()
+        queue.celery.send_task(queue.PROMPT, args=[str(run.id)])
+        page.get_by_text("Succeeded").wait_for(timeout=90_000)
+        time.sleep(0.1)
+        look_at(page, "lab", data_dir)
+        page.get_by_role("link", name="Four like it").first.click()
+        page.locator("article.sample").first.wait_for()
+        page.get_by_text("What was asked and said").first.click()
+        look_at(page, "prompt-run", data_dir)
+    finally:
+        stop_worker(worker)
