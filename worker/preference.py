@@ -9,6 +9,7 @@ very same numbers.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,7 +124,8 @@ class Preferring(Writing):
         found = _kept(attempt.parent, digest)
         if found is None:
             found = {name: self._score(model, self.pairs[name].without_lead(), engine, budget) for name in PARTS}
-            write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
+            if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one alone writes
+                write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
         self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
 
     def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> torch.Tensor:
@@ -163,9 +165,10 @@ class Preferring(Writing):
         self.sums = sums if self.sums is None else self.sums + sums
         return losses.sum(), tokens, answers
 
-    def step_metrics(self) -> torch.Tensor | None:
+    def step_metrics(self) -> torch.Tensor:
+        """Zeros where this process had no pack of the step, so that several processes can add theirs up."""
         sums, self.sums = self.sums, None
-        return sums
+        return torch.zeros(4, dtype=torch.float64, device=self.reference["train"].device) if sums is None else sums
 
     def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
         return named(sums)

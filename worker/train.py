@@ -178,7 +178,10 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
     while state.step < data.total_steps and not any(world.agree(job.stopped_early)):
         window = [rows for _, _, rows in itertools.islice(packs, run.accumulation)]
         loss, norm = take_step(job, window)
-        late.append((_step_event(job, window), loss, norm, data.lesson.step_metrics() if data.lesson else None))
+        measured = data.lesson.step_metrics() if data.lesson else None
+        if measured is not None:
+            world.sum_([measured])
+        late.append((_step_event(job, window), loss, norm, measured))
         # On a GPU a step's figures are read while the next one runs, so that the device never waits for us.
         while len(late) > (engine.device.type == "cuda"):
             yield report(job, *late.pop(0))
