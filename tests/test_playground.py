@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 
 import pytest
 from sqlalchemy import select
@@ -56,7 +57,12 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
 
 
 def test_orders_that_cannot_be(session, user, three):
-    for names, prompt in (([], "a"), (["tiny"] * 2, "a"), (["tiny", "tiny-generic", "tiny-instruction", "four", "five"], "a"), (["tiny"], "")):
+    for names, prompt in (
+        ([], "a"),
+        (["tiny"] * 2, "a"),
+        (["tiny", "tiny-generic", "tiny-instruction", "four", "five"], "a"),
+        (["tiny"], ""),
+    ):
         with pytest.raises(BadField):
             playground.ask(session, user, names, prompt, Sampling())
     with pytest.raises(NotFound):
@@ -160,3 +166,22 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
         time.sleep(0.1)
     session.rollback()
     assert len(session.scalars(select(Answer)).all()) == 4 and len(session.scalars(select(Exchange)).all()) == 2
+
+
+def test_a_comparison_is_saved_and_exported(client, session, user, three):
+    first, _ = answered(session, user, ["tiny", "tiny-generic"], "Show ```code```", "```\n<b>x</b>")
+    second, _ = answered(session, user, ["tiny", "tiny-generic"], "And?", "No.", parent=first.id)
+    answered(session, user, ["tiny"], "Later", "Yes.")
+    session.commit()
+    page = client.post(f"/playground/{second.id}/save", data={"title": " Two <i>answers</i> "})
+    assert page.status_code == 200 and "Two &lt;i&gt;answers&lt;/i&gt;" in page.text
+    session.expire_all()
+    assert playground.history(session, user)[0][0].id == second.id  # saved ones stand first
+    lines = [json.loads(line) for line in client.get(f"/playground/{second.id}/export?format=jsonl").text.splitlines()]
+    assert [(x["turn"], x["model"]) for x in lines] == [(1, "tiny"), (1, "tiny-generic"), (2, "tiny"), (2, "tiny-generic")]
+    assert lines[0]["revision"] == "0" * 64 and lines[0]["text"] == "```\n<b>x</b>" and isinstance(lines[0]["seed"], int)
+    document = client.get(f"/playground/{second.id}/export?format=md")
+    assert document.text.startswith("# Two <i>answers</i>") and "````text\n```\n<b>x</b>\n````" in document.text
+    assert "attachment" in document.headers["content-disposition"]
+    assert client.get(f"/playground/{second.id}/export?format=exe").status_code == 400
+    assert client.get(f"/playground/{uuid.uuid4()}/export").status_code == 404

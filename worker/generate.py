@@ -20,6 +20,7 @@ import redis
 from app.generation import (
     STREAM_SECONDS,
     WORKER_SECONDS,
+    Done,
     Entry,
     GenerateRequest,
     claim_key,
@@ -61,6 +62,12 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
     from worker.engine import broke
 
     try:
+        if request.embed is not None:
+            from worker.embed import embed
+
+            found = embed(request.model, request.embed)
+            done = Done(prompt_tokens=found.tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([found, done])
         with contextlib.closing(engine().answer(request)) as answer:
             for entries in answer:
                 publisher.say(entries)

@@ -100,6 +100,7 @@ def _page(request: Request, session: Session, user: User, named: list[str], key:
         "choices": choices,
         "most_panes": playground.MOST_PANES,
         "parent": key,
+        "title": (turns[-1][0].title or "") if turns else "",
         "controls": forms.controls(Knobs, "sampling", typed=typed),
         "history": playground.history(session, user, limit=20),
         "proof": playground.proof,

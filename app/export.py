@@ -1,0 +1,52 @@
+"""A conversation of the playground as JSON lines or as Markdown, each answer with the proof of who gave it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from app import playground
+from app.tables import Answer, Exchange
+
+Thread = Sequence[tuple[Exchange, Sequence[Answer]]]
+
+
+def as_jsonl(thread: Thread) -> str:
+    """One line for each answer, in the order of the turns."""
+    lines = [json.dumps(_answer(turn, exchange, a), ensure_ascii=False) for turn, (exchange, said) in enumerate(thread, 1) for a in said]
+    return "\n".join(lines) + "\n"
+
+
+def _answer(turn: int, exchange: Exchange, a: Answer) -> dict[str, Any]:
+    names = ("revision", "adapter_sha256", "seed", "rendered_prompt", "text", "finish_reason", "error", "usage")
+    return {
+        "turn": turn,
+        "prompt": exchange.prompt,
+        "model": a.model_name,
+        **{name: getattr(a, name) for name in names},
+        "sampling": {k: v for k, v in exchange.sampling.items() if k != "models"},
+        "created_at": int(a.created_at.timestamp()),
+    }
+
+
+def as_markdown(thread: Thread, title: str) -> str:
+    """A document for people. What was typed and answered stands in fences, so none of it is read as Markdown."""
+    parts = [f"# {' '.join(title.split())}", ""]
+    for turn, (exchange, said) in enumerate(thread, 1):
+        parts += [f"## Turn {turn}", "", _fenced(exchange.prompt or ""), ""]
+        for a in said:
+            parts += [f"**{a.model_name}** ({playground.proof(a)})", "", _fenced(a.text or (a.error or {}).get("message", "")), ""]
+    return "\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    """The fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in _runs(text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _runs(text: str) -> list[str]:
+    return re.findall(r"`+", text)

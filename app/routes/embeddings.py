@@ -1,0 +1,67 @@
+"""`POST /v1/embeddings`, as the official clients call it."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import struct
+import uuid
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from app import models, playground
+from app.accounts import CurrentUser
+from app.db import transaction
+from app.errors import BadField, Unavailable
+from app.generation import MOST_TEXTS, Embedded, GenerateRequest, Sampling
+from app.listening import listen
+from app.tables import User
+
+api = APIRouter(prefix="/v1")
+LONGEST = 200_000  # characters
+
+
+class EmbeddingsBody(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field(min_length=1, max_length=512)
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = Field(None, ge=1, description="Only the model's own size can be given.")
+
+
+@api.post("/embeddings")
+async def embeddings(body: EmbeddingsBody, user: CurrentUser) -> dict[str, Any]:
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
+        raise BadField(f"input takes 1 to {MOST_TEXTS} texts, none of them empty.", param="input")
+    if max(map(len, texts)) > LONGEST:
+        raise BadField(f"A text has more than {LONGEST} characters.", way_out="Cut it into parts.", param="input")
+    request = await run_in_threadpool(_request, user, body.model, texts)
+    found: Embedded | None = None
+    async for entries in listen(request):
+        found = next((e for e in entries if isinstance(e, Embedded)), found)
+    if found is None:
+        raise Unavailable("The encoder gave no answer.", way_out="Ask again.")
+    size = len(found.vectors[0])
+    if body.dimensions not in (None, size):
+        raise BadField(f"{body.model} gives vectors of {size} numbers.", way_out="Leave dimensions out.", param="dimensions")
+    data = [{"object": "embedding", "index": i, "embedding": _encoded(v, body.encoding_format)} for i, v in enumerate(found.vectors)]
+    return {"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens}}
+
+
+def _request(user: User, name: str, texts: list[str]) -> GenerateRequest:
+    with transaction() as session:
+        ref = models.resolve(session, user, name).ref
+    if ref.kind != "encoder":
+        raise BadField(f"{name} is no encoder, so it gives no embeddings.", way_out="Add the starter all-minilm-l6-v2.", param="model")
+    given = [playground.readable(text) for text in texts]
+    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=ref, embed=given, sampling=Sampling(), seed=secrets.randbelow(2**31))
+
+
+def _encoded(vector: list[float], form: str | None) -> list[float] | str:
+    """Numbers, or the bytes of little-endian float32 in base64, which the official clients ask for by themselves."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if form == "base64" else vector
