@@ -79,6 +79,6 @@ def test_margin_and_accuracy_are_drawn_as_they_come(client, session, user, tiny_
     page = client.get(f"/jobs/{ids.public(ids.JOB, job.id)}")
     drawn = json.loads(re.search(r'id="points">(.*?)</script>', page.text, re.S).group(1))["charts"]
     shown = re.findall(r'data-chart="(\w+)"', page.text)
-    assert shown[:5] == ["loss", "reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward"]
+    assert shown[0] == "loss" and set(shown[1:5]) == set(measured(1)), "what is learnt stands before what explains it"
     assert drawn["reward_margin"]["training"][1][-1] == 1.2 and drawn["reward_margin"]["reward_margin"] == [[12], [1.2]]
     assert 'data-lines="training:1:line reward_margin:2:dots "' in page.text and "Reward margin" in page.text
