@@ -67,6 +67,10 @@ class RunSettings(_Frozen):
     evaluation_answers: int = Field(
         8, ge=0, le=32, description="Held-out rows answered in full by the base and the result at the end. 0 writes none."
     )
+    row_losses: bool = Field(
+        True,
+        description="Write down each training row's loss before and at the end, which shows rows that are wrong. Costs two passes over the rows without learning.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."
     )

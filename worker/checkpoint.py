@@ -27,6 +27,7 @@ from app import manifest
 from app.errors import StudioError
 from app.settings import get_settings
 from app.strategies import Strategy
+from worker.classifier import Classifier, save_classifier
 from worker.load import STRATEGY_FILE
 from worker.optim import Named
 
@@ -52,6 +53,9 @@ class State:
     last: dict[str, float] = field(default_factory=dict)  # the newest scores
     best: dict[str, float] = field(default_factory=dict)  # the best checkpoint on the same rows
     base_answers: list[str] = field(default_factory=list)
+    base_rows: list[float] = field(default_factory=list)  # the untuned model's loss on each validation row
+    last_rows: list[float] = field(default_factory=list)  # at the newest evaluation
+    best_rows: list[float] = field(default_factory=list)  # the best checkpoint's
     facts: dict[str, Any] = field(default_factory=dict)  # of the engine and the order; equal means bit-exact
 
 
@@ -99,6 +103,9 @@ def _sync(path: Path) -> None:
 def write_weights(folder: Path, model: torch.nn.Module, strategy: Strategy, tokenizer: Any) -> None:
     """What a strategy learnt, with its settings and the tokenizer, as the playground loads it."""
     folder.mkdir(exist_ok=True)
+    if isinstance(model, Classifier):
+        save_classifier(model, folder, model.labels)
+        model = model.backbone
     strategy.save(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))
@@ -115,6 +122,7 @@ def save(
     rng: dict[str, torch.Tensor],
 ) -> Written:
     """Write `checkpoint-<step>` in the attempt's folder."""
+    body = model.backbone if isinstance(model, Classifier) else model
 
     def fill(folder: Path) -> None:
         write_weights(folder / WEIGHTS, model, strategy, tokenizer)
@@ -125,7 +133,7 @@ def save(
         save_file(_separate(missing), own / "trained.safetensors")
         save_file(optimizer, own / "optimizer.safetensors")
         save_file(rng, own / "rng.safetensors")
-        save_file({k: v.detach().cpu().contiguous() for k, v in strategy.extra_state(model).items()}, own / "extra.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in strategy.extra_state(body).items()}, own / "extra.safetensors")
         (own / "state.json").write_text(json.dumps(asdict(state), indent=1))
 
     return write_folder(attempt / f"checkpoint-{state.step}", fill, step=state.step)

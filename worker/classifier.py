@@ -7,6 +7,7 @@ training; where each begins is told by their lengths.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from transformers import AutoModel, PreTrainedModel
 
 from app.spec import ModelRef
 from app.strategies import Strategy
-from worker.load import BadModel, folder_of, lay_adapter, load_strategy
+from app.strategies._model import backbone as body_without_head
+from worker.load import BadModel, folder_of, lay_adapter, load_plain, load_strategy
 
 Pooling = Literal["mean", "last", "first"]
 HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
@@ -41,7 +43,22 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    model.name_or_path = model.config._name_or_path = ref.name  # what is saved later names the model, not a folder of this machine
     return model.to(device).eval()
+
+
+def load_stack(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> nn.Module:
+    """What a classifier stands on: the stack of a model, with everything it was tuned to merged into it.
+
+    Raises BadModel for a classifier that is an adapter: its stack is not its own.
+    """
+    if ref.labels and ref.adapters:
+        raise BadModel(f"{ref.name} is a classifier, which cannot be tuned further.", way_out="Tune the model it came from instead.")
+    if not ref.adapters and bits is None:
+        return load_backbone(ref, dtype, attention, device)
+    return body_without_head(load_plain(ref, dtype, attention, device, bits))
 
 
 def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
@@ -56,8 +73,18 @@ class Classifier(nn.Module):
     """`backbone` is what the strategy attached to; `head` is what its `head` built. `skip` leading tokens of every text
     are placeholders of a soft prompt and no part of a mean. `normalise` scales each pooled vector to length 1."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, pooling: Pooling, *, skip: int = 0, normalise: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        pooling: Pooling,
+        *,
+        skip: int = 0,
+        normalise: bool = False,
+        labels: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self.labels = list(labels)
         self.backbone, self.head = backbone, head
         self.pooling, self.skip, self.normalise = pooling, skip, normalise
 
@@ -67,6 +94,8 @@ class Classifier(nn.Module):
 
     def pooled(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
         """One vector per text, (texts, H)."""
+        if getattr(self.backbone.config, "use_cache", None) and not getattr(self.backbone.config, "is_encoder_decoder", False):
+            arguments["use_cache"] = False  # nothing is written, so keys and values need not be kept
         states = self.backbone(input_ids=input_ids, position_ids=position_ids, **arguments).last_hidden_state
         vectors = pool(states[0], lengths, self.pooling, self.skip)
         return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
@@ -102,16 +131,21 @@ def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> 
     (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def load_classifier(ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Classifier, list[str]]:
+def load_classifier(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
+) -> tuple[Classifier, list[str]]:
     """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
     folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
     if not (folder / HEAD_FILE).is_file():
         raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was tuned on labelled rows.")
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    backbone: nn.Module = load_backbone(ref, dtype, device=device)
-    for adapter in ref.adapters:
-        backbone = lay_adapter(backbone, adapter)
+    *below, last = ref.adapters or (None,)
+    # Adapters below the classifier's own were learnt with the head on, so they are laid on the whole model.
+    stack = ref.model_copy(update={"adapters": tuple(below), "labels": None})
+    backbone = load_stack(stack, dtype, attention, device)
+    if last is not None:
+        backbone = lay_adapter(backbone, last)
     head = load_strategy(folder).head(ref.shape.hidden, len(about["labels"]))
     head.load_state_dict(load_file(folder / HEAD_FILE))
-    classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"])
+    classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"], labels=about["labels"])
     return classifier.to(device).eval(), about["labels"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ import torch
 
 from worker.batches import Batch, Row, Tokenised, make_batch
 from worker.device import Engine
+from worker.kernels import uncompiled
 from worker.loss import head_of, score
 from worker.pack import best_fit
 from worker.prompts import render_prompt, sample_of, stop_ids
 
 
 class Question(NamedTuple):
-    """A held-out prompt: its text, its token ids and what a person answered."""
+    """A held-out prompt: what is asked, its token ids as the model reads them, and what a person answered."""
 
     text: str
     ids: list[int]
@@ -43,25 +45,45 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         model.train(training)
 
 
-def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> dict[str, float]:
-    """Loss in nats per learnt token, token accuracy and perplexity over all rows of `data`."""
-    total, hits, count = 0.0, 0, 0
+class RowScores(NamedTuple):
+    """For each row: the sum of its losses in nats, and how many tokens were learnt and were right."""
+
+    nats: list[float]
+    tokens: list[int]
+    hits: list[int]
+
+
+def score_rows(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> RowScores:
+    """Every row of `data` scored, packed, in its order."""
+    found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
     with evaluating(model):
         for pack in best_fit(range(len(data)), data.lengths, budget):
             batch = make_batch(data, pack, engine.device)
+            counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
             losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)
-            total += float(losses.double().sum())
-            hits += int(right.sum())
-            count += batch.trained
+            for row, nats, hits in zip(pack, losses.double().cpu().split(counts), right.cpu().split(counts), strict=True):
+                found.nats[row], found.tokens[row], found.hits[row] = float(nats.sum()), len(nats), int(hits.sum())
+    return found
+
+
+def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
+    """Loss in nats per learnt token, token accuracy, perplexity and, where the bytes of what is learnt are given, bits per byte."""
+    total, count = math.fsum(scored.nats), sum(scored.tokens)
     loss = total / count
-    return {"loss": loss, "token_accuracy": hits / count, "perplexity": math.exp(min(loss, 700.0))}
+    found = {"loss": loss, "token_accuracy": sum(scored.hits) / count, "perplexity": math.exp(min(loss, 700.0))}
+    return found | ({"bits_per_byte": total / math.log(2) / learnt_bytes} if learnt_bytes else {})
+
+
+def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> dict[str, float]:
+    """Loss in nats per learnt token, token accuracy and perplexity over all rows of `data`."""
+    return measures(score_rows(model, data, budget, engine))
 
 
 def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longest: int) -> list[Question]:
@@ -73,23 +95,31 @@ def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longes
         prompt, reference = sample_of(row.row, kind)
         if not prompt:
             continue
-        text, ids = render_prompt(tokenizer, kind, prompt, row.row.get("tools"))
+        _, ids = render_prompt(tokenizer, kind, prompt, row.row.get("tools"))
         if 0 < len(ids) <= longest:
-            found.append(Question(text, ids, reference))
+            found.append(Question(_as_asked(prompt), ids, reference))
     return found
 
 
+def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as a person would say it: the text itself, or what was said last in a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    said = prompt[-1].get("content") or ""
+    return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+
+
 def answers(
-    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = ()
+    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = (), seconds: float | None = None
 ) -> list[str]:
     """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values.
-    `lead` are the placeholders of a soft prompt."""
+    `lead` are the placeholders of a soft prompt. After `seconds` all end where they are."""
     if not asked:
         return []
     inner = plain_model(model)
     asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
     longest = max(len(q.ids) for q in asked)
-    pad = tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
     mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)
     before = inner.config._attn_implementation
@@ -108,7 +138,29 @@ def answers(
                 pad_token_id=pad,
                 eos_token_id=stop_ids(tokenizer, inner.generation_config),
                 use_cache=True,
+                max_time=seconds,
             )
     finally:
         inner.set_attn_implementation(before)
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+
+
+ANSWERS_AT_ONCE = 16
+ANSWER_SECONDS = 60.0
+"""Time that all answers of a final evaluation together may take; those it is too late for are empty."""
+
+
+def answers_in_batches(
+    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = ()
+) -> list[str]:
+    """As `answers`, a few at once so that memory stays small, prompts of like length together, within ANSWER_SECONDS."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+    told, until = [""] * len(asked), time.monotonic() + ANSWER_SECONDS
+    for start in range(0, len(order), ANSWERS_AT_ONCE):
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        places = order[start : start + ANSWERS_AT_ONCE]
+        for place, text in zip(places, answers(model, tokenizer, [asked[i] for i in places], most, engine, lead, left), strict=True):
+            told[place] = text
+    return told

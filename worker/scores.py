@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sacrebleu.metrics import CHRF
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 CALIBRATION_BINS = 10
@@ -60,3 +62,34 @@ def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[st
     """The scores of always answering with the shares of the training rows: what any classifier has to beat."""
     shares = np.bincount(np.asarray(train), minlength=len(labels)) / max(len(train), 1)
     return classification_scores(np.tile(shares, (len(truth), 1)), truth, labels)
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact match, ROUGE-L and chrF (Popović 2015), each 0 to 1 and the mean over the rows; empty without rows."""
+    if not answers:
+        return {}
+    pairs = list(zip(answers, references, strict=True))
+    chrf = CHRF()
+    return {
+        "exact_match": sum(a.strip() == r.strip() for a, r in pairs) / len(pairs),
+        "rouge_l": sum(rouge_l(a, r) for a, r in pairs) / len(pairs),
+        "chrf": sum(chrf.sentence_score(a, [r]).score for a, r in pairs) / len(pairs) / 100,
+    }
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of lower-case words, 0 to 1."""
+    a, r = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    if not a or not r:
+        return float(a == r)
+    above = [0] * (len(r) + 1)  # lengths of the common subsequence of the words so far and each beginning of `r`
+    for word in a:
+        row = [0]
+        for place, other in enumerate(r):
+            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        above = row
+    common = above[-1]
+    return 2 * common / (len(a) + len(r))

@@ -1,0 +1,122 @@
+"""What a task changes in the gradient recipe: which data it reads, its loss, its scores, and what its result is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from app import events
+from app.spec import JobSpec
+from worker import optim
+from worker.batches import Tokenised
+from worker.checkpoint import State
+from worker.classifier import Classifier
+from worker.device import Engine
+
+MOST_LISTED = 5
+"""How many of the worst and of the best rows an evaluation lists."""
+MOST_REMEMBERED = 5000
+"""Rows whose single losses a checkpoint keeps, so that base and tuned can be compared row by row in the end."""
+
+
+class Scored(NamedTuple):
+    """Scores of the held-out rows together, `loss` among them, and the loss of each row alone, in nats."""
+
+    metrics: dict[str, float]
+    rows: list[float]
+
+
+class Lesson(ABC):
+    """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
+
+    unit: ClassVar[str]  # what one loss is about
+    train: Tokenised
+    held_out: Tokenised
+    labels: list[str] | None = None
+
+    def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        # Placeholders before every sequence, for strategies that learn what stands there.
+        self.lead: list[int] = [tokenizer.pad_token_id or 0] * spec.strategy.virtual_tokens()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row allowed, placeholders included."""
+        return min(self.spec.run.max_length, self.spec.model.shape.positions)
+
+    @abstractmethod
+    def remarks(self) -> Iterator[str]:
+        """What a person should know of the data before training starts."""
+
+    @abstractmethod
+    def load(self, engine: Engine) -> torch.nn.Module:
+        """The model before tuning, as the strategy attaches to it."""
+
+    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> None:  # noqa: B027
+        """Called once with the model before the strategy is attached, in every attempt, packs having `budget` tokens."""
+
+    @abstractmethod
+    def attach(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model ready to train."""
+
+    @abstractmethod
+    def learnt(self, window: Sequence[Sequence[int]]) -> int:
+        """Over how many losses a step's packs are averaged."""
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
+        """(sum of the losses in nats, tokens, losses) of a pack of training rows."""
+
+    def step_metrics(self) -> torch.Tensor | None:
+        """What the losses since the last call measured besides, still on the device; `name_metrics` reads it later."""
+        return None
+
+    def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
+        """The figures of a step's event from what `step_metrics` gave."""
+        return {}
+
+    @abstractmethod
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
+        """Scores of the held-out rows."""
+
+    def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
+        """What the model says to the sample prompts before tuning."""
+        return []
+
+    def samples(self, model: torch.nn.Module, state: State, engine: Engine) -> list[events.Sample]:
+        """A few held-out rows with what the model says now."""
+        return []
+
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind of the tuned model."""
+
+    @abstractmethod
+    def evaluation(self, job: Any) -> Iterator[events.Log | dict[str, Any]]:
+        """Base and tuned on the same held-out rows; the last thing that comes is the evaluation. May drop `job.model`."""
+
+
+def body_of(model: torch.nn.Module) -> torch.nn.Module:
+    """What the strategy attached to: a classifier's stack, or the model."""
+    return model.backbone if isinstance(model, Classifier) else model
+
+
+def trained_parameters(model: torch.nn.Module) -> optim.Named:
+    """What learns, by name. A classifier's stack keeps its own names, so that a checkpoint need not hold it twice."""
+    if not isinstance(model, Classifier):
+        return optim.trained_parameters(model)
+    found = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
+    return found | {f"classifier_head.{name}": p for name, p in model.head.named_parameters()}
+
+
+def remarks_on(lesson: Lesson) -> Iterator[str]:
+    """What is said of the data of any task."""
+    for name, part in (("training", lesson.train), ("validation", lesson.held_out)):
+        if part.cut:
+            yield f"{part.cut} {name} rows were longer than {lesson.longest} tokens and were cut."
+    if not len(lesson.held_out):
+        yield "No rows are held out, so the last weights are kept and training does not stop early."

@@ -1,0 +1,173 @@
+"""Generation: the next token of texts and answers is learnt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from app import events
+from app.errors import BadData
+from app.spec import JobSpec
+from worker import attention, batches, evaluate
+from worker.batches import make_batch
+from worker.checkpoint import State
+from worker.device import Engine
+from worker.evaluate import Question
+from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.load import load_plain
+from worker.loss import head_of, linear_cross_entropy
+from worker.prompts import prepare_tokenizer, tuned_kind
+from worker.scores import text_scores
+
+
+class Writing(Lesson):
+    unit: ClassVar = "token"
+
+    def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
+        self.plain_template = prepare_tokenizer(tokenizer)
+        super().__init__(spec, tokenizer)
+        run, kind = spec.run, spec.model.kind
+        rows = batches.read_rows(spec.dataset)
+        if spec.validation:
+            train_rows, held_rows = rows, batches.read_rows(spec.validation)
+        else:
+            train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed, spec.split)
+        self.train = batches.tokenise(tokenizer, train_rows, kind, self.longest, self.lead)
+        self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead)
+        if not len(self.train):
+            raise BadData(
+                f"None of the {len(train_rows)} rows has an answer to learn within {self.longest} tokens.",
+                way_out="Raise the longest length, or check that the rows have assistant turns with weight 1.",
+            )
+        kept = set(self.held_out.lines)
+        self.held_rows = [row for row in held_rows if row.line in kept]
+        self.held_bytes = sum(_learnt_bytes(tokenizer, self.held_out, i) for i in range(len(self.held_out)))
+        self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
+        self.questions = evaluate.questions(tokenizer, held_rows, kind, run.samples, self.room)
+
+    def remarks(self) -> Iterator[str]:
+        yield from remarks_on(self)
+        for name, part in (("training", self.train), ("validation", self.held_out)):
+            if part.skipped:
+                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
+                yield f"{len(part.skipped)} {name} rows have no answer left to learn and were left out (lines {lines})."
+        if self.plain_template and self.spec.dataset.format in ("chat", "instruction"):
+            yield "The model has no chat template; it learns a plain one, which is saved with the result."
+
+    def load(self, engine: Engine) -> torch.nn.Module:
+        spec = self.spec
+        return load_plain(spec.model, engine.frozen, attention.NAME, str(engine.device), type(spec.strategy).base_bits)
+
+    def attach(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.spec.strategy.attach(model, task=self.spec.task)
+
+    def learnt(self, window: Sequence[Sequence[int]]) -> int:
+        return batches.trained_in(self.train, window)
+
+    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
+        batch = make_batch(self.train, pack, engine.device)
+        hidden = evaluate.hidden_states(model, batch, engine)
+        total = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
+        return total, batch.tokens, batch.trained
+
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
+        scored = evaluate.score_rows(model, self.held_out, budget, engine)
+        per_row = [nats / tokens for nats, tokens in zip(scored.nats, scored.tokens, strict=True)]
+        return Scored(evaluate.measures(scored, self.held_bytes), per_row[:MOST_REMEMBERED])
+
+    def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
+        return evaluate.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)
+
+    def samples(self, model: torch.nn.Module, state: State, engine: Engine) -> list[events.Sample]:
+        told = state.base_answers
+        if state.step:
+            told = evaluate.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine, self.lead)
+        return [
+            events.Sample(prompt=q.text, reference=q.reference, base=base, answer=answer)
+            for q, base, answer in zip(self.questions, state.base_answers, told, strict=True)
+        ]
+
+    def kind(self) -> str:
+        return tuned_kind(self.spec.model.kind, self.spec.dataset.format)
+
+    def evaluation(self, job: Any) -> Iterator[events.Log | dict[str, Any]]:
+        """Scores from the passes that were made anyway; answers to some rows, and to the rows that changed most.
+
+        The base is loaded once more, after the tuned model was dropped, so that both are never in memory together.
+        """
+        state, engine, run = job.state, job.engine, self.spec.run
+        tuned, base = dict(state.best or state.last), dict(state.before)
+        if not len(self.held_out) or not tuned:
+            yield {}
+            return
+        worst, best = _changed_most(state.base_rows, state.best_rows)
+        asked = self._asked(run.evaluation_answers)
+        listed = [i for i in [*worst, *best] if i not in asked] if asked else []
+        listed_asked = self._questions([*asked, *listed])
+        answers: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        if listed_asked:
+            yield events.Log(message=f"Writing answers to {len(listed_asked)} held-out rows with the tuned model and with its base.")
+            answers[1].update(self._answers(job.model, listed_asked, engine, self.lead))
+            job.drop()
+            answers[0].update(self._answers(self.load(engine), listed_asked, engine, []))
+            counted = [i for i in asked if i in answers[0]]
+            references = [listed_asked[i].reference for i in counted]
+            for scores, told in ((base, answers[0]), (tuned, answers[1])):
+                scores.update(text_scores([told[i] for i in counted], references))
+        entry = [self._row(i, state, listed_asked.get(i), *(told.get(i) for told in answers)) for i in [*worst, *best]]
+        yield {
+            "rows": len(self.held_out),
+            "answers": len(asked) if listed_asked else 0,
+            "base": base,
+            "tuned": tuned,
+            "worst": entry[: len(worst)],
+            "best": entry[len(worst) :],
+        }
+
+    def _asked(self, most: int) -> list[int]:
+        """The first rows of the held-out ones, which were drawn by the seed."""
+        return list(range(min(most, len(self.held_rows), MOST_REMEMBERED)))
+
+    def _questions(self, places: Sequence[int]) -> dict[int, Question]:
+        found = {}
+        for place in places:
+            one = evaluate.questions(self.tokenizer, [self.held_rows[place]], self.spec.model.kind, 1, self.room)
+            if one:
+                found[place] = one[0]
+        return found
+
+    def _answers(self, model: torch.nn.Module, asked: dict[int, Question], engine: Engine, lead: list[int]) -> dict[int, str]:
+        most = self.spec.run.sample_tokens
+        return dict(zip(asked, evaluate.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead), strict=True))
+
+    def _row(self, place: int, state: State, question: Question | None, base: str | None, tuned: str | None) -> dict[str, Any]:
+        return {
+            "line": self.held_out.lines[place],
+            "prompt": question.text if question else self.tokenizer.decode(_row_ids(self.held_out, place, len(self.lead)))[:2000],
+            "reference": question.reference if question else None,
+            "base_loss": state.base_rows[place],
+            "tuned_loss": state.best_rows[place],
+            "base_answer": base,
+            "tuned_answer": tuned,
+        }
+
+
+def _changed_most(base: list[float], tuned: list[float]) -> tuple[list[int], list[int]]:
+    """(rows whose loss rose most, rows whose loss fell most), no row in both."""
+    change = [t - b for b, t in zip(base, tuned, strict=False)]
+    order = sorted((i for i in range(len(change)) if math.isfinite(change[i])), key=lambda i: change[i])
+    half = min(MOST_LISTED, len(order) // 2)
+    return order[::-1][: half or len(order)], order[:half]
+
+
+def _row_ids(data: batches.Tokenised, row: int, lead: int) -> list[int]:
+    return data.ids[data.starts[row] + lead : data.starts[row + 1]].tolist()
+
+
+def _learnt_bytes(tokenizer: Any, data: batches.Tokenised, row: int) -> int:
+    """UTF-8 bytes of what a row teaches."""
+    part = slice(data.starts[row], data.starts[row + 1])
+    return len(tokenizer.decode(data.ids[part][data.trained[part]].tolist(), skip_special_tokens=True).encode())
