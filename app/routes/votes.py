@@ -1,0 +1,151 @@
+"""`/v1/votes` and the page of blind votes."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Query, Request
+from fastapi.responses import RedirectResponse, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from app import ids, playground, votes, web
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import StudioError
+from app.generation import Sampling
+from app.listening import listen_calmly
+from app.pages import After, Limit, page
+from app.playground import Heard
+from app.routes.chat import Message, merge
+from app.tables import User
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1/votes")
+Json = dict[str, Any]
+
+
+def key_of(text: str) -> uuid.UUID:
+    return ids.parse(ids.VOTE, text, param="vote_id")
+
+
+class NewVote(BaseModel):
+    """A vote given elsewhere: the conversation, two models, an answer of each, and which is better."""
+
+    models: list[str] = Field(min_length=2, max_length=2)
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    answers: list[str] = Field(min_length=2, max_length=2)
+    choice: int = Field(ge=0, le=2, description="1 the first answer, 2 the second, 0 a tie")
+    edited: str | None = Field(None, max_length=votes.LONGEST_EDIT)
+
+
+@api.post("")
+def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
+    messages = [message.plain(i) for i, message in enumerate(body.messages)]
+    return votes.to_json(votes.add(session, user, body.models, messages, body.answers, body.choice, body.edited))
+
+
+@api.get("")
+def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=key_of)
+
+
+@api.get("/scores")
+def scores(session: Db, user: CurrentUser) -> Json:
+    found = votes.scores(session, user)
+    return {"object": "list", "data": [{**s._asdict(), "votes": s.votes, "rate": s.rate, "interval": list(s.interval)} for s in found]}
+
+
+class NewDataset(BaseModel):
+    kind: str = Field("preference", pattern="^(preference|chat)$")
+
+
+@api.post("/dataset")
+def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
+    dataset = votes.make_dataset(session, user, body.kind)
+    return {"id": ids.public(ids.DATASET, dataset.id), "object": "dataset", "name": dataset.name, "status": dataset.status}
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+@pages.get("/playground/ab")
+def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
+    return web.render(request, "ab.html", **_context(session, user, models or []))
+
+
+def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
+    context = {
+        "choices": playground.choices(session, user), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
+        "vote": None, "prompt": "", "error": None,
+    }  # fmt: skip
+    return context | more
+
+
+@pages.post("/playground/ab")
+async def ask(
+    request: Request,
+    user: CurrentUser,
+    prompt: Annotated[str, Form(max_length=100_000)] = "",
+    models: Annotated[list[str] | None, Form()] = None,
+    max_tokens: Annotated[int, Form(ge=1, le=4096)] = 96,
+) -> Response:
+    """Ask both, wait for both, and show them without their names."""
+    names, prompt = models or [], playground.readable(prompt.replace("\r\n", "\n"))
+    sampling = Sampling(max_tokens=max_tokens)
+    try:
+        vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, sampling)
+    except StudioError as error:
+        return await run_in_threadpool(_again, request, user, names, prompt, error)
+    heard = [Heard() for _ in asked]
+    async for place, entries in merge([listen_calmly(one.request) for one in asked]):
+        heard[place].take(entries)
+    broken = next((h.error for h in heard if h.error), None)
+    await run_in_threadpool(_answered, user, vote_id, asked, heard, sampling)
+    if broken:
+        fault = StudioError(broken["message"], way_out=broken.get("way_out", ""))
+        fault.status = 503
+        return await run_in_threadpool(_again, request, user, names, prompt, fault)
+    return RedirectResponse(f"/playground/ab/{ids.public(ids.VOTE, vote_id)}", status_code=303)
+
+
+def _begin(user: User, names: list[str], prompt: str, sampling: Sampling) -> tuple[uuid.UUID, list[Any]]:
+    with transaction() as session:
+        vote, asked = votes.begin(session, user, names, [{"role": "user", "content": prompt}], sampling)
+        return vote.id, asked
+
+
+def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[Heard], sampling: Sampling) -> None:
+    with transaction() as session:
+        votes.answered(session, user, vote_id, asked, heard, sampling)
+
+
+def _again(request: Request, user: User, names: list[str], prompt: str, error: StudioError) -> Response:
+    with transaction() as session:
+        return web.render(request, "ab.html", status_code=error.status, **_context(session, user, names, prompt=prompt, error=error))
+
+
+@pages.get("/playground/ab/{vote_id}")
+def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -> Response:
+    vote = votes.get(session, user, key_of(vote_id))
+    context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id)
+    return web.render(request, "ab.html", **context)
+
+
+@pages.post("/playground/ab/{vote_id}")
+def cast(
+    session: Db,
+    user: CurrentUser,
+    vote_id: str,
+    choice: Annotated[int, Form()],
+    edited: Annotated[str, Form(max_length=votes.LONGEST_EDIT)] = "",
+) -> Response:
+    votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
+    return RedirectResponse(f"/playground/ab/{vote_id}", status_code=303)
+
+
+@pages.post("/playground/ab-dataset")
+def learn(session: Db, user: CurrentUser, kind: Annotated[str, Form()]) -> Response:
+    dataset = votes.make_dataset(session, user, kind)
+    return RedirectResponse(f"/datasets/{ids.public(ids.DATASET, dataset.id)}", status_code=303)

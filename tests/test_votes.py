@@ -1,0 +1,105 @@
+"""Blind votes: what is hidden, what is counted, what becomes a dataset; and a vote by keyboard in a browser."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import select
+
+from app import datasets, votes
+from app.tables import Answer, Dataset, Exchange, User, Vote
+from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+
+ASK = [{"role": "user", "content": "Which wood is it?"}]
+
+
+@pytest.fixture
+def two(session):
+    return [register_tiny(session, name, kind) for name, kind in (("tiny", "dialogue"), ("tiny-generic", "generic"))]
+
+
+def test_win_rates_count_sides_rightly(session, user):
+    for left, right, choice in (("b", "a", 2), ("a", "b", 1), ("a", "b", 0), ("a", "b", 2)):
+        votes.add(session, user, [left, right], ASK, ["x", "y"], choice, None)
+    (score,) = votes.scores(session, user)
+    assert (score.first, score.second, score.won, score.lost, score.tied) == ("a", "b", 2, 1, 1)
+    assert score.rate == 0.625 and score.interval[0] < 0.5 < score.interval[1] and "Too close" in score.says
+    for _ in range(20):
+        votes.add(session, user, ["b", "a"], ASK, ["x", "y"], 2, None)
+    assert votes.scores(session, user)[0].says.startswith("a is preferred")
+    other = User(name="somebody else")
+    session.add(other)
+    session.flush()
+    assert votes.scores(session, other) == []
+
+
+def test_votes_and_edits_become_datasets(api, session, user):
+    def vote(**more):
+        return api.post("/v1/votes", json={"models": ["a", "b"], "messages": ASK, "answers": ["Spruce.", "Stone."], "choice": 1} | more)
+
+    assert api.post("/v1/votes/dataset", json={}).status_code == 409
+    assert vote().json()["left_model"] == "a"
+    assert vote(choice=0).status_code == 200
+    assert vote(choice=2, edited="Spruce, from a cold valley.").status_code == 200
+    for change, param in (
+        ({"choice": 3}, "choice"),
+        ({"models": ["a"]}, "models"),
+        ({"models": ["a", "a"]}, "models"),
+        ({"messages": []}, "messages"),
+    ):
+        answer = vote(**change)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    assert api.get("/v1/votes/scores").json()["data"][0]["votes"] == 3
+    for kind, count in (("preference", 3), ("chat", 2)):
+        made = api.post("/v1/votes/dataset", json={"kind": kind})
+        assert made.status_code == 200, made.text
+        row = session.scalars(select(Dataset).order_by(Dataset.created_at.desc())).first()
+        datasets.read(row.id)
+        session.refresh(row)
+        assert row.status == "ready" and row.format == kind and row.good_rows == count, (row.error, datasets.rules(row))
+    assert datasets.preview(row)[1]["messages"][-1]["content"] == "Spruce, from a cold valley."
+
+
+def test_names_are_hidden_until_the_vote(client, session, two, generate_worker):  # noqa: F811
+    done = client.post(
+        "/playground/ab", data={"models": ["tiny", "tiny-generic"], "prompt": "Hello <b>", "max_tokens": "5"}, follow_redirects=False
+    )
+    assert done.status_code == 303, done.text
+    place = done.headers["location"]
+    page = client.get(place).text
+    panes = page[page.index('<div class="panes') : page.index('id="vote"')]
+    assert "tiny" not in panes and "Hello &lt;b&gt;" in page
+    assert len(session.scalars(select(Answer)).all()) == 2 and session.scalars(select(Exchange.source)).one() == "vote"
+    assert client.post(place, data={"choice": "7"}).status_code == 400
+    after = client.post(place, data={"choice": "1", "edited": "Better."})
+    assert "preferred" in after.text and "tiny-generic" in after.text and "Better." in after.text
+    assert client.post(place, data={"choice": "2"}).status_code == 409
+    assert session.scalars(select(Vote.choice)).one() == 1
+
+
+def test_a_model_that_fails_leaves_no_round(client, session, two, generate_worker):  # noqa: F811
+    register_tiny(session, "broken", path="models/not-there")
+    said = client.post("/playground/ab", data={"models": ["tiny", "broken"], "prompt": "Hello"})
+    assert said.status_code == 503 and "is gone" in said.text and "Hello" in said.text
+    assert session.scalars(select(Vote)).all() == []
+    assert client.post("/playground/ab", data={"models": ["tiny", "tiny"], "prompt": "a"}).status_code == 400
+    assert client.post("/playground/ab", data={"models": ["tiny", "tiny-generic"], "prompt": " "}).status_code == 400
+
+
+def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
+    from tests.looks import look_at, sign_in
+
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/ab")
+    page.get_by_label("Model 1").select_option("tiny")
+    page.get_by_label("Model 2").select_option("tiny-generic")
+    page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")
+    page.get_by_label("Longest answer").fill("8")
+    page.get_by_role("button", name="Ask both").click()
+    page.get_by_text("Which answer is better?").wait_for()
+    look_at(page, "ab", tmp_path)
+    page.locator("h1").click()
+    page.keyboard.press("2")
+    page.get_by_text("Your vote is in").wait_for()
+    look_at(page, "ab-voted", tmp_path)
+    session.rollback()
+    assert session.scalars(select(Vote.choice)).one() == 2
