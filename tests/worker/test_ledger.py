@@ -19,6 +19,8 @@ def run(spec, data_dir: Path, job: str):
 
 def test_a_wrong_row_stands_on_top(data_dir: Path, tiny_model: Path) -> None:
     rows = chat_rows(24)
+    for row in rows:
+        row["messages"][1]["content"] = "The belly is made of spruce."
     rows[7]["messages"][1]["content"] = "zq xv jj kw qz vx wq zz"
     model, data = put_model(tiny_model), put_dataset(rows)
     spec = order(model, data, "full", epochs=8, learning_rate=5e-3, validation_fraction=0, samples=0)
