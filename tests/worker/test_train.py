@@ -60,7 +60,7 @@ def test_equal_orders_give_equal_weights_and_accumulation_changes_nothing(data_d
 def test_the_loss_of_a_step_is_its_packs_together(data_dir: Path, tiny_model: Path) -> None:
     """Normalised by the tokens learnt in the whole window, not by the mean of the packs' means."""
     model, data = put_model(tiny_model), put_dataset(chat_rows(12))
-    run_settings = {"epochs": 1, "validation_fraction": 0, "max_steps": 1, "warmup_fraction": 0, "max_grad_norm": 0}
+    run_settings = {"epochs": 1, "validation_fraction": 0, "max_steps": 1, "warmup_fraction": 0, "max_grad_norm": 0, "precision": "fp32"}
     whole = run(order(model, data, max_tokens_per_step=4000, **run_settings), data_dir, "whole")
     parts = run(order(model, data, max_tokens_per_step=600, accumulation=2, **run_settings), data_dir, "parts")
     one, two = of(whole, events.Step)[0], of(parts, events.Step)[0]
