@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 Verdict = Literal["gained", "within noise", "forgot a little", "forgot some", "forgot much"]
 RESAMPLES = 2000
-LITTLE, SOME = 0.02, 0.10
-"""Relative changes up to which forgetting is called little, and some."""
+NEGLIGIBLE, LITTLE, SOME = 0.001, 0.02, 0.10
+"""Relative changes up to which a change is called nothing, and forgetting little, and some."""
 
 
 class TextScore(NamedTuple):
@@ -64,11 +64,11 @@ def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: in
 
 
 def judge(change: float, interval: tuple[float, float]) -> Verdict:
-    """A change whose interval holds zero is noise, however large."""
+    """A change whose interval holds zero is noise, however large; so is one that no reader would notice, however steady."""
     low, high = interval
     if not math.isfinite(change):
         return "forgot much"
-    if low <= 0 <= high:
+    if low <= 0 <= high or abs(change) < NEGLIGIBLE:
         return "within noise"
     if change < 0:
         return "gained"

@@ -64,8 +64,8 @@ class RunSettings(_Frozen):
     )
     samples: int = Field(3, ge=0, le=16, description="Answers written to held-out prompts at each evaluation, to read how it goes.")
     sample_tokens: int = Field(64, ge=1, le=1024, description="Longest sample answer.", json_schema_extra={"unit": "tokens"})
-    evaluation_answers: int = Field(
-        8, ge=0, le=32, description="Held-out rows answered in full by the base and the result at the end. 0 writes none."
+    forgetting: bool = Field(
+        True, description="Score the model on general texts before and at the end, to see what it forgot. Takes some seconds."
     )
     row_losses: bool = Field(
         True,

@@ -110,7 +110,13 @@ def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def answers(
-    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = (), seconds: float | None = None
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    most: int,
+    engine: Engine,
+    lead: Sequence[int] = (),
+    seconds: float | None = None,
 ) -> list[str]:
     """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values.
     `lead` are the placeholders of a soft prompt. After `seconds` all end where they are."""

@@ -22,10 +22,11 @@ import torch
 from app import events
 from app.errors import BadData, StudioError
 from app.estimate import operations_per_token, recomputed_layers, speed_of
+from app.forgetting import TextScore
 from app.machine import this_machine
 from app.settings import get_settings
 from app.spec import JobSpec, RunSettings
-from worker import attention, batches, checkpoint, evaluate, kernels, ledger, optim, processes
+from worker import attention, batches, checkpoint, evaluate, forgetting, kernels, ledger, optim, processes
 from worker.batches import Tokenised, make_batch
 from worker.checkpoint import State, relative
 from worker.device import Engine, choose, peak_memory, rng_tensors, set_rng
@@ -132,7 +133,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     model = load_plain(spec.model, engine.frozen, attention.NAME, str(engine.device), type(strategy).base_bits)
     kernels.use_fused_norms(model)
+    remembered: list[TextScore] = []
+    if run.forgetting and processes.size() == 1:
+        yield _log("info", "Scoring general texts, to see in the end what was forgotten.")
+        remembered = forgetting.before(spec, model, tokenizer, data.budget, engine)
     if not found and data.questions:
+        yield _log("info", f"Writing what {spec.model.name} answers before tuning.")
         state.base_answers = evaluate.answers(model, tokenizer, data.questions, run.sample_tokens, engine)
     if data.lesson:
         data.lesson.prepare(model, engine, folder, data.budget)
@@ -161,7 +167,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     with processes.together(engine.device) as job.world:
         yield from _steps(job, control)
     if job.world.first and not (control.stop and state.step < data.total_steps):
-        yield finish(job)
+        yield finish(job, remembered)
 
 
 def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
@@ -456,13 +462,17 @@ def save(job: Trainee) -> events.Saved:
     )
 
 
-def finish(job: Trainee) -> events.Finished:
-    """Write the result: the best checkpoint's weights where rows were held out, else the last ones."""
+def finish(job: Trainee, remembered: list[TextScore]) -> events.Finished:
+    """Write the result: the best checkpoint's weights where rows were held out, else the last ones. `remembered` are the
+    scores of general texts before tuning, where they were taken."""
     state, spec = job.state, job.spec
     steps = state.step
     if state.best_path and state.best_step != steps:
         checkpoint.load_weights(get_settings().data_dir / state.best_path, job.trained)
     ledger.after(job)
+    lost = None
+    if remembered:
+        lost = forgetting.after(spec, job.model, job.tokenizer, job.lead, job.data.budget, job.engine, remembered)
     written, revision, adapter = export(job.attempt, spec, job.model, job.tokenizer, state)
     state.wall_seconds = time.monotonic() - job.began
     measured = events.Measured(
@@ -485,5 +495,6 @@ def finish(job: Trainee) -> events.Finished:
         best_step=state.best_step,
         labels=list(spec.model.labels) if spec.model.labels else None,
         measured=measured,
+        forgetting=lost,
         evaluation={"rows": len(job.data.held_out), "base": state.before, "tuned": state.best} if state.best else {},
     )

@@ -22,6 +22,9 @@ from worker.loss import head_of, linear_cross_entropy
 from worker.prompts import prepare_tokenizer, tuned_kind
 from worker.scores import text_scores
 
+ANSWERED = 8
+"""Held-out rows that a final evaluation answers in full with the base and with the result."""
+
 
 class Writing(Lesson):
     unit: ClassVar = "token"
@@ -98,13 +101,13 @@ class Writing(Lesson):
 
         The base is loaded once more, after the tuned model was dropped, so that both are never in memory together.
         """
-        state, engine, run = job.state, job.engine, self.spec.run
+        state, engine = job.state, job.engine
         tuned, base = dict(state.best or state.last), dict(state.before)
         if not len(self.held_out) or not tuned:
             yield {}
             return
         worst, best = _changed_most(state.base_rows, state.best_rows)
-        asked = self._asked(run.evaluation_answers)
+        asked = self._asked(ANSWERED)
         listed = [i for i in [*worst, *best] if i not in asked] if asked else []
         listed_asked = self._questions([*asked, *listed])
         answers: tuple[dict[int, str], dict[int, str]] = ({}, {})

@@ -156,7 +156,7 @@ def pairs_id(ai, user):
 
 def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data_dir):
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 4, "batch_size": 4}}}
-    run = {"learning_rate": 1e-2, "samples": 1, "sample_tokens": 4, "evaluation_answers": 0}
+    run = {"learning_rate": 1e-2, "samples": 1, "sample_tokens": 4}
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, method=method, seed=3, extra_body={"run": run})
     assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.3 and job.method.dpo.hyperparameters.n_epochs == 4
     assert job.task == "preference" and job.preference["beta"] == 0.3 and job.run["epochs"] == 4

@@ -67,6 +67,7 @@ def order(model: ModelRef, data: DatasetRef, strategy: str = "lora", settings: d
         "learning_rate": 5e-3,
         "early_stopping_patience": 0,
         "precision": "fp32",
+        "forgetting": False,
         **run,
     }
     chosen = STRATEGIES[strategy](**(settings or {}))

@@ -32,8 +32,8 @@ def test_a_whole_job(data_dir: Path, tiny_model: Path, strategy: str) -> None:
     model = put_model(tiny_model)
     spec = order(model, put_dataset(chat_rows()), strategy, epochs=6, samples=2, sample_tokens=6, learning_rate=2e-2)
     said = run(spec, data_dir)
-    started, finished, steps = said[0], said[-1], of(said, events.Step)
-    assert isinstance(started, events.Started) and isinstance(finished, events.Finished)
+    (started,), finished, steps = of(said, events.Started), said[-1], of(said, events.Step)
+    assert isinstance(finished, events.Finished)
     assert [s.step for s in steps] == list(range(1, started.total_steps + 1))
     assert steps[-1].loss < steps[0].loss - 0.03
     assert started.trainable_parameters == spec.strategy.trainable(model.shape)
