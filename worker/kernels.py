@@ -45,16 +45,6 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(max(lists, key=len)) if lists else []
 
 
-def keep_float_stream(model: torch.nn.Module) -> None:
-    """Carry the sums between blocks in float32 though the weights are bf16: a small learnt part added to a value that is
-    already rounded would be lost. For strategies whose correction is not added inside a product."""
-    model.get_input_embeddings().register_forward_hook(_to_float)
-
-
-def _to_float(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
-    return out.float()
-
-
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 LEAST_SECONDS_TO_COMPILE = 120.0

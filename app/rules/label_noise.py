@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from app.formats import Finding
 from app.formats._base import fix, shown
 from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WIDTH = 1 << 15
 FOLDS = 5
@@ -44,6 +46,8 @@ class LabelNoise(Rule):
         self._labels.append(self._names.setdefault(seen.row["label"], len(self._names)))
 
     def finish(self) -> None:
+        import numpy as np
+
         rows, classes = len(self._lines), len(self._names)
         if rows < FEWEST_ROWS or not 2 <= classes <= MOST_LABELS:
             return
@@ -72,6 +76,8 @@ class LabelNoise(Rule):
         self, features: np.ndarray, owner: np.ndarray, labels: np.ndarray, used: np.ndarray, classes: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Logarithms of the classes' shares (C,) and of each word's share in each class (C, WIDTH), with one added to each count."""
+        import numpy as np
+
         keep = used[owner]
         counts = np.bincount(labels[owner[keep]] * WIDTH + features[keep], minlength=classes * WIDTH).reshape(classes, WIDTH) + 0.1
         prior = np.bincount(labels[used], minlength=classes) + 1.0

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import zlib
 from array import array
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from app.formats import Finding
 from app.formats._base import fix
 from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HASHES, BANDS = 64, 16
 ALIKE = 0.8
@@ -25,6 +27,8 @@ _PRIME = (1 << 31) - 1
 
 class NearDuplicates(Rule):
     def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+        import numpy as np
+
         super().__init__(say, task)
         draw = np.random.default_rng(20260101)
         self._a = draw.integers(1, _PRIME, size=(HASHES, 1), dtype=np.uint64)
@@ -34,6 +38,8 @@ class NearDuplicates(Rule):
         self._exact: set[int] = set()
 
     def see(self, seen: Seen) -> None:
+        import numpy as np
+
         if len(self._lines) >= MOST_ROWS:
             return
         words = [word for _, text in seen.texts for word in WORD.findall(text.lower())][:MOST_WORDS]
@@ -51,6 +57,8 @@ class NearDuplicates(Rule):
         self._lines.append(seen.line)
 
     def finish(self) -> None:
+        import numpy as np
+
         signatures = np.frombuffer(bytes(self._signatures), dtype=np.uint32).reshape(-1, HASHES)
         best: dict[int, tuple[float, int]] = {}
         width = HASHES // BANDS
@@ -72,6 +80,8 @@ class NearDuplicates(Rule):
 
 def _groups(order: np.ndarray, same: np.ndarray) -> list[np.ndarray]:
     """Runs of rows with an equal key, as row numbers in rising order."""
+    import numpy as np
+
     if not same.any():
         return []
     edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
