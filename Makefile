@@ -21,7 +21,9 @@ studio: $(VENV)/.installed
 	@exec $(BIN)/luthier up
 
 test: $(VENV)/.installed-test $(VENV)/.browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	@# Two at a time; what failed beside others is tried once more alone, so that a busy machine is not called a defect.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) \
+	 || HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.training $(ARGS)
