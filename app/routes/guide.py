@@ -1,0 +1,116 @@
+"""The guide: how to use the studio, and a page per strategy rendered from its class, so that it cannot go stale."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import annotated_types
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic.fields import FieldInfo
+from sqlalchemy import select
+
+from app import models
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import NotFound
+from app.formats import FORMATS
+from app.forms import Control, controls
+from app.shapes import Shape
+from app.strategies import STRATEGIES, Strategy
+from app.tables import Job
+from app.web import render
+
+pages = APIRouter()
+
+FAMILIES = {
+    "feature": ("Frozen features", "The model is only read; a small classifier learns on what it says."),
+    "partial": ("A part on top", "New layers, or the topmost ones, learn; the rest is frozen."),
+    "full": ("Everything", "Every weight learns."),
+    "additive": ("Something added", "Adapters between the layers, or vectors before the text, learn; the model itself is frozen."),
+    "selective": ("A few of its own numbers", "Only the model's biases, norms or scales learn."),
+    "reparametrized": ("A correction beside each layer", "The change of a layer is learnt as something much smaller than the layer."),
+}
+"""Families in plain words. A family that is not here is shown under its own name."""
+
+FORGETS = {
+    "little": "Little: the base stays as it was, and what is learnt can be taken off again.",
+    "some": "Some: parts of the model itself move. Look at the forgetting score of the job.",
+    "much": "Much: every weight moves. Look at the forgetting score of the job, and keep the learning rate low.",
+}
+
+WORDS = [
+    ("File", "uploaded bytes, stored once; with the purpose fine-tune it becomes a dataset"),
+    ("Dataset", "a file read as rows of one format, with a report on every row"),
+    ("Format", "what a row looks like: plain text, completion, instruction, chat, preference or classification"),
+    ("Task", "what is learnt: generation, classification or preference"),
+    ("Model", "base or tuned; its kind says what it does: generic, instruction, dialogue, classifier or encoder"),
+    ("Strategy", "how a model is tuned: what is frozen and what learns"),
+    ("Job", "one order to tune, and everything that happened to it; an attempt is one try of it"),
+    ("Checkpoint", "a saved state that a job can go on from and that the playground can load"),
+    ("Forgetting", "what a tuned model lost on general text that its base had"),
+]
+
+
+@pages.get("/guide")
+def guide(request: Request, user: CurrentUser) -> Response:
+    by_family = sorted(STRATEGIES.values(), key=lambda cls: list(FAMILIES).index(cls.family) if cls.family in FAMILIES else 99)
+    families = [
+        (family, *FAMILIES.get(family, (family.capitalize(), "")), list(group))
+        for family, group in groupby(by_family, lambda cls: cls.family)
+    ]
+    return render(
+        request, "guide.html", families=families, words=WORDS, formats=FORMATS.values(), name_of=name_of, address=str(request.base_url)
+    )
+
+
+@pages.get("/guide/{strategy}")
+def strategy_page(request: Request, user: CurrentUser, session: Db, strategy: str) -> Response:
+    cls = STRATEGIES.get(strategy)
+    if cls is None:
+        raise NotFound(f"There is no strategy {strategy[:60]!r}.", way_out="The guide lists every one.", param="strategy")
+    done = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.status == "succeeded")
+    jobs = session.scalars(done.where(Job.spec["strategy"]["name"].astext == strategy).order_by(Job.created_at.desc()).limit(5)).all()
+    return render(
+        request, "strategy.html", cls=cls, name=strategy, fields=[(c, bounds(c, cls.model_fields[c.name])) for c in controls(cls, "strategy")], jobs=jobs,
+        forgets=FORGETS[cls.forgets], family=FAMILIES.get(cls.family, (cls.family, "")), costs=costs(session, user, cls),
+        siblings=[other for other in STRATEGIES.values() if other.family == cls.family and other is not cls], name_of=name_of,
+    )  # fmt: skip
+
+
+def name_of(cls: type[Strategy]) -> str:
+    return str(cls.model_fields["name"].default)
+
+
+def bounds(control: Control, info: FieldInfo) -> str:
+    """What may be written into a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
+    if control.widget == "checkbox":
+        return "yes or no"
+    if control.choices:
+        return ", ".join(choice or "automatic" for choice in control.choices)
+    low = high = ""
+    for rule in info.metadata:
+        match rule:
+            case annotated_types.Ge(ge=bound):
+                low = f"{bound} or more"
+            case annotated_types.Gt(gt=bound):
+                low = f"more than {bound}"
+            case annotated_types.Le(le=bound):
+                high = f"up to {bound}"
+            case annotated_types.Lt(lt=bound):
+                high = f"less than {bound}"
+    return ", ".join(part for part in (low, high) if part) or ("a number" if control.widget == "number" else "text")
+
+
+def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
+    """How much of each base model here it would train, with its own settings: counted, not listed by hand."""
+    found = []
+    for model in models.list_(session, user):
+        if model.shape and model.job_id is None and model.status == "ready":
+            shape = Shape.model_validate(model.shape)
+            task = cls.tasks[0]
+            reason = cls().unavailable(shape, task=task)
+            learns = None if reason else cls().learns(shape, task=task, labels=10)
+            found.append({"model": model, "learns": learns, "share": learns / shape.parameters() if learns else None, "reason": reason})
+    return found[:6]

@@ -1,0 +1,121 @@
+"""Advice and the guide: what they show follows from the strategies, the data and the machine."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import pytest
+
+from app import datasets, files, ids
+from app.machine import this_machine
+from app.shapes import Shape
+from app.strategies import STRATEGIES
+
+
+def make(session, user, rows: list[dict], name: str):
+    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
+    session.flush()
+    found = datasets.create(session, user, file)
+    session.commit()
+    datasets.read(found.id)
+    session.refresh(found)
+    assert found.status == "ready", found.error
+    return found
+
+
+@pytest.fixture
+def chats(session, user, data_dir):
+    turns = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes. " * 9}]} for n in range(60)]
+    return make(session, user, turns, "replies.jsonl")
+
+
+@pytest.fixture
+def labelled(session, user, data_dir):
+    rows = [{"text": f"text number {n} about things", "label": "abc"[n % 3] if n % 5 else "a"} for n in range(60)]
+    return make(session, user, rows, "kinds.jsonl")
+
+
+def ask(api, model, dataset, change=None):
+    return api.post("/v1/advice", json={"model": model.name, "dataset_id": ids.public(ids.DATASET, dataset.id), **(change or {})})
+
+
+def test_every_strategy_is_ranked_with_its_cost_or_the_reason_against_it(api, tiny_registered, chats):
+    found = ask(api, tiny_registered, chats).json()
+    assert {a["strategy"] for a in found["ranking"]} == set(STRATEGIES)
+    shape = Shape.model_validate(tiny_registered.shape)
+    for a in found["ranking"]:
+        reason = STRATEGIES[a["strategy"]]().unavailable(shape, task="generation", cuda=this_machine().cuda)
+        assert a["available"] == (reason is None) and a["reason"] == reason
+        if a["available"]:
+            assert a["cost"]["memory_bytes"] > 0 and a["cost"]["trainable_parameters"] == STRATEGIES[a["strategy"]]().learns(shape)
+    scores = [a["score"] for a in found["ranking"] if a["available"]]
+    assert scores == sorted(scores, reverse=True) and [a["advised"] for a in found["ranking"]].count(True) == 1
+    assert found["facts"]["rows"] == 60 and found["facts"]["memory_bytes"] == this_machine().training_memory_bytes
+
+
+def test_labels_change_the_facts_and_the_advice(api, tiny_registered, labelled):
+    found = ask(api, tiny_registered, labelled).json()
+    counts = labelled.report["labels"]
+    assert found["facts"]["task"] == "classification" and found["facts"]["classes"] == 3
+    assert (found["facts"]["smallest_class"], found["facts"]["largest_class"]) == (min(counts.values()), max(counts.values()))
+    assert found["ranking"][0]["strategy"] == "feature_extraction"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gone"}, 404, "model"),
+        ({"dataset_id": "ds-" + "0" * 32}, 404, None),
+        ({"dataset_id": None}, 400, "dataset_id"),
+        ({"run": {"max_length": 1}}, 400, "run.max_length"),
+        ({"colour": "red"}, 400, "colour"),
+    ],
+)
+def test_a_wrong_question_says_what_is_wrong(api, tiny_registered, chats, change, status, param):
+    answer = ask(api, tiny_registered, chats, change)
+    assert answer.status_code == status, answer.text
+    assert param is None or answer.json()["error"]["param"] == param
+
+
+def test_another_persons_dataset_is_not_there(api, session, tiny_registered, chats):
+    from app.tables import User
+
+    other = User(name="somebody else")
+    session.add(other)
+    session.flush()
+    chats.owner_id = other.id
+    session.commit()
+    assert ask(api, tiny_registered, chats).status_code == 404
+
+
+def test_the_form_leads_to_the_advice_and_the_advice_back(client, tiny_registered, chats):
+    form = client.get(f"/jobs/new?dataset={ids.public(ids.DATASET, chats.id)}")
+    link = html.unescape(re.search(r'href="(/jobs/advice[^"]*)"', form.text).group(1))
+    page = client.get(link)
+    assert page.status_code == 200 and 'class="pill ok">advised' in page.text
+    back = html.unescape(re.search(r'href="(/jobs/new\?[^"]*strategy=[^"]*)"', page.text).group(1))
+    named = re.search(r"strategy=(\w+)", back).group(1)
+    assert re.search(rf'value="{named}" checked', client.get(back).text)
+
+
+def test_without_data_the_advice_says_where_to_get_it(client, tiny_registered):
+    assert "A dataset is needed first" in client.get("/jobs/advice").text
+
+
+def test_the_guide_has_a_page_for_every_strategy_with_all_its_settings(client, tiny_registered):
+    index = html.unescape(client.get("/guide").text)
+    for name, cls in STRATEGIES.items():
+        assert f'href="/guide/{name}"' in index and cls.summary in index
+        page = client.get(f"/guide/{name}")
+        text = html.unescape(page.text)
+        assert page.status_code == 200 and cls.when_to_use in text
+        assert all(info.description in text for field, info in cls.model_fields.items() if field != "name"), name
+        assert cls.paper is None or cls.paper[1] in text
+    assert client.get("/guide/nothing").status_code == 404
+
+
+def test_the_guide_tells_open_bounds_from_closed_ones(client, tiny_registered):
+    text = html.unescape(client.get("/guide/lora").text)
+    assert "1 or more, up to 1024" in text and "more than 0, up to 4096" in text and "0 or more, less than 1" in text
