@@ -163,12 +163,17 @@ def activation_floats(shape: Shape, *, norms_trained: bool = False, cuda: bool =
     return norms + 3 * q + 2 * kv + repeated + feed_forward
 
 
+CPU_BF16_BYTES = 3.7
+"""Bytes per activation of a bf16 job on a CPU, where attention, norms and the sums between blocks stay in float32. Measured
+on one LoRA of 1,024 tokens a step on a 135 M model: 2.28 GB at its peak."""
+
+
 def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int) -> MemoryParts:
     """Peak bytes by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
-    tokens, width = pack_tokens(run, longest), 2 if half else 4
+    tokens, width = pack_tokens(run, longest), (2 if machine.cuda else CPU_BF16_BYTES) if half else 4
     per_layer = tokens * (activation_floats(shape, norms_trained=not strategy.adapter, cuda=machine.cuda) * width)
     kept = (shape.layers - recompute) * per_layer + recompute * tokens * shape.hidden * width + (per_layer if recompute else 0)
     backward = tokens * 3 * shape.intermediate * width  # gradients of the widest products, alive together
@@ -181,7 +186,7 @@ def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, 
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=activations,
+        activations=int(activations),
         other=floor + LOGITS_BYTES + head_gradient,
     )
 
