@@ -105,7 +105,8 @@ def packed_attention(
         sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
-    if _WIDER and given == torch.bfloat16 and query.device.type == "cpu":
+    # Under autocast rotated queries and keys may be float32 already while values are not.
+    if _WIDER and query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype):
         query, key, value = query.float(), key.float(), value.float()
     with torch.autocast("cpu", enabled=False) if _WIDER else contextlib.nullcontext():
         # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
