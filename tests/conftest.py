@@ -389,9 +389,10 @@ def studio(starter_model: Path) -> Iterator[Studio]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
-    """Chromium: Debian's where it is installed, else the one Playwright brought."""
+    """Chromium: Debian's where it is installed, else the one Playwright brought. One per file, because Playwright keeps an
+    event loop running in this thread while it is open, beside which no other test could start one."""
     from playwright.sync_api import sync_playwright
 
     system = shutil.which("chromium") or shutil.which("chromium-browser")
