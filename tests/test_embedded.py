@@ -135,6 +135,9 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_start_recovers(running,
     wait_until(lambda: not processes_of(folder), what="the end of every process", seconds=15)
 
     (folder / "postgres" / "postmaster.pid").write_text(f"{os.getpid()}\n{folder}/postgres\n1\n5432\n\n\n\n")  # as after a power cut
+    lock = folder / "run" / "postgres" / ".s.PGSQL.5432.lock"
+    assert not lock.exists(), "PostgreSQL was killed instead of being allowed to stop in order"
+    lock.write_text(f"{os.getpid()}\n{folder}/postgres\n1\n5432\n{lock.parent}\n\n\n")
     again = start_studio(folder)
     try:
         wait_until(lambda: is_ready(again), what="the studio", seconds=60, log=again.log)

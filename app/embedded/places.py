@@ -35,19 +35,26 @@ def private_folder(path: Path, owner: tuple[int, int] | None = None) -> Path:
     return path
 
 
+def socket_path(data_dir: Path, name: str) -> Path:
+    """Where `socket_folder` is or would be; nothing is made."""
+    folder = data_dir / "run" / name
+    if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= LONGEST_SOCKET_PATH_BYTES:
+        return folder
+    digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
+    return Path("/tmp") / f"luthier-{os.geteuid()}-{digest}-{name}"  # noqa: S108
+
+
 def socket_folder(data_dir: Path, name: str, owner: tuple[int, int] | None = None) -> Path:
     """The 0700 folder of one server's socket: `<data_dir>/run/<name>`, or a short one when that path is too long.
 
     The short folder is derived from the data folder's path, so that every command finds it again without being told.
     """
-    folder = data_dir / "run" / name
-    if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) > LONGEST_SOCKET_PATH_BYTES:
-        digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
-        folder = Path("/tmp") / f"luthier-{os.geteuid()}-{digest}-{name}"  # noqa: S108
-        refuse_strangers(folder, owner)
-    else:
+    folder = socket_path(data_dir, name)
+    if folder.is_relative_to(data_dir):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.parent.chmod(0o711)
+    else:
+        refuse_strangers(folder, owner)
     return private_folder(folder, owner)
 
 

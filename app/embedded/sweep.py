@@ -18,7 +18,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from app.embedded.places import socket_path
+
 MARK = "LUTHIER_STUDIO"
+SERVERS_GRACE_SECONDS = 10.0
 
 
 def mark(data_dir: Path, run: str) -> str:
@@ -76,13 +79,16 @@ def clear(data_dir: Path) -> list[int]:
     """End what an earlier studio on this folder left, then remove the lock files of dead servers.
 
     Only the holder of the folder's lock may call this: then every process found is a leftover. PostgreSQL gets its
-    fast shutdown first. A stale `postmaster.pid` is removed here, because the number in it may by now belong to
-    another process, and PostgreSQL would believe that one to be itself and refuse to start.
+    fast shutdown first. Stale lock files (`postmaster.pid`, and the one beside the socket) are removed here: the number
+    in them may by now belong to another process, or to a dead one that nobody collects (a container whose first process
+    does not), and PostgreSQL would believe a server to be running and refuse to start.
     """
     found = [*marked(data_dir), *working_in(data_dir / "postgres"), *working_in(data_dir / "valkey")]
     end(end(working_in(data_dir / "postgres"), signal.SIGINT, wait_seconds=10))
     end([pid for pid in found if is_alive(pid)])
     (data_dir / "postgres" / "postmaster.pid").unlink(missing_ok=True)
+    for left in socket_path(data_dir, "postgres").glob(".s.PGSQL.*"):
+        left.unlink(missing_ok=True)
     return found
 
 
@@ -95,8 +101,14 @@ def warden(data_dir: Path, run: str, supervisor: int) -> None:
     except ProcessLookupError:
         pass
     for _ in range(3):  # what was just starting when the supervisor died may show its mark a moment later
-        end(marked(data_dir, run))
+        servers = {*working_in(data_dir / "postgres"), *working_in(data_dir / "valkey")}
+        end([pid for pid in marked(data_dir, run) if pid not in servers])
         time.sleep(0.3)
+    # The kernel has told the servers to stop (launch.py); they may take as long over it as in an orderly stop.
+    deadline = time.monotonic() + SERVERS_GRACE_SECONDS
+    while any(True for _ in marked(data_dir, run)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    end(marked(data_dir, run))
 
 
 if __name__ == "__main__":
