@@ -76,7 +76,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     # A row's sequences share a pack, and placeholders stand before each of them.
     rows, longest = rows + each * stats.rows * strategy.virtual_tokens(), each * (longest + strategy.virtual_tokens())
     held_out = 0.0 if spec.validation else run.validation_fraction
-    train_tokens = rows * (1 - held_out)
+    train_tokens = rows * (1 - held_out) * run.data_fraction
     steps = total_steps(train_tokens, run)
     tokens = int(min(run.epochs * train_tokens, steps * run.max_tokens_per_step))
     recompute = recomputed_layers(shape, strategy, run, longest, machine)

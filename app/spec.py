@@ -56,6 +56,12 @@ class RunSettings(_Frozen):
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of the rows held out, drawn by the seed, when no validation file is given."
     )
+    data_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training rows to learn from, drawn by the seed; the held-out rows stay the same. A learning curve is made of such jobs.",
+    )
     evaluations_per_epoch: float = Field(
         2, ge=0, le=100, description="How often validation loss is measured and a checkpoint saved. 0 measures only at the end."
     )

@@ -49,7 +49,7 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
     return held
 
 
-def key_of(row: dict[str, Any], seed: int) -> bytes:
+def key_of(row: dict[str, Any], seed: int | str) -> bytes:
     return hashlib.sha256(f"{seed}\n{json.dumps(row, sort_keys=True, ensure_ascii=False)}".encode()).digest()
 
 

@@ -98,3 +98,9 @@ def test_a_pair_is_two_sequences_in_one_pack_and_is_read_once_before() -> None:
 def test_this_machine() -> None:
     found = machine.this_machine()
     assert found.cores >= 1 and found.memory_bytes > 2**28 and found.training_memory_bytes > 0
+
+
+def test_a_share_of_the_data_takes_that_share_of_the_tokens() -> None:
+    whole, half = estimate.estimate(spec(), STATS, CPU), estimate.estimate(spec(data_fraction=0.5), STATS, CPU)
+    assert half.tokens == pytest.approx(whole.tokens / 2, rel=0.01) and half.steps == pytest.approx(whole.steps / 2, rel=0.02)
+    assert half.seconds < whole.seconds and half.memory_bytes == whole.memory_bytes

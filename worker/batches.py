@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from app.errors import BadData
 from app.settings import get_settings
 from app.spec import DatasetRef, Split
-from app.splits import divide
+from app.splits import divide, key_of
 from worker.attention import Frame, packed_arguments
 from worker.prompts import render_row
 
@@ -68,6 +69,24 @@ def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = N
     return [r for r, key in zip(rows, keys, strict=True) if key > last], sorted(held, key=lambda r: r.line)
 
 
+def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
+    """The part of the training rows that `run.data_fraction` asks for, in their order. A smaller share lies within a larger.
+
+    Which rows follows from their content and the seed. Of labelled rows every class gives its share and at least one row, so
+    that a small share can still tell all classes; of others at least one row is left.
+    """
+    if fraction >= 1:
+        return list(rows)
+    parts: dict[Any, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        parts[row.row.get("label")].append(place)
+    kept: set[int] = set()
+    for places in parts.values():
+        drawn = sorted(places, key=lambda place: (key_of(rows[place].row, f"{seed} share"), place))
+        kept.update(drawn[: max(1, round(fraction * len(drawn)))])
+    return [row for place, row in enumerate(rows) if place in kept]
+
+
 @dataclass(frozen=True)
 class Tokenised:
     """Rendered rows, end to end: row i is `ids[starts[i]:starts[i + 1]]`. Rows that teach nothing were left out."""
@@ -86,6 +105,16 @@ class Tokenised:
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    def without(self, lead: int) -> Tokenised:
+        """The same rows without the `lead` placeholders before each, as a model reads them that has learnt nothing to put there."""
+        if not lead:
+            return self
+        kept = np.ones(len(self.ids), bool)
+        for place in range(lead):
+            kept[self.starts[:-1] + place] = False
+        starts = self.starts - lead * np.arange(len(self.starts))
+        return replace(self, ids=self.ids[kept], trained=self.trained[kept], starts=starts)
 
     def __len__(self) -> int:
         return len(self.lines)
