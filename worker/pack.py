@@ -1,7 +1,9 @@
-"""Which rows share a step: best-fit-decreasing into a token budget, in an order that the seed decides.
+"""Which rows share a step: each into the fullest pack that still takes it, in an order that the seed decides.
 
-Packing a whole dataset at once would put equal lengths together in every epoch, so rows are shuffled first and packed in
-windows of a few dozen packs; what fills a pack badly waits for the next window. Packs are then shuffled too.
+Rows are packed in their shuffled order, in windows of a few dozen packs; what fills a pack badly waits for the next window.
+Packs are then shuffled too. Longest first, the usual order, would fill packs no better here and sort the data: on lengths
+like those of instructions (median 180, 16,384 tokens a pack) both orders fill 98.9 %, but longest first puts 16 rows into
+one step and 307 into another, shuffled order 32 to 89. Steps of short rows and steps of long ones pull in different directions.
 """
 
 from __future__ import annotations
@@ -27,19 +29,24 @@ def plan(lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: in
         window.append(row)
         held += lengths[row]
         if held >= WINDOW_PACKS * budget:
-            good, window = _settle(best_fit(window, lengths, budget, most), lengths, budget, most)
+            good, window = _settle(fit(window, lengths, budget, most), lengths, budget, most)
             packs += good
             held = sum(lengths[r] for r in window)
-    packs += best_fit(window, lengths, budget, most)
+    packs += fit(window, lengths, budget, most)
     draw.shuffle(packs)
     return packs
 
 
 def best_fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
-    """Best-fit-decreasing: the longest row first, each into the fullest pack that still takes it."""
+    """Best-fit-decreasing, for rows that are only scored: the longest row first."""
+    return fit(sorted(rows, key=lambda r: (-lengths[r], r)), lengths, budget, most)
+
+
+def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
+    """Each row, as they come, into the fullest pack that still takes it."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, pack), sorted; packs that take no more rows are dropped
-    for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+    for row in rows:
         at = bisect.bisect_left(room, (lengths[row], -1))
         if at == len(room):
             packs.append([row])

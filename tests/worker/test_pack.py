@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
+import statistics
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +37,17 @@ def test_packs_are_nearly_full_and_mixed() -> None:
     near = sum(abs(a - b) for a, b in itertools.pairwise(means)) / (len(means) - 1)
     far = sum(abs(a - b) for a, b in itertools.combinations(means, 2)) / (len(means) * (len(means) - 1) / 2)
     assert near > 0.6 * far
+
+
+def test_a_step_holds_short_and_long_rows() -> None:
+    """As many rows in each step as chance would put there, within a little: no step of short rows alone."""
+    draw = random.Random(0)
+    sizes = [min(1024, max(16, int(180 * math.exp(draw.gauss(0, 0.8))))) for _ in range(3000)]
+    packs = plan(sizes, 16_384, seed=1, epoch=0)
+    assert sum(sizes) / (16_384 * len(packs)) > 0.97
+    rows = [len(pack) for pack in packs]
+    by_chance = statistics.pstdev(sizes) / statistics.mean(sizes) * math.sqrt(statistics.mean(rows))
+    assert statistics.pstdev(rows) < 1.5 * by_chance  # longest first: 7 times
 
 
 def test_a_stream_goes_on_from_any_place() -> None:
