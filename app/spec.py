@@ -115,11 +115,18 @@ class PreferenceSettings(_Frozen):
 
 
 class Adapter(_Frozen):
-    """One adapter on the way from a base to a tuned model. `path` is relative to the data folder."""
+    """One adapter on the way from a base to a tuned model. `path` is relative to the data folder. `blend` is how much of its
+    change is played; below 1 a whole model may stand here too, to be mixed with the base it lies on."""
 
     strategy: str
     path: str
     sha256: str
+    blend: float = Field(1.0, ge=0, le=1, exclude_if=lambda share: share == 1)
+
+    @property
+    def key(self) -> str:
+        """What tells it from every other adapter, and from itself at another blend."""
+        return self.sha256 if self.blend == 1 else f"{self.sha256 or self.path}@{self.blend:g}"
 
 
 class ModelRef(_Frozen):

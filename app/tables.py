@@ -312,14 +312,16 @@ class Evaluation(Base):
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     kind: Mapped[str] = mapped_column(comment="scores, advice or blend")
-    status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded or failed")
+    status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
     dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
     spec: Mapped[JSON] = mapped_column(comment="app.evaluations.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
+    stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim")
+    deaths: Mapped[int] = mapped_column(server_default="0", comment="processes that died over it")
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]

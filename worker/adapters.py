@@ -38,8 +38,11 @@ def _plain(config: dict[str, Any]) -> bool:
     return config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not any(config.get(x) for x in extras)
 
 
-def read_lora(folder: Path, linears: dict[str, torch.nn.Linear], dtype: torch.dtype, device: torch.device) -> LoraWeights | None:
-    """A folder in peft's layout, or None when it holds more than plain LoRA and peft itself must load it."""
+def read_lora(
+    folder: Path, linears: dict[str, torch.nn.Linear], dtype: torch.dtype, device: torch.device, blend: float = 1.0
+) -> LoraWeights | None:
+    """A folder in peft's layout, or None when it holds more than plain LoRA and peft itself must load it. `blend` is how much
+    of the correction is played."""
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         return None
@@ -56,7 +59,7 @@ def read_lora(folder: Path, linears: dict[str, torch.nn.Linear], dtype: torch.dt
         linear = linears.get(layer)
         if linear is None or (linear.in_features, linear.out_features) != (a.shape[1], b.shape[0]):
             return None
-        scaled = b.float().T * _scaling(config, layer, a.shape[0])
+        scaled = b.float().T * (blend * _scaling(config, layer, a.shape[0]))
         layers[layer] = (a.to(device, dtype), scaled.contiguous().to(device, dtype))
     if 2 * len(layers) != len(tensors) or not layers:
         return None

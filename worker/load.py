@@ -83,10 +83,11 @@ def load_strategy(folder: Path) -> Strategy:
 
 
 def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
-    """The model with one adapter on it."""
+    """The model with one adapter on it, at the adapter's blend."""
     folder = folder_of(adapter.path)
     try:
-        return load_strategy(folder).load(model, folder)
+        strategy = load_strategy(folder)
+        return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
     except (OSError, ValueError, KeyError) as error:
         raise BadModel(
             f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Tune again, or choose another model."

@@ -54,6 +54,8 @@ class Strategy(BaseModel, ABC):
     place: ClassVar[int] = 100  # order in the form, lowest first
     adapter: ClassVar[bool] = True  # the result needs its base's weights; False: it is a whole model
     merges: ClassVar[bool] = False  # `merge` gives a plain model with the same outputs
+    blends: ClassVar[bool] = False  # `load_blended` can play it at less than its full strength
+    no_blend: ClassVar[str] = "what it changes has no halfway."  # why not, where `blends` is false
     switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
     default_learning_rate: ClassVar[float] = 2e-4
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
@@ -127,6 +129,10 @@ class Strategy(BaseModel, ABC):
 
         The base's own tensors are never written to, since siblings may share them: a changed parameter is a new one.
         """
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        """As `load`, but at a place between the base (`share` 0) and the result (1). Only where `blends` is true."""
+        raise TypeError(f"{self.title} cannot be blended with its base: {self.no_blend}")
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         """A plain model with the same outputs. Only where `merges` is true."""

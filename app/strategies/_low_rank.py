@@ -28,6 +28,8 @@ class LowRank(PeftStrategy):
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
     merges: ClassVar = True
+    blends: ClassVar = True
+    scaled: ClassVar = (".lora_B.",)
     default_learning_rate: ClassVar = 5e-4
 
     rank: int = Field(

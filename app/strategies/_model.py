@@ -39,6 +39,15 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     return getattr(backbone(model), "norm", None)
 
 
+def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:
+    """Every parameter of `tuned` that is not the base's own, moved to a place between the base's (0) and its own (1)."""
+    for name, weight in tuned.named_parameters():
+        start = base.get(name)
+        if start is not None and start is not weight:
+            weight.data = (start.data.float() + share * (weight.data.float() - start.data.float())).to(weight.dtype)
+    return tuned
+
+
 def parent_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     """The module that holds a parameter, and the parameter's name in it."""
     path, _, last = name.rpartition(".")

@@ -22,6 +22,7 @@ NAME = "luthier"
 class Added(Strategy):
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
+    blends: ClassVar = True
 
     @abstractmethod
     def install(self, model: torch.nn.Module) -> None:
@@ -43,3 +44,10 @@ class Added(Strategy):
             named[name].data = value.to(named[name])
             named[name].requires_grad_(False)
         return model
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        loaded = self.load(model, folder)
+        for name, weight in loaded.named_parameters():
+            if f".{NAME}.up." in name:  # the last layer of what is added, so the sum is scaled
+                weight.data = share * weight.data
+        return loaded

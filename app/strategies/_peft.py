@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.strategies._base import Strategy
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 
 class PeftStrategy(Strategy):
+    scaled: ClassVar[tuple[str, ...]] = ()  # parts of the names of the adapter's weights in which its change is linear
+    neutral: ClassVar[float] = 0.0  # the value of those weights that changes nothing
+
     def task_type(self, task: str) -> str:
         """peft's word for the model it wraps: a classifier is wrapped without its head."""
         return "FEATURE_EXTRACTION" if task == "classification" else "CAUSAL_LM"
@@ -35,6 +38,15 @@ class PeftStrategy(Strategy):
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        if not self.blends:
+            return super().load_blended(model, folder, share)
+        loaded = self.load(model, folder)
+        for name, weight in loaded.named_parameters():
+            if any(part in name for part in self.scaled):
+                weight.data = self.neutral + share * (weight.data - self.neutral)
+        return loaded
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         if not self.merges:

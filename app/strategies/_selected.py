@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from app.shapes import Shape
 from app.strategies._base import Memory, Strategy
 from app.strategies._files import read_weights, write_adapter
-from app.strategies._model import parent_of
+from app.strategies._model import interpolate, parent_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Selected(Strategy):
     tasks: ClassVar = ("generation", "classification", "preference")
     merges: ClassVar = True  # it already is a plain model
+    blends: ClassVar = True
 
     @abstractmethod
     def chosen(self, model: torch.nn.Module) -> list[str]:
@@ -49,6 +50,10 @@ class Selected(Strategy):
         if getattr(model.config, "tie_word_embeddings", False):
             model.tie_weights()
         return model
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        base = dict(model.named_parameters())
+        return interpolate(base, self.load(model, folder), share)
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         return model

@@ -29,6 +29,7 @@ NAME = "luthier_prompt"
 class SoftPrompt(Strategy):
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "preference")
+    no_blend: ClassVar = "its learnt vectors stand before the text or they do not; half of each is another prompt that was never tried."
 
     tokens: int = Field(
         20, ge=1, le=1024, description="How many vectors are learnt. Each takes a place of the context.", json_schema_extra={"basic": True}

@@ -24,6 +24,7 @@ class AdaLora(LowRank):
     )
     place: ClassVar = 14
     default_learning_rate: ClassVar = 1e-3
+    scaled: ClassVar = (".lora_E.",)
 
     rank: int = Field(8, ge=1, le=512, description="Mean width that is left in the end.", json_schema_extra={"basic": True})
     start_rank: int | None = Field(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._low_rank import LowRank
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Dora(LowRank):
@@ -22,3 +26,13 @@ class Dora(LowRank):
 
     def variant(self) -> dict[str, Any]:
         return {"use_dora": True}
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        import torch
+
+        loaded = super().load_blended(model, folder, share)
+        for module in loaded.modules():
+            for length in getattr(module, "lora_magnitude_vector", {}).values():
+                start = torch.linalg.norm(module.get_base_layer().weight.float(), dim=1).to(length.weight)
+                length.weight.data = start + share * (length.weight.data - start)
+        return loaded

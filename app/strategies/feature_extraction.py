@@ -34,6 +34,7 @@ class FeatureExtraction(Strategy):
     place: ClassVar = 5
     recipe: ClassVar = "features"
     default_learning_rate: ClassVar = 1e-3
+    no_blend: ClassVar = "the model below it was never changed; only the classifier on top is new."
 
     classifier: Literal["logistic", "dense"] = Field(
         "logistic",
@@ -47,6 +48,10 @@ class FeatureExtraction(Strategy):
         None, gt=0, le=1e6, description="Inverse strength C of logistic regression. Empty chooses it by cross-validation."
     )
     width: int = Field(256, ge=1, le=8192, description="Width of the hidden layer of a dense classifier.")
+
+    passes: int = Field(
+        60, ge=1, le=10_000, description="How often a dense classifier sees the vectors; it stops early when validation does not improve."
+    )
 
     def trainable(self, shape: Shape) -> int:
         return 0

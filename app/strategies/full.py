@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Memory, Strategy
+from app.strategies._model import interpolate
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ class Full(Strategy):
     forgets: ClassVar = "much"
     place: ClassVar = 40
     adapter: ClassVar = False
+    blends: ClassVar = True
     default_learning_rate: ClassVar = 3e-5
 
     def trainable(self, shape: Shape) -> int:
@@ -51,3 +53,7 @@ class Full(Strategy):
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         return type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+
+    def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
+        tuned = self.load(model, folder).to(next(model.parameters()).device)
+        return interpolate(dict(model.named_parameters()), tuned, share)

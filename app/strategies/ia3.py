@@ -24,6 +24,9 @@ class Ia3(PeftStrategy):
     )
     place: ClassVar = 50
     merges: ClassVar = True
+    blends: ClassVar = True
+    scaled: ClassVar = (".ia3_l.",)
+    neutral: ClassVar = 1.0
     default_learning_rate: ClassVar = 5e-3
 
     def trainable(self, shape: Shape) -> int:

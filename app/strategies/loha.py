@@ -22,6 +22,7 @@ class LoHa(LowRank):
     )
     place: ClassVar = 15
     default_learning_rate: ClassVar = 1e-3
+    scaled: ClassVar = (".hada_w1_a.",)
 
     def trainable(self, shape: Shape) -> int:
         return 2 * super().trainable(shape)

@@ -24,6 +24,7 @@ class LoKr(LowRank):
     )
     place: ClassVar = 16
     default_learning_rate: ClassVar = 1e-3
+    scaled: ClassVar = (".lokr_w1.", ".lokr_w1_a.")
 
     factor: int = Field(-1, ge=-1, le=1024, description="Size of the smaller matrix. -1 makes both about equally large.")
 

@@ -24,6 +24,8 @@ class Oft(PeftStrategy):
     paper: ClassVar = ("Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning", "https://arxiv.org/abs/2306.07280")
     place: ClassVar = 18
     merges: ClassVar = True
+    blends: ClassVar = True
+    scaled: ClassVar = (".oft_R.",)  # what generates the rotation: half of it turns half as far
     default_learning_rate: ClassVar = 1e-3
 
     block: int = Field(

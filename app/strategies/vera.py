@@ -25,6 +25,8 @@ class Vera(PeftStrategy):
     paper: ClassVar = ("Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation", "https://arxiv.org/abs/2310.11454")
     place: ClassVar = 17
     merges: ClassVar = True
+    blends: ClassVar = True
+    scaled: ClassVar = (".vera_lambda_b.",)
     default_learning_rate: ClassVar = 5e-3
 
     rank: int = Field(128, ge=1, le=4096, description="Width of the shared random matrices.", json_schema_extra={"basic": True})
