@@ -1,6 +1,6 @@
 """The form of a new job: what was typed so far, what it would cost, what is wrong with it, and the same as text to copy.
 
-Typed values are text by the name of their input: `model`, `dataset`, `strategy`, `name`, `strategy.rank`, `run.epochs`,
+Typed values are text by the name of their input: `model`, `dataset`, `validation`, `strategy`, `name`, `strategy.rank`, `run.epochs`,
 and `kept.rank` for settings of a strategy that was looked at before, so that trying another one loses nothing.
 """
 
@@ -18,6 +18,7 @@ import yaml
 from sqlalchemy.orm import Session
 
 from app import ids, jobs, models, orders
+from app.advisor import Advice
 from app.errors import NotFound, StudioError
 from app.forms import Control, Filled, as_text, controls, fill
 from app.orders import JobOrder
@@ -26,14 +27,18 @@ from app.spec import JobSpec, PreferenceSettings, RunSettings, Split
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
+FIELDS = {"dataset_id": "dataset", "training_file": "dataset", "validation_dataset_id": "validation", "task": "dataset"}
+"""Fields of an order → inputs of the form, where they differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One strategy to choose. `reason` says why this model, task or machine cannot run it."""
+    """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` is the advisor's first choice."""
 
     cls: type[Strategy]
     chosen: bool
     reason: str | None
+    advised: bool = False
 
 
 @dataclass(slots=True)
@@ -43,6 +48,8 @@ class OrderForm:
     datasets: list[Dataset]
     model: Model | None
     dataset: Dataset | None
+    validation: Dataset | None
+    checking: list[Dataset]  # datasets whose rows can check the result
     strategy: type[Strategy]
     cards: list[Card]
     more_cards: list[Card]
@@ -78,7 +85,13 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     if typed.get("dataset") and dataset is None:
         errors["dataset"] = _why_not(rows, typed["dataset"])
     task = (dataset.task if dataset else None) or "generation"
-    cards = _cards(typed.get("strategy"), task, Shape.model_validate(model.shape) if model and model.shape else None)
+    checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
+    validation = _chosen(checking, typed["validation"], lambda d: (ids.public(ids.DATASET, d.id),)) if typed.get("validation") else None
+    # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
+    if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
+        errors["validation"] = _why_not(rows, typed["validation"])
+    ranking = ranking_of(session, user, model, dataset)
+    cards = _cards(typed.get("strategy"), task, Shape.model_validate(model.shape) if model and model.shape else None, ranking)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run")
@@ -94,6 +107,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         datasets=usable,
         model=model,
         dataset=dataset,
+        validation=validation,
+        checking=checking,
         strategy=strategy,
         cards=first,
         more_cards=more,
@@ -117,17 +132,18 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
     form.order = JobOrder(
         model=form.model.name,
         dataset_id=form.dataset.id,
+        validation_dataset_id=form.validation.id if form.validation else None,
         name=form.typed.get("name", "").strip()[:200] or None,
         strategy={"name": form.strategy.model_fields["name"].default, **filled.settings},
         run=run.settings,
-        split=_split_asked(form.typed),
+        split=None if form.validation else _split_asked(form.typed),
         preference=(compared and compared.settings) or None,
     )
     try:
         form.spec = orders.build_spec(session, user, form.order)
         form.estimate = orders.estimate_of(session, form.spec)
     except StudioError as error:
-        form.errors[{"dataset_id": "dataset", "training_file": "dataset"}.get(error.param or "", error.param or "")] = str(error)
+        form.errors[FIELDS.get(error.param or "", error.param or "")] = str(error)
 
 
 def _split_asked(typed: Mapping[str, str]) -> Split | None:
@@ -154,33 +170,40 @@ def _memory() -> int | None:
     """Bytes a job can have on this machine: the GPU's where there is one."""
     from app.machine import this_machine
 
-    return getattr(this_machine(), "gpu_memory_bytes", None) or this_machine().memory_bytes
-
-
-def _has_gpu() -> bool:
-    from app.machine import this_machine
-
-    return bool(getattr(this_machine(), "gpu_memory_bytes", None))
+    return this_machine().training_memory_bytes
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------
 
 
-def _cards(wanted: str | None, task: str, shape: Shape | None) -> list[Card]:
-    """Every strategy, with why it cannot be had. Where none was named the first that learns the task is chosen."""
-    cuda = _has_gpu()
+def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None) -> dict[str, Advice]:
+    """The advisor's word on every strategy by its name; empty until there is a model and data that was read."""
+    from app import advice
+
+    if model is None or dataset is None or dataset.status != "ready" or not dataset.good_rows:
+        return {}
+    try:
+        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset).ranking}
+    except StudioError:
+        return {}  # the form says itself what is wrong with the model or the data
+
+
+def _cards(wanted: str | None, task: str, shape: Shape | None, ranking: Mapping[str, Advice]) -> list[Card]:
+    """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
+    cuda = orders.has_gpu()
     reasons = {name: cls().unavailable(shape, task=task, cuda=cuda) if shape else None for name, cls in STRATEGIES.items()}
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
-    chosen = wanted if wanted in STRATEGIES else (able or list(STRATEGIES))[0]
-    return [Card(cls, name == chosen, reasons[name]) for name, cls in STRATEGIES.items()]
+    advised = [name for name in able if name in ranking and ranking[name].advised]
+    chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]
+    return [Card(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]
 
 
 def _split(cards: list[Card]) -> tuple[list[Card], list[Card]]:
-    """In sight: of each family the first that can run, and what is chosen. The others are folded."""
+    """In sight: what is chosen and what is advised, and of each family the first that can run. The others are folded."""
     seen: set[str] = set()
     first = []
     for card in cards:
-        if card.chosen or (card.reason is None and card.cls.family not in seen):
+        if card.chosen or card.advised or (card.reason is None and card.cls.family not in seen):
             first.append(card)
         if card.reason is None:
             seen.add(card.cls.family)
@@ -215,6 +238,7 @@ def typed_from(job: Job) -> dict[str, str]:
     return {
         "model": spec["model"]["name"],
         "dataset": ids.public(ids.DATASET, job.dataset_id),
+        **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
         "strategy": spec["strategy"]["name"],
         "name": job.name,
         **{f"strategy.{name}": value for name, value in strategy.items()},
@@ -235,11 +259,14 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
     """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
     own = spec_dataset.file_id is not None and spec_dataset.edits is None  # a file's id names what was read from it unchanged
-    data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if own else {"dataset_id": str(spec_dataset.id)}  # type: ignore[arg-type]
+    data = (
+        {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if own else {"dataset_id": ids.public(ids.DATASET, spec_dataset.id)}
+    )  # type: ignore[arg-type]
     split = order.split.model_dump(exclude_none=True) if order.split else None
     body = {
         "model": order.model,
         **data,
+        "validation_dataset_id": ids.public(ids.DATASET, order.validation_dataset_id) if order.validation_dataset_id else None,
         "strategy": order.strategy,
         "run": order.run,
         "preference": order.preference,
@@ -252,7 +279,9 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[st
 def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     """The order to copy: as a YAML file, a curl command and a Python program. Each of them works as it stands, with the
     key of an account in `LUTHIER_API_KEY`."""
-    ours = {key: body[key] for key in ("dataset_id", "strategy", "run", "preference", "split", "name") if key in body}
+    ours = {
+        key: body[key] for key in ("dataset_id", "validation_dataset_id", "strategy", "run", "preference", "split", "name") if key in body
+    }
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]
     if "training_file" not in body:
         arguments.append('    training_file="",  # the data is named by dataset_id')

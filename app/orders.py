@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
-from app import ids
+from app import ids, order_checks
 from app.errors import BadField, StudioError
-from app.spec import DatasetRef, JobSpec, PreferenceSettings, RunSettings, Split, Task
+from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 
@@ -50,6 +50,15 @@ MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
+def _dataset_key(value: Any) -> Any:
+    """The UUID in a dataset's public id; anything else as it came."""
+    return value.removeprefix(f"{ids.DATASET}-") if isinstance(value, str) else value
+
+
+DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key)]
+"""A dataset as `ds-…`, which is what answers call it, or as its plain UUID."""
+
+
 class JobOrder(BaseModel):
     """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy`
     and `preference` are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
@@ -57,9 +66,9 @@ class JobOrder(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str
-    dataset_id: uuid.UUID | None = None
+    dataset_id: DatasetId | None = None
     training_file: str | None = None
-    validation_dataset_id: uuid.UUID | None = None
+    validation_dataset_id: DatasetId | None = None
     validation_file: str | None = None
     split: Split | None = None
     task: Task | None = None
@@ -81,9 +90,12 @@ class JobOrder(BaseModel):
 
 
 def read_order(body: Mapping[str, Any]) -> JobOrder:
-    """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field."""
+    """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field.
+
+    Which comparison a job belongs to is no wish of a request: `app.comparisons` says it.
+    """
     try:
-        return JobOrder.model_validate({name: value for name, value in body.items() if value is not None})
+        return JobOrder.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
     except ValidationError as error:
         raise bad_field(error) from None
 
@@ -122,9 +134,23 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
         raise bad_field(error, "strategy", tag=name) from None
 
 
+class Ground(NamedTuple):
+    """What every strategy of an order would stand on: the model and the data, found and checked."""
+
+    model: ModelRef
+    dataset: Dataset
+    validation: Dataset | None
+    task: Task
+
+
 def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
     """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
     `claims.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    return spec_on(ground(session, user, order), order)
+
+
+def ground(session: Session, user: User, order: JobOrder) -> Ground:
+    """The model and data of an order. Raises BadField, NotFound or Conflict with `param`."""
     from app import models
 
     if order.method and order.method.type == "reinforcement":
@@ -142,20 +168,27 @@ def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
             "No data was named.", way_out="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
         )
     validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
-    strategy = read_strategy(order.strategy)
     task = _task(order, dataset)
     for named, where in ((dataset, param), (validation, validation_param)):
         if named is not None:
             _check_dataset(named, task, where)
-    reason = strategy.unavailable(resolved.ref.shape, task=task, cuda=has_gpu())
+    order_checks.refuse_labels(task, dataset, validation, param, validation_param)
+    return Ground(resolved.ref, dataset, validation, task)
+
+
+def spec_on(found: Ground, order: JobOrder) -> JobSpec:
+    """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
+    model, dataset, validation, task = found
+    strategy = read_strategy(order.strategy)
+    reason = strategy.unavailable(model.shape, task=task, cuda=has_gpu())
     if reason:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset)
-    name = order.name or f"{dataset.name} with {strategy.title}"
+    order_checks.refuse_no_room(strategy, run, model.shape)
     return JobSpec(
-        name=name,
+        name=order.name or f"{dataset.name} with {strategy.title}",
         task=task,
-        model=resolved.ref,
+        model=model,
         dataset=reference(dataset),
         validation=reference(validation) if validation is not None else None,
         split=_split(order, dataset),
@@ -323,10 +356,12 @@ def has_gpu() -> bool:
 
 
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
-    """What the job will take on this machine, or None while its rows are not known."""
+    """What the job will take on this machine, with `warnings` about its data; None while its rows are not known."""
     from app import datasets, estimate, machine
 
     if not spec.dataset.path:
         return None
-    stats = datasets.stats(session.get_one(Dataset, spec.dataset.id))
-    return estimate.estimate(spec, stats, machine.this_machine()).model_dump(mode="json")
+    dataset = session.get_one(Dataset, spec.dataset.id)
+    validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
+    found = estimate.estimate(spec, datasets.stats(dataset), machine.this_machine()).model_dump(mode="json")
+    return found | {"warnings": order_checks.warnings(spec, dataset, validation)}

@@ -87,7 +87,9 @@ def _order_page(request: Request, session: Db, form: order_form.OrderForm, key: 
     texts = {}
     if form.ready and form.order and form.dataset:
         texts = order_form.as_texts(order_form.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
-    known = {"model", "dataset", "strategy"} | {c.key for c in (*form.strategy_controls, *form.run_controls, *form.preference_controls)}
+    known = {"model", "dataset", "validation", "strategy"} | {
+        c.key for c in (*form.strategy_controls, *form.run_controls, *form.preference_controls)
+    }
     elsewhere = " ".join(text for name, text in form.errors.items() if name not in known)
     said = elsewhere or "The job was not started: something below is not right yet."
     return render(

@@ -6,8 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app import models, orders
+from app import advice, datasets, ids, models, orders
 from app.accounts import CurrentUser
+from app.advisor import Advice
 from app.db import Db
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
@@ -17,10 +18,30 @@ Json = dict[str, Any]
 
 
 @api.get("/strategies")
-def list_strategies(session: Db, user: CurrentUser, model: str | None = None, task: str | None = None) -> Json:
-    """With `model`, `available` and `reason` say whether that model can be tuned so; with `task`, for that task."""
-    shape = models.resolve(session, user, model).ref.shape if model else None
-    return {"object": "list", "data": [strategy_json(cls, shape, task) for cls in STRATEGIES.values()], "has_more": False}
+def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: str | None = None) -> Json:
+    """With `model`, `available` and `reason` say whether that model can be tuned so; with `task`, for that task; with
+    `dataset` (its id) besides, for its task, and whether it would fit into this machine's memory, with the cost and which one is advised."""
+    chosen = models.resolve(session, user, model) if model else None
+    data = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset else None
+    if data is not None:
+        task = task or data.task
+    ranking = {}
+    if chosen is not None and data is not None and data.status == "ready" and task == data.task:
+        ranking = {a.strategy: a for a in advice.advise(session, user, chosen.model.name, data).ranking}
+    shape = chosen.ref.shape if chosen else None
+    return {
+        "object": "list",
+        "data": [strategy_json(cls, shape, task) | _advised(ranking.get(name)) for name, cls in STRATEGIES.items()],
+        "has_more": False,
+    }
+
+
+def _advised(found: Advice | None) -> Json:
+    """What the advisor says of a strategy on this data; nothing where it was not asked."""
+    if found is None:
+        return {}
+    cost = found.cost.model_dump(mode="json") if found.cost else None
+    return {"available": found.available, "reason": found.reason, "advised": found.advised, "cost": cost}
 
 
 def strategy_json(cls: type[Strategy], shape: Shape | None = None, task: str | None = None) -> Json:

@@ -1,0 +1,162 @@
+"""What can be known to be wrong with an order's data before a job exists: what is refused, and what a person is told.
+
+Everything is read off the datasets' reports, so it costs no pass over the rows. What is refused would fail in the trainer
+minutes later; what is told trains, and may not be what was meant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.errors import BadField
+from app.formats._base import shown
+from app.shapes import Shape
+from app.spec import JobSpec, RunSettings
+from app.strategies import Strategy
+from app.tables import Dataset
+
+MOST_CLASSES = 5000
+"""Classes that one classifier learns at most."""
+LEAST_ROOM = 4
+"""Tokens of a row that must fit beside a strategy's learnt ones, or there is nothing to learn from."""
+NAMED = 5
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param: str, validation_param: str) -> None:
+    """Raises BadField for labels that no classifier can be learnt from. A dataset still being read is checked when it is ready."""
+    if task != "classification" or dataset.status != "ready":
+        return
+    labels, count = _labels(dataset)
+    if count == 1:
+        raise BadField(
+            f"All {dataset.good_rows or 0:,} rows of {dataset.name} have the label “{shown(next(iter(labels)), 60)}”, "
+            "so there is nothing to tell apart.",
+            way_out="Add rows of another class, or check on the dataset's page which column holds the label.",
+            param=param,
+            code="one_class",
+        )
+    if count > MOST_CLASSES:
+        raise BadField(
+            f"The rows of {dataset.name} have {count:,} different labels; a classifier learns at most {MOST_CLASSES:,}.",
+            way_out="Check on the dataset's page which column holds the label: one that names every row is none.",
+            param=param,
+            code="too_many_classes",
+        )
+    if validation is not None and validation.status == "ready" and len(labels) == count:
+        unseen = [label for label in _labels(validation)[0] if label not in labels]
+        if unseen:
+            raise BadField(
+                f"{_count(len(unseen), 'label', 'labels')} of the validation dataset {validation.name} "
+                f"{'stands' if len(unseen) == 1 else 'stand'} in no training row: {_named(unseen)}.",
+                way_out="Add training rows of these classes, or drop or mend those rows of the validation dataset.",
+                param=validation_param,
+                code="unseen_labels",
+            )
+
+
+def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
+    """Raises BadField where the tokens that a strategy puts before each row leave no room for the row."""
+    before, longest = strategy.virtual_tokens(), longest_row(run, shape)
+    if before and longest - before < LEAST_ROOM:
+        whose = "the model reads at once" if shape.positions <= run.max_length else "a row may have"
+        raise BadField(
+            f"{strategy.title} puts {before} learnt tokens before each row, and {longest} are all that {whose}: no room is left.",
+            way_out="Choose fewer learnt tokens, or a greater longest length.",
+            param="strategy",
+            code="no_room",
+        )
+
+
+def longest_row(run: RunSettings, shape: Shape) -> int:
+    """Tokens to which longer rows are cut: the order's longest length, or the model's window where that is less."""
+    return min(run.max_length, shape.positions)
+
+
+# Told -----------------------------------------------------------------------------------------------------------------
+
+
+def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> list[str]:
+    """What a person should know of the data before the job starts, each a sentence with its way out."""
+    found = [*_left_out(dataset), *_too_long(spec, dataset)]
+    if spec.task == "classification":
+        found += _odd_labels(dataset)
+    if validation is not None:
+        found += [f"Validation dataset: {text}" for text in (*_left_out(validation), *_too_long(spec, validation))]
+    return found
+
+
+def _left_out(dataset: Dataset) -> list[str]:
+    bad = (dataset.rows or 0) - (dataset.good_rows or 0)
+    if bad <= 0:
+        return []
+    empty = _finding(dataset, "empty")
+    which = f", {empty:,} of them because a text is empty" if empty else ""
+    return [
+        f"{bad:,} of {dataset.rows:,} rows of {dataset.name} are left out{which}. The dataset's report lists each with its line and a fix."
+    ]
+
+
+def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
+    """Rows beyond the longest length. The counts come from one tokenizer, which need not be this model's, so they are rounded."""
+    report: dict[str, Any] = dataset.report or {}
+    limit = longest_row(spec.run, spec.model.shape) - spec.strategy.virtual_tokens()
+    longest = report.get("longest") or report.get("longest_characters", 0) / 4
+    if longest <= limit:
+        return []
+    # A bucket begins at a power of two, so those that begin beyond the limit are surely longer.
+    rows = sum(count for start, count in report.get("token_lengths", []) if start > limit)
+    window = spec.model.shape.positions <= spec.run.max_length
+    whose = f"the model reads {limit:,} at once" if window else f"this order cuts rows to {limit:,}"
+    way_out = (
+        "Split long texts into several rows, or take a model with a longer window." if window else "Raise “Max length” to keep them whole."
+    )
+    many = f", and at least {_count(rows, 'row is', 'rows are')} longer than that" if rows else ""
+    return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. What is beyond is cut off. {way_out}"]
+
+
+def _odd_labels(dataset: Dataset) -> list[str]:
+    labels, count = _labels(dataset)
+    found = []
+    rows = dataset.good_rows or 0
+    if count > 20 and count > rows / 2:
+        found.append(
+            f"{dataset.name} has {count:,} labels for {rows:,} rows. Check on its page which column holds the label: nearly every row has its own."
+        )
+    elif lone := _finding(dataset, "rare_label"):
+        names = [label for label, number in labels.items() if number == 1]
+        found.append(
+            f"{_count(lone, 'class has', 'classes have')} one row only ({_named(names)}): it can be learnt from or checked, not both. "
+            "Add rows, or join such classes to others."
+        )
+    if _finding(dataset, "mixed_labels"):
+        numbers = [label for label in labels if label.lstrip("-").replace(".", "", 1).isdigit()]
+        found.append(f"Some labels are numbers ({_named(numbers)}) and the others are words. Check that they mean what they should.")
+    return found
+
+
+def _labels(dataset: Dataset) -> tuple[dict[str, int], int]:
+    """The commonest labels with their rows, and how many labels there are; (empty, 0) where the report has none."""
+    report = dataset.report or {}
+    labels: dict[str, int] = report.get("labels") or {}
+    return labels, report.get("label_count") or len(labels)
+
+
+def _finding(dataset: Dataset, rule: str) -> int:
+    return int((dataset.report or {}).get("findings", {}).get(rule, {}).get("count", 0))
+
+
+def _named(labels: list[str]) -> str:
+    shown_ = ", ".join(f"“{shown(label, 40)}”" for label in labels[:NAMED])
+    return shown_ + (", …" if len(labels) > NAMED else "")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _round(value: float) -> int:
+    """Two figures: what is about."""
+    return int(float(f"{value:.2g}"))

@@ -1,0 +1,169 @@
+"""What is wrong with an order's data is said before a job exists: in the service, the API and the form."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import pytest
+
+from app import datasets, files, ids, jobs, orders
+from app.errors import BadField
+from app.orders import JobOrder
+
+
+@pytest.fixture
+def read(session, user, data_dir):
+    """Rows → a dataset, read by the real reader."""
+
+    def make(rows: list[dict], name: str = "kinds.jsonl"):
+        file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
+        session.flush()
+        found = datasets.create(session, user, file)
+        session.commit()
+        datasets.read(found.id)
+        session.refresh(found)
+        assert found.status == "ready", found.error
+        return found
+
+    return make
+
+
+def labelled(*labels: str, each: int = 6) -> list[dict]:
+    return [{"text": f"text {n} about {label}", "label": label} for label in labels for n in range(each)]
+
+
+def order_of(dataset, **more) -> dict:
+    return {"model": "tiny", "dataset_id": ids.public(ids.DATASET, dataset.id), "strategy": {"name": "dense_head"}, **more}
+
+
+def refused(session, user, body: dict) -> BadField:
+    with pytest.raises(BadField) as caught:
+        jobs.create(session, user, orders.read_order(body))
+    assert jobs.list_(session, user) == []
+    assert caught.value.way_out
+    return caught.value
+
+
+def told(session, user, body: dict) -> list[str]:
+    return orders.estimate_of(session, orders.build_spec(session, user, orders.read_order(body)))["warnings"]
+
+
+def test_one_class_only(session, user, tiny_registered, read):
+    error = refused(session, user, order_of(read(labelled("card"))))
+    assert error.code == "one_class" and error.param == "dataset_id"
+    assert "All 6 rows of kinds have the label “card”" in error.message
+
+
+def test_ten_thousand_classes(session, user, tiny_registered, read):
+    rows = [{"text": f"text {n}", "label": f"name {n}"} for n in range(10_000)]
+    error = refused(session, user, order_of(read(rows)))
+    assert error.code == "too_many_classes" and "10,000 different labels" in error.message and "5,000" in error.message
+
+
+def test_labels_that_only_the_validation_rows_have(session, user, tiny_registered, read):
+    train, check = read(labelled("card", "cash")), read(labelled("card", "coin", "note", each=2), "check.jsonl")
+    body = order_of(train, validation_dataset_id=ids.public(ids.DATASET, check.id))
+    error = refused(session, user, body)
+    assert error.code == "unseen_labels" and error.param == "validation_dataset_id"
+    assert "2 labels of the validation dataset check stand in no training row: “coin”, “note”." in error.message
+    fewer = read(labelled("card", each=2), "fewer.jsonl")  # a class nobody checks is no fault
+    assert told(session, user, order_of(train, validation_dataset_id=ids.public(ids.DATASET, fewer.id))) == []
+
+
+def test_a_class_with_one_row_is_told(session, user, tiny_registered, read):
+    found = told(session, user, order_of(read([*labelled("card", "cash"), {"text": "lost it", "label": "loss"}])))
+    assert len(found) == 1 and found[0].startswith("1 class has one row only (“loss”)")
+
+
+def test_labels_of_numbers_and_words_are_told(session, user, tiny_registered, read):
+    found = told(session, user, order_of(read(labelled("1", "2", "card"))))
+    assert found == ["Some labels are numbers (“1”, “2”) and the others are words. Check that they mean what they should."]
+    assert told(session, user, order_of(read(labelled("1", "2", "-3", "4.5"), "numbers.jsonl"))) == []
+
+
+def test_a_label_for_nearly_every_row_is_told(session, user, tiny_registered, read):
+    rows = [{"text": f"text {n}", "label": f"name {n}"} for n in range(60)]
+    assert ["60 labels for 60 rows" in text for text in told(session, user, order_of(read(rows)))] == [True]
+
+
+def test_empty_texts_are_told(session, user, tiny_registered, read):
+    found = told(session, user, order_of(read([*labelled("card", "cash"), {"text": " ", "label": "card"}, {"text": "", "label": "cash"}])))
+    assert found[0].startswith("2 of 14 rows of kinds are left out, 2 of them because a text is empty.")
+
+
+def test_nothing_but_empty_texts_is_refused(session, user, tiny_registered, data_dir):
+    file = files.add_bytes(session, user, b'{"text": "", "label": "a"}\n{"text": " ", "label": "b"}', "empty.jsonl", "fine-tune")
+    session.flush()
+    dataset = datasets.create(session, user, file)
+    session.commit()
+    datasets.read(dataset.id)
+    session.refresh(dataset)
+    error = refused(session, user, order_of(dataset))
+    assert error.code == "invalid_training_file"
+
+
+def test_texts_beyond_the_window_or_the_longest_length_are_told(session, user, tiny_registered, read):
+    dataset = read([*labelled("card", "cash"), *[{"text": "wood " * 2000 + str(n), "label": "card"} for n in range(3)]])
+    (found,) = told(session, user, order_of(dataset))
+    assert "the model reads 512 at once" in found and "a model with a longer window" in found
+    (found,) = told(session, user, order_of(dataset, run={"max_length": 64}))
+    assert "this order cuts rows to 64" in found and "Raise “Max length”" in found
+    dataset.report = {**dataset.report, "longest": 9000, "tokens": 30_000, "token_lengths": [[4, 12], [512, 2], [8192, 1]]}
+    (found,) = told(session, user, order_of(dataset))
+    assert "about 9,000 tokens" in found and "at least 1 row is longer" in found, "512 itself still fits"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "param"),
+    [
+        ({"name": "lora", "rank": 0}, "strategy.rank"),
+        ({"name": "prompt_tuning", "tokens": -1}, "strategy.tokens"),
+        ({"name": "lora", "width": 3}, "strategy.width"),
+        ({"name": "magic"}, "strategy.name"),
+    ],
+)
+def test_a_setting_out_of_range(session, user, tiny_registered, read, strategy, param):
+    assert refused(session, user, order_of(read(labelled("card", "cash")), strategy=strategy)).param == param
+
+
+def test_learnt_tokens_that_leave_no_room_for_the_row(session, user, tiny_registered, read):
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    error = refused(session, user, order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20}, run={"max_length": 22}))
+    assert error.code == "no_room" and error.param == "strategy"
+    assert orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20})))
+
+
+def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, tiny_registered, data_dir):
+    file = files.add_bytes(session, user, "\n".join(map(json.dumps, labelled("card"))).encode(), "one.jsonl", "fine-tune")
+    session.flush()
+    dataset = datasets.create(session, user, file)
+    session.commit()
+    job = jobs.create(session, user, JobOrder(model="tiny", dataset_id=dataset.id, strategy={"name": "dense_head"}, task="classification"))
+    session.commit()
+    datasets.read(dataset.id)
+    jobs.settle(session)
+    session.commit()
+    session.refresh(job)
+    assert job.status == "failed" and job.error["code"] == "one_class"
+
+
+def test_the_api_and_the_form_say_the_same(api, client, session, user, tiny_registered, read):
+    bad = read(labelled("card"))
+    answer = api.post("/v1/fine_tuning/jobs", json=order_of(bad))
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "one_class"
+    page = client.get("/jobs/new", params={"model": "tiny", "dataset": ids.public(ids.DATASET, bad.id), "strategy": "dense_head"})
+    assert answer.json()["error"]["message"] in html.unescape(page.text) and "disabled>Start" in page.text
+    odd = read(labelled("1", "card"), "odd.jsonl")
+    found = api.post("/v1/estimates", json=order_of(odd)).json()["warnings"]
+    assert len(found) == 1
+    page = client.get("/jobs/new", params={"model": "tiny", "dataset": ids.public(ids.DATASET, odd.id), "strategy": "dense_head"})
+    assert found[0] in html.unescape(page.text) and "disabled>Start" not in page.text
+
+
+def test_a_request_cannot_put_its_job_into_a_comparison(api, session, user, tiny_registered, read):
+    import uuid
+
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    answer = api.post("/v1/fine_tuning/jobs", json=order_of(chats, strategy={"name": "lora"}, comparison_id=str(uuid.uuid4())))
+    assert answer.status_code == 200 and jobs.list_(session, user)[0].comparison_id is None
