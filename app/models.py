@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
-from app import ids, manifest
+from app import blend, ids, manifest
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
@@ -24,7 +24,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
-from app.tables import Checkpoint, Job, Model, User
+from app.tables import Checkpoint, Evaluation, Job, Model, User
 
 __all__ = [
     "Resolved", "add_folder", "add_hub", "add_starter", "adopt_starters", "base_of", "checkpoint_name", "delete", "dependants", "fetch",
@@ -85,11 +85,31 @@ def list_(session: Session, user: User) -> list[Model]:
 
 
 def resolve(session: Session, user: User, name: str) -> Resolved:
-    """What `model=` means. Takes names, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`.
+    """What `model=` means. Takes names, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each also with a blend
+    behind it, as in `NAME@0.5`.
 
-    Raises NotFound for a name that means nothing, Conflict while the model is still being fetched, and BadData when a
-    checkpoint's folder no longer verifies.
+    Raises NotFound for a name that means nothing, Conflict while the model is still being fetched, BadData when a
+    checkpoint's folder no longer verifies, and BadField for a blend that cannot be.
     """
+    plain, share = blend.split_name(name)
+    found = _resolve(session, user, plain)
+    return found if share is None else found._replace(ref=_blended(session, found, share))
+
+
+def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
+    """The reference of a model at some place between what it was tuned from and itself."""
+    key = found.checkpoint.job_id if found.checkpoint else found.model.job_id
+    job = session.get(Job, key) if key else None
+    strategy = job.spec["strategy"]["name"] if job else None
+    if reason := blend.why_not(strategy, labels=bool(found.ref.labels)):
+        raise BadField(
+            f"{found.ref.name} cannot be blended with its base: {reason}", way_out="Leave the @ and what follows away.", param="model"
+        )
+    assert job is not None and strategy is not None, "what was tuned here has a job"
+    return blend.blended(found.ref, reference(session, session.get_one(Model, job.model_id)), strategy, share)
+
+
+def _resolve(session: Session, user: User, name: str) -> Resolved:
     if name.startswith("ftckpt_") or _CHECKPOINT.fullmatch(name):
         return _resolve_checkpoint(session, user, name)
     model = get(session, user, name)
@@ -287,6 +307,10 @@ def dependants(session: Session, model: Model) -> list[str]:
     """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
     reasons = [f"The job “{job.name}” is {job.status} and tunes it." for job in session.scalars(open_jobs)]
+    scored = select(Evaluation).where(
+        Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
+    )
+    reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
     tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
     return reasons + [f"The tuned model {m.name} is a correction to its weights." for m in tuned]
 

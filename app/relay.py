@@ -64,11 +64,11 @@ def database_is_settled(session: Session) -> bool:
 
 def reap(session: Session) -> None:
     """One round over everything that has a lease."""
-    from app import datasets, jobs, models, prompt_runs
+    from app import datasets, evaluations, jobs, models, prompt_runs
 
     if not database_is_settled(session):
         return
-    for service in (jobs, datasets, models, prompt_runs):
+    for service in (jobs, evaluations, datasets, models, prompt_runs):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,12 +59,17 @@ class RowScores(NamedTuple):
     hits: list[int]
 
 
-def score_rows(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> RowScores:
-    """Every row of `data` scored, packed, in its order."""
+def score_rows(
+    model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine, progress: Callable[[float], None] | None = None
+) -> RowScores:
+    """Every row of `data` scored, packed, in its order. `progress` is told the share of the packs that are done."""
     found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
     with evaluating(model):
-        for pack in best_fit(range(len(data)), data.lengths, budget):
+        packs = best_fit(range(len(data)), data.lengths, budget)
+        for done, pack in enumerate(packs):
+            if progress:
+                progress(done / len(packs))
             batch = make_batch(data, pack, engine.device)
             counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
             losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import FETCH, GENERATE, INSPECT, PROMPT, READ, TRAIN, celery
+from app.queue import EVALUATE, FETCH, GENERATE, INSPECT, PROMPT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -20,6 +20,13 @@ going_down: Callable[[], bool] = _never
 @celery.task(name=TRAIN)
 def train(key: str) -> None:
     from worker.supervise import work
+
+    work(uuid.UUID(key), lambda: going_down())
+
+
+@celery.task(name=EVALUATE)
+def evaluate(key: str) -> None:
+    from worker.appraise import work
 
     work(uuid.UUID(key), lambda: going_down())
 

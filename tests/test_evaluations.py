@@ -1,0 +1,189 @@
+"""Evaluations as jobs: ordered, claimed, run in a real child, killed, cancelled, taken over; and what they find."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import psutil
+import pytest
+from sqlalchemy import select, text
+
+from app import evaluations, ids, models, queue
+from app.db import transaction
+from app.errors import BadField, NotFound
+from app.settings import get_settings
+from app.tables import Evaluation, Outbox
+from tests.conftest import wait_until
+from tests.orders import make_dataset
+from tests.tuned import tune
+from worker import appraise
+
+
+@pytest.fixture
+def data(session, user, data_dir):
+    get_settings().lease_seconds, get_settings().beat_seconds = 3.0, 0.2
+    return make_dataset(session, user, data_dir)
+
+
+def order(session, user, model, dataset, **more) -> Evaluation:
+    body = {"model": model.name, "dataset_id": ids.public(ids.DATASET, dataset.id), **more}
+    made = evaluations.create(session, user, evaluations.read_order(body))
+    session.commit()
+    return made
+
+
+def now_of(evaluation: Evaluation) -> Evaluation:
+    with transaction() as session:
+        return session.get_one(Evaluation, evaluation.id)
+
+
+def children() -> list[psutil.Process]:
+    alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in alive if "worker.assess" in " ".join(p.cmdline())]
+
+
+def in_thread(evaluation, going_down=lambda: False) -> threading.Thread:
+    thread = threading.Thread(target=appraise.work, args=(evaluation.id, going_down), daemon=True)
+    thread.start()
+    wait_until(children, what="the evaluating process")
+    return thread
+
+
+def test_a_tuned_model_and_its_base_on_the_rows_its_job_held_out(session, user, data_dir, tiny_registered, data):
+    job, tuned = tune(session, user, data_dir, tiny_registered, data, forgetting=True)
+    made = order(session, user, tuned, data, answers=3, answer_tokens=8)
+    assert session.scalars(select(Outbox.task).where(Outbox.key == made.id)).all() == [queue.EVALUATE]
+    assert made.spec["part"] == "validation" and made.spec["base"]["name"] == "tiny" and not made.spec["note"]
+    appraise.work(made.id)
+    done = now_of(made)
+    assert done.status == "succeeded", done.error
+    found = done.result
+    # The job itself scored the same rows when it ended: the two must agree.
+    for mine, its in (("base", "base"), ("scores", "tuned")):
+        assert found[mine]["loss"] == pytest.approx(job.evaluation[its]["loss"], rel=1e-4), mine
+        assert found[mine]["token_accuracy"] == pytest.approx(job.evaluation[its]["token_accuracy"])
+    assert found["scores"]["loss"] < found["base"]["loss"]
+    assert found["scores"]["perplexity"] == pytest.approx(math.exp(found["scores"]["loss"]))
+    assert {"exact_match", "rouge_l", "chrf", "bits_per_byte"} <= found["scores"].keys() and found["answers"] == 3
+    assert found["forgetting"]["change"] == pytest.approx(job.forgetting["change"], rel=1e-3)
+    gains = [row["tuned_loss"] - row["base_loss"] for row in found["best"]]
+    assert gains == sorted(gains) and len(found["best"]) == 2 and found["best"][0]["tuned_answer"] is not None
+    assert not (data_dir / "evaluations" / str(done.id)).exists()
+    appraise.work(made.id)  # the same message again
+    assert now_of(made).fence == 1 and not children()
+
+
+def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learnt(session, user, data_dir, tiny_registered, data):
+    made = order(session, user, tiny_registered, data, answers=0, rows=5)
+    appraise.work(made.id)
+    found = now_of(made).result
+    assert found["rows"] == 5 and found["base"] is None and found["forgetting"] is None
+    worst, best = found["worst"][0]["tuned_loss"], found["best"][0]["tuned_loss"]
+    assert worst > best
+    _, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=1)
+    assert "tuned on these rows" in order(session, user, tuned, data, part="all").spec["note"]
+    assert not order(session, user, tuned, make_dataset(session, user, data_dir, rows=9)).spec["note"]
+
+
+def test_a_killed_process_is_tried_again_and_given_up_at_the_third_death(session, user, tiny_registered, data):
+    made = order(session, user, tiny_registered, data)
+    for deaths in (1, 2, 3):
+        thread = in_thread(made)
+        [p.kill() for p in children()]
+        thread.join(20)
+        row = now_of(made)
+        assert row.deaths == deaths and row.status == ("queued" if deaths < 3 else "failed")
+    assert row.error["code"] == "crashed" and "SIGKILL" in row.error["message"] and row.error["way_out"]
+    assert len(session.scalars(select(Outbox.id).where(Outbox.key == made.id)).all()) == 3
+
+
+def test_cancelling_ends_the_process_and_a_leaving_worker_gives_it_back(session, user, tiny_registered, data):
+    made = order(session, user, tiny_registered, data)
+    thread = in_thread(made)
+    with transaction() as other:
+        assert evaluations.cancel(other, user, made.id).status == "cancelled"
+    thread.join(20)
+    assert not thread.is_alive() and not children() and now_of(made).status == "cancelled"
+
+    second, leaving = order(session, user, tiny_registered, data), []
+    assert second.id != made.id
+    thread = in_thread(second, lambda: bool(leaving))
+    leaving.append(True)
+    thread.join(20)
+    row = now_of(second)
+    assert (row.status, row.deaths) == ("queued", 0) and not children()
+    appraise.work(second.id)
+    assert now_of(second).status == "succeeded"
+
+
+def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_registered, data):
+    made = order(session, user, tiny_registered, data)
+    assert order(session, user, tiny_registered, data).id == made.id  # an equal one that waits is not ordered twice
+    first = evaluations.claim(session, made.id)
+    session.commit()
+    assert first is not None and evaluations.claim(session, made.id) is None and evaluations.beat(session, first, 0.5, "reading")
+    session.commit()
+    assert evaluations.reap(session) == {"lapsed": 0, "announced": 0}
+    session.execute(text("UPDATE evaluations SET lease_until = clock_timestamp() - interval '1 second'"))
+    session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+    session.commit()
+    wait_until(lambda: _lapsed(session), what="a database that is up for a lease")
+    second = evaluations.claim(session, made.id)
+    session.commit()
+    assert second is not None and second.fence == first.fence + 1 and second.deaths == 1
+    assert not evaluations.beat(session, first, 0.9, None) and not evaluations.finish(session, first, result={})
+    assert evaluations.finish(session, second, result={"scores": {"loss": math.nan}})
+    session.commit()
+    assert now_of(made).result == {"scores": {"loss": "NaN"}}
+    lost = order(session, user, tiny_registered, data)
+    session.execute(text("DELETE FROM outbox"))
+    assert evaluations.announce_again(session) == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
+
+
+def _lapsed(session) -> bool:
+    found = evaluations.lapse(session)
+    session.commit()
+    return found == 1
+
+
+def test_a_fault_of_the_data_is_told_with_its_way_out(session, user, data_dir, tiny_registered, data):
+    (data_dir / data.rows_path).unlink()
+    made = order(session, user, tiny_registered, data)
+    appraise.work(made.id)
+    row = now_of(made)
+    assert row.status == "failed" and "are gone" in row.error["message"] and row.error["way_out"] == "Upload the file again."
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "blend"}, "not tuned here"),
+        ({"model": "tiny@0.5"}, "not tuned here"),
+        ({"model": "tiny@1.5"}, "between 0"),
+        ({"dataset_id": None}, "No data was named"),
+        ({"rows": 0}, "rows"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_orders_that_cannot_be(session, user, tiny_registered, data, change, says):
+    body = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, data.id)} | change
+    with pytest.raises(BadField, match=says):
+        evaluations.create(session, user, evaluations.read_order(body))
+
+
+def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, user, tiny_registered, data):
+    from app.tables import User
+
+    data.task = "classification"
+    session.commit()
+    with pytest.raises(BadField, match="no classifier"):
+        order(session, user, tiny_registered, data)
+    data.task = "generation"
+    made = order(session, user, tiny_registered, data)
+    other = User(name="somebody else")
+    session.add(other)
+    session.commit()
+    with pytest.raises(NotFound):
+        evaluations.get(session, other, made.id)
+    assert models.dependants(session, tiny_registered)[-1].startswith("An evaluation")

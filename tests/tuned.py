@@ -1,0 +1,41 @@
+"""Tuned models for tests: a real job, trained in this process, recorded as its supervisor records it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import claims, events
+from app.tables import Dataset, Job, Model, User
+from tests.orders import make_job, make_spec
+
+RUN = {
+    "epochs": 6, "max_tokens_per_step": 128, "learning_rate": 2e-2, "evaluations_per_epoch": 1, "samples": 0, "sample_tokens": 8,
+    "early_stopping_patience": 0, "precision": "fp32", "forgetting": False, "row_losses": False,
+}  # fmt: skip
+
+
+def tune(
+    session: Session, user: User, data_dir: Path, base: Model, dataset: Dataset, strategy: dict[str, Any] | None = None, **run: Any
+) -> tuple[Job, Model]:
+    """The finished job and its model, committed."""
+    from worker.train import train
+
+    job = make_job(session, user, base, dataset, **(RUN | run))
+    job.spec = make_spec(base, dataset, strategy, **(RUN | run)).model_dump(mode="json")
+    session.commit()
+    held = claims.claim(session, job.id, "a test")
+    assert held is not None
+    session.commit()
+    for event in train(held.spec, data_dir / held.folder):
+        if isinstance(event, events.Finished):
+            claims.finish(session, held, event)
+        elif not isinstance(event, events.Failed):
+            claims.record(session, held, 0, [event]) if isinstance(event, events.Saved) else None
+        session.commit()
+    session.refresh(job)
+    assert job.status == "succeeded", job.error
+    return job, session.scalars(select(Model).where(Model.job_id == job.id)).one()

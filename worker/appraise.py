@@ -1,0 +1,178 @@
+"""One evaluation: claim it, run `python -m worker.assess` on it, and record how it ends.
+
+The child is a process of its own without the database's address, like a trainer: it can run out of memory or be killed
+without taking this worker with it. This process holds the fence and never imports torch. Nothing of an evaluation is worth
+keeping half done, so one that is stopped is killed, and one whose worker leaves begins anew elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import evaluations
+from app.db import transaction
+from app.evaluations import Claim
+from app.files import write_atomically
+from app.settings import PROJECT, get_settings
+from worker import exits
+from worker.supervise import _insist as insist
+from worker.supervise import die_with_parent
+
+log = logging.getLogger(__name__)
+
+MOST_SILENT_SECONDS = 1800.0
+"""A child that has said nothing for so long is thought to hang; loading a large model says nothing for minutes."""
+
+
+def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """The body of the task EVALUATE. `going_down` tells that this worker was asked to leave."""
+    if going_down():
+        return  # the reaper announces it again
+    held = insist(lambda: _claim(evaluation_id))
+    if held is None:
+        log.info("Nothing to do for evaluation %s.", evaluation_id)
+        return
+    Run(held, going_down).run()
+
+
+def _claim(evaluation_id: uuid.UUID) -> Claim | None:
+    with transaction() as session:
+        return evaluations.claim(session, evaluation_id)
+
+
+class Run:
+    """One try of an evaluation, from the start of its process to the record of its end."""
+
+    def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
+        self.held, self.going_down = held, going_down
+        self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
+        self.progress, self.stage = 0.0, ""
+        self.result: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.heard_at = time.monotonic()
+        self.lost = self.leaving = self.hung = False
+
+    def run(self) -> None:
+        memory = exits.Memory()
+        try:
+            code = self._assess()
+            if not self.lost:
+                self._conclude(code, memory.killed_since())
+        except OSError as error:
+            fault = exits.of_os_error(error)
+            self._record(lambda session: evaluations.finish(session, self.held, error=_error(fault.kind, fault.message, fault.way_out)))
+        finally:
+            shutil.rmtree(self.folder.parent if self.result is not None else self.folder, ignore_errors=True)
+
+    def _assess(self) -> int:
+        """Start the child and watch over it to its end; its exit code, negative for a signal."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        spec = self.folder / "spec.json"
+        write_atomically(spec, self.held.spec.model_dump_json(indent=1))
+        read_end, write_end = os.pipe()
+        try:
+            with (self.folder / "log").open("ab") as out:
+                child = subprocess.Popen(
+                    assess_command(spec, write_end),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=PROJECT,
+                    env=exits.trainer_environment(os.environ),
+                    pass_fds=[write_end],
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(),
+                )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        reader = threading.Thread(target=self._read, args=(read_end,), name="said", daemon=True)
+        reader.start()
+        try:
+            self._watch(child)
+        finally:
+            exits.kill_group(child.pid)  # not yet reaped, so the number is still the child's
+            code = child.wait()
+        reader.join(timeout=10)  # the pipe's last line
+        return code
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> None:
+        """Beat until the child is gone, or until there is a reason to end it."""
+        next_beat = 0.0
+        while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + get_settings().beat_seconds
+                self.lost = not self._beat()
+            self.leaving = self.going_down()
+            self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
+            if self.lost or self.leaving or self.hung:
+                return
+            time.sleep(0.1)
+
+    def _beat(self) -> bool:
+        try:
+            with transaction() as session:
+                return evaluations.beat(session, self.held, self.progress, self.stage)
+        except SQLAlchemyError as error:
+            log.warning("Evaluation %s: no beat: %s", self.held.id, type(error).__name__)
+            return True  # the lease says whether it is still ours once the database is back
+
+    def _read(self, read_end: int) -> None:
+        """Take what the child says off the pipe, one JSON object a line."""
+        with os.fdopen(read_end, "rb") as pipe:
+            for line in pipe:
+                self.heard_at = time.monotonic()
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    continue  # a kill may cut the last line short
+                self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
+                self.result, self.error = said.get("result", self.result), said.get("error", self.error)
+
+    def _conclude(self, code: int, out_of_memory: bool) -> None:
+        held = self.held
+        if self.result is not None and code == 0:
+            return self._record(lambda session: evaluations.finish(session, held, result=self.result))
+        if self.error is not None:
+            return self._record(lambda session: evaluations.finish(session, held, error=self.error))
+        if self.leaving:
+            return self._record(lambda session: evaluations.release(session, held))
+        if self.hung:
+            return self._record(lambda session: evaluations.release(session, held, "Nothing was heard of its process for half an hour."))
+        failed = exits.classify(code, exits.tail(self.folder / "log"), out_of_memory)
+        message = failed.message.replace("The trainer", "Its process").replace("the trainer", "its process")
+        log.error("Evaluation %s: %s", held.id, message)
+        if failed.kind == "worker_lost" or (failed.kind == "out_of_memory" and held.deaths == 0):
+            return self._record(lambda session: evaluations.release(session, held, message))
+        way_out = failed.way_out if failed.kind == "crashed" else "Take a smaller model, shorter rows, or run fewer things at a time."
+        return self._record(lambda session: evaluations.finish(session, held, error=_error(failed.kind, message, way_out)))
+
+    def _record(self, move: Callable[..., Any]) -> None:
+        def once() -> None:
+            with transaction() as session:
+                move(session)
+
+        insist(once, self.going_down)
+
+
+def _error(code: str, message: str, way_out: str) -> dict[str, Any]:
+    return {"code": code, "message": message, "way_out": way_out}
+
+
+def assess_command(spec: Path, write_end: int) -> list[str]:
+    return [sys.executable, "-m", "worker.assess", "--spec", str(spec), "--events-fd", str(write_end)]
