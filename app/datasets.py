@@ -84,7 +84,7 @@ def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping
         version=version + 1,
         format=format,
         format_chosen=True,
-        mapping={field: column for field, column in (mapping or {}).items() if column},
+        mapping=mapping or {},
         edits=dataset.edits,
         origin={"operation": "read_as", "format": format, "mapping": mapping or {}, "from": ids.public(ids.DATASET, dataset.id)},
     )
@@ -204,10 +204,17 @@ def versions(session: Session, dataset: Dataset) -> list[Dataset]:
 
 
 def reference(dataset: Dataset) -> DatasetRef:
-    """Which rows a trainer reads. Its `format` is the shape of the rows. Raises Conflict before the dataset is ready."""
+    """Which rows a trainer reads. Its `format` is the shape of the rows. Raises Conflict before the dataset is ready, BadField for rows
+    that no recipe learns from."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
         raise Conflict(
             f"The dataset {dataset.name} is {dataset.status}, not ready.", way_out="Wait until it is read, or look at its report."
+        )
+    if formats.get(dataset.format).shape == "rated":
+        raise BadField(
+            f"The dataset {dataset.name} holds single answers with a rating. No strategy here learns from those as they are.",
+            way_out="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
+            param="dataset",
         )
     return DatasetRef(
         id=dataset.id,

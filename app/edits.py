@@ -175,7 +175,8 @@ def check_normalised(row: Any, shape: str) -> list[Finding]:
 def identity(name: str, row: Row) -> dict[str, str]:
     """The mapping that reads normalised rows as the format they are of."""
     own = {field.name: field.name for field in formats.get(name).fields if field.name in row}
-    return own | ({"prompt": "messages"} if name in ("preference", "rated") and "messages" in row else {})
+    renamed = {"preference": {"prompt": "messages"}, "rated": {"prompt": "messages", "completion": "answer", "label": "good"}}.get(name, {})
+    return own | {field: column for field, column in renamed.items() if column in row}
 
 
 def _format_of(shape: str) -> str:

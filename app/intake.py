@@ -37,8 +37,16 @@ def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     """Read one file. `payload`: path, filename, format or null, mapping or null, rows (where to write), tokenizer or null.
 
     Says `{"progress": share}` and `{"finding": {…}}`; gives counts, the mapping, a preview and the hash of the rows.
-    Raises BadData when no row could be read at all.
+    Raises BadData, with the line in its `details`, when no row could be read at all.
     """
+    try:
+        return _read(payload, say)
+    except BadData as error:
+        error.details = {"line": 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
+        raise
+
+
+def _read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     path = Path(payload["path"])
     raws = _numbered(_with_progress(readers.read(path, payload["filename"]), path, say))
     head = list(itertools.islice(raws, SAMPLE_ROWS))
@@ -118,7 +126,8 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
     columns = columns_of(sample)
     if name:
         entry = formats.get(name)
-        mapping = entry.guess_mapping(columns) | {field: column for field, column in (mapping or {}).items() if column}
+        # An empty name says that no column is meant, also where one would be guessed.
+        mapping = {field: column for field, column in (entry.guess_mapping(columns) | (mapping or {})).items() if column}
         _check_mapping(entry, mapping, columns)
         return entry, mapping, "You chose this format.", others
     if not ranked:
@@ -156,12 +165,17 @@ def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -
 
 def _with_progress(raws: Iterator[Raw], path: Path, say: Say) -> Iterator[Raw]:
     """The rows, while telling about twice a second how much of the file was read."""
-    size, last = max(1, path.stat().st_size), time.monotonic()
-    for count, raw in enumerate(raws):
-        if count % 256 == 0 and time.monotonic() - last > 0.4:
-            last = time.monotonic()
-            say({"progress": min(0.99, _offset(path) / size), "rows": count})
-        yield raw
+    size, last, line = max(1, path.stat().st_size), time.monotonic(), 0
+    try:
+        for count, raw in enumerate(raws):
+            line = raw.line
+            if count % 256 == 0 and time.monotonic() - last > 0.4:
+                last = time.monotonic()
+                say({"progress": min(0.99, _offset(path) / size), "rows": count, "line": line})
+            yield raw
+    except BadData as error:  # where a container breaks is known only from how far its rows came
+        error.details = {"line": line + 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
+        raise
 
 
 def _offset(path: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from datetime import timedelta
@@ -21,10 +22,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, files, inspections, queue, recount, sandbox
+from app import db, files, inspections, mixing, queue, recount, sandbox
 from app.errors import BadData, StudioError
 from app.settings import get_settings
-from app.tables import Dataset, File, Finding, Outbox
+from app.tables import Dataset, File, Finding, Outbox, User
 
 MOST_DEATHS = 3
 LIMITS = sandbox.Limits()
@@ -70,11 +71,13 @@ def read(dataset_id: uuid.UUID) -> None:
     rows = folder / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
     try:
+        if payload["join"]:
+            payload["sha256"], payload["filename"] = _join(payload["join"], reading)
         result = _in_child(payload, rows, reading)
     except sandbox.Killed as killed:
         _drop(rows)
         if killed.kind != "stopped":
-            _record_error(dataset_id, fence, _why(killed))
+            _record_error(dataset_id, fence, _why(killed) | {"details": {"line": reading.line}})
         return
     except (sandbox.Refused, StudioError) as refused:
         _drop(rows)
@@ -89,7 +92,9 @@ def read(dataset_id: uuid.UUID) -> None:
 def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     model = recount.counting_model(session)
+    origin = dataset.origin or {}
     return {
+        "join": origin if file is None and origin.get("operation") in mixing.OPERATIONS else None,
         "sha256": file.sha256 if file and file.deleted_at is None else None,
         "filename": file.filename if file else "",
         "format": dataset.format if dataset.format_chosen else None,
@@ -107,6 +112,7 @@ class _Reading:
         self.dataset_id, self.fence = dataset_id, fence
         self.findings: list[dict[str, Any]] = []
         self.progress = 0.0
+        self.line = 1
         self._told = 0.0
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -114,6 +120,7 @@ class _Reading:
             self.findings.append(message["finding"])
         else:
             self.progress = float(message.get("progress", self.progress))
+            self.line = int(message.get("line", self.line))
 
     def keep_going(self) -> bool:
         now = time.monotonic()
@@ -122,6 +129,33 @@ class _Reading:
         self._told = now
         with db.transaction() as session:
             return beat(session, self.dataset_id, self.fence, self.progress)
+
+
+def _join(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
+    """Write the file of a dataset that is made of others, and give it to the dataset; its SHA-256 and its name."""
+    data = get_settings().data_dir
+    sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
+    with tempfile.TemporaryDirectory(prefix="join-", dir=get_settings().folder("tmp")) as folder:
+        out = Path(folder) / "rows.jsonl"
+        written = sandbox.run(
+            "app.mixing:write",
+            {**origin, "sources": sources, "out": str(out)},
+            LIMITS,
+            folder=Path(folder),
+            on_message=reading.on_message,
+            keep_going=reading.keep_going,
+        )
+        blob = files.adopt(out, files.Blob(written["sha256"], written["bytes"]))
+    with db.transaction() as session:
+        ours = session.scalars(
+            select(Dataset).where(Dataset.id == reading.dataset_id, Dataset.fence == reading.fence, Dataset.status == "reading")
+        ).one_or_none()
+        if ours is None:
+            raise sandbox.Killed("stopped", "It was stopped.")
+        file = files.create(session, session.get_one(User, ours.owner_id), blob, f"{ours.name}-v{ours.version}.jsonl", "fine-tune")
+        ours.file_id = file.id
+        ours.origin = {**origin, "left_out": written["left_out"]}
+        return file.sha256, file.filename
 
 
 def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[str, Any]:
@@ -177,7 +211,8 @@ def _record_error(dataset_id: uuid.UUID, fence: int, error: dict[str, Any]) -> N
 
 
 def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
-    details = error.get("details") or {}
+    file = session.get(File, dataset.file_id) if dataset.file_id else None
+    details = {"file": file.filename if file else dataset.name, "line": None} | (error.get("details") or {})
     dataset.status, dataset.lease_until, dataset.progress = "error", None, None
     dataset.error = json.loads(json.dumps({key: error.get(key) for key in ("code", "message", "way_out")} | details).replace("\\u0000", ""))
     _settle(session, dataset, "error", dataset.error["message"] if dataset.error else None)
@@ -187,7 +222,7 @@ def _settle(session: Session, dataset: Dataset, file_status: str, details: str |
     """Tell everything that waited: the file, the jobs, the open pages."""
     from app import jobs
 
-    if dataset.file_id and dataset.version == 1:
+    if dataset.file_id and (dataset.version == 1 or (dataset.origin or {}).get("sources")):
         file = session.get(File, dataset.file_id)
         if file is not None:
             file.status, file.status_details = file_status, details

@@ -101,6 +101,8 @@ class Report:
             self.turns[len(row["messages"])] += 1
         if "label" in row and (row["label"] in self.labels or len(self.labels) < 20_000):
             self.labels[row["label"]] += 1
+        elif "good" in row:
+            self.labels["good" if row["good"] else "bad"] += 1
         asked, answered = prompt_and_answer(row)
         self._compare(row, text, line, asked, answered)
         seen = Seen(line, row, parts, asked, answered)
@@ -151,11 +153,17 @@ class Report:
             rule.finish()
         if self.entry.task == "classification":
             self._check_labels()
-        elif self.good < 10:
+            return
+        if self.entry.shape == "rated" and len(self.labels) == 1:
+            only = next(iter(self.labels))
+            message = f"Every answer is rated {only}; what sets good answers apart can only be learnt from both kinds."
+            self.add(1, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
+        if self.good < 10:
             message = f"Only {self.good} good row{'s' if self.good != 1 else ''}: enough to try things out, too few to learn from. A few dozen good rows already show an effect."
             self.add(1, Finding("few_rows", message, severity="warning"))
 
     def _check_labels(self) -> None:
+        """What is wrong with the labels as a whole."""
         if len(self.labels) == 1:
             only = next(iter(self.labels))
             self.add(
@@ -204,7 +212,7 @@ def texts(row: Row) -> Iterator[tuple[str, str]]:
     for key in ("text", "prompt", "completion"):
         if key in row:
             yield key, row[key]
-    for key in ("messages", "chosen", "rejected"):
+    for key in ("messages", "chosen", "rejected", "answer"):
         for index, message in enumerate(row.get(key, ())):
             yield f"{key}[{index}].content", message["content"]
 
@@ -215,7 +223,7 @@ def prompt_and_answer(row: Row) -> tuple[str, str]:
         return row["text"], row["label"]
     if "completion" in row:
         return row["prompt"], row["completion"]
-    if "messages" in row and "chosen" not in row:
+    if "messages" in row and not {"chosen", "answer"} & row.keys():
         *before, last = row["messages"]
         return json.dumps(before, ensure_ascii=False), last["content"]
     return "", ""

@@ -3,14 +3,15 @@
     run("app.intake:read", {…}, Limits(…), on_message=…)
 
 The child sets its own limits before it imports anything else, sees an almost empty environment and a temporary folder
-of its own, and speaks JSON lines on its standard output: any number of messages, then one result or one error. A child
-that runs out of memory or time, or crashes, becomes a `Killed` that says which; the caller is never harmed.
+of its own, and speaks JSON lines on its standard output: any number of messages, then the largest memory it had
+(`{"peak_bytes"}`), and one result or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that says which; the caller is never harmed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -215,9 +216,15 @@ def main() -> int:
         module, _, name = sys.argv[1].partition(":")
         result = getattr(importlib.import_module(module), name)(request["payload"], say)
     except MemoryError:
+        say({"peak_bytes": _peak_bytes()})
         say({"error": {"kind": _OUT_OF_MEMORY}})
         return 1
     except Exception as error:
+        say({"peak_bytes": _peak_bytes()})
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = {"message": "The disk is full; nothing was saved.", "way_out": "Make room, then try again.", "code": "disk_full"}
+            say({"error": {**full, "details": {}}})
+            return 1
         if not hasattr(error, "way_out"):
             if "realloc" in str(error) or "malloc" in str(error):  # Arrow's own words for the same thing
                 say({"error": {"kind": _OUT_OF_MEMORY}})
@@ -225,8 +232,15 @@ def main() -> int:
             raise
         say({"error": {"message": error.message, "way_out": error.way_out, "code": error.code, "details": getattr(error, "details", {})}})
         return 1
+    say({"peak_bytes": _peak_bytes()})
     say({"result": result})
     return 0
+
+
+def _peak_bytes() -> int:
+    """The largest memory this process held at once. The kernel's `ru_maxrss` would also count what the parent held at the fork."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

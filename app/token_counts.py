@@ -39,7 +39,8 @@ class TokenCounter:
 
     def add(self, row: Row) -> None:
         # A pair of answers is two sequences, each with the prompt, as the trainer reads them.
-        for one in (conversation_with(row, "chosen"), conversation_with(row, "rejected")) if "rejected" in row else (row,):
+        answers = [name for name in ("chosen", "rejected", "answer") if name in row]
+        for one in [conversation_with(row, name) for name in answers] or [row]:
             self._whole.append(self._render(one))
             self._answers.append(_answers(one))
         if len(self._whole) >= 256:

@@ -99,7 +99,8 @@ def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, An
         version=next_number(session, dataset),
         format=dataset.format,
         format_chosen=True,
-        mapping=dataset.mapping,
+        # What no column was taken for stays so: an empty name keeps it from being guessed anew.
+        mapping={field.name: "" for field in formats.get(dataset.format or "").fields} | dataset.mapping,
         edits=[*(dataset.edits or []), *more],
         origin={**origin, "from": ids.public(ids.DATASET, dataset.id)},
     )
@@ -136,6 +137,7 @@ def describe(dataset: Dataset) -> str:
         "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
         "concatenate": "Joined, one after the other",
         "mix": "Mixed by weights",
-        "sample": f"Drawn at random: {origin.get('rows', 0):,} rows",
+        "sample": f"Drawn at random: {origin.get('rows') or 0:,} rows",
         "deduplicate": "Repeated rows taken out",
+        "convert": "Converted",
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

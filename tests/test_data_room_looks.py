@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import select
 
 from app import datasets, files, ids
-from app.tables import Event, Job
+from app.tables import Event, File, Job
 from tests.data_worker import data_worker
+from tests.looks import look_at
 from tests.test_looks import check, page, served
 
 __all__ = ["page", "served"]
@@ -25,9 +28,38 @@ def chat(question, answer, role="user"):
 def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
     """A dataset with findings of many kinds, counted, and judged by a job."""
     draw = random.Random(5)
-    words = "the belly of a violin is made of spruce and its back of maple with a thin coat of varnish on it".split()
+    words = [
+        "the",
+        "belly",
+        "of",
+        "a",
+        "violin",
+        "is",
+        "made",
+        "of",
+        "spruce",
+        "and",
+        "its",
+        "back",
+        "of",
+        "maple",
+        "with",
+        "a",
+        "thin",
+        "coat",
+        "of",
+        "varnish",
+        "on",
+        "it",
+    ]
     rows = [chat(f"Question {n}: " + " ".join(draw.choices(words, k=12)) + "?", " ".join(draw.choices(words, k=10 + n))) for n in range(60)]
-    rows += [rows[3], chat("a", "b", "human"), "{broken", chat("Who?", "Write to anna.berg@hafen.de"), chat("Say <|im_end|>", "ding\x07dong")]
+    rows += [
+        rows[3],
+        chat("a", "b", "human"),
+        "{broken",
+        chat("Who?", "Write to anna.berg@hafen.de"),
+        chat("Say <|im_end|>", "ding\x07dong"),
+    ]
     dataset = datasets.create(session, user, files.add_bytes(session, user, "\n".join(rows).encode(), "violins.jsonl", "fine-tune"))
     session.commit()
     datasets.read(dataset.id)
@@ -48,7 +80,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1360, 320])
-def test_the_data_room(page, served, room, tmp_path, theme, width):  # noqa: F811
+def test_the_data_room(page, served, room, tmp_path, theme, width):
     page.set_viewport_size({"width": width, "height": 900})
     page.context.add_cookies([{"name": "luthier_theme", "value": theme, "url": served}])
     places = [("report", ""), ("fix", "?rule=wrong_role"), ("mask", "/rows?cutoff=64"), ("ledger", "/rows?sort=after"), ("edit", "/rows/2")]
@@ -61,3 +93,81 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):  # noqa: F81
             page.wait_for_timeout(400)
             page.goto(f"{served}{room}{tail}")
         check(page, tmp_path, f"{name}-{theme}-{width}")
+
+
+def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, session, data_dir, tmp_path):
+    path = tmp_path / "large.jsonl"
+    path.write_text("\n".join(chat(f"Question {n}", "word " * 300) for n in range(14_000)))
+    data = path.read_bytes()
+    assert len(data) > 2 * 8 * 2**20  # more than two pieces
+    sent = []
+
+    def let_one_piece_through(route):
+        if route.request.method == "PATCH":
+            sent.append(route.request.headers["upload-offset"])
+            if len(sent) > 1:
+                return route.abort()
+        return route.continue_()
+
+    page.route("**/v1/tus/*", let_one_piece_through)
+    page.goto(f"{served}/datasets/new")
+    page.set_input_files("#file", path)
+    page.click("#send")
+    page.get_by_text("the connection broke; trying again").wait_for()
+    page.unroute("**/v1/tus/*")
+    page.reload()
+    page.get_by_text("Choose the same file again to go on").wait_for()
+    assert 0.3 < float(page.locator("#sent").get_attribute("value") or page.evaluate("document.getElementById('sent').value")) < 0.6
+    went_on = []
+    page.on("request", lambda request: went_on.append(request.headers.get("upload-offset")) if request.method == "PATCH" else None)
+    page.set_input_files("#file", path)
+    page.click("#send")
+    page.wait_for_url("**/datasets/ds-*")
+    assert went_on[0] == str(8 * 2**20), "it went on where it stopped"
+    file = session.scalars(select(File)).one()
+    assert file.bytes == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_path):
+    extra = "\n".join(chat(f"Another question {n}", f"Another answer {n}") for n in range(20))
+    other = datasets.create(session, user, files.add_bytes(session, user, extra.encode(), "others.jsonl", "fine-tune"))
+    session.commit()
+    page.goto(f"{served}{room}")
+    page.get_by_role("link", name="Join", exact=True).click()
+    assert not page.locator("#rows").is_visible()
+    page.get_by_label("Mix by weights").check()
+    assert page.locator("#rows").is_visible() and not page.locator("#format").is_visible()
+    for _ in range(20):
+        if page.get_by_label("others").count():
+            break
+        page.wait_for_timeout(300)
+        page.reload()
+        page.get_by_label("Mix by weights").check()
+    page.get_by_label("others", exact=True).check()
+    page.locator("#rows").fill("30")
+    look_at(page, "join", tmp_path)
+    page.get_by_role("button", name="Make the dataset").click()
+    page.get_by_text("Made of").wait_for()
+    page.get_by_text("Good rows").first.wait_for()
+    assert "30" in page.locator(".facts").first.inner_text()
+    look_at(page, "joined", tmp_path)
+    page.goto(f"{served}/datasets/{ids.public(ids.DATASET, other.id)}/split")
+    page.locator("#fraction").fill("0.25")
+    page.get_by_role("button", name="Look").click()
+    page.get_by_text("nothing in common").wait_for()
+    facts = page.locator(".facts").first.inner_text()
+    assert "15" in facts and "5" in facts
+    look_at(page, "split", tmp_path)
+
+
+def test_a_row_is_found_by_its_words(page, served, room):
+    page.goto(f"{served}{room}/rows")
+    page.locator("#search").fill("Write to anna")
+    page.get_by_role("button", name="Show").click()
+    page.get_by_text("1 row with “Write to anna”").wait_for()
+    assert page.locator("article.sample").count() == 1
+    page.get_by_role("link", name="Edit line").click()
+    page.locator('[name="text.messages[1]"]').fill("Write to the harbour.")
+    page.get_by_role("button", name="Save").first.click()
+    page.wait_for_url("**/datasets/ds-*")
+    page.get_by_text("is made with this change").wait_for()

@@ -8,6 +8,7 @@ reads, so nothing after this folder knows which keys a person's file used:
     completion      {"prompt": str, "completion": str}
     plain_text      {"text": str}
     preference      {"messages": […], "chosen": [message, …], "rejected": [message, …], "tools"?: […]}
+    rated           {"messages": […], "answer": [message, …], "good": bool}
     classification  {"text": str, "label": str}
 
 Any of them may carry "metadata": {column: value} with the columns that no field of the format claimed.

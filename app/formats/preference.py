@@ -89,7 +89,7 @@ class Preference(Format):
 
 
 def conversation_with(row: Row, answer: str) -> Row:
-    """A normalised row as one conversation that ends with its answer “chosen” or “rejected”, of which only that answer is learnt."""
+    """A normalised row as one conversation that ends with its answer “chosen”, “rejected” or, of a rated row, “answer”; only that is learnt."""
     prompt = [{**message, "weight": 0} if message.get("role") == "assistant" else message for message in row["messages"]]
     return {"messages": [*prompt, *row[answer]], **({"tools": row["tools"]} if row.get("tools") else {})}
 

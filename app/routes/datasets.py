@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, ids, readers, samples, versions
+from app import datasets, files, formats, ids, joining, mixing, readers, samples, versions
+from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.multipart import Form as StreamedForm
 from app.multipart import read_form
+from app.routes.files import report_json
+from app.routes.versions import to_json
 from app.settings import get_settings
 from app.tables import Dataset, User
 from app.web import flash, render
 
 pages = APIRouter()
+api = APIRouter(prefix="/v1")
 FINDINGS_PER_PAGE = 50
 SAMPLES_OF_PREVIEW = 8
 
@@ -90,6 +95,78 @@ def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> R
     return RedirectResponse(_path(samples.add(session, user, name)), 303)
 
 
+# Joining ----------------------------------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "concatenate": ("Put together", "All rows of each, one dataset after the other."),
+    "mix": ("Mix by weights", "Rows of each in the share its weight gives it, in an order drawn by the seed."),
+    "sample": ("Draw at random", "Some rows of one dataset, drawn by the seed."),
+    "deduplicate": ("Take repetitions out", "Each row once: the first of those that say the same."),
+    "convert": ("Convert", "The rows of one dataset in another format."),
+}
+
+
+@pages.get("/datasets/join")
+def join_form(request: Request, user: CurrentUser, session: Db, first: str = "", operation: str = "concatenate") -> Response:
+    """The form, with one dataset chosen."""
+    return _join_page(request, user, session, {"operation": operation, "seed": "42", **({f"use.{first}": "on"} if first else {})}, None)
+
+
+def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
+    able = [dataset for dataset in datasets.list_(session, user) if dataset.status == "ready" and dataset.good_rows and dataset.rows_path]
+    targets = sorted(
+        {wanted for dataset in able for wanted in mixing.MAPPINGS if (joining.shape_of(dataset), wanted) in mixing.CONVERSIONS}
+    )
+    return render(
+        request,
+        "join.html",
+        status_code=problem.status if problem else 200,
+        able=[(dataset, ids.public(ids.DATASET, dataset.id)) for dataset in able],
+        titles=_titles(),
+        operations=OPERATIONS,
+        targets=targets,
+        typed=typed,
+        problem=problem,
+    )
+
+
+@pages.post("/datasets/join")
+async def join(request: Request, user: CurrentUser) -> Response:
+    """`use.KEY` and `weight.KEY` for each dataset; the rest as in `JoinOrder`."""
+    form = await request.form()
+    return await run_in_threadpool(_join, request, user, {name: value for name, value in form.items() if isinstance(value, str)})
+
+
+def _join(request: Request, user: User, typed: dict[str, str]) -> Response:
+    try:
+        with transaction() as session:
+            return RedirectResponse(_path(joining.order(session, user, _join_order(typed))), 303)
+    except StudioError as error:
+        with transaction() as session:
+            return _join_page(request, user, session, typed, error)
+
+
+def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
+    """The form's fields as an order; those that the operation does not use are left aside."""
+    operation = typed.get("operation", "")
+    used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
+        operation, ()
+    )
+    values: dict[str, Any] = {name: typed[name] for name in (*used, "name") if typed.get(name)}
+    parts = [
+        {"dataset": key, **({"weight": typed[f"weight.{key}"]} if operation == "mix" and typed.get(f"weight.{key}") else {})}
+        for key in (name.removeprefix("use.") for name in typed if name.startswith("use."))
+    ]
+    if not parts:
+        raise BadField("No dataset was chosen.", way_out="Tick at least one.", param="datasets")
+    try:
+        return joining.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        raise BadField(f"“{name}”: {first['msg']}.", way_out="Change it and send the form again.", param=name) from None
+
+
 @pages.get("/datasets/{key}")
 def show(
     request: Request,
@@ -156,7 +233,7 @@ async def read_as(request: Request, user: CurrentUser, key: str) -> Response:
 def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
     name = typed.get("format", "")
     entry = formats.get(name)
-    mapping = {field.name: typed[f"map.{name}.{field.name}"] for field in entry.fields if typed.get(f"map.{name}.{field.name}")}
+    mapping = {field.name: typed[f"map.{name}.{field.name}"] for field in entry.fields if f"map.{name}.{field.name}" in typed}
     with transaction() as session:
         return _path(datasets.read_as(session, user, _get(session, user, key), name, mapping))
 
@@ -171,3 +248,43 @@ def delete(request: Request, user: CurrentUser, session: Db, key: str) -> Respon
 
 def _get(session: Db, user: User, key: str) -> Dataset:
     return datasets.get(session, user, ids.parse(ids.DATASET, key))
+
+
+# The same for programs --------------------------------------------------------------------------------------------------
+
+
+@api.get("/datasets")
+def list_json(
+    user: CurrentUser, session: Db, after: cursor.After = None, limit: cursor.Limit = 20, order: cursor.Order = "desc"
+) -> dict[str, Any]:
+    """Every dataset in all its versions."""
+    return cursor.page(datasets.list_(session, user), after, limit, order, to_json)
+
+
+@api.get("/datasets/{key}")
+def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    dataset = _get(session, user, key)
+    return to_json(dataset) | {"versions": [ids.public(ids.DATASET, version.id) for version in datasets.versions(session, dataset)]}
+
+
+@api.delete("/datasets/{key}")
+def delete_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    datasets.delete(session, user, _get(session, user, key))
+    return {"id": key, "object": "dataset", "deleted": True}
+
+
+@api.get("/datasets/{key}/report")
+def report(
+    user: CurrentUser,
+    session: Db,
+    key: str,
+    after: Annotated[int, Query(ge=0, description="Findings before the first one wanted.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    rule: str | None = None,
+    severity: Literal["error", "warning", "note"] | None = None,
+    sort: str = "line",
+) -> dict[str, Any]:
+    """What the studio found in this version, one page of findings at a time."""
+    dataset = _get(session, user, key)
+    found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
+    return report_json(dataset, found, more)

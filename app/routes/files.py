@@ -151,7 +151,8 @@ def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str,
         "longest": stats.longest,
         "rules": datasets.rules(dataset),
         "findings": [
-            {key: getattr(finding, key) for key in ("line", "column", "rule", "severity", "value", "message", "fix")} for finding in found
+            {key: getattr(finding, key) for key in ("id", "line", "column", "rule", "severity", "value", "message", "fix")}
+            for finding in found
         ],
         "has_more": more,
     }

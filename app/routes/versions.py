@@ -1,13 +1,15 @@
-"""What makes a new version of a dataset from a page: fixes by click, dropped rows; and findings to take away."""
+"""What makes a new version of a dataset: fixes by click, edited and dropped rows, joining; and findings to take away."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, findings, ids, versions
+from app import datasets, findings, ids, joining, versions
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField
@@ -15,7 +17,37 @@ from app.tables import Dataset, User
 from app.web import flash
 
 pages = APIRouter()
+api = APIRouter(prefix="/v1")
 Key = str
+
+
+def to_json(dataset: Dataset) -> dict[str, Any]:
+    """A dataset as programs see it. `origin` says how this version was made, and of what."""
+    stats = datasets.stats(dataset)
+    origin = dict(dataset.origin or {})
+    if "sources" in origin:  # where the rows lie is nobody's business
+        origin["sources"] = [{key: value for key, value in source.items() if key != "path"} for source in origin["sources"]]
+    return {
+        "id": ids.public(ids.DATASET, dataset.id),
+        "object": "dataset",
+        "created_at": int(dataset.created_at.timestamp()),
+        "name": dataset.name,
+        "version": dataset.version,
+        "status": dataset.status,
+        "progress": dataset.progress,
+        "error": dataset.error,
+        "format": dataset.format,
+        "task": dataset.task,
+        "mapping": dataset.mapping,
+        "rows": dataset.rows,
+        "good_rows": dataset.good_rows,
+        "tokens": stats.tokens,
+        "trained_tokens": stats.trained_tokens,
+        "longest": stats.longest,
+        "file_id": ids.public(ids.FILE, dataset.file_id) if dataset.file_id else None,
+        "parent": ids.public(ids.DATASET, dataset.parent_id) if dataset.parent_id else None,
+        "origin": origin,
+    }
 
 
 def dataset_of(session: Db, user: User, key: str) -> Dataset:
@@ -63,3 +95,65 @@ def download(user: CurrentUser, session: Db, key: Key, kind: Literal["csv", "jso
     return StreamingResponse(
         findings.download(dataset.id, kind), media_type=media, headers={"content-disposition": f'attachment; filename="{name}"'}
     )
+
+
+# The same for programs --------------------------------------------------------------------------------------------------
+
+
+class Fix(BaseModel):
+    """One finding by its id, or all under a rule."""
+
+    model_config = ConfigDict(extra="forbid")
+    finding: int | None = None
+    rule: str | None = None
+
+
+class Edit(BaseModel):
+    """A row to put in the place of a line, or lines to leave out."""
+
+    model_config = ConfigDict(extra="forbid")
+    line: int | None = Field(default=None, ge=1)
+    row: dict[str, Any] | None = None
+    drop: list[int] = Field(default_factory=list)
+
+
+class Reading(BaseModel):
+    """How the same file is to be read. An empty column name says that a field has none."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: str
+    mapping: dict[str, str] = Field(default_factory=dict)
+
+
+@api.post("/datasets")
+def join_json(user: CurrentUser, session: Db, order: joining.JoinOrder) -> dict[str, Any]:
+    """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
+    return to_json(joining.order(session, user, order))
+
+
+@api.post("/datasets/{key}/fixes")
+def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
+    """The next version, with the fix of one finding or of all under a rule."""
+    dataset = dataset_of(session, user, key)
+    if order.finding is not None:
+        return to_json(versions.fix_one(session, user, dataset, order.finding))
+    if order.rule:
+        return to_json(versions.fix_all(session, user, dataset, order.rule))
+    raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
+
+
+@api.post("/datasets/{key}/edits")
+def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
+    """The next version, with one row replaced or some left out."""
+    dataset = dataset_of(session, user, key)
+    if order.row is not None and order.line is not None:
+        return to_json(versions.edit_row(session, user, dataset, order.line, json.dumps(order.row)))
+    if order.drop:
+        return to_json(versions.drop_rows(session, user, dataset, order.drop))
+    raise BadField("No change was named.", way_out="Send line and row, or drop with the lines to leave out.", param="line")
+
+
+@api.post("/datasets/{key}/readings")
+def read_json(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
+    """The next version: the same file, read as another format or with another mapping of columns."""
+    return to_json(datasets.read_as(session, user, dataset_of(session, user, key), order.format, order.mapping))

@@ -14,6 +14,7 @@ SHAPES = {
     "completion": {"prompt", "completion"},
     "plain_text": {"text"},
     "preference": {"messages", "chosen", "rejected"},
+    "rated": {"messages", "answer", "good"},
     "classification": {"text", "label"},
 }
 

@@ -83,3 +83,48 @@ def test_columns_nobody_claims_are_metadata():
     row = {"question": "a", "answer": "b", "source": "web", "id": 3}
     mapping = Instruction().guess_mapping(list(row))
     assert Instruction().metadata(row, mapping) == {"source": "web", "id": 3}
+
+
+RATED = {"messages": [{"role": "user", "content": "q"}], "answer": [{"role": "assistant", "content": "a"}], "good": True}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "label": True},
+        {"prompt": RATED["messages"], "completion": RATED["answer"], "label": "true"},
+        {"messages": RATED["messages"] + RATED["answer"], "label": 1},
+        {"conversations": RATED["messages"] + RATED["answer"], "kto_tag": True},
+        {"instruction": "q", "output": "a", "kto_tag": "1"},
+    ],
+)
+def test_every_way_to_write_a_rated_answer_gives_one_shape(row):
+    entry, guess = formats.rank([row])[0]
+    assert entry.name == "rated"
+    assert entry.check(row, guess.mapping) == []
+    assert entry.normalise(row, guess.mapping) == RATED
+    wrong = {key: value for key, value in row.items() if key not in ("label", "kto_tag")} | {guess.mapping["label"]: "perhaps"}
+    assert [(f.rule, f.severity) for f in entry.check(wrong, guess.mapping)] == [("wrong_label", "error")]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"text": "It is good.", "label": True}, "classification"),
+        ({"question": "Good?", "label": 1}, "classification"),
+        ({"prompt": "p", "completion": "c", "label": "sports"}, "completion"),
+        ({"messages": RATED["messages"] + RATED["answer"], "rating": 4.5}, "chat"),
+    ],
+)
+def test_a_truth_value_alone_makes_no_rated_answer(row, name):
+    assert formats.rank([row] * 5)[0][0].name == name
+
+
+def test_a_rated_answer_without_an_answer_or_a_prompt_is_an_error():
+    mapping = {"prompt": "prompt", "completion": "completion", "label": "label"}
+    from app.formats.rated import Rated
+
+    assert [f.rule for f in Rated().check({"prompt": "q", "completion": " ", "label": True}, mapping)] == ["empty_answer"]
+    assert [f.rule for f in Rated().check({"prompt": "", "completion": "a", "label": True}, mapping)] == ["empty"]
+    assert [f.rule for f in Rated().check({"prompt": "q", "completion": "a", "label": None}, mapping)] == ["no_label"]
+    assert [f.rule for f in Rated().check({"prompt": 3, "completion": "a", "label": False}, mapping)] == ["wrong_shape"]

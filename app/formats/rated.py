@@ -1,0 +1,99 @@
+"""Rated answers: one answer to a prompt, and whether it was good. These are the rows of KTO (arXiv:2402.01306)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
+from app.formats._messages import check_messages, normalise_messages
+
+GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
+BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
+DROP = fix("Drop the row", "drop_row")
+
+
+class Rated(Format):
+    name: ClassVar = "rated"
+    title: ClassVar = "Rated answers"
+    task: ClassVar = "preference"
+    shape: ClassVar = "rated"
+    summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
+    example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
+    fields: ClassVar = (
+        Field(
+            "prompt",
+            "The prompt, as text or messages.",
+            ("prompt", "input", "instruction", "query", "messages", "conversations", "question"),
+        ),
+        Field(
+            "completion",
+            "The answer. Left out, it is the last message of the prompt's conversation.",
+            ("completion", "response", "output", "answer"),
+            False,
+        ),
+        Field("label", "Whether the answer was good: true or false.", ("label", "kto_tag", "rating", "liked", "good", "thumb", "feedback")),
+        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
+    )
+    place: ClassVar = 45
+
+    def recognise(self, rows: Sequence[Row]) -> Guess | None:
+        guess = super().recognise(rows)
+        if guess is None:
+            return None
+        column, prompt = guess.mapping["label"], guess.mapping["prompt"]
+        # The columns of other formats may bear these names too; only a truth value beside a whole exchange makes this one.
+        rated = sum(verdict(row.get(column)) is not None for row in rows)
+        exchange = "completion" in guess.mapping or any(isinstance(parsed(row.get(prompt)), list) for row in rows)
+        return guess._replace(score=min(1.0, guess.score + 0.2)) if exchange and rated > 0.5 * len(rows) else None
+
+    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+        at, column = mapping.get("label", "label"), mapping.get("prompt", "prompt")
+        if row.get(at) is None:
+            return [Finding("no_label", f"“{at}” is empty.", at, "", "error", DROP)]
+        if verdict(row[at]) is None:
+            return [Finding("wrong_label", f"“{at}” must be true or false.", at, shown(row[at]), "error", DROP)]
+        try:
+            result = self.normalise(row, mapping)
+        except (KeyError, TypeError, IndexError, AttributeError):
+            text = "The prompt and the answer must be text or lists of messages."
+            return [Finding("wrong_shape", text, column, shown(row.get(column)), "error", DROP)]
+        answer = mapping.get("completion", column)
+        if not any(message["content"].strip() or message.get("tool_calls") for message in result["answer"]):
+            return [Finding("empty_answer", f"“{answer}” holds no answer to rate.", answer, "", "error", DROP)]
+        if not result["messages"]:
+            return [Finding("empty", "There is no prompt before the answer.", column, "", "error", DROP)]
+        findings = check_messages(result["messages"], column, answer=False) + check_messages(result["answer"], answer, answer=False)
+        if not any(finding.severity == "error" for finding in findings) and result["answer"][-1]["role"] != "assistant":
+            role = shown(result["answer"][-1]["role"])
+            findings.append(Finding("wrong_role_order", "The answer must end with the assistant's message.", answer, role, "error", DROP))
+        return findings
+
+    def normalise(self, row: Row, mapping: Columns) -> Row:
+        prompt = _as_messages(parsed(row.get(mapping["prompt"])), "user")
+        if "completion" in mapping:
+            answer = _as_messages(parsed(row.get(mapping["completion"])), "assistant")
+        else:
+            prompt, answer = prompt[:-1], prompt[-1:]
+        system = text_of(row, mapping.get("system"))
+        if system and system.strip():
+            prompt.insert(0, {"role": "system", "content": system})
+        good = verdict(row[mapping["label"]])
+        return {"messages": normalise_messages(prompt), "answer": normalise_messages(answer), "good": good is True}
+
+
+def verdict(value: Any) -> bool | None:
+    """What a rating says; None for what is no rating."""
+    word = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | bool | int | float) else ""
+    word = word.removesuffix(".0") if isinstance(value, float) else word
+    return True if word in GOOD else False if word in BAD else None
+
+
+def _as_messages(value: Any, role: str) -> list[Row]:
+    if value is None or value == "":
+        return []
+    if isinstance(value, list):
+        return [dict(message) for message in value]
+    if not isinstance(value, str):
+        raise TypeError("neither text nor messages")
+    return [{"role": role, "content": value}]

@@ -1,0 +1,12 @@
+// The form that joins datasets: only what the chosen operation uses is shown. Without this module all of it is.
+const form = document.getElementById("join");
+
+function show() {
+  const chosen = form.elements.operation.value;
+  for (const part of form.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(chosen);
+}
+
+if (form) {
+  form.addEventListener("change", show);
+  show();
+}
