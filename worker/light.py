@@ -28,7 +28,7 @@ class LightTokenizer:
         more = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
         self._more = [_text(token) for token in (more.values() if isinstance(more, dict) else more)]
         self.chat_template = _template_of(folder, config)
-        self.added_tokens_decoder = {key: token.content for key, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self.added_tokens_decoder = self._tokenizer.get_added_tokens_decoder()
         self.pad_token = self.special.get("pad_token")
 
     def __getattr__(self, name: str) -> Any:
@@ -38,6 +38,9 @@ class LightTokenizer:
         if name in _NAMES:
             return self.special.get(name)
         raise AttributeError(name)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -70,7 +73,7 @@ class LightTokenizer:
         waiting: list[int] = []
         for key in ids:
             if key in self.added_tokens_decoder:
-                texts.append(self.added_tokens_decoder[key])
+                texts.append(str(self.added_tokens_decoder[key]))
                 waiting = []
                 continue
             token = self._tokenizer.id_to_token(key) or ""

@@ -2,7 +2,8 @@
 
 Training and the playground both render here, so the prompt a model was trained on is, token for token, the prompt it is
 given later. What learns is the answer: the text an assistant turn adds after the generation prompt, up to and including
-its end-of-turn token. The text is cut where an answer begins and ends, so no token straddles that line.
+its end-of-turn token. The text is cut where an answer begins and ends, so no token straddles that line. A template's own
+markers in what a person typed stay text (`worker/markers.py`).
 
     row shape                 model's kind             rendered as
     messages                  any                      the chat template (`PLAIN_TEMPLATE` when the model has none)
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from app.errors import BadData, BadRequest
+from worker import markers
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -105,7 +107,7 @@ def render_prompt(
     """
     if isinstance(prompt, str):
         return prompt, _lead(tokenizer) + _encode(tokenizer, prompt)
-    messages = [_plain(m) for m in prompt]
+    messages, kept = markers.veil(tokenizer, [_plain(m) for m in prompt])
     try:
         text = _template(tokenizer, messages, tools, generate=True)
     except _FIXABLE as error:
@@ -114,7 +116,8 @@ def render_prompt(
             way_out="Check the order of the roles; some models take no system message.",
             param="messages",
         ) from None
-    return text, _segments(tokenizer, text, _prompt_cuts(tokenizer, messages, tools, text))
+    cuts = _prompt_cuts(tokenizer, messages, tools, text)
+    return markers.unveil(text, kept), _tokens(tokenizer, text, [], cuts, kept)[0]
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +168,7 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def _render_chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
-    plain = [_plain(m) for m in messages]
+    plain, kept = markers.veil(tokenizer, [_plain(m) for m in messages])
     try:
         text = _template(tokenizer, plain, tools)
     except _FIXABLE as error:
@@ -175,7 +178,7 @@ def _render_chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any
         ) from None
     spans = {i: _answer(tokenizer, plain, tools, text, i) for i, m in enumerate(plain) if m["role"] == "assistant"}
     learnt = [spans[i] for i in spans if messages[i].get("weight", 1) != 0]
-    return _tokens(tokenizer, text, learnt, [edge for span in spans.values() for edge in span])
+    return _tokens(tokenizer, text, learnt, [edge for span in spans.values() for edge in span], kept)
 
 
 def _answer(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> Span:
@@ -246,20 +249,17 @@ def _prompt_cuts(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any
 # Text and tokens ------------------------------------------------------------------------------------------------------
 
 
-def _tokens(tokenizer: Any, text: str, learnt: list[Span], cuts: list[int]) -> tuple[list[int], list[bool]]:
-    """Ids of `text`, encoded piece by piece between the cuts, and the mask of the pieces that lie in a learnt span."""
+def _tokens(tokenizer: Any, text: str, learnt: list[Span], cuts: list[int], kept: Sequence[str] = ()) -> tuple[list[int], list[bool]]:
+    """Ids of `text`, encoded piece by piece between the cuts, and the mask of the pieces that lie in a learnt span. `kept`
+    are the special tokens of the contents, which are encoded as text."""
     ids: list[int] = []
     trained: list[bool] = []
     edges = sorted({0, len(text), *cuts})
     for start, end in itertools.pairwise(edges):
-        piece = _encode(tokenizer, text[start:end])
+        piece = markers.encode(text[start:end], kept, lambda part: _encode(tokenizer, part))
         ids += piece
         trained += [any(s.start <= start and end <= s.end for s in learnt)] * len(piece)
     return ids, trained
-
-
-def _segments(tokenizer: Any, text: str, cuts: list[int]) -> list[int]:
-    return _tokens(tokenizer, text, [], cuts)[0]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -1,0 +1,74 @@
+"""What a person types stays text: a template's own markers in the content of a message are not read as tokens.
+
+`<|im_end|>` in a row or in a prompt would otherwise end the turn it stands in, and what follows could speak in another role.
+Before a conversation is rendered each special token in a message's content is put behind a placeholder (`veil`); once the
+text has been cut into pieces, what stood there is encoded in two parts (`encode`), so that no tokenizer sees the marker whole.
+A conversation without markers is rendered and encoded exactly as it would be without this file.
+
+Texts that are not conversations are left alone: who asks a model to continue a text may want its markers read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_OPEN, _CLOSE, _FIRST, _MOST = "\ue010", "\ue011", 0xE100, 6000
+_PLACE = re.compile(f"{_OPEN}([\ue100-\uf8ff]){_CLOSE}")
+
+
+def veil(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The messages with a placeholder for each special token in their contents, and what the placeholders stand for."""
+    pattern = _pattern(tokenizer)
+    kept: list[str] = []
+
+    def hide(found: re.Match[str]) -> str:
+        if found[0] not in kept:
+            kept.append(found[0])
+        return f"{_OPEN}{chr(_FIRST + kept.index(found[0]))}{_CLOSE}"
+
+    if pattern is None:
+        return list(messages), []
+    veiled = [{**m, "content": pattern.sub(hide, m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
+    return veiled, kept
+
+
+def unveil(text: str, kept: Sequence[str]) -> str:
+    """The text as it was meant to be read."""
+    return _PLACE.sub(lambda found: _behind(found, kept), text) if kept else text
+
+
+def encode(text: str, kept: Sequence[str], plainly: Callable[[str], list[int]]) -> list[int]:
+    """Ids of a piece of a veiled text. `plainly` encodes what has no placeholder in it."""
+    if not kept:
+        return plainly(text)
+    ids: list[int] = []
+    at = 0
+    for found in _PLACE.finditer(text):
+        marker = _behind(found, kept)
+        ids += plainly(text[at : found.start()]) + plainly(marker[:1]) + plainly(marker[1:])
+        at = found.end()
+    return ids + plainly(text[at:])
+
+
+def _behind(found: re.Match[str], kept: Sequence[str]) -> str:
+    place = ord(found[1]) - _FIRST
+    return kept[place] if place < len(kept) else found[0]  # a person may type the placeholder's own letters
+
+
+def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds every special token, the longest first where one begins with another. Made once: some models have thousands."""
+    size, pattern = _patterns.get(tokenizer, (-1, None))
+    if size != len(tokenizer):
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        known = sorted((s for s in added | {str(t) for t in tokenizer.all_special_tokens} if len(s) > 1), key=lambda s: (-len(s), s))[
+            :_MOST
+        ]
+        pattern = re.compile("|".join(map(re.escape, known))) if known else None
+        _patterns[tokenizer] = (len(tokenizer), pattern)
+    return pattern
+
+
+_patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str] | None]] = WeakKeyDictionary()
