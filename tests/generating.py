@@ -38,19 +38,25 @@ def stop_worker(process: subprocess.Popen, kill: bool = False) -> None:
         process.wait(5)
 
 
+# A fixture that a module imports is that module's own, even one of the session. Several workers on one queue would take each
+# other's requests, so what they share stands here.
+_folder: list[Path] = []
+_running: list[subprocess.Popen] = []
+
+
 @pytest.fixture(scope="session")
 def answering_dir(tmp_path_factory, tiny_model: Path) -> Path:
     """The data folder of the generate worker; `models/tiny` is in it."""
-    folder = tmp_path_factory.mktemp("answering")
-    shutil.copytree(tiny_model, folder / "models" / "tiny")
-    return folder
+    if not _folder:
+        _folder.append(tmp_path_factory.mktemp("answering"))
+        shutil.copytree(tiny_model, _folder[0] / "models" / "tiny")
+    return _folder[0]
 
 
 @pytest.fixture(scope="session")
 def _workers():
-    running: list[subprocess.Popen] = []
-    yield running
-    for process in running:
+    yield _running
+    for process in _running:
         stop_worker(process)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
@@ -119,6 +120,44 @@ def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], 
     if len(ids) <= max_length:
         return ids, False
     return tokenizer(text, add_special_tokens=True, truncation=True, max_length=max_length)["input_ids"], True
+
+
+class Writer(nn.Module):
+    """A stack with an output layer on it, so that it can be scored on texts as before; generates nothing."""
+
+    def __init__(self, body: nn.Module, output: nn.Linear) -> None:
+        super().__init__()
+        self.body, self.output, self.config = body, output, body.config
+
+    def get_decoder(self) -> nn.Module:
+        return self.body
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output
+
+
+def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
+    """The output layer that a decoder's stack was loaded without: its input embedding where they are tied, else read from
+    the model's files. Raises BadModel when they hold none."""
+    table = plain(model).get_input_embeddings().weight
+    weight = table if plain(model).config.tie_word_embeddings else _output_weight(ref)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(table.device, table.dtype), requires_grad=False)
+    return layer
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers stack inside a classifier and a peft wrapper."""
+    body = model.backbone if isinstance(model, Classifier) else model
+    return body.get_base_model() if hasattr(body, "get_base_model") else body
+
+
+def _output_weight(ref: ModelRef) -> torch.Tensor:
+    for path in sorted(folder_of(ref.path).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "lm_head.weight" in file.keys():  # noqa: SIM118  # the file is no mapping
+                return file.get_tensor("lm_head.weight")
+    raise BadModel(f"{ref.name} has no output layer.", way_out="Switch off the measure of forgetting (run setting `forgetting`).")
 
 
 # On disk --------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from app.spec import JobSpec
 from worker import attention, batches
 from worker.batches import BadRow, Row, Tokenised
 from worker.checkpoint import State
-from worker.classifier import Classifier, load_stack, pooling_of, render_text
+from worker.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
 from worker.device import Engine
 from worker.evaluate import evaluating
-from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, body_of, remarks_on
 from worker.pack import best_fit
 from worker.scores import classification_scores, prior_scores
 
@@ -188,13 +188,30 @@ class Classifying(Lesson):
     def kind(self) -> str:
         return "classifier"
 
-    def evaluation(self, job: Any) -> Iterator[events.Log | dict[str, Any]]:
-        """The result on the held-out rows, beside always answering with the shares of the training labels."""
+    # At the end -----------------------------------------------------------------------------------------------------------
+
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+        return row_losses(probabilities(model, self.train, budget, engine), self.train_truth)
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+        """Of always answering with the shares of the labels: before tuning there is no classifier."""
+        shares = np.bincount(self.train_truth, minlength=len(self.labels or [])) / len(self.train_truth)
+        return (-np.log(shares[self.train_truth])).tolist()
+
+    def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """The stack under the output layer that the model came with; encoders have none."""
+        if self.spec.model.shape.architecture == "encoder":
+            return None
+        return Writer(body_of(model), output_layer(self.spec.model, model))
+
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> np.ndarray:
+        return probabilities(model, self.held_out, budget, engine)
+
+    def evaluation(self, state: State, examined: np.ndarray, base: Loader, engine: Engine) -> dict[str, Any]:
+        """Beside always answering with the shares of the training labels, as no model answers with labels before tuning."""
         if not len(self.held_out):
-            yield {}
-            return
-        found = probabilities(job.model, self.held_out, job.data.budget, job.engine)
-        yield evaluation_of(found, self.train_truth, self.held_truth, self.held_rows, self.labels or [])
+            return {}
+        return evaluation_of(examined, self.train_truth, self.held_truth, self.held_rows, self.labels or [])
 
 
 def label_remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:

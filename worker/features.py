@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,36 +30,36 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Inverse strengths C that cross-validation tries."""
 FOLD_ROWS = 4000
 """Cross-validation looks at this many rows at most: choosing C needs no more, and its time grows with each."""
-Progress = Callable[[int, int], None]
+
+
+class Progress(NamedTuple):
+    """Different texts done, of how many, and their tokens."""
+
+    done: int
+    texts: int
+    tokens: int
 
 
 def embed(
-    classifier: Classifier,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    max_length: int,
-    tokens_per_batch: int = 4096,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> np.ndarray:
+    classifier: Classifier, tokenizer: Any, texts: Sequence[str], *, max_length: int, tokens_per_batch: int = 4096, device: str = "cpu"
+) -> Generator[Progress, None, np.ndarray]:
     """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding.
 
-    Equal texts are computed once. `progress(done, all)` is called after every batch, in texts.
+    Equal texts are computed once. Says how far it is after every batch; the vectors are what the generator returns.
     """
     unique = list(dict.fromkeys(texts))
     ids = [render_text(tokenizer, text, max_length)[0] or [tokenizer.eos_token_id or 0] for text in unique]
     order = sorted(range(len(unique)), key=lambda i: len(ids[i]))
     vectors: np.ndarray | None = None
-    done = 0
+    done = tokens = 0
     for batch in _batches(order, ids, tokens_per_batch):
         found = _embed_batch(classifier, [ids[i] for i in batch], device)
         if vectors is None:
             vectors = np.empty((len(unique), found.shape[1]), np.float32)
         vectors[batch] = found
-        done += len(batch)
-        if progress:
-            progress(done, len(unique))
+        done, tokens = done + len(batch), tokens + sum(len(ids[i]) for i in batch)
+        yield Progress(done, len(unique), tokens)
+    assert vectors is not None, "there is a text"
     place = {text: i for i, text in enumerate(unique)}
     return vectors[[place[text] for text in texts]]
 
@@ -84,18 +84,19 @@ def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> n
     return classifier.pooled(flat, places, lengths, **arguments).float().cpu().numpy()
 
 
-def cached(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The vectors kept under a name, computed when they are not there. Written whole or not at all."""
+def kept(name: str) -> np.ndarray | None:
+    """The vectors kept under a name."""
+    path = get_settings().folder("features") / f"{name}.safetensors"
+    return load_file(path)["vectors"] if path.is_file() else None
+
+
+def keep(name: str, vectors: np.ndarray) -> None:
+    """Write vectors whole or not at all."""
     folder = get_settings().folder("features")
-    path = folder / f"{name}.safetensors"
-    if path.is_file():
-        return load_file(path)["vectors"]
-    vectors = compute()
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
     save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
-    Path(temporary).replace(path)
-    return vectors
+    Path(temporary).replace(folder / f"{name}.safetensors")
 
 
 def cache_name(ref: ModelRef, texts: Sequence[str], pooling: Pooling, max_length: int) -> str:

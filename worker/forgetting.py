@@ -50,22 +50,31 @@ class Probe:
         return [TextScore(skill, loss, size) for skill, loss, size in zip(self.skills, nats, self.bytes, strict=True)]
 
 
-def before(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine) -> list[TextScore]:
-    """The scores of the model that is about to be tuned, kept for the next job on it."""
-    path = get_settings().folder("features") / f"probe-{_digest(spec, engine)}.json"
-    if path.is_file():
-        return [TextScore(*entry) for entry in json.loads(path.read_text())]
-    found = Probe(tokenizer, spec.model.kind, spec.model.shape.positions).score(model, budget, engine)
-    write_atomically(path, json.dumps(found))
+def scores(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine, lead: Sequence[int] = ()) -> list[TextScore]:
+    """The score of every text by a model that writes; `lead` are the placeholders of a soft prompt."""
+    return Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
+
+
+def remembered(spec: JobSpec, engine: Engine) -> list[TextScore] | None:
+    """What an earlier job on this model found before it tuned it."""
+    path = _kept(spec, engine)
+    return [TextScore(*entry) for entry in json.loads(path.read_text())] if path.is_file() else None
+
+
+def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine) -> list[TextScore]:
+    """The scores of the model before tuning, kept for the next job on it."""
+    found = scores(spec, model, tokenizer, budget, engine)
+    write_atomically(_kept(spec, engine), json.dumps(found))
     return found
 
 
-def after(
-    spec: JobSpec, model: torch.nn.Module, tokenizer: Any, lead: Sequence[int], budget: int, engine: Engine, first: list[TextScore]
-) -> dict[str, Any]:
-    """The verdict on the tuned model, as `app.forgetting.Forgetting` in plain data."""
-    last = Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
-    return compare(first, last).model_dump(mode="json")
+def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:
+    """The verdict, as `app.forgetting.Forgetting` in plain data."""
+    return compare(before, after).model_dump(mode="json")
+
+
+def _kept(spec: JobSpec, engine: Engine) -> Path:
+    return get_settings().folder("features") / f"probe-{_digest(spec, engine)}.json"
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from app import events
 from app.spec import JobSpec
 from worker import optim
+from worker.attention import Frame
 from worker.batches import Tokenised
 from worker.checkpoint import State
 from worker.classifier import Classifier
@@ -30,6 +31,10 @@ class Scored(NamedTuple):
     rows: list[float]
 
 
+Loader = Callable[[], torch.nn.Module]
+"""Gives the model as it was before tuning; loads it when it is first asked for."""
+
+
 class Lesson(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
@@ -37,6 +42,7 @@ class Lesson(ABC):
     train: Tokenised
     held_out: Tokenised
     labels: list[str] | None = None
+    frame: Frame | None = None  # the one shape of all packs, on a GPU
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.spec, self.tokenizer = spec, tokenizer
@@ -95,9 +101,42 @@ class Lesson(ABC):
     def kind(self) -> str:
         """The kind of the tuned model."""
 
+    # At the end, base and result on the same rows ----------------------------------------------------------------------
+
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+        """The result's mean loss of each training row in nats, for the ledger; empty where a task keeps none."""
+        return []
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+        """The same before tuning."""
+        return []
+
+    def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """A model that writes text with the stack of `model`, the base's or the result's; None where there is none."""
+        return None
+
     @abstractmethod
-    def evaluation(self, job: Any) -> Iterator[events.Log | dict[str, Any]]:
-        """Base and tuned on the same held-out rows; the last thing that comes is the evaluation. May drop `job.model`."""
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Any:
+        """What the evaluation needs of the result, before it leaves the memory."""
+
+    @abstractmethod
+    def evaluation(self, state: State, examined: Any, base: Loader, engine: Engine) -> dict[str, Any]:
+        """Base and result on the same held-out rows; empty without any."""
+
+
+def lesson_of(spec: JobSpec, tokenizer: Any) -> Lesson:
+    """The lesson of an order's task, its data read."""
+    if spec.task == "classification":
+        from worker.classify import Classifying
+
+        return Classifying(spec, tokenizer)
+    if spec.task == "preference":
+        from worker.preference import Preferring
+
+        return Preferring(spec, tokenizer)
+    from worker.writing import Writing
+
+    return Writing(spec, tokenizer)
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -26,7 +26,7 @@ from worker import batches, evaluate
 from worker.batches import Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
-from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pack import best_fit
@@ -172,6 +172,12 @@ class Preferring(Writing):
 
     def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
         return named(sums)
+
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+        return []  # a pair's loss says how far two answers lie apart, not whether the row is wrong
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+        return []
 
     # Judging ------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from worker.batches import make_batch
 from worker.checkpoint import State
 from worker.device import Engine
 from worker.evaluate import Question
-from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
 from worker.load import load_plain
 from worker.loss import head_of, linear_cross_entropy
 from worker.prompts import prepare_tokenizer, tuned_kind
@@ -24,6 +24,16 @@ from worker.scores import text_scores
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
+
+
+class Examined(NamedTuple):
+    """What a result said: the places of held-out rows that got worst and best, those asked for the scores, all questions, answers."""
+
+    worst: list[int]
+    best: list[int]
+    asked: list[int]
+    questions: dict[int, Question]
+    answers: dict[int, str]
 
 
 class Writing(Lesson):
@@ -71,15 +81,14 @@ class Writing(Lesson):
         return batches.trained_in(self.train, window)
 
     def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
-        batch = make_batch(self.train, pack, engine.device)
+        batch = make_batch(self.train, pack, engine.device, self.frame)
         hidden = evaluate.hidden_states(model, batch, engine)
         total = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
         return total, batch.tokens, batch.trained
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
         scored = evaluate.score_rows(model, self.held_out, budget, engine)
-        per_row = [nats / tokens for nats, tokens in zip(scored.nats, scored.tokens, strict=True)]
-        return Scored(evaluate.measures(scored, self.held_bytes), per_row[:MOST_REMEMBERED])
+        return Scored(evaluate.measures(scored, self.held_bytes), _means(scored)[:MOST_REMEMBERED])
 
     def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
         return evaluate.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)
@@ -96,38 +105,52 @@ class Writing(Lesson):
     def kind(self) -> str:
         return tuned_kind(self.spec.model.kind, self.spec.dataset.format)
 
-    def evaluation(self, job: Any) -> Iterator[events.Log | dict[str, Any]]:
-        """Scores from the passes that were made anyway; answers to some rows, and to the rows that changed most.
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+        return _means(evaluate.score_rows(model, self.train, budget, engine))
 
-        The base is loaded once more, after the tuned model was dropped, so that both are never in memory together.
-        """
-        state, engine = job.state, job.engine
-        tuned, base = dict(state.best or state.last), dict(state.before)
-        if not len(self.held_out) or not tuned:
-            yield {}
-            return
-        worst, best = _changed_most(state.base_rows, state.best_rows)
-        asked = self._asked(ANSWERED)
-        listed = [i for i in [*worst, *best] if i not in asked] if asked else []
-        listed_asked = self._questions([*asked, *listed])
-        answers: tuple[dict[int, str], dict[int, str]] = ({}, {})
-        if listed_asked:
-            yield events.Log(message=f"Writing answers to {len(listed_asked)} held-out rows with the tuned model and with its base.")
-            answers[1].update(self._answers(job.model, listed_asked, engine, self.lead))
-            job.drop()
-            answers[0].update(self._answers(self.load(engine), listed_asked, engine, []))
-            counted = [i for i in asked if i in answers[0]]
-            references = [listed_asked[i].reference for i in counted]
-            for scores, told in ((base, answers[0]), (tuned, answers[1])):
-                scores.update(text_scores([told[i] for i in counted], references))
-        entry = [self._row(i, state, listed_asked.get(i), *(told.get(i) for told in answers)) for i in [*worst, *best]]
-        yield {
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+        return _means(evaluate.score_rows(base(), self.train.without(len(self.lead)), budget, engine))
+
+    def writer(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Examined:
+        """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
+        worst, best = _changed_most(state.base_rows, state.best_rows or state.last_rows)
+        asked = self._asked(ANSWERED if self.spec.run.samples else 0)
+        questions = self._questions([*asked, *(i for i in [*worst, *best] if i not in asked)] if asked else [])
+        return Examined(worst, best, asked, questions, self._answers(model, questions, engine, self.lead))
+
+    def evaluation(self, state: State, examined: Examined, base: Loader, engine: Engine) -> dict[str, Any]:
+        worst, best, asked, questions, answers = examined
+        before, after = dict(state.before), dict(state.best or state.last)
+        if not len(self.held_out) or not after:
+            return {}
+        told = self._answers(base(), questions, engine, []) if questions else {}
+        counted = [i for i in asked if i in told]
+        for scores, said in ((before, told), (after, answers)):
+            scores.update(text_scores([said[i] for i in counted], [questions[i].reference for i in counted]))
+        losses = state.best_rows or state.last_rows
+
+        def listed(place: int) -> dict[str, Any]:
+            question = questions.get(place)
+            return {
+                "line": self.held_out.lines[place],
+                "prompt": question.text if question else self.tokenizer.decode(_row_ids(self.held_out, place, len(self.lead)))[:2000],
+                "reference": question.reference if question else None,
+                "base_loss": state.base_rows[place],
+                "tuned_loss": losses[place],
+                "base_answer": told.get(place),
+                "tuned_answer": answers.get(place),
+            }
+
+        return {
             "rows": len(self.held_out),
-            "answers": len(asked) if listed_asked else 0,
-            "base": base,
-            "tuned": tuned,
-            "worst": entry[: len(worst)],
-            "best": entry[len(worst) :],
+            "answers": len(counted),
+            "base": before,
+            "tuned": after,
+            "worst": [listed(i) for i in worst],
+            "best": [listed(i) for i in best],
         }
 
     def _asked(self, most: int) -> list[int]:
@@ -146,16 +169,9 @@ class Writing(Lesson):
         most = self.spec.run.sample_tokens
         return dict(zip(asked, evaluate.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead), strict=True))
 
-    def _row(self, place: int, state: State, question: Question | None, base: str | None, tuned: str | None) -> dict[str, Any]:
-        return {
-            "line": self.held_out.lines[place],
-            "prompt": question.text if question else self.tokenizer.decode(_row_ids(self.held_out, place, len(self.lead)))[:2000],
-            "reference": question.reference if question else None,
-            "base_loss": state.base_rows[place],
-            "tuned_loss": state.best_rows[place],
-            "base_answer": base,
-            "tuned_answer": tuned,
-        }
+
+def _means(scored: evaluate.RowScores) -> list[float]:
+    return [nats / tokens for nats, tokens in zip(scored.nats, scored.tokens, strict=True)]
 
 
 def _changed_most(base: list[float], tuned: list[float]) -> tuple[list[int], list[int]]:

@@ -85,8 +85,8 @@ def test_stop_saves_and_leaves(data_dir: Path, tiny_model: Path) -> None:
         said.append(event)
         if isinstance(event, events.Step) and event.step == 3:
             trainer.process.send_signal(signal.SIGUSR1)
-        if isinstance(event, events.Saved) and len([e for e in said if isinstance(e, events.Saved)]) == 1:
-            trainer.process.send_signal(signal.SIGTERM)
+        if isinstance(event, events.Step) and len([e for e in said if isinstance(e, events.Saved)]) == 1:
+            trainer.process.send_signal(signal.SIGTERM)  # a step after the save it was asked for
     assert trainer.wait() == 75
     saved = [e for e in said if isinstance(e, events.Saved)]
     assert len(saved) == 2 and saved[0].step < saved[1].step == said[-1].step

@@ -1,0 +1,259 @@
+"""The frozen-features recipe, top to bottom: every text becomes a vector once, and a small classifier learns on the vectors.
+
+It takes seconds to minutes, so it writes no checkpoints: an attempt that was cut off finds the vectors of an earlier one kept
+and starts again from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from app import events
+from app.spec import JobSpec
+from app.strategies.feature_extraction import FeatureExtraction
+from worker import attention, features, kernels, ledger, optim
+from worker.batches import Row
+from worker.checkpoint import State, relative
+from worker.classifier import Classifier, load_stack, pooling_of
+from worker.classify import answer_in_words, evaluation_of, label_remarks, read_labelled, row_losses, tokenise_texts
+from worker.device import Engine, choose, peak_memory
+from worker.export import export
+from worker.lesson import MOST_REMEMBERED
+from worker.load import load_tokenizer
+from worker.scores import classification_scores, prior_scores
+
+BATCH_ROWS = 256
+"""Rows of a step of the dense classifier."""
+TOLD = 10
+"""How often the making of vectors says how far it is."""
+
+
+def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -> Iterator[events.TrainerEvent]:
+    """As `worker.train.train`, for the strategy `feature_extraction`."""
+    from worker.train import measured, spec_digest
+
+    strategy, run = spec.strategy, spec.run
+    assert isinstance(strategy, FeatureExtraction)
+    torch.manual_seed(run.seed)
+    engine = choose(run, strategy, {})
+    tokenizer = load_tokenizer(spec.model)
+    data = read_labelled(spec)
+    rows = [*data.train, *data.held_out]
+    longest = min(run.max_length, spec.model.shape.positions)
+    sized = tokenise_texts(tokenizer, rows, longest)
+    yield from (events.Log(level="warn", message=text) for text in _remarks(sized.cut, longest, data.train, data.held_out, data.labels))
+
+    body = strategy.attach(load_stack(spec.model, engine.frozen, attention.NAME, str(engine.device)), task="classification").eval()
+    kernels.use_fused_norms(body)
+    head = strategy.head(spec.model.shape.hidden, len(data.labels))
+    # Vectors of length 1, so that one range of strengths serves every model.
+    pooling = pooling_of(strategy, spec.model.shape.architecture)
+    classifier = Classifier(body, head, pooling, normalise=True, labels=data.labels)
+    epochs = 1 if strategy.classifier == "logistic" else strategy.passes
+    state = State(facts={**engine.facts(), "spec": spec_digest(spec), "dataset": spec.dataset.sha256})
+    yield events.Started(
+        device=engine.name,
+        precision=engine.precision,
+        total_steps=epochs,
+        train_rows=len(data.train),
+        validation_rows=len(data.held_out),
+        train_tokens=int(sized.starts[len(data.train)]),
+        trainable_parameters=sum(p.numel() for p in head.parameters()),
+        parameters=sum(p.numel() for p in classifier.parameters()),
+        seconds_to_load=time.monotonic() - began,
+        details={**state.facts, "attention": attention.NAME, "pooling": pooling},
+    )
+    vectors = yield from _vectors(spec, classifier, tokenizer, rows, longest, engine, control)
+    if vectors is None:
+        return
+    truth, held_truth = data.truth(data.train), data.truth(data.held_out)
+    inside, outside = vectors[: len(truth)], vectors[len(truth) :]
+    state.tokens = state.trained_tokens = sized.tokens
+    state.seconds = time.monotonic() - began
+    if len(held_truth):
+        prior = prior_scores(truth.tolist(), held_truth.tolist(), data.labels)
+        state.before = _named(prior)
+        yield events.Evaluated(step=0, loss=prior["log_loss"], metrics=_rest(state.before))
+    if strategy.classifier == "logistic":
+        yield from _fit(classifier, strategy, inside, truth, run.seed, state)
+    else:
+        yield from _learn(classifier, spec, inside, truth, outside, held_truth, state, control)
+    if control.stop and state.step < epochs:
+        return
+
+    found = _probabilities(classifier.head, outside)
+    evaluation: dict[str, Any] = {}
+    if len(held_truth):
+        scores = classification_scores(found, held_truth.tolist(), data.labels)
+        state.best, state.best_step = _named(scores), state.step
+        state.best_rows = row_losses(found, held_truth)[:MOST_REMEMBERED]
+        yield events.Evaluated(step=state.step, loss=scores["log_loss"], metrics=_rest(state.best), best=True)
+        yield events.Sampled(step=state.step, samples=_samples(found, data.held_out[: run.samples], data.labels))
+        evaluation = evaluation_of(found, truth, held_truth, data.held_out, data.labels)
+    if run.row_losses:
+        shares = np.bincount(truth, minlength=len(data.labels)) / len(truth)
+        before = (-np.log(shares[truth])).tolist()
+        ledger.write(
+            folder, tokenise_texts(tokenizer, data.train, longest), before, row_losses(_probabilities(classifier.head, inside), truth)
+        )
+    written, revision, adapter = export(folder, spec, classifier, tokenizer, state)
+    state.wall_seconds = time.monotonic() - began
+    yield events.Finished(
+        reason="completed",
+        step=state.step,
+        path=relative(written.path),
+        bytes=written.bytes,
+        revision=revision,
+        adapter_sha256=adapter,
+        kind="classifier",
+        best_step=state.best_step,
+        labels=data.labels,
+        measured=measured(state, engine),
+        evaluation=evaluation,
+    )
+
+
+def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labels: list[str]) -> Iterator[str]:
+    if cut:
+        yield f"{cut} texts were longer than {longest} tokens and were cut."
+    if not held_out:
+        yield "No rows are held out, so nothing says how good the classifier is on texts it has not seen."
+    yield from label_remarks(train, labels)
+
+
+# Vectors --------------------------------------------------------------------------------------------------------------
+
+
+def _vectors(
+    spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Engine, control: Any
+) -> Generator[events.Log, None, np.ndarray | None]:
+    """The vectors of all rows, kept from before or made now; None when a stop was asked for."""
+    texts = [row.row["text"] for row in rows]
+    name = features.cache_name(spec.model, texts, classifier.pooling, longest)
+    vectors = features.kept(name)
+    if vectors is not None:
+        yield events.Log(message=f"The vectors of these {len(texts):,} texts were kept from an earlier job.")
+        return vectors
+    told = 0
+    making = features.embed(classifier, tokenizer, texts, max_length=longest, device=str(engine.device))
+    while True:
+        try:
+            with engine.autocast():
+                progress = next(making)
+        except StopIteration as done:
+            features.keep(name, done.value)
+            return done.value
+        if control.stop:
+            return None
+        if progress.done * TOLD // progress.texts > told:
+            told = progress.done * TOLD // progress.texts
+            yield events.Log(message=f"{progress.done:,} of {progress.texts:,} texts are vectors.")
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    classifier: Classifier, strategy: FeatureExtraction, vectors: np.ndarray, truth: np.ndarray, seed: int, state: State
+) -> Iterator[events.TrainerEvent]:
+    began = time.monotonic()
+    fitted, tried = features.fit_logistic(vectors, truth, strength=strategy.regularisation, seed=seed)
+    if tried:
+        shown = ", ".join(f"C={c}: {score:.3f}" for c, score in tried.items())
+        yield events.Log(message=f"Accuracy in cross-validation: {shown}. C={fitted.C:g} is taken.")
+    classifier.head = features.logistic_head(fitted, len(classifier.labels))
+    loss = float(np.mean(row_losses(_probabilities(classifier.head, vectors), truth)))
+    state.step, state.seconds = 1, state.seconds + time.monotonic() - began
+    yield _step(state, 1.0, loss, 0.0, 0.0)
+
+
+def _learn(
+    classifier: Classifier,
+    spec: JobSpec,
+    vectors: np.ndarray,
+    truth: np.ndarray,
+    outside: np.ndarray,
+    held_truth: np.ndarray,
+    state: State,
+    control: Any,
+) -> Iterator[events.TrainerEvent]:
+    """A small dense network by AdamW, an epoch a step; the epoch that is best on the held-out rows is kept."""
+    run, head = spec.run, classifier.head
+    peak = run.learning_rate or type(spec.strategy).default_learning_rate
+    optimizer = optim.make_optimizer(dict(head.named_parameters()), peak, run.weight_decay)
+    x, y = torch.from_numpy(vectors), torch.from_numpy(truth)
+    assert isinstance(spec.strategy, FeatureExtraction)
+    epochs = spec.strategy.passes
+    draw = torch.Generator().manual_seed(run.seed)
+    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    waited = 0
+    for epoch in range(1, epochs + 1):
+        began, total, norm = time.monotonic(), 0.0, torch.zeros(())
+        optim.set_rate(optimizer, optim.rate(epoch, epochs, peak, run.schedule, run.warmup_fraction))
+        for part in torch.randperm(len(y), generator=draw).split(BATCH_ROWS):
+            loss = F.cross_entropy(head(x[part]), y[part])
+            loss.backward()
+            norm = optim.clip(dict(head.named_parameters()), run.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += float(loss.detach()) * len(part)
+        state.step, state.seconds = epoch, state.seconds + time.monotonic() - began
+        yield _step(state, float(epoch), total / len(y), optimizer.param_groups[0]["lr"], float(norm))
+        if control.stop:
+            return
+        if not len(held_truth):
+            continue
+        held = float(np.mean(row_losses(_probabilities(head, outside), held_truth)))
+        if best is None or held < best[0]:
+            best, waited = (held, {name: value.clone() for name, value in head.state_dict().items()}), 0
+            continue
+        waited += 1
+        if run.early_stopping_patience and waited >= run.early_stopping_patience:
+            break
+    if best is not None:
+        head.load_state_dict(best[1])
+
+
+def _step(state: State, epoch: float, loss: float, rate: float, norm: float) -> events.Step:
+    return events.Step(
+        step=state.step,
+        epoch=epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        memory_bytes=peak_memory(torch.device("cpu")),
+        seconds=state.seconds,
+    )
+
+
+@torch.no_grad()
+def _probabilities(head: nn.Module, vectors: np.ndarray) -> np.ndarray:
+    if not len(vectors):
+        return np.empty((0, 0))
+    return head(torch.from_numpy(vectors)).softmax(-1).double().numpy()
+
+
+def _named(scores: dict[str, Any]) -> dict[str, float]:
+    return {"loss": scores["log_loss"], **{name: scores[name] for name in ("accuracy", "macro_f1", "calibration_error")}}
+
+
+def _rest(named: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in named.items() if name != "loss"}
+
+
+def _samples(found: np.ndarray, rows: list[Row], labels: list[str]) -> list[events.Sample]:
+    return [
+        events.Sample(prompt=row.row["text"], reference=row.row["label"], answer=answer_in_words(found[i], labels))
+        for i, row in enumerate(rows)
+    ]

@@ -1,0 +1,67 @@
+"""What came of a job: base and result measured on the same rows and the same general texts, one model at a time.
+
+Everything here draws no random number and changes nothing in what was learnt. It comes last, so that training starts at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import torch
+
+from app import events
+from worker import forgetting, kernels, ledger
+from worker.lesson import Loader
+
+
+class Compared(NamedTuple):
+    forgetting: dict[str, Any] | None
+    evaluation: dict[str, Any]
+
+
+def compare(job: Any) -> Generator[events.Log, None, Compared]:
+    """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.Trainee; its model is gone
+    afterwards."""
+    lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
+    yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
+    examined = lesson.examine(job.model, state, budget, engine)
+    losses = lesson.row_losses(job.model, budget, engine) if run.row_losses else []
+    writer = lesson.writer(job.model) if run.forgetting else None
+    texts = forgetting.scores(job.spec, writer, lesson.tokenizer, budget, engine, lesson.lead) if writer is not None else None
+    del writer
+    job.model = None
+    release(engine.device)
+
+    base = _loader(job)
+    if losses:
+        ledger.write(job.attempt, lesson.train, lesson.row_losses_before(base, budget, engine), losses)
+    lost = None
+    if texts:
+        before = forgetting.remembered(job.spec, engine) or forgetting.remember(
+            job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine
+        )
+        lost = forgetting.compared(before, texts)
+    return Compared(lost, lesson.evaluation(state, examined, base, engine))
+
+
+def _loader(job: Any) -> Loader:
+    """Loads the model before tuning once, when somebody asks for it."""
+    loaded: list[torch.nn.Module] = []
+
+    def load() -> torch.nn.Module:
+        if not loaded:
+            model = job.lesson.load(job.engine)
+            kernels.use_fused_norms(model)
+            loaded.append(model)
+        return loaded[0]
+
+    return load
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
