@@ -242,6 +242,23 @@ def latest(session: Session, user: User, model_id: uuid.UUID, kind: Kind, datase
     return next((e for e in found if e.status != "failed"), found[0] if found else None)
 
 
+def blend_panel(session: Session, user: User, model: Model | None, page: str) -> JSON | None:
+    """What `templates/parts/blend.html` shows of a tuned model on `page`; None for a base."""
+    job = session.get(Job, model.job_id) if model is not None and model.job_id is not None else None
+    if model is None or job is None or model.status != "ready":
+        return None
+    found = latest(session, user, model.id, "blend")
+    return {
+        "page": page,
+        "model": model.name,
+        "base": job.spec["model"]["name"],
+        "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "why_not": blend.why_not(model.strategy, labels=bool(model.labels)),
+        "evaluation": to_json(found) if found else None,
+        "curve": blend.curve(found.result) if found and found.status == "succeeded" else None,
+    }
+
+
 def cancel(session: Session, user: User, evaluation_id: uuid.UUID) -> Evaluation:
     """Stop one that waits or runs: its runner sees at the next beat that it is no longer wanted. One that has ended stays."""
     get(session, user, evaluation_id)

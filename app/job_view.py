@@ -11,7 +11,7 @@ import yaml
 from markupsafe import Markup
 from sqlalchemy.orm import Session
 
-from app import charts, ids, jobs, live, models, workers
+from app import charts, evaluations, ids, jobs, live, models, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
@@ -146,6 +146,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "sample_history": sample_history(progress),
         "evaluation": evaluation(job.evaluation),
         "charts": found,
+        "blends": evaluations.blend_panel(session, user, tuned, url(job)),
         "points": charts.data(found, progress) if points else None,
         "yaml": yaml.safe_dump(
             {"strategy": spec.strategy.model_dump(mode="json"), "run": spec.run.model_dump(mode="json")}, sort_keys=False

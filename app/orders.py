@@ -162,6 +162,9 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
             way_out="Wait until it has been fetched, or look at its page for what went wrong.",
             param="model",
         )
+    if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
+        way_out = "Tune the model itself, or its base, and blend the result."
+        raise BadField(f"{order.model} is a blend, which is played and scored but not tuned.", way_out=way_out, param="model")
     dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
     if dataset is None:
         raise BadField(

@@ -96,7 +96,7 @@ class Shelf:
         try:
             adapters = {} if not ref.adapters else self._stackable(ref, base)
             if adapters is None:
-                key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
+                key = (ref.path, ref.revision, *(a.key for a in ref.adapters))
                 lane = self._lane(key, ref, lambda r: self._load_adapted(r, base))
                 self.release(base)
                 base, adapters = lane, {}
@@ -175,7 +175,7 @@ class Shelf:
                 model = load_model(ref, self.dtype, "sdpa", str(self.device))
         else:
             model = load_model(ref, self.dtype, "sdpa", str(self.device))
-        lane = self._as_lane((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), ref, model.requires_grad_(False).eval())
+        lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model.requires_grad_(False).eval())
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
         lane.lead = load_strategy(folder_of(ref.adapters[-1].path)).virtual_tokens()
@@ -198,14 +198,14 @@ class Shelf:
         """The adapters as matrices for the base's stack; None when one of them is more than plain LoRA."""
         found: dict[str, LoraWeights] = {}
         for adapter in ref.adapters:
-            key = (*base.key, adapter.sha256 or adapter.path)
+            key = (*base.key, adapter.key or adapter.path)
             with self._lock:
                 weights = self.adapters.get(key)
             if weights is None:
                 if base.stack is None or not STRATEGIES[adapter.strategy].adapter:
                     return None
                 check_folder(adapter.path, None, ref.name)
-                weights = read_lora(folder_of(adapter.path), base.stack.linears, self.dtype, self.device)
+                weights = read_lora(folder_of(adapter.path), base.stack.linears, self.dtype, self.device, adapter.blend)
                 if weights is None:
                     return None
                 with self._lock:
@@ -216,7 +216,7 @@ class Shelf:
         return found
 
     def _tokenizer(self, ref: ModelRef, lane: Lane) -> tuple[Any, frozenset[int]]:
-        key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
+        key = (ref.path, ref.revision, *(a.key for a in ref.adapters))
         with self._lock:
             if key not in self.tokenizers:
                 tokenizer = load_tokenizer(ref)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, fetching, ids, models, starters
+from app import cards, downloads, evaluations, fetching, ids, models, starters
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
@@ -245,6 +245,7 @@ def _model_page(request: Request, session: Session, user: User, model: Model, fa
         strategy=STRATEGIES.get(model.strategy or ""),
         files=models.hashes(model),
         reasons=models.dependants(session, model),
+        blends=evaluations.blend_panel(session, user, model, f"/models/{_key(model)}"),
         kind_words=KIND_WORDS,
         load_code=cards.load_code(model, chain[0]),
         address=str(request.base_url),

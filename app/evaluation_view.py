@@ -1,0 +1,99 @@
+"""What the pages of evaluations show: a line in the list, and the scores of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from app import ids
+from app.tables import Evaluation
+
+SCORES: dict[str, tuple[str, str, bool]] = {
+    "loss": ("Loss", "nats per learnt token", True),
+    "perplexity": ("Perplexity", "how many tokens it wavers between", True),
+    "bits_per_byte": ("Bits per byte", "comparable between models with other tokenizers", True),
+    "token_accuracy": ("Token accuracy", "share of tokens it would have written itself", False),
+    "exact_match": ("Exact match", "share of answers equal to the reference", False),
+    "rouge_l": ("ROUGE-L", "longest common sequence of words, 0 to 1", False),
+    "chrf": ("chrF", "common character sequences, 0 to 1", False),
+    "accuracy": ("Accuracy", "share of rows it gets right", False),
+    "macro_f1": ("Macro F1", "every class counts the same", False),
+    "log_loss": ("Log loss", "nats per row, of its probabilities", True),
+    "calibration_error": ("Calibration error", "how far its confidence is from the truth", True),
+}
+"""Title, meaning and whether less is better, in the order in which they are shown."""
+KINDS = {"scores": "Scores", "advice": "Before tuning", "blend": "Blend"}
+
+
+class Line(NamedTuple):
+    title: str
+    meaning: str
+    base: float | None
+    value: float
+    better: bool | None
+
+
+def row(evaluation: Evaluation) -> dict[str, Any]:
+    """A line of the list: what was scored, and the figure that says most."""
+    spec, result = evaluation.spec, evaluation.result or {}
+    return {
+        "url": f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}",
+        "kind": KINDS.get(evaluation.kind, evaluation.kind),
+        "model": spec["model"]["name"],
+        "dataset": spec["dataset"]["name"],
+        "part": "held-out rows" if spec["part"] == "validation" else "all rows",
+        "status": evaluation.status,
+        "progress": evaluation.progress,
+        "at": evaluation.created_at,
+        "figure": _figure(evaluation.kind, result),
+        "error": (evaluation.error or {}).get("message", ""),
+    }
+
+
+def _figure(kind: str, result: Mapping[str, Any]) -> str:
+    if kind == "blend" and result.get("points"):
+        return f"best at {result['best']:g}"
+    if kind == "advice":
+        return f"{result['distance']:.2f} × general text" if result.get("distance") else ""
+    scores = result.get("scores") or {}
+    for name in ("accuracy", "loss"):
+        if isinstance(scores.get(name), int | float):
+            return f"{SCORES[name][0].lower()} {scores[name]:.3f}"
+    return ""
+
+
+def view(evaluation: Evaluation) -> dict[str, Any]:
+    """The scores of one model, beside those of the model it was tuned from; classes with the least F1 first."""
+    result = evaluation.result or {}
+    scores, base = result.get("scores") or {}, result.get("base") or {}
+    per_class = scores.get("per_class") or {}
+    classes = [{"label": label, **found} for label, found in per_class.items() if found.get("rows")]
+    forgot = result.get("forgetting")
+    return {
+        "lines": [_line(name, base.get(name), scores[name]) for name in SCORES if isinstance(scores.get(name), int | float)],
+        "has_base": bool(base),
+        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Always the shares",
+        "rows": result.get("rows"),
+        "skipped": result.get("skipped") or 0,
+        "answers": result.get("answers") or 0,
+        "classes": sorted(classes, key=lambda c: (c["f1"], c["label"])),
+        "mistakes": mistakes(scores.get("labels") or [], scores.get("confusion") or []),
+        "worst": result.get("worst") or [],
+        "best": result.get("best") or [],
+        "forgetting": forgot,
+        "seconds": result.get("seconds"),
+    }
+
+
+def _line(name: str, base: Any, value: float) -> Line:
+    title, meaning, less = SCORES[name]
+    before = float(base) if isinstance(base, int | float) else None
+    return Line(title, meaning, before, value, None if before is None or before == value else (value < before) == less)
+
+
+def mistakes(labels: list[str], counts: list[list[int]], most: int = 12) -> list[dict[str, Any]]:
+    """The commonest confusions of one class with another."""
+    found = [
+        {"truth": labels[i], "answer": labels[j], "count": n} for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j
+    ]
+    return sorted(found, key=lambda m: (-m["count"], m["truth"], m["answer"]))[:most]

@@ -1,0 +1,160 @@
+"""`/v1/evaluations`, the list of them, and the page of one: a model scored on a dataset, without training."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Form, Query, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app import blend, datasets, evaluation_view, evaluations, ids, models
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import BadField, StudioError
+from app.pages import After, Limit, page
+from app.tables import Evaluation
+from app.web import flash, render
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1/evaluations")
+Json = dict[str, Any]
+SHOWN = 50
+
+
+def key_of(text: str) -> uuid.UUID:
+    return ids.parse(ids.EVALUATION, text, param="evaluation_id")
+
+
+# The API --------------------------------------------------------------------------------------------------------------
+
+
+@api.post("")
+def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    return evaluations.to_json(evaluations.create(session, user, evaluations.read_order(body)))
+
+
+@api.get("")
+def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=key_of)
+
+
+@api.get("/{evaluation_id}")
+def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    return evaluations.to_json(evaluations.get(session, user, key_of(evaluation_id)))
+
+
+@api.post("/{evaluation_id}/cancel")
+def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    return evaluations.to_json(evaluations.cancel(session, user, key_of(evaluation_id)))
+
+
+@api.delete("/{evaluation_id}")
+def delete(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    evaluations.delete(session, user, key_of(evaluation_id))
+    return {"id": evaluation_id, "object": "evaluation", "deleted": True}
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def url(evaluation: Evaluation) -> str:
+    return f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}"
+
+
+@pages.get("/evaluations")
+def list_page(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    model: str = "",
+    dataset: str = "",
+    shown: Annotated[int, Query(ge=1, le=5000)] = SHOWN,
+) -> Response:
+    return _list_page(request, session, user, {"model": model, "dataset": dataset}, shown)
+
+
+def _list_page(
+    request: Request, session: Db, user: CurrentUser, typed: dict[str, str], shown: int = SHOWN, fault: StudioError | None = None
+) -> Response:
+    found = evaluations.list_(session, user, limit=shown + 1)
+    usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "encoder"]
+    return render(
+        request,
+        "evaluations.html",
+        status_code=fault.status if fault else 200,
+        rows=[evaluation_view.row(e) for e in found[:shown]],
+        moving=any(e.status in evaluations.OPEN for e in found[:shown]),
+        more=shown + SHOWN if len(found) > shown else None,
+        models=usable,
+        datasets=[d for d in datasets.list_(session, user) if d.status == "ready" and d.task != "preference"],
+        typed={"rows": "500", "part": ""} | typed,
+        fault=fault,
+        ids=ids,
+    )
+
+
+@pages.post("/evaluations")
+def order(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    model: Annotated[str, Form()],
+    dataset: Annotated[str, Form()],
+    kind: Annotated[str, Form()] = "scores",
+    rows: Annotated[str, Form()] = "",
+    part: Annotated[str, Form()] = "",
+    then: Annotated[str, Form(alias="next")] = "",
+) -> Response:
+    """Order one, and go to its page, or back to the page that asked."""
+    body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None}
+    try:
+        with session.begin_nested():
+            made = evaluations.create(session, user, evaluations.read_order(body))
+    except StudioError as fault:
+        if then:
+            raise
+        return _list_page(request, session, user, {"model": model, "dataset": dataset, "rows": rows, "part": part}, fault=fault)
+    return RedirectResponse(_local(then) or url(made), status_code=303)
+
+
+def _number(text: str) -> int | None:
+    if not text.strip():
+        return None
+    if not text.strip().isdecimal():
+        raise BadField(f"“{text[:20]}” is no number of rows.", way_out="Write a whole number, or leave it empty.", param="rows")
+    return int(text)
+
+
+def _local(address: str) -> str:
+    """An address of this studio, to go back to; nothing for any other."""
+    return address if re.fullmatch(r"/(jobs|models)/[A-Za-z0-9-]+", address) else ""
+
+
+@pages.get("/evaluations/{evaluation_id}")
+def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
+    found = evaluations.get(session, user, key_of(evaluation_id))
+    return render(
+        request,
+        "evaluation.html",
+        e=evaluations.to_json(found),
+        at=found.created_at,
+        model_url=f"/models/{ids.public(ids.MODEL, found.model_id)}",
+        dataset_url=f"/datasets/{ids.public(ids.DATASET, found.dataset_id)}",
+        view=evaluation_view.view(found) if found.result and found.kind == "scores" else None,
+        curve=blend.curve(found.result) if found.kind == "blend" else None,
+    )
+
+
+@pages.post("/evaluations/{evaluation_id}/cancel")
+def cancel_page(session: Db, user: CurrentUser, evaluation_id: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
+    found = evaluations.cancel(session, user, key_of(evaluation_id))
+    return RedirectResponse(_local(then) or url(found), status_code=303)
+
+
+@pages.post("/evaluations/{evaluation_id}/delete")
+def delete_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
+    evaluations.delete(session, user, key_of(evaluation_id))
+    flash(request, "The evaluation was deleted.")
+    return RedirectResponse("/evaluations", status_code=303)

@@ -1,0 +1,108 @@
+"""`/v1/evaluations` and its pages; blends by name wherever a model is named."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import pytest
+
+from app import evaluations, ids
+from app.tables import Evaluation
+from tests.orders import make_dataset
+from tests.tuned import tune
+from worker import appraise
+
+
+@pytest.fixture
+def data(session, user, data_dir):
+    return make_dataset(session, user, data_dir)
+
+
+def dataset_id(data) -> str:
+    return ids.public(ids.DATASET, data.id)
+
+
+def test_ordered_looked_at_cancelled_and_deleted(api, tiny_registered, data):
+    made = api.post("/v1/evaluations", json={"model": "tiny", "dataset_id": dataset_id(data), "rows": 7}).json()
+    assert made["object"] == "evaluation" and made["status"] == "queued" and made["rows"] == 7 and made["id"].startswith("eval-")
+    assert api.get("/v1/evaluations").json()["data"] == [made]
+    assert api.get(f"/v1/evaluations/{made['id']}").json() == made
+    assert api.post(f"/v1/evaluations/{made['id']}/cancel").json()["status"] == "cancelled"
+    assert api.delete(f"/v1/evaluations/{made['id']}").json()["deleted"] is True
+    assert api.get(f"/v1/evaluations/{made['id']}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gone"}, 404, "model"),
+        ({"dataset_id": "ds-" + "0" * 32}, 404, None),
+        ({"kind": "guess"}, 400, "kind"),
+        ({"rows": 0}, 400, "rows"),
+        ({"kind": "blend"}, 400, "model"),
+    ],
+)
+def test_wrong_orders_say_what_is_wrong(api, tiny_registered, data, change, status, param):
+    answer = api.post("/v1/evaluations", json={"model": "tiny", "dataset_id": dataset_id(data)} | change)
+    assert answer.status_code == status, answer.text
+    assert param is None or answer.json()["error"]["param"] == param
+
+
+def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_registered, data):
+    said = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "rows": "9"}, follow_redirects=False)
+    assert said.status_code == 303
+    page = client.get(said.headers["location"])
+    assert "Waits for the train worker" in page.text and 'hx-trigger="every 2s"' in page.text
+    appraise.work(session.query(Evaluation).one().id)
+    page = html.unescape(client.get(said.headers["location"]).text)
+    assert "Scores on 9 rows" in page and "Perplexity" in page and "The hardest rows" in page and "hx-trigger" not in page
+    assert "loss" in client.get("/evaluations").text
+    wrong = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "rows": "0"})
+    assert wrong.status_code == 400 and "rows" in wrong.text and 'value="0"' in wrong.text
+
+
+def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, user, data_dir, tiny_registered, data):
+    job, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=4)
+    page = f"/models/{ids.public(ids.MODEL, tuned.id)}"
+    assert "Draw the curve" in client.get(page).text
+    form = {"model": tuned.name, "dataset": dataset_id(data), "kind": "blend", "next": page}
+    said = client.post("/evaluations", data=form, follow_redirects=False)
+    assert said.headers["location"] == page and "Waits for the train worker" in client.get(page).text
+    evil = client.post("/evaluations", data=form | {"next": "//elsewhere.example/x"}, follow_redirects=False)
+    assert evil.headers["location"].startswith("/evaluations/eval-")
+    (made,) = session.query(Evaluation).all()
+    appraise.work(made.id)
+    session.refresh(made)
+    assert made.status == "succeeded", made.error
+    points = made.result["points"]
+    assert [p["blend"] for p in points] == [0, 0.25, 0.5, 0.75, 1] and points[0]["forgetting"] == 0
+    assert points[0]["score"] == pytest.approx(job.evaluation["base"]["loss"], rel=1e-4)
+    assert points[4]["score"] == pytest.approx(job.evaluation["tuned"]["loss"], rel=1e-4)
+    assert points[4]["score"] < points[2]["score"] < points[0]["score"]
+    for where in (page, f"/jobs/{ids.public(ids.JOB, job.id)}", f"/evaluations/{ids.public(ids.EVALUATION, made.id)}"):
+        shown = client.get(where)
+        assert shown.status_code == 200 and len(re.findall(r"<polyline", shown.text)) == 2 and "Forgetting" in shown.text, where
+
+    # A blend is a model wherever one is named.
+    half = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data), "answers": 0}).json()
+    assert half["model"] == f"{tuned.name}@0.5" and half["part"] == "validation"
+    appraise.work(evaluations.get(session, user, ids.parse(ids.EVALUATION, half["id"])).id)
+    session.expire_all()
+    found = api.get(f"/v1/evaluations/{half['id']}").json()["result"]
+    assert found["scores"]["loss"] == pytest.approx(points[2]["score"], rel=1e-4)
+    assert json.dumps(found)
+    again = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data), "kind": "blend"})
+    assert again.status_code == 400 and "blend already" in again.json()["error"]["message"]
+    job_on_blend = {"model": f"{tuned.name}@0.5", "training_file": ids.public(ids.FILE, data.file_id)}
+    refused = api.post("/v1/fine_tuning/jobs", json=job_on_blend)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "model" and "blend" in refused.json()["error"]["message"]
+
+
+def test_soft_prompts_say_why_they_have_no_halfway(client, api, session, user, data_dir, tiny_registered, data):
+    _, tuned = tune(session, user, data_dir, tiny_registered, data, {"name": "prompt_tuning", "tokens": 4}, epochs=1)
+    page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}")
+    assert "cannot be played halfway" in page.text and "Draw the curve" not in page.text
+    said = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data)})
+    assert said.status_code == 400 and "learnt vectors" in said.json()["error"]["message"]
