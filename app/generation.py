@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import uuid
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -60,11 +61,25 @@ class Sampling(_Frozen):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
 
 
+class ExternalEngine(_Frozen):
+    """An OpenAI-compatible server that answers for a model in place of our own engine. Its key is in the settings alone."""
+
+    url: str = Field(description="base address, one of LUTHIER_ENGINES")
+    model: str = Field(description="what that server calls the model")
+    adapter: str | None = Field(None, description="a LoRA folder, relative to the data folder, that the server is told to load first")
+    via: Literal["tokens", "chat"] = Field("tokens", description="send the rendered prompt's tokens, or messages the server renders")
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+
 class GenerateRequest(_Frozen):
     """One prompt for one model. Exactly one of `messages`, `prompt`, `tokens` and `embed` is given; `seed` is always set.
 
     With `look` nothing is written: the answer says how likely each token of the prompt was, and the `look` likeliest next ones.
-    With `embed` the model is an encoder, and the answer is a vector for each text.
+    With `embed` the model is an encoder, and the answer is a vector for each text; with `classify` it is a classifier.
+    With `render` nothing is written either: the answer is the rendered prompt, which goes to the request's `engine`.
     """
 
     id: uuid.UUID
@@ -75,7 +90,10 @@ class GenerateRequest(_Frozen):
     prompt: str | None = None
     tokens: list[int] | None = None
     embed: list[str] | None = Field(None, max_length=MOST_TEXTS)
+    classify: list[str] | None = Field(None, max_length=MOST_TEXTS)
     look: int | None = Field(None, ge=1, le=MOST_NEXT)
+    render: bool = False
+    engine: ExternalEngine | None = Field(None, description="who answers; null is the studio's own engine")
     sampling: Sampling
     seed: int
     seconds: float = Field(600, gt=0, le=3600, description="the answer is cut off after this long")
@@ -97,6 +115,17 @@ class Started(BaseModel):
     type: Literal["started"] = "started"
     rendered_prompt: str
     prompt_tokens: int
+    max_tokens: int
+    context: int
+
+
+class Rendered(BaseModel):
+    """A prompt as a model reads it, and the tokens that end its answer. `max_tokens` is what the context leaves room for."""
+
+    type: Literal["rendered"] = "rendered"
+    text: str
+    tokens: list[int]
+    stop_tokens: list[int]
     max_tokens: int
     context: int
 
@@ -143,6 +172,15 @@ class Embedded(BaseModel):
     tokens: int
 
 
+class Classified(BaseModel):
+    """The probability of every label, in the order of `labels`, for each text; and whether the text was cut."""
+
+    type: Literal["classified"] = "classified"
+    labels: list[str]
+    probabilities: list[list[float]]
+    cut: list[bool]
+
+
 class Done(BaseModel):
     """Seconds are counted from the moment the worker took the request; `tokens_per_second` from the first token on."""
 
@@ -166,7 +204,7 @@ class Broke(BaseModel):
     param: str | None = None
 
 
-Entry = Annotated[Started | TextPart | ChoiceFinished | Seen | Embedded | Done | Broke, Field(discriminator="type")]
+Entry = Annotated[Started | Rendered | TextPart | ChoiceFinished | Seen | Embedded | Classified | Done | Broke, Field(discriminator="type")]
 _entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 

@@ -15,7 +15,7 @@ import torch
 
 from app.errors import BadData
 from app.settings import get_settings
-from app.spec import DatasetRef, Split
+from app.spec import DatasetRef, JobSpec, Split
 from app.splits import divide, key_of
 from worker.attention import Frame, packed_arguments
 from worker.prompts import render_row
@@ -67,6 +67,16 @@ def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = N
     if len(held) == len(rows):
         return list(rows), []
     return [r for r, key in zip(rows, keys, strict=True) if key > last], sorted(held, key=lambda r: r.line)
+
+
+def sides(spec: JobSpec) -> tuple[list[Row], list[Row]]:
+    """(train, validation) rows of an order, read, split, and cut to the share of training rows it asks for."""
+    run, rows = spec.run, read_rows(spec.dataset)
+    if spec.validation:
+        train, held_out = rows, read_rows(spec.validation)
+    else:
+        train, held_out = split(rows, run.validation_fraction, run.seed, spec.split)
+    return share(train, run.data_fraction, run.seed), held_out
 
 
 def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:

@@ -57,7 +57,8 @@ def read_labelled(spec: JobSpec) -> Labelled:
             way_out="Check which column holds the label: one that names every row is none.",
         )
     if spec.validation is None:
-        return Labelled(*_split(rows, spec), labels)
+        train, held_out = _split(rows, spec)
+        return Labelled(batches.share(train, spec.run.data_fraction, spec.run.seed), held_out, labels)
     held_out = batches.read_rows(spec.validation)
     _check(held_out)
     for line, row in held_out:
@@ -67,7 +68,7 @@ def read_labelled(spec: JobSpec) -> Labelled:
                 way_out="Add training rows of this class, or mend the label in the validation file.",
             )
             raise BadRow(line, unseen)
-    return Labelled(rows, held_out, labels)
+    return Labelled(batches.share(rows, spec.run.data_fraction, spec.run.seed), held_out, labels)
 
 
 def _check(rows: Sequence[Row]) -> None:

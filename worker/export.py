@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ FINAL = "final"
 
 
 def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any, state: State) -> tuple[Written, str, str | None]:
-    """Write `final/` in the attempt's folder. Returns it with its revision and, for an adapter, the SHA-256 of its weights."""
+    """Write `final/` in the attempt's folder. Returns it with its revision and, for an adapter, the SHA-256 of its weights
+    (over the SHA-256 of each file, in the order of their names, where there are several)."""
 
     def fill(folder: Path) -> None:
         write_weights(folder, model, spec.strategy, tokenizer)
@@ -25,7 +27,10 @@ def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any,
     made = manifest.read(written.path)
     assert made is not None
     weights = sorted(name for name in made["files"] if name.endswith(".safetensors"))
-    adapter = made["files"][weights[0]]["sha256"] if type(spec.strategy).adapter and weights else None
+    digests = [made["files"][name]["sha256"] for name in weights]
+    adapter = None
+    if type(spec.strategy).adapter and digests:  # a classifier's head is a file of its own
+        adapter = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return written, made["revision"], adapter
 
 
@@ -69,6 +74,13 @@ The tokenizer in this folder holds the chat template it was trained with.
 
 
 def _loading(spec: JobSpec) -> str:
+    if spec.task == "classification":
+        return f"""# The probabilities of texts, from a studio that has this model:
+# curl $LUTHIER/v1/classify -H "authorization: Bearer $LUTHIER_KEY" -H "content-type: application/json" \\
+#   -d '{{"model": "…", "input": ["A text"]}}'
+#
+# In this folder: what {spec.strategy.title} changed in the stack, classifier_head.safetensors (the layers on the pooled
+# states) and classifier.json (labels in the order of the scores, pooling, whether vectors are scaled to length 1)."""
     if not type(spec.strategy).adapter:
         return 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
     return (

@@ -6,6 +6,7 @@ seconds, that its key is gone. A reader that leaves says so in its key, and one 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -13,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import redis
@@ -68,6 +70,18 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
             found = embed(request.model, request.embed)
             done = Done(prompt_tokens=found.tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
             return publisher.say([found, done])
+        if request.classify is not None:
+            from worker.classes import classify
+
+            sorted_, tokens = classify(request.model, request.classify)
+            done = Done(prompt_tokens=tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([sorted_, done])
+        if request.render:
+            from worker.engine import rendered
+
+            found = rendered(request, engine().shelf)
+            done = Done(prompt_tokens=len(found.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([found, done])
         with contextlib.closing(engine().answer(request)) as answer:
             for entries in answer:
                 publisher.say(entries)
@@ -103,6 +117,25 @@ class Publisher:
             return self.reader != LEFT
         self.missing_since = self.missing_since or time.monotonic()
         return time.monotonic() - self.missing_since < MISSING_SECONDS
+
+
+def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
+    """Entries of a request of this process, from its own engine or from the server the request names."""
+    if request.engine is None:
+        yield from engine().answer(request)
+        return
+    from app import engines
+    from worker.engine import rendered
+
+    prompt = rendered(request, engine().shelf) if request.messages is None or request.engine.via == "tokens" else None
+    loop = asyncio.new_event_loop()
+    stream = engines.answer(request, prompt)
+    try:
+        while (entries := loop.run_until_complete(anext(stream, None))) is not None:
+            yield entries
+    finally:
+        loop.run_until_complete(stream.aclose())
+        loop.close()
 
 
 _starting = threading.Lock()

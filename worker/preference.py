@@ -93,11 +93,7 @@ class Preferring(Writing):
         Lesson.__init__(self, spec, tokenizer)
         self.settings = spec.preference or PreferenceSettings()
         run, kind = spec.run, spec.model.kind
-        rows = batches.read_rows(spec.dataset)
-        if spec.validation:
-            train_rows, held_rows = rows, batches.read_rows(spec.validation)
-        else:
-            train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed, spec.split)
+        train_rows, held_rows = batches.sides(spec)
         self.pairs = {
             "train": tokenise_pairs(tokenizer, train_rows, kind, self.longest, self.lead),
             "held_out": tokenise_pairs(tokenizer, held_rows, kind, self.longest, self.lead),

@@ -43,11 +43,7 @@ class Writing(Lesson):
         self.plain_template = prepare_tokenizer(tokenizer)
         super().__init__(spec, tokenizer)
         run, kind = spec.run, spec.model.kind
-        rows = batches.read_rows(spec.dataset)
-        if spec.validation:
-            train_rows, held_rows = rows, batches.read_rows(spec.validation)
-        else:
-            train_rows, held_rows = batches.split(rows, run.validation_fraction, run.seed, spec.split)
+        train_rows, held_rows = batches.sides(spec)
         self.train = batches.tokenise(tokenizer, train_rows, kind, self.longest, self.lead)
         self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead)
         if not len(self.train):

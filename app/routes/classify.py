@@ -1,0 +1,86 @@
+"""`POST /v1/classify`, and the page that shows the probabilities of several classifiers as bars."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from app import classify, web
+from app.accounts import CurrentUser
+from app.classify import Sorting
+from app.db import transaction
+from app.errors import StudioError
+from app.generation import Entry, GenerateRequest
+from app.listening import listen, listen_calmly
+from app.playground import MOST_PANES
+from app.routes.chat import merge
+from app.tables import User
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1")
+SHOWN = 12
+"""Classes whose bars are shown at once; the others are folded."""
+
+
+class ClassifyBody(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field(min_length=1, max_length=512)
+    input: str | list[str]
+
+
+@api.post("/classify")
+async def classify_texts(body: ClassifyBody, user: CurrentUser) -> dict[str, Any]:
+    """Probabilities of every label for each text. A text longer than the model reads is cut, and says so."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    (request,) = await run_in_threadpool(_ask, user, [body.model], texts)
+    entries: list[Entry] = []
+    async for some in listen(request):
+        entries += some
+    return classify.to_json(classify.read(body.model, request, entries))
+
+
+@pages.get("/playground/classify")
+async def classify_page(
+    request: Request,
+    user: CurrentUser,
+    models: Annotated[list[str] | None, Query()] = None,
+    text: Annotated[str, Query()] = "",
+) -> Response:
+    """An address says all of it, so a view can be linked. Each line of the text is a text of its own."""
+    names = list(dict.fromkeys(name for part in models or [] for name in part.split(",") if name))
+    texts = [line.strip() for line in text.splitlines() if line.strip()]
+    found: list[Sorting] = []
+    error: StudioError | None = None
+    if texts:
+        try:
+            asked = await run_in_threadpool(_ask, user, names, texts)
+            heard: list[list[Entry]] = [[] for _ in asked]
+            async for place, entries in merge([listen_calmly(one) for one in asked]):
+                heard[place] += entries
+            found = [classify.read(*each) for each in zip(names, asked, heard, strict=True)]
+        except StudioError as fault:
+            error = fault
+    return await run_in_threadpool(_page, request, user, names, text, texts, found, error)
+
+
+def _ask(user: User, names: list[str], texts: list[str]) -> list[GenerateRequest]:
+    with transaction() as session:
+        return classify.ask(session, user, names, texts)
+
+
+def _page(
+    request: Request, user: User, names: list[str], text: str, texts: list[str], found: list[Sorting], error: StudioError | None
+) -> Response:
+    with transaction() as session:
+        choices = classify.choices(session, user)
+    names = names or [option.name for group in choices.values() for option in group][:1]
+    context = {
+        "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "texts": texts, "found": found, "error": error,
+        "shown": SHOWN,
+    }  # fmt: skip
+    return web.render(request, "classify.html", status_code=error.status if error else 200, **context)

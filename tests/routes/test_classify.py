@@ -1,0 +1,77 @@
+"""`/v1/classify` and its page through a real worker: the probabilities are those the trainer measured."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+
+from app import events
+from app.tables import Model
+from tests.conftest import forget_settings
+from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.worker.test_classification import put_encoder, sorting, texts
+from worker.train import train
+
+
+@pytest.fixture(params=["feature_extraction", "lora"])
+def classifier(request, session, user, answering_dir: Path, tiny_model, monkeypatch):  # noqa: F811
+    """A classifier trained in the worker's folder, and the rows of it and its base; also what the job said at its end."""
+    with monkeypatch.context() as there:
+        there.setenv("LUTHIER_DATA_DIR", str(answering_dir))
+        forget_settings()
+        encoder = put_encoder(tiny_model)
+        spec = sorting(encoder, texts(), request.param)
+        finished = list(train(spec, answering_dir / "runs" / uuid.uuid4().hex / "a1"))[-1]
+    forget_settings()
+    assert isinstance(finished, events.Finished)
+    base = register_tiny(session, "encoder", kind="encoder", path=encoder.path)
+    base.shape = json.loads(encoder.shape.model_dump_json())
+    session.add(
+        Model(
+            owner_id=user.id, name="sorter", title="Sorter", kind="classifier", base_id=base.id, strategy=request.param, adapter=True,
+            path=finished.path, revision=finished.revision, adapter_sha256=finished.adapter_sha256, source={"from": "job"},
+            shape=base.shape, labels=finished.labels, bytes=finished.bytes,
+        )
+    )  # fmt: skip
+    session.commit()
+    return finished
+
+
+def test_the_probabilities_are_those_the_trainer_measured(api, classifier, generate_worker):  # noqa: F811
+    listed = classifier.evaluation["worst"] + classifier.evaluation["best"]
+    said = api.post("/v1/classify", json={"model": "sorter", "input": [row["prompt"] for row in listed]}).json()
+    assert said["object"] == "list" and said["model"] == "sorter" and said["usage"]["prompt_tokens"] > 10
+    for row, one in zip(listed, said["data"], strict=True):
+        assert one["label"] == row["tuned_answer"] and not one["truncated"]
+        assert one["probabilities"][one["label"]] == pytest.approx(row["probability"], abs=1e-4)
+        assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5) and set(one["probabilities"]) == set(classifier.labels)
+    long = api.post("/v1/classify", json={"model": "sorter", "input": "The maple of the neck is told of. " * 60}).json()
+    assert long["data"][0]["truncated"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [({"input": []}, "input"), ({"input": ["a", " "]}, "input"), ({"model": "encoder"}, "model"), ({"input": ["a"] * 5000}, "input")],
+)
+@pytest.mark.parametrize("classifier", ["lora"], indirect=True)
+def test_bad_requests(api, classifier, change, param):
+    said = api.post("/v1/classify", json={"model": "sorter", "input": "a"} | change)
+    assert said.status_code == 400 and said.json()["error"]["param"] == param and said.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("classifier", ["lora"], indirect=True)
+def test_the_page_shows_bars(browser_page, live, session, user, classifier, generate_worker, tmp_path):  # noqa: F811
+    from tests.looks import look_at, sign_in
+
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/classify")
+    page.get_by_label("Texts").fill("The spruce of number 3 is told of.\nThe scroll of number 5 is told of.")
+    page.get_by_role("button", name="Classify").click()
+    pane = page.get_by_role("region", name="sorter")
+    assert pane.locator("ol.next li").count() == 6 and pane.locator("ol.next").count() == 2
+    shares = [float(bar.get_attribute("value")) for bar in pane.locator("progress").all()]
+    assert sum(shares) == pytest.approx(2, abs=1e-3)
+    look_at(page, "classify", tmp_path)

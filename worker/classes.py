@@ -1,0 +1,73 @@
+"""Texts sorted by a tuned classifier, for the playground and `POST /v1/classify`."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+
+from app.errors import BadData, BadRequest
+from app.generation import Classified
+from app.spec import ModelRef, RunSettings
+from worker import attention
+from worker.batches import BadRow, Row
+from worker.classifier import Classifier, load_classifier
+from worker.classify import probabilities, tokenise_texts
+from worker.device import Engine, choose
+from worker.lanes import check_folder
+from worker.load import folder_of, load_strategy, load_tokenizer
+
+MOST_LOADED = 2
+TOKENS_AT_ONCE = 4096
+
+
+class _Loaded(NamedTuple):
+    tokenizer: Any
+    classifier: Classifier
+    labels: list[str]
+    engine: Engine
+
+
+_loaded: OrderedDict[tuple[str, ...], _Loaded] = OrderedDict()
+_lock = threading.Lock()
+
+
+def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
+    """The probabilities of all labels for each text, and the tokens read. A text longer than the model reads is cut.
+
+    Raises BadModel for a model that is no classifier or whose files changed, BadRequest for a text without a token.
+    """
+    tokenizer, classifier, labels, engine = _load(ref)
+    lead = [tokenizer.pad_token_id or 0] * classifier.skip
+    rows = [Row(place, {"text": text}) for place, text in enumerate(texts)]
+    try:
+        data = tokenise_texts(tokenizer, rows, ref.shape.positions, lead)
+    except BadRow as error:
+        raise BadRequest(f"The model's tokenizer makes nothing of text {error.line}.", way_out="Leave it out.", param="input") from None
+    except BadData as error:
+        raise BadRequest(error.message, way_out=error.way_out, param="model") from None
+    found = probabilities(classifier, data, TOKENS_AT_ONCE, engine)
+    cut = [length >= ref.shape.positions for length in data.lengths] if data.cut else [False] * len(texts)
+    return Classified(labels=labels, probabilities=found.tolist(), cut=cut), data.tokens
+
+
+def _load(ref: ModelRef) -> _Loaded:
+    key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
+    with _lock:
+        if key in _loaded:
+            _loaded.move_to_end(key)
+            return _loaded[key]
+        check_folder(ref.path, ref.revision, ref.name)
+        for adapter in ref.adapters:
+            check_folder(adapter.path, None, ref.name)
+        strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
+        # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
+        run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
+        engine = choose(run, strategy, {})
+        classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)
+        _loaded[key] = _Loaded(load_tokenizer(ref), classifier, labels, engine)
+        while len(_loaded) > MOST_LOADED:
+            _loaded.popitem(last=False)
+        return _loaded[key]
