@@ -9,16 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
 from weakref import WeakKeyDictionary
 
 import redis
 import redis.asyncio
 from starlette.concurrency import run_in_threadpool
 
-from app import queue, workers
+from app import engines, queue, workers
 from app.errors import StudioError, Unavailable
-from app.generation import READER_SECONDS, Broke, Done, Entry, GenerateRequest, claim_key, reader_key, stream_key, unpack, worker_key
+from app.generation import (
+    READER_SECONDS,
+    Broke,
+    Done,
+    Entry,
+    GenerateRequest,
+    Rendered,
+    claim_key,
+    reader_key,
+    stream_key,
+    unpack,
+    worker_key,
+)
 from app.queue import GENERATE
 from app.settings import get_settings
 
@@ -53,7 +66,27 @@ def raise_broke(entry: Broke) -> None:
 
 
 async def listen(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
-    """Entries of one request, in order and complete, ending with Done. Raises StudioError when they cannot go on."""
+    """Entries of one request, in order and complete, ending with Done. Raises StudioError when they cannot go on.
+
+    A request with an engine of its own is rendered by a worker and answered by that server.
+    """
+    async with contextlib.aclosing(_outside(request) if request.engine else _own(request)) as answer:
+        async for entries in answer:
+            yield entries
+
+
+async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
+    rendered = None
+    if request.messages is None or request.engine is None or request.engine.via == "tokens":
+        async for entries in _own(request.model_copy(update={"id": uuid.uuid4(), "engine": None, "render": True})):
+            rendered = next((e for e in entries if isinstance(e, Rendered)), rendered)
+    async with contextlib.aclosing(engines.answer(request, rendered)) as answer:
+        async for entries in answer:
+            yield entries
+
+
+async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
+    """Through the queue, from a generate worker of this studio."""
     wire = _wire()
     await wire.set(reader_key(request.id), 1, ex=READER_SECONDS)
     try:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import models
+from app import blend, engines, models
 from app.errors import BadField, NotFound
-from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Sampling, Started, TextPart
+from app.generation import Broke, ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Sampling, Started, TextPart
 from app.models import Resolved
 from app.spec import ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
@@ -29,10 +29,11 @@ LONGEST_PROMPT = 1_000_000  # characters
 
 
 class Speaker(NamedTuple):
-    """Who is asked: the name it was asked by, what that means, and how its kind takes a prompt."""
+    """Who is asked: the name it was asked by, what that means, and the server that answers in place of our own engine."""
 
     name: str
     resolved: Resolved
+    engine: ExternalEngine | None = None
 
     @property
     def ref(self) -> ModelRef:
@@ -86,7 +87,8 @@ class Heard:
 
     def usage(self) -> dict[str, Any]:
         """Tokens in the shape of the OpenAI API."""
-        prompt = self.started.prompt_tokens if self.started else 0
+        last = self.done or self.started
+        prompt = last.prompt_tokens if last else 0
         written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())
         return {
             "prompt_tokens": prompt,
@@ -103,7 +105,8 @@ class Heard:
 def speaker(session: Session, user: User, name: str) -> Speaker:
     """The model behind a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that
     does not write text."""
-    found = Speaker(name, models.resolve(session, user, name))
+    resolved = models.resolve(session, user, name)
+    found = Speaker(name, resolved, engines.engine_of(session, resolved))
     if found.ref.kind in ("classifier", "encoder"):
         raise BadField(
             f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
@@ -116,7 +119,8 @@ def speaker(session: Session, user: User, name: str) -> Speaker:
 def request_for(user: User, who: Speaker, sampling: Sampling, **prompt: Any) -> GenerateRequest:
     """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
-    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, sampling=sampling, seed=seed, **prompt)
+    engine = None if "look" in prompt else who.engine  # what a model thinks of a text is looked up in the weights that are here
+    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
 
 
 def ask(
@@ -202,7 +206,7 @@ def record(session: Session, exchange_id: uuid.UUID, asked: Asked, heard: Heard)
             text=_storable(choice.text),
             finish_reason="error" if heard.error else choice.finish_reason or "cancelled",
             error=heard.error,
-            usage=heard.usage(),
+            usage=heard.usage() | ({"engine": request.engine.host} if request.engine else {}),
             first_token_seconds=heard.done.first_token_seconds if heard.done else None,
             tokens_per_second=heard.done.tokens_per_second if heard.done else None,
         )
@@ -280,14 +284,17 @@ def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchang
 
 
 def proof(answer: Answer) -> str:
-    return proof_line(answer.adapter_sha256, answer.revision, answer.tokens_per_second, answer.seed)
+    engine = (answer.usage or {}).get("engine")
+    return proof_line(answer.adapter_sha256, answer.revision, answer.tokens_per_second, answer.seed, engine)
 
 
-def proof_line(adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int) -> str:
-    """One line that says which weights spoke: what stands under an answer."""
+def proof_line(
+    adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int, engine: str | None = None
+) -> str:
+    """One line that says which weights spoke: what stands under an answer. Of an engine outside it says what was asked for."""
     parts = [f"adapter {adapter_sha256[:6]} on revision" if adapter_sha256 else "base · revision", f" {(revision or '')[:6]}"]
     speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
-    return "".join(parts) + speed + f" · seed {seed}"
+    return "".join(parts) + speed + f" · seed {seed}" + (f" · through {engine}" if engine else "")
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -334,6 +341,8 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
 
 def pane(name: str, offered: dict[str, list[Option]], turns: Sequence[tuple[Exchange, Sequence[Answer]]]) -> Pane:
     """A column of the page, also for a model that is no longer there."""
-    option = next((o for group in offered.values() for o in group if o.name == name), Option(name, name, ""))
+    plain, share = blend.split_name(name)
+    option = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
+    option = option if share is None else Option(name, f"{option.title} at blend {share:g}", option.kind)
     mine = [(e, a) for e, said in turns for a in said if a.model_name == name]
     return Pane(option.name, option.title, option.kind, mine)

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from app import datasets, ids, playground, prompts, queue
 from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
+from app.generation import ExternalEngine
 from app.prompts import PromptBody
 from app.settings import get_settings
 from app.spec import DatasetRef, ModelRef
@@ -39,6 +40,7 @@ class RunSpec(BaseModel):
     owner: uuid.UUID
     body: PromptBody
     model: ModelRef
+    engine: ExternalEngine | None = None
     dataset: DatasetRef
     task: str
     part: Literal["validation", "all"]
@@ -78,7 +80,7 @@ def create(session: Session, user: User, version: PromptVersion, model: str, dat
             param="part",
         )
     spec = RunSpec(
-        owner=user.id, body=body, model=who.ref, dataset=ref, task=dataset.task or "generation", **order.model_dump()
+        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", **order.model_dump()
     )  # fmt: skip
     run = PromptRun(
         id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,

@@ -60,6 +60,12 @@ class Settings(BaseSettings):
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
     )
+    engines: str = Field(
+        "",
+        description="Addresses of OpenAI-compatible servers (vLLM, say) that may answer for a model, with commas, as "
+        "`http://10.0.0.5:8001/v1`; a key stands before the host, as in `https://:KEY@gpu.example.org/v1`.",
+        repr=False,
+    )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: str = Field("INFO", description="Least severe level that is logged.")

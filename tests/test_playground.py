@@ -157,7 +157,7 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     page.get_by_label("Max tokens").fill("480")
     page.get_by_label("Prompt", exact=True).fill("Go on until you are stopped")
     page.keyboard.press("Control+Enter")
-    page.locator("[data-pane] [data-text]").nth(1).filter(has_text=re.compile("..")).wait_for()
+    page.locator("[data-pane] [data-text]").nth(3).filter(has_text=re.compile("..")).wait_for()  # the second turn of the second column
     page.keyboard.press("Escape")
     page.get_by_text("Stopped.").first.wait_for()
     deadline = time.monotonic() + 10

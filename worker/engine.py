@@ -20,11 +20,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from app.errors import BadRequest, StudioError, Unavailable
-from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, SeenToken, Started, TextPart
+from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Rendered, SeenToken, Started, TextPart
+from app.settings import get_settings
 from app.spec import ModelRef
 from worker import looking, prompts
 from worker.cache import Segment, SlotCache, Step
@@ -114,16 +116,9 @@ class Engine:
             self.shelf.release(place.lane)
 
     def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
-        text, ids = render(request, place)
+        text, ids = render(request, place.tokenizer)
         lead = [0] * place.lane.lead
-        room = place.lane.context - len(lead) - len(ids)
-        if room < 1:
-            raise BadRequest(
-                f"The prompt has {len(ids)} tokens, and {request.model.name} reads at most {place.lane.context}, its answer included.",
-                way_out="Shorten the prompt, or leave out earlier turns.",
-                param="messages" if request.messages is not None else "prompt",
-                code="context_length_exceeded",
-            )
+        room = _room(request, len(ids), place.lane.context - len(lead))
         sampling = request.sampling
         most = min(sampling.max_tokens or room, room)
         rows = [
@@ -416,9 +411,9 @@ def broke(error: BaseException) -> Broke:
     return Broke(status=500, code="internal_error", message=f"The model failed while answering ({type(error).__name__}).")
 
 
-def render(request: GenerateRequest, place: Placement) -> tuple[str, list[int]]:
+def render(request: GenerateRequest, tokenizer: Any) -> tuple[str, list[int]]:
     """Text and ids of the prompt, by the same code as in training. Raises BadRequest for an empty one."""
-    tokenizer, kind = place.tokenizer, request.model.kind
+    kind = request.model.kind
     if request.tokens is not None:
         size = request.model.shape.vocabulary
         wrong = next((t for t in request.tokens if not 0 <= t < size), None)
@@ -432,6 +427,28 @@ def render(request: GenerateRequest, place: Placement) -> tuple[str, list[int]]:
     if not ids:
         raise BadRequest("The prompt is empty.", way_out="Write at least one character.", param="prompt")
     return text, ids
+
+
+def rendered(request: GenerateRequest, shelf: Shelf) -> Rendered:
+    """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
+    ref = request.model
+    tokenizer, stops = shelf.tokenizer(ref)
+    context = min(ref.shape.positions, get_settings().generate_context)
+    text, ids = render(request, tokenizer)
+    room = _room(request, len(ids), context)
+    return Rendered(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
+
+
+def _room(request: GenerateRequest, size: int, context: int) -> int:
+    """Tokens left for the answer. Raises BadRequest when there are none."""
+    if context - size >= 1:
+        return context - size
+    raise BadRequest(
+        f"The prompt has {size} tokens, and {request.model.name} reads at most {context}, its answer included.",
+        way_out="Shorten the prompt, or leave out earlier turns.",
+        param="messages" if request.messages is not None else "prompt",
+        code="context_length_exceeded",
+    )
 
 
 def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:

@@ -100,7 +100,7 @@ class Shelf:
                 lane = self._lane(key, ref, lambda r: self._load_adapted(r, base))
                 self.release(base)
                 base, adapters = lane, {}
-            tokenizer, stops = self._tokenizer(ref, base)
+            tokenizer, stops = self.tokenizer(ref, getattr(base.model, "generation_config", None))
         except BaseException:
             self.release(base)
             raise
@@ -215,17 +215,26 @@ class Shelf:
             found[key[2]] = weights
         return found
 
-    def _tokenizer(self, ref: ModelRef, lane: Lane) -> tuple[Any, frozenset[int]]:
+    def tokenizer(self, ref: ModelRef, generation_config: Any = None) -> tuple[Any, frozenset[int]]:
+        """The tokenizer of a model, ready to render, and the tokens that end its answers. The weights need not be loaded."""
         key = (ref.path, ref.revision, *(a.key for a in ref.adapters))
         with self._lock:
             if key not in self.tokenizers:
                 tokenizer = load_tokenizer(ref)
                 prompts.prepare_tokenizer(tokenizer)
-                stops = prompts.stop_ids(tokenizer, getattr(lane.model, "generation_config", None))
+                stops = prompts.stop_ids(tokenizer, generation_config or _generation_config(ref))
                 if len(self.tokenizers) >= 32:
                     self.tokenizers.pop(next(iter(self.tokenizers)))
                 self.tokenizers[key] = (tokenizer, frozenset(stops))
             return self.tokenizers[key]
+
+
+def _generation_config(ref: ModelRef) -> Any:
+    """What the model's folder says of writing; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    folder = folder_of(ref.path)
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:

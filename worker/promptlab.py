@@ -107,7 +107,7 @@ def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
 
 def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> Said:
     """One row through the engine. Raises what the engine raises; an answer that is left early is thrown away."""
-    from worker.generate import engine
+    from worker.generate import answer as answer_of
 
     body = spec.body
     sampling = Sampling(
@@ -119,10 +119,16 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
         system = [{"role": "system", "content": body.system}] if body.system else []
         prompt = {"messages": [*system, *before, {"role": "user", "content": text}]}
     request = GenerateRequest(
-        id=uuid.uuid4(), owner=spec.owner, model=spec.model, sampling=sampling, seed=(body.seed + line * 31) % 2**31, **prompt
+        id=uuid.uuid4(),
+        owner=spec.owner,
+        model=spec.model,
+        engine=spec.engine,
+        sampling=sampling,
+        seed=(body.seed + line * 31) % 2**31,
+        **prompt,
     )
     texts, rendered, tokens, read = [""] * body.samples, "", 0, 0
-    with contextlib.closing(engine().answer(request)) as answer:
+    with contextlib.closing(answer_of(request)) as answer:
         for entries in answer:
             if leave[0]:
                 raise Stopped

@@ -336,6 +336,7 @@ class Call:
         return {
             "revision": who.ref.revision,
             "adapter_sha256": who.adapter_sha256,
+            "engine": who.engine.url if who.engine else None,
             "seeds": [asked.request.seed for asked in self.asked],
             "first_token_seconds": self.heard[0].done.first_token_seconds if self.heard[0].done else None,
             "tokens_per_second": self.heard[0].done.tokens_per_second if self.heard[0].done else None,

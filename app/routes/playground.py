@@ -192,7 +192,8 @@ def _told(place: int, asked: Asked, heard: Heard, entry: Entry) -> dict[str, Any
     said = {"pane": place, **entry.model_dump(mode="json", exclude_defaults=False)}
     if isinstance(entry, Done):
         who = asked.speaker
-        said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed)
+        engine = asked.request.engine.host if asked.request.engine else None
+        said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed, engine)
     return said
 
 

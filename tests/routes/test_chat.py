@@ -153,7 +153,7 @@ def test_client_that_leaves_stops_the_generation(client, session):
 
 
 def test_worker_killed_mid_stream_ends_with_an_error_and_the_next_one_answers(client, generate_worker, session):  # noqa: F811
-    stream = answer(client, max_tokens=480, stream=True, logit_bias={"70": 100})
+    stream = answer(client, max_tokens=480, n=8, stream=True, logit_bias={"70": 100})
     assert next(iter(stream)).choices[0].delta.role == "assistant"
     stop_worker(generate_worker, kill=True)
     began = time.monotonic()

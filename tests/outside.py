@@ -1,0 +1,130 @@
+"""An OpenAI-compatible server of its own process, as vLLM is one: tokens in, server-sent events out, adapters loaded on demand.
+
+    python -m tests.outside PORT MODEL_FOLDER KEY
+
+Its wire is written here by hand, apart from the studio's, so that the two can disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+
+from app.generation import GenerateRequest, Sampling
+from app.manifest import sha256_of
+from app.shapes import shape_of
+from app.spec import Adapter, ModelRef
+
+
+def build(folder: Path, key: str) -> FastAPI:
+    from worker.engine import Engine
+    from worker.lanes import Shelf
+
+    app, engine = FastAPI(), Engine(Shelf())
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    base = ModelRef(id=uuid.uuid4(), name="base", kind="generic", path=str(folder), revision="", shape=shape)
+    served: dict[str, ModelRef] = {"served-base": base}
+    state: dict[str, Any] = {"active": 0, "loads": 0, "asked": []}
+
+    @app.middleware("http")
+    async def door(request: Request, go: Any) -> Any:
+        if request.headers.get("authorization") != f"Bearer {key}":
+            return JSONResponse({"error": "Unauthorized"}, 401)
+        return await go(request)
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return {"object": "list", "data": [{"id": name, "object": "model", "max_model_len": shape.positions} for name in served]}
+
+    @app.get("/state")
+    def look() -> Any:
+        return state
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Any:
+        said = await request.json()
+        if said["lora_name"] in served:
+            return JSONResponse({"object": "error", "message": "The lora adapter has already been loaded.", "code": 400}, 400)
+        path = Path(said["lora_path"])
+        adapter = Adapter(strategy="lora", path=str(path), sha256=sha256_of(path / "adapter_model.safetensors"))
+        served[said["lora_name"]] = base.model_copy(update={"adapters": (adapter,)})
+        state["loads"] += 1
+        return "Success"
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Any:
+        body = await request.json()
+        state["asked"].append(body)
+        if body["model"] not in served:
+            return JSONResponse(
+                {"error": {"message": f"The model {body['model']} does not exist.", "type": "NotFoundError", "code": 404}}, 404
+            )
+        if len(body["prompt"]) + body["max_tokens"] > shape.positions:
+            message = f"This model's maximum context length is {shape.positions} tokens."
+            return JSONResponse({"error": {"message": message, "type": "BadRequestError", "param": "max_tokens", "code": 400}}, 400)
+        own = {name: body[name] for name in Sampling.model_fields if name in body and name != "logprobs"}
+        sampling = Sampling(**own | {"logprobs": "logprobs" in body, "top_logprobs": body.get("logprobs") or 0})
+        asked = GenerateRequest(
+            id=uuid.uuid4(),
+            owner=uuid.UUID(int=0),
+            model=served[body["model"]],
+            tokens=body["prompt"],
+            sampling=sampling,
+            seed=body["seed"],
+        )
+
+        def lines() -> Any:
+            state["active"] += 1
+            try:
+                for entries in engine.answer(asked):
+                    yield b": still here\n\n"
+                    for entry in entries:
+                        yield from told(entry)
+                yield b"data: [DONE]\n\n"
+            finally:
+                state["active"] -= 1
+
+        return StreamingResponse(closing(lines()), media_type="text/event-stream")
+
+    async def closing(made: Any) -> Any:
+        try:
+            async for line in iterate_in_threadpool(made):
+                yield line
+        finally:
+            await run_in_threadpool(made.close)
+
+    return app
+
+
+def told(entry: Any) -> Any:
+    head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "served"}
+    if entry.type == "text":
+        logs = None
+        if entry.logprobs:
+            logs = {
+                "text_offset": [0] * len(entry.logprobs), "tokens": [x.token for x in entry.logprobs],
+                "token_logprobs": [x.logprob for x in entry.logprobs],
+                "top_logprobs": [{t.token: t.logprob for t in x.top} for x in entry.logprobs],
+            }  # fmt: skip
+        choice = {"index": entry.index, "text": entry.text, "logprobs": logs, "finish_reason": None}
+        yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n".encode()
+    elif entry.type == "finished":
+        choice = {"index": entry.index, "text": "", "logprobs": None, "finish_reason": entry.reason}
+        yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n".encode()
+    elif entry.type == "done":
+        usage = {"prompt_tokens": entry.prompt_tokens, "completion_tokens": entry.completion_tokens}
+        usage["total_tokens"] = sum(usage.values())
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': usage})}\n\n".encode()
+
+
+if __name__ == "__main__":
+    port, folder, key = sys.argv[1:]
+    uvicorn.run(build(Path(folder), key), host="127.0.0.1", port=int(port), log_level="warning")
