@@ -11,7 +11,7 @@ import yaml
 from markupsafe import Markup
 from sqlalchemy.orm import Session
 
-from app import charts, evaluations, ids, jobs, live, models, workers
+from app import charts, comparisons, evaluations, ids, jobs, live, models, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
@@ -118,6 +118,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
     total = progress.started.parameters if progress.started else shape.parameters()
     found = charts.charts(progress)
     tuned = jobs.tuned_model(session, job)
+    comparison = comparisons.of_job(session, job)
     suggestion = progress.failure.suggestion if progress.failure and job.status == "failed" else None
     return {
         "job": job,
@@ -137,6 +138,8 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "suggestion": suggestion,
         "suggestion_text": ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in (suggestion or {}).items()),
         "tuned": tuned,
+        "comparison": comparison,
+        "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
         "compare_url": playground_url(spec.model.name, tuned.name) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "forgetting": forgetting(job.forgetting or (progress.finished.forgetting if progress.finished else None)),

@@ -1,0 +1,223 @@
+"""The table of a comparison: figures of its jobs beside each other, who is best in what, and what a learning curve says.
+
+A figure is None where a job has not got so far. Memory and sizes are bytes, times seconds, losses nats per learnt token,
+forgetting the relative change of bits per byte on the general probe.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import comparisons, ids, live
+from app.strategies import STRATEGIES
+from app.tables import JSON, Comparison, Event, Job, Model
+
+Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
+NO_CHANGE = ("gained", "within noise")
+WORTH_MORE = 0.02
+"""A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
+
+
+class Column(NamedTuple):
+    """One column: where its figure stands in a row, the one predicted for it, how it is written, and whether less is better."""
+
+    key: str
+    title: str
+    unit: Unit
+    less: bool
+    predicted: str | None = None
+
+
+class Table(NamedTuple):
+    columns: list[Column]  # the first is the score
+    rows: list[JSON]
+    winners: dict[str, list[str]]  # column → ids of the jobs that are best in it
+    base: JSON  # the scores before tuning, by column
+
+
+SCORES = {
+    "generation": [Column("loss", "Validation loss", "", True)],
+    "classification": [
+        Column("accuracy", "Accuracy", "share", False),
+        Column("macro_f1", "Macro F1", "share", False),
+        Column("loss", "Validation loss", "", True),
+    ],
+    "preference": [Column("reward_accuracy", "Pairs told apart", "share", False), Column("loss", "Validation loss", "", True)],
+}
+COSTS = [
+    Column("forgetting", "Forgetting", "change", True),
+    Column("trainable_parameters", "Learns", "count", True, "predicted_trainable_parameters"),
+    Column("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
+    Column("seconds", "Time", "seconds", True, "predicted_seconds"),
+    Column("bytes", "On disk", "bytes", True),
+]
+
+
+def table(session: Session, comparison: Comparison) -> Table:
+    """Figures of every job of the comparison that is still there."""
+    found = comparisons.jobs_of(session, comparison)
+    keys = [job.id for job in found]
+    losses, counted = live.best_losses(session, found), _counted(session, keys)
+    sizes = _sizes(session, keys)
+    rows = [_row(job, losses.get(job.id), counted.get(job.id), sizes.get(job.id)) for job in found]
+    columns = [*SCORES[found[0].spec["task"] if found else "generation"], *COSTS]
+    base = next((_scores(job.evaluation, "base") for job in found if (job.evaluation or {}).get("base")), {})
+    # The comparison's score is accuracy only where its jobs tell it; until then the loss of the first evaluations shows the way.
+    if any(is_number(row["loss"]) for row in rows) and not any(is_number(row[columns[0].key]) for row in rows):
+        columns = [c for c in columns if c.key == "loss"] + [c for c in columns if c.key != "loss"]
+    return Table(columns, rows, {c.key: _winners(rows, c) for c in columns}, base)
+
+
+def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """Parameters that learnt, as the trainers counted them."""
+    query = select(Event.job_id, Event.data["trainable_parameters"].as_integer())
+    return {key: n for key, n in session.execute(query.where(Event.job_id.in_(keys), Event.type == "started").order_by(Event.id))}
+
+
+def _sizes(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """Bytes on disk of the tuned models, without the bases they need."""
+    query = select(Model.job_id, Model.bytes).where(Model.job_id.in_(keys), Model.deleted_at.is_(None))
+    return {key: size for key, size in session.execute(query) if key is not None and size is not None}
+
+
+def _scores(evaluation: JSON | None, of: str) -> JSON:
+    found = (evaluation or {}).get(of) or {}
+    return {name: found[name] for name in ("loss", "accuracy", "macro_f1", "reward_accuracy") if is_number(found.get(name))}
+
+
+def _row(job: Job, loss: float | None, counted: int | None, size: int | None) -> JSON:
+    measured, estimate, forgot = job.measured or {}, job.estimate or {}, job.forgetting or {}
+    change = forgot.get("change")
+    if change is None and forgot.get("before") and forgot.get("after") is not None:
+        change = forgot["after"] / forgot["before"] - 1
+    strategy = job.spec["strategy"]["name"]
+    scores = {"loss": loss, "accuracy": None, "macro_f1": None, "reward_accuracy": None} | _scores(job.evaluation, "tuned")
+    return {
+        "job": ids.public(ids.JOB, job.id),
+        "name": job.name,
+        "status": job.status,
+        "strategy": strategy,
+        "title": _title(job),
+        "data_fraction": job.spec["run"].get("data_fraction", 1.0),
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "seconds_left": job.seconds_left,
+        **scores,
+        "rows": (job.evaluation or {}).get("rows"),
+        "forgetting": change,
+        "interval": forgot.get("interval"),
+        "verdict": forgot.get("verdict"),
+        "trainable_parameters": counted,
+        "predicted_trainable_parameters": estimate.get("trainable_parameters"),
+        "peak_memory_bytes": measured.get("peak_memory_bytes"),
+        "predicted_memory_bytes": estimate.get("memory_bytes"),
+        "seconds": measured.get("seconds"),
+        "predicted_seconds": estimate.get("seconds"),
+        "bytes": size,
+        "error": {name: job.error.get(name) for name in ("code", "message", "way_out")} if job.error else None,
+    }
+
+
+def _title(job: Job) -> str:
+    """The strategy with its own settings, and the share of the rows where that is not all."""
+    strategy = job.spec["strategy"]
+    if strategy["name"] not in STRATEGIES:
+        return str(strategy["name"])
+    title = comparisons.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
+    fraction = job.spec["run"].get("data_fraction", 1.0)
+    return title if fraction == 1.0 else f"{title}, {fraction:.0%} of the rows"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _winners(rows: list[JSON], column: Column) -> list[str]:
+    """The finished jobs with the best figure, where there is something to choose between.
+
+    Changes within noise are no change, so that nobody wins by luck.
+    """
+    known = []
+    for row in rows:
+        if row["status"] == "succeeded" and is_number(row[column.key]):
+            nothing = column.key == "forgetting" and row["verdict"] in NO_CHANGE
+            known.append((0.0 if nothing else row[column.key], row["job"]))
+    if len({value for value, _ in known}) < 2:
+        return []
+    pick: Callable[..., float] = min if column.less else max
+    best = pick(value for value, _ in known)
+    return [job for value, job in known if value == best]
+
+
+# The learning curve ---------------------------------------------------------------------------------------------------
+
+
+class Says(NamedTuple):
+    """Whether more data would help, and why one may think so."""
+
+    answer: Literal["more", "enough", "unclear"]
+    sentence: str
+
+
+def more_data(found: Table) -> Says | None:
+    """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from."""
+    column = found.columns[0]
+    done = [row for row in found.rows if row["status"] == "succeeded" and is_number(row[column.key])]
+    points = sorted((row["data_fraction"], row[column.key], row["rows"]) for row in done)
+    if len(points) < 2 or points[-1][0] < 1:
+        return None
+    (share, before, _), (_, now, rows) = points[-2], points[-1]
+    what = column.title.lower()
+    write = (lambda v: f"{v:.1%}") if column.unit == "share" else (lambda v: f"{v:.3f}")
+    moved = f"From {share:.0%} of the rows to all of them the {what} went from {write(before)} to {write(now)}"
+    if column.unit == "share":
+        return _by_share(moved, before, now, rows)
+    gain = (before - now) / max(abs(before), 1e-9)
+    if gain >= WORTH_MORE:
+        return Says("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
+    if gain > -WORTH_MORE:
+        return Says("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another strategy might.")
+    return Says("unclear", f"It cannot be told. {moved}, which is worse: the held-out rows are too few, or training went on for too long.")
+
+
+def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
+    """The same for a share of right answers, which is known no better than the number of held-out rows allows."""
+    noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
+    gain = now - before
+    held = f" on {rows:,} held-out rows" if rows else ""
+    if gain > noise:
+        return Says("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
+    if gain > -noise:
+        return Says("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
+    return Says("unclear", f"It cannot be told. {moved}{held}, which is worse: training may have gone on for too long.")
+
+
+# As JSON --------------------------------------------------------------------------------------------------------------
+
+
+def to_json(session: Session, comparison: Comparison) -> JSON:
+    """A `comparison` of `/v1/comparisons`."""
+    found = table(session, comparison)
+    says = more_data(found) if comparison.kind == "learning_curve" else None
+    return {
+        "id": ids.public(ids.COMPARISON, comparison.id),
+        "object": "comparison",
+        "created_at": int(comparison.created_at.timestamp()),
+        "name": comparison.name,
+        "kind": comparison.kind,
+        "status": comparisons.status_of(comparisons.jobs_of(session, comparison)),
+        "model": comparison.order["model"],
+        "score": found.columns[0].key,
+        "columns": [column._asdict() for column in found.columns],
+        "data": found.rows,
+        "base": found.base,
+        "winners": found.winners,
+        "refused": comparison.refused,
+        "says": says._asdict() if says else None,
+    }

@@ -1,0 +1,153 @@
+"""What the pages of comparisons show: the table with its best figures marked, the plot, and what a learning curve says."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app import charts, comparison_table, comparisons, ids
+from app.charts import Dot, Picture, Scale
+from app.comparison_table import Column, Table, is_number
+from app.job_view import count
+from app.tables import Comparison, Job
+from app.web import NARROW, NOTHING, human_bytes, human_number, human_percent, human_seconds
+
+OPEN = ("queued", "running", "paused")
+
+
+def url(comparison: Comparison) -> str:
+    return f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"
+
+
+def write(value: Any, unit: str) -> str:
+    """A figure of a column as the page writes it."""
+    if not is_number(value):
+        return NOTHING
+    writers: dict[str, Callable[[Any], str]] = {
+        "bytes": human_bytes,
+        "seconds": human_seconds,
+        "count": lambda n: count(int(n)),
+        "share": human_percent,
+        "change": lambda v: f"{v * 100:+.1f}{NARROW}%",
+        "": lambda v: human_number(v, 3),
+    }
+    return str(writers[unit](value))
+
+
+# The list -------------------------------------------------------------------------------------------------------------
+
+
+def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
+    """Each comparison with how far its jobs are."""
+    jobs: dict[uuid.UUID | None, list[Job]] = {}
+    for job in comparisons.jobs_of(session, *found):
+        jobs.setdefault(job.comparison_id, []).append(job)
+    return [_row(comparison, jobs.get(comparison.id, [])) for comparison in found]
+
+
+def _row(comparison: Comparison, found: list[Job]) -> dict[str, Any]:
+    return {
+        "comparison": comparison,
+        "url": url(comparison),
+        "kind": "learning curve" if comparison.kind == "learning_curve" else "strategies",
+        "status": comparisons.status_of(found),
+        "jobs": len(found),
+        "ended": sum(job.status not in OPEN for job in found),
+        "failed": sum(job.status == "failed" for job in found),
+        "model": comparison.order["model"],
+        "dataset": found[0].spec["dataset"]["name"] if found else "",
+    }
+
+
+# One comparison -------------------------------------------------------------------------------------------------------
+
+
+def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> dict[str, Any]:
+    """Everything `comparison.html` and its live part show. `x` and `y` are columns; others than there are mean the usual ones."""
+    table = comparison_table.table(session, comparison)
+    found = comparisons.jobs_of(session, comparison)
+    curve = comparison.kind == "learning_curve"
+    across, up = _axes(table, x, y)
+    return {
+        "comparison": comparison,
+        "url": url(comparison),
+        "curve": curve,
+        "status": comparisons.status_of(found),
+        "ended": sum(job.status not in OPEN for job in found),
+        "seconds_left": _seconds_left(found),
+        "table": table,
+        "lines": _lines(table),
+        "base": [(column, write(table.base.get(column.key), column.unit)) for column in table.columns],
+        "first": found[0] if found else None,
+        "across": across,
+        "up": up,
+        "picture": _curve(table) if curve else _scatter(table, across, up),
+        "says": comparison_table.more_data(table) if curve else None,
+    }
+
+
+def _axes(table: Table, x: str, y: str) -> tuple[Column, Column]:
+    by_key = {column.key: column for column in table.columns}
+    return by_key.get(x, by_key["seconds"]), by_key.get(y, table.columns[0])
+
+
+def _seconds_left(found: list[Job]) -> float | None:
+    """Until all have ended, one after the other: what running jobs say, and what was predicted for those that wait."""
+    if not any(job.status in OPEN for job in found):
+        return None
+    total = 0.0
+    for job in found:
+        predicted = (job.estimate or {}).get("seconds") or 0.0
+        total += (job.seconds_left if job.seconds_left is not None else predicted) if job.status == "running" else 0.0
+        total += predicted if job.status == "queued" else 0.0
+    return total
+
+
+def _lines(table: Table) -> list[dict[str, Any]]:
+    """The rows with every figure written, and the best of each column marked."""
+    found = []
+    for number, row in enumerate(table.rows, 1):
+        cells = [
+            {
+                "title": column.title,
+                "text": write(row[column.key], column.unit),
+                "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
+                "best": row["job"] in table.winners[column.key],
+                "note": row["verdict"] if column.key == "forgetting" else "",
+            }
+            for column in table.columns
+        ]
+        found.append({**row, "number": number, "url": f"/jobs/{row['job']}", "cells": cells})
+    return found
+
+
+def _scatter(table: Table, x: Column, y: Column) -> Picture | None:
+    dots = [
+        Dot(row[x.key], row[y.key], number, f"{row['title']}: {write(row[y.key], y.unit)}, {write(row[x.key], x.unit)}", _best(table, row))
+        for number, row in enumerate(table.rows, 1)
+        if is_number(row[x.key]) and is_number(row[y.key])
+    ]
+    return charts.picture(dots, _scale(x), _scale(y))
+
+
+def _curve(table: Table) -> Picture | None:
+    score = table.columns[0]
+    dots = [
+        Dot(row["data_fraction"], row[score.key], number, f"{row['data_fraction']:.0%} of the rows: {write(row[score.key], score.unit)}")
+        for number, row in enumerate(table.rows, 1)
+        if row["status"] == "succeeded" and is_number(row[score.key])
+    ]
+    base = table.base.get(score.key)
+    share = Scale("Share of the training rows", lambda v: human_percent(v, 0), amount=True)
+    return charts.picture(dots, share, _scale(score), joined=True, base=base if is_number(base) else None)
+
+
+def _scale(column: Column) -> Scale:
+    return Scale(column.title, lambda v: write(v, column.unit), amount=column.unit in ("bytes", "seconds", "count"))
+
+
+def _best(table: Table, row: dict[str, Any]) -> bool:
+    return row["job"] in table.winners[table.columns[0].key]

@@ -1,0 +1,175 @@
+"""Comparisons: `/v1/comparisons`, and the pages under `/compare`. Both call `app.comparisons`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app import compare_form, comparison_table, comparison_view, comparisons, ids
+from app.accounts import CurrentUser
+from app.comparisons import ComparisonOrder
+from app.db import Db
+from app.errors import Conflict, StudioError
+from app.pages import After, Limit, page
+from app.tables import Comparison
+from app.web import flash, render
+
+api = APIRouter(prefix="/v1")
+pages = APIRouter()
+Json = dict[str, Any]
+
+SHOWN = 50
+"""Comparisons on the list."""
+
+
+def key(text: str) -> uuid.UUID:
+    return ids.parse(ids.COMPARISON, text, param="comparison_id")
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+@api.post("/comparisons")
+def create(
+    session: Db, user: CurrentUser, body: Annotated[Json, Body()], idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+) -> Json:
+    return comparison_table.to_json(session, comparisons.create(session, user, comparisons.read_order(body), idempotency_key))
+
+
+@api.post("/comparisons/plan")
+def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    """What such an order would queue and refuse, and the time of all its jobs one after the other. Nothing is queued."""
+    found = comparisons.planned(session, user, comparisons.read_order(body))
+    jobs = [{"strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
+    return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}
+
+
+@api.get("/comparisons")
+def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    return page(comparisons.mine(user), after, limit, "desc", lambda row: comparison_table.to_json(session, row), session=session, key=key)
+
+
+@api.get("/comparisons/{comparison_id}")
+def retrieve(session: Db, user: CurrentUser, comparison_id: str) -> Json:
+    return comparison_table.to_json(session, comparisons.get(session, user, key(comparison_id)))
+
+
+@api.post("/comparisons/{comparison_id}/cancel")
+def cancel(session: Db, user: CurrentUser, comparison_id: str) -> Json:
+    return comparison_table.to_json(session, comparisons.cancel(session, user, key(comparison_id)))
+
+
+@api.delete("/comparisons/{comparison_id}")
+def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
+    """Its jobs stay. Refused while one of them has not ended."""
+    comparisons.delete(session, user, key(comparison_id))
+    return {"id": comparison_id, "object": "comparison", "deleted": True}
+
+
+# Pages --------------------------------------------------------------------------------------------------------------
+
+
+async def _form(request: Request) -> list[tuple[str, str]]:
+    """The fields of a posted form, those sent several times too."""
+    form = await request.form()
+    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+
+
+Form = Annotated[list[tuple[str, str]], Depends(_form)]
+
+
+@pages.get("/compare")
+def comparison_list(request: Request, user: CurrentUser, session: Db) -> Response:
+    return render(request, "comparisons.html", rows=comparison_view.rows(session, comparisons.list_(session, user, SHOWN)))
+
+
+@pages.get("/compare/new")
+def new_comparison(request: Request, user: CurrentUser, session: Db) -> Response:
+    return _form_page(request, session, user, request.query_params.multi_items())
+
+
+@pages.post("/compare")
+def order_comparison(request: Request, user: CurrentUser, session: Db, items: Form) -> Response:
+    form, typed = _read(session, user, items)
+    if not form.ready or form.order is None:
+        return _form_page(request, session, user, items, problem=True)
+    found = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
+    return RedirectResponse(comparison_view.url(found), status_code=303)
+
+
+def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_key: str) -> Comparison:
+    """The key came with the form, so that a double click orders once; with another choice it is meant as a new comparison."""
+    try:
+        return comparisons.create(session, user, order, idempotency_key=f"form-{form_key[:64]}")
+    except Conflict as conflict:
+        if conflict.code != "idempotency_key_reused":
+            raise
+        return comparisons.create(session, user, order)
+
+
+def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[compare_form.CompareForm, dict[str, str]]:
+    """Of a name sent twice the last counts (a checkbox overrules the hidden field before it), but for the strategies."""
+    typed = {name: value for name, value in items if name != "strategy"}
+    return compare_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
+
+
+def _form_page(request: Request, session: Db, user: CurrentUser, items: list[tuple[str, str]], *, problem: bool = False) -> Response:
+    form, typed = _read(session, user, items)
+    command = ""
+    if form.ready and form.order:
+        body = json.dumps(compare_form.body_of(form.order), indent=2, ensure_ascii=False)
+        command = (
+            f"curl {str(request.base_url).rstrip('/')}/v1/comparisons \\\n"
+            '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
+            f"  -d {shlex.quote(body)}"
+        )
+    return render(
+        request,
+        "new_comparison.html",
+        status_code=400 if problem else 200,
+        form=form,
+        key=typed.get("key") or uuid.uuid4().hex,
+        problem=problem,
+        command=command,
+        ids=ids,
+    )
+
+
+@pages.get("/compare/{comparison_id}")
+def comparison_page(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    comparison_id: str,
+    x: Annotated[str, Query(max_length=40)] = "",
+    y: Annotated[str, Query(max_length=40)] = "",
+    part: str = "",
+) -> Response:
+    """The whole page; with `?part=live` what changes in it while its jobs run. `x` and `y` are the columns of the plot."""
+    found = comparisons.get(session, user, key(comparison_id))
+    context = comparison_view.page(session, found, x, y)
+    return render(request, "parts/comparison_live.html" if part == "live" else "comparison.html", **context)
+
+
+@pages.post("/compare/{comparison_id}/cancel")
+def stop_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
+    found = comparisons.cancel(session, user, key(comparison_id))
+    flash(request, f"The jobs of {found.name} that had not ended are being stopped.")
+    return RedirectResponse(comparison_view.url(found), status_code=303)
+
+
+@pages.post("/compare/{comparison_id}/delete")
+def delete_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
+    found = comparisons.get(session, user, key(comparison_id))
+    try:
+        comparisons.delete(session, user, found.id)
+    except StudioError as error:
+        flash(request, str(error), "bad")
+        return RedirectResponse(comparison_view.url(found), status_code=303)
+    flash(request, f"{found.name} was deleted. Its jobs and their models are still there.")
+    return RedirectResponse("/compare", status_code=303)
