@@ -29,20 +29,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import WARM, run, strategy_of
 from benchmarks.shapes import LLAMA, draw_samples, write_samples
 
-WARM = 3
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 """Dense bf16 operations per second that the makers state."""
 LEARNING_RATE = {"full": 1e-4}
-AGREE = 0.05
-"""Share by which the mean loss of the last third of the steps may differ between engines: their batches are not the same."""
+AGREE = 0.005
+"""Share by which the loss of any step may differ between engines that were given the same rows: their rounding differs."""
 
 
 def main() -> None:
     options = parser().parse_args()
     if options.child:
-        print("RESULT " + json.dumps(child(json.loads(Path(options.child).read_text()))), flush=True)
+        print("RESULT " + json.dumps(run(json.loads(Path(options.child).read_text()))), flush=True)
         return
     with tempfile.TemporaryDirectory() as home:
         work = Path(options.work or home)
@@ -54,7 +54,7 @@ def main() -> None:
                 said = found["error"].strip().splitlines()[-1:] if "error" in found else f"{found['tokens_per_second']:.0f} tokens/s"
                 print(f"  round {round_ + 1} {name}: {said}", flush=True)
                 runs[name].append(found)
-        report = summarise(plan, runs)
+        report = summarise(plan, runs, curves(plan, work, options))
     print(table(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1))
@@ -63,6 +63,7 @@ def main() -> None:
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The weights and the samples on disk, and the plan that every engine reads."""
     from app.shapes import shape_of
+    from worker.pack import plan as plan_packs
 
     cuda = options.device == "cuda"
     model = Path(options.model) if options.model else work / "models" / options.shape
@@ -75,6 +76,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     config = json.loads((model / "config.json").read_text())
     samples = draw_samples(config["vocab_size"], int((options.steps + WARM + 3) * tokens / mean * 1.15) + 16, *lengths)
     write_samples(work / "samples.json", samples)
+    groups = plan_packs([len(s) for s in samples], tokens, seed=42, epoch=0, most=max(1, int(tokens / mean)) + 8)
     real = sum(map(len, samples)) / len(samples)
     engines = options.engines.split(",") if options.engines else ["luthier", "hf_trainer"] + ([] if cuda else ["trl", "trl_packed"])
     shape = shape_of(config)
@@ -83,7 +85,18 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "samples": str(work / "samples.json"), "tokens": tokens, "batch": max(1, round(tokens / real)), "longest": int(max(map(len, samples))),
         "steps": options.steps, "precision": options.precision, "rate": LEARNING_RATE.get(options.strategy, 5e-4), "rank": options.rank,
         "parameters": shape.parameters(), "same_allocator": options.same_allocator, "checkpointing": options.checkpointing,
+        "same_rows": groups[: options.steps + WARM],
     }  # fmt: skip
+
+
+def curves(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Each engine's losses on the same rows, step by step: {engine: losses}. One run each, not timed."""
+    found: dict[str, list[float]] = {}
+    for name in plan["engines"] if options.curves else ():
+        done = measure({**plan, "engine": name, "round": "same-rows", "groups": plan["same_rows"]}, work, options)
+        found[name] = done.get("losses", [])
+        print(f"  same rows {name}: " + (" ".join(f"{loss:.3f}" for loss in found[name]) or done["error"].strip()[-200:]), flush=True)
+    return found
 
 
 def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -112,260 +125,11 @@ def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> di
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-# Inside an engine's process -------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Times of the ends of steps, and what was read until then."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.began = time.perf_counter()
-        self.marks: list[tuple[float, float]] = []  # (wall, processor) at the end of each step
-        self.losses: list[float] = []
-
-    def step(self) -> None:
-        if self.cuda and len(self.marks) == WARM - 1:
-            import torch
-
-            torch.cuda.synchronize()
-        self.marks.append((time.perf_counter(), time.process_time()))
-
-    def result(self, tokens: list[int]) -> dict[str, Any]:
-        """`tokens` are the real ones of each step."""
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize()
-            self.marks[-1] = (time.perf_counter(), time.process_time())
-        (wall, cpu), (end, cpu_end) = self.marks[WARM - 1], self.marks[-1]
-        real = sum(tokens[WARM : len(self.marks)])
-        tail = self.losses[-max(1, len(self.losses) // 3) :]
-        return {
-            "tokens_per_second": real / (end - wall),
-            "tokens_per_cpu_second": real / max(cpu_end - cpu, 1e-9),
-            "tokens_per_step": real / (len(self.marks) - WARM),
-            "peak_memory_bytes": peak(self.cuda),
-            "loss": sum(tail) / len(tail),
-            "first_loss": self.losses[0],
-            "seconds_to_first_step": self.marks[0][0] - self.began,
-        }
-
-
-def peak(cuda: bool) -> int:
-    import torch
-
-    from worker.device import peak_memory
-
-    return peak_memory(torch.device("cuda" if cuda else "cpu"))
-
-
-def child(plan: dict[str, Any]) -> dict[str, Any]:
-    engine = plan["engine"]
-    samples = json.loads(Path(plan["samples"]).read_text())
-    if engine.startswith("luthier"):
-        return luthier(plan, samples)
-    if engine == "unsloth":
-        return unsloth(plan, samples)
-    return trainer(plan, samples)
-
-
-def strategy_of(plan: dict[str, Any]) -> Any:
-    from app.strategies import STRATEGIES
-
-    kind = STRATEGIES[plan["strategy"]]
-    ranked = {"rank": plan["rank"], "alpha": 2.0 * plan["rank"]} if "rank" in kind.model_fields and "alpha" in kind.model_fields else {}
-    return kind(**ranked)
-
-
-def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
-    """`worker.train.train` from its first line to the last timed step."""
-    import uuid
-
-    import numpy as np
-
-    from app import events
-    from app.shapes import shape_of
-    from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
-    from worker import attention, kernels, train
-    from worker.batches import Tokenised
-    from worker.pack import plan as plan_packs
-
-    folder = Path(plan["model"])
-    model = ModelRef(
-        id=uuid.UUID(int=1), name="model", kind="generic", path=str(folder), revision="0" * 64, shape=shape_of(json.loads((folder / "config.json").read_text()))
-    )  # fmt: skip
-    data = DatasetRef(id=uuid.UUID(int=2), name="rows", path="rows", sha256="0" * 64, format="plain_text", rows=len(samples))
-    run = RunSettings(
-        max_tokens_per_step=plan["tokens"], learning_rate=plan["rate"], schedule="constant", warmup_fraction=0, samples=0, max_steps=plan["steps"] + WARM,
-        validation_fraction=0, precision=plan["precision"], early_stopping_patience=0, gradient_checkpointing=plan["checkpointing"],
-    )  # fmt: skip
-    spec = JobSpec(name="benchmark", task="generation", model=model, dataset=data, run=run, strategy=strategy_of(plan))
-    lead = spec.strategy.virtual_tokens()
-
-    def given(spec: Any, tokenizer: Any, lead_ids: list[int], engine: Any, *_: Any) -> Any:
-        rows = [[*lead_ids, *ids] for ids in samples]
-        starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-        trained = np.ones(starts[-1], bool)
-        for place in range(lead + 1):
-            trained[starts[:-1] + place] = False
-        done = Tokenised(np.concatenate([np.asarray(r, np.int32) for r in rows]), trained, starts, list(range(len(rows))), 0, [])
-        nothing = Tokenised(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0, [])
-        frame = attention.frame_of(done.lengths, plan["tokens"]) if engine.framed else None
-        packs = plan_packs(done.lengths, plan["tokens"], seed=run.seed, epoch=0, most=frame and frame.most())
-        total = plan["steps"] + WARM
-        return train.Data(done, nothing, [], plan["tokens"], len(packs), total, total, frame=frame)
-
-    train.read_data = given
-    kernels.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
-        plan["engine"], kernels.LEAST_SECONDS_TO_COMPILE
-    )
-    if plan["engine"] == "luthier_peft":
-        import worker.lora
-
-        worker.lora.fuse = lambda model, grouped=True: 0
-    clock, counts, told = Clock(plan["device"] == "cuda"), [], 0
-    attempt = Path(os.environ["LUTHIER_DATA_DIR"]) / "runs" / f"{plan['engine']}-{plan['round']}" / "a1"
-    details: dict[str, Any] = {}
-    for event in train.train(spec, attempt):
-        if isinstance(event, events.Started):
-            details = {"precision": event.precision, **event.details}
-        if isinstance(event, events.Step):
-            clock.losses.append(event.loss)
-            counts.append(event.tokens - told - lead * 0)
-            told = event.tokens
-            clock.step()
-            if len(counts) == plan["steps"] + WARM:
-                break
-    return {**clock.result(counts), "details": details}
-
-
-def trainer(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
-    """transformers' Trainer, or TRL's SFTTrainer on top of it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-
-    cuda = plan["device"] == "cuda"
-    engine, strategy = plan["engine"], strategy_of(plan)
-    tokenizer = AutoTokenizer.from_pretrained(plan["model"])
-    half = plan["precision"] != "fp32"
-    # Trained weights are float32; frozen ones bf16 on a GPU, where nobody keeps them otherwise.
-    narrow = half and (cuda or engine == "trl_tuned") and strategy.adapter
-    more: dict[str, Any] = {}
-    if strategy.base_bits == 4:
-        from transformers import BitsAndBytesConfig
-
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    clock = Clock(cuda)
-    model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.bfloat16 if narrow else torch.float32, **more)
-    if cuda:
-        model = model.cuda()
-    model.config.use_cache = False
-    model = strategy.attach(model).train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "max_steps": plan["steps"] + WARM, "per_device_train_batch_size": plan["batch"],
-        "learning_rate": plan["rate"], "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "bf16": half, "use_cpu": not cuda, "logging_steps": 1, "report_to": [], "save_strategy": "no", "seed": 42,
-        "dataloader_num_workers": 0, "disable_tqdm": True, "optim": "adamw_torch_fused",
-    }  # fmt: skip
-
-    class Times(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                clock.losses.append(float(logs["loss"]))
-
-    if engine == "hf_trainer":
-        arguments = TrainingArguments(**settings, remove_unused_columns=False)
-        made = Trainer(
-            model=model, args=arguments, train_dataset=[{"input_ids": ids} for ids in samples], data_collator=padded, callbacks=[Times()]
-        )
-    else:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        own: dict[str, Any] = {"max_length": plan["longest"]}
-        if engine in ("trl_packed", "trl_tuned"):
-            own = {"packing": True, "max_length": max(plan["tokens"], plan["longest"]), "per_device_train_batch_size": 1}
-        if engine == "trl_tuned":
-            own["gradient_checkpointing"] = False
-        rows = Dataset.from_list([{"input_ids": ids} for ids in samples])
-        made = SFTTrainer(
-            model=model, args=SFTConfig(**{**settings, **own}), train_dataset=rows, processing_class=tokenizer, callbacks=[Times()]
-        )
-    counting = Counting(made.data_collator)
-    made.data_collator = counting
-    made.train()
-    return clock.result(counting.tokens)
-
-
-def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
-    """Unsloth's loader and layers under TRL, packed and without recomputing."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
-
-    clock = Clock(True)
-
-    class Times(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                clock.losses.append(float(logs["loss"]))
-
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        plan["model"], max_seq_length=max(plan["tokens"], plan["longest"]), load_in_4bit=plan["strategy"] == "qlora"
-    )
-    model = FastLanguageModel.get_peft_model(model, r=plan["rank"], lora_alpha=2 * plan["rank"], use_gradient_checkpointing=False)
-    settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=plan["steps"] + WARM, per_device_train_batch_size=1, learning_rate=plan["rate"], packing=True,
-        lr_scheduler_type="constant", warmup_steps=0, bf16=True, logging_steps=1, report_to=[], save_strategy="no",
-        max_length=max(plan["tokens"], plan["longest"]),
-    )  # fmt: skip
-    rows = Dataset.from_list([{"input_ids": ids} for ids in samples])
-    made = SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Times()])
-    counting = Counting(made.data_collator)
-    made.data_collator = counting
-    made.train()
-    return clock.result(counting.tokens)
-
-
-class Counting:
-    """A collator that notes how many real tokens each batch holds."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.tokens: list[int] = []
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
-        return self.inner(rows)
-
-
-def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
 # Afterwards -----------------------------------------------------------------------------------------------------------
 
 
-def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds, ratios, and the share of the device's peak."""
+def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]], losses: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians over the rounds, ratios, the share of the device's peak, and how far the curves on the same rows lie apart."""
     from app.estimate import operations_per_token
     from app.shapes import shape_of
 
@@ -383,17 +147,26 @@ def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> di
         results.append(
             {"engine": engine, **middle, "rounds": [one["tokens_per_second"] for one in good], "details": good[-1].get("details", {})}
         )
-    losses = [r["loss"] for r in results if "loss" in r]
-    agree = not losses or max(losses) - min(losses) <= AGREE * max(losses)
+    apart = farthest(losses)
     kept = ("shape", "strategy", "tokens", "steps", "precision", "rank", "same_allocator")
     return {
         "device": name,
         **{k: plan[k] for k in kept},
         "peak_operations": speed,
         "operations_per_token": work,
-        "losses_agree": agree,
+        "losses_agree": None if apart is None else apart <= AGREE,
+        "losses_apart": apart,
+        "same_rows_losses": losses,
         "results": results,
     }
+
+
+def farthest(losses: dict[str, list[float]]) -> float | None:
+    """The largest share by which two engines' losses of one step differ; None when fewer than two engines told theirs."""
+    told = [curve for curve in losses.values() if curve]
+    if len(told) < 2:
+        return None
+    return max((max(step) - min(step)) / max(step) for step in zip(*told, strict=False))
 
 
 def device(kind: str) -> tuple[str, float]:
@@ -440,9 +213,11 @@ def table(report: dict[str, Any]) -> str:
             f"{r['engine']:18}{r['tokens_per_second']:10.0f}{r['tokens_per_cpu_second']:14.0f}{ratio:>12}{r['fraction_of_peak']:9.1%}"
             f"{r['peak_memory_bytes'] / 1e6:9.0f}{r['loss']:8.3f}{r['seconds_to_first_step']:14.1f}"
         )
-    lines.append(
-        "The loss curves agree." if report["losses_agree"] else "THE LOSS CURVES DIFFER: the figures do not compare the same work."
-    )
+    if report["losses_agree"] is None:
+        lines.append("The loss curves were not compared.")
+    else:
+        apart = f"On the same rows no step's losses lie more than {report['losses_apart']:.2%} apart"
+        lines.append(f"{apart}." if report["losses_agree"] else f"THE LOSS CURVES DIFFER, by {report['losses_apart']:.2%}.")
     return "\n".join(lines)
 
 
@@ -460,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--checkpointing", default="auto", choices=["auto", "none", "all"], help="Luthier's recomputing of activations")
     made.add_argument("--long", action="store_true", help="long samples: median 1,500 tokens")
     made.add_argument("--same-allocator", action="store_true")
+    made.add_argument("--no-curves", dest="curves", action="store_false", help="leave out the run on the same rows that compares losses")
     made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     made.add_argument("--work", help="keep weights and samples in this folder")
     made.add_argument("--limit", type=float, default=600, help="seconds that one engine's run may take")

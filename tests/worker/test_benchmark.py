@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from app.settings import PROJECT
+from benchmarks.engines import WARM, Clock, Counting, padded
 from benchmarks.shapes import draw_samples
-from benchmarks.training import WARM, Clock, Counting, padded, table
+from benchmarks.training import farthest, table
 
 
 def test_two_engines_on_one_model(tmp_path):
@@ -19,6 +22,8 @@ def test_two_engines_on_one_model(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["shape"] == "tiny" and report["strategy"] == "lora" and report["device"] and report["losses_agree"]
+    told = report["same_rows_losses"]
+    assert len(told["luthier"]) == len(told["hf_trainer"]) == 4 + WARM and report["losses_apart"] < 0.01
     assert [r["engine"] for r in report["results"]] == ["luthier", "hf_trainer"]
     for result in report["results"]:
         assert "error" not in result, result
@@ -54,4 +59,10 @@ def test_samples_are_the_same_every_time_and_long_tailed():
 
 def test_the_table_says_when_losses_differ():
     report = {"device": "d", "shape": "tiny", "strategy": "lora", "tokens": 1, "precision": "bf16", "same_allocator": False, "results": []}
-    assert "DIFFER" in table({**report, "losses_agree": False}) and "DIFFER" not in table({**report, "losses_agree": True})
+    told = {agree: table({**report, "losses_agree": agree, "losses_apart": 0.02}) for agree in (False, True, None)}
+    assert "DIFFER, by 2.00%" in told[False] and "DIFFER" not in told[True] + told[None] and "not compared" in told[None]
+
+
+def test_curves_are_compared_step_by_step():
+    assert farthest({"a": [2.0, 1.0], "b": [2.0, 0.9], "c": []}) == pytest.approx(0.1)
+    assert farthest({"a": [2.0], "b": []}) is None
