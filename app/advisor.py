@@ -22,9 +22,18 @@ ROOMY = 0.5
 """A plan that needs less than this share of the machine's memory leaves room."""
 
 
+ENOUGH = {"accuracy": 0.9, "rouge_l": 0.8}
+"""Where a prompt alone reaches this, tuning has little left to teach."""
+CLOSE_TASK, FAR_TASK = 0.6, 0.15
+"""How far a few examples alone come from chance (0) to always right (1): beyond the first the labels are something the
+model tells apart already, below the second its vectors hardly show them."""
+
+
 class Facts(BaseModel):
-    """What the advice stands on. `distance` is the base's bits per byte on the data over those on the general probe; None
-    while it has not been measured. Memory in bytes."""
+    """What the advice stands on. `distance` is the base's bits per byte on the data over those on the general probe;
+    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
+    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
+    Memory in bytes."""
 
     task: Literal["generation", "classification", "preference"]
     rows: int
@@ -33,8 +42,27 @@ class Facts(BaseModel):
     smallest_class: int | None = None
     largest_class: int | None = None
     distance: float | None = None
+    metric: str | None = None
+    prompted: float | None = None
+    chance: float | None = None
+    how: str | None = None
     memory_bytes: int
     cuda: bool = False
+
+
+def worth_tuning(facts: Facts) -> bool | None:
+    """Whether a prompt alone leaves enough to be learnt; None while nobody has tried one."""
+    if facts.prompted is None or facts.metric is None:
+        return None
+    return facts.prompted < ENOUGH.get(facts.metric, 0.9)
+
+
+def task_skill(facts: Facts) -> float | None:
+    """How far examples alone come from chance (0) to always right (1), for labels."""
+    if facts.prompted is None or facts.metric != "accuracy":
+        return None
+    chance = min(facts.chance or 0.0, 0.99)
+    return (facts.prompted - chance) / (1 - chance)
 
 
 class Cost(BaseModel):
@@ -85,7 +113,8 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None) -> A
         strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost
     )
     if why_not is None:
-        weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_cost(strategy, facts, cost), *_by_nature(strategy)]
+        weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_prompts(strategy, facts)]
+        weighed += [*_by_cost(strategy, facts, cost), *_by_nature(strategy)]
         advice.score = sum(r.points for r in weighed)
         advice.reasons = [r.text for r in weighed if r.points > 0]
         advice.warnings = [r.text for r in weighed if r.points < 0]
@@ -149,6 +178,28 @@ def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
             return [Reason(-15, f"{says}: it knows such text already, so moving every weight mostly makes it forget.")]
         if strategy.name in ("lora", "prefix_tuning", "prompt_tuning", "ia3", "layer_norm", "feature_extraction"):
             return [Reason(6, f"{says}: close to what it knows, so a small change is enough.")]
+    return []
+
+
+def _by_prompts(strategy: Strategy, facts: Facts) -> list[Reason]:
+    """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
+    skill = task_skill(facts)
+    if skill is not None and facts.how == "vectors":
+        says = f"A few examples a class alone reach accuracy {facts.prompted:.2f} by the nearest vector"
+        if strategy.family == "feature" and skill >= CLOSE_TASK:
+            return [Reason(8, f"{says}: the task is close to what the model knows.")]
+        if strategy.family == "feature" and skill <= FAR_TASK:
+            return [Reason(-14, f"{says}: its frozen vectors hardly tell these classes apart.")]
+        if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
+            return [Reason(8, f"{says}, so the model itself has to learn to see the difference.")]
+        return []
+    if worth_tuning(facts) is False:
+        words = "ROUGE-L" if facts.metric == "rouge_l" else facts.metric
+        says = f"A prompt alone reaches {words} {facts.prompted:.2f} on held-out rows"
+        if strategy.family == "full":
+            return [Reason(-12, f"{says}: too little is missing to move every weight for it.")]
+        if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "feature_extraction"):
+            return [Reason(6, f"{says}: little is missing, so a small change is enough.")]
     return []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.advisor import Cost, Facts, advise
+from app.advisor import Cost, Facts, advise, worth_tuning
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
 
@@ -58,3 +58,22 @@ def test_what_does_not_fit_cannot_be_advised():
     found = advise(Facts(task="generation", rows=1000, memory_bytes=8 * GB), DECODER, costs)
     assert not any(a.available for a in found)
     assert all("8.0 GB" in a.reason for a in found if STRATEGIES[a.strategy]().unavailable(DECODER) is None)
+
+
+def test_a_close_task_lifts_frozen_features_and_a_strange_one_lowers_them():
+    def score(**measured) -> int:
+        facts = Facts(task="classification", rows=770, classes=7, memory_bytes=24 * GB, metric="accuracy", how="vectors", **measured)
+        return next(a for a in ranked(facts, ENCODER) if a.strategy == "feature_extraction").score
+
+    close, between, strange = score(prompted=0.8, chance=0.2), score(prompted=0.5, chance=0.2), score(prompted=0.25, chance=0.2)
+    assert close > between > strange
+
+
+def test_where_a_prompt_is_enough_moving_every_weight_is_advised_against():
+    def full(**measured):
+        facts = Facts(task="generation", rows=9000, memory_bytes=80 * GB, metric="rouge_l", how="answers", **measured)
+        return next(a for a in ranked(facts) if a.strategy == "full")
+
+    assert full(prompted=0.9).score < full(prompted=0.3).score
+    assert any("ROUGE-L 0.90" in text for text in full(prompted=0.9).warnings)
+    assert worth_tuning(Facts(task="generation", rows=9, memory_bytes=GB)) is None

@@ -16,6 +16,7 @@ from app.settings import get_settings
 from app.tables import Evaluation, Outbox
 from tests.conftest import wait_until
 from tests.orders import make_dataset
+from tests.routes.test_advice import labelled  # noqa: F401  a fixture
 from tests.tuned import tune
 from worker import appraise
 
@@ -187,3 +188,21 @@ def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, 
     with pytest.raises(NotFound):
         evaluations.get(session, other, made.id)
     assert models.dependants(session, tiny_registered)[-1].startswith("An evaluation")
+
+
+def test_a_classifier_on_the_rows_its_job_held_out(session, user, data_dir, tiny_registered, labelled):  # noqa: F811
+    job, tuned = tune(session, user, data_dir, tiny_registered, labelled, {"name": "feature_extraction"}, validation_fraction=0.3)
+    assert tuned.labels == ["a", "b", "c"]
+    made = order(session, user, tuned, labelled)
+    appraise.work(made.id)
+    done = now_of(made)
+    assert done.status == "succeeded", done.error
+    found, told = done.result, job.evaluation
+    assert found["rows"] == told["rows"] and sum(map(sum, found["scores"]["confusion"])) == found["rows"]
+    for name in ("accuracy", "macro_f1", "log_loss", "calibration_error"):
+        assert found["scores"][name] == pytest.approx(told["tuned"][name], abs=1e-4), name
+    assert found["base"]["accuracy"] == pytest.approx(told["base"]["accuracy"])
+    with pytest.raises(BadField, match="never heard of"):
+        order(session, user, tuned, labelled, kind="blend")
+    with pytest.raises(BadField, match="writes no text"):
+        order(session, user, tuned, make_dataset(session, user, data_dir))

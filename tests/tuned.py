@@ -25,7 +25,8 @@ def tune(
     from worker.train import train
 
     job = make_job(session, user, base, dataset, **(RUN | run))
-    job.spec = make_spec(base, dataset, strategy, **(RUN | run)).model_dump(mode="json")
+    spec = make_spec(base, dataset, strategy, **(RUN | run)).model_dump(mode="json")
+    job.spec = spec | {"task": dataset.task, "dataset": spec["dataset"] | {"format": dataset.format}}
     session.commit()
     held = claims.claim(session, job.id, "a test")
     assert held is not None

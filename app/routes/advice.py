@@ -1,22 +1,21 @@
-"""Advice: which strategy to pick for this model and data. A page and `POST /v1/advice`."""
+"""Advice: which strategy to pick for this model and data, and whether to tune at all. A page and `POST /v1/advice`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Body, Request
-from fastapi.responses import Response
+from fastapi import APIRouter, Body, Form, Request
+from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app import advice, datasets, ids, models
+from app import advice, datasets, evaluations, ids, models
 from app.accounts import CurrentUser
 from app.db import Db
-from app.errors import BadField, StudioError
+from app.errors import StudioError
 from app.orders import bad_field
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
-from app.tables import Dataset
 from app.web import render
 
 pages = APIRouter()
@@ -32,6 +31,7 @@ class AdviceOrder(BaseModel):
     model: str
     dataset_id: str | None = None
     training_file: str | None = None
+    measure: bool = Field(False, description="Let the model read the data and try held-out rows by a prompt alone, if it has not yet.")
     run: dict[str, Any] = Field(default_factory=dict, description="Run settings the costs are estimated with.")
 
 
@@ -45,17 +45,11 @@ def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -
         RunSettings.model_validate(order.run)
     except ValidationError as error:
         raise bad_field(error, "run") from None
-    dataset = _dataset(session, user, order)
+    dataset = evaluations.find_dataset(session, user, order.dataset_id, order.training_file, "training_file")
+    if order.measure:
+        advice.measure(session, user, order.model, dataset)
     found = advice.advise(session, user, order.model, dataset, order.run)
     return {"object": "advice", **found.model_dump(mode="json", exclude={"shown"})}
-
-
-def _dataset(session: Db, user: CurrentUser, order: AdviceOrder) -> Dataset:
-    if order.dataset_id:
-        return datasets.get(session, user, ids.parse(ids.DATASET, order.dataset_id, param="dataset_id"))
-    if order.training_file:
-        return datasets.for_file(session, user, ids.parse(ids.FILE, order.training_file, param="training_file"))
-    raise BadField("No data was named.", way_out="Send dataset_id or training_file.", param="dataset_id", code="missing_required_parameter")
 
 
 @pages.get("/jobs/advice")
@@ -78,3 +72,10 @@ def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str =
         request, "advice.html", models=usable, datasets=sets, model=chosen, dataset=data, found=found, fault=fault, ids=ids,
         strategies=STRATEGIES, order_url=order_url,
     )  # fmt: skip
+
+
+@pages.post("/jobs/advice")
+def measure(user: CurrentUser, session: Db, model: Annotated[str, Form()], dataset: Annotated[str, Form()]) -> Response:
+    """Let the model read the data and try its questions, so that the advice knows more."""
+    advice.measure(session, user, model, datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")))
+    return RedirectResponse(f"/jobs/advice?{urlencode({'model': model, 'dataset': dataset})}#measured", status_code=303)

@@ -119,3 +119,72 @@ def test_the_guide_has_a_page_for_every_strategy_with_all_its_settings(client, t
 def test_the_guide_tells_open_bounds_from_closed_ones(client, tiny_registered):
     text = html.unescape(client.get("/guide/lora").text)
     assert "1 or more, up to 1024" in text and "more than 0, up to 4096" in text and "0 or more, less than 1" in text
+
+
+def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, session, tiny_registered, chats):
+    from app.tables import Evaluation
+    from worker import appraise
+
+    before = ask(api, tiny_registered, chats).json()
+    assert before["evaluation"] is None and "measure" in before["how_to_measure"] and not before["tune"]["measured"]
+    assert before["facts"]["distance"] is None and before["tune"]["worth_it"] is None
+    asked = ask(api, tiny_registered, chats, {"measure": True}).json()
+    assert asked["evaluation"]["status"] == "queued" and asked["evaluation"]["kind"] == "advice"
+    assert ask(api, tiny_registered, chats, {"measure": True}).json()["evaluation"]["id"] == asked["evaluation"]["id"]
+    page = f"/jobs/advice?model=tiny&dataset={ids.public(ids.DATASET, chats.id)}"
+    assert "Waits for the train worker" in client.get(page).text
+    made = session.query(Evaluation).one()
+    appraise.work(made.id)
+    after = ask(api, tiny_registered, chats, {"measure": True}).json()
+    assert after["evaluation"]["status"] == "succeeded", after["evaluation"]
+    found = after["evaluation"]["result"]
+    assert (
+        found["distance"] == pytest.approx(found["data_bits_per_byte"] / found["general_bits_per_byte"]) and found["compared"] == "answers"
+    )
+    assert after["facts"]["distance"] == found["distance"] and after["tune"]["measured"] and after["tune"]["worth_it"] is True
+    assert after["tune"]["metric"] == "ROUGE-L" and after["tune"]["rows"] == 6 and after["tune"]["shots"] == 4
+    assert after["how_to_measure"] is None and session.query(Evaluation).count() == 1
+    shown = html.unescape(client.get(page).text)
+    assert "Let the model try first" not in shown and "The bare question" in shown and f"{found['distance']:.2f} ×" in shown
+
+
+def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, user, tiny_registered, labelled):
+    from app import advice
+    from app.tables import Evaluation
+    from worker import appraise
+
+    made = advice.measure(session, user, "tiny", labelled)
+    session.commit()
+    appraise.work(made.id)
+    session.expire_all()
+    found = session.get_one(Evaluation, made.id)
+    assert found.status == "succeeded", found.error
+    result = found.result
+    assert result["how"] == "labels" and result["compared"] == "texts" and result["shots"] == 8
+    assert 0 <= result["zero_shot"]["accuracy"] <= 1 and 0 < result["chance"] < 1
+    told = ask(api, tiny_registered, labelled).json()
+    assert told["tune"]["metric"] == "accuracy" and told["tune"]["chance"] == result["chance"] and told["facts"]["how"] == "labels"
+
+
+@pytest.mark.parametrize(
+    ("result", "says", "worth"),
+    [
+        (
+            {"zero_shot": {"accuracy": 0.95}, "few_shot": {"accuracy": 0.9}, "chance": 0.3, "how": "labels"},
+            "Perhaps not. With the bare question",
+            False,
+        ),
+        ({"zero_shot": {"accuracy": 0.2}, "few_shot": {"accuracy": 0.3}, "chance": 0.3, "how": "vectors"}, "everything to learn", True),
+        (
+            {"zero_shot": {"rouge_l": 0.2}, "few_shot": {"rouge_l": 0.4}, "how": "answers"},
+            "With a few examples in the prompt it reaches ROUGE-L 0.40",
+            True,
+        ),
+        ({"zero_shot": None, "few_shot": None, "reason": "These rows are plain texts."}, "plain texts", None),
+    ],
+)
+def test_whether_to_tune_at_all_in_words(session, chats, result, says, worth):
+    from app import advice
+
+    told = advice.should_tune(advice.facts_of(chats, result), result)
+    assert says in told.answer and told.worth_it is worth and told.measured
