@@ -253,8 +253,3 @@ def check_weights(folder: Path, weights: list[Path], shape: Shape) -> None:
             way_out="Config and weights must come from the same model.",
             param="path",
         )
-
-
-def context_tokens(shape: Shape) -> int:
-    """Longest text the model was made for, in tokens."""
-    return shape.positions - (2 if shape.model_type in ("roberta", "xlm-roberta") else 0)

@@ -79,7 +79,8 @@ class Shape(BaseModel):
         return linear + norms + (2 * self.head_dim if self.qk_norm else 0)
 
     def embedding_parameters(self) -> int:
-        positions = self.positions * self.hidden if self.learned_positions else 0
+        rows = self.positions + (RESERVED_POSITIONS if self.model_type in COUNTED_FROM_PADDING else 0)
+        positions = rows * self.hidden if self.learned_positions else 0
         return self.vocabulary * self.hidden + positions + self.token_types * self.hidden
 
     def body_parameters(self) -> int:
@@ -118,6 +119,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         ) from None
 
 
+COUNTED_FROM_PADDING, RESERVED_POSITIONS = ("roberta", "xlm-roberta", "mpnet"), 2
+"""Encoders whose first token stands one place above the padding's, so that two rows of their table number no token."""
 _ENCODERS = ("bert", "roberta", "distilbert", "xlm-roberta", "mpnet", "electra")
 
 
@@ -157,7 +160,7 @@ def _encoder(c: dict[str, Any]) -> Shape:
         kv_heads=heads,
         head_dim=hidden // heads,
         vocabulary=c["vocab_size"],
-        positions=c["max_position_embeddings"],
+        positions=c["max_position_embeddings"] - (RESERVED_POSITIONS if c["model_type"] in COUNTED_FROM_PADDING else 0),
         tied=False,
         gated=False,
         attention_bias=True,

@@ -143,3 +143,28 @@ def _one(
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+# Models that need something more, or cannot be packed ------------------------------------------------------------------
+
+_PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def packs(model: torch.nn.Module) -> bool:
+    """Whether a model's layers all read their neighbours through the attention registered here. One that computes its attention
+    itself, or has convolutions or recurrent layers, would mix the sequences of a pack."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return bool(getattr(type(model), "_supports_attention_backend", False)) and set(kinds) <= _PLAIN_LAYERS
+
+
+def count_from_padding(model: torch.nn.Module) -> None:
+    """RoBERTa and its kin number a text's first token one higher than the padding. Have their embeddings take positions from 0
+    as every model here is given them."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+            module.register_forward_pre_hook(_shift, with_kwargs=True)
+
+
+def _shift(embeddings: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    given = kwargs.get("position_ids")
+    return (args, kwargs) if given is None else (args, {**kwargs, "position_ids": given + embeddings.padding_idx + 1})

@@ -20,16 +20,18 @@ from transformers import AutoModel, PreTrainedModel
 from app.spec import ModelRef
 from app.strategies import Strategy
 from app.strategies._model import backbone as body_without_head
-from worker.load import BadModel, folder_of, lay_adapter, load_plain, load_strategy
+from worker.load import BadModel, folder_of, lay_adapter, load_plain, load_strategy, made_ready
 
 Pooling = Literal["mean", "last", "first"]
+_POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")
+"""Encoders that come with a pooler of their own."""
 HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
 
 
 def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """The weights in `ref.path` without a head, in evaluation mode; adapters are left out."""
     # An encoder's own pooler is not used: the mean of its states serves sentences better (Reimers and Gurevych 2019).
-    extra: dict[str, Any] = {"add_pooling_layer": False} if ref.shape.architecture == "encoder" else {}
+    extra: dict[str, Any] = {"add_pooling_layer": False} if ref.shape.model_type in _POOLED else {}
     try:
         model = AutoModel.from_pretrained(
             folder_of(ref.path),
@@ -44,8 +46,7 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
-    model.name_or_path = model.config._name_or_path = ref.name  # what is saved later names the model, not a folder of this machine
-    return model.to(device).eval()
+    return made_ready(model, ref, attention, device)
 
 
 def load_stack(

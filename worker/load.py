@@ -14,6 +14,7 @@ from app.errors import BadData
 from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
+from worker import attention as packed
 
 STRATEGY_FILE = "strategy.json"
 """The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""
@@ -61,9 +62,24 @@ def load_base(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    return made_ready(model, ref, attention, device)
+
+
+def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: str) -> PreTrainedModel:
+    """A loaded model in evaluation mode on its device, able to take packed rows where it was loaded for them.
+
+    Raises BadModel when packing would let its sequences see each other.
+    """
+    if attention == packed.NAME:
+        if not packed.packs(model):
+            raise BadModel(
+                f"{ref.name} ({ref.shape.model_type}) mixes neighbouring texts by means of its own, so rows cannot be packed for it.",
+                way_out="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
+            )
+        packed.count_from_padding(model)
     # What is saved later names the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
-    return model.eval() if bits else model.to(device).eval()
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
 
 def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import types
+import uuid
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from app.shapes import shape_of
+from app.spec import ModelRef
 from tests.worker.orders import chat_rows
 from worker import attention, kernels
 from worker.batches import Row, Tokenised, make_batch, tokenise
@@ -115,3 +121,60 @@ def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scal
     each, hits = score(hidden, loss.Head(weight, bias, scale, cap), targets)
     torch.testing.assert_close(each.sum(), plain)
     assert torch.equal(hits, logits.argmax(1) == targets)
+
+
+ENCODER = {
+    "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_packed_texts_equal_the_padded_batch_in_encoders(data_dir, kind: str) -> None:
+    """Each as its makers run it: padded, with a mask, and positions of its own counting."""
+    from worker.classifier import Classifier, load_backbone
+
+    torch.manual_seed(3)
+    folder = data_dir / "models" / kind
+    made = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODER, pad_token_id=1), attn_implementation="eager").eval()
+    made.embeddings.position_embeddings.weight.data.mul_(50)  # so that a wrong place shows
+    made.save_pretrained(folder)
+    reference = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    assert shape.positions == (40 if kind == "bert" else 38)
+    assert shape.parameters() == sum(p.numel() for p in made.parameters())
+    ref = ModelRef(id=uuid.uuid4(), name=kind, kind="encoder", path=f"models/{kind}", revision="0", shape=shape)
+    ours = Classifier(load_backbone(ref, attention=attention.NAME), torch.nn.Identity(), "mean")
+
+    lengths = [5, shape.positions, 3]
+    rows = [torch.randint(3, 120, (n,)) for n in lengths]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+    with torch.no_grad():
+        states = reference(input_ids=ids, attention_mask=(ids != 1).long()).last_hidden_state
+        wanted = torch.stack([states[i, :n].mean(0) for i, n in enumerate(lengths)])
+        places = torch.cat([torch.arange(n) for n in lengths])[None]
+        found = ours.pooled(torch.cat(rows)[None], places, lengths, **attention.packed_arguments(lengths, CPU))
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused(data_dir) -> None:
+    """MPNet computes its attention itself, so the texts of a pack would see each other."""
+    from worker.classifier import load_backbone
+    from worker.load import BadModel
+
+    folder = data_dir / "models" / "mpnet"
+    AutoModel.from_config(AutoConfig.for_model("mpnet", **ENCODER)).save_pretrained(folder)
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    ref = ModelRef(id=uuid.uuid4(), name="mpnet", kind="encoder", path="models/mpnet", revision="0", shape=shape)
+    assert load_backbone(ref, attention="eager")
+    with pytest.raises(BadModel, match="rows cannot be packed"):
+        load_backbone(ref, attention=attention.NAME)
+
+
+def test_recurrent_layers_are_no_attention() -> None:
+    class Hybrid:
+        _supports_attention_backend = True
+        config = types.SimpleNamespace(layer_types=["linear_attention", "full_attention"])
+
+    assert not attention.packs(Hybrid())
+    Hybrid.config.layer_types = ["sliding_attention", "full_attention"]
+    assert attention.packs(Hybrid())
