@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Literal, NamedTuple
 
+from app.errors import StudioError
 from app.settings import get_settings
 
 Verdict = Literal["good", "note", "bad"]
@@ -28,7 +29,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
     checks: list[Callable[[], Finding | list[Finding]]] = [
-        python, torch_build, gpu, memory, disk, database, broker, namespaces, chromium, models, hub, versions
+        python, torch_build, gpu, memory, disk, database, broker, namespaces, chromium, models, engines, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
@@ -166,6 +167,20 @@ def models() -> Finding:
     return Finding(
         "models", "good" if count else "note", f"{count} on disk", "" if count else "`luthier models add smollm2-135m-instruct` brings one."
     )
+
+
+def engines() -> list[Finding]:
+    """The servers of LUTHIER_ENGINES, each asked what it serves."""
+    from app import outside
+
+    found = []
+    for address in outside.allowed().values():
+        try:
+            served = outside.names(address)
+            found.append(Finding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
+        except StudioError as error:
+            found.append(Finding("engine", "note", error.message, error.way_out))
+    return found
 
 
 def hub() -> Finding:

@@ -44,7 +44,7 @@ def steps(session: Session, user: User) -> list[Step]:
         Step(
             "Instruction-tuned: it does one thing it is told",
             "The same weights, tuned on pairs of an instruction and its answer. Tune one here: take the generic model, a dataset of "
-            "instructions (“straight-answers” among the samples is one), and LoRA. A few minutes on a small model are enough to see it change.",
+            "instructions (“plain-explanations” among the samples is one), and LoRA. A few minutes on a small model are enough to see it change.",
             "### User:\nWhat is the capital of France?\n\n### Assistant:\n",
             "Make it yourself: a job of a few minutes.",
             tuned,

@@ -17,7 +17,7 @@ import redis
 import redis.asyncio
 from starlette.concurrency import run_in_threadpool
 
-from app import engines, queue, workers
+from app import outside, queue, workers
 from app.errors import StudioError, Unavailable
 from app.generation import (
     READER_SECONDS,
@@ -80,7 +80,7 @@ async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
     if request.messages is None or request.engine is None or request.engine.via == "tokens":
         async for entries in _own(request.model_copy(update={"id": uuid.uuid4(), "engine": None, "render": True})):
             rendered = next((e for e in entries if isinstance(e, Rendered)), rendered)
-    async with contextlib.aclosing(engines.answer(request, rendered)) as answer:
+    async with contextlib.aclosing(outside.answer(request, rendered)) as answer:
         async for entries in answer:
             yield entries
 

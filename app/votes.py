@@ -9,6 +9,7 @@ import json
 import secrets
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, func, select
@@ -19,12 +20,57 @@ from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
 from app.generation import Sampling
 from app.playground import Asked, Heard
+from app.settings import get_settings
 from app.tables import JSON, Dataset, User, Vote
 
 LONGEST_EDIT = 100_000  # characters
 
 
-def begin(session: Session, user: User, names: Sequence[str], messages: list[JSON], sampling: Sampling) -> tuple[Vote, list[Asked]]:
+def draw(dataset: Dataset) -> list[JSON]:
+    """A conversation that wants an answer, from a row drawn at random. Raises Conflict while the dataset is not ready, and
+    BadField for texts without questions."""
+    if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
+        raise Conflict(
+            f"{dataset.name} has no rows that can be read.", way_out="Wait until it is read, or choose another.", param="dataset"
+        )
+    for _ in range(20):
+        messages = _asks(_row(get_settings().data_dir / dataset.rows_path, secrets.randbelow(dataset.good_rows)))
+        if messages and str(messages[-1].get("content") or "").strip():
+            return messages
+    raise BadField(
+        f"The rows of {dataset.name} ask nothing.", way_out="Take a dataset of conversations, instructions or labels.", param="dataset"
+    )
+
+
+def _row(path: Path, number: int) -> JSON:
+    """One row of a stored dataset; only the row group that holds it is read."""
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if number < count:
+                return json.loads(file.read_row_group(group, columns=["row"])["row"][number].as_py())
+            number -= count
+    return {}
+
+
+def _asks(row: JSON) -> list[JSON]:
+    """What stands before the answer of a normalised row."""
+    if "messages" not in row:
+        text = row.get("prompt") or (row.get("text") if "label" in row else None)
+        return [{"role": "user", "content": text}] if text else []
+    messages = row["messages"]
+    if "chosen" not in row and "answer" not in row:
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        messages = messages[:last]
+    plain = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
+    return plain if plain and plain[-1]["role"] == "user" else []
+
+
+def begin(
+    session: Session, user: User, names: Sequence[str], messages: list[JSON], sampling: Sampling, dataset: Dataset | None = None
+) -> tuple[Vote, list[Asked]]:
     """A round whose answers are still to come. Which model stands left is drawn here, and nobody is told before the vote.
 
     Raises BadField for anything but two different models, and for an empty prompt.
@@ -43,8 +89,9 @@ def begin(session: Session, user: User, names: Sequence[str], messages: list[JSO
         given: dict[str, Any] = {"prompt": question} if who.ref.kind == "generic" else {"messages": messages}
         asked.append(Asked(who, playground.request_for(user, who, sampling, **given)))
     vote = Vote(
-        id=uuid.uuid4(), owner_id=user.id, messages=storable(messages), left_model=asked[0].speaker.name, right_model=asked[1].speaker.name
-    )
+        id=uuid.uuid4(), owner_id=user.id, messages=storable(messages), dataset_id=dataset.id if dataset else None,
+        left_model=asked[0].speaker.name, right_model=asked[1].speaker.name,
+    )  # fmt: skip
     session.add(vote)
     session.flush()
     return vote, asked

@@ -20,15 +20,14 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from app.errors import BadRequest, StudioError, Unavailable
-from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, Rendered, SeenToken, Started, TextPart
-from app.settings import get_settings
+from app.errors import StudioError, Unavailable
+from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, SeenToken, Started, TextPart
 from app.spec import ModelRef
-from worker import looking, prompts
+from worker import looking
+from worker.asking import render, room_for
 from worker.cache import Segment, SlotCache, Step
 from worker.lanes import Lane, Placement, Shelf
 from worker.sampling import Chooser, TextStream, logprob
@@ -118,7 +117,7 @@ class Engine:
     def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
         text, ids = render(request, place.tokenizer)
         lead = [0] * place.lane.lead
-        room = _room(request, len(ids), place.lane.context - len(lead))
+        room = room_for(request, len(ids), place.lane.context - len(lead))
         sampling = request.sampling
         most = min(sampling.max_tokens or room, room)
         rows = [
@@ -409,46 +408,6 @@ def broke(error: BaseException) -> Broke:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error):
         return Broke(status=503, code="out_of_memory", message="The machine ran out of memory.", way_out="Shorten the prompt or try again.")
     return Broke(status=500, code="internal_error", message=f"The model failed while answering ({type(error).__name__}).")
-
-
-def render(request: GenerateRequest, tokenizer: Any) -> tuple[str, list[int]]:
-    """Text and ids of the prompt, by the same code as in training. Raises BadRequest for an empty one."""
-    kind = request.model.kind
-    if request.tokens is not None:
-        size = request.model.shape.vocabulary
-        wrong = next((t for t in request.tokens if not 0 <= t < size), None)
-        if wrong is not None:
-            raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", way_out="Send text instead.", param="prompt")
-        ids = list(request.tokens)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-    else:
-        asked = request.messages if request.messages is not None else request.prompt or ""
-        text, ids = prompts.render_prompt(tokenizer, kind, asked, request.tools)
-    if not ids:
-        raise BadRequest("The prompt is empty.", way_out="Write at least one character.", param="prompt")
-    return text, ids
-
-
-def rendered(request: GenerateRequest, shelf: Shelf) -> Rendered:
-    """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
-    ref = request.model
-    tokenizer, stops = shelf.tokenizer(ref)
-    context = min(ref.shape.positions, get_settings().generate_context)
-    text, ids = render(request, tokenizer)
-    room = _room(request, len(ids), context)
-    return Rendered(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
-
-
-def _room(request: GenerateRequest, size: int, context: int) -> int:
-    """Tokens left for the answer. Raises BadRequest when there are none."""
-    if context - size >= 1:
-        return context - size
-    raise BadRequest(
-        f"The prompt has {size} tokens, and {request.model.name} reads at most {context}, its answer included.",
-        way_out="Shorten the prompt, or leave out earlier turns.",
-        param="messages" if request.messages is not None else "prompt",
-        code="context_length_exceeded",
-    )
 
 
 def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:

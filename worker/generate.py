@@ -77,7 +77,7 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
             done = Done(prompt_tokens=tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
             return publisher.say([sorted_, done])
         if request.render:
-            from worker.engine import rendered
+            from worker.asking import rendered
 
             found = rendered(request, engine().shelf)
             done = Done(prompt_tokens=len(found.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
@@ -124,12 +124,12 @@ def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
     if request.engine is None:
         yield from engine().answer(request)
         return
-    from app import engines
-    from worker.engine import rendered
+    from app import outside
+    from worker.asking import rendered
 
     prompt = rendered(request, engine().shelf) if request.messages is None or request.engine.via == "tokens" else None
     loop = asyncio.new_event_loop()
-    stream = engines.answer(request, prompt)
+    stream = outside.answer(request, prompt)
     try:
         while (entries := loop.run_until_complete(anext(stream, None))) is not None:
             yield entries

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 
-from app import engines, models
+from app import engines, models, outside
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import Forbidden, StudioError
@@ -36,12 +36,12 @@ def _may_change(user: User) -> None:
 def list_engines(user: CurrentUser) -> dict[str, Any]:
     """Every engine of the settings with what it serves, or why it cannot be asked."""
     _may_change(user)
-    return {"object": "list", "data": [look(address) for address in engines.allowed().values()], "has_more": False}
+    return {"object": "list", "data": [look(address) for address in outside.allowed().values()], "has_more": False}
 
 
-def look(address: engines.Address) -> JSON:
+def look(address: outside.Address) -> JSON:
     try:
-        return {"url": address.url, "object": "engine", "models": engines.names(address), "error": None}
+        return {"url": address.url, "object": "engine", "models": outside.names(address), "error": None}
     except StudioError as error:
         return {"url": address.url, "object": "engine", "models": [], "error": {"code": error.code, "message": error.message}}
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, engines, evaluations, fetching, ids, models, starters
+from app import cards, downloads, engines, evaluations, fetching, ids, models, outside, starters
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
@@ -253,7 +253,7 @@ def _model_page(request: Request, session: Session, user: User, model: Model, fa
         merged=merge_model,
         merges=models.can_merge(session, model),
         key_of=_key,
-        engines=list(engines.allowed()) if user.role == "admin" else [],
+        engines=list(outside.allowed()) if user.role == "admin" else [],
         fault=fault,
     )
 

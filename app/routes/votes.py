@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import ids, playground, votes, web
+from app import datasets, ids, playground, votes, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import StudioError
@@ -76,9 +76,10 @@ def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
+    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and d.format != "plain_text"]
     context = {
         "choices": playground.choices(session, user), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
-        "vote": None, "prompt": "", "error": None,
+        "datasets": asking, "dataset": "", "public": ids.public, "vote": None, "prompt": "", "error": None,
     }  # fmt: skip
     return context | more
 
@@ -89,15 +90,16 @@ async def ask(
     user: CurrentUser,
     prompt: Annotated[str, Form(max_length=100_000)] = "",
     models: Annotated[list[str] | None, Form()] = None,
+    dataset: Annotated[str, Form(max_length=100)] = "",
     max_tokens: Annotated[int, Form(ge=1, le=4096)] = 96,
 ) -> Response:
-    """Ask both, wait for both, and show them without their names."""
+    """Ask both, wait for both, and show them without their names. Without a prompt, a row of the dataset asks."""
     names, prompt = models or [], playground.readable(prompt.replace("\r\n", "\n"))
     sampling = Sampling(max_tokens=max_tokens)
     try:
-        vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, sampling)
+        vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, dataset, sampling)
     except StudioError as error:
-        return await run_in_threadpool(_again, request, user, names, prompt, error)
+        return await run_in_threadpool(_again, request, user, names, prompt, dataset, error)
     heard = [Heard() for _ in asked]
     async for place, entries in merge([listen_calmly(one.request) for one in asked]):
         heard[place].take(entries)
@@ -106,13 +108,15 @@ async def ask(
     if broken:
         fault = StudioError(broken["message"], way_out=broken.get("way_out", ""))
         fault.status = 503
-        return await run_in_threadpool(_again, request, user, names, prompt, fault)
+        return await run_in_threadpool(_again, request, user, names, prompt, dataset, fault)
     return RedirectResponse(f"/playground/ab/{ids.public(ids.VOTE, vote_id)}", status_code=303)
 
 
-def _begin(user: User, names: list[str], prompt: str, sampling: Sampling) -> tuple[uuid.UUID, list[Any]]:
+def _begin(user: User, names: list[str], prompt: str, dataset: str, sampling: Sampling) -> tuple[uuid.UUID, list[Any]]:
     with transaction() as session:
-        vote, asked = votes.begin(session, user, names, [{"role": "user", "content": prompt}], sampling)
+        source = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset and not prompt.strip() else None
+        messages = votes.draw(source) if source else [{"role": "user", "content": prompt}]
+        vote, asked = votes.begin(session, user, names, messages, sampling, source)
         return vote.id, asked
 
 
@@ -121,15 +125,17 @@ def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[Hear
         votes.answered(session, user, vote_id, asked, heard, sampling)
 
 
-def _again(request: Request, user: User, names: list[str], prompt: str, error: StudioError) -> Response:
+def _again(request: Request, user: User, names: list[str], prompt: str, dataset: str, error: StudioError) -> Response:
     with transaction() as session:
-        return web.render(request, "ab.html", status_code=error.status, **_context(session, user, names, prompt=prompt, error=error))
+        context = _context(session, user, names, prompt=prompt, dataset=dataset, error=error)
+        return web.render(request, "ab.html", status_code=error.status, **context)
 
 
 @pages.get("/playground/ab/{vote_id}")
 def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -> Response:
     vote = votes.get(session, user, key_of(vote_id))
-    context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id)
+    drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
+    context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
     return web.render(request, "ab.html", **context)
 
 

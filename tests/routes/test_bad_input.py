@@ -12,7 +12,8 @@ from sqlalchemy import select
 
 from app import models
 from app.tables import Answer
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
+from tests.conftest import csrf_token
+from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
 
 ASK = [{"role": "user", "content": "Go on"}]
 ENDLESS = {"max_tokens": 400, "logit_bias": {"70": 100}}
@@ -56,6 +57,71 @@ def test_a_long_prompt_is_told_to_its_pane_and_the_others_answer(client, session
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny-generic", prompt="")
     assert still_serves(client)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\0", "\x1b[2J\x07\x08", "\u202e\u200b\ufeff", "\n" * 300, "e\u0301" * 50, "\U0001f3bb"])
+def test_empty_and_odd_texts_are_answered_or_refused_by_every_way_in(client, session, text):
+    """Never a fault of the server, and the stream says the same as the whole answer; the others are served meanwhile."""
+    register_tiny(session, "tiny-generic", "generic")
+    for call in (
+        lambda stream: client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": text}], max_tokens=2, stream=stream
+        ),
+        lambda stream: client.completions.create(model="tiny-generic", prompt=text, max_tokens=2, stream=stream),
+    ):
+        outcomes = []
+        for stream in (False, True):
+            try:
+                said = call(stream)
+                reasons = [c.choices[0].finish_reason for c in said if c.choices] if stream else [said.choices[0].finish_reason]
+                outcomes.append(reasons[-1] in ("stop", "length"))
+            except openai.BadRequestError as fault:
+                outcomes.append(fault.param)
+        assert outcomes[0] == outcomes[1] and outcomes[0] in (True, "prompt", "messages")
+        assert outcomes[0] is True or not text
+    assert still_serves(client)
+
+
+def lines(client, live, user, session, order):  # noqa: F811
+    """What the playground's own stream says, as it comes."""
+    import httpx
+
+    from app import accounts
+
+    link = accounts.new_sign_in_link(session, user)
+    session.commit()
+    with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True, timeout=60) as browser:
+        page = browser.get(link)
+        browser.headers["x-csrf-token"] = csrf_token(page.text)
+        with browser.stream("POST", "/playground/stream", data=order) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                yield json.loads(line)
+
+
+LONG = {"models": ["tiny", "going"], "prompt": "Go on", "sampling.max_tokens": "400", "sampling.temperature": "0"}
+
+
+def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, live, user, session, generate_worker):  # noqa: F811
+    register_tiny(session, "going")
+    order = LONG | {"sampling.temperature": "2", "sampling.frequency_penalty": "2"}  # so that neither ends soon
+    told = []
+    for line in lines(client, live, user, session, order):
+        told.append(line)
+        if line["type"] == "text" and generate_worker.poll() is None:
+            stop_worker(generate_worker, kill=True)
+    assert told[-1] == {"type": "end"}
+    ends = {line["pane"]: line for line in told if line["type"] in ("error", "done")}
+    assert len(ends) == 2 and any(e["type"] == "error" and e["code"] == "worker_lost" and e["way_out"] for e in ends.values())
+    session.rollback()
+    stored = session.scalars(select(Answer)).all()
+    assert len(stored) == 2 and any(a.finish_reason == "error" for a in stored)
+
+
+def test_after_it_a_new_worker_answers_the_playground(client, live, user, session):  # noqa: F811
+    register_tiny(session, "going")
+    told = list(lines(client, live, user, session, LONG | {"sampling.max_tokens": "4"}))
+    assert sorted(line["type"] for line in told if line["type"] in ("error", "done")) == ["done", "done"]
 
 
 def test_template_markers_in_content_stay_content(client, session):

@@ -1,0 +1,51 @@
+"""From a request to the tokens a model reads, by the same code as in training, and the room they leave for the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.errors import BadRequest
+from app.generation import GenerateRequest, Rendered
+from app.settings import get_settings
+from worker import prompts
+from worker.lanes import Shelf
+
+
+def render(request: GenerateRequest, tokenizer: Any) -> tuple[str, list[int]]:
+    """Text and ids of the prompt, by the same code as in training. Raises BadRequest for an empty one."""
+    kind = request.model.kind
+    if request.tokens is not None:
+        size = request.model.shape.vocabulary
+        wrong = next((t for t in request.tokens if not 0 <= t < size), None)
+        if wrong is not None:
+            raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", way_out="Send text instead.", param="prompt")
+        ids = list(request.tokens)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        asked = request.messages if request.messages is not None else request.prompt or ""
+        text, ids = prompts.render_prompt(tokenizer, kind, asked, request.tools)
+    if not ids:
+        raise BadRequest("The prompt is empty.", way_out="Write at least one character.", param="prompt")
+    return text, ids
+
+
+def rendered(request: GenerateRequest, shelf: Shelf) -> Rendered:
+    """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
+    ref = request.model
+    tokenizer, stops = shelf.tokenizer(ref)
+    context = min(ref.shape.positions, get_settings().generate_context)
+    text, ids = render(request, tokenizer)
+    room = room_for(request, len(ids), context)
+    return Rendered(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
+
+
+def room_for(request: GenerateRequest, size: int, context: int) -> int:
+    """Tokens left for the answer. Raises BadRequest when there are none."""
+    if context - size >= 1:
+        return context - size
+    raise BadRequest(
+        f"The prompt has {size} tokens, and {request.model.name} reads at most {context}, its answer included.",
+        way_out="Shorten the prompt, or leave out earlier turns.",
+        param="messages" if request.messages is not None else "prompt",
+        code="context_length_exceeded",
+    )
