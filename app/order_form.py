@@ -94,6 +94,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     cards = _cards(typed.get("strategy"), task, Shape.model_validate(model.shape) if model and model.shape else None, ranking)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
+    if dataset and (usual := orders.usual_step_tokens(dataset)):
+        typed.setdefault("run.max_tokens_per_step", str(usual))
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run")
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()

@@ -149,7 +149,7 @@ def trained_parameters(model: torch.nn.Module) -> optim.Named:
     if not isinstance(model, Classifier):
         return optim.trained_parameters(model)
     found = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
-    return found | {f"classifier_head.{name}": p for name, p in model.head.named_parameters()}
+    return found | {f"{optim.HEAD}{name}": p for name, p in model.head.named_parameters()}
 
 
 def remarks_on(lesson: Lesson) -> Iterator[str]:

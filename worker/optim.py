@@ -20,12 +20,21 @@ def trained_parameters(model: torch.nn.Module) -> Named:
     return found
 
 
+HEAD = "classifier_head."
+HEAD_RATE = 10.0
+"""A new head on a tuned model starts from noise, so it learns faster than what was trained before (discriminative learning
+rates, Howard and Ruder 2018, ULMFiT, section 3.2)."""
+
+
 def make_optimizer(parameters: Named, learning_rate: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
     """AdamW in one fused kernel. Only matrices decay: pulling biases and norms to zero helps nothing."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    mixed = len({name.startswith(HEAD) for name in parameters}) == 2
+    groups = []
+    for head in (False, True):
+        own = [p for name, p in parameters.items() if name.startswith(HEAD) == head]
+        scale = HEAD_RATE if head and mixed else 1.0
+        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": weight_decay, "scale": scale})
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, "scale": scale})
     groups = [g for g in groups if g["params"]]
     if kind == "adamw_8bit":
         return _adamw_8bit(groups, learning_rate)
@@ -55,7 +64,7 @@ def rate(step: int, total: int, peak: float, schedule: Literal["cosine", "linear
 
 def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["scale"]
 
 
 def clip(parameters: Named, longest: float) -> torch.Tensor:

@@ -1,0 +1,121 @@
+"""Frozen features on real labels: a whole `feature_extraction` job beside plain scikit-learn on the same vectors, in one run.
+
+    python -m benchmarks.features --model FOLDER --train train.csv --test test.csv [--rows N] [--strategies feature_extraction,…] [--json FILE]
+
+The files have the columns text and label (or category); BANKING77 (Casanueva et al. 2020, arXiv:2003.04807) is such a pair.
+The job reads rows as the studio stores them, chooses C by cross-validation, and is scored on the test file. The plain script
+takes the very vectors the job kept, and a LogisticRegression for each C. Further strategies run as whole jobs on the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+
+def rows_of(path: Path, most: int | None) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{"text": r["text"], "label": r.get("label") or r["category"]} for r in csv.DictReader(file)]
+    return rows[: most or None]
+
+
+def put(rows: list[dict[str, str]], name: str) -> Any:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from app.settings import get_settings
+    from app.spec import DatasetRef
+
+    path = get_settings().folder("rows", name) / "rows.parquet"
+    table = {"line": pa.array(range(1, len(rows) + 1), pa.int64()), "row": [json.dumps(row) for row in rows]}
+    parquet.write_table(pa.table(table), path)
+    return DatasetRef(id=uuid.uuid4(), name=name, path=f"rows/{name}/rows.parquet", sha256=name, format="classification", rows=len(rows))
+
+
+def job(model: Any, train_ref: Any, test_ref: Any, strategy: str, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    from app import events
+    from app.settings import get_settings
+    from app.spec import JobSpec, RunSettings
+    from app.strategies import STRATEGIES
+    from worker.train import train
+
+    spec = JobSpec(
+        name="benchmark", task="classification", model=model, dataset=train_ref, validation=test_ref,
+        run=RunSettings(forgetting=False, row_losses=False, samples=0, **run), strategy=STRATEGIES[strategy](**settings),
+    )  # fmt: skip
+    began, said = time.perf_counter(), []
+    for event in train(spec, get_settings().data_dir / "runs" / uuid.uuid4().hex / "a1"):
+        said.append(event)
+        if isinstance(event, events.Log):
+            print(f"  {event.message}", flush=True)
+    scores = said[-1].evaluation["tuned"]
+    started = next(e for e in said if isinstance(e, events.Started))
+    return {
+        "strategy": strategy, **settings, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"], "log_loss": scores["log_loss"],
+        "calibration_error": scores["calibration_error"], "trainable": started.trainable_parameters,
+        "seconds": time.perf_counter() - began, "peak_gb": said[-1].measured.peak_memory_bytes / 1e9,
+    }  # fmt: skip
+
+
+def plain(vectors: np.ndarray, train: list[dict[str, str]], test: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """scikit-learn alone on the vectors, C by C."""
+    inside, outside = vectors[: len(train)], vectors[len(train) :]
+    found = []
+    for strength in (1.0, 3.0, 10.0, 30.0):
+        began = time.perf_counter()
+        model = LogisticRegression(C=strength, max_iter=2000).fit(inside, [row["label"] for row in train])
+        score = float(model.score(outside, [row["label"] for row in test]))
+        found.append({"plain C": strength, "accuracy": score, "seconds": time.perf_counter() - began})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--rows", type=int, help="this many training rows at most")
+    parser.add_argument("--strategies", default="feature_extraction")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model_folder = options.model.resolve()
+    with tempfile.TemporaryDirectory(prefix="luthier-features-") as folder:
+        os.environ.update(LUTHIER_DATA_DIR=folder, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
+        (Path(folder) / "models").mkdir()
+        (Path(folder) / "models" / "model").symlink_to(model_folder)
+        from app.shapes import shape_of
+        from app.spec import ModelRef
+        from worker import features
+
+        shape = shape_of(json.loads((model_folder / "config.json").read_text()))
+        kind = "encoder" if shape.architecture == "encoder" else "generic"
+        model = ModelRef(id=uuid.uuid4(), name=model_folder.name, kind=kind, path="models/model", revision="0" * 64, shape=shape)
+        train_rows, test_rows = rows_of(options.train, options.rows), rows_of(options.test, None)
+        train_ref, test_ref = put(train_rows, "train"), put(test_rows, "test")
+        results: list[dict[str, Any]] = []
+        for name in options.strategies.split(","):
+            print(f"{name} on {model.name}: {len(train_rows):,} training and {len(test_rows):,} test rows", flush=True)
+            settings = [{}, {"classifier": "dense"}] if name == "feature_extraction" else [{}]
+            run = {} if name == "feature_extraction" else {"epochs": 3, "max_length": 128}
+            results += [job(model, train_ref, test_ref, name, chosen, run) for chosen in settings]
+            if name == "feature_extraction":
+                kept = next((Path(folder) / "features").glob("*.safetensors"))
+                results += plain(features.kept(kept.stem), train_rows, test_rows)
+        for row in results:
+            print("  ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The playground in a real browser where other tests do not look: four columns, saved comparisons, an engine outside, and pairs learnt live."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import select
+
+from app import events, ids
+from app.tables import Answer
+from tests import lives
+from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.looks import look_at, sign_in
+from tests.test_engines import allow, outside, url  # noqa: F401
+
+pytestmark = pytest.mark.browser
+
+
+def ask(page, prompt: str, tokens: str = "8") -> None:
+    if not page.get_by_label("Max tokens").is_visible():
+        page.locator("summary", has_text="temperature").click()
+    page.get_by_label("Max tokens").fill(tokens)
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Done.").wait_for()
+
+
+def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, live, session, user, generate_worker, tmp_path):  # noqa: F811
+    """By keyboard, at both widths: four kinds of answers, a second turn, a title, a link that shows it again, and both exports."""
+    names = ["tiny", "tiny-generic", "tiny-instruction", "tiny-other"]
+    for name, kind in zip(names, ("dialogue", "generic", "instruction", "dialogue"), strict=True):
+        register_tiny(session, name, kind)
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground?models={','.join(names)}")
+    ask(page, "What wood is the belly made of?")
+    ask(page, "And the back?")
+    assert page.locator("[data-pane]").count() == 4
+    assert page.locator("[data-pane] [data-turn]").count() == 8 and page.locator("[data-kind=generic] .you").count() == 0
+    page.reload()
+    look_at(page, "playground-four", tmp_path)
+    page.get_by_label("Title").fill("Four of a kind")
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="Four of a kind").wait_for()
+    place = page.get_by_role("link", name="Link to it").get_attribute("href")
+    for name in ("JSONL", "Markdown"):
+        with page.expect_download() as saved:
+            page.get_by_role("link", name=name).click()
+        assert "What wood is the belly made of?" in saved.value.path().read_text()
+    page.goto(live + place)
+    assert page.get_by_label("Title").input_value() == "Four of a kind" and page.locator("[data-turn]").count() == 8
+
+
+def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811
+    model = register_tiny(session)
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}")
+    look_at(page, "engine", tmp_path)
+    page.get_by_label("Its name there").fill("served-base")
+    page.get_by_role("button", name="Let it answer").click()
+    page.get_by_text("is answered by 127.0.0.1").wait_for()
+    look_at(page, "engine-chosen", tmp_path)
+    page.goto(f"{live}/playground?models=tiny")
+    ask(page, "Which glue should I use?")
+    assert f"through 127.0.0.1:{outside}" in page.locator("[data-proof]").inner_text()
+    page.locator("[data-rendered] summary").click()
+    assert "<|im_start|>user" in page.locator("[data-prompt]").inner_text()
+    session.rollback()
+    answer = session.scalars(select(Answer)).one()
+    assert answer.usage["engine"] == f"127.0.0.1:{outside}" and answer.text.replace("\0", "").strip()
+    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}")
+    page.get_by_role("button", name="Let the studio's own engine answer").click()
+    page.get_by_text("is answered by the studio's own engine").wait_for()
+
+
+def test_pairs_are_learnt_before_ones_eyes(browser_page, live, session, user, tiny_registered, tmp_path):  # noqa: F811
+    """The margin's curve grows on the open page as the job says its steps."""
+
+    def said(first: int, last: int) -> list[events.TrainerEvent]:
+        return [
+            event.model_copy(update={"metrics": {"reward_margin": event.step / 10, "reward_accuracy": 0.5 + event.step / 50}})
+            if isinstance(event, events.Step | events.Evaluated)
+            else event
+            for event in lives.steps(first, last)
+        ]
+
+    job = lives.order(session, user, tiny_registered)
+    life = lives.Life(session, job).claim().say(lives.started(), *said(1, 6))
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}")
+    page.locator('[data-chart="reward_margin"] canvas').first.wait_for()
+    page.locator("#table-reward_margin summary").click()
+    last = page.locator("#table-reward_margin tbody tr").filter(has_text="0.6")
+    last.first.wait_for()
+    life.say(*said(7, 14))
+    page.locator("#table-reward_margin tbody tr").filter(has_text="1.4").first.wait_for()
+    assert page.locator('[data-chart="reward_accuracy"]').count() == 1
+    look_at(page, "pairs", tmp_path)
