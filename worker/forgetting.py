@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 
-from app.files import write_atomically
 from app.forgetting import TextScore, compare
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -63,6 +62,8 @@ def remembered(spec: JobSpec, engine: Engine) -> list[TextScore] | None:
 
 def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine) -> list[TextScore]:
     """The scores of the model before tuning, kept for the next job on it."""
+    from app.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
+
     found = scores(spec, model, tokenizer, budget, engine)
     write_atomically(_kept(spec, engine), json.dumps(found))
     return found

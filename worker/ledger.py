@@ -9,7 +9,6 @@ import json
 import math
 from pathlib import Path
 
-from app.files import write_atomically
 from worker.batches import Tokenised
 
 FILE = "ledger.json"
@@ -20,6 +19,8 @@ def write(attempt: Path, data: Tokenised, before: list[float], after: list[float
     """Both sides of every row, in nats per learnt token (or per text). Nothing is written where one of them is not finite."""
     if not all(map(math.isfinite, before + after)):
         return
+    from app.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
+
     tokens = [int(data.trained[start:end].sum()) or 1 for start, end in zip(data.starts[:-1], data.starts[1:], strict=True)]
     rounded = {"before": [round(x, 5) for x in before], "after": [round(x, 5) for x in after]}
     write_atomically(attempt / FILE, json.dumps({"line": data.lines, **rounded, "tokens": tokens}))

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics import CHRF
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 CALIBRATION_BINS = 10
 
@@ -20,6 +18,8 @@ def classification_scores(probabilities: np.ndarray, truth: Sequence[int], label
     confidence, Guo et al. 2017), `per_class` (precision, recall, f1 and rows by label), `confusion` (rows of the truth,
     columns of the answer) and `reliability` (for each bin: confidence, accuracy, rows).
     """
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support  # slow to import, needed at the end
+
     right = np.asarray(truth)
     answer = probabilities.argmax(1)
     every = np.arange(len(labels))
@@ -71,6 +71,8 @@ def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
     """Exact match, ROUGE-L and chrF (Popović 2015), each 0 to 1 and the mean over the rows; empty without rows."""
     if not answers:
         return {}
+    from sacrebleu.metrics import CHRF
+
     pairs = list(zip(answers, references, strict=True))
     chrf = CHRF()
     return {
