@@ -20,8 +20,9 @@ FLOOR_CPU_BYTES = 500 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
 FLOOR_CUDA_BYTES = 700 * 2**20
 """What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
-LOGITS_BYTES = 3 * 48 * 2**20
-"""The chunks of logits alive at once in `worker/loss.py`, and their gradient's product."""
+LOGITS_BYTES = 48 * 2**20
+LOGITS_CUDA_BYTES = 2**30
+"""Chunks of float32 logits in `worker/loss.py`."""
 
 SPEED_PER_CORE = 35e9
 SPEED_PER_CORE_MATRIX_UNITS = 120e9
@@ -80,7 +81,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     steps = total_steps(train_tokens, run)
     tokens = int(min(run.epochs * train_tokens, steps * run.max_tokens_per_step))
     recompute = recomputed_layers(shape, strategy, run, longest, machine)
-    memory = memory_of(shape, strategy, run, longest, machine, recompute)
+    memory = memory_of(shape, strategy, run, longest, machine, recompute, spec.task)
     total = sum(memory.model_dump().values())
     seconds, per_second = _seconds(spec, machine, tokens, steps, rows * held_out, learnt_share(stats), recompute / shape.layers)
     if spec.task == "preference":  # the model before tuning reads every pair once
@@ -148,46 +149,64 @@ def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Lite
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
 
 
-def activation_floats(shape: Shape, *, norms_trained: bool = False, cuda: bool = False) -> int:
-    """Numbers kept for the backward pass, per token and layer.
+def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tuple[int, int]:
+    """What one layer keeps for the backward pass: (bytes per token, bytes besides).
 
-    Two norms keep input and output, attention keeps q, k, v, its result and the joined result, a gated feed-forward keeps
-    gate, its activation, up and their product. On a CPU attention repeats grouped keys and values for every head.
+    Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
+    gated feed-forward the gate, its activation and what it is multiplied with. On a CPU norms and attention are float32 even
+    in bf16. What learns adds its own. Counted tensor by tensor; `tests/test_estimate.py` holds it against autograd's own count.
     """
+    compute = 2 if half else 4
+    island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * shape.norms_per_layer * shape.hidden + (2 * (q + kv) if shape.qk_norm else 0)
-    if norms_trained:
-        norms += shape.norms_per_layer * shape.hidden
-    feed_forward = (4 if shape.gated else 3) * shape.intermediate
-    repeated = 0 if cuda else 2 * (q - kv)
-    return norms + 3 * q + 2 * kv + repeated + feed_forward
+    norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
+    passing = (norms + 2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
+    own = strategy.kept(shape)
+    trained_norms = shape.norm_outputs() if not strategy.adapter else 0
+    per_token = passing + (own.per_token - trained_norms) * compute + trained_norms * island
+    # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
+    rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter else 0
+    return per_token, own.once * compute + rounded
 
 
-CPU_BF16_BYTES = 3.7
-"""Bytes per activation of a bf16 job on a CPU, where attention, norms and the sums between blocks stay in float32. Measured
-on one LoRA of 1,024 tokens a step on a 135 M model: 2.28 GB at its peak."""
+def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool) -> int:
+    """The chunk of logits that is alive at once in `worker/loss.py`, the gradient of the hidden states, and a trained head's own."""
+    chunk = min(tokens * shape.vocabulary * 4, LOGITS_CUDA_BYTES if cuda else LOGITS_BYTES)
+    head = shape.vocabulary * shape.hidden
+    # The head rounded to bf16, its gradient in float32, and a chunk's part of it before it is added.
+    own = head * (4 + 2 + 2 if half else 4) if trained else 0
+    return 2 * chunk + 8 * tokens * shape.hidden + own
 
 
-def memory_of(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int) -> MemoryParts:
+def memory_of(
+    shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
+) -> MemoryParts:
     """Peak bytes by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
-    tokens, width = pack_tokens(run, longest), (2 if machine.cuda else CPU_BF16_BYTES) if half else 4
-    per_layer = tokens * (activation_floats(shape, norms_trained=not strategy.adapter, cuda=machine.cuda) * width)
-    kept = (shape.layers - recompute) * per_layer + recompute * tokens * shape.hidden * width + (per_layer if recompute else 0)
-    backward = tokens * 3 * shape.intermediate * width  # gradients of the widest products, alive together
-    head_gradient = shape.vocabulary * shape.hidden * 4 if strategy.trainable(shape) >= shape.parameters() else 0
-    # Activations are freed while gradients grow, so the two are never whole at once; measured, half of the smaller is saved.
-    activations = kept + backward + tokens * held.activations_per_token
-    activations -= min(activations, held.gradients) // 2
+    writes = task != "classification"
+    unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
+    tokens, compute = pack_tokens(run, longest), 2 if half else 4
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
+    reached = strategy.reaches(shape)
+    recompute = min(recompute, reached)
+    layer = tokens * per_token + once
+    kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
+    passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
+    everything = strategy.trainable(shape) >= shape.parameters()
+    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda) if writes else 0
+    # Activations are freed while gradients grow, so the peak stands at the one end of the backward pass or at the other.
+    begin, end = kept + max(head, passing), held.gradients + passing + (shape.vocabulary * shape.hidden * 4 if everything else 0)
+    activations = max(begin, end) - min(held.gradients, end)
     floor = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES
     return MemoryParts(
-        weights=held.weights,
+        weights=held.weights - unused * frozen_bytes,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=int(activations),
-        other=floor + LOGITS_BYTES + head_gradient,
+        activations=max(activations, 0),
+        other=floor,
     )
 
 

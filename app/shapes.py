@@ -100,6 +100,18 @@ class Shape(BaseModel):
         head = self.vocabulary * self.hidden if self.architecture == "decoder" else 0
         return self.layers * sum(x.inputs * x.outputs for x in self.linears()) + head
 
+    def layer_inputs(self) -> int:
+        """Numbers that the linear layers of one block read per token; layers that read the same count once."""
+        return 2 * self.hidden + self.heads * self.head_dim + self.intermediate
+
+    def norm_outputs(self) -> int:
+        """Numbers per token that the norms of one block keep of their results when they learn; one with a bias needs none."""
+        return 0 if self.norm_bias else self.norms_per_layer * self.hidden
+
+    def layer_outputs(self) -> int:
+        """Numbers that the linear layers of one block write per token."""
+        return sum(x.outputs for x in self.linears())
+
     def each_linear(self) -> Iterator[Linear]:
         for _ in range(self.layers):
             yield from self.linears()

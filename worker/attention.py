@@ -105,6 +105,8 @@ def packed_attention(
         sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
+    # A part of one product for q, k and v would keep all three until the backward pass.
+    value = value.contiguous()
     # Under autocast rotated queries and keys may be float32 already while values are not.
     if _WIDER and query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype):
         query, key, value = query.float(), key.float(), value.float()

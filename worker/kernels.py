@@ -24,17 +24,23 @@ def use_fused_norms(model: torch.nn.Module) -> int:
     autocast, where a prototype of 14 M gained a quarter, and for GPUs, where it saves kernels.
     """
     found = [m for m in model.modules() if type(m).__name__ in PLAIN_NORMS and not hasattr(type(m), "plain")]
+    before_products = {id(norm) for block in blocks_of(model) for norm in block.children()}
     for norm in found:
-        norm.__class__ = _fused_norm(type(norm))
+        norm.__class__ = _fused_norm(type(norm), id(norm) in before_products)
     return len(found)
 
 
 @functools.cache
-def _fused_norm(kind: type) -> type:
-    """The class of a norm with another forward: a copy of the model keeps it, and a compiler sees one class for all layers."""
+def _fused_norm(kind: type, before_products: bool) -> type:
+    """The class of a norm with another forward: a copy of the model keeps it, and a compiler sees one class for all layers.
+
+    What linear layers alone read is rounded once to the type of their products; autocast would round it for each of them anew.
+    """
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon)
+        out = F.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon)
+        kind = hidden.device.type
+        return out.to(torch.get_autocast_dtype(kind)) if before_products and torch.is_autocast_enabled(kind) else out
 
     return type(kind.__name__, (kind,), {"forward": forward, "plain": kind})
 

@@ -25,13 +25,19 @@ class Memory(NamedTuple):
     """Bytes that a strategy adds or changes, the model's activations left to `app/estimate.py`.
 
     `weights` is what the frozen and trained weights take, adapters included; `gradients` and `optimizer` follow from
-    what is trained; `activations_per_token` is what the strategy itself keeps for the backward pass, per token.
+    what is trained.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    activations_per_token: int = 0
+
+
+class Kept(NamedTuple):
+    """Numbers that one layer keeps for the backward pass because of what learns in it: for each token, and once besides."""
+
+    per_token: int
+    once: int = 0
 
 
 class Strategy(BaseModel, ABC):
@@ -89,6 +95,15 @@ class Strategy(BaseModel, ABC):
         with a gradient of 4 and `optimizer_bytes` (two moments) each."""
         learnt = self.trainable(shape)
         return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    def kept(self, shape: Shape) -> Kept:
+        """What a layer keeps beside what any gradient needs on its way through. Weights that learn in or beside the linear
+        layers need what those read."""
+        return Kept(shape.layer_inputs())
+
+    def reaches(self, shape: Shape) -> int:
+        """How many layers, from the top, gradients pass through."""
+        return shape.layers
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         """Why this model or machine cannot run it, in a sentence that ends with a way out; None when it can."""

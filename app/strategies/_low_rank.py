@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class LowRank(PeftStrategy):
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))
         return sum(self.rank * (x.inputs + x.outputs) for x in shape.each_linear() if x.name in chosen)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(shape.layer_inputs() + self.rank * len(self.targets(shape)))
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Selected(Strategy):
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         names = set(self.chosen(model))
         for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.data = parameter.data.float()  # in bf16 a step would be smaller than the last digit, and lost
             parameter.requires_grad_(name in names)
         return model
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from app.shapes import Shape
-from app.strategies._base import Strategy
+from app.strategies._base import Kept, Strategy
 from app.strategies._files import read_weights, write_adapter
 from app.strategies._model import attention, backbone, blocks
 
@@ -42,6 +42,9 @@ class SoftPrompt(Strategy):
         if self.tokens >= shape.positions:
             return f"The model reads {shape.positions} tokens at once; {self.tokens} learnt ones leave no room. Choose fewer."
         return super().unavailable(shape, task=task, cuda=cuda)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(0)
 
     @abstractmethod
     def table(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class AdaLora(LowRank):
         chosen = set(self.targets(shape))
         r = self.first_rank()
         return sum(r * (x.inputs + x.outputs) + r for x in shape.each_linear() if x.name in chosen)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(shape.layer_inputs() + self.first_rank() * len(self.targets(shape)))
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.first_rank() < self.rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
+from app.strategies._base import Kept
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class BitFit(Selected):
         if self.trainable(shape) == 0:
             return "This model has no biases to learn. Choose layer_norm or ia3, which are as small."
         return super().unavailable(shape, task=task, cuda=cuda)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(0)
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

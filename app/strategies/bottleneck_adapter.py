@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape
+from app.strategies._base import Kept
 from app.strategies._model import attention_output, blocks, feed_forward_output
 from app.strategies._modules import NAME, Added
 
@@ -38,6 +39,9 @@ class BottleneckAdapter(Added):
     def trainable(self, shape: Shape) -> int:
         one = 2 * shape.hidden * self.width + self.width + shape.hidden
         return shape.layers * one * (2 if self.arrangement == "houlsby" else 1)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept((shape.hidden + 2 * self.width) * (2 if self.arrangement == "houlsby" else 1))
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class DenseHead(Added):
         first = shape.hidden * self.width + self.width
         return first + (self.depth - 1) * (self.width * self.width + self.width) + self.width * labels + labels
 
+    def reaches(self, shape: Shape) -> int:
+        return 0
+
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if task != "classification" and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."

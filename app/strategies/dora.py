@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
+from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ class Dora(LowRank):
     when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
     paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
     place: ClassVar = 12
+
+    def kept(self, shape: Shape) -> Kept:
+        # Each layer's output before and after it is scaled, and the weights' own lengths with what they are made of.
+        weights = sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape)))
+        plain = super().kept(shape)
+        return Kept(plain.per_token + 2 * shape.layer_outputs(), 5 * weights // 4)
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
-from app.strategies._base import Memory, Strategy
+from app.strategies._base import Kept, Memory, Strategy
 from app.strategies._model import interpolate
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Full(Strategy):
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         learnt = self.trainable(shape)
         return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(shape.layer_inputs() + shape.norm_outputs())
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

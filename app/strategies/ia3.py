@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Ia3(PeftStrategy):
     def trainable(self, shape: Shape) -> int:
         key_value, down = self._targets(shape)
         return sum(x.inputs if x.name == down else x.outputs for x in shape.each_linear() if x.name in (*key_value, down))
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(2 * shape.kv_heads * shape.head_dim + shape.intermediate)
 
     def _targets(self, shape: Shape) -> tuple[tuple[str, str], str]:
         return (("key", "value"), "output.dense") if shape.architecture == "encoder" else (("k_proj", "v_proj"), "down_proj")

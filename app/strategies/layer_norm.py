@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
+from app.strategies._base import Kept
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class LayerNorm(Selected):
 
     def trainable(self, shape: Shape) -> int:
         return shape.norm_parameters()
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(shape.norm_outputs())  # what each norm made of its input
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class LoHa(LowRank):
 
     def trainable(self, shape: Shape) -> int:
         return 2 * super().trainable(shape)
+
+    def kept(self, shape: Shape) -> Kept:
+        # The correction is built whole, as wide as the weights, and kept until the gradient has passed.
+        return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         from peft import LoHaConfig

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class LoKr(LowRank):
         out_small, out_large = split(outputs, self.factor)
         low_rank = self.rank < max(out_large, in_large) / 2
         return out_small * in_small + (self.rank * (out_large + in_large) if low_rank else out_large * in_large)
+
+    def kept(self, shape: Shape) -> Kept:
+        # The correction is built whole, as wide as the weights, and kept until the gradient has passed.
+        return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         from peft import LoKrConfig

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
+from app.strategies._base import Kept
 from app.strategies._low_rank import LayerChoice, linear_names
 from app.strategies._peft import PeftStrategy
 
@@ -43,6 +44,11 @@ class Oft(PeftStrategy):
         widths = [nearest_divisor(x.inputs, self.block) for x in shape.linears() if x.name in chosen]
         inputs = [x.inputs for x in shape.linears() if x.name in chosen]
         return shape.layers * sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
+
+    def kept(self, shape: Shape) -> Kept:
+        # The turned inputs, and four matrices for each block that is turned: the generator and three steps to the rotation.
+        chosen = [x for x in shape.linears() if x.name in set(linear_names(shape, self.layers))]
+        return Kept(shape.layer_inputs(), 4 * sum(x.inputs * nearest_divisor(x.inputs, self.block) for x in chosen))
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape
+from app.strategies._base import Kept
 from app.strategies._model import blocks, final_norm
 from app.strategies._selected import Selected
 
@@ -42,6 +43,12 @@ class TopLayers(Selected):
         decoder = shape.architecture == "decoder"
         norm = shape.hidden * (2 if shape.norm_bias else 1) if self.norm and decoder else 0
         return own + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
+
+    def kept(self, shape: Shape) -> Kept:
+        return Kept(shape.layer_inputs() + shape.norm_outputs())
+
+    def reaches(self, shape: Shape) -> int:
+        return min(self.layers, shape.layers)
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.layers > shape.layers:

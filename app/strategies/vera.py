@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
-from app.strategies._base import Memory
+from app.strategies._base import Kept, Memory
 from app.strategies._low_rank import LayerChoice, linear_names
 from app.strategies._peft import PeftStrategy
 
@@ -42,6 +42,10 @@ class Vera(PeftStrategy):
         chosen = [x for x in shape.linears() if x.name in set(linear_names(shape, self.layers))]
         shared = self.rank * (max(x.inputs for x in chosen) + max(x.outputs for x in chosen))
         return plain._replace(weights=plain.weights + shared * 4)
+
+    def kept(self, shape: Shape) -> Kept:
+        # The projections are frozen, so their inputs are not needed; what they made is, before and after.
+        return Kept(shape.layer_outputs() + self.rank * len(linear_names(shape, self.layers)))
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""What a layer is said to keep for the backward pass is what autograd keeps, counted tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from app.estimate import layer_bytes
+from app.shapes import Shape, shape_of
+from app.strategies import STRATEGIES
+from worker import attention, evaluate, kernels
+from worker.batches import Tokenised, make_batch
+from worker.device import Engine
+from worker.loss import head_of, linear_cross_entropy
+
+WIDTHS = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "vocab_size": 600, "max_position_embeddings": 2048}
+CPU = torch.device("cpu")
+
+
+class Counted(NamedTuple):
+    bytes: int
+    tokens: int
+
+
+def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
+    """Bytes that autograd holds between the passes over a decoder, the parameters left out."""
+    torch.manual_seed(0)
+    strategy = STRATEGIES[name]()
+    half = precision == "bf16"
+    frozen = torch.bfloat16 if half and strategy.adapter else torch.float32
+    model = LlamaForCausalLM(LlamaConfig(**WIDTHS, num_key_value_heads=2, num_hidden_layers=layers)).to(frozen)
+    model.set_attn_implementation(attention.NAME)
+    kernels.use_fused_norms(model)
+    model = strategy.attach(model).train()
+    engine = Engine(CPU, "cpu", precision, frozen, 1)
+    kernels.speed_up(model, engine, 0.0)
+    lead = strategy.virtual_tokens()
+    rows = [np.asarray([0] * lead + list(range(1, 1 + tokens // 4)), np.int32)] * 4
+    starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    trained = np.ones(starts[-1], bool)
+    trained[(starts[:-1, None] + np.arange(lead + 1)).ravel()] = False
+    data = Tokenised(np.concatenate(rows), trained, starts, list(range(4)), 0, [])
+    held = Holding(model)
+    with held:
+        batch = make_batch(data, range(4), CPU)
+        hidden = evaluate.hidden_states(model, batch, engine)
+        linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
+    return Counted(held.bytes, batch.tokens)
+
+
+class Holding:
+    """Counts the memory behind the tensors that autograd saves while inside."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        self.found: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []  # so that no address is given out twice
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda tensor: tensor)
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.found[storage.data_ptr()] = storage.nbytes()
+            self.alive.append(tensor)
+        return tensor
+
+    def __enter__(self) -> None:
+        self.hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.found.values())
+
+
+def decoder() -> Shape:
+    return shape_of(LlamaConfig(**WIDTHS, num_key_value_heads=2, num_hidden_layers=2).to_dict())
+
+
+WHOLE = [n for n in STRATEGIES if n not in ("qlora", "feature_extraction", "bitfit", "top_layers", "dense_head")]
+
+
+@pytest.mark.parametrize(("name", "precision"), [*((n, "fp32") for n in WHOLE), ("lora", "bf16"), ("rslora", "bf16"), ("full", "bf16")])
+def test_a_layer_keeps_what_was_said(name: str, precision: str) -> None:
+    """Two layers more, and the difference between them, so that what stands outside the layers cancels."""
+    few, many = (kept_by(name, precision, layers, 512) for layers in (1, 3))
+    measured = (many.bytes - few.bytes) / 2
+    per_token, once = layer_bytes(decoder(), STRATEGIES[name](), precision == "bf16", cuda=False)
+    assert few.tokens * per_token + once == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("top_layers", 2), ("dense_head", 0)])
+def test_gradients_reach_no_further_than_said(name: str, layers: int) -> None:
+    assert STRATEGIES[name]().reaches(decoder()) == layers
+    assert kept_by(name, "fp32", 4, 128).bytes == kept_by(name, "fp32", 3, 128).bytes
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "bitfit"])
+def test_an_encoders_layer_keeps_what_was_said(name: str) -> None:
+    def kept(layers: int) -> int:
+        model = BertModel(BertConfig(**WIDTHS, num_hidden_layers=layers), add_pooling_layer=False)
+        model.set_attn_implementation(attention.NAME)
+        model = STRATEGIES[name]().attach(model, task="classification").eval()
+        kernels.speed_up(model, Engine(CPU, "cpu", "fp32", torch.float32, 1), 0.0)
+        held = Holding(model)
+        with held:
+            places = torch.cat([torch.arange(128)] * 4)[None]
+            model(input_ids=torch.ones(1, 512, dtype=torch.long), position_ids=places, **attention.packed_arguments([128] * 4, CPU))
+        return held.bytes
+
+    shape = shape_of(BertConfig(**WIDTHS, num_hidden_layers=2).to_dict())
+    per_token, once = layer_bytes(shape, STRATEGIES[name](), False, cuda=False)
+    assert 512 * per_token + once == pytest.approx((kept(3) - kept(1)) / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["top_layers", "layer_norm"])
+def test_weights_that_learn_are_float32_whatever_the_others_are(name: str) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**WIDTHS, num_key_value_heads=2, num_hidden_layers=3)).to(torch.bfloat16)
+    model = STRATEGIES[name]().attach(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
