@@ -15,9 +15,10 @@ from app.strategies import STRATEGIES, Strategy
 
 FEW_ROWS, MANY_ROWS = 100, 5_000
 FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
-CLOSE, FAR = 1.15, 1.6
+CLOSE, FAR = 1.25, 2.0
 """Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
-from the second on the data is foreign to it."""
+from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
+1.3 to 1.8, a ship's log 2.1."""
 ROOMY = 0.5
 """A plan that needs less than this share of the machine's memory leaves room."""
 

@@ -8,7 +8,7 @@ or says why it cannot (`Strategy.load_blended`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from app.errors import BadField
@@ -19,6 +19,8 @@ POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The places at which a blend evaluation looks."""
 ENOUGH_GAIN = 0.9
 """A blend that keeps this share of what tuning gained is as good as the whole, for a reader who also minds forgetting."""
+LITTLE = 0.005
+"""Less forgetting than this, in relative bits per byte, is not worth a sentence."""
 
 _NAME = re.compile(r"(?P<name>.+)@(?P<share>\d*\.?\d+)")
 
@@ -145,27 +147,36 @@ def _panel(title: str, unit: str, values: list[tuple[float, float, float | None,
     return Panel(title, unit, marks, line, form.format(low + room), form.format(low), place(0.0) if zero else None)
 
 
-def advise(points: list[Mapping[str, Any]]) -> tuple[float, str]:
+def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """(the place to take, why): of those that keep nearly all that tuning gained, the one that forgets least."""
     base, tuned = points[0], points[-1]
     lowest = min(points, key=lambda p: p["score"])
     gain = base["score"] - lowest["score"]
     if gain <= 0:
         return 0.0, "The base scores best on these rows: tuning gained nothing here, at any blend."
-    good = [p for p in points if base["score"] - p["score"] >= ENOUGH_GAIN * gain]
     if any(p.get("forgetting") is None for p in points):
         return lowest["blend"], f"The loss is lowest at {lowest['blend']:g}."
+    good = [p for p in points if base["score"] - p["score"] >= ENOUGH_GAIN * gain - 1e-9]
     best = min(good, key=lambda p: (max(p["forgetting"], 0.0), -p["blend"]))
-    if best["blend"] == 1 or max(tuned["forgetting"], 0.0) - max(best["forgetting"], 0.0) < 0.005:
-        place = lowest["blend"] if lowest["blend"] != 1 and lowest["score"] < tuned["score"] - 0.01 * gain else 1.0
-        if place == 1:
-            return 1.0, "The tuned model as it is: a blend would lose on the task and save no forgetting worth the name."
-        return (
-            place,
-            f"At {place:g} the loss is lowest, {lowest['score']:.3f} instead of {tuned['score']:.3f}: the last steps of tuning went too far.",
-        )
-    kept = (base["score"] - best["score"]) / max(base["score"] - tuned["score"], 1e-12)
-    share = f"{min(kept, 9.99):.0%} of the gain" if base["score"] > tuned["score"] else "a gain where the whole has none"
-    return best["blend"], (
-        f"At {best['blend']:g} it keeps {share} and general text takes {best['forgetting']:+.1%} bits instead of {tuned['forgetting']:+.1%}."
-    )
+    if _saved(best, tuned) >= LITTLE:
+        return best["blend"], _trade(best, base, tuned)
+    if tuned["score"] - lowest["score"] > 0.01 * gain:
+        gone = f"{lowest['score']:.3f} instead of {tuned['score']:.3f}: the last stretch of tuning went too far."
+        return lowest["blend"], f"At {lowest['blend']:g} the loss is lowest, {gone}"
+    milder = max(points[1:-1], key=lambda p: _saved(p, tuned) * (base["score"] - p["score"]))
+    if _saved(milder, tuned) >= LITTLE:
+        trade = _trade(milder, base, tuned)
+        return 1.0, f"The tuned model as it is scores best. If forgetting matters more: {trade[0].lower()}{trade[1:]}"
+    return 1.0, "The tuned model as it is: a blend would lose on the task and save no forgetting worth the name."
+
+
+def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
+    """How much less is forgotten than by the whole; what was gained on general text is no forgetting."""
+    return max(tuned["forgetting"], 0.0) - max(point["forgetting"], 0.0)
+
+
+def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
+    whole, kept = base["score"] - tuned["score"], base["score"] - point["score"]
+    share = f"keeps {kept / whole:.0%} of the gain" if 0 < kept <= whole else "scores better than the whole"
+    forgot = f"general text takes {point['forgetting']:+.1%} bits instead of {tuned['forgetting']:+.1%}"
+    return f"At {point['blend']:g} it {share}, and {forgot}."

@@ -63,24 +63,18 @@ def _figure(kind: str, result: Mapping[str, Any]) -> str:
 
 
 def view(evaluation: Evaluation) -> dict[str, Any]:
-    """The scores of one model, beside those of the model it was tuned from; classes with the least F1 first."""
+    """The scores of one model, beside those of the model it was tuned from; classes are `app.score_view`'s."""
     result = evaluation.result or {}
     scores, base = result.get("scores") or {}, result.get("base") or {}
-    per_class = scores.get("per_class") or {}
-    classes = [{"label": label, **found} for label, found in per_class.items() if found.get("rows")]
-    forgot = result.get("forgetting")
     return {
         "lines": [_line(name, base.get(name), scores[name]) for name in SCORES if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
-        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Always the shares",
+        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Guessing",
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,
-        "classes": sorted(classes, key=lambda c: (c["f1"], c["label"])),
-        "mistakes": mistakes(scores.get("labels") or [], scores.get("confusion") or []),
         "worst": result.get("worst") or [],
         "best": result.get("best") or [],
-        "forgetting": forgot,
         "seconds": result.get("seconds"),
     }
 

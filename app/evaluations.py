@@ -134,7 +134,7 @@ def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, d
     task: Task = dataset.task or "generation"  # type: ignore[assignment]
     job, base = origin(session, resolved)
     _check_can_do(resolved, task, order.kind, job)
-    learnt = job is not None and job.dataset_id == dataset.id
+    learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
     run = job.spec["run"] if job is not None and learnt else {}
     shared = learnt and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
@@ -153,18 +153,16 @@ def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, d
         answer_tokens=order.answer_tokens,
         forgetting=order.forgetting and base is not None,
         seed=order.seed if order.seed is not None else run.get("seed", 42),
-        note=_note(learnt, shared, part, order, run),
+        note=_note(shared, part, order, run, same=job is not None and job.dataset_id == dataset.id) if learnt else "",
     )
 
 
-def _note(learnt: bool, shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, Any]) -> str:
-    """What a reader of the scores should know about the rows."""
-    if not learnt:
-        return ""
+def _note(shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, Any], *, same: bool) -> str:
+    """What a reader of the scores should know about rows that the model may have learnt."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
         return "The model was tuned on these rows, or on some of them: its scores say how well it remembers, not how well it will do on new ones."
-    return ""
+    return "" if same else "The model was tuned on another version of this dataset: it may have learnt a few of these rows."
 
 
 def origin(session: Session, resolved: models.Resolved) -> tuple[Job | None, Model | None]:

@@ -104,11 +104,14 @@ def _as_read(row: Row) -> Row:
 
 
 def probe_rows(texts: bool) -> Iterator[Row]:
-    """The probe's plain texts, or its conversations."""
-    for line, entry in enumerate((e for part in yaml.safe_load(PROBE.read_text("utf-8")).values() for e in part), start=1):
-        if texts and "text" in entry:
+    """The probe's plain texts, or its conversations; its instructions and sums have one right answer, which says nothing of
+    how foreign an open one is."""
+    skills = yaml.safe_load(PROBE.read_text("utf-8"))
+    entries = [e for part in skills.values() for e in part if "text" in e] if texts else skills["conversation"]
+    for line, entry in enumerate(entries, start=1):
+        if texts:
             yield Row(line, {"text": entry["text"]})
-        elif not texts and "say" in entry:
+        else:
             turns = [{"role": role, "content": turn[role]} for turn in entry["say"] for role in ("user", "assistant")]
             yield Row(line, {"messages": turns})
 

@@ -14,7 +14,7 @@ from app.errors import BadRequest
 from app.generation import Embedded
 from app.spec import ModelRef
 from worker.lanes import check_folder
-from worker.load import BadModel, folder_of
+from worker.load import LOADING, BadModel, folder_of
 
 MOST_LOADED = 2
 TOKENS_AT_ONCE = 8192
@@ -71,9 +71,10 @@ def _load(ref: ModelRef) -> tuple[Any, Any]:
         folder = folder_of(ref.path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
+            with LOADING:
+                model = AutoModel.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
         if tokenizer.pad_token is None:

@@ -24,7 +24,7 @@ from app.strategies import STRATEGIES
 from worker import prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, SlotCache, Step, running
-from worker.load import BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.load import LOADING, BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
 @dataclass(eq=False)
@@ -129,7 +129,8 @@ class Shelf:
                     return lane
                 if len(key) == 2:
                     self._make_room(ref)
-            lane = load(ref)
+            with LOADING:
+                lane = load(ref)
             lane.users = 1
             with self._lock:
                 self.lanes[key] = lane

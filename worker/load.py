@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from worker import attention as packed
+
+LOADING = threading.RLock()
+"""Held while weights are read in by a process that loads from several threads: transformers builds a model under settings that
+are the whole process's, so two at once can leave tensors empty."""
 
 STRATEGY_FILE = "strategy.json"
 """The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""

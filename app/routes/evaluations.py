@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import blend, datasets, evaluation_view, evaluations, ids, models
+from app import blend, datasets, evaluation_view, evaluations, ids, models, score_view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -135,6 +135,7 @@ def _local(address: str) -> str:
 @pages.get("/evaluations/{evaluation_id}")
 def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
     found = evaluations.get(session, user, key_of(evaluation_id))
+    scored = found.result if found.result and found.kind == "scores" else None
     return render(
         request,
         "evaluation.html",
@@ -142,7 +143,9 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
         at=found.created_at,
         model_url=f"/models/{ids.public(ids.MODEL, found.model_id)}",
         dataset_url=f"/datasets/{ids.public(ids.DATASET, found.dataset_id)}",
-        view=evaluation_view.view(found) if found.result and found.kind == "scores" else None,
+        view=evaluation_view.view(found) if scored else None,
+        classes=score_view.view({"tuned": scored.get("scores")}, found.spec["task"]) if scored else None,
+        forgot=score_view.forgot(scored.get("forgetting")) if scored else None,
         curve=blend.curve(found.result) if found.kind == "blend" else None,
     )
 
