@@ -9,7 +9,15 @@ from app.errors import NotFound
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
 
-_NAMES = {FILE: "file", DATASET: "dataset", JOB: "fine-tuning job", CHECKPOINT: "checkpoint", MODEL: "model", COMPARISON: "comparison"}
+_NAMES = {
+    FILE: "file",
+    DATASET: "dataset",
+    JOB: "fine-tuning job",
+    CHECKPOINT: "checkpoint",
+    MODEL: "model",
+    COMPARISON: "comparison",
+    EVALUATION: "evaluation",
+}
 
 
 def public(prefix: str, key: uuid.UUID) -> str:

@@ -180,7 +180,7 @@ def _input(who: Speaker, before: Sequence[tuple[Exchange, Sequence[Answer]]], pr
 
 def fingerprint(who: Speaker) -> str:
     """Changes when the weights that answer do: the API's `system_fingerprint`."""
-    parts = [who.ref.revision, *(a.sha256 for a in who.ref.adapters)]
+    parts = [who.ref.revision, *(a.key for a in who.ref.adapters)]
     return f"fp_{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:12]}"
 
 
