@@ -22,7 +22,7 @@ from app.settings import get_settings
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from app.tables import Job, User
+    from app.tables import User
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A studio for fine-tuning language models.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -150,18 +150,23 @@ def add_model(
 @plainly
 def train(
     spec: Annotated[Path, typer.Argument(help="YAML file with model, training_file, strategy, run.", exists=True, dir_okay=False)],
-    profile: Annotated[str | None, typer.Option(help="Take the settings under profiles: NAME in the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Take the settings under variants: NAME in the file.")] = None,
+    here: Annotated[bool, typer.Option("--here", help="Train at once in this terminal, without a studio or a queue.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="As --here, and record where the time of a step goes.")] = False,
     follow: Annotated[bool, typer.Option(help="Follow the job to its end.")] = True,
     data_dir: DataDir = None,
 ) -> None:
-    """Submit a job from a YAML file to the running studio, and follow it."""
+    """Submit a job from a YAML file to the running studio and follow it, or train it here."""
     from app.embedded.places import Lock
 
     choose(data_dir=data_dir)
     settings = get_settings()
+    if here or profile:
+        train_here(read_spec(spec, variant), spec.parent, profile)
+        return
     if not settings.database_url and Lock(settings.data_dir).holder() is None:
         raise Unavailable("No studio is running, so nobody would train this.", way_out="Start one with `luthier up` in another terminal.")
-    order = read_spec(spec, profile)
+    order = read_spec(spec, variant)
     with owner_session() as run:
         job_id = run(lambda session, user: submit(session, user, order, spec.parent))
         say(f"Job {job_id} is queued.")
@@ -273,8 +278,23 @@ def bring(run: Callable[..., Any], model_id: Any) -> None:
         raise Unavailable(error.get("message", "The model could not be fetched."), way_out=error.get("way_out", ""))
 
 
-def read_spec(path: Path, profile: str | None) -> dict[str, Any]:
-    """The order in a YAML file; the settings under `profiles: NAME` are laid over it, key by key."""
+def train_here(order: dict[str, Any], folder: Path, profile: bool) -> None:
+    """Train an order in a process of our own and print what it says."""
+    from app import alone, events
+
+    spec = alone.spec_of(order, folder)
+    say(f"{spec.strategy.title} on {spec.model.name}, {spec.dataset.rows} rows.")
+    total: int | None = None
+    for event in alone.train(spec, profile=profile):
+        total = event.total_steps if isinstance(event, events.Started) else total
+        if isinstance(event, events.Finished):
+            say(f"The result is in {get_settings().data_dir / event.path}.")
+        elif line := event_line(event.type, event.model_dump(), total):
+            say(line)
+
+
+def read_spec(path: Path, variant: str | None) -> dict[str, Any]:
+    """The order in a YAML file; the settings under `variants: NAME` are laid over it, key by key."""
     import yaml
 
     try:
@@ -283,12 +303,12 @@ def read_spec(path: Path, profile: str | None) -> dict[str, Any]:
         raise BadData(f"{path} is not YAML: {error}", way_out="Mend the line it names.") from None
     if not isinstance(order, dict):
         raise BadData(f"{path} holds no settings.", way_out="It needs at least `model:` and `training_file:`.")
-    profiles = order.pop("profiles", None) or {}
-    if profile is None:
+    variants = order.pop("variants", None) or {}
+    if variant is None:
         return order
-    if profile not in profiles:
-        raise BadField(f"{path} has no profile {profile!r}.", way_out=f"It has: {', '.join(profiles) or 'none'}.", param="profile")
-    return laid_over(order, profiles[profile])
+    if variant not in variants:
+        raise BadField(f"{path} has no variant {variant!r}.", way_out=f"It has: {', '.join(variants) or 'none'}.", param="variant")
+    return laid_over(order, variants[variant])
 
 
 def laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +345,7 @@ def run_to_end(run: Callable[..., Any], job_id: str) -> str:
         job = jobs.get(session, user, key)
         rows = jobs.events(session, job, after_id=seen)
         for row in rows:
-            if line := event_line(row.type, row.data, job):
+            if line := event_line(row.type, row.data, job.total_steps):
                 say(line)
         if job.error and job.status in ended:
             err.print(escape(f"{job.error.get('message', '')} {job.error.get('way_out', '')}".strip()))
@@ -338,10 +358,10 @@ def run_to_end(run: Callable[..., Any], job_id: str) -> str:
         time.sleep(1.0)
 
 
-def event_line(type_: str, data: dict[str, Any], job: Job) -> str | None:
+def event_line(type_: str, data: dict[str, Any], total_steps: int | None) -> str | None:
     """One line for one event; None for those that a person at a console need not see."""
     if type_ == "step":
-        total = job.total_steps or data.get("total_steps") or "?"
+        total = total_steps or data.get("total_steps") or "?"
         speed = f", {data['tokens_per_second']:.0f} tokens/s" if data.get("tokens_per_second") else ""
         return f"step {data['step']}/{total}: loss {data['loss']:.4f}{speed}"
     if type_ == "evaluated":

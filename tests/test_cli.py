@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from app import doctor, ids, jobs
+from app.alone import spec_of
 from app.cli import app, event_line, laid_over, read_spec
-from app.errors import BadData, BadField
+from app.errors import BadData, BadField, StudioError
 from app.settings import get_settings
 from app.tables import ApiKey, Job, Model
 
@@ -75,7 +78,7 @@ def test_training_without_a_studio_says_how_to_start_one(data_dir, tmp_path):
 
 
 def test_a_job_from_a_file(session, user, tiny_registered, tmp_path):
-    """The rows beside the YAML file are uploaded; the profile's settings are laid over the others."""
+    """The rows beside the YAML file are uploaded; the variant's settings are laid over the others."""
     rows = [
         {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]} for n in range(20)
     ]
@@ -84,10 +87,10 @@ def test_a_job_from_a_file(session, user, tiny_registered, tmp_path):
         "model": "tiny",
         "training_file": "rows.jsonl",
         "strategy": {"name": "lora", "rank": 4},
-        "profiles": {"small": {"strategy": {"rank": 2}}},
+        "variants": {"small": {"strategy": {"rank": 2}}},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(order))
-    done = luthier("train", str(tmp_path / "job.yaml"), "--profile", "small", "--no-follow")
+    done = luthier("train", str(tmp_path / "job.yaml"), "--variant", "small", "--no-follow")
     key = ids.parse(ids.JOB, done.stdout.split()[1])
     job = jobs.get(session, user, key)
     assert job.status == "queued"
@@ -109,8 +112,8 @@ def test_a_file_that_holds_no_order(tmp_path, text, error):
         read_spec(tmp_path / "job.yaml", None)
 
 
-def test_a_profile_that_is_not_there_names_those_that_are(tmp_path):
-    (tmp_path / "job.yaml").write_text("model: tiny\nprofiles: {small: {}, large: {}}\n")
+def test_a_variant_that_is_not_there_names_those_that_are(tmp_path):
+    (tmp_path / "job.yaml").write_text("model: tiny\nvariants: {small: {}, large: {}}\n")
     with pytest.raises(BadField, match="small, large"):
         read_spec(tmp_path / "job.yaml", "huge")
 
@@ -125,10 +128,9 @@ def test_a_wrong_setting_is_named(data_dir, monkeypatch):
 
 
 def test_event_lines():
-    job = Job(total_steps=10)
     step = {"step": 3, "loss": 1.25, "tokens_per_second": 812.3}
-    assert event_line("step", step, job) == "step 3/10: loss 1.2500, 812 tokens/s"
-    assert event_line("evaluated", {"step": 4, "loss": 2.0}, job) == "step 4: validation loss 2.0000"
+    assert event_line("step", step, 10) == "step 3/10: loss 1.2500, 812 tokens/s"
+    assert event_line("evaluated", {"step": 4, "loss": 2.0}, 10) == "step 4: validation loss 2.0000"
 
 
 def test_doctor_looks_at_everything(data_dir):
@@ -169,3 +171,32 @@ def test_doctor_names_a_folder_that_cannot_be_written(data_dir, monkeypatch):
 def test_doctor_reads_the_servers_that_are_given(session):
     assert doctor.database().found.startswith("PostgreSQL 18")
     assert "valkey" in doctor.broker().found
+
+
+def test_an_order_trained_here_needs_no_studio(data_dir, tiny_model, tmp_path):
+    """No database, no queue: the rows are read, the model learns, a profile is written, and the result lies in the data folder."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]} for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run = {"max_steps": 8, "max_tokens_per_step": 64, "samples": 0, "evaluations_per_epoch": 0, "forgetting": False, "row_losses": False}
+    order = {"model": str(tiny_model), "training_file": "rows.jsonl", "strategy": {"name": "lora", "rank": 2}, "run": run}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(order))
+    done = luthier("train", str(tmp_path / "job.yaml"), "--profile")
+    assert "step 8/8: loss" in done.stdout and "Largest gap:" in done.stdout and "Floor:" in done.stdout
+    result = Path(done.stdout.partition("The result is in ")[2].strip().removesuffix("."))
+    assert (result / "adapter_model.safetensors").is_file()
+    assert (result.parent / "profile" / "trace.json").stat().st_size > 10_000
+    assert not (data_dir / "postgres").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"model": "no-such-model"}, "no-such-model"), ({"training_file": "nowhere.jsonl"}, "nowhere.jsonl"), ({"comparison": 1}, "'comparison'"),
+     ({"strategy": {"name": "lora", "rank": 0}}, "strategy.rank"), ({"run": {"epochs": -1}}, "run.epochs"), ({"strategy": {"name": "bitfit"}}, "biases")],
+)  # fmt: skip
+def test_a_wrong_order_is_refused_here_too(data_dir, tiny_model, tmp_path, change, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    order = {"model": str(tiny_model), "training_file": "rows.jsonl", **change}
+    with pytest.raises(StudioError, match=re.escape(said)):
+        spec_of(order, tmp_path)
