@@ -4,6 +4,7 @@ A version keeps the whole list, from its file on, so a line keeps its number thr
 changed in place. One edit is {"operation", "lines": […], …}:
 
     drop_row        the row is left out
+    repair          a line that cannot be read is taken as it was probably meant (`app/readers/_repair.py`); with `all`, every one
     mend            the row's own fix for `rule` is applied, again and again until the rule is silent
     replace         the row is `row`, a normalised row as a person typed it
     strip_control   control characters go            strip_markers   chat-template markers go
@@ -34,9 +35,15 @@ class Edits:
 
     def __init__(self, edits: Iterable[Edit]) -> None:
         self.by_line: dict[int, list[Edit]] = {}
+        self.repairs_all = False
         for edit in edits:
+            self.repairs_all |= edit["operation"] == "repair" and edit.get("all", False)
             for line in edit["lines"]:
                 self.by_line.setdefault(line, []).append(edit)
+
+    def repairs(self, line: int) -> bool:
+        """Whether a line that cannot be read is to be taken as it was probably meant."""
+        return self.repairs_all or any(edit["operation"] == "repair" for edit in self.by_line.get(line, ()))
 
     def apply(self, line: int, row: Row, entry: Format, mapping: Mapping[str, str]) -> tuple[Row | None, Row | None]:
         """(raw row, normalised row): the first when it must still be checked, the second when a person typed it; neither when

@@ -225,10 +225,11 @@ def check_purpose(purpose: str) -> None:
 
 
 def clean_name(filename: str) -> str:
-    """A file name to show: no folders, no control characters, at most 255 characters. It never becomes a path."""
+    """A file name to show: no folders, no control characters, at most 255 characters with its extensions. It never becomes a path."""
     name = filename.replace("\\", "/").rsplit("/", 1)[-1].encode("utf-8", "replace").decode()
     name = "".join(character for character in name if character.isprintable()).strip()
-    return name[:255] or "unnamed"
+    kinds = "".join(Path(name).suffixes[-2:])[-20:]  # what a reader tells the file by is not cut off
+    return name if 0 < len(name) <= 255 else name[: 255 - len(kinds)] + kinds or "unnamed"
 
 
 def add_bytes(session: Session, user: User, data: bytes, filename: str, purpose: str) -> File:
@@ -284,6 +285,10 @@ def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most
     limit = time.time() - older_than_seconds
     for path in (get_settings().folder("tmp")).glob("upload-*"):
         _unlink_if_old(path, time.time() - max(older_than_seconds, 86_400))  # a slow upload may take hours
+    for name in ("child-*", "bring-*"):  # what a reader that was killed left behind
+        for path in get_settings().folder("tmp").glob(name):
+            if _modified(path) < time.time() - 86_400:
+                shutil.rmtree(path, ignore_errors=True)
     removed = 0
     for path in get_settings().folder("blobs").glob("??/*"):
         if removed >= at_most:

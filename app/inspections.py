@@ -33,8 +33,11 @@ ASK_AGAIN_SECONDS = 20
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
 
-def ask(session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None) -> Inspection:
-    """The inspection that answers this, ordered when it is new, failed, or was forgotten on the way."""
+def ask(
+    session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None, *, announce: bool = True
+) -> Inspection:
+    """The inspection that answers this, ordered when it is new, failed, or was forgotten on the way; `announce` is False for
+    one whose answer is there already."""
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
     asked = json.dumps(
@@ -56,7 +59,7 @@ def ask(session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any]
         .values(status="waiting", asked_at=func.clock_timestamp(), error=None)
         .returning(Inspection.id)
     )  # fmt: skip
-    if new or again:
+    if announce and (new or again):
         queue.put_in_outbox(session, queue.INSPECT, new or again)
     return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
 
@@ -98,7 +101,6 @@ def answer(inspection_id: uuid.UUID) -> None:
         payload = _payload(session, found) if found is not None else None
     if found is None:
         return
-    said: list[dict[str, Any]] = []
     try:
         if payload is None:
             raise Conflict("The dataset or the model was deleted.", way_out="Choose another.")
@@ -108,7 +110,6 @@ def answer(inspection_id: uuid.UUID) -> None:
                 payload,
                 LIMITS,
                 folder=get_settings().folder("tmp"),
-                on_message=lambda message: said.append(message["finding"]) if "finding" in message else None,
                 keep_going=lambda: _beat(inspection_id),
             ),
             None,
@@ -120,7 +121,7 @@ def answer(inspection_id: uuid.UUID) -> None:
     except StudioError as fault:
         result, error = None, {"message": fault.message, "way_out": fault.way_out}
     with db.transaction() as session:
-        _record(session, inspection_id, result, error, said)
+        _record(session, inspection_id, result, error)
 
 
 def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
@@ -144,40 +145,44 @@ def _beat(inspection_id: uuid.UUID) -> bool:
         return session.scalar(kept.returning(Inspection.id)) is not None
 
 
-def _record(
-    session: Session, inspection_id: uuid.UUID, result: dict[str, Any] | None, error: dict[str, Any] | None, said: list[dict[str, Any]]
-) -> None:
+def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
     found = session.scalar(select(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").with_for_update())
     if found is None:
         return
     found.result = json.loads(json.dumps(result).replace("\\u0000", "")) if result is not None else None
     found.error = error
     found.status, found.lease_until = ("ready" if error is None else "error"), None
-    if found.kind == "lengths" and found.arguments.get("report") and result is not None:
-        _add_to_report(session, found.dataset_id, result, said)
 
 
-def _add_to_report(session: Session, dataset_id: uuid.UUID, result: dict[str, Any], said: list[dict[str, Any]]) -> None:
-    """What the trainer's own converter found becomes part of the dataset's report."""
-    dataset = session.scalars(select(Dataset).where(Dataset.id == dataset_id).with_for_update()).one()
-    session.execute(delete(Finding).where(Finding.dataset_id == dataset_id, Finding.rule.in_(TOKEN_RULES)))
+# What the trainer's converter says of every row -------------------------------------------------------------------------
+
+
+def counting(session: Session, model: Model) -> dict[str, Any]:
+    """What a child needs to count a dataset's tokens as this model's trainer would, cut where a job's own settings cut."""
+    folder = str(get_settings().data_dir / tokenizer_of(session, model))
+    return {"tokenizer": folder, "tokenizer_name": model.name, "kind": model.kind, "cutoff": report_cutoff(model)}
+
+
+def report_cutoff(model: Model) -> int:
+    return min(RunSettings().max_length, int((model.shape or {}).get("positions") or 1 << 30))
+
+
+def keep_lengths(session: Session, dataset: Dataset, model: Model, result: dict[str, Any]) -> None:
+    """Keep the lengths that were counted while a dataset was read, as the answer to the question its page of rows asks."""
+    found = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model, announce=False)
+    found.result = {name: value for name, value in result.items() if name != "report"}
+    found.status, found.lease_until = "ready", None
+
+
+def add_to_report(session: Session, dataset: Dataset, result: dict[str, Any], said: list[dict[str, Any]]) -> None:
+    """What the converter found in a dataset that was read before there was a model becomes part of its report."""
+    session.execute(delete(Finding).where(Finding.dataset_id == dataset.id, Finding.rule.in_(TOKEN_RULES)))
     for at in range(0, len(said), 1000):
-        session.execute(insert(Finding), [{"dataset_id": dataset_id, **finding} for finding in said[at : at + 1000]])
+        session.execute(insert(Finding), [{"dataset_id": dataset.id, **finding} for finding in said[at : at + 1000]])
     report = dict(dataset.report or {})
     found = {rule: entry for rule, entry in report.get("findings", {}).items() if rule not in TOKEN_RULES}
     for finding in said:
         rule = finding["rule"]
         found.setdefault(rule, {"severity": finding["severity"], "count": result["counts"][rule], "message": finding["message"]})
-    exact = {name: result[name] for name in ("tokens", "trained_tokens", "longest")} if result["rows"] == dataset.good_rows else {}
-    dataset.report = report | {"findings": found} | exact
-    queue.wake(session, "dataset", dataset_id)
-
-
-def order_report(session: Session, dataset: Dataset) -> None:
-    """Have the trainer's converter look at every row of a dataset that was just read, where a model is there to do it."""
-    from app import recount
-
-    model = recount.counting_model(session)
-    if model is not None and dataset.good_rows and dataset.task != "classification":
-        cutoff = min(RunSettings().max_length, int((model.shape or {}).get("positions") or 1 << 30))
-        ask(session, dataset, "lengths", {"cutoff": cutoff, "report": True}, model)
+    dataset.report = report | {"findings": found} | result["report"]
+    queue.wake(session, "dataset", dataset.id)

@@ -1,7 +1,7 @@
 """Reading an uploaded file into rows: recognise its format, check every row, keep the good ones as Parquet, count.
 
 Runs in a limited child (`app/sandbox.py`), because the bytes are not to be trusted: `read(payload, say)`. By hand:
-`python -m app.intake FILE [--format chat] [--tokenizer FOLDER]` prints the result.
+`python -m app.intake FILE [--format chat]` prints the result.
 """
 
 from __future__ import annotations
@@ -12,51 +12,54 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from app import formats, readers
 from app.edits import Edits
 from app.errors import BadData
-from app.formats import Format
+from app.formats import Finding, Format
 from app.formats._base import Row, columns_of, shown
 from app.readers import Raw
 from app.report import Report
-from app.token_counts import TokenCounter
 
-VERSION = 2
+VERSION = 3
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
 BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
 Say = Any
+CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
 
 
-def read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Read one file. `payload`: path, filename, format or null, mapping or null, rows (where to write), tokenizer or null.
+def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None) -> dict[str, Any]:
+    """Read one file. `payload`: path, filename, format or null, mapping or null, edits, rows and lines (where to write).
+
+    A counter sees every good row as it goes by and ends in columns of the report: `counter_of(task, add)` makes one, and
+    `worker/inspect.py` brings the trainer's own converter and tokenizer that way.
 
     Says `{"progress": share}` and `{"finding": {…}}`; gives counts, the mapping, a preview and the hash of the rows.
     Raises BadData, with the line in its `details`, when no row could be read at all.
     """
     try:
-        return _read(payload, say)
+        return _read(payload, say, counter_of)
     except BadData as error:
         error.details = {"line": 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
         raise
 
 
-def _read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
+def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> dict[str, Any]:
     path = Path(payload["path"])
-    raws = _numbered(_with_progress(readers.read(path, payload["filename"]), path, say))
+    edits = Edits(payload.get("edits") or ())
+    raws = _repaired(_numbered(_with_progress(readers.read(path, payload["filename"]), path, say)), edits)
     head = list(itertools.islice(raws, SAMPLE_ROWS))
     sample = [raw.row for raw in head if raw.row is not None]
     if not sample:
         raise _no_rows(head)
     entry, mapping, reason, others = _choose(sample, payload.get("format"), payload.get("mapping"))
     report = Report(entry, mapping, say)
-    counter = TokenCounter(Path(payload["tokenizer"])) if payload.get("tokenizer") else None
-    edits = Edits(payload.get("edits") or ())
+    counter = counter_of(entry.task, report.add) if counter_of else None
     with _RowsFile(Path(payload["rows"])) as rows:
         for raw in itertools.chain(head, raws):
             row = _row_of(raw, edits, report)
@@ -66,7 +69,8 @@ def _read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
             rows.add(raw.line, text)
             report.count(row, text, raw.line)
             if counter:
-                counter.add(row)
+                counter.add(row, raw.line)
+    counted = counter.result() if counter else {}
     report.finish()
     if payload.get("lines"):
         Path(payload["lines"]).write_text(json.dumps({rule: lines.tolist() for rule, lines in report.lines.items()}))
@@ -79,7 +83,8 @@ def _read(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         "sha256": rows.sha256,
         "report": report.result()
         | {"reason": reason, "other_formats": others, "columns": columns_of(sample), "version": VERSION}
-        | (counter.result() | {"tokenizer": payload.get("tokenizer_name")} if counter else {}),
+        | counted.get("report", {}),
+        "lengths": counted.get("lengths"),
     }
 
 
@@ -91,6 +96,12 @@ def _numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
             last = max(raw.line, last + 1)
             raw = raw._replace(line=last)
         yield raw
+
+
+def _repaired(raws: Iterator[Raw], edits: Edits) -> Iterator[Raw]:
+    """The rows, those that cannot be read being taken as they were meant where this version says so."""
+    for raw in raws:
+        yield Raw(raw.line, raw.repaired) if raw.row is None and raw.repaired is not None and edits.repairs(raw.line) else raw
 
 
 def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
@@ -115,7 +126,14 @@ def _no_rows(head: Sequence[Raw]) -> BadData:
         way_out="Mend the file and upload it again, or save it in another of the accepted formats.",
         param="file",
     )
-    error.details = {"line": first.line, "column": first.problem.column, "rule": first.problem.rule, "value": first.problem.value}  # type: ignore[attr-defined]
+    able = sum(raw.repaired is not None for raw in head)
+    error.details = {  # type: ignore[attr-defined]
+        "line": first.line,
+        "column": first.problem.column,
+        "rule": first.problem.rule,
+        "value": first.problem.value,
+        "repair": first.problem.fix["label"] if first.problem.fix and able > count / 2 else None,
+    }
     return error
 
 
@@ -238,14 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--format", choices=list(formats.FORMATS))
     parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the good rows go")
-    parser.add_argument("--tokenizer", type=Path, help="a model's folder, to count tokens")
     options = parser.parse_args(arguments)
     payload = {
         "path": options.file,
         "filename": options.file.name,
         "format": options.format,
         "rows": options.rows,
-        "tokenizer": options.tokenizer,
     }
 
     def say(message: dict[str, Any]) -> None:

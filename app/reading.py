@@ -9,6 +9,7 @@ The claim is the one of jobs: a fence that rises with every reader, and a lease 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,10 +23,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, files, inspections, mixing, queue, recount, sandbox
+from app import db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
 from app.errors import BadData, StudioError
 from app.settings import get_settings
-from app.tables import Dataset, File, Finding, Outbox, User
+from app.tables import Dataset, File, Finding, Model, Outbox, User
 
 MOST_DEATHS = 3
 LIMITS = sandbox.Limits()
@@ -71,8 +72,8 @@ def read(dataset_id: uuid.UUID) -> None:
     rows = folder / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
     try:
-        if payload["join"]:
-            payload["sha256"], payload["filename"] = _join(payload["join"], reading)
+        if payload["bring"]:
+            payload["sha256"], payload["filename"] = _bring(payload["bring"], reading)
         result = _in_child(payload, rows, reading)
     except sandbox.Killed as killed:
         _drop(rows)
@@ -84,7 +85,7 @@ def read(dataset_id: uuid.UUID) -> None:
         _record_error(dataset_id, fence, refused.error if isinstance(refused, sandbox.Refused) else _as_json(refused))
         return
     with db.transaction() as session:
-        kept = _record(session, dataset_id, fence, result, rows, reading.findings)
+        kept = _record(session, dataset_id, fence, result, rows, reading.findings, payload["model"])
     if not kept:
         _drop(rows)
 
@@ -94,14 +95,14 @@ def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
     model = recount.counting_model(session)
     origin = dataset.origin or {}
     return {
-        "join": origin if file is None and origin.get("operation") in mixing.OPERATIONS else None,
+        "model": str(model.id) if model else None,
+        **(inspections.counting(session, model) if model else {}),
+        "bring": origin if file is None and origin.get("operation") in (hub_datasets.OPERATION, *mixing.OPERATIONS) else None,
         "sha256": file.sha256 if file and file.deleted_at is None else None,
         "filename": file.filename if file else "",
         "format": dataset.format if dataset.format_chosen else None,
         "mapping": dataset.mapping,
         "edits": dataset.edits or [],
-        "tokenizer": str(get_settings().data_dir / model.path) if model and model.path else None,
-        "tokenizer_name": model.name if model else None,
     }
 
 
@@ -131,31 +132,47 @@ class _Reading:
             return beat(session, self.dataset_id, self.fence, self.progress)
 
 
-def _join(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
-    """Write the file of a dataset that is made of others, and give it to the dataset; its SHA-256 and its name."""
-    data = get_settings().data_dir
-    sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
-    with tempfile.TemporaryDirectory(prefix="join-", dir=get_settings().folder("tmp")) as folder:
-        out = Path(folder) / "rows.jsonl"
-        written = sandbox.run(
-            "app.mixing:write",
-            {**origin, "sources": sources, "out": str(out)},
-            LIMITS,
-            folder=Path(folder),
-            on_message=reading.on_message,
-            keep_going=reading.keep_going,
-        )
-        blob = files.adopt(out, files.Blob(written["sha256"], written["bytes"]))
+def _bring(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
+    """Make the file of a dataset that was not uploaded, and give it to the dataset; its SHA-256 and its name."""
+    with tempfile.TemporaryDirectory(prefix="bring-", dir=get_settings().folder("tmp")) as name:
+        folder = Path(name)
+        if origin["operation"] == hub_datasets.OPERATION:
+            path, filename, more = hub_datasets.bring(origin, folder, LIMITS, reading.keep_going)
+            blob = files.adopt(path, files.Blob(_sha256(path), path.stat().st_size))
+        else:
+            path, filename = folder / "rows.jsonl", ""
+            written = _join(origin, path, reading)
+            blob, more = files.adopt(path, files.Blob(written["sha256"], written["bytes"])), {"left_out": written["left_out"]}
     with db.transaction() as session:
         ours = session.scalars(
             select(Dataset).where(Dataset.id == reading.dataset_id, Dataset.fence == reading.fence, Dataset.status == "reading")
         ).one_or_none()
         if ours is None:
             raise sandbox.Killed("stopped", "It was stopped.")
-        file = files.create(session, session.get_one(User, ours.owner_id), blob, f"{ours.name}-v{ours.version}.jsonl", "fine-tune")
+        filename = filename or f"{ours.name}-v{ours.version}.jsonl"
+        file = files.create(session, session.get_one(User, ours.owner_id), blob, filename, "fine-tune")
         ours.file_id = file.id
-        ours.origin = {**origin, "left_out": written["left_out"]}
+        ours.origin = {**origin, **more}
         return file.sha256, file.filename
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any]:
+    """Write the rows of a dataset that is made of others; what the child says of them."""
+    data = get_settings().data_dir
+    sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
+    return sandbox.run(
+        "app.mixing:write",
+        {**origin, "sources": sources, "out": str(out)},
+        LIMITS,
+        folder=out.parent,
+        on_message=reading.on_message,
+        keep_going=reading.keep_going,
+    )
 
 
 def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[str, Any]:
@@ -166,7 +183,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
     job = {**payload, "path": str(path), "rows": str(draft), "lines": str(lines_path(rows))}
     try:
         result = sandbox.run(
-            "app.intake:read",
+            "worker.inspect:read_file" if payload["model"] else "app.intake:read",  # a name, because nothing here imports the worker
             job,
             LIMITS,
             folder=get_settings().folder("tmp"),
@@ -182,7 +199,9 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
         draft.unlink(missing_ok=True)
 
 
-def _record(session: Session, dataset_id: uuid.UUID, fence: int, result: dict[str, Any], rows: Path, found: list[dict[str, Any]]) -> bool:
+def _record(
+    session: Session, dataset_id: uuid.UUID, fence: int, result: dict[str, Any], rows: Path, found: list[dict[str, Any]], model: str | None
+) -> bool:
     """Make the dataset ready, with its findings, in one go; False when it is no longer ours."""
     ours = session.scalar(
         select(Dataset).where(Dataset.id == dataset_id, Dataset.fence == fence, Dataset.status == "reading").with_for_update()
@@ -197,7 +216,9 @@ def _record(session: Session, dataset_id: uuid.UUID, fence: int, result: dict[st
     ours.rows_path, ours.rows_sha256 = rows.relative_to(get_settings().data_dir).as_posix(), result["sha256"]
     ours.report = result["report"]
     _settle(session, ours, "processed", None)
-    inspections.order_report(session, ours)
+    counter = session.get(Model, uuid.UUID(model)) if model else None
+    if counter is not None and result.get("lengths"):
+        inspections.keep_lengths(session, ours, counter, result["lengths"])
     return True
 
 

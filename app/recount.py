@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import uuid
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, cast, func, or_, select, update
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, queue, sandbox
+from app import db, inspections, queue, sandbox
 from app.settings import get_settings
 from app.tables import Dataset, Model, Outbox
 
@@ -67,17 +67,33 @@ def count(dataset_id: uuid.UUID) -> None:
             return
         claim = update(Dataset).where(Dataset.id == dataset_id, _uncounted(), _free())
         claim = claim.values(fence=Dataset.fence + 1, lease_until=func.clock_timestamp() + timedelta(seconds=SECONDS))
-        claimed = session.execute(claim.returning(Dataset.fence, Dataset.rows_path)).one_or_none()
+        claimed = session.execute(claim.returning(Dataset.fence, Dataset.rows_path, Dataset.task)).one_or_none()
         if claimed is None:
             return
         data = get_settings().data_dir
-        payload = {"rows": str(data / claimed.rows_path), "tokenizer": str(data / str(model.path)), "name": model.name}
+        payload = {"rows": str(data / claimed.rows_path), "task": claimed.task, **inspections.counting(session, model)}
     limits = sandbox.Limits(seconds=SECONDS - 10, cpu_seconds=2 * SECONDS)
+    said: list[dict[str, Any]] = []
+    counted, fault = None, ""
     try:
-        counted = sandbox.run("app.token_counts:count", payload, limits, folder=get_settings().folder("tmp"))
+        counted = sandbox.run(
+            inspections.FUNCTIONS["lengths"],
+            payload,
+            limits,
+            folder=get_settings().folder("tmp"),
+            on_message=lambda message: said.append(message["finding"]) if "finding" in message else None,
+        )
     except (sandbox.Killed, sandbox.Refused) as error:
-        counted = {"uncountable": str(error)[:500]}  # the data is good all the same: estimates go by its characters
+        fault = str(error)[:500]  # the data is good all the same: estimates go by its characters
     with db.transaction() as session:
-        done = update(Dataset).where(Dataset.id == dataset_id, Dataset.fence == claimed.fence)
-        session.execute(done.values(report=Dataset.report.op("||")(cast(counted, JSONB)), lease_until=None))
-        queue.wake(session, "dataset", dataset_id)
+        held = select(Dataset).where(Dataset.id == dataset_id, Dataset.fence == claimed.fence, Dataset.deleted_at.is_(None))
+        dataset = session.scalars(held.with_for_update()).one_or_none()
+        if dataset is None:
+            return
+        dataset.lease_until = None
+        if counted is None:
+            dataset.report = (dataset.report or {}) | {"uncountable": fault}
+            return
+        inspections.add_to_report(session, dataset, counted, said)
+        if model is not None:
+            inspections.keep_lengths(session, dataset, model, counted)

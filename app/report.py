@@ -14,7 +14,7 @@ from app.edits import CONTROL, MARKER, check_normalised
 from app.formats import Finding, Format
 from app.formats._base import Row, fix, shown
 from app.readers import Raw
-from app.rules._base import Seen
+from app.rules._base import seen
 
 MOST_FINDINGS_PER_RULE = 5000
 """Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
@@ -105,9 +105,9 @@ class Report:
             self.labels["good" if row["good"] else "bad"] += 1
         asked, answered = prompt_and_answer(row)
         self._compare(row, text, line, asked, answered)
-        seen = Seen(line, row, parts, asked, answered)
+        one = seen(line, row, parts, asked, answered)
         for rule in self._rules:
-            rule.see(seen)
+            rule.see(one)
         if len(self.preview) < PREVIEW_ROWS:
             self.preview.append({"line": line, "row": _short(row)})
 

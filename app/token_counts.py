@@ -73,17 +73,6 @@ class TokenCounter:
         return {"tokens": self.tokens, "trained_tokens": min(self.trained, self.tokens), "longest": self.longest, "token_lengths": lengths}
 
 
-def count(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """The token figures of a dataset that was read before. `payload`: rows (its Parquet file), tokenizer (a folder), name."""
-    import pyarrow.parquet as pq
-
-    counter = TokenCounter(Path(payload["tokenizer"]))
-    for batch in pq.ParquetFile(payload["rows"]).iter_batches(batch_size=1000, columns=["row"], use_threads=False):
-        for row in batch.column(0).to_pylist():
-            counter.add(json.loads(row))
-    return counter.result() | {"tokenizer": payload["name"]}
-
-
 def _plain(row: Row) -> str:
     return "\n".join(text for _, text in texts(row))
 

@@ -19,6 +19,8 @@ from app.tables import Dataset, Finding, User
 
 _OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
 """Operations that need nothing but the line; all others are the format's own and are found again in the row."""
+_OF_THE_READER = {"repair"}
+"""What is done to a line before there is a row."""
 
 MOST_LINES = 1_000_000
 
@@ -45,7 +47,7 @@ def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
     assert found.fix is not None
     operation = found.fix["operation"]
     # Where one rule has several fixes, as roles do, each row takes its own.
-    own = operation not in _OF_THE_REPORT or found.severity == "error"
+    own = operation not in _OF_THE_READER and (operation not in _OF_THE_REPORT or found.severity == "error")
     return {"operation": "mend" if own else operation, "rule": found.rule, "lines": list(lines)}
 
 
@@ -60,6 +62,24 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
         query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.rule == rule, Finding.fix.is_not(None))
         kept = sorted({line for line in session.scalars(query) if line is not None})
     return kept
+
+
+def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
+    """A version of a file that could not be read at all, its lines taken as they were probably meant. Raises Conflict for others."""
+    if dataset.status != "error" or not (dataset.error or {}).get("repair"):
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", way_out="Look at its findings.")
+    new = Dataset(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        file_id=dataset.file_id,
+        parent_id=dataset.id,
+        name=dataset.name,
+        version=next_number(session, dataset),
+        mapping={},
+        edits=[*(dataset.edits or []), {"operation": "repair", "all": True, "lines": []}],
+        origin={"operation": "repair", "from": ids.public(ids.DATASET, dataset.id)},
+    )
+    return datasets.order(session, new, datasets.file_of(session, dataset))
 
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
@@ -140,4 +160,6 @@ def describe(dataset: Dataset) -> str:
         "sample": f"Drawn at random: {origin.get('rows') or 0:,} rows",
         "deduplicate": "Repeated rows taken out",
         "convert": "Converted",
+        "repair": "Repaired line by line",
+        "hub": f"From the hub: {origin.get('repo')}, {origin.get('split')}",
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

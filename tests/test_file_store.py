@@ -126,3 +126,15 @@ def test_old_leftovers_of_uploads_go(session, data_dir):
     os.utime(old, (time.time() - 200_000,) * 2)
     files.sweep(session)
     assert not old.exists()
+
+
+def test_sweeping_takes_what_a_killed_reader_left_a_day_ago(session, user, data_dir):
+    import os
+
+    old, new = data_dir / "tmp" / "child-old", data_dir / "tmp" / "bring-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").write_text("{}")
+    os.utime(old, (1, 1))
+    files.sweep(session)
+    assert not old.exists() and new.exists()

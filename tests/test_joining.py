@@ -293,3 +293,12 @@ def test_programs_fix_edit_and_read_anew(session, user, make, api):
         answer = api.post(f"{base}/{path}", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
     assert api.delete(base).json()["deleted"] and api.get(base).status_code == 404
+
+
+def test_a_job_on_rated_answers_is_refused_with_the_way_out(session, make, api, tiny_registered):
+    rated = make([{"prompt": f"Ask {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)], "r.jsonl")
+    assert (rated.format, rated.task, rated.report["labels"]) == ("rated", "preference", {"good": 10, "bad": 10})
+    order = {"model": "tiny", "training_file": ids.public(ids.FILE, rated.file_id)}
+    answer = api.post("/v1/fine_tuning/jobs", json=order)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and "No strategy here learns from those" in error["message"] and "Convert" in error["message"], error

@@ -261,3 +261,17 @@ def test_broken_containers_say_so(tmp_path, name):
     with pytest.raises(BadData) as caught:
         read(tmp_path, name, b"PK\x03\x04 this is not one PAR1")
     assert caught.value.way_out
+
+
+def test_what_cannot_be_repaired_is_not_offered_to_be(tmp_path):
+    hopeless = [
+        '{"a": 1}{"a": 2}',
+        "words",
+        "{",
+        "[1]",
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "{'a': " + "(" * 5000 + ")" * 5000 + "}",
+    ]
+    raws = read(tmp_path, "x.jsonl", "\n".join(hopeless))
+    assert len(raws) == len(hopeless) and all(raw.repaired is None and raw.problem.fix is None for raw in raws)
+    assert read(tmp_path, "y.jsonl", b'{"a": "\x81\xfc"}')[0].repaired is None  # no letter of Windows-1252

@@ -179,3 +179,57 @@ def test_a_click_on_the_page_makes_the_version(session, make, client):
     assert "Fixed wrong role in 1 row" in client.get(answer.headers["location"]).text
     assert client.post(path + "/fix", data={}).status_code == 400
     assert client.post(path + "/drop", data={"line": ["1", "2"]}, follow_redirects=False).status_code == 303
+
+
+BROKEN = {
+    "duplicate_key": ('{"prompt": "a", "prompt": "p", "completion": "c"}', {"prompt": "p", "completion": "c"}),
+    "not_a_number": ('{"prompt": "p", "completion": "c", "score": NaN}', {"prompt": "p", "completion": "c", "metadata": {"score": None}}),
+    "lone_surrogate": ('{"prompt": "p", "completion": "c \\ud83d"}', {"prompt": "p", "completion": "c �"}),
+    "invalid_json": ("{'prompt': 'p', 'completion': 'c', }", {"prompt": "p", "completion": "c"}),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_line_that_cannot_be_read_is_repaired_by_click(session, user, make, data_dir, rule):
+    line, wanted = BROKEN[rule]
+    rows = [json.dumps({"prompt": f"p {n}", "completion": "c"}) for n in range(10)]
+    parent = make([*rows, line, *rows[:1]])
+    (found,), _ = datasets.findings(session, parent, rule=rule)
+    assert (found.line, found.fix["operation"]) == (11, "repair") and parent.good_rows == 11
+    new = read(session, versions.fix_one(session, user, parent, found.id))
+    assert rows_of(new, data_dir)[11] == wanted and new.good_rows == 12
+    assert rule not in {entry["rule"] for entry in datasets.rules(new)}
+    edited = read(session, versions.drop_rows(session, user, new, [1]))
+    assert rows_of(edited, data_dir)[11] == wanted
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
+def test_lines_of_another_encoding_are_read_as_windows_wrote_them(session, user, data_dir, name):
+    lines = {
+        "x.jsonl": [json.dumps({"text": f"Passage {n} über", "label": str(n % 2)}, ensure_ascii=False) for n in range(12)],
+        "x.csv": ["text,label", *(f"Passage {n} über,{n % 2}" for n in range(12))],
+        "x.txt": [f"Passage {n} über" for n in range(12)],
+    }[name]
+    data = b"\n".join(line.encode("cp1252" if n in (3, 7) else "utf-8") for n, line in enumerate(lines))
+    parent = datasets.create(session, user, files.add_bytes(session, user, data, name, "fine-tune"))
+    assert read(session, parent).good_rows == 10
+    new = read(session, versions.fix_all(session, user, parent, "not_utf8"))
+    assert new.good_rows == 12 and {row["text"] for row in rows_of(new, data_dir).values()} == {f"Passage {n} über" for n in range(12)}
+
+
+def test_a_file_none_of_whose_lines_can_be_read_is_read_as_it_was_meant(session, user, client, data_dir):
+    data = "\n".join(json.dumps({"text": f"Grüße {n}", "label": str(n % 2)}, ensure_ascii=False) for n in range(12)).encode("cp1252")
+    wrong = datasets.create(session, user, files.add_bytes(session, user, data, "x.jsonl", "fine-tune"))
+    session.commit()
+    datasets.read(wrong.id)
+    session.expire_all()
+    assert (wrong.status, wrong.error["rule"], wrong.error["line"], wrong.error["file"]) == ("error", "not_utf8", 1, "x.jsonl")
+    path = f"/datasets/{ids.public(ids.DATASET, wrong.id)}"
+    assert "Read the line as Windows-1252, and so with every line" in client.get(path).text
+    answer = client.post(path + "/repair", follow_redirects=False)
+    new = session.get(type(wrong), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1]))
+    assert read(session, new).good_rows == 12 and rows_of(new, data_dir)[1]["text"] == "Grüße 0"
+    mended = read(session, versions.drop_rows(session, user, new, [1]))
+    assert rows_of(mended, data_dir)[2]["text"] == "Grüße 1" and mended.format == "classification"
+    with pytest.raises(Conflict, match="nothing to repair"):
+        versions.repair(session, user, new)

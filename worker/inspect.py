@@ -1,12 +1,14 @@
 """Rows as the trainer sees them, in a limited child of the data worker: which tokens are learnt, masked or cut off.
 
-The rows go through `worker/prompts.py`, as in training. `lengths` looks at every row, `rows` shows some of them.
+The rows go through `worker/prompts.py`, as in training. `read_file` reads an upload and looks at every row of it on the way,
+`lengths` looks at every row of a dataset that was read before, `rows` shows some of them.
 By hand: `python -m worker.inspect ROWS.parquet MODEL_FOLDER [--kind dialogue] [--cutoff 1024]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import sys
 import time
@@ -16,15 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData
+from app.formats import Finding
+from app.formats._base import Severity, fix
+from app.formats.preference import conversation_with
 from worker.light import LightTokenizer
 from worker.pack import plan
 from worker.prompts import prepare_tokenizer, render_row
+from worker.rendering import Length, Renderer, counts_of, length_of
 
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ALL = 1 << 30
 MOST_TOKENS_SHOWN = 3000
 MOST_FINDINGS = 2000
 Say = Callable[[dict[str, Any]], None]
+AddFinding = Callable[[int, Finding], None]
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -59,73 +66,109 @@ def learnable(row: dict[str, Any]) -> dict[str, Any]:
 # Every row ------------------------------------------------------------------------------------------------------------
 
 
+def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
+    """`app.intake.read`, with each row counted by the trainer's own converter as it goes by. `payload`: also tokenizer, kind
+    and cutoff. A tokenizer that cannot be opened costs the counts, not the reading."""
+    from app import intake
+
+    def counter(task: str, add: AddFinding) -> Counter:
+        return Counter(tokenizer, payload, task, add)
+
+    try:
+        tokenizer = open_tokenizer(Path(payload["tokenizer"]))
+    except Exception as error:  # whatever is wrong with a model's files, the dataset is good all the same
+        result = intake.read(payload, say)
+        result["report"]["uncountable"] = f"{type(error).__name__}: {error}"[:500]
+        return result
+    return intake.read(payload, say, counter)
+
+
 def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Tokens of every row of `rows` as the model in `tokenizer` takes them. `payload`: rows, tokenizer, kind, count, cutoff.
+    """Tokens of every row of `rows` as the model in `tokenizer` takes them. `payload`: rows, tokenizer, kind, task, count,
+    cutoff.
 
     Says findings about rows that are cut, that have nothing left to learn, or that the model's template refuses.
     """
-    tokenizer = open_tokenizer(Path(payload["tokenizer"]))
-    total, trained, first = array("q"), array("q"), array("q")
-    cutoff = int(payload.get("cutoff") or 1024)
-    report = _Findings(say, cutoff)
+
+    def add(line: int, finding: Finding) -> None:
+        if counter.counts[finding.rule] <= MOST_FINDINGS:
+            say({"finding": {"line": line, **finding._asdict()}})
+
+    counter = Counter(open_tokenizer(Path(payload["tokenizer"])), payload, payload.get("task") or "generation", add)
     told = time.monotonic()
-    for line, text in read(Path(payload["rows"])):
+    for number, (line, text) in enumerate(read(Path(payload["rows"]))):
         if time.monotonic() - told > 0.5:
             told = time.monotonic()
-            say({"progress": len(total) / max(1, payload.get("count") or 1)})
-        try:
-            rendered = render_row(tokenizer, learnable(json.loads(text)), payload["kind"], ALL)
-        except BadData as error:
-            report.refused(line, error.message)
-            continue
-        total.append(len(rendered.ids))
-        trained.append(sum(rendered.trained))
-        first.append(rendered.trained.index(True) if any(rendered.trained) else ALL)
-        report.look(line, total[-1], first[-1])
-    return {
-        "rows": len(total),
-        "tokens": sum(total),
-        "trained_tokens": sum(trained),
-        "longest": max(total, default=0),
-        "histogram": _histogram(total),
-        "cutoffs": [_at(cutoff, total, first) for cutoff in sorted({*CUTOFFS, cutoff})],
-        "refused": report.counts["template_refuses"],
-        "counts": report.counts,
-    }
+            say({"progress": number / max(1, payload.get("count") or 1)})
+        counter.add(json.loads(text), line)
+    return counter.result()["lengths"]
 
 
-class _Findings:
-    def __init__(self, say: Say, cutoff: int) -> None:
-        self.say, self.cutoff = say, cutoff
+class Counter:
+    """How long each row is for a model's trainer, and what of it is learnt; says what a longest length of `cutoff` does to it.
+
+    A pair of answers is two sequences, each with the prompt, as the trainer reads it. Of a labelled text no token is learnt.
+    """
+
+    def __init__(self, tokenizer: Any, payload: dict[str, Any], task: str, add: AddFinding) -> None:
+        self.task, self.cutoff, self._add, self._name = task, int(payload.get("cutoff") or 1024), add, payload.get("tokenizer_name")
         self.counts = {"over_long": 0, "nothing_left": 0, "template_refuses": 0}
+        self.rows, self._last = 0, -1
+        self.total, self.trained, self.first = array("q"), array("q"), array("q")
+        self._renderer = Renderer(tokenizer, payload["kind"], counts_of, length_of, self._done)
 
-    def look(self, line: int, tokens: int, first: int) -> None:
+    def add(self, row: dict[str, Any], line: int) -> None:
+        answers = [name for name in ("chosen", "rejected") if name in row]
+        for one in [conversation_with(row, name) for name in answers] or [learnable(row)]:
+            self._renderer.add(line, one)
+
+    def _done(self, line: int, found: Length | BadData) -> None:
+        if isinstance(found, BadData):
+            self._say(line, "template_refuses", f"{found.message} Training would stop here.", "warning", None)
+            return
+        self.rows += line != self._last
+        self._last = line
+        self.total.append(found.tokens)
+        if self.task == "classification":
+            self.trained.append(0)
+            self.first.append(0)
+            return
+        first = ALL if found.first is None else found.first
+        self.trained.append(found.learnt)
+        self.first.append(first)
+        self._look(line, found.tokens, first)
+
+    def _look(self, line: int, tokens: int, first: int) -> None:
         if first >= self.cutoff:
             why = "no token of it is an answer" if first >= ALL else f"its answer begins at token {first + 1:,}"
-            self._add(line, "nothing_left", f"Nothing is left to learn within {self.cutoff:,} tokens: {why}.", "warning", tokens)
+            self._say(line, "nothing_left", f"Nothing is left to learn within {self.cutoff:,} tokens: {why}.", "warning", tokens)
         elif tokens > self.cutoff:
             cut = tokens - self.cutoff
             message = f"The row has {tokens:,} tokens; {cut:,} of them ({cut / tokens:.0%}) are cut at {self.cutoff:,}."
-            self._add(line, "over_long", message, "note", tokens)
+            self._say(line, "over_long", message, "note", tokens)
 
-    def refused(self, line: int, message: str) -> None:
-        self._add(line, "template_refuses", f"{message} Training would stop here.", "warning", None)
-
-    def _add(self, line: int, rule: str, message: str, severity: str, tokens: int | None) -> None:
+    def _say(self, line: int, rule: str, message: str, severity: Severity, tokens: int | None) -> None:
         self.counts[rule] += 1
-        if self.counts[rule] <= MOST_FINDINGS:
-            fix = {"label": "Drop the row", "operation": "drop_row", "arguments": {}}
-            value = None if tokens is None else f"{tokens:,} tokens"
-            finding = {
-                "line": line,
-                "column": None,
-                "rule": rule,
-                "severity": severity,
-                "value": value,
-                "message": message[:600],
-                "fix": fix,
-            }
-            self.say({"finding": finding})
+        value = None if tokens is None else f"{tokens:,} tokens"
+        self._add(line, Finding(rule, message[:600], None, value, severity, fix("Drop the row", "drop_row")))
+
+    def result(self) -> dict[str, Any]:
+        """`report`: the columns of a dataset's report; `lengths`: what the page of rows shows."""
+        self._renderer.finish()
+        found = {
+            "rows": self.rows,
+            "tokens": sum(self.total),
+            "trained_tokens": sum(self.trained),
+            "longest": max(self.total, default=0),
+            "histogram": _histogram(self.total),
+            "cutoffs": [_at(cutoff, self.total, self.first) for cutoff in sorted({*CUTOFFS, self.cutoff})],
+            "refused": self.counts["template_refuses"],
+            "counts": self.counts,
+        }
+        doubling = collections.Counter(tokens.bit_length() for tokens in self.total)
+        bins = [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(doubling.items())]
+        report = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {"token_lengths": bins, "tokenizer": self._name}
+        return {"report": report, "lengths": found | {"report": report}}
 
 
 def _histogram(total: array[int]) -> list[list[int]]:

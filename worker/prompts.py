@@ -89,8 +89,9 @@ def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) 
     elif "messages" in row or kind in CHAT_KINDS:
         ids, trained = _render_chat(tokenizer, conversation(row), row.get("tools"))
     else:
-        prompt = _lead(tokenizer) + _encode(tokenizer, row["prompt"])
-        answer = [*_encode(tokenizer, row["completion"]), tokenizer.eos_token_id]
+        asked, said = (message["content"] for message in conversation(row))
+        prompt = _lead(tokenizer) + _encode(tokenizer, asked)
+        answer = [*_encode(tokenizer, said), tokenizer.eos_token_id]
         ids, trained = prompt + answer, [False] * len(prompt) + [True] * len(answer)
     if trained:
         trained[0] = False  # nothing stands before the first token, so nothing predicts it

@@ -32,9 +32,9 @@ class Classification(Format):
         if guess is None:
             return None
         labels = [text_of(row, guess.mapping["label"]) or "" for row in rows]
-        longest = max((len(label) for label in labels), default=0)
-        # A label is short. A column of long texts under the name “target” is an answer, not a class.
-        return None if longest > 120 else guess
+        long = sum(len(label) > 120 for label in labels)
+        # A label is short. A column of long texts under the name “target” holds answers, not classes; a few may be mistakes.
+        return None if long > 0.1 * len(labels) else guess
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         findings = check_text(row, mapping.get("text"), "text")

@@ -11,6 +11,7 @@ from app.formats._base import Finding, Row, shown
 from app.readers import _base
 from app.readers._base import Raw
 from app.readers._bytes import chain, lines_of, text_of_line, too_long
+from app.readers._repair import LABELS, offer, repaired, windows_text
 
 
 class _Odd(ValueError):
@@ -54,11 +55,13 @@ def parse_json(text: str) -> Row | Finding:
             f"Not valid JSON: {error.msg} at character {error.pos + 1}. {_hint(text, error)}".strip(),
             value=shown(text, 120),
         )
-    except ValueError as error:  # an integer of more than 4,300 digits
-        return Finding("invalid_json", f"Not valid JSON: {str(error)[:120]}.", value=shown(text, 60))
+    except ValueError:
+        message = "A number here has more than 4,300 digits. Write it as a text, in double quotes."
+        return Finding("invalid_json", message, value=shown(text, 60))
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
-        return Finding("wrong_shape", f'A row must be an object like {{"prompt": …}}, and this is {kind}.', value=shown(value, 120))
+        message = f"A row must be an object, and this is {kind}. Name its columns, as in {{“prompt”: …, “completion”: …}}."
+        return Finding("wrong_shape", message, value=shown(value, 120))
     if "\\u" in text.lower() and (found := _lone_surrogate(value)):
         return found
     return value
@@ -76,7 +79,19 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
         return "Take away the comma before the closing bracket."
     if "control character" in error.msg:
         return "Write line breaks as \\n and tabs as \\t inside a text, and remove other control characters."
-    return ""
+    if "escape" in error.msg:
+        return 'After a backslash JSON knows only " \\ / b f n r t and u with four digits; write a backslash itself twice.'
+    if "Unterminated string" in error.msg:
+        return "A text is never closed: end it with a double quote, or write the row whole where it was cut off."
+    if "property name" in error.msg:
+        return "Put double quotes around every key."
+    if "delimiter" in error.msg:
+        return "Put a colon between a key and its value, and a comma between two pairs."
+    if found := re.match(r"None|True|False|undefined|'", text[error.pos :]):
+        return f"JSON writes null, true and false, and texts in double quotes, where this has {found.group()}."
+    if text[:1] in ("<", "\ufeff"):
+        return "This is no JSON: it may be a page of HTML or begin with a byte order mark. Save the data itself."
+    return "Each line must be one object in braces, as Python's json.dumps writes it."
 
 
 def _lone_surrogate(value: Any, column: str = "") -> Finding | None:
@@ -100,10 +115,12 @@ def _lone_surrogate(value: Any, column: str = "") -> Finding | None:
 
 def _row(line: int, data: bytes) -> Raw:
     text = text_of_line(data)
-    if isinstance(text, Finding):
-        return Raw(line, None, text)
-    row = parse_json(text)
-    return Raw(line, None, row) if isinstance(row, Finding) else Raw(line, row)
+    row = text if isinstance(text, Finding) else parse_json(text)
+    if not isinstance(row, Finding):
+        return Raw(line, row)
+    meant = windows_text(data) if isinstance(text, Finding) else text
+    whole = repaired(meant) if meant is not None and row.rule in LABELS else None
+    return Raw(line, None, offer(row, whole), whole)
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:

@@ -9,6 +9,7 @@ from app.formats._base import Finding, shown
 from app.readers import _base
 from app.readers._base import Raw
 from app.readers._bytes import chain, lines_of, text_of_line, too_long
+from app.readers._repair import offer, windows_text
 
 
 def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -21,7 +22,9 @@ def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
         if isinstance(text, str) and "\0" in text:
             text = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
         if isinstance(text, Finding):
-            yield Raw(number, None, text)
+            meant = windows_text(line) if line is not None and text.rule == "not_utf8" else None
+            row = {"text": meant.strip()} if meant and meant.strip() else None
+            yield Raw(number, None, offer(text, row), row)
             continue
         if parts and (not text.strip() or not by_paragraph or held > _base.LONGEST_PASSAGE):
             yield from _passages(start, "\n".join(parts))

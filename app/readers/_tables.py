@@ -12,6 +12,7 @@ from app.formats._base import Finding, shown
 from app.readers import _base
 from app.readers._base import Raw
 from app.readers._bytes import lines_of, text_of_line, too_long
+from app.readers._repair import offer, windows_text
 
 
 def read_csv(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -28,20 +29,22 @@ class _TextLines:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._lines = lines_of(chunks)
         self.problem: Finding | None = None
+        self.whole = True  # whether the lines can be read all the same, as Windows writes them
 
     def __iter__(self) -> Iterator[str]:
         for _, line in self._lines:
             if line is None:
-                self.problem = too_long()
+                self.problem, self.whole = too_long(), False
                 yield "\n"
                 continue
             text = text_of_line(line)
             if isinstance(text, Finding):
-                self.problem = text
-                text = line.decode("utf-8", "replace")
+                meant = windows_text(line)
+                self.problem, self.whole = text, self.whole and meant is not None
+                text = meant if meant is not None else line.decode("utf-8", "replace")
             if "\0" in text:
                 self.problem = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
-                text = text.replace("\0", "")
+                text, self.whole = text.replace("\0", ""), False
             yield text + "\n"
 
 
@@ -55,7 +58,7 @@ def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]
     header = _header(reader)
     while True:
         line = reader.line_num + 1
-        lines.problem = None
+        lines.problem, lines.whole = None, True
         try:
             cells = next(reader)
         except StopIteration:
@@ -64,7 +67,8 @@ def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]
             yield Raw(line, None, _csv_problem(error, line, reader.line_num))
             continue
         if lines.problem:
-            yield Raw(line, None, lines.problem)
+            row = dict(zip(header, cells, strict=True)) if lines.whole and len(cells) == len(header) else None
+            yield Raw(line, None, offer(lines.problem, row), row)
         elif len(cells) == len(header):
             yield Raw(line, dict(zip(header, cells, strict=True)))
         elif any(cell.strip() for cell in cells):
@@ -126,10 +130,18 @@ def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
             raise BadData(
                 f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
             )
-        number = 0
+        number, unpacked = 0, 0
+        # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
+        limit = max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in batch.to_pylist():
-                number += 1
+                number, unpacked = number + 1, unpacked + _weight(row)
+                if unpacked > limit:
+                    raise BadData(
+                        f"The file unpacks to more than {limit:,} bytes, over {_base.LARGEST_RATIO} times its size.",
+                        way_out="This looks like a file made to fill a machine. Upload the rows as .jsonl.",
+                        param="file",
+                    )
                 yield Raw(number, {key: _plain_value(value) for key, value in row.items()})
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, pa.ArrowMemoryError):
@@ -137,6 +149,15 @@ def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
         raise BadData(
             f"The Parquet file cannot be read: {shown(str(error), 200)}.", way_out="Write it again, or convert it to .jsonl.", param="file"
         ) from None
+
+
+def _weight(value: Any) -> int:
+    """Bytes of a value's texts, about."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_weight, value.values()))
+    return sum(map(_weight, value)) if isinstance(value, list) else 8
 
 
 def _plain_value(value: Any) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, ids, joining, mixing, readers, samples, versions
+from app import datasets, files, formats, hub_datasets, ids, joining, mixing, readers, samples, versions
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
@@ -52,6 +52,7 @@ def new(request: Request, user: CurrentUser, session: Db) -> Response:
         request,
         "upload.html",
         accepted=readers.ACCEPTED,
+        offline=get_settings().offline,
         limit=get_settings().upload_limit_bytes,
         formats=list(formats.FORMATS.values()),
         samples=_samples(datasets.list_(session, user)),
@@ -165,6 +166,16 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
         first = error.errors()[0]
         name = str(first["loc"][-1])
         raise BadField(f"“{name}”: {first['msg']}.", way_out="Change it and send the form again.", param=name) from None
+
+
+@pages.post("/datasets/hub")
+def from_hub(
+    user: CurrentUser, session: Db, repo: Annotated[str, Form(max_length=200)], split: Annotated[str, Form(max_length=60)] = "train",
+    file: Annotated[str, Form(max_length=300)] = "",
+) -> Response:  # fmt: skip
+    """A dataset of the Hugging Face hub, by its name."""
+    wish = hub_datasets.HubOrder(repo=repo.strip(), split=split.strip() or "train", file=file.strip() or None)
+    return RedirectResponse(_path(hub_datasets.order(session, user, wish)), 303)
 
 
 @pages.get("/datasets/{key}")

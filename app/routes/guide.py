@@ -43,7 +43,7 @@ FORGETS = {
 WORDS = [
     ("File", "uploaded bytes, stored once; with the purpose fine-tune it becomes a dataset"),
     ("Dataset", "a file read as rows of one format, with a report on every row"),
-    ("Format", "what a row looks like: plain text, completion, instruction, chat, preference or classification"),
+    ("Format", "what a row looks like: plain text, completion, instruction, chat, preference, rated answers or classification"),
     ("Task", "what is learnt: generation, classification or preference"),
     ("Model", "base or tuned; its kind says what it does: generic, instruction, dialogue, classifier or encoder"),
     ("Strategy", "how a model is tuned: what is frozen and what learns"),

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, findings, ids, joining, versions
+from app import datasets, findings, hub_datasets, ids, joining, versions
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField
@@ -79,6 +79,14 @@ def fix(
     return RedirectResponse(path_of(new), 303)
 
 
+@pages.post("/datasets/{key}/repair")
+def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Response:
+    """Read a file none of whose lines could be read, each line as it was probably meant."""
+    new = versions.repair(session, user, dataset_of(session, user, key))
+    flash(request, f"Version {new.version} reads the lines as they were probably meant. Look at its rows before you tune on them.")
+    return RedirectResponse(path_of(new), 303)
+
+
 @pages.post("/datasets/{key}/drop")
 def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[int], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
@@ -106,6 +114,7 @@ class Fix(BaseModel):
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
     rule: str | None = None
+    repair: bool = Field(default=False, description="Of a file none of whose lines could be read: take them as they were meant.")
 
 
 class Edit(BaseModel):
@@ -131,6 +140,12 @@ def join_json(user: CurrentUser, session: Db, order: joining.JoinOrder) -> dict[
     return to_json(joining.order(session, user, order))
 
 
+@api.post("/datasets/hub")
+def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> dict[str, Any]:
+    """A split of a dataset on the Hugging Face hub."""
+    return to_json(hub_datasets.order(session, user, order))
+
+
 @api.post("/datasets/{key}/fixes")
 def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
     """The next version, with the fix of one finding or of all under a rule."""
@@ -139,6 +154,8 @@ def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, 
         return to_json(versions.fix_one(session, user, dataset, order.finding))
     if order.rule:
         return to_json(versions.fix_all(session, user, dataset, order.rule))
+    if order.repair:
+        return to_json(versions.repair(session, user, dataset))
     raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
 
 

@@ -17,14 +17,23 @@ MOST_ROWS = 400_000
 Say = Callable[[int, Finding], None]
 
 
+MOST_WORDS = 2000
+
+
 class Seen(NamedTuple):
-    """One good row: its line, its texts with their places, and what is given and learnt in it."""
+    """One good row: its line, its texts with their places, what is given and learnt in it, and its first words in lower case."""
 
     line: int
     row: Row
     texts: list[tuple[str, str]]
     prompt: str
     answer: str
+    words: list[str]
+
+
+def seen(line: int, row: Row, texts: list[tuple[str, str]], prompt: str, answer: str) -> Seen:
+    words = [word for _, text in texts for word in WORD.findall(text.lower())]
+    return Seen(line, row, texts, prompt, answer, words[:MOST_WORDS])
 
 
 class Rule(ABC):

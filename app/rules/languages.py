@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 
 from app.formats import Finding
 from app.formats._base import fix, shown
 from app.rules._base import MOST_ROWS, WORD, Rule, Seen
 
 FEWEST_LETTERS, FEWEST_COMMON = 20, 4
-MOST_LOOKED_AT = 1500
+MOST_LOOKED_AT, MOST_WORDS = 1500, 250
 MAIN_SHARE = 0.6
 """Below this share no language is the dataset's own, so none is odd in it."""
 
@@ -42,8 +43,8 @@ for _name, _set in _WORDS.items():
         _BY_WORD.setdefault(_word, []).append(_name)
 
 
-def language(text: str) -> str | None:
-    """The language of a text, or None where it is too short or not clear."""
+def language(text: str, words: Sequence[str] | None = None) -> str | None:
+    """The language of a text, or None where it is too short or not clear. `words` are its words, where they are known."""
     text = text[:MOST_LOOKED_AT]
     if not text.isascii():
         letters = sum(character.isalpha() for character in text)
@@ -51,8 +52,9 @@ def language(text: str) -> str | None:
             if len(script.findall(text)) * 3 > max(letters, 12):
                 return name
     votes: Counter[str] = Counter()
-    for word in WORD.findall(text.lower()):
-        votes.update(_BY_WORD.get(word, ()))
+    for word, count in Counter(words[:MOST_WORDS] if words is not None else WORD.findall(text.lower())).items():
+        for name in _BY_WORD.get(word, ()):
+            votes[name] += count
     ranked = votes.most_common(2)
     if not ranked or ranked[0][1] < FEWEST_COMMON or (len(ranked) > 1 and ranked[0][1] < 1.3 * ranked[1][1]):
         return None
@@ -68,7 +70,7 @@ class Languages(Rule):
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MOST_ROWS:
             return
-        found = language(" ".join(text for _, text in seen.texts))
+        found = language(" ".join(text for _, text in seen.texts), seen.words)
         if found is not None:
             self._lines.append(seen.line)
             self._of.append(self._names.setdefault(found, len(self._names)))

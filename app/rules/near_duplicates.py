@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from app.formats import Finding
 from app.formats._base import fix
-from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+from app.rules._base import MOST_ROWS, Rule, Seen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 HASHES, BANDS = 64, 16
 ALIKE = 0.8
 FEWEST_WORDS = 8
-MOST_WORDS = 2000
-_PRIME = (1 << 31) - 1
+MOST_WORDS_KNOWN = 100_000
+"""Words whose hash is remembered."""
 
 
 class NearDuplicates(Rule):
@@ -31,8 +31,11 @@ class NearDuplicates(Rule):
 
         super().__init__(say, task)
         draw = np.random.default_rng(20260101)
-        self._a = draw.integers(1, _PRIME, size=(HASHES, 1), dtype=np.uint64)
-        self._b = draw.integers(0, _PRIME, size=(HASHES, 1), dtype=np.uint64)
+        # x → ax + b modulo 2³² with an odd a mixes the numbers well enough for minima, and fits a processor's lanes.
+        self._a = draw.integers(0, 1 << 31, size=(HASHES, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        self._b = draw.integers(0, 1 << 32, size=(HASHES, 1), dtype=np.uint32)
+        self._mix = draw.integers(0, 1 << 63, size=3, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self._of_word: dict[str, int] = {}
         self._signatures = bytearray()
         self._lines = array("q")
         self._exact: set[int] = set()
@@ -42,19 +45,26 @@ class NearDuplicates(Rule):
 
         if len(self._lines) >= MOST_ROWS:
             return
-        words = [word for _, text in seen.texts for word in WORD.findall(text.lower())][:MOST_WORDS]
-        if len(words) < FEWEST_WORDS:
+        if len(seen.words) < FEWEST_WORDS:
             return
-        text = " ".join(words)
-        whole = hash(text)
+        whole = hash(tuple(seen.texts))
         if whole in self._exact:  # another rule tells of rows that are the same
             return
         self._exact.add(whole)
-        triples = {zlib.crc32(" ".join(words[i : i + 3]).encode()) for i in range(len(words) - 2)}
-        values = np.fromiter(triples, dtype=np.uint64, count=len(triples)) % _PRIME
-        # a and value are below 2³¹, so the product stays below 2⁶².
-        self._signatures += ((self._a * values + self._b) % _PRIME).min(axis=1).astype(np.uint32).tobytes()
+        hashed = np.array(self._hashes(seen.words), dtype=np.uint64)
+        first, second, third = self._mix
+        triples = (hashed[:-2] * first + hashed[1:-1] * second + hashed[2:] * third) >> np.uint64(32)
+        self._signatures += (self._a * triples.astype(np.uint32) + self._b).min(axis=1).tobytes()
         self._lines.append(seen.line)
+
+    def _hashes(self, words: list[str]) -> list[int]:
+        known = self._of_word
+        if len(known) >= MOST_WORDS_KNOWN:
+            known.clear()
+        for word in words:
+            if word not in known:
+                known[word] = zlib.crc32(word.encode())
+        return [known[word] for word in words]
 
     def finish(self) -> None:
         import numpy as np
