@@ -98,7 +98,7 @@ def run(http: Any, case: Case, folder: Path, children: Children) -> Outcome:
     path = folder / "file"
     case.write(path)
     with path.open("rb") as stream:
-        sent = http.post("/v1/files", files={"file": (case.filename, stream)}, data={"purpose": "fine-tune"}, timeout=120)
+        sent = http.post("/v1/files", files={"file": (case.filename, stream)}, data={"purpose": "fine-tune"})
     path.unlink()
     if sent.status_code != 200:
         return judge(case, sent.status_code, sent.json(), 0, 0)
@@ -135,7 +135,7 @@ def main() -> None:
         port = free_port()
         command = ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "warning"]
         web = python(*command, log=running.folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {key}"}, timeout=60) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {key}"}, timeout=300) as http:
             wait(http)
             http.get("/v1/files")
             process, children = psutil.Process(web.pid), Children()
