@@ -67,13 +67,14 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["scale"]
 
 
-def clip(parameters: Named, longest: float) -> torch.Tensor:
+def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None) -> torch.Tensor:
     """The length of the whole gradient, before it is shortened to `longest` (0: left as it is). Makes no device wait.
+    `norm` is that length where these are not all of its parts.
 
     A gradient that is not finite is left alone; `skip_if_not_finite` keeps it from the weights.
     """
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
     if longest > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), longest, norm)
     return norm

@@ -7,6 +7,7 @@ is a whole job, with no database, queue or process around it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -82,6 +83,8 @@ class Trainee:
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
     world: processes.World = field(default_factory=processes.World)
+    shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
+    states: dict[str, torch.Tensor] | None = None  # the optimizer's, put together from the shards
 
     @property
     def stopped_early(self) -> bool:
@@ -157,6 +160,10 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
     world.even(job.trained.values())
     if world.first and state.evaluated_at < 0:
         yield from judge(job)
+    if world.size > 1 and not type(job.spec.strategy).adapter:
+        from worker import shards  # most jobs do without
+
+        job.shards = shards.spread(job)
     packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.accumulation, most=course.most)
     late: list[tuple[events.Step, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     job.lap = time.perf_counter()
@@ -174,14 +181,17 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
         if course.due(state.step) or control.save or control.stop:
             while late:
                 yield report(job, *late.pop(0))
-            if world.first:
-                if course.due(state.step):
-                    yield from judge(job)
-                yield save(job)
+            with shards.whole(job) if job.shards else contextlib.nullcontext():
+                if world.first:
+                    if course.due(state.step):
+                        yield from judge(job)
+                    yield save(job)
             control.save = False
             if control.stop and state.step < course.total_steps:
                 return
             job.lap = time.perf_counter()
+    if job.shards:
+        shards.join(job)
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
@@ -258,14 +268,17 @@ def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torc
         loss.backward()
         total += loss.detach()
         tokens_here, trained_here = tokens_here + tokens, trained_here + trained
-    job.world.sum_gradients(job.trained.values())
+    if job.shards:
+        job.shards.collect()
+    else:
+        job.world.sum_gradients(job.trained.values())
     job.world.sum_([total])
     tokens, trained = job.world.count(tokens_here, trained_here)
     state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + trained
     extra = job.spec.strategy.regulariser(body_of(job.model))
     if extra is not None:
         extra.backward()
-    norm = optim.clip(job.trained, run.max_grad_norm)
+    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None)
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
     optim.skip_if_not_finite(job.optimizer, norm + total)
@@ -363,7 +376,7 @@ def save(job: Trainee) -> events.Saved:
     """Write a checkpoint, and sweep the ones no longer needed."""
     state = job.state
     state.wall_seconds = time.monotonic() - job.began
-    tensors = optim.state_tensors(job.optimizer, job.trained)
+    tensors = job.states if job.states is not None else optim.state_tensors(job.optimizer, job.trained)
     rng = rng_tensors(job.engine.device)
     written = checkpoint.save(job.attempt, state, job.model, job.spec.strategy, job.lesson.tokenizer, job.trained, tensors, rng)
     checkpoint.prune(job.attempt, get_settings().keep_checkpoints, state.best_path)

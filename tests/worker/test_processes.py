@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from app import events
 from app.settings import PROJECT, get_settings
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
-from worker.train import train
+from worker.train import Control, train
 
 
 @pytest.fixture
@@ -80,6 +80,50 @@ def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir):
     assert began.resumed_from and not began.exact
     first, second = weights(whole[-1].path), weights(rest[-1].path)
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 5e-4
+
+
+def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
+    """Each process holds its rows of the blocks; the result and the checkpoints are those of one process alone."""
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=1, learning_rate=1e-3)
+    alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
+    pair = Pair(spec, "pair")
+    said = list(pair)
+    assert pair.wait() == 0, pair.log.read_text()[-3000:]
+    assert [type(e) for e in said] == [type(e) for e in alone]
+    one, two = ([e for e in run if isinstance(e, events.Step)] for run in (alone, said))
+    assert max(abs(a.loss - b.loss) for a, b in zip(one, two, strict=True)) < 1e-4
+    assert max(abs(a.grad_norm - b.grad_norm) for a, b in zip(one, two, strict=True)) < 1e-3
+    first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (alone, said))
+    assert first.keys() == second.keys()
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 1e-4
+    last = [[e.path for e in run if isinstance(e, events.Saved)][-1] for run in (alone, said)]
+    saved = [load_file(data_dir / path / "trainer" / "optimizer.safetensors") for path in last]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.allclose(saved[0][k], saved[1][k], atol=1e-5) for k in saved[0])
+
+
+@pytest.mark.parametrize("began_with", [2, 1])
+def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with):
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=1, learning_rate=1e-3)
+    whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
+    runs = data_dir / "runs" / "shared"
+    if began_with == 2:
+        pair = Pair(spec, "shared")
+        for event in pair:
+            if isinstance(event, events.Step) and event.step == 1:
+                pair.process.send_signal(signal.SIGTERM)
+        pair.wait()
+        rest = list(train(spec, runs / "a2", runs))
+    else:
+        control = Control()
+        for event in train(spec, runs / "a1", runs, control):
+            control.stop = control.stop or isinstance(event, events.Step)
+        pair = Pair(spec, "shared", attempt=2)
+        rest = list(pair)
+        assert pair.wait() == 0, pair.log.read_text()[-3000:]
+    assert next(e for e in rest if isinstance(e, events.Started)).resumed_from == 1
+    first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (whole, rest))
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
 
 
 def test_gradients_of_many_sizes_are_summed(monkeypatch):
