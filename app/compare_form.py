@@ -136,8 +136,9 @@ def _controls(typed: Mapping[str, str], errors: Mapping[str, str]) -> list[Contr
     found = controls(
         RunSettings, "run", typed=typed, errors=errors, placeholders={"learning_rate": "each strategy’s own", "max_steps": "no limit"}
     )
+    says = {"epochs": "How often the data is seen, unless a number of steps ends it before."}
     basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}
-    return [replace(c, basic=basic.get(c.name, c.basic)) for c in found if c.name not in NOT_ASKED]
+    return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]
 
 
 def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON, asked: list[str]) -> None:

@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import Float, cast, select
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids, live
+from app import comparisons, ids
 from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
@@ -50,6 +50,7 @@ SCORES = {
     ],
     "preference": [Column("reward_accuracy", "Pairs told apart", "share", False), Column("loss", "Validation loss", "", True)],
 }
+SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
 COSTS = [
     Column("forgetting", "Forgetting", "change", True),
     Column("trainable_parameters", "Learns", "count", True, "predicted_trainable_parameters"),
@@ -63,15 +64,22 @@ def table(session: Session, comparison: Comparison) -> Table:
     """Figures of every job of the comparison that is still there."""
     found = comparisons.jobs_of(session, comparison)
     keys = [job.id for job in found]
-    losses, counted = live.best_losses(session, found), _counted(session, keys)
-    sizes = _sizes(session, keys)
-    rows = [_row(job, losses.get(job.id), counted.get(job.id), sizes.get(job.id)) for job in found]
+    judged, counted, sizes = _judged(session, keys), _counted(session, keys), _sizes(session, keys)
+    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), sizes.get(job.id)) for job in found]
+    if comparison.kind == "learning_curve":
+        for row in rows:
+            row["title"] = f"{row['data_fraction']:.0%} of the rows"
     columns = [*SCORES[found[0].spec["task"] if found else "generation"], *COSTS]
     base = next((_scores(job.evaluation, "base") for job in found if (job.evaluation or {}).get("base")), {})
-    # The comparison's score is accuracy only where its jobs tell it; until then the loss of the first evaluations shows the way.
-    if any(is_number(row["loss"]) for row in rows) and not any(is_number(row[columns[0].key]) for row in rows):
-        columns = [c for c in columns if c.key == "loss"] + [c for c in columns if c.key != "loss"]
     return Table(columns, rows, {c.key: _winners(rows, c) for c in columns}, base)
+
+
+def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
+    """The scores of each job's best evaluation so far: the one with the least loss, whose checkpoint is kept."""
+    loss = cast(Event.data["loss"].astext, Float)
+    query = select(Event.job_id, Event.data).where(Event.job_id.in_(keys), Event.type == "evaluated")
+    query = query.distinct(Event.job_id).order_by(Event.job_id, loss)
+    return {key: _known({**(data.get("metrics") or {}), "loss": data["loss"]}) for key, data in session.execute(query)}
 
 
 def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
@@ -87,17 +95,20 @@ def _sizes(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
 
 
 def _scores(evaluation: JSON | None, of: str) -> JSON:
-    found = (evaluation or {}).get(of) or {}
-    return {name: found[name] for name in ("loss", "accuracy", "macro_f1", "reward_accuracy") if is_number(found.get(name))}
+    return _known((evaluation or {}).get(of) or {})
 
 
-def _row(job: Job, loss: float | None, counted: int | None, size: int | None) -> JSON:
+def _known(found: JSON) -> JSON:
+    return {name: found[name] for name in SCORED if is_number(found.get(name))}
+
+
+def _row(job: Job, judged: JSON, counted: int | None, size: int | None) -> JSON:
     measured, estimate, forgot = job.measured or {}, job.estimate or {}, job.forgetting or {}
     change = forgot.get("change")
     if change is None and forgot.get("before") and forgot.get("after") is not None:
         change = forgot["after"] / forgot["before"] - 1
     strategy = job.spec["strategy"]["name"]
-    scores = {"loss": loss, "accuracy": None, "macro_f1": None, "reward_accuracy": None} | _scores(job.evaluation, "tuned")
+    scores = dict.fromkeys(SCORED) | judged | _scores(job.evaluation, "tuned")
     return {
         "job": ids.public(ids.JOB, job.id),
         "name": job.name,
@@ -125,13 +136,11 @@ def _row(job: Job, loss: float | None, counted: int | None, size: int | None) ->
 
 
 def _title(job: Job) -> str:
-    """The strategy with its own settings, and the share of the rows where that is not all."""
+    """The strategy with its own settings."""
     strategy = job.spec["strategy"]
     if strategy["name"] not in STRATEGIES:
         return str(strategy["name"])
-    title = comparisons.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
-    fraction = job.spec["run"].get("data_fraction", 1.0)
-    return title if fraction == 1.0 else f"{title}, {fraction:.0%} of the rows"
+    return comparisons.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
 
 
 def is_number(value: Any) -> bool:

@@ -12,8 +12,9 @@ from app import charts, comparison_table, comparisons, ids
 from app.charts import Dot, Picture, Scale
 from app.comparison_table import Column, Table, is_number
 from app.job_view import count
+from app.score_view import signed
 from app.tables import Comparison, Job
-from app.web import NARROW, NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.web import NOTHING, human_bytes, human_number, human_percent, human_seconds
 
 OPEN = ("queued", "running", "paused")
 
@@ -31,7 +32,7 @@ def write(value: Any, unit: str) -> str:
         "seconds": human_seconds,
         "count": lambda n: count(int(n)),
         "share": human_percent,
-        "change": lambda v: f"{v * 100:+.1f}{NARROW}%",
+        "change": signed,
         "": lambda v: human_number(v, 3),
     }
     return str(writers[unit](value))
@@ -146,7 +147,7 @@ def _curve(table: Table) -> Picture | None:
 
 
 def _scale(column: Column) -> Scale:
-    return Scale(column.title, lambda v: write(v, column.unit), amount=column.unit in ("bytes", "seconds", "count"))
+    return Scale(column.title, lambda v: write(v, column.unit) if v else "0", amount=column.unit in ("bytes", "seconds", "count"))
 
 
 def _best(table: Table, row: dict[str, Any]) -> bool:

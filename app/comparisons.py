@@ -89,7 +89,7 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
         return earlier
     plan = planned(session, user, order)
     _check_enough(order, plan)
-    name = (order.name or f"{_title(order)} on {plan.dataset_name}")[:200]
+    name = (order.name or f"{_title(order, plan)} on {plan.dataset_name}")[:200]
     key = session.scalar(
         insert(Comparison)
         .values(
@@ -192,7 +192,7 @@ def _try(session: Session, found: orders.Ground, order: JobOrder) -> tuple[str, 
         spec = orders.spec_on(found, order)
     except StudioError as error:
         if error.code in ("strategy_unavailable", "no_room"):
-            return str(error), None
+            return error.message, None
         raise
     cost = orders.estimate_of(session, spec)
     assert cost is not None, "the rows were read"
@@ -233,10 +233,10 @@ def title_of(strategy: Strategy) -> str:
     return f"{strategy.title} ({words})" if words else strategy.title
 
 
-def _title(order: ComparisonOrder) -> str:
+def _title(order: ComparisonOrder, plan: Plan) -> str:
     if order.kind == "learning_curve":
         return f"Learning curve of {_read_strategies(order)[0].title}"
-    return f"{len(order.strategies)} strategies"
+    return f"{len(plan.jobs)} strategies"
 
 
 def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison | None:

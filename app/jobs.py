@@ -110,6 +110,11 @@ def mine(user: User) -> Select[tuple[Job]]:
     return select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None))
 
 
+def mine_of(job: Job) -> Select[tuple[Job]]:
+    """The jobs of the person who ordered this one."""
+    return select(Job).where(Job.owner_id == job.owner_id, Job.deleted_at.is_(None))
+
+
 def list_(session: Session, user: User, *, limit: int | None = None, status: str | None = None) -> list[Job]:
     """One's jobs, newest first."""
     query = mine(user).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)

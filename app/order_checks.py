@@ -29,7 +29,7 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
     """Raises BadField for labels that no classifier can be learnt from. A dataset still being read is checked when it is ready."""
     if task != "classification" or dataset.status != "ready":
         return
-    labels, count = _labels(dataset)
+    labels, count = labels_of(dataset)
     if count == 1:
         raise BadField(
             f"All {dataset.good_rows or 0:,} rows of {dataset.name} have the label “{shown(next(iter(labels)), 60)}”, "
@@ -46,7 +46,7 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
             code="too_many_classes",
         )
     if validation is not None and validation.status == "ready" and len(labels) == count:
-        unseen = [label for label in _labels(validation)[0] if label not in labels]
+        unseen = [label for label in labels_of(validation)[0] if label not in labels]
         if unseen:
             raise BadField(
                 f"{_count(len(unseen), 'label', 'labels')} of the validation dataset {validation.name} "
@@ -118,7 +118,7 @@ def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
 
 
 def _odd_labels(dataset: Dataset) -> list[str]:
-    labels, count = _labels(dataset)
+    labels, count = labels_of(dataset)
     found = []
     rows = dataset.good_rows or 0
     if count > 20 and count > rows / 2:
@@ -137,7 +137,7 @@ def _odd_labels(dataset: Dataset) -> list[str]:
     return found
 
 
-def _labels(dataset: Dataset) -> tuple[dict[str, int], int]:
+def labels_of(dataset: Dataset) -> tuple[dict[str, int], int]:
     """The commonest labels with their rows, and how many labels there are; (empty, 0) where the report has none."""
     report = dataset.report or {}
     labels: dict[str, int] = report.get("labels") or {}

@@ -381,4 +381,6 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
     dataset = session.get_one(Dataset, spec.dataset.id)
     validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
     found = estimate.estimate(spec, datasets.stats(dataset), machine.this_machine()).model_dump(mode="json")
-    return found | {"warnings": order_checks.warnings(spec, dataset, validation)}
+    # A classifier's head learns too, and its size follows from the labels, which only the report knows.
+    learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=order_checks.labels_of(dataset)[1])
+    return found | {"trainable_parameters": learns, "warnings": order_checks.warnings(spec, dataset, validation)}

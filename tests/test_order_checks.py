@@ -167,3 +167,11 @@ def test_a_request_cannot_put_its_job_into_a_comparison(api, session, user, tiny
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
     answer = api.post("/v1/fine_tuning/jobs", json=order_of(chats, strategy={"name": "lora"}, comparison_id=str(uuid.uuid4())))
     assert answer.status_code == 200 and jobs.list_(session, user)[0].comparison_id is None
+
+
+def test_a_classifiers_head_is_counted_among_what_learns(session, user, tiny_registered, read):
+    from app.strategies import STRATEGIES
+
+    spec = orders.build_spec(session, user, orders.read_order(order_of(read(labelled("card", "cash", "coin")))))
+    three, two = (STRATEGIES["dense_head"]().learns(spec.model.shape, task="classification", labels=n) for n in (3, 2))
+    assert orders.estimate_of(session, spec)["trainable_parameters"] == three > two

@@ -220,6 +220,15 @@ def test_the_table_holds_what_was_measured_beside_what_was_predicted_and_marks_t
     assert best["peak_memory_bytes"] == ["ia3"] and best["seconds"] == ["lora", "ia3"] and best["trainable_parameters"] == []
 
 
+def test_a_running_classifier_shows_the_accuracy_of_its_best_evaluation(session, user, tiny_registered, kinds):
+    found = create(session, user, body(kinds, "lora", "dense_head"))
+    first, _ = comparisons.jobs_of(session, found)
+    said = [Evaluated(step=n, loss=loss, metrics={"accuracy": acc}) for n, loss, acc in ((1, 0.9, 0.4), (2, 0.5, 0.7), (3, 0.6, 0.8))]
+    lives.Life(session, first).claim().say(lives.started(10), *said)
+    row, other = comparison_table.table(session, found).rows
+    assert (row["loss"], row["accuracy"]) == (0.5, 0.7) and other["accuracy"] is None
+
+
 def test_classifiers_are_told_apart_by_accuracy_first(session, user, tiny_registered, kinds):
     found = create(session, user, body(kinds, "feature_extraction", "dense_head"))
     first, second = comparisons.jobs_of(session, found)
@@ -348,7 +357,7 @@ def test_a_learning_curve_is_ordered_and_drawn(client, session, user, tiny_regis
         end(session, job, loss=loss, memory=1, seconds=1)
     page = client.get(where)
     assert "More data would very likely help." in words(page) and "<polyline" in page.text and "before tuning" in page.text
-    assert "LoRA, 25% of the rows" in words(page)
+    assert "25% of the rows" in words(page) and "100% of the rows" in words(page)
 
 
 def test_form_fields_are_never_markup(client, session, user, tiny_registered, chats):
