@@ -17,7 +17,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
-from app import accounts, answers, logs, middleware, routes, shell, web
+from app import accounts, answers, logs, middleware, outside, routes, shell, web
 from app.db import get_engine, transaction
 from app.errors import Forbidden
 from app.settings import get_settings
@@ -27,6 +27,7 @@ def create_app() -> FastAPI:
     """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `accounts.PUBLIC`."""
     logs.configure()
     _refuse_open_door()
+    outside.allowed()  # a setting that is no address is said now, and not on somebody's page
     app = FastAPI(
         title="Luthier",
         version=version("luthier"),

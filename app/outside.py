@@ -271,7 +271,11 @@ class _Fold:
             raise ValueError(index)
         if choice.get("finish_reason"):
             self.reasons[index] = "length" if choice["finish_reason"] == "length" else "stop"
-        logs = _logprobs(choice["logprobs"]) if self.request.sampling.logprobs and choice.get("logprobs") else []
+        logs = (
+            _logprobs(choice["logprobs"], self.request.sampling.top_logprobs)
+            if self.request.sampling.logprobs and choice.get("logprobs")
+            else []
+        )
         if not text and not logs:
             return []
         self.first = self.first or time.monotonic()
@@ -297,19 +301,19 @@ class _Fold:
         return [*ends, done]
 
 
-def _logprobs(said: JSON) -> list[Logprob]:
-    """Both spellings of the API: a list of tokens with their alternatives, and the older parallel lists."""
+def _logprobs(said: JSON, top: int) -> list[Logprob]:
+    """Both spellings of the API: a list of tokens with their alternatives, and the older parallel lists, in which vLLM counts
+    the token itself among the alternatives."""
     if "content" in said:
         return [_logprob(x, [_logprob(t, []) for t in x.get("top_logprobs") or []]) for x in said["content"] or []]
     tops = said.get("top_logprobs") or [None] * len(said["tokens"])
-    return [
-        Logprob(
-            token=token, bytes=list(token.encode()), logprob=value,
-            top=[Logprob(token=t, bytes=list(t.encode()), logprob=v) for t, v in (top or {}).items()],
-        )
-        for token, value, top in zip(said["tokens"], said["token_logprobs"], tops, strict=True)
-        if value is not None
-    ]  # fmt: skip
+    found = []
+    for token, value, others in zip(said["tokens"], said["token_logprobs"], tops, strict=True):
+        best = sorted((others or {}).items(), key=lambda pair: -pair[1])[:top]
+        if value is not None:
+            also = [Logprob(token=t, bytes=list(t.encode()), logprob=v) for t, v in best]
+            found.append(Logprob(token=token, bytes=list(token.encode()), logprob=value, top=also))
+    return found
 
 
 def _logprob(x: JSON, top: list[Logprob]) -> Logprob:

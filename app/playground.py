@@ -323,9 +323,14 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
     found = {
         "Base models": [Option(m.name, m.title, m.kind) for m in rows if m.base_id is None],
         "Tuned models": [Option(m.name, m.title, m.kind) for m in reversed(rows) if m.base_id is not None],
+        "Blends": [Option(f"{m.name}@0.5", f"{m.title}, halfway to its base", m.kind) for m in reversed(rows) if _blends(m)][:20],
         "Checkpoints": _checkpoints(session, user),
     }
     return {group: options for group, options in found.items() if options}
+
+
+def _blends(model: Model) -> bool:
+    return model.job_id is not None and blend.why_not(model.strategy, labels=bool(model.labels)) is None
 
 
 def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:

@@ -112,7 +112,7 @@ def told(entry: Any) -> Any:
             logs = {
                 "text_offset": [0] * len(entry.logprobs), "tokens": [x.token for x in entry.logprobs],
                 "token_logprobs": [x.logprob for x in entry.logprobs],
-                "top_logprobs": [{t.token: t.logprob for t in x.top} for x in entry.logprobs],
+                "top_logprobs": [{x.token: x.logprob} | {t.token: t.logprob for t in x.top} for x in entry.logprobs],
             }  # fmt: skip
         choice = {"index": entry.index, "text": entry.text, "logprobs": logs, "finish_reason": None}
         yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n".encode()

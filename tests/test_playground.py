@@ -56,6 +56,21 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
     assert dialogue.seed == generic.seed == instruction.seed
 
 
+def test_blends_are_offered_and_any_share_can_be_named(client, session, user, three):
+    from app.tables import Model
+    from tests import lives
+
+    job = lives.order(session, user, three[0])
+    tuned = register_tiny(session, "tuned", path="models/x", base_id=three[0].id, job_id=job.id, strategy="lora", adapter=True)
+    page = client.get("/playground?models=tuned")
+    assert 'value="tuned@0.5"' in page.text and 'value="tiny@0.5"' not in page.text
+    page = client.get("/playground?models=tuned@0.25,tiny")
+    assert '<option value="tuned@0.25" selected>' in page.text and "tuned at blend 0.25" in page.text and page.text.count(" selected") >= 2
+    session.get(Model, tuned.id).strategy = "prompt_tuning"
+    session.commit()
+    assert 'value="tuned@0.5"' not in client.get("/playground?models=tuned").text
+
+
 def test_orders_that_cannot_be(session, user, three):
     for names, prompt in (
         ([], "a"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import uuid
+
 import pytest
 from sqlalchemy import select
 
-from app import datasets, votes
+from app import datasets, ids, votes
 from app.tables import Answer, Dataset, Exchange, User, Vote
 from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
 
@@ -76,6 +80,53 @@ def test_names_are_hidden_until_the_vote(client, session, two, generate_worker):
     assert session.scalars(select(Vote.choice)).one() == 1
 
 
+def test_rows_of_a_dataset_ask(client, session, user, two, generate_worker, data_dir):  # noqa: F811
+    from app import files
+
+    def bring(name, lines, format_):
+        data = "\n".join(json.dumps(line) for line in lines).encode()
+        made = datasets.create(session, user, files.add_bytes(session, user, data, f"{name}.jsonl", "fine-tune"), name=name, format=format_)
+        session.commit()
+        datasets.read(made.id)
+        session.refresh(made)
+        assert made.status == "ready", made.error
+        return made
+
+    talk = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    chats = bring("chats", [{"messages": [*talk, {"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "Yes."}]} for n in range(40)], "chat")  # fmt: skip
+    texts = bring("texts", [{"text": f"The bridge stands at {n}."} for n in range(40)], "plain_text")
+    order = {"models": ["tiny", "tiny-generic"], "prompt": "", "max_tokens": "4"}
+    page = client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, chats.id)})
+    vote = session.scalars(select(Vote)).one()
+    assert vote.dataset_id == chats.id and [m["role"] for m in vote.messages] == ["system", "user", "assistant", "user"]
+    assert (
+        vote.messages[-1]["content"].startswith("Number ") and vote.messages[-1]["content"] in page.text and "3 earlier turns" in page.text
+    )
+    after = client.post(f"/playground/ab/{ids.public(ids.VOTE, vote.id)}", data={"choice": "1"})
+    assert f'value="{ids.public(ids.DATASET, chats.id)}" selected' in after.text  # the next round draws from it too
+    assert len({json.dumps(votes.draw(chats)) for _ in range(30)}) > 5
+    assert client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, texts.id)}).status_code == 400
+    assert client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, uuid.uuid4())}).status_code == 404
+    own = client.post("/playground/ab", data={**order, "prompt": "My own words", "dataset": ids.public(ids.DATASET, chats.id)})
+    assert "My own words" in own.text
+
+
+@pytest.mark.parametrize(
+    ("row", "asks"),
+    [
+        ({"prompt": "a", "completion": "b"}, "a"),
+        ({"text": "a", "label": "b"}, "a"),
+        ({"text": "a"}, None),
+        ({"messages": ASK, "chosen": [], "rejected": []}, "Which wood is it?"),
+        ({"messages": [{"role": "assistant", "content": "Hello"}]}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_row_asks(row, asks):
+    found = votes._asks(row)
+    assert (found[-1]["content"] if found else None) == asks
+
+
 def test_a_model_that_fails_leaves_no_round(client, session, two, generate_worker):  # noqa: F811
     register_tiny(session, "broken", path="models/not-there")
     said = client.post("/playground/ab", data={"models": ["tiny", "broken"], "prompt": "Hello"})
@@ -103,3 +154,28 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     look_at(page, "ab-voted", tmp_path)
     session.rollback()
     assert session.scalars(select(Vote.choice)).one() == 2
+
+
+def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):
+    """In a whole studio: the votes over the API, one click on the page, and the data worker has read the pairs."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{studio.url}/v1", api_key=studio.key, max_retries=0, timeout=60) as client:
+        for n in range(12):
+            body = {
+                "models": ["a", "b"],
+                "messages": [{"role": "user", "content": f"What is {n}?"}],
+                "answers": ["Stone.", f"It is {n}."],
+                "choice": 2,
+            }
+            client.post("/votes", body=body, cast_to=object)
+    page = browser_page
+    page.goto(re.search(r"http\S+", studio.luthier("link").stdout)[0])
+    if page.locator("form button").count() and "/sign-in" in page.url:
+        page.locator("main form button").first.click()
+    page.goto(f"{studio.url}/playground/ab")
+    page.get_by_role("button", name="Make a preference dataset").click()
+    page.get_by_role("heading", name="Preferences from votes").wait_for()
+    page.get_by_role("link", name="Tune a model on it").wait_for(timeout=60_000)
+    facts = " ".join(page.locator("main").inner_text().split())
+    assert "12 of 12" in facts and "preference" in facts.lower()
