@@ -37,6 +37,10 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, live, 
     assert page.locator("[data-pane] [data-turn]").count() == 8 and page.locator("[data-kind=generic] .you").count() == 0
     page.reload()
     look_at(page, "playground-four", tmp_path)
+    for width, columns in ((320, 1), (1280, 2)):
+        page.set_viewport_size({"width": width, "height": 900})
+        places = page.evaluate("[...document.querySelectorAll('[data-pane]')].map(pane => pane.getBoundingClientRect().x)")
+        assert len(set(places)) == columns, f"{columns} columns at {width} px"
     page.get_by_label("Title").fill("Four of a kind")
     page.keyboard.press("Enter")
     page.get_by_role("link", name="Four of a kind").wait_for()
