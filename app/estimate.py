@@ -16,10 +16,13 @@ from app.shapes import Shape
 from app.spec import JobSpec, RunSettings
 from app.strategies import Strategy
 
-FLOOR_CPU_BYTES = 500 * 2**20
+FLOOR_CPU_BYTES = 532 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
 FLOOR_CUDA_BYTES = 700 * 2**20
 """What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
+HOLES = 0.15
+"""Share by which kept bf16 activations take more of a processor's memory than they hold: float32 pieces that come and go between
+them leave holes. Measured on LoRA over a 135 M model at 192, 512 and 1,024 tokens; without bf16 there was none."""
 LOGITS_BYTES = 48 * 2**20
 LOGITS_CUDA_BYTES = 2**30
 """Chunks of float32 logits in `worker/loss.py`."""
@@ -30,6 +33,9 @@ SPEED_GPU = 150e12
 """Operations per second taken for granted until a job has been measured on this machine."""
 
 LOAD_SECONDS = 8.0
+PROBE_TOKENS = 4000
+ANSWERED = 8
+"""The general texts of `worker/probe/`, and the held-out rows that a final evaluation answers."""
 
 
 class Stats(Protocol):
@@ -83,9 +89,10 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine) -> Estimate:
     recompute = recomputed_layers(shape, strategy, run, longest, machine)
     memory = memory_of(shape, strategy, run, longest, machine, recompute, spec.task)
     total = sum(memory.model_dump().values())
-    seconds, per_second = _seconds(spec, machine, tokens, steps, rows * held_out, learnt_share(stats), recompute / shape.layers)
+    learnt = 0.0 if spec.task == "classification" else learnt_share(stats)
+    seconds, per_second = _seconds(spec, machine, tokens, steps, (train_tokens, rows * held_out), learnt, recompute / shape.layers)
     if spec.task == "preference":  # the model before tuning reads every pair once
-        seconds += rows * operations_per_token(shape, strategy, learnt_share(stats)) / 2 / speed_of(spec, machine)
+        seconds += rows * operations_per_token(shape, strategy, learnt) / 2 / speed_of(spec, machine)
     known = strategy.name in machine.speeds
     spread = 1.25 if known else 2.0
     return Estimate(
@@ -193,21 +200,38 @@ def memory_of(
     recompute = min(recompute, reached)
     layer = tokens * per_token + once
     kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    if half and not machine.cuda:
+        kept += HOLES * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
     everything = strategy.trainable(shape) >= shape.parameters()
     head = head_bytes(shape, tokens, half, everything and writes, machine.cuda) if writes else 0
-    # Activations are freed while gradients grow, so the peak stands at the one end of the backward pass or at the other.
-    begin, end = kept + max(head, passing), held.gradients + passing + (shape.vocabulary * shape.hidden * 4 if everything else 0)
-    activations = max(begin, end) - min(held.gradients, end)
-    floor = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES
+    # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other; half of
+    # the gradients find no room in what the activations leave, which lies in other pieces.
+    table = shape.vocabulary * shape.hidden * 4 if everything else 0
+    begin, end = kept + max(head, passing), held.gradients + passing + table
+    peak = max(begin + (held.gradients - min(table, held.gradients)) // 2, end)
+    weights = held.weights - unused * frozen_bytes
+    other = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES + _joined_bytes(shape, strategy, frozen_bytes)
+    trains = weights + held.optimizer + peak + other
+    # Reading float32 files into bf16 holds both for a moment.
+    loads = FLOOR_CPU_BYTES + shape.parameters() * (4 + frozen_bytes) if frozen_bytes == 2 and not machine.cuda else 0
     return MemoryParts(
-        weights=held.weights - unused * frozen_bytes,
+        weights=weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=max(activations, 0),
-        other=floor,
+        activations=int(peak - min(held.gradients, peak)),
+        other=other + max(0, int(loads - trains)),
     )
+
+
+def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
+    """Where LoRA's layers share a product (`worker/lora.py`) their weights move into one matrix each; four fifths of the places
+    they leave were measured not to be taken again."""
+    if not strategy.adapter or not strategy.learns_in_bf16():
+        return 0
+    outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.intermediate
+    return 4 * shape.layers * shape.hidden * outputs * frozen_bytes // 5 if shape.gated else 0
 
 
 def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine) -> int:
@@ -225,12 +249,14 @@ def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longes
 
 
 def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recompute: float = 0.0) -> float:
-    """Floating-point operations of one training step per token: 2 per weight forwards, 2 back through it, and 2 more per
-    weight that learns; `recompute` is the share of layers run forwards twice. The head counts only where tokens are learnt."""
+    """Floating-point operations of one training step per token: 2 per weight forwards, 2 back through it as far as gradients
+    reach, and 2 more per weight that learns; `recompute` is the share of layers run forwards twice. The head counts only where
+    tokens are learnt."""
     blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
     head = shape.vocabulary * shape.hidden * learnt
     learns = min(strategy.trainable(shape), blocks + head)
-    return 4 * (blocks + head) + 2 * learns + 2 * recompute * blocks
+    passed = blocks * strategy.reaches(shape) / shape.layers
+    return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
 
 
 def speed_of(spec: JobSpec, machine: Machine) -> float:
@@ -244,14 +270,18 @@ def speed_of(spec: JobSpec, machine: Machine) -> float:
 
 
 def _seconds(
-    spec: JobSpec, machine: Machine, tokens: int, steps: int, held_out: float, learnt: float, recompute: float
+    spec: JobSpec, machine: Machine, tokens: int, steps: int, rows: tuple[float, float], learnt: float, recompute: float
 ) -> tuple[float, float]:
-    """(seconds of the job, training tokens per second)."""
+    """(seconds of the job, training tokens per second). `rows` are the tokens of the training rows and of those held out."""
     shape, run, speed = spec.model.shape, spec.run, speed_of(spec, machine)
     work = operations_per_token(shape, spec.strategy, learnt, recompute)
-    evaluations = 2 + math.ceil(run.evaluations_per_epoch * run.epochs)
+    train, held_out = rows
+    evaluations = 2 + math.ceil(run.evaluations_per_epoch * tokens / max(train, 1))
     forward = work / 2
-    written = run.samples * run.sample_tokens * (evaluations + 1)
+    written = run.samples * run.sample_tokens * (evaluations + 1) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
+    # At the end every training row is scored with the model before and after, and so are the texts that show forgetting.
+    after = (2 * train if run.row_losses else 0) + (2 * PROBE_TOKENS if run.forgetting else 0)
     # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
     answers = written * 10 * forward / speed
-    return LOAD_SECONDS + (tokens * work + evaluations * held_out * forward) / speed + answers + 0.01 * steps, speed / work
+    scored = (evaluations * held_out + after) * forward
+    return LOAD_SECONDS + (tokens * work + scored) / speed + answers + 0.01 * steps, speed / work

@@ -221,7 +221,7 @@ def _stored(rows: list[dict[str, Any]], name: str) -> str:
 def load(spec: Any, finished: Any) -> Any:
     """The result as the playground loads it, in the numbers that it was trained in."""
     from app.spec import Adapter
-    from worker import attention
+    from worker import attention, kernels
     from worker.classifier import load_classifier
     from worker.device import choose
     from worker.load import load_model
@@ -235,7 +235,10 @@ def load(spec: Any, finished: Any) -> Any:
     if spec.task == "classification":
         ref = ref.model_copy(update={"labels": tuple(finished.labels)})
         return load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)[0]
-    return load_model(ref, engine.frozen, attention.NAME, str(engine.device))
+    model = load_model(ref, engine.frozen, attention.NAME, str(engine.device))
+    kernels.use_fused_norms(model)  # as in training, whose rounding the fused layers share
+    kernels.speed_up(model, engine, 0.0)
+    return model
 
 
 def answers(spec: Any, model: Any) -> Any:

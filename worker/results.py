@@ -5,6 +5,8 @@ Everything here draws no random number and changes nothing in what was learnt. I
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Generator
 from typing import Any, NamedTuple
@@ -65,3 +67,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:  # the trainer's allocator keeps what was freed, and the model before tuning would come on top of it
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
