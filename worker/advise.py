@@ -32,7 +32,7 @@ from worker.device import Engine
 from worker.forgetting import PROBE
 from worker.prompts import render_prompt, sample_of
 from worker.scores import text_scores
-from worker.scoring import BUDGET, Reader, Say, drawn
+from worker.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
 
 ANSWERED = 16
 """Held-out rows that are answered: each is written out twice, which is what takes the time."""
@@ -190,7 +190,9 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
             shown.pop()
         questions.append(evaluate.Question("", ids[-room:], one.reference))
         rows.append(Row(line, _lesson(prompt, one.reference)))
-    told = evaluate.answers_in_batches(reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead)
+    told = evaluate.answers_in_batches(
+        reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead, ANSWER_SECONDS
+    )
     scores = text_scores(told, [one.reference for one in asked])
     bits = bits_per_byte(reader, reader.tokenise(rows, reader.ref.shape.positions))
     return scores | ({"bits_per_byte": bits} if bits is not None else {})

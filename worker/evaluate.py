@@ -158,15 +158,21 @@ def answers(
 
 ANSWERS_AT_ONCE = 16
 ANSWER_SECONDS = 60.0
-"""Time that all answers of a final evaluation together may take; those it is too late for are empty."""
+"""Time that all answers at the end of a job together may take; those it is too late for are empty."""
 
 
 def answers_in_batches(
-    model: torch.nn.Module, tokenizer: Any, asked: Sequence[Question], most: int, engine: Engine, lead: Sequence[int] = ()
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    most: int,
+    engine: Engine,
+    lead: Sequence[int] = (),
+    seconds: float = ANSWER_SECONDS,
 ) -> list[str]:
-    """As `answers`, a few at once so that memory stays small, prompts of like length together, within ANSWER_SECONDS."""
+    """As `answers`, a few at once so that memory stays small, prompts of like length together, within `seconds`."""
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
-    told, until = [""] * len(asked), time.monotonic() + ANSWER_SECONDS
+    told, until = [""] * len(asked), time.monotonic() + seconds
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         left = until - time.monotonic()
         if left <= 0:

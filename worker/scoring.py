@@ -28,6 +28,8 @@ from worker.scores import text_scores
 
 BUDGET = 2048
 """Tokens of one pass."""
+ANSWER_SECONDS = 900.0
+"""Time that one model's answers may take: an evaluation is waited for, and an answer cut short would be counted as wrong."""
 LISTED = 5
 """Rows that are listed as worst, and as best."""
 
@@ -193,7 +195,9 @@ def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range
 def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int) -> dict[int, str]:
     """The loaded model's likeliest answers to the rows at some places, asked as this model is asked."""
     asked = questions(reader, rows, places, most)
-    told = evaluate.answers_in_batches(reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead)
+    told = evaluate.answers_in_batches(
+        reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead, ANSWER_SECONDS
+    )
     return dict(zip(asked, told, strict=True))
 
 
