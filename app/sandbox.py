@@ -3,8 +3,9 @@
     run("app.intake:read", {…}, Limits(…), on_message=…)
 
 The child sets its own limits before it imports anything else, sees an almost empty environment and a temporary folder
-of its own, and speaks JSON lines on its standard output: any number of messages, then the largest memory it had
-(`{"peak_bytes"}`), and one result or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that says which; the caller is never harmed.
+of its own, and speaks JSON lines on its standard output: any number of messages, then what it spent (`{"peak_bytes",
+"cpu_seconds"}`), and one result or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that
+says which; the caller is never harmed.
 """
 
 from __future__ import annotations
@@ -216,11 +217,11 @@ def main() -> int:
         module, _, name = sys.argv[1].partition(":")
         result = getattr(importlib.import_module(module), name)(request["payload"], say)
     except MemoryError:
-        say({"peak_bytes": _peak_bytes()})
+        say(_spent())
         say({"error": {"kind": _OUT_OF_MEMORY}})
         return 1
     except Exception as error:
-        say({"peak_bytes": _peak_bytes()})
+        say(_spent())
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = {"message": "The disk is full; nothing was saved.", "way_out": "Make room, then try again.", "code": "disk_full"}
             say({"error": {**full, "details": {}}})
@@ -232,15 +233,16 @@ def main() -> int:
             raise
         say({"error": {"message": error.message, "way_out": error.way_out, "code": error.code, "details": getattr(error, "details", {})}})
         return 1
-    say({"peak_bytes": _peak_bytes()})
+    say(_spent())
     say({"result": result})
     return 0
 
 
-def _peak_bytes() -> int:
-    """The largest memory this process held at once. The kernel's `ru_maxrss` would also count what the parent held at the fork."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+def _spent() -> Message:
+    """The largest memory this process held at once, and the processor's seconds it took. The kernel's `ru_maxrss` would also
+    count what the parent held at the fork."""
+    status, used = Path("/proc/self/status").read_text(), resource.getrusage(resource.RUSAGE_SELF)
+    return {"peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens": (found.report or {}).get("tokens"),
         "model": model,
         "seconds": round(seconds, 1),
+        "processor_seconds": round(children.cpu, 1),
         "rows_per_second": round(options.rows / seconds),
         "child_mb": round(peak / 2**20),
         "findings": sum(rules.values()),

@@ -72,12 +72,13 @@ class Children:
     def __init__(self) -> None:
         from app import sandbox
 
-        self.peak, self._run = 0, sandbox.run
+        self.peak, self.cpu, self._run = 0, 0.0, sandbox.run
         sandbox.run = self.run
 
     def run(self, *arguments: Any, on_message: Any = lambda message: None, **rest: Any) -> Any:
         def heard(message: dict[str, Any]) -> None:
             self.peak = max(self.peak, message.get("peak_bytes", 0))
+            self.cpu += message.get("cpu_seconds", 0.0)
             on_message(message)
 
         return self._run(*arguments, on_message=heard, **rest)

@@ -87,11 +87,7 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):
     places += [("upload", "/../new")]
     for name, tail in places:
         page.goto(f"{served}{room}{tail}")
-        for _ in range(20):
-            if not page.locator("script[src*='again.js']").count():
-                break
-            page.wait_for_timeout(400)
-            page.goto(f"{served}{room}{tail}")
+        page.locator("script[src*='again.js']").wait_for(state="detached")  # it loads the page again until all is there
         check(page, tmp_path, f"{name}-{theme}-{width}")
 
 
@@ -163,8 +159,10 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
 def test_a_row_is_found_by_its_words(page, served, room):
     page.goto(f"{served}{room}/rows")
     page.locator("#search").fill("Write to anna")
+    page.wait_for_timeout(1500)  # the page may still wait for its rows; what is typed stays
+    assert page.locator("#search").input_value() == "Write to anna"
     page.get_by_role("button", name="Show").click()
-    page.get_by_text("1 row with “Write to anna”").wait_for()
+    page.get_by_text("1 row with “Write to anna”").wait_for(timeout=60_000)
     assert page.locator("article.sample").count() == 1
     page.get_by_role("link", name="Edit line").click()
     page.locator('[name="text.messages[1]"]').fill("Write to the harbour.")

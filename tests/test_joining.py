@@ -245,13 +245,13 @@ def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     first, second = make([chat(n) for n in range(12)]), make([chat(n, "b") for n in range(12)], "b.jsonl")
     page = client.get(f"/datasets/join?first={key(first)}").text
     assert "Put together" in page and f'name="use.{key(first)}" checked' in page
-    chosen = {f"use.{key(first)}": "on", f"use.{key(second)}": "on", f"weight.{key(second)}": "2"}
+    chosen = {"first": key(second), f"use.{key(first)}": "on", f"use.{key(second)}": "on", f"weight.{key(second)}": "2"}
     answer = client.post("/datasets/join", data={"operation": "mix", "rows": "9", **chosen}, follow_redirects=False)
     assert answer.status_code == 303, answer.text
     new = session.scalars(select(Dataset).where(Dataset.origin["operation"].astext == "mix")).one()
-    read(session, new)
+    assert (read(session, new).parent_id, new.name) == (second.id, "b"), "the dataset it was asked from comes first"
     shown = client.get(answer.headers["location"]).text
-    assert "Made of" in shown and "weight 2.0" in shown and "drawn by the seed 42" in shown
+    assert "Made of" in shown and "weight 2" in shown and "drawn by the seed 42" in shown
     wrong = client.post("/datasets/join", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
     for data, words in (({"operation": "mix"}, "Tick at least one"), ({"operation": "boil", **chosen}, "operation"),

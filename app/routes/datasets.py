@@ -110,7 +110,9 @@ OPERATIONS = {
 @pages.get("/datasets/join")
 def join_form(request: Request, user: CurrentUser, session: Db, first: str = "", operation: str = "concatenate") -> Response:
     """The form, with one dataset chosen."""
-    return _join_page(request, user, session, {"operation": operation, "seed": "42", **({f"use.{first}": "on"} if first else {})}, None)
+    return _join_page(
+        request, user, session, {"operation": operation, "seed": "42", "first": first, **({f"use.{first}": "on"} if first else {})}, None
+    )
 
 
 def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
@@ -156,7 +158,9 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
     values: dict[str, Any] = {name: typed[name] for name in (*used, "name") if typed.get(name)}
     parts = [
         {"dataset": key, **({"weight": typed[f"weight.{key}"]} if operation == "mix" and typed.get(f"weight.{key}") else {})}
-        for key in (name.removeprefix("use.") for name in typed if name.startswith("use."))
+        for key in sorted(
+            (name.removeprefix("use.") for name in typed if name.startswith("use.")), key=lambda key: key != typed.get("first")
+        )
     ]
     if not parts:
         raise BadField("No dataset was chosen.", way_out="Tick at least one.", param="datasets")

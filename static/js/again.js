@@ -1,2 +1,4 @@
-// Loads the page again until its answer is there.
-setTimeout(() => location.reload(), 1200);
+// Loads the page again until its answer is there; never under the hands of somebody who is filling in a form.
+let typing = false;
+addEventListener("input", () => (typing = true));
+setTimeout(() => typing || location.reload(), 1200);
