@@ -95,6 +95,10 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
+        if not held and not too_long and chunk.isspace() and (blank := chunk.count(b"\n")) > 1:
+            yield number, b""  # as good as all of them, which may be a million
+            number, parts = number + blank, []
+            continue
         first, *others = chunk.split(b"\n")
         parts.append(first)
         held += len(first)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from app.errors import BadData
 from app.formats._base import Finding, Row, shown
 from app.readers import _base
 from app.readers._base import Raw
@@ -192,7 +193,16 @@ def _cut_row(line: int, data: bytes | None) -> Raw:
 
 
 _STRUCTURE = re.compile(rb'["{}\[\],]')
-_IN_TEXT = re.compile(rb'["\\]')
+_BACKSLASH = ord("\\")
+DEEPEST = 1_000_000
+"""Brackets that may be open at once while a file is cut into its rows."""
+
+
+def _mark_in_text(chunk: bytes, at: int) -> int:
+    """Where the next double quote or backslash stands from `at` on; -1 for nowhere."""
+    quote = chunk.find(b'"', at)
+    backslash = chunk.find(b"\\", at, quote if quote >= 0 else len(chunk))
+    return backslash if backslash >= 0 else quote
 
 
 class _Cutter:
@@ -218,17 +228,25 @@ class _Cutter:
         while True:
             if self._escaped and at < len(chunk):
                 self._escaped, at = False, at + 1
-            match = None if self._escaped else (_IN_TEXT if self._in_text else _STRUCTURE).search(chunk, at)
+            if self._in_text and not self._escaped:
+                at = _mark_in_text(chunk, at)
+                if at < 0:
+                    self._take(chunk[taken:])
+                    return
+                self._escaped = self._in_text = chunk[at] == _BACKSLASH
+                at += 1
+                continue
+            match = None if self._escaped else _STRUCTURE.search(chunk, at)
             if match is None:
                 self._take(chunk[taken:])
                 return
             token, at = match.group(), match.end()
-            if self._in_text:
-                self._escaped, self._in_text = token == b"\\", token == b"\\"
-            elif token == b'"':
+            if token == b'"':
                 self._in_text = True
             elif token in b"{[":
                 self._depth += 1
+                if self._depth > DEEPEST:
+                    raise self._too_deep()
                 if self.array and self._depth == 1:  # the bracket of the list itself
                     self.line += chunk.count(b"\n", 0, at)
                     taken = at
@@ -246,6 +264,15 @@ class _Cutter:
                     if self.array:
                         self.done = True
                         return
+
+    def _too_deep(self) -> BadData:
+        error = BadData(
+            f"The JSON is nested more than {DEEPEST:,} levels deep: brackets are opened and never closed.",
+            way_out="Close them, or write one row on each line as .jsonl.",
+            param="file",
+        )
+        error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}  # type: ignore[attr-defined]
+        return error
 
     def emit(self, *, always: bool = False) -> Iterator[tuple[int, bytes | None]]:
         if self._buffer or self._too_long or always:
