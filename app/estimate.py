@@ -18,6 +18,8 @@ from app.strategies import Strategy
 
 FLOOR_CPU_BYTES = 532 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
+SCORES_CPU_BYTES = 140 * 2**20
+"""scikit-learn and scipy, which score classes."""
 FLOOR_CUDA_BYTES = 700 * 2**20
 """What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
 HOLES = 0.15
@@ -213,6 +215,8 @@ def memory_of(
     peak = max(begin + (held.gradients - min(table, held.gradients)) // 2, end)
     weights = held.weights - unused * frozen_bytes
     other = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES + _joined_bytes(shape, strategy, frozen_bytes)
+    if not writes and not machine.cuda and type(strategy).recipe == "gradient":  # the other recipe does without peft instead
+        other += SCORES_CPU_BYTES
     trains = weights + held.optimizer + peak + other
     # Reading float32 files into bf16 holds both for a moment.
     loads = FLOOR_CPU_BYTES + shape.parameters() * (4 + frozen_bytes) if frozen_bytes == 2 and not machine.cuda else 0

@@ -136,18 +136,20 @@ def child(plan: dict[str, Any]) -> dict[str, Any]:
     from app.estimate import estimate
     from app.machine import this_machine
     from app.settings import get_settings
-    from worker import train
+    from worker import frozen, train
     from worker.run import _calibrate
 
     spec, stats = order_of(plan)
     predicted = estimate(spec, stats, this_machine())
+    learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=stats.labels)
     said: dict[str, Any] = {}
 
     def exporting(attempt: Path, spec: Any, model: Any, *rest: Any) -> Any:
         said["trained"] = answers(spec, model)
         return exported(attempt, spec, model, *rest)
 
-    exported, train.export = train.export, exporting
+    exported = train.export
+    train.export = frozen.export = exporting
     attempt = get_settings().folder("runs") / uuid.uuid4().hex / "a1"
     for event in train.train(spec, attempt):
         if isinstance(event, events.Started):
@@ -162,7 +164,7 @@ def child(plan: dict[str, Any]) -> dict[str, Any]:
     lost = finished.forgetting or {}
     return {
         "precision": started.precision,
-        "parameters": {"predicted": predicted.trainable_parameters, "counted": started.trainable_parameters},
+        "parameters": {"predicted": learns, "counted": started.trainable_parameters},
         "memory": {"predicted": predicted.memory_bytes, "measured": measured.peak_memory_bytes, "parts": predicted.memory.model_dump()},
         "seconds": {"predicted": predicted.seconds, "measured": measured.seconds},
         "tokens_per_second": {"predicted": predicted.tokens_per_second, "measured": measured.tokens_per_second},
@@ -192,7 +194,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     for row in rows:
         counter.add(row)
     known = {key: value for key, value in counter.result().items() if key != "token_lengths"}
-    stats = SimpleNamespace(rows=len(rows), characters=len(json.dumps(rows)), **known)
+    stats = SimpleNamespace(rows=len(rows), characters=len(json.dumps(rows)), labels=len({row.get("label") for row in rows}), **known)
     kind = "encoder" if shape.architecture == "encoder" else "dialogue"
     model = ModelRef(id=uuid.UUID(int=1), name=plan["model"], kind=kind, path=f"models/{plan['model']}", revision="0" * 64, shape=shape)
     format_ = "classification" if classes else "chat"

@@ -61,6 +61,9 @@ class FeatureExtraction(Strategy):
             return shape.hidden * labels + labels
         return shape.hidden * self.width + self.width + self.width * labels + labels
 
+    def reaches(self, shape: Shape) -> int:
+        return 0
+
     @classmethod
     def drawing(cls) -> dict[str, Any]:
         return {"layers": ["frozen"] * 6, "head": True}
