@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Float, cast, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from app import comparisons, ids
@@ -78,7 +79,7 @@ def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
     """The scores of each job's best evaluation so far: the one with the least loss, whose checkpoint is kept."""
     loss = cast(Event.data["loss"].astext, Float)
     query = select(Event.job_id, Event.data).where(Event.job_id.in_(keys), Event.type == "evaluated")
-    query = query.distinct(Event.job_id).order_by(Event.job_id, loss)
+    query = query.ext(distinct_on(Event.job_id)).order_by(Event.job_id, loss)
     return {key: _known({**(data.get("metrics") or {}), "loss": data["loss"]}) for key, data in session.execute(query)}
 
 
