@@ -79,7 +79,7 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
         return
     with path.open("rb") as opened:
         packed = filename.lower().endswith(".gz")
-        stream: BinaryIO = Unpacked(gzip.GzipFile(fileobj=opened), path.stat().st_size) if packed else opened  # type: ignore[assignment]
+        stream: BinaryIO = Unpacked(gzip.GzipFile(fileobj=opened), path.stat().st_size, opened) if packed else opened  # type: ignore[assignment]
         try:
             yield from read_stream(stream, kind)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -106,7 +106,7 @@ def read_zip(path: Path) -> Iterator[Raw]:
                 yield from _read_zipped_parquet(archive, member, limit)
                 return
             with archive.open(member) as opened:
-                yield from read_stream(Unpacked(opened, path.stat().st_size), kind_of(inner))  # type: ignore[arg-type]
+                yield from read_stream(Unpacked(opened, path.stat().st_size, archive.fp), kind_of(inner))  # type: ignore[arg-type]
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         what = "is locked with a password" if "password" in str(error) else f"cannot be read: {shown(str(error), 120)}"
         raise BadData(f"The zip file {what}.", way_out="Pack one data file again, without a password.", param="file") from None

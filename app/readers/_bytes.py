@@ -6,7 +6,7 @@ import codecs
 import gzip
 import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from app.errors import BadData
 from app.formats._base import Finding, shown
@@ -15,10 +15,10 @@ from app.readers._base import CHUNK_BYTES, LARGEST_RATIO, MOST_UNPACKED_BYTES, R
 
 
 class Unpacked(io.RawIOBase):
-    """A stream that unpacks, and refuses to become a bomb."""
+    """A stream that unpacks, and refuses to become a bomb. `packed` is the file behind it: how far that was read tells early."""
 
-    def __init__(self, inner: BinaryIO | gzip.GzipFile, packed_bytes: int) -> None:
-        self.inner = inner
+    def __init__(self, inner: BinaryIO | gzip.GzipFile, packed_bytes: int, packed: IO[bytes] | None = None) -> None:
+        self.inner, self.packed = inner, packed
         self.limit = min(MOST_UNPACKED_BYTES, max(packed_bytes * LARGEST_RATIO, 64 << 20))
         self.count = 0
 
@@ -28,9 +28,10 @@ class Unpacked(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         data = self.inner.read(CHUNK_BYTES if size < 0 else min(size, CHUNK_BYTES))
         self.count += len(data)
-        if self.count > self.limit:
+        early = self.packed is not None and self.count > max(64 << 20, self.packed.tell() * LARGEST_RATIO)
+        if early or self.count > self.limit:
             raise BadData(
-                f"The file unpacks to more than {self.limit:,} bytes, over {LARGEST_RATIO} times its size.",
+                f"The file unpacks to more than {min(self.count, self.limit):,} bytes, over {LARGEST_RATIO} times its size.",
                 way_out="This looks like an archive made to fill a disk. Upload the file unpacked.",
                 param="file",
             )
