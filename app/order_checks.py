@@ -11,12 +11,10 @@ from typing import Any
 from app.errors import BadField
 from app.formats._base import shown
 from app.shapes import Shape
-from app.spec import JobSpec, RunSettings
+from app.spec import MOST_CLASSES, JobSpec, RunSettings
 from app.strategies import Strategy
 from app.tables import Dataset
 
-MOST_CLASSES = 5000
-"""Classes that one classifier learns at most."""
 LEAST_ROOM = 4
 """Tokens of a row that must fit beside a strategy's learnt ones, or there is nothing to learn from."""
 NAMED = 5

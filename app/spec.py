@@ -14,6 +14,10 @@ Task = Literal["generation", "classification", "preference"]
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
 
 
+MOST_CLASSES = 5000
+"""Labels that a classifier learns at most: a column that names every row is no label."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

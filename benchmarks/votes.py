@@ -102,7 +102,11 @@ def run(client: Any, votes: int, epochs: float) -> dict[str, Any]:
         training_file="",
         suffix="straight",
         method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": epochs}}},
-        extra_body={"dataset_id": made["id"], "strategy": {"name": "lora", "rank": 8}, "run": {"samples": 0, "forgetting": False, "max_tokens_per_step": 512}},
+        extra_body={
+            "dataset_id": made["id"],
+            "strategy": {"name": "lora", "rank": 8},
+            "run": {"samples": 0, "forgetting": False, "max_tokens_per_step": 512},
+        },
     )
     seen: dict[int, dict[str, Any]] = {}
     while True:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from app import events
 from app.errors import BadData
-from app.spec import JobSpec
+from app.spec import MOST_CLASSES, JobSpec
 from worker import attention, batches
 from worker.batches import BadRow, Row, Tokenised
 from worker.checkpoint import State
@@ -22,8 +22,6 @@ from worker.evaluate import evaluating
 from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, body_of, remarks_on
 from worker.pack import best_fit
 from worker.scores import classification_scores, prior_scores
-
-MOST_LABELS = 5000
 
 
 class Labelled(NamedTuple):
@@ -51,9 +49,9 @@ def read_labelled(spec: JobSpec) -> Labelled:
             f"All {len(rows)} rows have the label “{labels[0]}”, so there is nothing to tell apart.",
             way_out="Add rows of another class, or check which column holds the label.",
         )
-    if len(labels) > MOST_LABELS:
+    if len(labels) > MOST_CLASSES:
         raise BadData(
-            f"The rows have {len(labels)} different labels; a classifier learns at most {MOST_LABELS}.",
+            f"The rows have {len(labels)} different labels; a classifier learns at most {MOST_CLASSES}.",
             way_out="Check which column holds the label: one that names every row is none.",
         )
     if spec.validation is None:

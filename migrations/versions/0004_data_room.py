@@ -26,9 +26,7 @@ def upgrade() -> None:
         sa.Column("dataset_id", sa.Uuid(), nullable=False),
         sa.Column("model_id", sa.Uuid(), nullable=True),
         sa.Column("kind", sa.Text(), nullable=False, comment="lengths, rows or split"),
-        sa.Column(
-            "arguments", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False
-        ),
+        sa.Column("arguments", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("question", sa.Text(), nullable=False, comment="SHA-256 over dataset, model, kind and arguments"),
         sa.Column("status", sa.Text(), server_default="waiting", nullable=False, comment="waiting, running, ready or error"),
         sa.Column("result", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True),
