@@ -13,7 +13,7 @@ from app import datasets, files, ids, prompt_runs, prompts, queue
 from app.errors import BadField
 from app.prompts import PromptBody
 from app.tables import Outbox, PromptResult, PromptRun
-from tests.generating import live, register_tiny, start_worker, stop_worker  # noqa: F401
+from tests.generating import _running, live, register_tiny, start_worker, stop_worker  # noqa: F401
 
 COLOURS = ("red", "green", "blue")
 
@@ -263,6 +263,8 @@ def test_in_the_browser_through_a_real_worker(browser_page, live, session, user,
     page.get_by_label("Models").select_option("tiny")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Queued").wait_for()
+    for other in _running:  # one without a database, on the same queue, would take the run
+        stop_worker(other)
     worker = start_worker(data_dir, valkey.url, LUTHIER_DATABASE_URL=os.environ["LUTHIER_DATABASE_URL"])
     try:
         run = session.scalars(select(PromptRun)).one()
