@@ -178,3 +178,23 @@ def test_recurrent_layers_are_no_attention() -> None:
     assert not attention.packs(Hybrid())
     Hybrid.config.layer_types = ["sliding_attention", "full_attention"]
     assert attention.packs(Hybrid())
+
+
+@pytest.mark.parametrize("short", [0, 16, 2**30])
+def test_bf16_attention_is_right_whichever_way_a_length_is_computed(monkeypatch, short: int) -> None:
+    """Short sequences go through float32 and long ones through bf16; values and gradients stay within bf16's rounding."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    torch.manual_seed(0)
+    lengths = [5, 40, 1, 20]
+    wide = [torch.randn(1, heads, sum(lengths), 16, requires_grad=True) for heads in (4, 2, 2)]
+    half = [x.detach().bfloat16().requires_grad_() for x in wide]
+    module = types.SimpleNamespace(is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention.packed_attention(module, *half, None, sequence_lengths=lengths)
+    expected, _ = attention.packed_attention(module, *wide, None, sequence_lengths=lengths)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
+    out.float().square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(half, wide, strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, atol=0.15, rtol=0.1)

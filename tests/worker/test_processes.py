@@ -122,7 +122,8 @@ def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_mo
         pair = Pair(spec, "shared", attempt=2)
         rest = list(pair)
         assert pair.wait() == 0, pair.log.read_text()[-3000:]
-    assert next(e for e in rest if isinstance(e, events.Started)).resumed_from == 1
+    began = next(e for e in rest if isinstance(e, events.Started))
+    assert began.resumed_from and began.resumed_from < began.total_steps
     first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (whole, rest))
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
 
