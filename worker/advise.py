@@ -18,8 +18,8 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from worker.forgetting import PROBE
 from worker.prompts import render_prompt, sample_of
 from worker.scores import text_scores
 from worker.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
+
+if TYPE_CHECKING:
+    from worker.features import Progress  # scikit-learn stands behind it, which most advice does without
 
 ANSWERED = 16
 """Held-out rows that are answered: each is written out twice, which is what takes the time."""
@@ -360,10 +363,8 @@ def _by_vectors(spec: EvaluationSpec, engine: Engine, say: Say, training: Sequen
     names = [label.replace("_", " ").replace("-", " ") for label in labels]
     texts = [*names, *(row.row["text"] for row in examples), *(row.row["text"] for row in asked)]
     longest = min(spec.max_length, spec.model.shape.positions)
-    vectors = embed(
-        reader, load_tokenizer(spec.model), texts, max_length=longest, device=str(engine.device),
-        progress=lambda done, of: say(0.2 + 0.75 * done / of, f"Reading {of} texts"),
-    )  # fmt: skip
+    making = embed(reader, load_tokenizer(spec.model), texts, max_length=longest, device=str(engine.device))
+    vectors = _told(making, lambda done, of: say(0.2 + 0.75 * done / of, f"Reading {of} texts"))
     ours = vectors[len(names) + len(examples) :]
     centres = _centres(vectors[len(names) : len(names) + len(examples)], [labels.index(row.row["label"]) for row in examples], len(labels))
     truth = np.asarray([labels.index(row.row["label"]) for row in asked])
@@ -374,6 +375,16 @@ def _by_vectors(spec: EvaluationSpec, engine: Engine, say: Say, training: Sequen
         "zero_shot": zero, "few_shot": few, "prompted_rows": len(asked), "shots": shots, "chance": _chance(training, asked),
         "how": "vectors", "reason": None,
     }  # fmt: skip
+
+
+def _told(making: Generator[Progress, None, np.ndarray], say: Callable[[int, int], None]) -> np.ndarray:
+    """What the generator returns; after each of its steps `say` is told how many texts are done, and of how many."""
+    while True:
+        try:
+            progress = next(making)
+        except StopIteration as done:
+            return done.value
+        say(progress.done, progress.texts)
 
 
 def _centres(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.ndarray:

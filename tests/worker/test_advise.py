@@ -10,6 +10,7 @@ import torch
 
 from app.evaluations import EvaluationSpec
 from tests.worker.orders import chat_rows, put_dataset, put_model
+from tests.worker.test_classification import put_encoder, texts
 from worker import advise, attention, scoring
 from worker.batches import Row
 from worker.prompts import render_prompt
@@ -77,3 +78,13 @@ def test_plain_texts_hold_no_question(data_dir: Path, tiny_model: Path) -> None:
     spec = EvaluationSpec(kind="advice", task="generation", model=put_model(tiny_model), dataset=data, rows=8, part="validation")
     found = advise.advise(spec, scoring.engine_here(), lambda share, stage: None)
     assert found["zero_shot"] is None and "plain texts" in found["reason"] and found["distance"] > 0
+
+
+def test_an_encoder_is_asked_by_its_vectors(data_dir: Path, tiny_model: Path) -> None:
+    data = put_dataset(texts(40), "classification")
+    spec = EvaluationSpec(kind="advice", task="classification", model=put_encoder(tiny_model), dataset=data, rows=8, part="validation")
+    told: list[tuple[float, str]] = []
+    found = advise.advise(spec, scoring.engine_here(), lambda share, stage: told.append((share, stage)))
+    assert found["how"] == "vectors" and found["distance"] is None and found["reason"] is None
+    assert 0 <= found["zero_shot"]["accuracy"] <= 1 and 0 <= found["few_shot"]["accuracy"] <= 1 and 0 < found["chance"] < 1
+    assert found["shots"] > 1 and told[-1][0] == pytest.approx(0.95) and "texts" in told[-1][1]
