@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app import advisor, datasets, estimate, evaluations, ids, machine, models
+from app import advisor, datasets, estimate, evaluations, ids, machine, models, order_checks
 from app.advisor import Advice, Cost, Facts
 from app.errors import Conflict
 from app.shapes import Shape
@@ -71,7 +71,8 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     measured = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
     result = result_of(measured)
     facts = facts_of(dataset, result)
-    costs = costs_of(resolved.ref, dataset, facts, RunSettings.model_validate(dict(run or {})))
+    why_not = order_checks.why_not_tuned(resolved.ref, facts.task)
+    costs = {} if why_not else costs_of(resolved.ref, dataset, facts, RunSettings.model_validate(dict(run or {})))
     return Advised(
         model=resolved.model.name,
         dataset=dataset.name,
@@ -79,7 +80,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
         facts=facts,
         shown=show(facts, resolved.ref.shape),
         tune=should_tune(facts, result),
-        ranking=advisor.advise(facts, resolved.ref.shape, costs),
+        ranking=advisor.advise(facts, resolved.ref.shape, costs, why_not),
         evaluation=evaluations.to_json(measured) if measured else None,
         how_to_measure=HOW_TO_MEASURE if measured is None or measured.status == "failed" else None,
     )

@@ -94,17 +94,17 @@ class Advice(BaseModel):
     cost: Cost | None = None
 
 
-def advise(facts: Facts, shape: Shape, costs: dict[str, Cost]) -> list[Advice]:
-    """Every strategy, best first; those that cannot run come last, with the reason."""
-    found = [_one(cls(), facts, shape, costs.get(name)) for name, cls in STRATEGIES.items()]
+def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None = None) -> list[Advice]:
+    """Every strategy, best first; those that cannot run come last, with the reason. `why_not` is one that holds for all."""
+    found = [_one(cls(), facts, shape, costs.get(name), why_not) for name, cls in STRATEGIES.items()]
     found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
     if found and found[0].available:
         found[0].advised = True
     return found
 
 
-def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None) -> Advice:
-    why_not = strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
+def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None, why_not: str | None) -> Advice:
+    why_not = why_not or strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
         why_not = (
             f"It needs {_gb(cost.memory_bytes)} and this machine has {_gb(facts.memory_bytes)}. "

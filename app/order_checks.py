@@ -11,8 +11,8 @@ from typing import Any
 from app.errors import BadField
 from app.formats._base import shown
 from app.shapes import Shape
-from app.spec import MOST_CLASSES, JobSpec, RunSettings
-from app.strategies import Strategy
+from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
+from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset
 
 LEAST_ROOM = 4
@@ -53,6 +53,29 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
                 param=validation_param,
                 code="unseen_labels",
             )
+
+
+def refuse_untunable(model: ModelRef, task: str) -> None:
+    """Raises BadField for a model that no strategy can tune further for this task."""
+    if reason := why_not_tuned(model, task):
+        raise BadField(reason, way_out="Tune the model it came from instead.", param="model", code="cannot_be_tuned")
+
+
+def why_not_tuned(model: ModelRef, task: str) -> str | None:
+    """Why no strategy can tune this model for this task; None where some can.
+
+    Further tuning starts from the plain model, so everything it was tuned to must be folded into its weights first.
+    """
+    if model.labels and task != "classification":
+        return f"{model.name} is a classifier: it writes no text, so so it cannot learn to write."
+    if model.labels and model.adapters:
+        return f"{model.name} is a classifier that stands on another model, so it cannot be tuned further."
+    for adapter in model.adapters:
+        cls = STRATEGIES.get(adapter.strategy)
+        if cls is None or not cls.merges:
+            how = cls.title if cls else adapter.strategy
+            return f"{model.name} was made by {how}, which cannot be merged, so it cannot be tuned further."
+    return None
 
 
 def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:

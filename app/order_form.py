@@ -17,13 +17,12 @@ from typing import Any
 import yaml
 from sqlalchemy.orm import Session
 
-from app import ids, jobs, models, orders
+from app import ids, jobs, models, order_checks, orders
 from app.advisor import Advice
 from app.errors import NotFound, StudioError
 from app.forms import Control, Filled, as_text, controls, fill
 from app.orders import JobOrder
-from app.shapes import Shape
-from app.spec import JobSpec, PreferenceSettings, RunSettings, Split
+from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
@@ -91,7 +90,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
         errors["validation"] = _why_not(rows, typed["validation"])
     ranking = ranking_of(session, user, model, dataset)
-    cards = _cards(typed.get("strategy"), task, Shape.model_validate(model.shape) if model and model.shape else None, ranking)
+    cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
     if dataset and (usual := orders.usual_step_tokens(dataset)):
@@ -190,10 +189,18 @@ def ranking_of(session: Session, user: User, model: Model | None, dataset: Datas
         return {}  # the form says itself what is wrong with the model or the data
 
 
-def _cards(wanted: str | None, task: str, shape: Shape | None, ranking: Mapping[str, Advice]) -> list[Card]:
+def _reference(session: Session, model: Model | None) -> ModelRef | None:
+    try:
+        return models.reference(session, model) if model and model.shape else None
+    except StudioError:
+        return None  # a part of it is gone: building the order says so beside the field
+
+
+def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice]) -> list[Card]:
     """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
     cuda = orders.has_gpu()
-    reasons = {name: cls().unavailable(shape, task=task, cuda=cuda) if shape else None for name, cls in STRATEGIES.items()}
+    whole = order_checks.why_not_tuned(model, task) if model else None
+    reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
     advised = [name for name in able if name in ranking and ranking[name].advised]
     chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]

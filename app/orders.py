@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import ids, order_checks
 from app.errors import BadField, StudioError
+from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
@@ -175,6 +176,7 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
     for named, where in ((dataset, param), (validation, validation_param)):
         if named is not None:
             _check_dataset(named, task, where)
+    order_checks.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     order_checks.refuse_labels(task, dataset, validation, param, validation_param)
     return Ground(resolved.ref, dataset, validation, task)
 
@@ -183,7 +185,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
-    reason = strategy.unavailable(model.shape, task=task, cuda=has_gpu())
+    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
     if reason:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset)
@@ -199,6 +201,13 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
         strategy=strategy,
         preference=_preference(order, task, dataset),
     )
+
+
+def why_not(strategy: Strategy, shape: Shape, task: str | None) -> str | None:
+    """Why this strategy cannot tune such a model here; None where it can. Without a task, as while rows are still being read,
+    any task that it can learn will do."""
+    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu()) for one in ((task,) if task else strategy.tasks)]
+    return reasons[0] if all(reasons) else None
 
 
 def reference(dataset: Dataset) -> DatasetRef:
@@ -243,6 +252,10 @@ def _task(order: JobOrder, dataset: Dataset) -> Task:
             param="method.type",
         )
     return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
+
+
+def _task_is_known(order: JobOrder, dataset: Dataset) -> bool:
+    return order.task is not None or dataset.status == "ready" or (order.method is not None and order.method.type == "dpo")
 
 
 def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:

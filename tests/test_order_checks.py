@@ -10,6 +10,7 @@ import pytest
 from app import datasets, files, ids, jobs, orders
 from app.errors import BadField
 from app.orders import JobOrder
+from app.strategies import STRATEGIES
 
 
 @pytest.fixture
@@ -175,3 +176,80 @@ def test_a_classifiers_head_is_counted_among_what_learns(session, user, tiny_reg
     spec = orders.build_spec(session, user, orders.read_order(order_of(read(labelled("card", "cash", "coin")))))
     three, two = (STRATEGIES["dense_head"]().learns(spec.model.shape, task="classification", labels=n) for n in (3, 2))
     assert orders.estimate_of(session, spec)["trainable_parameters"] == three > two
+
+
+@pytest.fixture
+def encoder(session, tiny_registered):
+    """The shape of a small BERT under the name `encoder`; nothing here loads its weights."""
+    from app.tables import Model
+    from tests.strategies.test_every_strategy import ENCODER
+
+    made = Model(
+        name="encoder", title="Encoder", kind="encoder", path=tiny_registered.path, revision="1" * 64, source={"kind": "folder"},
+        license="apache-2.0", shape=ENCODER.model_dump(), bytes=1,
+    )  # fmt: skip
+    session.add(made)
+    session.commit()
+    return made
+
+
+def tuned(session, user, base, strategy: str, labels: list[str] | None = None):
+    from app.tables import Model
+
+    made = Model(
+        owner_id=user.id, name=f"{strategy}-{base.name}", title="Tuned", kind="classifier" if labels else "dialogue", path="runs/x/a1/final",
+        revision="2" * 64, adapter_sha256="3" * 64, source={"from": "job"}, license="apache-2.0", shape=base.shape, bytes=1,
+        base_id=base.id, strategy=strategy, adapter=True, labels=labels,
+    )  # fmt: skip
+    session.add(made)
+    session.commit()
+    return made
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_the_trainer_would_refuse_to_tune_further_is_refused_before(api, client, session, user, tiny_registered, read, strategy):
+    if not STRATEGIES[strategy].adapter:
+        pytest.skip("its result is a whole model")
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    model = tuned(session, user, tiny_registered, strategy)
+    body = order_of(chats, model=model.name, strategy={"name": "lora"})
+    if STRATEGIES[strategy].merges:
+        assert orders.build_spec(session, user, orders.read_order(body)).model.adapters
+        return
+    error = refused(session, user, body)
+    assert error.code == "cannot_be_tuned" and error.param == "model" and "cannot be merged" in error.message
+    assert api.post("/v1/fine_tuning/jobs", json=body).json()["error"]["code"] == "cannot_be_tuned"
+    ranking = api.post("/v1/advice", json={"model": model.name, "dataset_id": body["dataset_id"]}).json()["ranking"]
+    assert not any(a["available"] for a in ranking) and all(a["reason"] == error.message for a in ranking)
+    page = client.get("/jobs/new", params={"model": model.name, "dataset": body["dataset_id"], "strategy": "lora"})
+    assert error.message in html.unescape(page.text) and "disabled>Start" in page.text
+    listed = api.get("/v1/strategies", params={"model": model.name}).json()["data"]
+    assert not any(one["available"] for one in listed)
+
+
+def test_a_classifier_adapter_is_not_tuned_further(session, user, tiny_registered, read):
+    model = tuned(session, user, tiny_registered, "lora", labels=["card", "cash"])
+    error = refused(session, user, order_of(read(labelled("card", "cash")), model=model.name))
+    assert error.code == "cannot_be_tuned" and "stands on another model" in error.message
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    assert "writes no text" in refused(session, user, order_of(chats, model=model.name, strategy={"name": "lora"})).message
+
+
+def test_an_encoder_is_refused_and_not_advised_for_text(api, session, user, encoder, read):
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    body = order_of(chats, model="encoder", strategy={"name": "lora"})
+    error = refused(session, user, body)
+    assert error.code == "strategy_unavailable" and "writes no text" in error.message
+    ranking = api.post("/v1/advice", json={"model": "encoder", "dataset_id": body["dataset_id"]}).json()["ranking"]
+    assert not any(a["available"] for a in ranking)
+    kinds = order_of(read(labelled("card", "cash")), model="encoder", strategy={"name": "lora"})
+    assert orders.build_spec(session, user, orders.read_order(kinds)).task == "classification"
+
+
+def test_rows_still_being_read_may_turn_out_to_be_labelled(session, user, encoder, data_dir):
+    file = files.add_bytes(session, user, b'{"text": "a", "label": "b"}', "later.jsonl", "fine-tune")
+    session.flush()
+    dataset = datasets.create(session, user, file)
+    session.commit()
+    body = {"model": "encoder", "dataset_id": ids.public(ids.DATASET, dataset.id), "strategy": {"name": "lora"}}
+    assert orders.build_spec(session, user, orders.read_order(body))

@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app import advice, datasets, ids, models, orders
+from app import advice, datasets, ids, models, order_checks, orders
 from app.accounts import CurrentUser
 from app.advisor import Advice
 from app.db import Db
-from app.shapes import Shape
+from app.spec import ModelRef
 from app.strategies import STRATEGIES, Strategy
 
 api = APIRouter(prefix="/v1")
@@ -28,10 +28,11 @@ def list_strategies(session: Db, user: CurrentUser, model: str | None = None, da
     ranking = {}
     if chosen is not None and data is not None and data.status == "ready" and task == data.task:
         ranking = {a.strategy: a for a in advice.advise(session, user, chosen.model.name, data).ranking}
-    shape = chosen.ref.shape if chosen else None
     return {
         "object": "list",
-        "data": [strategy_json(cls, shape, task) | _advised(ranking.get(name)) for name, cls in STRATEGIES.items()],
+        "data": [
+            strategy_json(cls, chosen.ref if chosen else None, task) | _advised(ranking.get(name)) for name, cls in STRATEGIES.items()
+        ],
         "has_more": False,
     }
 
@@ -44,10 +45,10 @@ def _advised(found: Advice | None) -> Json:
     return {"available": found.available, "reason": found.reason, "advised": found.advised, "cost": cost}
 
 
-def strategy_json(cls: type[Strategy], shape: Shape | None = None, task: str | None = None) -> Json:
+def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str | None = None) -> Json:
     reason = None
-    if shape is not None:
-        reason = cls().unavailable(shape, task=task or cls.tasks[0], cuda=orders.has_gpu())
+    if model is not None:
+        reason = order_checks.why_not_tuned(model, task or "classification") or orders.why_not(cls(), model.shape, task)
     elif task is not None and task not in cls.tasks:
         reason = f"{cls.title} does not learn the task {task}; it learns {' and '.join(cls.tasks)}."
     return {

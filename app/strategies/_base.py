@@ -107,6 +107,8 @@ class Strategy(BaseModel, ABC):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         """Why this model or machine cannot run it, in a sentence that ends with a way out; None when it can."""
+        if task != "classification" and shape.architecture == "encoder":
+            return "An encoder writes no text. Choose a dataset with labels, or a decoder."
         if task not in self.tasks:
             return f"{self.title} does not learn the task {task}; it learns {' and '.join(self.tasks)}."
         return None

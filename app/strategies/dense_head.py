@@ -53,11 +53,6 @@ class DenseHead(Added):
     def reaches(self, shape: Shape) -> int:
         return 0
 
-    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
-        if task != "classification" and shape.architecture == "encoder":
-            return "An encoder writes no text. Choose a dataset with labels, or a decoder."
-        return super().unavailable(shape, task=task, cuda=cuda)
-
     @classmethod
     def drawing(cls) -> dict[str, Any]:
         return {"layers": ["frozen"] * 6, "head": True}

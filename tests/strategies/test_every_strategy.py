@@ -160,3 +160,15 @@ def test_loading_leaves_the_base_alone(name: str, tiny_model: Path, tokenizer, s
     kept = [(p, p.detach().clone()) for p in base.parameters()]
     strategy.load(base, tmp_path)
     assert all(torch.equal(p, before) for p, before in kept)
+
+
+ENCODER = shape_of(
+    {"model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "vocab_size": 512, "max_position_embeddings": 128, "type_vocab_size": 2}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("task", ["generation", "preference"])
+def test_an_encoder_is_never_taught_to_write(name: str, task: str) -> None:
+    assert STRATEGIES[name]().unavailable(ENCODER, task=task, cuda=True)
