@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from app import studio
+from app import ids, studio
 from app.accounts import CurrentUser
 from app.db import Db
 from app.web import render
@@ -18,5 +18,13 @@ def overview(request: Request, user: CurrentUser, session: Db) -> Response:
     troubles = [duty for duty in studio.duties() if not duty.alive]
     bad = [check for check in studio.checks(session) if not check.good]
     return render(
-        request, "overview.html", steps=seen.steps, jobs=seen.jobs, datasets=seen.datasets, models=seen.models, troubles=troubles, bad=bad
+        request,
+        "overview.html",
+        steps=seen.steps,
+        jobs=seen.jobs,
+        datasets=seen.datasets,
+        models=seen.models,
+        troubles=troubles,
+        bad=bad,
+        ids=ids,
     )
