@@ -261,6 +261,12 @@ def check_folder(path: str, revision: str | None, name: str) -> None:
 def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
     """Switch the model's attention to the slot cache, or say that its architecture has none."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner.config, "use_bidirectional_attention", False):
+        raise DoesNotFit(
+            f"{ref.name} reads in both directions, so it cannot write one token after the other.",
+            way_out="Choose a model that reads forwards only.",
+            param="model",
+        )
     shared = getattr(inner.config, "num_kv_shared_layers", 0)
     if inner._supports_attention_backend and not shared:
         inner.set_attn_implementation(ATTENTION)
