@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from app import errors
@@ -28,6 +28,9 @@ _WAYS_OUT = {
 }
 
 
+NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Take it out and send the request again.")
+
+
 def fault_of(error: Exception) -> StudioError:
     """The StudioError that says what happened. What nobody foresaw becomes a plain 500 that tells nothing private."""
     match error:
@@ -39,6 +42,8 @@ def fault_of(error: Exception) -> StudioError:
             return _bad_field(error.errors(include_url=False))
         case HTTPException():
             return _from_http(error)
+        case DataError() if "NUL" in str(error.orig):
+            return NUL
         case OperationalError() | InterfaceError() | TimeoutError():
             return Unavailable(
                 "The database does not answer.", way_out="Nothing is lost. Wait a moment and try again.", code="database_away"

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session
 
 from app.settings import get_settings
+from app.storable import to_json
 
 _AFTER = "luthier_after_commit"
 
@@ -26,7 +27,7 @@ def get_engine() -> Engine:
     url = get_settings().database_url
     if not url:
         raise RuntimeError("LUTHIER_DATABASE_URL is not set. Start the studio with `luthier up`, or point it at a PostgreSQL.")
-    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, pool_recycle=1800)
+    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, pool_recycle=1800, json_serializer=to_json)
 
 
 def on_commit(session: Session, action: Callable[[], object]) -> None:

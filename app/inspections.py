@@ -149,7 +149,7 @@ def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] |
     found = session.scalar(select(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").with_for_update())
     if found is None:
         return
-    found.result = json.loads(json.dumps(result).replace("\\u0000", "")) if result is not None else None
+    found.result = result
     found.error = error
     found.status, found.lease_until = ("ready" if error is None else "error"), None
 

@@ -22,12 +22,13 @@ from app.errors import BadData
 from app.formats import Finding, Format
 from app.formats._base import Row, columns_of, shown
 from app.readers import Raw
-from app.report import Report
+from app.report import MOST_COLUMN_CHARACTERS, Report
 
-VERSION = 3
+VERSION = 4
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
+MOST_COLUMNS = 10_000
 BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
 Say = Any
 CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
@@ -82,7 +83,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
         "good_rows": report.good,
         "sha256": rows.sha256,
         "report": report.result()
-        | {"reason": reason, "other_formats": others, "columns": columns_of(sample), "version": VERSION}
+        | {"reason": reason, "other_formats": others, "columns": _shown_columns(sample), "version": VERSION}
         | counted.get("report", {}),
         "lengths": counted.get("lengths"),
     }
@@ -160,6 +161,11 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         )
     entry, guess = ranked[0]
     return entry, guess.mapping, guess.reason, others[1:]
+
+
+def _shown_columns(sample: list[Row]) -> list[str]:
+    """Names to choose columns by; one longer than a line of text is a cell that slipped into the header."""
+    return [column for column in columns_of(sample) if len(column) <= MOST_COLUMN_CHARACTERS][:MOST_COLUMNS]
 
 
 def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -> None:

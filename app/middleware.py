@@ -174,12 +174,15 @@ def _foreign(request: Request) -> bool:
 
 
 class Body:
-    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
+    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large. An address holds no NUL."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (b"%00" in scope["query_string"] or "\0" in scope["path"]):
+            await _refuse(scope, receive, send, answers.NUL)
+            return
         if scope["type"] != "http" or scope["method"] in SAFE:
             await self.app(scope, receive, send)
             return

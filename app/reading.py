@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from app import db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
 from app.errors import BadData, StudioError
 from app.settings import get_settings
+from app.storable import storable
 from app.tables import Dataset, File, Finding, Model, Outbox, User
 
 MOST_DEATHS = 3
@@ -235,8 +236,8 @@ def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     details = {"file": file.filename if file else dataset.name, "line": None} | (error.get("details") or {})
     dataset.status, dataset.lease_until, dataset.progress = "error", None, None
-    dataset.error = json.loads(json.dumps({key: error.get(key) for key in ("code", "message", "way_out")} | details).replace("\\u0000", ""))
-    _settle(session, dataset, "error", dataset.error["message"] if dataset.error else None)
+    dataset.error = {key: error.get(key) for key in ("code", "message", "way_out")} | details
+    _settle(session, dataset, "error", storable(error.get("message")))
 
 
 def _settle(session: Session, dataset: Dataset, file_status: str, details: str | None) -> None:

@@ -15,10 +15,14 @@ from app.formats import Finding, Format
 from app.formats._base import Row, fix, shown
 from app.readers import Raw
 from app.rules._base import seen
+from app.storable import shortened, storable
 
 MOST_FINDINGS_PER_RULE = 5000
 """Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
-PREVIEW_ROWS, PREVIEW_CHARACTERS = 50, 4000
+PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
+"""What a report shows of the first rows, as bytes of JSON: all of them, and one."""
+MOST_LABELS, LABEL_CHARACTERS = 1000, 200
+MOST_COLUMN_CHARACTERS = 300
 MOST_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
 
@@ -42,6 +46,7 @@ class Report:
         self.labels: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
         self.preview: list[dict[str, Any]] = []
+        self._room = PREVIEW_BYTES
         self._seen: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
 
@@ -85,7 +90,9 @@ class Report:
                 kept.append(line)
         if entry["count"] <= MOST_FINDINGS_PER_RULE:
             value = None if finding.value is None else shown(finding.value)
-            self.say({"finding": {"line": line, **finding._asdict(), "value": value, "message": shown(finding.message, 600)}})
+            column = None if finding.column is None else shown(finding.column, MOST_COLUMN_CHARACTERS)
+            told = {**finding._asdict(), "column": column, "value": value, "message": shown(finding.message, 600)}
+            self.say({"finding": {"line": line, **told}})
 
     def count(self, row: Row, text: str, line: int) -> None:
         """Add a good row to the counts, and look at its texts."""
@@ -99,8 +106,10 @@ class Report:
         if "messages" in row:
             self.roles.update(message["role"] for message in row["messages"])
             self.turns[len(row["messages"])] += 1
-        if "label" in row and (row["label"] in self.labels or len(self.labels) < 20_000):
-            self.labels[row["label"]] += 1
+        if "label" in row:
+            label = _name(row["label"])
+            if label in self.labels or len(self.labels) < 20_000:
+                self.labels[label] += 1
         elif "good" in row:
             self.labels["good" if row["good"] else "bad"] += 1
         asked, answered = prompt_and_answer(row)
@@ -108,8 +117,10 @@ class Report:
         one = seen(line, row, parts, asked, answered)
         for rule in self._rules:
             rule.see(one)
-        if len(self.preview) < PREVIEW_ROWS:
-            self.preview.append({"line": line, "row": _short(row)})
+        if len(self.preview) < PREVIEW_ROWS and self._room > 0:
+            short, cut = shortened(row, min(PREVIEW_ROW_BYTES, self._room))
+            self._room -= len(json.dumps(short, ensure_ascii=False))
+            self.preview.append({"line": line, "row": short, **({"cut": True} if cut else {})})
 
     def _look_at(self, line: int, column: str, part: str) -> None:
         found = CONTROL.search(part)
@@ -201,7 +212,7 @@ class Report:
             "lengths": [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(self.lengths.items())],
             "roles": dict(self.roles.most_common()),
             "turns": sorted(self.turns.items())[:200],
-            "labels": dict(self.labels.most_common(1000)),
+            "labels": dict(self.labels.most_common(MOST_LABELS)),
             "label_count": len(self.labels),
             "preview": self.preview,
         }
@@ -237,13 +248,6 @@ def _fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _short(value: Any) -> Any:
-    """A row to show: long texts cut, and without what Postgres cannot hold."""
-    if isinstance(value, str):
-        text = value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-        return text if len(text) <= PREVIEW_CHARACTERS else text[:PREVIEW_CHARACTERS] + "…"
-    if isinstance(value, list):
-        return [_short(item) for item in value[:100]]
-    if isinstance(value, dict):
-        return {_short(str(key)): _short(item) for key, item in list(value.items())[:100]}
-    return value
+def _name(label: str) -> str:
+    """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
+    return storable(label) if len(label) <= LABEL_CHARACTERS else storable(f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})")

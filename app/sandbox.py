@@ -4,7 +4,7 @@
 
 The child sets its own limits before it imports anything else, sees an almost empty environment and a temporary folder
 of its own, and speaks JSON lines on its standard output: any number of messages, then what it spent (`{"peak_bytes",
-"cpu_seconds"}`), and one result or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that
+"cpu_seconds"}`), and that its result lies in a file of its folder, or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that
 says which; the caller is never harmed.
 """
 
@@ -19,6 +19,7 @@ import os
 import resource
 import selectors
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,9 @@ Message = dict[str, Any]
 Say = Callable[[Message], None]
 
 LONGEST_MESSAGE_BYTES = 4 << 20
+LONGEST_RESULT_BYTES = 256 << 20
+"""A result comes by file, not by line: one row of the largest kind, every character of it escaped, fits."""
+_RESULT = "result.json"
 _OUT_OF_MEMORY, _OUT_OF_TIME, _FILE_TOO_LARGE, _CRASHED = "out_of_memory", "out_of_time", "file_too_large", "crashed"
 
 
@@ -93,7 +97,7 @@ def run(
         finally:
             if process.poll() is None:
                 _kill(process)
-        return _judge(outcome, code, limits, stderr)
+        return _judge(outcome, code, limits, stderr, Path(own))
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -152,14 +156,14 @@ def _listen(process: subprocess.Popen[bytes], limits: Limits, on_message: Say, k
                     on_message(message)
 
 
-def _judge(outcome: Message | None, code: int, limits: Limits, stderr: IO[bytes]) -> Any:
+def _judge(outcome: Message | None, code: int, limits: Limits, stderr: IO[bytes], own: Path) -> Any:
     if outcome is not None and "error" in outcome:
         error = outcome["error"]
         if error.get("kind"):
             raise Killed(error["kind"], _words(error["kind"], limits))
         raise Refused(error)
     if outcome is not None and code == 0:
-        return outcome["result"]
+        return _result(own)
     kind = {-signal.SIGXCPU: _OUT_OF_TIME, -signal.SIGXFSZ: _FILE_TOO_LARGE, -signal.SIGKILL: _OUT_OF_MEMORY}.get(code, _CRASHED)
     stderr.seek(0, os.SEEK_END)
     stderr.seek(max(0, stderr.tell() - 4000))
@@ -167,6 +171,16 @@ def _judge(outcome: Message | None, code: int, limits: Limits, stderr: IO[bytes]
     if kind == _CRASHED and any("memory" in line.lower() or "bad_alloc" in line for line in said[-5:]):
         kind = _OUT_OF_MEMORY
     raise Killed(kind, _words(kind, limits) + (f" Its last words: {said[-1][:300]}" if said and kind == _CRASHED else ""))
+
+
+def _result(own: Path) -> Any:
+    """What the child left in its folder: a plain file and no link, because the child has read bytes of anybody's."""
+    handle = os.open(own / _RESULT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        data = file.read(LONGEST_RESULT_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
+    if len(data) > LONGEST_RESULT_BYTES:
+        raise Killed(_CRASHED, f"What it found is larger than {LONGEST_RESULT_BYTES >> 20} MiB.")
+    return json.loads(data)
 
 
 def _words(kind: str, limits: Limits) -> str:
@@ -206,7 +220,7 @@ def _limit(limits: Limits) -> None:
 def main() -> int:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not break the protocol
-    request = json.loads(sys.stdin.buffer.read())
+    request, leave = json.loads(sys.stdin.buffer.read()), Path.cwd() / _RESULT
     _limit(Limits(**request["limits"]))
 
     def say(message: Message) -> None:
@@ -216,6 +230,7 @@ def main() -> int:
     try:
         module, _, name = sys.argv[1].partition(":")
         result = getattr(importlib.import_module(module), name)(request["payload"], say)
+        leave.write_text(json.dumps(result))
     except MemoryError:
         say(_spent())
         say({"error": {"kind": _OUT_OF_MEMORY}})
@@ -234,7 +249,7 @@ def main() -> int:
         say({"error": {"message": error.message, "way_out": error.way_out, "code": error.code, "details": getattr(error, "details", {})}})
         return 1
     say(_spent())
-    say({"result": result})
+    say({"result": True})
     return 0
 
 

@@ -15,6 +15,7 @@ from app import datasets, edits, formats, ids
 from app.errors import BadField, Conflict
 from app.reading import lines_path
 from app.settings import get_settings
+from app.storable import DEEPEST, too_deep
 from app.tables import Dataset, Finding, User
 
 _OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
@@ -98,10 +99,13 @@ def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: st
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadField(f"The row is not valid JSON: {error}.", way_out="Mend the text and save again.", param="row") from None
+    if too_deep(row):
+        message = f"The row is nested deeper than {DEEPEST} levels."
+        raise BadField(message, way_out="Flatten it and save again.", param="row")
     for found in edits.check_normalised(row, formats.get(dataset.format).shape):
         if found.severity == "error":
             raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
-    edit = {"operation": "replace", "lines": [line], "row": _clean(row)}
+    edit = {"operation": "replace", "lines": [line], "row": row}
     return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
 
 
@@ -136,11 +140,6 @@ def next_number(session: Session, dataset: Dataset) -> int:
 
 def _named(lines: Sequence[int]) -> dict[str, Any]:
     return {"lines": list(lines)} if len(lines) <= 20 else {"count": len(lines)}
-
-
-def _clean(value: Any) -> Any:
-    """Without what Postgres cannot hold."""
-    return json.loads(json.dumps(value).replace("\\u0000", ""))
 
 
 def describe(dataset: Dataset) -> str:

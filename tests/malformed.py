@@ -86,6 +86,11 @@ LINES: dict[str, tuple[str | bytes, str]] = {
     "not a number": ('{"messages": NaN}', "not_a_number"),
     "infinity": ('{"messages": [Infinity]}', "not_a_number"),
     "minus infinity": ('{"messages": -Infinity}', "not_a_number"),
+    "a number without end": ('{"messages": [], "weight": 1e999}', "not_a_number"),
+    "a NUL in a key": (r'{"messages": [], "a\u0000b": 1}', "nul"),
+    "200 brackets": ('{"a": ' + "[" * 200 + "]" * 200 + "}", "too_deep"),
+    "600 brackets": ('{"a": ' + "[" * 600 + "]" * 600 + "}", "too_deep"),
+    "980 objects": ('{"a":' * 980 + "1" + "}" * 980, "too_deep"),
     "half an emoji": (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "lone_surrogate"),
     "the other half": (r'{"messages": [{"role": "user", "content": "\ude00 x"}]}', "lone_surrogate"),
     "half an emoji in a key": (r'{"\ud83d": 1}', "lone_surrogate"),
@@ -346,6 +351,11 @@ def parquets() -> Iterator[Case]:
     yield Case("empty cells / x.parquet", _parquet({"text": ["a", None] * 9, "label": ["x", "y"] * 9}), "empty", 2)
     yield Case("lists for texts / x.parquet", _parquet({"text": [["a"], ["b"]] * 9, "label": ["x", "y"] * 9}), "wrong_shape", 1)
     yield Case("bytes that are no text / x.parquet", _parquet({"text": [b"\xff\xfe", b"ok"] * 9, "label": ["x", "y"] * 9}), "duplicate")
+    yield Case(
+        "numbers without end / x.parquet",
+        _parquet({"text": ["a", "b"] * 9, "label": ["x", "y"] * 9, "n": [float("inf")] * 18}),
+        "duplicate",
+    )
     yield Case("a Parquet packed as gz / x.parquet.gz", gzip.compress(good), "error", 1)
     yield Case("a dictionary bomb of 40 GB / x.parquet", _parquet_bomb, "error")
     yield Case("an Arrow file / x.parquet", b"ARROW1\0\0" + bytes(200) + b"ARROW1", "error", 1)
@@ -444,6 +454,10 @@ def rows() -> Iterator[Case]:
         ("no text", {"label": "x"}, "empty"),
     ):
         yield Case(f"{name} / labels.jsonl", others({"text": "A text", "label": "x"}, bad), rule, 3)
+    yield Case(
+        "a NUL in a label / labels.jsonl", others({"text": "A text", "label": "x"}, {"text": "a", "label": "x\0y"}), "wrong_label", 3
+    )
+    yield Case("a cell 600 deep / cells.csv", f'messages,tools\n"{"[" * 600 + "]" * 600}",x\n'.encode(), "wrong_shape", 2)
     yield Case("two rows / chat.jsonl", "\n".join(GOOD[:2]).encode(), "few_rows")
 
 

@@ -203,6 +203,32 @@ def test_text_that_postgres_cannot_hold_is_shown_another_way(session, make):
     assert {rule["rule"] for rule in datasets.rules(dataset)} == {"control_character", "template_marker", "wrong_shape"}
 
 
+def test_long_conversations_are_read_and_their_preview_is_cut(session, make):
+    turns = [{"role": role, "content": f"{role} " * 700} for role in ("user", "assistant")] * 20
+    long = "".join(json.dumps({"messages": [{**turns[0], "content": f"{n}"}, *turns[1:]]}) + "\n" for n in range(60))
+    dataset = read(session, make(long))
+    assert len(long) > 5_000_000 and (dataset.status, dataset.good_rows) == ("ready", 60)
+    preview = dataset.report["preview"]
+    assert preview[0]["cut"] and len(json.dumps(preview)) < 300_000 and len(datasets.preview(dataset)[0]["messages"]) > 10
+
+
+def test_labels_of_any_length_stay_apart_in_the_report(session, make):
+    rows = "".join(json.dumps({"text": f"text {n}", "label": "l" * 30_000 + str(n % 200)}) + "\n" for n in range(400))
+    dataset = read(session, make(rows, format="classification"))
+    assert dataset.status == "ready" and dataset.report["label_count"] == 200
+    assert len(dataset.report["labels"]) == 200 and len(json.dumps(dataset.report)) < 1_000_000
+
+
+def test_the_database_takes_what_json_allows_and_it_does_not(session, make):
+    """NUL, half a character, and a number without end: refused rows, one good one, and a report that is stored."""
+    odd = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\\\u0000 is how to write it"}], "n": 1e999}\n'
+    dataset = read(session, make(rows(12) + odd + odd.replace("1e999", '["x\\u0000", 2.5]')))
+    assert (dataset.status, dataset.rows, dataset.good_rows) == ("ready", 14, 13)
+    assert {rule["rule"] for rule in datasets.rules(dataset)} == {"not_a_number"}
+    assert dataset.report["preview"][-1]["row"]["metadata"]["n"] == ["x\ufffd", 2.5]
+    assert dataset.report["preview"][-1]["row"]["messages"][1]["content"] == "\\u0000 is how to write it"
+
+
 def test_equal_bytes_are_not_read_twice_unless_wanted_otherwise(session, user, make):
     first = read(session, make(rows(20) + "{bad\n"))
     second = make(rows(20) + "{bad\n")

@@ -15,7 +15,7 @@ from app.settings import PROJECT
 HEAVY = ("torch", "transformers", "peft", "accelerate")
 WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
 
-GROUND = {"settings", "errors", "ids", "events", "tables", "shapes"}
+GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
 PURE = {"spec", "estimate", "advisor", "progress"}
 HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "watch"}

@@ -17,6 +17,10 @@ def double(payload, say):
     return {"twice": payload["n"] * 2, "environment": dict(os.environ), "folder": os.getcwd()}
 
 
+def much(payload, say):
+    return ["x" * 1000] * 12_000
+
+
 def refuse(payload, say):
     raise BadData("It is wrong.", way_out="Mend it.")
 
@@ -62,6 +66,10 @@ def test_messages_then_a_result_with_an_empty_environment_and_no_trace_left(tmp_
     assert not any("LUTHIER" in name for name in result["environment"])
     assert result["folder"].startswith(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_may_be_larger_than_any_message(tmp_path):
+    assert len(run("much", tmp_path)) == 12_000 and sandbox.LONGEST_MESSAGE_BYTES < 12_000_000
 
 
 def test_a_refusal_keeps_its_words(tmp_path):

@@ -21,6 +21,7 @@ from app.errors import BadData
 from app.formats import Finding
 from app.formats._base import Severity, fix
 from app.formats.preference import conversation_with
+from app.storable import shortened
 from worker.light import LightTokenizer
 from worker.pack import plan
 from worker.prompts import prepare_tokenizer, render_row
@@ -29,6 +30,7 @@ from worker.rendering import Length, Renderer, counts_of, length_of
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ALL = 1 << 30
 MOST_TOKENS_SHOWN = 3000
+SHOWN_ROW_BYTES = 64 << 10
 MOST_FINDINGS = 2000
 Say = Callable[[dict[str, Any]], None]
 AddFinding = Callable[[int, Finding], None]
@@ -203,13 +205,16 @@ def _at(cutoff: int, total: array[int], first: array[int]) -> dict[str, Any]:
 
 def rows(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     """A few rows to look at, token by token when there is a `tokenizer`. `payload`: rows, count, cutoff, kind, and which
-    rows: `lines` (in this order), or those from number `skip` on that hold the text `search`."""
+    rows: `lines` (in this order), or those from number `skip` on that hold the text `search`. A long row is cut, and says so
+    with `cut_for_show`, unless `whole` asks for all of it."""
     tokenizer = open_tokenizer(Path(payload["tokenizer"])) if payload.get("tokenizer") else None
     found, matches = _choose(payload)
     shown = []
     for line, text in found:
         row = json.loads(text)
-        shown.append({"line": line, "row": row, **(_look(tokenizer, row, payload) if tokenizer else {})})
+        short, cut = (row, False) if payload.get("whole") else shortened(row, SHOWN_ROW_BYTES)
+        said = {"cut_for_show": True} if cut else {}
+        shown.append({"line": line, "row": short, **said, **(_look(tokenizer, row, payload) if tokenizer else {})})
     return {"rows": shown, "matches": matches}
 
 

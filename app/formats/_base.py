@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from app.storable import DEEPEST, finite, too_deep
+
 Severity = Literal["error", "warning", "note"]
 Row = dict[str, Any]
 Columns = Mapping[str, str]
@@ -153,7 +155,11 @@ def parsed(value: Any) -> Any:
     """A list that a CSV or Parquet cell carries as JSON text; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            inner = _cell.decode(value.strip())
         except (ValueError, RecursionError):
             return value
+        return value if value.count("[") + value.count("{") > DEEPEST and too_deep(inner) else inner
     return value
+
+
+_cell = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from app.readers import _base
 from app.readers._base import Raw
 from app.readers._bytes import chain, lines_of, text_of_line, too_long
 from app.readers._repair import LABELS, offer, repaired, windows_text
+from app.storable import DEEPEST, too_deep
 
 
 class _Odd(ValueError):
@@ -38,7 +40,15 @@ def _constant(name: str) -> Any:
     raise _Odd(Finding("not_a_number", f"{name} is not JSON. Write null or a number.", value=name))
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        text = f"{shown(digits, 40)} is larger than a number can be here. Write null, a smaller number, or a text."
+        raise _Odd(Finding("not_a_number", text, value=shown(digits, 60)))
+    return number
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
 _surrogates = re.compile("[\ud800-\udfff]")
 
 
@@ -49,7 +59,7 @@ def parse_json(text: str) -> Row | Finding:
     except _Odd as odd:
         return odd.finding
     except RecursionError:
-        return Finding("too_deep", "This JSON is nested deeper than can be read. Flatten it.", value=shown(text, 60))
+        return _too_deep(text)
     except json.JSONDecodeError as error:
         return Finding(
             "invalid_json",
@@ -63,9 +73,15 @@ def parse_json(text: str) -> Row | Finding:
         kind = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
         message = f"A row must be an object, and this is {kind}. Name its columns, as in {{“prompt”: …, “completion”: …}}."
         return Finding("wrong_shape", message, value=shown(value, 120))
-    if "\\u" in text.lower() and (found := _lone_surrogate(value)):
+    if text.count("[") + text.count("{") > DEEPEST and too_deep(value):
+        return _too_deep(text)
+    if "\\u" in text and (found := _unwritable(value)):
         return found
     return value
+
+
+def _too_deep(text: str) -> Finding:
+    return Finding("too_deep", f"This JSON is nested deeper than {DEEPEST} levels. Flatten it.", value=shown(text, 60))
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
@@ -95,7 +111,8 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     return "Each line must be one object in braces, as Python's json.dumps writes it."
 
 
-def _lone_surrogate(value: Any, column: str = "") -> Finding | None:
+def _unwritable(value: Any, column: str = "") -> Finding | None:
+    """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out."""
     if isinstance(value, str):
         found = _surrogates.search(value)
         return found and Finding(
@@ -106,12 +123,15 @@ def _lone_surrogate(value: Any, column: str = "") -> Finding | None:
         )
     if isinstance(value, dict):
         pairs = [(item, f"{column}.{shown(key, 60)}" if column else shown(key, 60)) for key, item in value.items()]
+        if nul := next((key for key in value if "\0" in key), None):
+            text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Take it out."
+            return Finding("nul", text, column or None, shown(nul, 60))
         pairs += [(key, column) for key in value]
     elif isinstance(value, list):
         pairs = [(item, f"{column}[{index}]") for index, item in enumerate(value)]
     else:
         return None
-    return next((finding for item, at in pairs if (finding := _lone_surrogate(item, at))), None)
+    return next((finding for item, at in pairs if (finding := _unwritable(item, at))), None)
 
 
 def _row(line: int, data: bytes) -> Raw:
@@ -194,7 +214,7 @@ def _cut_row(line: int, data: bytes | None) -> Raw:
 
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _BACKSLASH = ord("\\")
-DEEPEST = 1_000_000
+_MOST_OPEN = 1_000_000
 """Brackets that may be open at once while a file is cut into its rows."""
 
 
@@ -245,7 +265,7 @@ class _Cutter:
                 self._in_text = True
             elif token in b"{[":
                 self._depth += 1
-                if self._depth > DEEPEST:
+                if self._depth > _MOST_OPEN:
                     raise self._too_deep()
                 if self.array and self._depth == 1:  # the bracket of the list itself
                     self.line += chunk.count(b"\n", 0, at)
@@ -267,7 +287,7 @@ class _Cutter:
 
     def _too_deep(self) -> BadData:
         error = BadData(
-            f"The JSON is nested more than {DEEPEST:,} levels deep: brackets are opened and never closed.",
+            f"The JSON is nested more than {_MOST_OPEN:,} levels deep: brackets are opened and never closed.",
             way_out="Close them, or write one row on each line as .jsonl.",
             param="file",
         )

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from app.formats._base import Finding, Row, fix
+from app.storable import finite, storable, too_deep
 
 LABELS = {
     "duplicate_key": "Keep the last of them",
@@ -19,7 +20,7 @@ LABELS = {
 LONGEST, DEEPEST = 1 << 20, 60
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _COMMA = re.compile(r",(\s*[}\]])")
-_lenient = json.JSONDecoder(strict=False, parse_constant=lambda name: None)
+_lenient = json.JSONDecoder(strict=False, parse_constant=lambda name: None, parse_float=finite)
 
 
 def offer(problem: Finding, row: Row | None) -> Finding:
@@ -47,8 +48,8 @@ def repaired(text: str) -> Row | None:
             value = attempt(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            return _whole(value)
+        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value) and not too_deep(value):
+            return storable(_whole(value))
     return None
 
 

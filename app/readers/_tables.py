@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from app.readers import _base
 from app.readers._base import Raw
 from app.readers._bytes import lines_of, text_of_line, too_long
 from app.readers._repair import offer, windows_text
+from app.storable import storable
 
 
 def read_csv(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -142,7 +144,7 @@ def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
                         way_out="This looks like a file made to fill a machine. Upload the rows as .jsonl.",
                         param="file",
                     )
-                yield Raw(number, {key: _plain_value(value) for key, value in row.items()})
+                yield Raw(number, {storable(key): _plain_value(value) for key, value in row.items()})
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, pa.ArrowMemoryError):
             raise MemoryError from None
@@ -163,10 +165,10 @@ def _weight(value: Any) -> int:
 def _plain_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _plain_value(item) for key, item in value.items() if item is not None}
+        return {storable(key): _plain_value(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_plain_value(item) for item in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -131,7 +131,7 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
 def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any]]:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
-        asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": rowview.DEFAULT_CUTOFF, "lines": [line]})
+        asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": rowview.DEFAULT_CUTOFF, "lines": [line], "whole": True})
     found = inspections.wait(asked.id, 20)
     if found.status != "ready" or not found.result:
         raise NotFound("The row is not there yet: the data worker has not answered.", way_out="Load the page again in a moment.")

@@ -67,6 +67,19 @@ def test_without_a_model_the_rows_are_shown_all_the_same(client, dataset, path, 
     assert "25 rows" in page and "number 3 made" in page and "Once a model is here" in page
 
 
+def test_long_rows_are_cut_on_the_page_and_whole_in_their_editor(client, session, user, tiny_registered, worker):
+    long = [json.loads(line) for line in lines(10).splitlines()]
+    for row in long:
+        row["messages"][1]["content"] = "spruce " * 70_000
+    made = datasets.create(session, user, files.add_bytes(session, user, "\n".join(map(json.dumps, long)).encode(), "x.jsonl", "fine-tune"))
+    session.commit()
+    datasets.read(made.id)
+    path = f"/datasets/{ids.public(ids.DATASET, made.id)}/rows"
+    page = until_ready(client, path)
+    assert "10 rows" in page and "Tokens of line 10" in page
+    assert len(client.get(path + "/10").text) > 490_000
+
+
 def test_a_row_is_edited_in_fields_or_as_json_into_a_new_version(client, session, dataset, path, worker):
     page = client.get(path + "/rows/3").text
     assert "number 2 made" in page and 'name="text.messages[1]"' in page

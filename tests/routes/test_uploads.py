@@ -36,6 +36,19 @@ def at(api, url):
     return int(api.head(url, headers=TUS).headers["upload-offset"])
 
 
+def test_a_nul_is_refused_at_the_edge(api, client, session):
+    refused = [
+        begin(api, name="a\0b"),
+        api.get("/v1/files?purpose=%00"),
+        client.get("/datasets?search=%00"),
+        api.post("/v1/files", files={"file": ("x.jsonl", ROW % 1)}, data={"purpose": "fine-tune\0"}),
+        api.get("/v1/models/a%00b"),
+    ]
+    assert [answer.status_code for answer in refused] == [400] * len(refused)
+    key = begin(api, filename="a\0b.jsonl")
+    assert key.status_code == 400 and session.scalar(select(func.count()).select_from(Upload)) == 0
+
+
 def test_a_whole_upload_becomes_a_dataset(api, session):
     answer = begin(api, name="Chats", format="chat")
     assert answer.status_code == 201 and answer.headers["upload-expires"].endswith("GMT")

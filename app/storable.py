@@ -1,0 +1,71 @@
+"""What Postgres and a page can take of a value that came out of somebody's file: JSONB knows no NUL, no half of a character and
+no number without end, and a page shows no megabyte."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+DEEPEST = 100
+"""Levels of lists and objects in one row: what reads it afterwards goes down them by recursion."""
+_CUTS = ((4000, 100), (1000, 60), (300, 40), (100, 20), (60, 8))
+"""Characters of a text and members of a list or object, from generous to scant."""
+
+
+def to_json(value: Any) -> str:
+    """JSON for a JSONB column. Nearly every value is clean, so only what shows a sign of trouble is walked through."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(storable(value))
+    return json.dumps(storable(value)) if "\\u0000" in text or "\\ud" in text else text
+
+
+def storable(value: Any) -> Any:
+    """The value with � for NUL and for half a character, in keys too, and null for a number without end."""
+    if isinstance(value, str):
+        return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if not value.isascii() or "\0" in value else value
+    if isinstance(value, dict):
+        return {storable(key) if isinstance(key, str) else key: storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finite(digits: str) -> float | None:
+    """The number that JSON's digits write; None where it is too large for one."""
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def shortened(value: Any, most_bytes: int) -> tuple[Any, bool]:
+    """A row to show, in about `most_bytes` bytes of JSON at most, and whether anything of it was cut."""
+    whole = storable(value)
+    if len(json.dumps(whole, ensure_ascii=False)) <= most_bytes:
+        return whole, False
+    for characters, members in _CUTS:
+        short = _short(whole, characters, members)
+        if len(json.dumps(short, ensure_ascii=False)) <= most_bytes:
+            break
+    return short, True
+
+
+def _short(value: Any, characters: int, members: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= characters else value[:characters] + "…"
+    if isinstance(value, list):
+        return [_short(item, characters, members) for item in value[:members]]
+    if isinstance(value, dict):
+        return {_short(key, 100, members): _short(item, characters, members) for key, item in list(value.items())[:members]}
+    return value
+
+
+def too_deep(value: Any, deepest: int = DEEPEST) -> bool:
+    """Whether lists and objects stand in each other more than `deepest` times; found without recursion."""
+    level = [value]
+    for _ in range(deepest + 1):
+        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return any(isinstance(one, dict | list) for one in level)
