@@ -366,6 +366,8 @@ def event_line(type_: str, data: dict[str, Any], total_steps: int | None) -> str
         return f"step {data['step']}/{total}: loss {data['loss']:.4f}{speed}"
     if type_ == "evaluated":
         return f"step {data['step']}: validation loss {data['loss']:.4f}"
+    if type_ == "doing":
+        return f"{data['what']}: {data['share']:.0%}"
     if type_ == "log":
         return str(data.get("message"))
     return {"saved": f"step {data.get('step')}: saved", "finished": "finished", "claimed": "started"}.get(type_, type_)

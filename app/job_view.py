@@ -19,7 +19,7 @@ from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
-from app.web import NARROW, NOTHING, human_number
+from app.web import NARROW, NOTHING, human_number, human_percent
 
 
 def url(job: Job) -> str:
@@ -168,8 +168,10 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
 
 def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
     """`Step 74 of 120, epoch 2 of 3, attempt 2 (resumed at step 40 after the worker was lost)`."""
+    doing = f"{progress.doing.what}, {human_percent(progress.doing.share, 0)}" if progress.doing and job.status == "running" else ""
     if not progress.total_steps:
-        return Markup("{}").format({"queued": "Waiting to start", "running": "Loading the model"}.get(job.status, "No step was made"))
+        words = {"queued": "Waiting to start", "running": doing or "Loading the model"}
+        return Markup("{}").format(words.get(job.status, "No step was made"))
     parts = [Markup("<b>Step {} of {}</b>").format(human_number(progress.step), human_number(progress.total_steps))]
     if progress.latest and not spec.run.max_steps:
         epochs = max(1, -int(-spec.run.epochs // 1))
@@ -179,6 +181,8 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
         parts.append(Markup("attempt {}{}").format(progress.attempt, note))
     if progress.finished and progress.finished.reason == "early_stopped":
         parts.append(Markup("stopped early, since validation loss no longer fell"))
+    if doing:
+        parts.append(Markup("{}").format(doing[0].lower() + doing[1:]))
     return Markup(", ").join(parts)
 
 

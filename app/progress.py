@@ -20,6 +20,7 @@ from typing import Literal
 
 from app.events import (
     Claimed,
+    Doing,
     Evaluated,
     Failed,
     Finished,
@@ -72,6 +73,8 @@ class Progress:
     step: int = 0
     epoch: float = 0.0
     latest: Step | None = None
+    doing: Doing | None = None
+    """What the job does besides steps just now; None while it makes steps."""
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in (*CURVES, "validation")})
     metrics: dict[str, list[Point]] = field(default_factory=dict)
     """What evaluations measured besides the loss."""
@@ -141,13 +144,13 @@ class Progress:
         """Steps to go times the median recent step, and the evaluations' time spread over the steps so far.
 
         The median, because an evaluation or a saved checkpoint between two steps must not read as slow training.
-        None before two steps were seen in one attempt, and when nothing is running.
+        None before two steps were seen in one attempt, after the last one, and when nothing is running.
         """
         gaps = [later[1] - earlier[1] for earlier, later in zip(self.times, self.times[1:], strict=False) if later[1] > earlier[1]]
-        if self.status != "running" or not gaps or not self.total_steps:
+        if self.status != "running" or not gaps or not self.total_steps or self.step >= self.total_steps:
             return None
         evaluating = sum(e.seconds for e in self.evaluations) / max(self.step, 1)
-        return max(0, self.total_steps - self.step) * (statistics.median(gaps) + evaluating)
+        return (self.total_steps - self.step) * (statistics.median(gaps) + evaluating)
 
     @property
     def latest_samples(self) -> Sampled | None:
@@ -174,6 +177,7 @@ def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, eve
     """Take one more event in; `progress` is changed and returned. `at` and `event_id` are the row's time and id."""
     if event_id is not None:
         progress.last_event_id = event_id
+    progress.doing = event if isinstance(event, Doing) else progress.doing if isinstance(event, Log) else None
     _FOLDS[type(event)](progress, event)
     line = _log_line(progress, event)
     if line is not None:
@@ -248,13 +252,13 @@ def _lost(progress: Progress, event: Lost) -> None:
     progress.resume_reason = "after the worker was lost"
 
 
-def _nothing(progress: Progress, event: Log) -> None:
+def _nothing(progress: Progress, event: Log | Doing) -> None:
     pass
 
 
 _FOLDS = {
     Queued: _queued, Claimed: _claimed, Started: _started, Step: _step, Evaluated: _evaluated, Sampled: _sampled, Saved: _saved,
-    Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, Log: _nothing,
+    Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, Doing: _nothing, Log: _nothing,
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from worker.evaluate import evaluating
 from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, body_of, remarks_on
 from worker.pack import best_fit
 from worker.scores import classification_scores, prior_scores
+from worker.telling import drained
 
 
 class Labelled(NamedTuple):
@@ -118,17 +119,24 @@ def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple
     return {"input_ids": ids, "position_ids": places, **attention.packed_arguments(lengths, device)}, lengths
 
 
-def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> np.ndarray:
-    """Probabilities, (rows, labels), of all texts of `data` in their order."""
+def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
+    """Probabilities, (rows, labels), of all texts of `data` in their order; says the share of the packs that are done."""
     found: np.ndarray | None = None
-    with evaluating(model), engine.autocast():
-        for pack in best_fit(range(len(data)), data.lengths, budget):
+    packs = best_fit(range(len(data)), data.lengths, budget)
+    for done, pack in enumerate(packs):
+        yield done / len(packs)
+        with evaluating(model), engine.autocast():
             inputs, lengths = pack_of(data, pack, engine.device)
             some = model(**inputs, lengths=lengths).float().softmax(-1).cpu().numpy()
-            if found is None:
-                found = np.empty((len(data), some.shape[1]), np.float64)
-            found[pack] = some
+        if found is None:
+            found = np.empty((len(data), some.shape[1]), np.float64)
+        found[pack] = some
     return found if found is not None else np.empty((0, len(model.labels)))
+
+
+def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> np.ndarray:
+    """The same in one go."""
+    return drained(sorting(model, data, budget, engine))
 
 
 class Classifying(Lesson):
@@ -168,8 +176,8 @@ class Classifying(Lesson):
         truth = torch.from_numpy(self.train_truth[list(pack)]).to(engine.device)
         return F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(pack)
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
-        self.newest = probabilities(model, self.held_out, budget, engine)
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+        self.newest = yield from sorting(model, self.held_out, budget, engine)
         found = classification_scores(self.newest, self.held_truth, self.labels or [])
         rows = row_losses(self.newest, self.held_truth)
         names = ("accuracy", "macro_f1", "calibration_error")
@@ -189,11 +197,12 @@ class Classifying(Lesson):
 
     # At the end -----------------------------------------------------------------------------------------------------------
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
-        return row_losses(probabilities(model, self.train, budget, engine), self.train_truth)
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+        return row_losses((yield from sorting(model, self.train, budget, engine)), self.train_truth)
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
         """Of always answering with the shares of the labels: before tuning there is no classifier."""
+        yield from ()
         shares = np.bincount(self.train_truth, minlength=len(self.labels or [])) / len(self.train_truth)
         return (-np.log(shares[self.train_truth])).tolist()
 
@@ -203,8 +212,8 @@ class Classifying(Lesson):
             return None
         return Writer(body_of(model), output_layer(self.spec.model, model))
 
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> np.ndarray:
-        return probabilities(model, self.held_out, budget, engine)
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
+        return (yield from sorting(model, self.held_out, budget, engine))
 
     def evaluation(self, state: State, examined: np.ndarray, base: Loader, engine: Engine) -> dict[str, Any]:
         """Beside always answering with the shares of the training labels, as no model answers with labels before tuning."""

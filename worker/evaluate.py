@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from worker.kernels import uncompiled
 from worker.loss import head_of, score
 from worker.pack import best_fit
 from worker.prompts import render_prompt, sample_of, stop_ids
+from worker.telling import drained
 
 
 class Question(NamedTuple):
@@ -59,23 +60,27 @@ class RowScores(NamedTuple):
     hits: list[int]
 
 
-def score_rows(
-    model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine, progress: Callable[[float], None] | None = None
-) -> RowScores:
-    """Every row of `data` scored, packed, in its order. `progress` is told the share of the packs that are done."""
+def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, RowScores]:
+    """Every row of `data` scored, packed, in its order; says the share of the packs that are done before each of them."""
     found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
-    with evaluating(model):
-        packs = best_fit(range(len(data)), data.lengths, budget)
-        for done, pack in enumerate(packs):
-            if progress:
-                progress(done / len(packs))
+    packs = best_fit(range(len(data)), data.lengths, budget)
+    for done, pack in enumerate(packs):
+        yield done / len(packs)
+        with evaluating(model):  # for each pack anew: what runs between two shares is somebody else's
             batch = make_batch(data, pack, engine.device)
             counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
             losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)
             for row, nats, hits in zip(pack, losses.double().cpu().split(counts), right.cpu().split(counts), strict=True):
                 found.nats[row], found.tokens[row], found.hits[row] = float(nats.sum()), len(nats), int(hits.sum())
     return found
+
+
+def score_rows(
+    model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine, progress: Callable[[float], None] | None = None
+) -> RowScores:
+    """The same in one go. `progress` is told the share of the packs that are done."""
+    return drained(scoring(model, data, budget, engine), progress)
 
 
 def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:

@@ -29,11 +29,10 @@ from worker.export import export
 from worker.lesson import MOST_REMEMBERED
 from worker.load import load_tokenizer
 from worker.scores import classification_scores, prior_scores
+from worker.telling import Telling
 
 BATCH_ROWS = 256
 """Rows of a step of the dense classifier."""
-TOLD = 10
-"""How often the making of vectors says how far it is."""
 
 
 def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -> Iterator[events.TrainerEvent]:
@@ -134,7 +133,7 @@ def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labe
 
 def _vectors(
     spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Engine, control: Any
-) -> Generator[events.Log, None, np.ndarray | None]:
+) -> Generator[events.Log | events.Doing, None, np.ndarray | None]:
     """The vectors of all rows, kept from before or made now; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
     name = features.cache_name(spec.model, texts, classifier.pooling, longest)
@@ -142,7 +141,7 @@ def _vectors(
     if vectors is not None:
         yield events.Log(message=f"The vectors of these {len(texts):,} texts were kept from an earlier job.")
         return vectors
-    told = 0
+    telling = Telling("Turning texts into vectors")
     making = features.embed(classifier, tokenizer, texts, max_length=longest, device=str(engine.device))
     while True:
         try:
@@ -153,9 +152,7 @@ def _vectors(
             return done.value
         if control.stop:
             return None
-        if progress.done * TOLD // progress.texts > told:
-            told = progress.done * TOLD // progress.texts
-            yield events.Log(message=f"{progress.done:,} of {progress.texts:,} texts are vectors.")
+        yield from telling.at(progress.done / progress.texts)
 
 
 # Classifiers ----------------------------------------------------------------------------------------------------------

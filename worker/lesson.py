@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,8 +62,11 @@ class Lesson(ABC):
     def load(self, engine: Engine) -> torch.nn.Module:
         """The model before tuning, as the strategy attaches to it."""
 
-    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> None:  # noqa: B027
-        """Called once with the model before the strategy is attached, in every attempt, packs having `budget` tokens."""
+    # What takes a pass over many rows is a generator of the shares that are done (worker/telling.py).
+
+    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> Generator[float, None, None]:
+        """Done once with the model before the strategy is attached, in every attempt, packs having `budget` tokens."""
+        yield from ()
 
     @abstractmethod
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -86,7 +89,7 @@ class Lesson(ABC):
         return {}
 
     @abstractmethod
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
         """Scores of the held-out rows."""
 
     def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
@@ -103,12 +106,14 @@ class Lesson(ABC):
 
     # At the end, base and result on the same rows ----------------------------------------------------------------------
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
         """The result's mean loss of each training row in nats, for the ledger; empty where a task keeps none."""
+        yield from ()
         return []
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
         """The same before tuning."""
+        yield from ()
         return []
 
     def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
@@ -116,7 +121,7 @@ class Lesson(ABC):
         return None
 
     @abstractmethod
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Any:
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, Any]:
         """What the evaluation needs of the result, before it leaves the memory."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from worker import batches, evaluate
 from worker.batches import Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
-from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
+from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pack import best_fit
@@ -114,21 +114,25 @@ class Preferring(Writing):
 
     # The reference ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> None:
+    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Score all pairs with the model before tuning, or read what an earlier attempt at this job found."""
         digest = self._digest(engine)
         found = _kept(attempt.parent, digest)
         if found is None:
-            found = {name: self._score(model, self.pairs[name].without_lead(), engine, budget) for name in PARTS}
+            found = {}
+            for name in PARTS:
+                found[name] = yield from self._score(model, self.pairs[name].without_lead(), engine, budget)
             if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one alone writes
                 write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
         self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
 
-    def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> torch.Tensor:
+    def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> Generator[float, None, torch.Tensor]:
         """Log-probabilities, (pairs, 2), of all pairs; sums or means as the loss takes them."""
         found = torch.zeros(len(data), 2)
-        with evaluate.evaluating(model):
-            for pack in best_fit(range(len(data)), data.pairs.lengths, budget):
+        packs = best_fit(range(len(data)), data.pairs.lengths, budget)
+        for done, pack in enumerate(packs):
+            yield done / len(packs)
+            with evaluate.evaluating(model):
                 found[pack] = log_likelihoods(model, data, pack, engine, mean=self.settings.means)[0].float().cpu()
         return found
 
@@ -169,18 +173,16 @@ class Preferring(Writing):
     def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
         return named(sums)
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+        yield from ()
         return []  # a pair's loss says how far two answers lie apart, not whether the row is wrong
-
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
-        return []
 
     # Judging ------------------------------------------------------------------------------------------------------------
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
         data = self.pairs["held_out"]
-        policy = self._score(model, data, engine, budget).double()
-        losses, rewards = losses_of(policy, self.reference["held_out"].cpu().double(), self.settings)
+        policy = yield from self._score(model, data, engine, budget)
+        losses, rewards = losses_of(policy.double(), self.reference["held_out"].cpu().double(), self.settings)
         metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
         return Scored(metrics, losses.tolist()[:MOST_REMEMBERED])
 

@@ -16,6 +16,7 @@ import torch
 from app import events
 from worker import forgetting, kernels, ledger
 from worker.lesson import Loader
+from worker.telling import Telling
 
 
 class Compared(NamedTuple):
@@ -23,13 +24,15 @@ class Compared(NamedTuple):
     evaluation: dict[str, Any]
 
 
-def compare(job: Any) -> Generator[events.Log, None, Compared]:
+def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
     """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.Trainee; its model is gone
-    afterwards."""
+    afterwards. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
-    examined = lesson.examine(job.model, state, budget, engine)
-    losses = lesson.row_losses(job.model, budget, engine) if run.row_losses else []
+    telling = Telling("Comparing base and result")
+    yield events.Doing(what=telling.what, share=0.0)
+    examined = yield from telling(lesson.examine(job.model, state, budget, engine), 0.0, 0.05)
+    losses = (yield from telling(lesson.row_losses(job.model, budget, engine), 0.05, 0.45)) if run.row_losses else []
     writer = lesson.writer(job.model) if run.forgetting else None
     texts = forgetting.scores(job.spec, writer, lesson.tokenizer, budget, engine, lesson.lead) if writer is not None else None
     del writer
@@ -37,14 +40,17 @@ def compare(job: Any) -> Generator[events.Log, None, Compared]:
     release(engine.device)
 
     base = _loader(job)
+    yield events.Doing(what=telling.what, share=0.5)
     if losses:
-        ledger.write(job.attempt, lesson.train, lesson.row_losses_before(base, budget, engine), losses)
+        before_tuning = yield from telling(lesson.row_losses_before(base, budget, engine), 0.5, 0.9)
+        ledger.write(job.attempt, lesson.train, before_tuning, losses)
     lost = None
     if texts:
         before = forgetting.remembered(job.spec, engine) or forgetting.remember(
             job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine
         )
         lost = forgetting.compared(before, texts)
+    yield events.Doing(what=telling.what, share=0.95)
     return Compared(lost, lesson.evaluation(state, examined, base, engine))
 
 

@@ -33,6 +33,7 @@ from worker.export import export
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
 from worker.pack import plan, stream
+from worker.telling import Telling
 
 MOST_NOT_FINITE = 3
 SPEED_WINDOW = 20
@@ -124,7 +125,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     kernels.use_fused_norms(model)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    lesson.prepare(model, engine, folder, course.budget)
+    yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), this_machine())
     recompute = kernels.recompute_layers(model, recompute)
     model = lesson.attach(model).train()
@@ -342,13 +343,13 @@ def _speed(job: Trainee) -> float:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def judge(job: Trainee) -> Iterator[events.Evaluated | events.Sampled]:
+def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
     if len(lesson.held_out):
         began = time.monotonic()
-        scored = lesson.validate(job.model, job.course.budget, job.engine)
+        scored = yield from Telling("Scoring the held-out rows")(lesson.validate(job.model, job.course.budget, job.engine))
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
@@ -390,7 +391,7 @@ def save(job: Trainee) -> events.Saved:
     )
 
 
-def finish(job: Trainee) -> Iterator[events.Log | events.Finished]:
+def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished]:
     """Write the result: the best checkpoint's weights where rows were held out, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,8 +82,8 @@ class Writing(Lesson):
         total = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
         return total, batch.tokens, batch.trained
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Scored:
-        scored = evaluate.score_rows(model, self.held_out, budget, engine)
+    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+        scored = yield from evaluate.scoring(model, self.held_out, budget, engine)
         return Scored(evaluate.measures(scored, self.held_bytes), _means(scored)[:MOST_REMEMBERED])
 
     def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
@@ -101,17 +101,18 @@ class Writing(Lesson):
     def kind(self) -> str:
         return tuned_kind(self.spec.model.kind, self.spec.dataset.format)
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[float]:
-        return _means(evaluate.score_rows(model, self.train, budget, engine))
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+        return _means((yield from evaluate.scoring(model, self.train, budget, engine)))
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> list[float]:
-        return _means(evaluate.score_rows(base(), self.train.without(len(self.lead)), budget, engine))
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+        return _means((yield from evaluate.scoring(base(), self.train.without(len(self.lead)), budget, engine)))
 
     def writer(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
 
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Examined:
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
+        yield 0.0  # the answers have a limit of their own
         worst, best = _changed_most(state.base_rows, state.best_rows or state.last_rows)
         asked = self._asked(ANSWERED if self.spec.run.samples else 0)
         questions = self._questions([*asked, *(i for i in [*worst, *best] if i not in asked)] if asked else [])

@@ -255,6 +255,8 @@ def sentence(event: events.JobEvent, names: _Names) -> tuple[str, str]:
             return "warn", f"Attempt {event.attempt} was lost: {event.message}"
         case events.Stopped():
             return "info", f"The job was {event.status}{f': {event.reason}' if event.reason and event.reason != 'asked for' else ''}."
+        case events.Doing():
+            return "info", f"{event.what}: {event.share:.0%}."
         case events.Log():
             return event.level, event.message
 

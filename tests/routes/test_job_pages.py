@@ -94,6 +94,13 @@ def test_a_reload_shows_all_that_was_said(client, session, user, tiny_registered
     assert set(data["charts"]) == {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"}
 
 
+def test_work_that_is_no_step_says_how_far_it_is(client, session, user, tiny_registered):
+    life = lives.running(session, user, tiny_registered)
+    life.say(*lives.steps(75, 120), events.Doing(what="Comparing base and result", share=0.4))
+    said = words(client.get(address(life)))
+    assert "comparing base and result, 40" in said and "finishing" in said
+
+
 def test_the_live_part_is_the_same_as_the_page(client, session, user, tiny_registered):
     where = address(lives.running(session, user, tiny_registered))
     part, page = client.get(f"{where}?part=live"), client.get(where)

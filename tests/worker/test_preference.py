@@ -26,6 +26,7 @@ from worker.loss import Head
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.preference import Preferring, log_likelihoods, losses_of, named, sums_of
 from worker.prompts import render_prompt
+from worker.telling import drained
 from worker.train import train
 
 pytestmark = pytest.mark.timeout(240)
@@ -214,7 +215,7 @@ def test_every_strategy_takes_a_step(name: str, data_dir: Path, tiny_model: Path
     torch.manual_seed(1)
     lesson, engine = Preferring(spec, tokenizer), choose(RunSettings(), strategy)
     model = lesson.load(engine)
-    lesson.prepare(model, engine, data_dir / "runs" / name / "a1", 400)
+    drained(lesson.prepare(model, engine, data_dir / "runs" / name / "a1", 400))
     model = lesson.attach(model).train()
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, max(1e-2, type(strategy).default_learning_rate), 0.0)
@@ -283,7 +284,7 @@ def test_a_torn_reference_is_scored_again(data_dir: Path, tiny_model: Path, toke
     engine, found = choose(RunSettings(), spec.strategy), []
     for attempt in (1, 2, 3):
         lesson = Preferring(spec, tokenizer)
-        lesson.prepare(lesson.load(engine), engine, data_dir / "runs" / "torn" / f"a{attempt}", 400)
+        drained(lesson.prepare(lesson.load(engine), engine, data_dir / "runs" / "torn" / f"a{attempt}", 400))
         found.append(lesson.reference["train"])
         if attempt == 1:
             path = data_dir / "runs" / "torn" / "a1" / "reference" / "reference.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -191,6 +192,27 @@ def test_a_trainer_that_hangs_is_stopped_and_tried_again(odd, monkeypatch):
     job, thread = odd("hang")
     row = ended(job, thread)
     assert row.status == "queued" and row.deaths == 1 and "hung" in said(job, "lost")[0].data["message"]
+
+
+def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeypatch):
+    """Validation, and base and result on every training row, say how far they are; each takes several times the patience."""
+    patience = 2.5
+    monkeypatch.setattr(supervise, "LEAST_PATIENCE_SECONDS", patience)
+    whole = supervise.trainer_command
+    monkeypatch.setattr(
+        supervise, "trainer_command", lambda *given: [sys.executable, "-m", "tests.worker.slow_trainer", *whole(*given)[3:]]
+    )
+    job = new_job(epochs=1, evaluations_per_epoch=1, max_tokens_per_step=64, samples=0, forgetting=False)
+    supervise.work(job.id)
+    row = now_of(job)
+    assert (row.status, row.attempt) == ("succeeded", 1), said(job, "lost")[0].data
+    last_step = said(job, "step")[-1]
+    silent = [e for e in said(job) if e.id > last_step.id and e.type != "doing"]
+    assert (silent[-1].created_at - last_step.created_at).total_seconds() > 3 * patience
+    assert max((b.created_at - a.created_at).total_seconds() for a, b in itertools.pairwise(silent)) > patience
+    shares = [e.data["share"] for e in said(job, "doing") if e.data["what"] == "Comparing base and result"]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 0.95 and len(shares) > 8
+    assert any(e.data["what"] == "Scoring the held-out rows" for e in said(job, "doing"))
 
 
 def test_the_fence_is_lost_and_the_trainer_with_it(odd):
