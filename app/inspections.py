@@ -30,6 +30,8 @@ FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows",
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
 LEASE_SECONDS = 60
 ASK_AGAIN_SECONDS = 20
+ANSWERS = 2
+"""Raised when the same question is answered differently, so that older answers are not shown."""
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
 
@@ -41,7 +43,8 @@ def ask(
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
     asked = json.dumps(
-        [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments], sort_keys=True
+        [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments, ANSWERS],
+        sort_keys=True,
     )
     question = hashlib.sha256(asked.encode()).hexdigest()
     values = {"id": uuid.uuid4(), "dataset_id": dataset.id, "model_id": model.id if model else None, "kind": kind}
@@ -152,6 +155,11 @@ def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] |
     found.result = result
     found.error = error
     found.status, found.lease_until = ("ready" if error is None else "error"), None
+    if found.kind == "split":
+        from app import overlap
+
+        session.flush()
+        overlap.tell_jobs(session, found)
 
 
 # What the trainer's converter says of every row -------------------------------------------------------------------------

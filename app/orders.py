@@ -386,8 +386,9 @@ def has_gpu() -> bool:
 
 
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
-    """What the job will take on this machine, with `warnings` about its data; None while its rows are not known."""
-    from app import datasets, estimate, machine
+    """What the job will take on this machine, with `warnings` about its data and what stands on both sides of its split
+    (`overlap`, see there); None while its rows are not known."""
+    from app import datasets, estimate, machine, overlap
 
     if not spec.dataset.path:
         return None
@@ -396,4 +397,6 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
     found = estimate.estimate(spec, datasets.stats(dataset), machine.this_machine()).model_dump(mode="json")
     # A classifier's head learns too, and its size follows from the labels, which only the report knows.
     learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=order_checks.labels_of(dataset)[1])
-    return found | {"trainable_parameters": learns, "warnings": order_checks.warnings(spec, dataset, validation)}
+    both_sides, warnings = overlap.told(session, spec)
+    warnings = [*order_checks.warnings(spec, dataset, validation), *warnings]
+    return found | {"trainable_parameters": learns, "warnings": warnings, "overlap": both_sides}

@@ -1,7 +1,8 @@
 """Which rows are held out for validation: at random, with every label in its share, or whole groups at a time.
 
 A row's side follows from the seed and its content (or its group's name) alone, so it is the same in every attempt, in
-every process and in whatever order rows come, and equal rows never stand on both sides.
+every process and in whatever order rows come. Equal rows never stand on both sides; what a file says besides, the metadata,
+makes no row different, because a model does not see it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData
 
-MOST_OVERLAPS = 50
+MOST_OVERLAPS = 2000
+"""Rows on both sides that a look lists. All of them are counted, and all can be dropped at once."""
+MOST_ROUNDS = 20
 
 
 class Line(NamedTuple):
@@ -33,9 +36,9 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
     """
     if fraction <= 0 or len(rows) < 2:
         return [False] * len(rows)
-    if method == "grouped":
-        return _grouped([_value(row, column) for row in rows], fraction, seed)
     keys = [key_of(row.row, seed) for row in rows]
+    if method == "grouped":
+        return _grouped(_joined([_value(row, column) for row in rows], keys), fraction, seed)
     if method == "random":
         return _first(keys, fraction)
     parts: dict[str, list[int]] = defaultdict(list)
@@ -46,11 +49,15 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
         if len(places) > 1:
             for place, chosen in zip(places, _first([keys[place] for place in places], fraction), strict=True):
                 held[place] = chosen
-    return held
+    taken = {key for key, out in zip(keys, held, strict=True) if out}
+    held = [key in taken for key in keys]  # equal rows of two parts, as a column of the metadata makes them, go together
+    return held if not all(held) else [False] * len(rows)
 
 
 def key_of(row: dict[str, Any], seed: int | str) -> bytes:
-    return hashlib.sha256(f"{seed}\n{json.dumps(row, sort_keys=True, ensure_ascii=False)}".encode()).digest()
+    """What a row's place follows from: the seed and all that a model sees of it."""
+    seen = {name: value for name, value in row.items() if name != "metadata"}
+    return hashlib.sha256(f"{seed}\n{json.dumps(seen, sort_keys=True, ensure_ascii=False)}".encode()).digest()
 
 
 def _first(keys: Sequence[bytes], fraction: float) -> list[bool]:
@@ -60,11 +67,30 @@ def _first(keys: Sequence[bytes], fraction: float) -> list[bool]:
     return held if not all(held) else [False] * len(keys)
 
 
+def _joined(names: Sequence[str], keys: Sequence[bytes]) -> list[str]:
+    """The names of the groups, those that share an equal row being one: neither the row nor its groups can then be torn."""
+    parent = {name: name for name in names}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    first: dict[bytes, str] = {}
+    for name, key in zip(names, keys, strict=True):
+        ours, other = root(name), root(first.setdefault(key, name))
+        parent[max(ours, other)] = min(ours, other)
+    return [root(name) for name in names]
+
+
 def _grouped(names: Sequence[str], fraction: float, seed: int) -> list[bool]:
     """Whole groups, in the order of their keys, as long as each brings the held-out share nearer to `fraction`."""
     sizes = Counter(names)
     if len(sizes) < 2:
-        raise BadData("All rows are in one group, so none can be held out.", way_out="Group by another column, or split at random.")
+        raise BadData(
+            "All rows are in one group, or their groups share equal rows, so none can be held out.",
+            way_out="Group by another column, take repeated rows out first, or split at random.",
+        )
     wanted, taken, chosen = fraction * len(names), 0, set[str]()
     for name in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).digest()):
         if len(chosen) == len(sizes) - 1:
@@ -93,23 +119,52 @@ def _value(row: Any, column: str | None) -> str:
 
 def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
     """What a split gives: rows and labels of both sides, and what stands on both. `payload`: rows, fraction, seed, method,
-    column; or `validation`, the rows of a validation file."""
+    column; or `validation`, the rows of a validation file. `drop` is every line to leave out so that nothing is left of that."""
     rows = list(_read(Path(payload["rows"])))
-    if payload.get("validation"):
-        train, held = rows, list(_read(Path(payload["validation"])))
-    else:
-        sides = divide(rows, payload["fraction"], payload["seed"], payload["method"], payload.get("column"))
-        train = [row for row, out in zip(rows, sides, strict=True) if not out]
-        held = [row for row, out in zip(rows, sides, strict=True) if out]
+    others = list(_read(Path(payload["validation"]))) if payload.get("validation") else None
+    train, held = _sides(rows, others, payload)
     found = overlap(train, held)
     return {
         "train": len(train),
         "validation": len(held),
         "labels": _labels(train, held),
         "overlap": len(found),
+        "whole": sum(how == "row" for _, _, how in found),
         "examples": [{"line": line, "train_line": other, "how": how} for line, other, how in found[:MOST_OVERLAPS]],
+        "drop": _to_drop(rows, others, payload) if found else [],
         "lines": [row.line for row in held[:20]],
     }
+
+
+def _sides(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> tuple[Sequence[Line], Sequence[Line]]:
+    if others is not None:
+        return rows, others
+    sides = divide(rows, payload["fraction"], payload["seed"], payload["method"], payload.get("column"))
+    return [row for row, out in zip(rows, sides, strict=True) if not out], [row for row, out in zip(rows, sides, strict=True) if out]
+
+
+def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> list[int]:
+    """Lines to learn from that are held out too. Fewer rows may be divided a little differently, so the split is drawn anew
+    until nothing stands on both sides."""
+    dropped: set[int] = set()
+    for _ in range(MOST_ROUNDS):
+        train, held = _sides([row for row in rows if row.line not in dropped], others, payload)
+        wholes, prompts = set[bytes](), set[bytes]()
+        for row in held:
+            prompt, text = _texts(row.row)
+            wholes.add(_print(text))
+            if prompt:
+                prompts.add(_print(prompt))
+        more = {row.line for row in train if _shares(row, wholes, prompts)}
+        if not more or len(more) == len(train):
+            break
+        dropped |= more
+    return sorted(dropped)
+
+
+def _shares(row: Line, wholes: set[bytes], prompts: set[bytes]) -> bool:
+    prompt, text = _texts(row.row)
+    return _print(text) in wholes or bool(prompt and _print(prompt) in prompts)
 
 
 def overlap(train: Iterable[Any], held: Iterable[Any]) -> list[tuple[int, int, str]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import html
 import json
+import time
 
 import pytest
+from sqlalchemy import select
 
 from app import datasets, files, ids, jobs, orders
 from app.errors import BadField
 from app.orders import JobOrder
 from app.strategies import STRATEGIES
+from app.tables import Dataset
+from tests.data_worker import data_worker
 
 
 @pytest.fixture
@@ -160,6 +164,55 @@ def test_the_api_and_the_form_say_the_same(api, client, session, user, tiny_regi
     assert len(found) == 1
     page = client.get("/jobs/new", params={"model": "tiny", "dataset": ids.public(ids.DATASET, odd.id), "strategy": "dense_head"})
     assert found[0] in html.unescape(page.text) and "disabled>Start" not in page.text
+
+
+def chats(*turns: tuple[str, str]) -> list[dict]:
+    return [{"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": tell}]} for ask, tell in turns]
+
+
+def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, session, user, tiny_registered, read):
+    """By the estimate, the form and the job, also one ordered before the rows were compared; and they go with one click."""
+    rows = chats(*((f"Question {n}", f"Answer {n}") for n in range(30)))
+    learnt, held = read(rows, "learnt.jsonl"), read(rows[:3] + chats(("question  4", "Other"), ("New", "New")), "held.jsonl")
+    keys = [ids.public(ids.DATASET, found.id) for found in (learnt, held)]
+    order = {"model": "tiny", "dataset_id": keys[0], "validation_dataset_id": keys[1], "strategy": {"name": "lora"}}
+    job = jobs.create(session, user, orders.read_order(order))
+    session.commit()
+    assert job.estimate["overlap"]["status"] == "waiting" and not job.estimate["warnings"]
+    with data_worker():
+        said = api.post("/v1/estimates", json=order).json()
+        while said["overlap"]["status"] == "waiting":
+            said = api.post("/v1/estimates", json=order).json()
+        assert said["overlap"]["rows"] == 4 and said["overlap"]["held_out"] == 5
+        (warning,) = said["warnings"]
+        assert (
+            warning.startswith("4 of the 5 held-out rows")
+            and "3 as whole rows, 1 by their prompt" in warning
+            and "lines 1, 2, 3, 4" in warning
+        )
+        session.refresh(job)
+        assert job.estimate["warnings"] == [warning] and job.estimate["overlap"] == said["overlap"]
+        page = html.unescape(client.get("/jobs/new", params={"model": "tiny", "dataset": keys[0], "validation": keys[1]}).text)
+        assert warning in page and said["overlap"]["page"] in page
+        both = client.get(said["overlap"]["page"]).text
+        assert f"/datasets/{keys[1]}/rows?line=4" in both and "Leave 4 rows out of what is learnt" in both
+        done = client.post(f"/datasets/{keys[0]}/split/drop", data={"validation": keys[1]}, follow_redirects=False)
+        assert done.status_code == 303, done.text
+        new = session.scalars(select(Dataset).where(Dataset.version == 2)).one()
+        assert new.edits == [{"operation": "drop_row", "lines": [1, 2, 3, 5]}]
+
+
+def test_the_form_asks_for_rows_on_both_sides_of_its_own_split(client, session, user, tiny_registered, read):
+    found = read(chats(*((f"Question {n % 10}", f"Answer {n}") for n in range(40))), "same.jsonl")
+    params = {"model": "tiny", "dataset": ids.public(ids.DATASET, found.id), "run.validation_fraction": "0.25"}
+    assert "Looking for rows that stand on both sides" in client.get("/jobs/new", params=params).text
+    with data_worker():
+        for _ in range(100):
+            page = html.unescape(client.get("/jobs/new", params=params).text)
+            if "Looking for" not in page:
+                break
+            time.sleep(0.1)
+    assert "10 of the 10 held-out rows stand among the rows of same to learn from too, by their prompt" in page
 
 
 def test_a_request_cannot_put_its_job_into_a_comparison(api, session, user, tiny_registered, read):

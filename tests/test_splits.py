@@ -50,6 +50,17 @@ def test_equal_rows_stay_together_in_every_way_of_splitting():
         assert all(len(side) == 1 for side in sides.values())
 
 
+def test_what_a_model_does_not_see_makes_no_row_different():
+    """Every row of a joined dataset says its own source line; of equal texts all are learnt or all are held out."""
+    rows = [Line(n, {"text": f"t{n % 20}", "label": "ab"[n % 2], "metadata": {"source_line": n, "who": f"p{n}"}}) for n in range(200)]
+    for method, column in (("random", None), ("stratified", None), ("stratified", "source_line"), ("grouped", "who")):
+        sides = {}
+        for row, out in zip(rows, divide(rows, 0.2, 1, method, column), strict=True):
+            sides.setdefault(row.row["text"], set()).add(out)
+        assert all(len(side) == 1 for side in sides.values()), (method, column)
+        assert {True, False} == set.union(*sides.values()) or column == "source_line"
+
+
 def test_overlap_is_found_whatever_the_spelling():
     def chat(question, answer):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -74,4 +85,22 @@ def test_a_look_before_the_launch(tmp_path):
     found = splits.look(payload, print)
     assert (found["train"], found["validation"], found["overlap"]) == (90, 10, 0)
     assert found["labels"] == [["a", 81, 9], ["b", 9, 1]]
-    assert splits.look({**payload, "validation": tmp_path / "r.parquet"}, print)["overlap"] == 100
+    twice = splits.look({**payload, "validation": tmp_path / "r.parquet"}, print)
+    assert twice["overlap"] == twice["whole"] == 100
+
+
+def test_what_is_to_be_dropped_leaves_nothing_on_both_sides(tmp_path):
+    """Also where fewer rows are divided differently, and where many rows to learn from share one held-out prompt."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(rows):
+        lines, texts = zip(*rows, strict=True)
+        pq.write_table(pa.table({"line": lines, "row": texts}), tmp_path / "r.parquet")
+        return splits.look({"rows": tmp_path / "r.parquet", "fraction": 0.3, "seed": 1, "method": "random"}, print)
+
+    rows = [(n, json.dumps({"prompt": f"p{n % 150}", "completion": f"c{n}"})) for n in range(1, 301)]
+    found = write(rows)
+    assert found["overlap"] > 30 and found["whole"] == 0 and len(found["drop"]) >= 30
+    after = write([row for row in rows if row[0] not in found["drop"]])
+    assert after["overlap"] == 0 and after["drop"] == [] and after["validation"] > 20

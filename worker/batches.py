@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,19 +53,9 @@ def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = N
 
     At least one row is held out when `fraction` is above zero and there are two different rows.
     """
-    if fraction <= 0 or len(rows) < 2:
-        return list(rows), []
-    if how is not None and how.method != "random":
-        sides = divide(rows, fraction, seed, how.method, how.column)
-        held = [r for r, out in zip(rows, sides, strict=True) if out]
-        return [r for r, out in zip(rows, sides, strict=True) if not out], sorted(held, key=lambda r: r.line)
-    keys = [hashlib.sha256(f"{seed}\n{json.dumps(r.row, sort_keys=True, ensure_ascii=False)}".encode()).digest() for r in rows]
-    wanted = max(1, round(fraction * len(rows)))
-    last = sorted(keys)[wanted - 1]
-    held = [r for r, key in zip(rows, keys, strict=True) if key <= last]
-    if len(held) == len(rows):
-        return list(rows), []
-    return [r for r, key in zip(rows, keys, strict=True) if key > last], sorted(held, key=lambda r: r.line)
+    out = divide(rows, fraction, seed, how.method if how else "random", how.column if how else None)
+    held = [row for row, held_out in zip(rows, out, strict=True) if held_out]
+    return [row for row, held_out in zip(rows, out, strict=True) if not held_out], sorted(held, key=lambda row: row.line)
 
 
 def sides(spec: JobSpec) -> tuple[list[Row], list[Row]]:

@@ -6,19 +6,26 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
-from app import orders
+from app import inspections, orders, overlap
 from app.accounts import CurrentUser
-from app.db import Db
+from app.db import transaction
 from app.errors import Conflict
 
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
+WAIT_SECONDS = 2.0
+"""How long an answer waits for the comparison of both sides of the split. No connection is held meanwhile."""
 
 
 @api.post("/estimates")
-def estimate(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    spec = orders.build_spec(session, user, orders.read_order(body))
-    found = orders.estimate_of(session, spec)
+def estimate(user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    with transaction() as session:
+        spec = orders.build_spec(session, user, orders.read_order(body))
+        asked = overlap.ask(session, spec)
+    if asked is not None:
+        inspections.wait(asked.id, WAIT_SECONDS)
+    with transaction() as session:
+        found = orders.estimate_of(session, spec)
     if found is None:
         raise Conflict("The dataset is still being read.", way_out="Ask again in a moment.", param="training_file", code="still_reading")
     return found

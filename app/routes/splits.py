@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import datasets, ids, inspections
+from app import datasets, ids, inspections, versions
 from app.accounts import CurrentUser
 from app.db import transaction
-from app.errors import BadField
+from app.errors import BadField, Conflict
 from app.routes.versions import dataset_of, path_of
 from app.spec import RunSettings
-from app.web import render
+from app.web import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -21,6 +22,7 @@ Method = Literal["random", "stratified", "grouped"]
 Fraction = Annotated[float, Query(ge=0, lt=1)]
 Seed = Annotated[int, Query(ge=0, le=2**31 - 1)]
 WAIT_SECONDS = 3.0
+PER_PAGE = 50
 DEFAULTS = RunSettings()
 
 
@@ -50,10 +52,12 @@ def show(
     fraction: Fraction = DEFAULTS.validation_fraction,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
+    page: Annotated[int, Query(ge=1)] = 1,
 ) -> Response:
     dataset, asked, others = _ask(user, key, method, column, fraction, seed, validation)
     if asked is None:
         return RedirectResponse(path_of(dataset), 303)
+    chosen = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
     found = inspections.wait(asked.id, WAIT_SECONDS)
     columns = [name for name in (dataset.report or {}).get("columns", []) if name not in dataset.mapping.values()]
     return render(
@@ -61,11 +65,40 @@ def show(
         "split.html",
         dataset=dataset,
         key=key,
-        chosen={"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation},
+        chosen=chosen,
+        query=urlencode(chosen),
+        page=page,
+        examples=((found.result or {}).get("examples", []))[(page - 1) * PER_PAGE : page * PER_PAGE],
+        listed=len((found.result or {}).get("examples", [])),
+        per_page=PER_PAGE,
         columns=columns,
         others=[(other, ids.public(ids.DATASET, other.id)) for other in others],
         found=found,
     )
+
+
+@pages.post("/datasets/{key}/split/drop")
+def drop(
+    request: Request,
+    user: CurrentUser,
+    key: str,
+    method: Annotated[Method, Form()] = "random",
+    column: Annotated[str, Form()] = "",
+    fraction: Annotated[float, Form(ge=0, lt=1)] = DEFAULTS.validation_fraction,
+    seed: Annotated[int, Form(ge=0, le=2**31 - 1)] = DEFAULTS.seed,
+    validation: Annotated[str, Form()] = "",
+) -> Response:
+    """A version that learns from none of the rows it is measured on; the answer leads to its split."""
+    dataset, asked, _ = _ask(user, key, method, column, fraction, seed, validation)
+    found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
+    if found is None or not found.result:
+        raise Conflict("Both sides are not compared yet.", way_out="Load the page of the split again, and wait until its rows are shown.")
+    lines = found.result["drop"]
+    with transaction() as session:
+        new = versions.drop_rows(session, user, dataset, lines)
+    flash(request, f"Version {new.version} leaves out {len(lines):,} row{'s' if len(lines) != 1 else ''} that stood on both sides.")
+    query = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
+    return RedirectResponse(f"{path_of(new)}/split?{urlencode(query)}", 303)
 
 
 @api.get("/datasets/{key}/split")

@@ -58,7 +58,7 @@ def test_rows_to_check_with_can_come_from_another_dataset(client, session, user,
     assert public(more_kinds) in choices and public(chats) not in choices and public(kinds) not in choices
     assert 'name="split.method"' in page.text
     chosen = client.get("/jobs/new", params={**asked, "validation": public(more_kinds)})
-    assert 'name="split.method"' not in chosen.text and "/split" not in chosen.text
+    assert 'name="split.method"' not in chosen.text and f"/datasets/{public(kinds)}/split" in chosen.text
     assert f"validation_dataset_id: {public(more_kinds)}" in html.unescape(chosen.text)
     answer = client.post("/jobs", data={**asked, "validation": public(more_kinds), "split.method": "stratified"}, follow_redirects=False)
     assert answer.status_code == 303, answer.text
