@@ -1,86 +1,134 @@
 """Is what a job was said to cost what it cost? Every strategy on this machine, predicted and measured side by side.
 
-    python -m benchmarks.estimates --model FOLDER [--encoder FOLDER] [--task generation] [--strategies lora,full]
-        [--steps 12] [--tokens 512] [--set accumulation=4 --set gradient_checkpointing=all] [--json FILE]
+    python -m benchmarks.estimates [--only lora,encoder] [--steps 12] [--tokens 256] [--json FILE]
+        [--model FOLDER] [--encoder FOLDER] [--set accumulation=4 --set gradient_checkpointing=all]
 
-Each strategy learns twice, each time in a process of its own, as a job runs: a short job that calibrates the machine's speed,
-then a longer one that is predicted first. Generation learns `samples/support-replies.jsonl`, classification
-`samples/shop-questions.csv`, with the encoder where one is given. Printed for each: parameters predicted and counted, peak
-memory and seconds predicted and measured, loss on held-out rows before and after, what was forgotten, and whether the saved
-result answers as the trained model did.
+Three parts: `generation` on a decoder learns `samples/support-replies.jsonl`; `classification` on the decoder and on an
+`encoder` learns `samples/shop-questions.csv`, three tenths of it held out. The models are the studio's starters unless folders
+are named. Each strategy learns twice, each time in a process of its own, as a job runs: a short job that calibrates the
+machine's speed, then the one that is predicted first. Nothing is carried from one strategy to the next: neither speeds, nor
+vectors, nor the scores of the model before tuning.
+
+Printed for each: parameters predicted and counted, peak memory and seconds predicted and measured, loss (accuracy, where it
+learns classes) on held-out rows before and after, the change on general texts, and whether the saved result answers as the
+trained model did. `--json` is written after every job; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-SAMPLES = Path(__file__).parents[1] / "samples"
 SHORT_STEPS = 10
 """Steps of the job that calibrates: the fewest that count."""
 MEMORY_GOAL, SECONDS_GOAL = 0.10, 0.25
-ASKED = "How long does it take until the varnish of my violin is dry?"
+EQUAL = 1e-4
+"""Largest difference of two answers, as a share of the largest number in them, that rounding explains."""
+STARTERS = {"decoder": "smollm2-135m-instruct", "encoder": "all-minilm-l6-v2"}
+PARTS = {"generation": ("decoder", "generation"), "classification": ("decoder", "classification"), "encoder": ("encoder", "classification")}
+"""Parts of the table: the model that learns, and the task."""
 
 
 def main() -> None:
     options = parser().parse_args()
     if options.child:
-        print("RESULT " + json.dumps(child(json.loads(Path(options.child).read_text()))), flush=True)
+        from benchmarks import one_job
+
+        print("RESULT " + json.dumps(one_job.run(json.loads(Path(options.child).read_text()))), flush=True)
         return
-    with tempfile.TemporaryDirectory() as home:
-        results = [measure(plan, Path(options.work or home)) for plan in plans(options, Path(options.work or home))]
     from app.machine import this_machine
 
-    machine = this_machine()
-    report = {"device": machine.gpu_name or f"{machine.cores} cores of {machine.processor}", "results": results}
-    print(table(report))
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1))
+    machine, began = this_machine(), time.monotonic()
+    report: dict[str, Any] = {"device": machine.gpu_name or f"{machine.cores} cores of {machine.processor}", "results": []}
+    kept = {r["order"]: r for r in _read(options.json) if "error" not in r}
+    with tempfile.TemporaryDirectory() as home:
+        work = Path(options.work or home)
+        for plan in plans(options, work):
+            report["results"].append(kept.get(order_key(plan)) or {"order": order_key(plan), **measure(plan, work)})
+            print("  " + line(report["results"][-1]), flush=True)
+            if options.json:
+                Path(options.json).write_text(json.dumps(report, indent=1))
+    print(f"\n{table(report)}\n{(time.monotonic() - began) / 60:.0f} minutes.")
+    if not report["results"]:
+        raise SystemExit(1)
+
+
+def _read(path: str | None) -> list[dict[str, Any]]:
+    return json.loads(Path(path).read_text())["results"] if path and Path(path).is_file() else []
+
+
+def order_key(plan: dict[str, Any]) -> str:
+    """What makes two jobs the same, in words."""
+    return json.dumps([plan["part"], plan["strategy"], plan["revision"][:16], plan["steps"], plan["calibrate"], plan["run"]])
+
+
+# What is run ----------------------------------------------------------------------------------------------------------
 
 
 def plans(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """One plan for each task and strategy that this machine and model can run."""
+    """One plan for each part and strategy that was asked for and that this machine and model can run."""
     from app.machine import this_machine
     from app.shapes import shape_of
     from app.strategies import STRATEGIES
 
-    cuda = this_machine().cuda
-    found = []
-    for task in options.task.split(","):
-        model = Path(options.encoder if task == "classification" and options.encoder else options.model).resolve()
-        target = work / "models" / model.name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(model, target, copy_function=os.link if model.stat().st_dev == work.stat().st_dev else shutil.copy2)
-        shape = shape_of(json.loads((target / "config.json").read_text()))
-        for name in options.strategies.split(",") if options.strategies else STRATEGIES:
-            why_not = STRATEGIES[name]().unavailable(shape, task=task, cuda=cuda)
-            if why_not:
-                print(f"  {task} {name}: left out. {why_not}", flush=True)
+    names = [name for name in (options.only or "").split(",") if name]
+    if unknown := [name for name in names if name not in (*PARTS, *STRATEGIES)]:
+        raise SystemExit(f"There is no part or strategy {', '.join(unknown)}; there are {', '.join((*PARTS, *STRATEGIES))}.")
+    cuda, found = this_machine().cuda, []
+    for part in [name for name in names if name in PARTS] or PARTS:
+        role, task = PARTS[part]
+        folder = folder_of(role, options)
+        if folder is None:
+            continue
+        model, revision = laid_in(folder, work)
+        shape = shape_of(json.loads((folder / "config.json").read_text()))
+        for name in [name for name in names if name in STRATEGIES] or STRATEGIES:
+            if why_not := STRATEGIES[name]().unavailable(shape, task=task, cuda=cuda):
+                print(f"  {part} {name}: left out. {why_not}", flush=True)
                 continue
-            settings = {"max_tokens_per_step": options.tokens, "max_length": options.length, **dict(_pair(s) for s in options.set or ())}
-            found.append(
-                {
-                    "task": task,
-                    "strategy": name,
-                    "model": model.name,
-                    "run": settings,
-                    "steps": options.steps,
-                    "limit": options.limit,
-                    "calibrate": options.calibrate,
-                }
-            )
+            run = {"max_tokens_per_step": options.tokens, "max_length": options.length, **dict(_pair(s) for s in options.set or ())}
+            plan = {"part": part, "task": task, "strategy": name, "model": model, "title": folder.name, "revision": revision, "run": run}
+            found.append(plan | {"steps": options.steps, "limit": options.limit, "calibrate": options.calibrate})
     return found
+
+
+@functools.cache
+def _starter(role: str) -> Path | None:
+    from app import starters
+
+    if starters.present(STARTERS[role]):
+        return starters.folder(STARTERS[role])
+    print(f"  The {role} {STARTERS[role]} is not here: `luthier models add {STARTERS[role]} --files-only` brings it.", flush=True)
+    return None
+
+
+def folder_of(role: str, options: argparse.Namespace) -> Path | None:
+    """The model that plays a role. Where one folder was named, the other role's starter was not asked for."""
+    named = {"decoder": options.model, "encoder": options.encoder}
+    if named[role]:
+        return Path(named[role]).resolve()
+    return None if any(named.values()) else _starter(role)
+
+
+def laid_in(folder: Path, work: Path) -> tuple[str, str]:
+    """Put a model's files into the data folder of the jobs. Returns its name there and the SHA-256 over its files."""
+    from app import manifest
+
+    revision = manifest.revision_of(manifest.files_of(folder))
+    target = work / "models" / revision[:16]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, target, copy_function=os.link if folder.stat().st_dev == work.stat().st_dev else shutil.copy2)
+    return target.name, revision
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -92,19 +140,22 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
-    """A short job, then the one that counts."""
-    for steps in (SHORT_STEPS, plan["steps"]) if plan["calibrate"] else (plan["steps"],):
-        found = in_child({**plan, "run": {**plan["run"], "max_steps": steps}}, work)
+    """A short job, then the one that counts. Neither finds anything that an earlier one measured but the machine's arithmetic."""
+    from app.machine import CALIBRATION
+
+    if plan["calibrate"]:
+        (work / CALIBRATION).unlink(missing_ok=True)
+        found = in_child({**plan, "run": {"forgetting": False, **plan["run"], "max_steps": SHORT_STEPS}}, work)
         if "error" in found:
-            break
-    print("  " + line(found), flush=True)
-    return found
+            return found
+    return in_child({**plan, "run": {**plan["run"], "max_steps": plan["steps"]}}, work)
 
 
 def in_child(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     """A job in a process of its own, with the environment that a supervisor gives it."""
     from worker.exits import ALLOCATOR, THREADS
 
+    shutil.rmtree(work / "features", ignore_errors=True)  # vectors and scores that the job before kept
     path = work / "plan.json"
     path.write_text(json.dumps(plan))
     environment = {
@@ -116,7 +167,7 @@ def in_child(plan: dict[str, Any], work: Path) -> dict[str, Any]:
         "LUTHIER_DATA_DIR": str(work),
     }
     command = [sys.executable, "-m", "benchmarks.estimates", "--child", str(path)]
-    about = {key: plan[key] for key in ("task", "strategy", "model", "run")}
+    about = {key: plan[key] for key in ("part", "task", "strategy", "title", "run")}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=plan["limit"])
     except subprocess.TimeoutExpired:
@@ -127,155 +178,33 @@ def in_child(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     return {**about, **json.loads(lines[-1].removeprefix("RESULT "))}
 
 
-# Inside a job's process -----------------------------------------------------------------------------------------------
+# What came of it ------------------------------------------------------------------------------------------------------
 
-
-def child(plan: dict[str, Any]) -> dict[str, Any]:
-    """Predict a job, run it, and lay its result on the base again."""
-    from app import events
-    from app.estimate import estimate
-    from app.machine import this_machine
-    from app.settings import get_settings
-    from worker import frozen, train
-    from worker.run import _calibrate
-
-    spec, stats = order_of(plan)
-    predicted = estimate(spec, stats, this_machine())
-    learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=stats.labels)
-    said: dict[str, Any] = {}
-
-    def exporting(attempt: Path, spec: Any, model: Any, *rest: Any) -> Any:
-        said["trained"] = answers(spec, model)
-        return exported(attempt, spec, model, *rest)
-
-    exported = train.export
-    train.export = frozen.export = exporting
-    attempt = get_settings().folder("runs") / uuid.uuid4().hex / "a1"
-    for event in train.train(spec, attempt):
-        if isinstance(event, events.Started):
-            said["started"] = event
-        if isinstance(event, events.Finished):
-            said["finished"] = event
-    finished, started = said["finished"], said["started"]
-    _calibrate(spec, finished)
-    loaded = answers(spec, load(spec, finished))
-    shutil.rmtree(attempt.parent)
-    measured, evaluation = finished.measured, finished.evaluation or {}
-    lost = finished.forgetting or {}
-    return {
-        "precision": started.precision,
-        "parameters": {"predicted": learns, "counted": started.trainable_parameters},
-        "memory": {"predicted": predicted.memory_bytes, "measured": measured.peak_memory_bytes, "parts": predicted.memory.model_dump()},
-        "seconds": {"predicted": predicted.seconds, "measured": measured.seconds},
-        "tokens_per_second": {"predicted": predicted.tokens_per_second, "measured": measured.tokens_per_second},
-        "steps": {"predicted": predicted.steps, "measured": measured.steps},
-        "tokens": {"predicted": predicted.tokens, "measured": measured.tokens},
-        "recomputed_layers": predicted.recomputed_layers,
-        "loss": {side: (evaluation.get(name) or {}).get("loss") for side, name in (("before", "base"), ("after", "tuned"))},
-        "forgotten": {key: lost.get(key) for key in ("change", "interval", "verdict")} if lost else None,
-        "saved_and_loaded": float((said["trained"] - loaded).abs().max() / said["trained"].abs().max()),
-    }
-
-
-def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
-    """The order, and what the studio knows of its data."""
-    from app.settings import get_settings
-    from app.shapes import shape_of
-    from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
-    from app.strategies import STRATEGIES
-    from app.token_counts import TokenCounter
-
-    folder = get_settings().data_dir / "models" / plan["model"]
-    shape = shape_of(json.loads((folder / "config.json").read_text()))
-    classes = plan["task"] == "classification"
-    rows = list(csv.DictReader((SAMPLES / "shop-questions.csv").open())) if classes else _json_lines("support-replies.jsonl")
-    path = _stored(rows, plan["task"])
-    counter = TokenCounter(folder)
-    for row in rows:
-        counter.add(row)
-    known = {key: value for key, value in counter.result().items() if key != "token_lengths"}
-    stats = SimpleNamespace(rows=len(rows), characters=len(json.dumps(rows)), labels=len({row.get("label") for row in rows}), **known)
-    kind = "encoder" if shape.architecture == "encoder" else "dialogue"
-    model = ModelRef(id=uuid.UUID(int=1), name=plan["model"], kind=kind, path=f"models/{plan['model']}", revision="0" * 64, shape=shape)
-    format_ = "classification" if classes else "chat"
-    data = DatasetRef(id=uuid.UUID(int=2), name="rows", path=path, sha256="0" * 64, format=format_, rows=len(rows))
-    run = RunSettings(**{"epochs": 1000, "samples": 0, "evaluations_per_epoch": 0, "early_stopping_patience": 0, **plan["run"]})
-    strategy = STRATEGIES[plan["strategy"]]()
-    return JobSpec(name="estimates", task=plan["task"], model=model, dataset=data, run=run, strategy=strategy), stats
-
-
-def _json_lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (SAMPLES / name).read_text().splitlines()]
-
-
-def _stored(rows: list[dict[str, Any]], name: str) -> str:
-    """The rows as the studio stores them."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    from app.settings import get_settings
-
-    folder = get_settings().folder("rows", name)
-    parquet.write_table(pa.table({"line": list(range(1, len(rows) + 1)), "row": [json.dumps(r) for r in rows]}), folder / "rows.parquet")
-    return (folder / "rows.parquet").relative_to(get_settings().data_dir).as_posix()
-
-
-def load(spec: Any, finished: Any) -> Any:
-    """The result as the playground loads it, in the numbers that it was trained in."""
-    from app.spec import Adapter
-    from worker import attention, kernels
-    from worker.classifier import load_classifier
-    from worker.device import choose
-    from worker.load import load_model
-
-    if type(spec.strategy).adapter:
-        laid = Adapter(strategy=spec.strategy.name, path=finished.path, sha256=finished.adapter_sha256 or "")
-        ref = spec.model.model_copy(update={"adapters": (laid,)})
-    else:
-        ref = spec.model.model_copy(update={"path": finished.path})
-    engine = choose(spec.run, spec.strategy)
-    if spec.task == "classification":
-        ref = ref.model_copy(update={"labels": tuple(finished.labels)})
-        return load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)[0]
-    model = load_model(ref, engine.frozen, attention.NAME, str(engine.device))
-    kernels.use_fused_norms(model)  # as in training, whose rounding the fused layers share
-    kernels.speed_up(model, engine, 0.0)
-    return model
-
-
-def answers(spec: Any, model: Any) -> Any:
-    """Logits of a fixed text, float32: of every token, or of every class."""
-    import torch
-
-    from worker.device import choose
-    from worker.evaluate import evaluating
-    from worker.load import load_tokenizer
-
-    tokenizer, engine = load_tokenizer(spec.model), choose(spec.run, spec.strategy)
-    ids = [*([tokenizer.pad_token_id or 0] * spec.strategy.virtual_tokens()), *tokenizer(ASKED)["input_ids"]]
-    given = {"input_ids": torch.tensor([ids]), "position_ids": torch.arange(len(ids))[None]}
-    given = {name: tensor.to(engine.device) for name, tensor in given.items()}
-    with evaluating(model), engine.autocast():
-        out = model(**given, lengths=[len(ids)]) if spec.task == "classification" else model(**given, use_cache=False).logits
-    return out.float().cpu()
-
-
-# Afterwards -----------------------------------------------------------------------------------------------------------
+HEAD = (
+    f"{'strategy':34} {'':4} {'parameters':>11} {'':2}{'MB said':>8}{'was':>7}{'error':>7}{'s said':>8}{'was':>7}{'error':>7}"
+    f"{'before':>9}{'after':>8}{'forgot':>9}{'reloaded':>10}"
+)
 
 
 def line(r: dict[str, Any]) -> str:
     """One strategy in one line."""
-    name = f"{r['task'][:10]:10} {r['strategy']:19}"
+    name = f"{r['part']:14} {r['strategy']:19}"
     if "error" in r:
         return f"{name} failed: {r['error'].strip().splitlines()[-1][:150]}"
-    parameters, memory, seconds, loss = r["parameters"], r["memory"], r["seconds"], r["loss"]
+    parameters, memory, seconds = r["parameters"], r["memory"], r["seconds"]
     same = "=" if parameters["predicted"] == parameters["counted"] else f"≠ {parameters['predicted']}"
-    losses = f"{loss['before']:7.3f}{loss['after']:8.3f}" if loss["after"] is not None and loss["before"] is not None else f"{'':15}"
-    lost = f"{r['forgotten']['change']:+9.1%}" if r.get("forgotten") else f"{'':9}"
+    lost = f"{r['forgotten']['change']:+.1%}" if r.get("forgotten") else "–"
     return (
         f"{name} {r['precision']} {parameters['counted']:>11,} {same:2}{memory['predicted'] / 1e6:8.0f}{memory['measured'] / 1e6:7.0f}"
-        f"{error(memory):+7.1%}{seconds['predicted']:8.1f}{seconds['measured']:7.1f}{error(seconds):+7.1%}{losses}{lost}{r['saved_and_loaded']:10.1e}"
+        f"{error(memory):+7.0%}{seconds['predicted']:8.1f}{seconds['measured']:7.1f}{error(seconds):+7.0%}"
+        f"{score(r, 'before'):>9}{score(r, 'after'):>8}{lost:>9}{r['saved_and_loaded']:10.0e}"
     )
+
+
+def score(r: dict[str, Any], side: str) -> str:
+    """Accuracy where classes were learnt, else the loss, in nats a token."""
+    found, shown = (r["accuracy"][side], "{:.0%}") if r["task"] == "classification" else (r["loss"][side], "{:.3f}")
+    return "–" if found is None else shown.format(found)
 
 
 def error(pair: dict[str, float]) -> float:
@@ -283,33 +212,41 @@ def error(pair: dict[str, float]) -> float:
     return pair["predicted"] / pair["measured"] - 1
 
 
+def better(r: dict[str, Any]) -> bool:
+    """Whether the loss on held-out rows fell."""
+    return r["loss"]["after"] is not None and r["loss"]["after"] < (r["loss"]["before"] or 0)
+
+
 def table(report: dict[str, Any]) -> str:
+    lines = [report["device"], HEAD]
+    for part in dict.fromkeys(r["part"] for r in report["results"]):
+        lines += ["", *(line(r) for r in report["results"] if r["part"] == part)]
     good = [r for r in report["results"] if "error" not in r]
-    head = f"{'task':10} {'strategy':19} {'':4} {'parameters':>11} {'':2}{'MB said':>8}{'was':>7}{'error':>7}{'s said':>8}{'was':>7}{'error':>7}"
-    lines = [report["device"], head + f"{'loss':>7}{'then':>8}{'forgot':>9}{'reloaded':>10}", *map(line, report["results"])]
     if good:
         kept = sum(r["parameters"]["predicted"] == r["parameters"]["counted"] for r in good)
         near = [sum(abs(error(r[what])) <= goal for r in good) for what, goal in (("memory", MEMORY_GOAL), ("seconds", SECONDS_GOAL))]
-        lines.append(
-            f"Of {len(good)}: {kept} counts as predicted, {near[0]} peaks within {MEMORY_GOAL:.0%}, {near[1]} times within {SECONDS_GOAL:.0%}."
-        )
+        equal = sum(r["saved_and_loaded"] <= EQUAL for r in good)
+        lines += [
+            "",
+            f"Of {len(good)}: {kept} counts as predicted, {near[0]} peaks within {MEMORY_GOAL:.0%}, {near[1]} times within "
+            f"{SECONDS_GOAL:.0%}, {sum(map(better, good))} with a lower loss than before, {equal} equal after saving and loading.",
+        ]
     return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description=__doc__.splitlines()[0])
-    made.add_argument("--model", help="folder of a decoder saved by save_pretrained()")
-    made.add_argument("--encoder", help="folder of an encoder, for classification")
-    made.add_argument("--task", default="generation,classification")
-    made.add_argument("--strategies", help="names, separated by commas; all by default")
+    made.add_argument("--only", help=f"strategies, and parts of the table ({', '.join(PARTS)}), separated by commas; all by default")
+    made.add_argument("--model", help=f"folder of a decoder saved by save_pretrained(), in place of {STARTERS['decoder']}")
+    made.add_argument("--encoder", help=f"folder of an encoder, in place of {STARTERS['encoder']}")
     made.add_argument("--no-calibration", dest="calibrate", action="store_false", help="leave out the short job before")
-    made.add_argument("--steps", type=int, default=16, help="steps of the predicted job")
-    made.add_argument("--tokens", type=int, default=512, help="tokens of a step")
-    made.add_argument("--length", type=int, default=256, help="longest row")
+    made.add_argument("--steps", type=int, default=12, help="steps of the predicted job")
+    made.add_argument("--tokens", type=int, default=256, help="tokens of a step")
+    made.add_argument("--length", type=int, default=256, help="longest row, in tokens")
     made.add_argument("--set", action="append", metavar="NAME=VALUE", help="another run setting")
-    made.add_argument("--work", help="keep the data folder, and with it the calibration, here")
+    made.add_argument("--work", help="keep the jobs' data folder here")
     made.add_argument("--limit", type=float, default=900, help="seconds that one job may take")
-    made.add_argument("--json")
+    made.add_argument("--json", help="written after every job; what it holds of the same jobs is not run again")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made
 
