@@ -1,10 +1,11 @@
 """Frozen features on real labels: a whole `feature_extraction` job beside plain scikit-learn on the same vectors, in one run.
 
-    python -m benchmarks.features --model FOLDER --train train.csv --test test.csv [--rows N] [--strategies feature_extraction,…] [--json FILE]
+    python -m benchmarks.features --train train.csv --test test.csv [--model FOLDER] [--rows N] [--strategies feature_extraction,…] [--json FILE]
 
 The files have the columns text and label (or category); BANKING77 (Casanueva et al. 2020, arXiv:2003.04807) is such a pair.
-The job reads rows as the studio stores them, chooses C by cross-validation, and is scored on the test file. The plain script
-takes the very vectors the job kept, and a LogisticRegression for each C. Further strategies run as whole jobs on the same rows.
+The model is the studio's starter encoder unless a folder is named. The job reads rows as the studio stores them, chooses C by
+cross-validation, and is scored on the test file. The plain script takes the very vectors the job kept, and fits a
+LogisticRegression for each C that the job may choose. Further strategies run as whole jobs on the same rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -21,6 +23,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+
+NEAR = 0.005
+"""How far from plain scikit-learn a job's accuracy may lie: half a point."""
 
 
 def rows_of(path: Path, most: int | None) -> list[dict[str, str]]:
@@ -58,6 +63,8 @@ def job(model: Any, train_ref: Any, test_ref: Any, strategy: str, settings: dict
         said.append(event)
         if isinstance(event, events.Log):
             print(f"  {event.message}", flush=True)
+            if chosen := re.search(r"C=(\S+) is taken", event.message):
+                settings = {**settings, "C": float(chosen[1])}
     scores = said[-1].evaluation["tuned"]
     started = next(e for e in said if isinstance(e, events.Started))
     return {
@@ -68,10 +75,12 @@ def job(model: Any, train_ref: Any, test_ref: Any, strategy: str, settings: dict
 
 
 def plain(vectors: np.ndarray, train: list[dict[str, str]], test: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """scikit-learn alone on the vectors, C by C."""
+    """scikit-learn alone on the vectors, for every C that a job may choose."""
+    from worker.features import STRENGTHS
+
     inside, outside = vectors[: len(train)], vectors[len(train) :]
     found = []
-    for strength in (1.0, 3.0, 10.0, 30.0):
+    for strength in STRENGTHS:
         began = time.perf_counter()
         model = LogisticRegression(C=strength, max_iter=2000).fit(inside, [row["label"] for row in train])
         score = float(model.score(outside, [row["label"] for row in test]))
@@ -79,16 +88,43 @@ def plain(vectors: np.ndarray, train: list[dict[str, str]], test: list[dict[str,
     return found
 
 
+def _starter() -> Path:
+    from app import starters
+    from app.settings import get_settings
+
+    name = "all-minilm-l6-v2"
+    if starters.present(name) is None:
+        raise SystemExit(
+            f"The encoder {name} is not here: `luthier models add {name} --files-only` brings it, or name a folder with --model."
+        )
+    found = starters.folder(name)
+    get_settings.cache_clear()  # the jobs have a data folder of their own
+    return found
+
+
+def verdict(results: list[dict[str, Any]]) -> str:
+    """The job's logistic regression beside scikit-learn at the same C and at the best one."""
+    ours = next(row for row in results if "C" in row)
+    alone = {row["plain C"]: row["accuracy"] for row in results if "plain C" in row}
+    best = max(alone, key=lambda c: alone[c])
+    gap = ours["accuracy"] - alone[best]
+    near = "within" if abs(gap) <= NEAR else "NOT within"
+    return (
+        f"feature_extraction {ours['accuracy']:.2%} at C={ours['C']:g}, chosen by cross-validation; scikit-learn {alone[ours['C']]:.2%} "
+        f"there and {alone[best]:.2%} at its best, C={best:g}: {100 * gap:+.2f} points, {near} {100 * NEAR:.1f} points."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="folder of a model; the studio's starter encoder when left out")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--rows", type=int, help="this many training rows at most")
     parser.add_argument("--strategies", default="feature_extraction")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model_folder = options.model.resolve()
+    model_folder = (options.model or _starter()).resolve()
     with tempfile.TemporaryDirectory(prefix="luthier-features-") as folder:
         os.environ.update(LUTHIER_DATA_DIR=folder, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
         (Path(folder) / "models").mkdir()
@@ -113,6 +149,8 @@ def main() -> None:
                 results += plain(features.kept(kept.stem), train_rows, test_rows)
         for row in results:
             print("  ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        if any("C" in row for row in results):
+            print(verdict(results))
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
 
