@@ -25,7 +25,7 @@ FLOOR_CUDA_BYTES = 700 * 2**20
 HOLES = 0.15
 """Share by which kept bf16 activations take more of a processor's memory than they hold: float32 pieces that come and go between
 them leave holes. Measured on LoRA over a 135 M model at 192, 512 and 1,024 tokens; without bf16 there was none."""
-LOGITS_BYTES = 48 * 2**20
+LOGITS_BYTES = 96 * 2**20
 LOGITS_CUDA_BYTES = 2**30
 """Chunks of float32 logits in `worker/loss.py`."""
 
@@ -180,11 +180,12 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tup
 
 def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool) -> int:
     """The chunk of logits that is alive at once in `worker/loss.py`, the gradient of the hidden states, and a trained head's own."""
-    chunk = min(tokens * shape.vocabulary * 4, LOGITS_CUDA_BYTES if cuda else LOGITS_BYTES)
+    width = 2 if half and not cuda else 4
+    chunk = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else LOGITS_BYTES)
     head = shape.vocabulary * shape.hidden
     # The head rounded to bf16, its gradient in float32, and a chunk's part of it before it is added.
     own = head * (4 + 2 + 2 if half else 4) if trained else 0
-    return 2 * chunk + 8 * tokens * shape.hidden + own
+    return (2 if cuda else 1) * chunk + 8 * tokens * shape.hidden + own
 
 
 def memory_of(

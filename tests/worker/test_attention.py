@@ -102,7 +102,8 @@ def test_window_and_soft_cap(window: int | None, softcap: float | None) -> None:
 def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scale: float, cap: float | None) -> None:
     from worker import loss
 
-    monkeypatch.setattr(loss, "chunk_rows", lambda vocabulary, rows, cuda=False: 5)
+    monkeypatch.setattr(loss, "chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 4 * 11 * 2)  # two rows
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((17, 6), (11, 6), (11,)))
     targets = torch.randint(0, 11, (17,))
@@ -121,6 +122,24 @@ def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scal
     each, hits = score(hidden, loss.Head(weight, bias, scale, cap), targets)
     torch.testing.assert_close(each.sum(), plain)
     assert torch.equal(hits, logits.argmax(1) == targets)
+
+
+def test_a_loss_in_bf16_rounds_its_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of a head in bf16 are those of float32 within the rounding of the products, block by block."""
+    from worker import loss
+
+    monkeypatch.setattr(loss, "chunk_rows", lambda *_: 7)
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 4 * 50 * 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (23,))
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        hidden.grad = weight.grad = None
+        linear_cross_entropy(hidden, loss.Head(weight, None), targets, kind).backward()
+        found[kind] = (hidden.grad, weight.grad, score(hidden, loss.Head(weight, None), targets, kind)[0])
+    for wide, half in zip(found[torch.float32], found[torch.bfloat16], strict=True):
+        assert torch.nn.functional.cosine_similarity(wide.flatten(), half.flatten(), 0) > 0.9995
 
 
 ENCODER = {
