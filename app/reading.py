@@ -10,7 +10,6 @@ The claim is the one of jobs: a fence that rises with every reader, and a lease 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile

@@ -10,7 +10,7 @@ import sys
 
 from app.settings import PROJECT
 from benchmarks.features import verdict
-from tests.worker.test_classification import texts, put_encoder
+from tests.worker.test_classification import put_encoder, texts
 from worker.features import STRENGTHS
 
 
