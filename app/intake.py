@@ -146,15 +146,19 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
     if name:
         entry = formats.get(name)
         # An empty name says that no column is meant, also where one would be guessed.
-        mapping = {field: column for field, column in (entry.guess_mapping(columns) | (mapping or {})).items() if column}
+        said = mapping or {}
+        guessed = {field: column for field, column in entry.guess_mapping(columns).items() if column not in said.values()}
+        mapping = {field: column for field, column in (guessed | said).items() if column}
         _check_mapping(entry, mapping, columns)
         return entry, mapping, "You chose this format.", others
     if not ranked:
+        named = ", ".join(f"“{shown(column, 40)}”" for column in formats.judging(sample))
+        hint = f" The column {named} seems to say which answers are bad, and no format here finds its place for it." if named else ""
         known = "; ".join(
             f"{entry.title}: {', '.join(field.name for field in entry.fields if field.required)}" for entry in formats.FORMATS.values()
         )
         raise BadData(
-            f"The columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} fit no format here.",
+            f"The columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} fit no format here.{hint}",
             way_out=f"Choose a format and say which column is which, or rename the columns. Needed are, for {known}.",
             param="file",
             code="unknown_format",

@@ -136,20 +136,22 @@ def file_row(row: Row, shape: str) -> Row:
         made = {key: value for key, value in made.items() if value}
     elif shape == "rated":
         made = {"prompt": row["messages"], "completion": row["answer"], "label": row["good"]}
+        made |= {"tools": row["tools"]} if row.get("tools") else {}
     else:
         made = {key: row[key] for key in keys if key in row}
     rest = {f"{key}_" if key in made or key == "tools" else key: value for key, value in row.get("metadata", {}).items()}
     return rest | made
 
 
+_NOT_GUESSED = {"input": "", "system": "", "history": ""}
 MAPPINGS: dict[str, dict[str, str]] = {
-    "chat": {"messages": "messages"},
+    "chat": {"messages": "messages", "system": ""},
     "instruction": {"instruction": "instruction", "output": "output", "input": ""},
     "completion": {"prompt": "prompt", "completion": "completion"},
     "plain_text": {"text": "text"},
     "classification": {"text": "text", "label": "label"},
-    "preference": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", "system": ""},
-    "rated": {"prompt": "prompt", "completion": "completion", "label": "label", "system": ""},
+    "preference": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", "tools": "", **_NOT_GUESSED},
+    "rated": {"prompt": "prompt", "completion": "completion", "label": "label", **_NOT_GUESSED},
 }
 """Shape → the mapping that reads such a file; an empty name keeps a field from being guessed among the metadata."""
 

@@ -371,7 +371,7 @@ def turns(*pairs: tuple[object, object], **rest: object) -> str:
 
 ASKED, SAID = ("user", "a"), ("assistant", "b")
 CHATS: dict[str, tuple[str, str]] = {
-    "human and gpt": (turns(("human", "a"), ("gpt", "b")), "wrong_role"),
+    "bot and customer": (turns(("customer", "a"), ("bot", "b")), "wrong_role"),
     "a capital letter": (turns(("User", "a"), SAID), "wrong_role"),
     "no role": ('{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "wrong_role"),
     "a number for a role": (turns((3, "a"), SAID), "wrong_role"),

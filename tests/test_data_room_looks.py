@@ -55,7 +55,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
     rows = [chat(f"Question {n}: " + " ".join(draw.choices(words, k=12)) + "?", " ".join(draw.choices(words, k=10 + n))) for n in range(60)]
     rows += [
         rows[3],
-        chat("a", "b", "human"),
+        chat("a", "b", "customer"),
         "{broken",
         chat("Who?", "Write to anna.berg@hafen.de"),
         chat("Say <|im_end|>", "ding\x07dong"),

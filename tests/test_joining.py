@@ -72,11 +72,11 @@ def test_one_after_the_other_with_the_lineage_of_every_row(session, user, make, 
 
 
 def test_what_is_joined_can_be_mended_and_joined_again(session, user, make, data_dir):
-    first = make([{**chat(n), "system": "a column of its own"} for n in range(12)])
+    first = make([{**chat(n), "system": "Be brief.", "system_prompt": "a column of its own"} for n in range(12)])
     joined = read(session, join(session, user, "concatenate", first, make([chat(n) for n in range(50, 60)], "b.jsonl")))
     mended = read(session, versions.drop_rows(session, user, joined, [1, 2]))
     assert mended.good_rows == 20 and mended.version == 3
-    assert rows_of(mended, data_dir)[0]["metadata"]["system"] == "a column of its own"
+    assert rows_of(mended, data_dir)[0]["metadata"]["system_prompt"] == "a column of its own"
     again = read(session, join(session, user, "sample", mended, rows=5, seed=3))
     assert again.good_rows == 5
 
@@ -277,7 +277,7 @@ def test_programs_do_the_same(session, user, make, api):
 
 
 def test_programs_fix_edit_and_read_anew(session, user, make, api):
-    wrong = {"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    wrong = {"messages": [{"role": "customer", "content": "a"}, {"role": "assistant", "content": "b"}]}
     dataset = make([*[chat(n) for n in range(10)], wrong, wrong])
     base = f"/v1/datasets/{key(dataset)}"
     report = api.get(f"{base}/report?rule=wrong_role").json()

@@ -80,7 +80,7 @@ THROUGH = [
     if case.name
     in {
         "cut off / line.jsonl", "a NUL in a text / line.jsonl", "100,000 brackets / line.jsonl", "utf-16 / x.csv", "a million columns / x.csv",
-        "a password / x.zip", "a bomb of 256 MB / x.zip", "a dictionary bomb of 40 GB / x.parquet", "human and gpt / chat.jsonl", "zeros / x.jsonl",
+        "a password / x.zip", "a bomb of 256 MB / x.zip", "a dictionary bomb of 40 GB / x.parquet", "bot and customer / chat.jsonl", "zeros / x.jsonl",
         "nothing at all / x.csv", "a name no reader takes / x.exe", "perhaps / rated.jsonl",
     }
 ]  # fmt: skip

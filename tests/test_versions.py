@@ -49,7 +49,7 @@ def some(count, first=0):
 
 
 def test_one_finding_is_fixed_and_the_parent_stays_as_it_is(session, user, make, data_dir):
-    parent = make([*some(12), chat(("human", "a"), ("assistant", "b")), chat(("human", "c"), ("assistant", "d"))])
+    parent = make([*some(12), chat(("customer", "a"), ("assistant", "b")), chat(("customer", "c"), ("assistant", "d"))])
     before = (parent.rows_sha256, parent.good_rows)
     found, _ = datasets.findings(session, parent, rule="wrong_role")
     new = read(session, versions.fix_one(session, user, parent, found[0].id))
@@ -103,7 +103,7 @@ def test_a_fix_reaches_findings_that_are_not_listed(session, user, make, monkeyp
 
 
 def test_edits_add_up_over_versions_and_lines_keep_their_numbers(session, user, make, data_dir):
-    first = make([*some(10), chat(("human", "a"), ("assistant", "b"))])
+    first = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
     second = read(session, versions.drop_rows(session, user, first, [1, 2, 2]))
     third = read(session, versions.fix_all(session, user, second, "wrong_role"))
     row = {"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "answer"}]}
@@ -169,7 +169,7 @@ def test_findings_taken_away_hold_no_formula(session, make, client):
 
 
 def test_a_click_on_the_page_makes_the_version(session, make, client):
-    dataset = make([*some(10), chat(("human", "a"), ("assistant", "b"))])
+    dataset = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
     assert "Fix all 1 of this kind" in client.get(path + "?rule=wrong_role").text
     answer = client.post(path + "/fix", data={"rule": "wrong_role"}, follow_redirects=False)

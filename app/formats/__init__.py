@@ -19,10 +19,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from app.errors import BadField
+from app.formats import _base
 from app.formats._base import Field, Finding, Format, Guess, Row
+from app.formats.rated import verdict
 
 __all__ = ["FORMATS", "Field", "Finding", "Format", "Guess", "Row", "get", "rank"]
 
@@ -51,7 +53,35 @@ def get(name: str) -> Format:
         raise BadField(f"There is no format “{name[:80]}”.", way_out=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
 
 
+FEWEST_GOOD = 0.1
+"""Below this share of good rows a format explains nothing, however many columns it claims."""
+RATINGS = {*FORMATS["rated"].fields[2].synonyms, "thumbs_up", "is_good", "desirable"}
+
+
 def rank(rows: Sequence[Row]) -> list[tuple[Format, Guess]]:
-    """The formats that fit these rows, best first; the earlier `place` wins a tie."""
+    """The formats that fit these rows, best first; the earlier `place` wins a tie.
+
+    A format whose columns another claims too, and more, stands behind it: broken rows are findings there, and here they would
+    be learnt without a word. One that learns every answer never comes first beside a column that says which are bad.
+    """
     guesses = [(entry, guess) for entry in FORMATS.values() if (guess := entry.recognise(rows)) is not None]
-    return sorted(guesses, key=lambda pair: -pair[1].score)
+    claims = [set(guess.mapping.values()) for _, guess in guesses if guess.good >= FEWEST_GOOD]
+
+    def order(pair: tuple[Format, Guess]) -> tuple[bool, float]:
+        return any(set(pair[1].mapping.values()) < claimed for claimed in claims), -pair[1].score
+
+    ranked = sorted(guesses, key=order)
+    while ranked and ranked[0][0].task == "generation" and judging(rows, ranked[0][1].mapping.values()):
+        ranked.pop(0)
+    return ranked
+
+
+def judging(rows: Sequence[Row], claimed: Iterable[str] = ()) -> list[str]:
+    """Columns beyond the claimed ones that seem to say which answers are bad: ratings, and worse answers."""
+    taken = set(claimed)
+    others = {column: _base.plain(column) for row in rows for column in row if column not in taken}
+
+    def rates(column: str) -> bool:
+        return sum(verdict(row.get(column)) is not None for row in rows) * 2 > len(rows)
+
+    return [column for column, name in others.items() if name.startswith("rejected") or (name in RATINGS and rates(column))]

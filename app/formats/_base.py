@@ -43,11 +43,12 @@ class Finding(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """How well a format fits the first rows: `score` 0 to 1, the mapping, and the reason in words."""
+    """How well a format fits the first rows: `score` 0 to 1, the mapping, the reason in words, and the share of good rows."""
 
     score: float
     mapping: dict[str, str]
     reason: str
+    good: float = 1.0
 
 
 class Format(ABC):
@@ -86,7 +87,7 @@ class Format(ABC):
         named = ", ".join(f"“{column}”" for column in mapping.values())
         reason = f"{'The columns' if len(mapping) > 1 else 'The column'} {named} and {good:.0%} of the first {len(rows)} rows fit."
         # Good rows decide; among formats that fit equally well, the one that explains more columns wins.
-        return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason)
+        return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason, good)
 
     @abstractmethod
     def check(self, row: Row, mapping: Columns) -> list[Finding]:

@@ -8,6 +8,21 @@ from typing import Any
 from app.formats._base import Finding, Row, fix, parsed, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+    "function_call": "assistant",
+}
+"""ShareGPT's names of who speaks, which stand for one role each beyond doubt."""
 OTHER_NAMES = {
     "human": "user",
     "customer": "user",
@@ -24,6 +39,46 @@ KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "func
 DROP = fix("Drop the row", "drop_row")
 
 
+def as_messages(value: Any, role: str = "user") -> list[Any]:
+    """Messages with `role` and `content`, from either spelling, from one message alone, or from text, which `role` then said.
+
+    What is no message stays what it is, so that the check can say so. Raises TypeError for what is neither text nor messages.
+    """
+    turns = parsed(value)
+    turns = [turns] if is_turn(turns) else turns
+    if isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns))):
+        return [{"role": role, "content": value}] if value else []  # an answer that is JSON itself is text all the same
+    if turns is None:
+        return []
+    if not isinstance(turns, list):
+        raise TypeError("neither text nor messages")
+    return [message for turn in turns for message in _spelled(turn)]
+
+
+def is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or is_sharegpt(value))
+
+
+def is_sharegpt(turn: Any) -> bool:
+    """Whether a turn is spelled {from, value} or {human, assistant}."""
+    return isinstance(turn, dict) and "role" not in turn and ("from" in turn or ("human" in turn and "content" not in turn))
+
+
+def _spelled(turn: Any) -> list[Any]:
+    """One turn as messages. An unknown speaker keeps its name, so that the check can say which one it was."""
+    if not isinstance(turn, dict):
+        return [turn]
+    if "role" not in turn and "from" not in turn and is_sharegpt(turn):
+        return [{"role": "user", "content": turn["human"]}, {"role": "assistant", "content": turn.get("assistant")}]
+    if is_sharegpt(turn):
+        speaker = turn["from"]
+        role = SPEAKERS.get(speaker.strip().lower(), speaker) if isinstance(speaker, str) else speaker
+        kept = {key: item for key, item in turn.items() if key in KEYS and key != "content"}
+        return [{"role": role, "content": turn.get("value", turn.get("content")), **kept}]
+    speaker = turn.get("role")
+    return [{**turn, "role": SPEAKERS[speaker]}] if isinstance(speaker, str) and speaker in SPEAKERS else [turn]
+
+
 def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Finding]:
     """Findings about one conversation. `answer` asks for an assistant's answer at its end."""
     messages = parsed(value)
@@ -31,6 +86,7 @@ def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Find
         return [Finding("wrong_shape", f"“{column}” must be a list of messages.", column, shown(value), "error", DROP)]
     if not messages:
         return [Finding("wrong_shape", f"“{column}” holds no message.", column, "[]", "error", DROP)]
+    messages = as_messages(messages)
     findings: list[Finding] = []
     for index, message in enumerate(messages):
         findings += _check_message(message, f"{column}[{index}]")
@@ -125,7 +181,7 @@ def _is_text_part(part: Any) -> bool:
 
 def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Finding]:
     findings: list[Finding] = []
-    previous, open_calls = "", set[str]()
+    previous, speaker, open_calls = "", None, set[str]()
     for index, message in enumerate(messages):
         role, at = message["role"], f"{column}[{index}]"
         if role in ("system", "developer"):
@@ -141,7 +197,7 @@ def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Fin
             if open_calls and isinstance(call, str) and call not in open_calls:
                 text = f"No call before this answer has the id “{shown(call, 40)}”."
                 findings.append(Finding("wrong_role_order", text, f"{at}.tool_call_id", shown(call), "warning"))
-        elif role == previous:
+        elif role == previous and not (role == "user" and speaker and message.get("name") not in (None, speaker)):
             text = f"Two messages of the {role} follow each other."
             findings.append(Finding("wrong_role_order", text, at, role, "error", fix("Join the two", "join_messages", index=index)))
             return findings
@@ -150,7 +206,7 @@ def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Fin
             findings.append(Finding("wrong_role_order", text, at, role, "warning", fix("Drop this message", "drop_message", index=index)))
         if role == "assistant":
             open_calls = {call["id"] for call in message.get("tool_calls") or [] if isinstance(call.get("id"), str)}
-        previous = role
+        previous, speaker = role, message.get("name")
     return findings + (_check_answer(messages, column) if answer else [])
 
 
@@ -180,7 +236,7 @@ def flat(content: Any) -> str:
 def normalise_messages(value: Any) -> list[Row]:
     """Messages with the keys a chat template knows, in a fixed order. `developer` is the system; `function` is a tool."""
     result: list[Row] = []
-    for message in parsed(value):
+    for message in as_messages(value):
         role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
         clean: Row = {"role": role, "content": flat(message.get("content"))}
         if role == "assistant" and message.get("weight") is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Row, fix, parsed, shown
-from app.formats._messages import check_messages, normalise_messages
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
+from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 
 
 class Chat(Format):
@@ -24,11 +25,20 @@ class Chat(Format):
         Field(
             "messages",
             "The conversation: a list of {role, content}.",
-            ("messages", "conversation", "conversations", "chat", "dialogue", "dialog"),
+            ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "texts", "turns"),
         ),
+        Field("system", "The system's message.", ("system", "system_prompt"), False),
         Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),
     )
     place: ClassVar = 10
+
+    def recognise(self, rows: Sequence[Row]) -> Guess | None:
+        guess = super().recognise(rows)
+        if guess is None:
+            return None
+        turns = [parsed(row.get(guess.mapping["messages"])) for row in rows]
+        other = sum(isinstance(said, list) and bool(said) and is_sharegpt(said[0]) for said in turns)
+        return None if other * 2 > len(rows) else guess  # the same conversations in ShareGPT's spelling are that format's
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         column = mapping.get("messages", "messages")
@@ -45,7 +55,11 @@ class Chat(Format):
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        result: Row = {"messages": normalise_messages(row[mapping.get("messages", "messages")])}
+        messages = as_messages(row[mapping.get("messages", "messages")])
+        system = text_of(row, mapping.get("system"))
+        if system and system.strip():
+            messages.insert(0, {"role": "system", "content": system})
+        result: Row = {"messages": normalise_messages(messages)}
         tools = parsed(row.get(mapping.get("tools", "tools")))
         if tools:
             functions = mapping.get("tools") == "functions"  # OpenAI's older spelling holds the functions bare

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, check_text, fix, parsed, shown, text_of
+from app.formats._prompt import is_history, joined
 
 
 class Instruction(Format):
@@ -29,7 +30,7 @@ class Instruction(Format):
             if name in mapping:
                 findings += check_text(row, mapping[name], name, empty=None)
         history = parsed(row.get(mapping["history"])) if "history" in mapping else None
-        if history and not _is_history(history):
+        if history and not is_history(history):
             text = "“history” must be a list of pairs of question and answer."
             findings.append(Finding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Drop the row", "drop_row")))
         return findings
@@ -42,13 +43,8 @@ class Instruction(Format):
         for question, answer in (parsed(row.get(mapping["history"])) or []) if "history" in mapping else []:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ask, about = text_of(row, mapping["instruction"]) or "", text_of(row, mapping.get("input"))
-        if about and about.strip():
-            ask = f"{ask}\n\n{about}"
-        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": text_of(row, mapping["output"]) or ""}]
+        messages += [
+            {"role": "user", "content": joined(ask, about)},
+            {"role": "assistant", "content": text_of(row, mapping["output"]) or ""},
+        ]
         return {"messages": messages}
-
-
-def _is_history(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in value
-    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
-from app.formats._messages import check_messages, normalise_messages
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, shown
+from app.formats._messages import as_messages, check_messages, normalise_messages
+from app.formats._prompt import FIELDS, PROMPT, prompt_of
 
 DROP = fix("Drop the row", "drop_row")
 
@@ -19,21 +20,18 @@ class Preference(Format):
     summary: ClassVar = "A prompt with a better and a worse answer. The model learns to prefer the better one."
     example: ClassVar = {"prompt": "Thank the customer.", "chosen": "Thank you, that helps us a lot.", "rejected": "ok thx"}
     fields: ClassVar = (
+        Field("prompt", "The prompt, as text or messages; OpenAI's “input” is understood too.", PROMPT, False),
         Field(
-            "prompt",
-            "The prompt, as text or messages; OpenAI's “input” is understood too.",
-            ("prompt", "input", "question", "instruction"),
-            False,
-        ),
-        Field(
-            "chosen", "The better answer, as text or messages.", ("chosen", "preferred_output", "preferred", "accepted", "chosen_response")
+            "chosen",
+            "The better answer, as text or messages.",
+            ("chosen", "preferred_output", "preferred", "accepted", "chosen_response", "chosen_text", "response", "text", "output"),
         ),
         Field(
             "rejected",
             "The worse answer, as text or messages.",
-            ("rejected", "non_preferred_output", "dispreferred", "rejected_response", "rejected_text"),
+            ("rejected", "non_preferred_output", "dispreferred", "rejected_response", "rejected_text", "rejected_output"),
         ),
-        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
+        *FIELDS,
     )
     place: ClassVar = 40
 
@@ -65,16 +63,8 @@ class Preference(Format):
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        chosen, rejected = (parsed(row[mapping[name]]) for name in ("chosen", "rejected"))
-        prompt = parsed(row.get(mapping["prompt"])) if "prompt" in mapping else None
-        tools = None
-        if isinstance(prompt, dict):  # OpenAI: {"input": {"messages": […], "tools": […]}}
-            prompt, tools = prompt["messages"], prompt.get("tools")
-        messages = _as_messages(prompt, "user")
-        system = text_of(row, mapping.get("system"))
-        if system and system.strip():
-            messages.insert(0, {"role": "system", "content": system})
-        better, worse = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
+        messages, tools = prompt_of(row, mapping)
+        better, worse = (as_messages(row[mapping[name]], "assistant") for name in ("chosen", "rejected"))
         if not messages:  # both answers carry the whole conversation: what they share is the prompt
             shared = _shared(better, worse)
             messages, better, worse = better[:shared], better[shared:], worse[shared:]
@@ -95,28 +85,18 @@ def conversation_with(row: Row, answer: str) -> Row:
 
 
 def _check_answer(row: Row, column: str) -> list[Finding]:
-    value = parsed(row.get(column))
-    if isinstance(value, list):
-        findings = check_messages(value, column, answer=False)
-        if not findings and value[-1].get("role") != "assistant":
-            text = "An answer must end with the assistant's message."
-            findings = [Finding("wrong_role_order", text, column, shown(value[-1].get("role")), "error", DROP)]
-        return findings
+    value = row.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         return [Finding("empty_answer", f"“{column}” is empty.", column, "", "error", DROP)]
-    if not isinstance(value, str):
+    try:
+        messages = as_messages(value, "assistant")
+    except TypeError:
         return [Finding("wrong_shape", f"“{column}” must be text or a list of messages.", column, shown(value), "error", DROP)]
-    return []
-
-
-def _as_messages(value: Any, role: str) -> list[Row]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, list):
-        return [dict(message) for message in value]
-    if not isinstance(value, str):
-        raise TypeError("neither text nor messages")
-    return [{"role": role, "content": value}]
+    findings = check_messages(messages, column, answer=False)
+    if not findings and messages[-1]["role"] != "assistant":
+        text = "An answer must end with the assistant's message."
+        findings = [Finding("wrong_role_order", text, column, shown(messages[-1]["role"]), "error", DROP)]
+    return findings
 
 
 def _shared(a: list[Row], b: list[Row]) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
-from app.formats._messages import check_messages, normalise_messages
+from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown
+from app.formats._messages import as_messages, check_messages, normalise_messages
+from app.formats._prompt import FIELDS, PROMPT, prompt_of
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
@@ -21,11 +22,7 @@ class Rated(Format):
     summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
     fields: ClassVar = (
-        Field(
-            "prompt",
-            "The prompt, as text or messages.",
-            ("prompt", "input", "instruction", "query", "messages", "conversations", "question"),
-        ),
+        Field("prompt", "The prompt, as text or messages.", PROMPT),
         Field(
             "completion",
             "The answer. Left out, it is the last message of the prompt's conversation.",
@@ -33,7 +30,7 @@ class Rated(Format):
             False,
         ),
         Field("label", "Whether the answer was good: true or false.", ("label", "kto_tag", "rating", "liked", "good", "thumb", "feedback")),
-        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
+        *FIELDS,
     )
     place: ClassVar = 45
 
@@ -70,16 +67,14 @@ class Rated(Format):
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        prompt = _as_messages(parsed(row.get(mapping["prompt"])), "user")
+        prompt, tools = prompt_of(row, mapping)
         if "completion" in mapping:
-            answer = _as_messages(parsed(row.get(mapping["completion"])), "assistant")
+            answer = as_messages(row.get(mapping["completion"]), "assistant")
         else:
             prompt, answer = prompt[:-1], prompt[-1:]
-        system = text_of(row, mapping.get("system"))
-        if system and system.strip():
-            prompt.insert(0, {"role": "system", "content": system})
         good = verdict(row[mapping["label"]])
-        return {"messages": normalise_messages(prompt), "answer": normalise_messages(answer), "good": good is True}
+        rated: Row = {"messages": normalise_messages(prompt), "answer": normalise_messages(answer), "good": good is True}
+        return rated | ({"tools": tools} if tools else {})
 
 
 def verdict(value: Any) -> bool | None:
@@ -87,13 +82,3 @@ def verdict(value: Any) -> bool | None:
     word = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | bool | int | float) else ""
     word = word.removesuffix(".0") if isinstance(value, float) else word
     return True if word in GOOD else False if word in BAD else None
-
-
-def _as_messages(value: Any, role: str) -> list[Row]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, list):
-        return [dict(message) for message in value]
-    if not isinstance(value, str):
-        raise TypeError("neither text nor messages")
-    return [{"role": role, "content": value}]

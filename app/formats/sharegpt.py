@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, fix, parsed, shown, text_of
-from app.formats._messages import check_messages, normalise_messages
-
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-    "function_call": "assistant",
-}
+from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 
 
 class ShareGpt(Format):
@@ -31,7 +16,9 @@ class ShareGpt(Format):
     example: ClassVar = {"conversations": [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "Hello!"}]}
     fields: ClassVar = (
         Field(
-            "conversations", "The conversation: a list of {from, value}.", ("conversations", "conversation", "dialogue", "texts", "items")
+            "conversations",
+            "The conversation: a list of {from, value}.",
+            ("conversations", "conversation", "dialogue", "dialog", "messages", "chat", "texts", "turns", "items"),
         ),
         Field("system", "The system's message.", ("system", "system_prompt"), False),
         Field("tools", "The tools the assistant may call.", ("tools",), False),
@@ -43,32 +30,18 @@ class ShareGpt(Format):
         if column not in row:
             return [Finding("missing_field", f"The row has no “{column}”.", column, shown(row), "error", fix("Drop the row", "drop_row"))]
         turns = parsed(row[column])
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) and ("from" in turn or "human" in turn) for turn in turns):
+        if not isinstance(turns, list) or not all(map(is_sharegpt, turns)):
             text = f"“{column}” must be a list of {{from, value}}, or of {{human, assistant}}."
             return [Finding("wrong_shape", text, column, shown(row[column]), "error", fix("Drop the row", "drop_row"))]
-        return check_messages(_messages(turns, None), column)
+        return check_messages(turns, column)
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
         turns = parsed(row[mapping.get("conversations", "conversations")])
-        result: Row = {"messages": normalise_messages(_messages(turns, text_of(row, mapping.get("system"))))}
+        messages, system = as_messages(turns), text_of(row, mapping.get("system"))
+        if system and system.strip():
+            messages.insert(0, {"role": "system", "content": system})
+        result: Row = {"messages": normalise_messages(messages)}
         tools = parsed(row.get(mapping.get("tools", "tools")))
         if isinstance(tools, list) and tools:
             result["tools"] = tools
         return result
-
-
-def _messages(turns: list[Row], system: str | None) -> list[Row]:
-    """The turns as messages. An unknown speaker keeps its name, so that the check can say which one it was."""
-    messages: list[Row] = [{"role": "system", "content": system}] if system and system.strip() else []
-    for turn in turns:
-        if "human" in turn:
-            messages.append({"role": "user", "content": turn["human"]})
-            messages.append({"role": "assistant", "content": turn.get("assistant")})
-            continue
-        speaker: Any = turn.get("from")
-        role = SPEAKERS.get(speaker.strip().lower(), speaker) if isinstance(speaker, str) else speaker
-        message: Row = {"role": role, "content": turn.get("value")}
-        if "weight" in turn:
-            message["weight"] = turn["weight"]
-        messages.append(message)
-    return messages

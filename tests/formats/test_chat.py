@@ -56,7 +56,7 @@ def test_good_conversations(messages):
         ((user(), answer(weight=0)), "nothing_to_learn"),
         ((user(), answer(weight=2)), "wrong_weight"),
         ((user(), answer(weight=True)), "wrong_weight"),
-        (({"role": "human", "content": "hi"}, answer()), "wrong_role"),
+        (({"role": "customer", "content": "hi"}, answer()), "wrong_role"),
         (({"content": "hi"}, answer()), "wrong_role"),
         ((user(), {"role": "assistant", "content": 3}), "wrong_shape"),
         ((user(), "hello"), "wrong_shape"),
@@ -104,6 +104,15 @@ def test_both_spellings_of_sharegpt_give_the_same_messages():
     mapping = {"conversations": "c"}
     first, second = (ShareGpt().normalise({"c": value}, mapping) for value in (turns, pairs))
     assert first == second == {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_two_people_may_speak_one_after_the_other():
+    ann, bob = {**user(), "name": "ann"}, {**user(), "name": "bob"}
+    assert (
+        rules(ann, bob, answer()) == []
+        and "wrong_role_order" in rules(ann, ann, answer())
+        and "wrong_role_order" in rules(user(), bob, answer())
+    )
 
 
 def test_an_unknown_speaker_is_named():

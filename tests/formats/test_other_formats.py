@@ -35,6 +35,9 @@ WANTED = {
         {"prompt": WANTED["messages"], "chosen": WANTED["chosen"], "rejected": WANTED["rejected"]},
         {"chosen": WANTED["messages"] + WANTED["chosen"], "rejected": WANTED["messages"] + WANTED["rejected"]},
         {"prompt": "q", "chosen": WANTED["messages"] + WANTED["chosen"], "rejected": WANTED["messages"] + WANTED["rejected"]},
+        {"prompt": "q", "text": "good", "rejected_text": "bad"},
+        {"query": "q", "response": "good", "rejected_response": "bad"},
+        {"prompt": "q", "chosen": WANTED["chosen"][0], "rejected": {"from": "gpt", "value": "bad"}},
         {"input": {"messages": WANTED["messages"]}, "preferred_output": WANTED["chosen"], "non_preferred_output": WANTED["rejected"]},
     ],
 )
@@ -43,6 +46,83 @@ def test_every_way_to_write_a_preference_gives_one_shape(row):
     assert entry.name == "preference"
     assert entry.check(row, guess.mapping) == []
     assert entry.normalise(row, guess.mapping) == WANTED
+
+
+ASKED = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize("prompt", ["text", "messages", "conversations", "chat"])
+@pytest.mark.parametrize("spelling", ["role and content", "from and value", "human and content"])
+@pytest.mark.parametrize("answer", ["text", "one message", "a list"])
+def test_a_pair_and_a_rated_answer_are_read_however_they_are_spelled(prompt, spelling, answer):
+    def said(role, text):
+        name = {"user": "human", "assistant": "gpt"}[role]
+        return {
+            "role and content": {"role": role, "content": text},
+            "from and value": {"from": name, "value": text},
+            "human and content": {"role": name, "content": text},
+        }[spelling]
+
+    def answered(text):
+        return {"text": text, "one message": said("assistant", text), "a list": [said("assistant", text)]}[answer]
+
+    asked = {"prompt": "q"} if prompt == "text" else {prompt: [said("user", "q")]}
+    pair, rated = {**asked, "chosen": answered("good"), "rejected": answered("bad")}, {**asked, "response": answered("a"), "kto_tag": True}
+    for row, wanted in ((pair, WANTED), (rated, RATED)):
+        entry, guess = formats.rank([row] * 3)[0]
+        assert entry.check(row, guess.mapping) == []
+        assert entry.normalise(row, guess.mapping) == wanted
+    if prompt != "text":
+        talk = {prompt: [said("user", "q"), said("assistant", "a")]}
+        entry, guess = formats.rank([talk] * 3)[0]
+        assert entry.name == ("sharegpt" if spelling == "from and value" else "chat")
+        assert entry.normalise(talk, guess.mapping) == {"messages": RATED["messages"] + RATED["answer"]}
+
+
+@pytest.mark.parametrize("input_", [None, "", "a text"])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("history", [None, [["hi", "hello"]]])
+@pytest.mark.parametrize("kind", ["preference", "rated", "instruction"])
+def test_alpacas_keys_make_one_prompt_in_every_format(input_, system, history, kind):
+    extra = {"input": input_, "system": system, "history": history}
+    answers = {
+        "preference": {"chosen": "good", "rejected": "bad"},
+        "rated": {"output": "a", "kto_tag": "true"},
+        "instruction": {"output": "a"},
+    }
+    row = {"instruction": "q", **{key: value for key, value in extra.items() if value is not None}, **answers[kind]}
+    entry, guess = formats.rank([row] * 3)[0]
+    assert entry.name == kind and entry.check(row, guess.mapping) == [] and set(guess.mapping.values()) == set(row)
+    wanted = [{"role": "system", "content": system}] if system else []
+    wanted += [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}] if history else []
+    wanted += [{"role": "user", "content": f"q\n\n{input_}" if input_ else "q"}]
+    assert entry.normalise(row, guess.mapping)["messages"][: len(wanted)] == wanted
+
+
+def test_an_answer_that_is_json_stays_text():
+    row = {"prompt": "q", "chosen": '{"a": [1]}', "rejected": "[]"}
+    entry, guess = formats.rank([row])[0]
+    found = entry.normalise(row, guess.mapping)
+    assert (
+        entry.check(row, guess.mapping) == [] and found["chosen"][0]["content"] == '{"a": [1]}' and found["rejected"][0]["content"] == "[]"
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "rejected_reply": "b"},
+        {"text": "a passage", "thumb": "down"},
+        {"messages": "[", "utterances": ASKED, "kto_tag": False},
+    ],
+)
+def test_what_says_which_answers_are_bad_is_never_left_aside_without_a_word(row):
+    assert not formats.rank([row] * 3) or formats.rank([row] * 3)[0][0].task == "preference"
+
+
+def test_missing_labels_do_not_turn_labelled_texts_into_plain_ones():
+    rows = [{"text": f"text {n}", "label": "" if n % 2 else "x"} for n in range(20)]
+    assert [entry.name for entry, _ in formats.rank(rows)] == ["classification", "plain_text"]
 
 
 def test_equal_answers_and_a_missing_prompt_are_errors():

@@ -9,7 +9,7 @@ from app import datasets, files, formats, ids, samples
 from app.tables import Dataset, User
 
 CHAT = '{"messages": [{"role": "user", "content": "<b>ask</b>"}, {"role": "assistant", "content": "tell"}]}\n'
-BAD = '{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+BAD = '{"messages": [{"role": "customer", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
 def upload(client, name="talk.jsonl", data=CHAT * 12 + BAD + "{broken\n", **fields):
