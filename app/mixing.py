@@ -208,7 +208,7 @@ def _mixed(sources: Sequence[Source], rows: int, seed: int) -> Iterator[tuple[So
 
 def _thinned(sources: Sequence[Source], near: bool, counts: Counter[str]) -> Iterator[tuple[Source, int, Row]]:
     """Every row whose texts were not there before; with `near`, also not nearly the same ones."""
-    from app.report import prompt_and_answer, texts
+    from app.report import texts
     from app.rules._base import seen as as_seen
     from app.rules.near_duplicates import NearDuplicates
 
@@ -216,7 +216,7 @@ def _thinned(sources: Sequence[Source], near: bool, counts: Counter[str]) -> Ite
     if near:
         rule = NearDuplicates(lambda place, finding: dropped.add(place), "generation")
         for place, (_, _, row) in enumerate(_all(sources)):
-            rule.see(as_seen(place, row, list(texts(row)), *prompt_and_answer(row)))
+            rule.see(as_seen(place, row, list(texts(row))))
         rule.finish()
     seen: set[int] = set()
     for place, (source, line, row) in enumerate(_all(sources)):

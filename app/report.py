@@ -14,7 +14,7 @@ from app.edits import CONTROL, MARKER, check_normalised
 from app.formats import Finding, Format
 from app.formats._base import Row, fix, shown
 from app.readers import Raw
-from app.rules._base import seen
+from app.rules._base import calls_of, seen
 from app.storable import shortened, storable
 
 MOST_FINDINGS_PER_RULE = 5000
@@ -112,9 +112,8 @@ class Report:
                 self.labels[label] += 1
         elif "good" in row:
             self.labels["good" if row["good"] else "bad"] += 1
-        asked, answered = prompt_and_answer(row)
-        self._compare(row, text, line, asked, answered)
-        one = seen(line, row, parts, asked, answered)
+        self._compare(row, text, line)
+        one = seen(line, row, parts)
         for rule in self._rules:
             rule.see(one)
         if len(self.preview) < PREVIEW_ROWS and self._room > 0:
@@ -134,28 +133,32 @@ class Report:
             repair = fix("Remove it", "strip_markers")
             self.add(line, Finding("template_marker", message, column, _around(part, found), "warning", repair))
 
-    def _compare(self, row: Row, text: str, line: int, asked: str, answered: str) -> None:
+    def _compare(self, row: Row, text: str, line: int) -> None:
         if len(self._seen) >= MOST_REMEMBERED:
             return
         content = {key: value for key, value in row.items() if key != "metadata"}
         print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
         first = self._seen.setdefault(print_, line)
         if first != line:
-            self.add(
-                line,
-                Finding(
-                    "duplicate", f"This row says exactly the same as line {first}.", None, None, "warning", fix("Drop the row", "drop_row")
-                ),
-            )
+            message = f"This row says exactly the same as line {first}."
+            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Drop the row", "drop_row")))
             return
+        asked, said = _question(row)
         if not asked:
             return
-        answer = _fingerprint(answered)
-        line_before, answer_before = self._prompts.setdefault(_fingerprint(asked), (line, answer))
-        if answer_before != answer:
-            severity = "warning" if self.entry.task == "classification" else "note"
-            message = f"Line {line_before} has the same prompt and another {'label' if self.entry.task == 'classification' else 'answer'}."
-            self.add(line, Finding("other_answer", message, None, shown(asked, 120), severity, fix("Drop the row", "drop_row")))
+        said_ = _fingerprint(said)
+        before, said_before = self._prompts.setdefault(_fingerprint(asked), (line, said_))
+        if said_before == said_:
+            return
+        if self.entry.task == "preference":
+            same = "the same two answers the other way round" if "chosen" in row else f"the same answer {'bad' if row['good'] else 'good'}"
+            message = f"Line {before} {'ranks' if 'chosen' in row else 'calls'} {same}. One of the two is wrong."
+            repair = fix("Drop the row", "drop_row")
+            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", repair))
+            return
+        severity = "warning" if self.entry.task == "classification" else "note"
+        message = f"Line {before} has the same prompt and another {'label' if self.entry.task == 'classification' else 'answer'}."
+        self.add(line, Finding("other_answer", message, None, shown(_shown_question(row), 120), severity, fix("Drop the row", "drop_row")))
 
     def finish(self) -> None:
         if self.good == 0:
@@ -226,18 +229,36 @@ def texts(row: Row) -> Iterator[tuple[str, str]]:
     for key in ("messages", "chosen", "rejected", "answer"):
         for index, message in enumerate(row.get(key, ())):
             yield f"{key}[{index}].content", message["content"]
+            if calls := calls_of(message):
+                yield f"{key}[{index}].tool_calls", calls
 
 
-def prompt_and_answer(row: Row) -> tuple[str, str]:
-    """What is given and what is learnt, as texts to compare."""
+def _question(row: Row) -> tuple[str, str]:
+    """What two rows must share to be compared, and what they may then say differently about it.
+
+    A prompt has an answer or a label; a prompt with an answer has a rating; a prompt with two answers has the better one of them.
+    """
     if "label" in row:
         return row["text"], row["label"]
     if "completion" in row:
         return row["prompt"], row["completion"]
-    if "messages" in row and not {"chosen", "answer"} & row.keys():
+    if "chosen" in row:
+        better, worse = (json.dumps(row[key], ensure_ascii=False) for key in ("chosen", "rejected"))
+        return json.dumps([row["messages"], *sorted((better, worse))], ensure_ascii=False), better
+    if "answer" in row:
+        return json.dumps([row["messages"], row["answer"]], ensure_ascii=False), str(row["good"])
+    if "messages" in row:
         *before, last = row["messages"]
-        return json.dumps(before, ensure_ascii=False), last["content"]
+        return json.dumps(before, ensure_ascii=False), last["content"] + calls_of(last)
     return "", ""
+
+
+def _shown_question(row: Row) -> str:
+    return row.get("text") or row.get("prompt") or _last(row.get("messages", [])[:-1])
+
+
+def _last(messages: list[Row]) -> str:
+    return messages[-1]["content"] if messages else ""
 
 
 def _around(text: str, found: re.Match[str]) -> str:

@@ -229,6 +229,20 @@ def test_the_database_takes_what_json_allows_and_it_does_not(session, make):
     assert dataset.report["preview"][-1]["row"]["messages"][1]["content"] == "\\u0000 is how to write it"
 
 
+def test_opposite_verdicts_are_named_and_other_answers_to_a_rated_prompt_are_not(session, make):
+    def lines(*rows):
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    rated = [{"prompt": f"p {n}", "completion": "a", "label": True} for n in range(12)]
+    other = [{"prompt": "p 3", "completion": "another", "label": False}, {"prompt": "p 4", "completion": "a", "label": False}]
+    found, _ = datasets.findings(session, read(session, make(lines(*rated, *other))), rule="opposite_verdict")
+    assert [(f.line, f.message) for f in found] == [(14, "Line 5 calls the same answer good. One of the two is wrong.")]
+    pairs = [{"prompt": f"p {n}", "chosen": "a", "rejected": "b"} for n in range(12)]
+    other = [{"prompt": "p 3", "chosen": "c", "rejected": "a"}, {"prompt": "p 4", "chosen": "b", "rejected": "a"}]
+    found, _ = datasets.findings(session, read(session, make(lines(*pairs, *other))), rule="opposite_verdict")
+    assert [f.line for f in found] == [14]
+
+
 def test_equal_bytes_are_not_read_twice_unless_wanted_otherwise(session, user, make):
     first = read(session, make(rows(20) + "{bad\n"))
     second = make(rows(20) + "{bad\n")

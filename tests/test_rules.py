@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from app.report import texts
 from app.rules import RULES
 from app.rules._base import seen
 from app.rules.label_noise import LabelNoise
@@ -18,7 +19,8 @@ def run(rule, rows, task="generation"):
     said = []
     made = rule(lambda line, finding: said.append((line, finding)), task)
     for line, (text, label) in enumerate(rows, 1):
-        made.see(seen(line, {"text": text, "label": label}, [("text", text)], text, label or ""))
+        row = text if isinstance(text, dict) else {"text": text, **({"label": label} if label else {})}
+        made.see(seen(line, row, list(texts(row))))
     made.finish()
     return said
 
@@ -42,6 +44,40 @@ def test_near_duplicates_are_found_at_every_distance_and_strangers_are_not():
     assert len(found) >= 55
     assert not run(NearDuplicates, [(texts[0], None), (texts[0], None)])  # the report itself tells of rows that are the same
     assert run(NearDuplicates, [(texts[0], None), (texts[0].upper(), None)])[0][0] == 2
+
+
+def talk(asked, answer, system=""):
+    before = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*before, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+SYSTEM = " ".join(WORDS[:400])
+CONTEXT = " ".join(WORDS[500:3000])
+HONEST = {
+    "the same system prompt": [talk(f"What is {n} + {n}?", f"It is {2 * n}.", SYSTEM) for n in range(9)],
+    "the same context, another question": [
+        talk(f"{CONTEXT}\n\nWhat does part {n} tell of the {WORDS[n]} and the {WORDS[n + 9]}?", "It tells nothing at all of this.")
+        for n in range(9)
+    ],
+    "the question first": [talk(f"Does {WORDS[n]} {WORDS[n + 30]} stand here?\n\n{CONTEXT}", "Yes.") for n in range(9)],
+    "another answer": [
+        talk("Tell me something of your own choice about wood and about glue.", " ".join(WORDS[9 * n : 9 * n + 9])) for n in range(9)
+    ],
+    "another label": [{"text": " ".join(WORDS[:40]), "label": "a"}, {"text": " ".join(WORDS[:40]).upper(), "label": "b"}],
+    "a difference far behind": [{"text": f"{CONTEXT} {' '.join(WORDS[1000 * n : 1000 * n + 900])}"} for n in range(3)],
+}
+
+
+@pytest.mark.parametrize("rows", HONEST.values(), ids=HONEST)
+def test_honest_rows_are_not_called_near_duplicates(rows):
+    assert not run(NearDuplicates, [(row, None) for row in rows])
+
+
+def test_nearly_the_same_prompt_and_answer_are_a_near_duplicate():
+    asked, answer = " ".join(WORDS[:100]), " ".join(WORDS[200:300])
+    rows = [talk(asked, answer, SYSTEM), talk(asked.replace("word50 ", "other "), answer.replace("word250 ", "other "), "Be brief.")]
+    assert [line for line, _ in run(NearDuplicates, [(row, None) for row in rows])] == [2]
+    assert not run(NearDuplicates, [(rows[0], None), (talk(asked, " ".join(WORDS[300:400]), SYSTEM), None)])
 
 
 def test_wrong_labels_are_named_and_right_ones_are_not():
@@ -73,6 +109,17 @@ def test_wrong_labels_are_named_and_right_ones_are_not():
         ("Le bateau est dans le port et la cargaison est sur les quais pour vous", "French"),
         ("Корабль стоит в порту и ждёт", "Russian or another Cyrillic language"),
         ("船は港にいます。荷物はまだ届いていません。", "Japanese"),
+        ("Statek jest w porcie, ale nie może wyjść, bo są na nim skrzypce, które czy to dla nas, czy przez pomyłkę", "Polish"),
+        ("Skeppet är i hamnen och det har inte kommit till oss som vi trodde att det skulle", "Swedish"),
+        ("Skibet er ikke i havnen, og jeg har også et brev som kan være fra kaptajnen", "Danish or Norwegian"),
+        ("Gemi limanda değil ama bir mektup var ve bu mektup bizim için çok önemli, daha sonra gibi", "Turkish"),
+        ("Con tàu không ở trong cảng và đây là một lá thư của thuyền trưởng với những người khác", "Vietnamese"),
+        ("Het schip is niet in de haven en het is ook maar een brief van de kapitein", "Dutch"),
+        ("Loď je v přístavu, ale není tam nikdo, který by se na ni také podíval, protože jsou to housle", "Czech or Slovak"),
+        ("Laiva ei ole satamassa, mutta se on kirje joka oli myös hän ja kuin että", "Finnish"),
+        ("A hajó nincs a kikötőben, és ez nem egy levél, hogy csak már az legyen, meg kell nézni", "Hungarian"),
+        ("Nava nu este în port și o scrisoare care este pentru căpitan din oraș sau mai departe", "Romanian"),
+        ("Kapal itu tidak ada dalam pelabuhan dan surat ini untuk kapten yang akan datang dari kota", "Indonesian or Malay"),
         ("def f(x): return x", None),
     ],
 )
@@ -87,6 +134,9 @@ def test_the_odd_language_is_named_and_a_mixture_is_told_once():
     mixed = run(Languages, [english, german] * 5)
     assert [finding.rule for _, finding in mixed] == ["mixed_languages"]
     assert not run(Languages, [english] * 5)
+    translated = [(talk("The ship is in the harbour and it was not on time", german[0]), None)] * 8
+    spoken = [(talk(german[0], german[0]), None)] * 2
+    assert not run(Languages, translated + spoken)  # what is learnt is German throughout
 
 
 @pytest.mark.parametrize(

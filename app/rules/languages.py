@@ -35,6 +35,18 @@ _COMMON = {
     "Italian": "il lo la gli e è un una di che in per non con del sono si ma come della",
     "Portuguese": "o a os as e é um uma de que em para com não se do da por como mais",
     "Dutch": "de het een en is van niet ik je dat op te met voor zijn er maar om aan ook",
+    "Polish": "w nie na się z jest że jak od za ale przez są czy może był tego który oraz dla",
+    "Czech or Slovak": "je na se že jsou si jako ale není který také podle při byl sa ako nie som sú ktorý",
+    "Croatian, Serbian or Bosnian": "je su kao koji nije ali što će iz biti samo sve može na se da od za ili bio",
+    "Swedish": "och att det som är på av för inte till jag ett om har kan men från också den med",
+    "Danish or Norwegian": "og det er ikke jeg på som til af av et har kan fra også blev ble den være med",
+    "Finnish": "ja ei se että oli joka mutta ovat myös kun niin ole tai kuin voi jos sen olla hän tämä",
+    "Hungarian": "az és hogy nem egy ez meg csak már volt mint vagy kell még lehet után ezt azt nagyon lesz",
+    "Romanian": "și în cu nu este care din să mai sau sunt pentru dar ca au prin această fost pe",
+    "Turkish": "ve bir bu için ile olarak çok daha gibi olan değil kadar sonra ama veya olduğu ki mi şey",
+    "Vietnamese": "và là của có không được các trong cho một những với người để này khi đã từ như về",
+    "Indonesian or Malay": "yang dan itu dengan untuk tidak ini dari dalam akan pada ada juga saya bisa karena atau adalah ke boleh",
+    "Catalan": "els les i amb és més són aquest també pel dels una com però per què hi",
 }
 _WORDS: dict[str, set[str]] = {name: set(words.split()) for name, words in _COMMON.items()}
 _BY_WORD: dict[str, list[str]] = {}
@@ -44,7 +56,7 @@ for _name, _set in _WORDS.items():
 
 
 def language(text: str, words: Sequence[str] | None = None) -> str | None:
-    """The language of a text, or None where it is too short or not clear. `words` are its words, where they are known."""
+    """The language of a text, or None where it is too short or not clear. `words` are its words in lower case, where known."""
     text = text[:MOST_LOOKED_AT]
     if not text.isascii():
         letters = sum(character.isalpha() for character in text)
@@ -70,7 +82,8 @@ class Languages(Rule):
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MOST_ROWS:
             return
-        found = language(" ".join(text for _, text in seen.texts), seen.words)
+        learnt = seen.learnt if self.task != "classification" and seen.learnt else seen.asked  # a prompt may speak another language
+        found = language(" ".join(learnt[:MOST_WORDS]), learnt)
         if found is not None:
             self._lines.append(seen.line)
             self._of.append(self._names.setdefault(found, len(self._names)))
