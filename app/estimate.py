@@ -162,17 +162,17 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tup
     """What one layer keeps for the backward pass: (bytes per token, bytes besides).
 
     Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
-    gated feed-forward the gate, its activation and what it is multiplied with. On a CPU norms and attention are float32 even
-    in bf16. What learns adds its own. Counted tensor by tensor; `tests/test_estimate.py` holds it against autograd's own count.
+    gated feed-forward the gate, its activation and what it is multiplied with. On a CPU attention is float32 even in bf16.
+    What learns adds its own. Counted tensor by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
-    passing = (norms + 2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
+    read = compute if strategy.adapter else island  # what passes between the layers is as wide as the frozen weights
+    passing = norms * read + (2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
     own = strategy.kept(shape)
-    trained_norms = shape.norm_outputs() if not strategy.adapter else 0
-    per_token = passing + (own.per_token - trained_norms) * compute + trained_norms * island
+    per_token = passing + own.per_token * compute
     # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
     rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter else 0
     return per_token, own.once * compute + rounded

@@ -104,10 +104,6 @@ class Shape(BaseModel):
         """Numbers that the linear layers of one block read per token; layers that read the same count once."""
         return 2 * self.hidden + self.heads * self.head_dim + self.intermediate
 
-    def norm_outputs(self) -> int:
-        """Numbers per token that the norms of one block keep of their results when they learn; one with a bias needs none."""
-        return 0 if self.norm_bias else self.norms_per_layer * self.hidden
-
     def layer_outputs(self) -> int:
         """Numbers that the linear layers of one block write per token."""
         return sum(x.outputs for x in self.linears())

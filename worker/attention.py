@@ -113,13 +113,15 @@ def packed_attention(
     # Under autocast rotated queries and keys may be float32 already while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():
+        if halves and max(lengths) < SHORT:  # all at once: a few long copies instead of many short ones
+            query, key, value = query.float(), key.float(), value.float()
         # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
         out = []
         for piece in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
             if halves:
                 piece = [x.to(torch.float32 if x.shape[2] < SHORT else torch.bfloat16) for x in piece]
-            out.append(_one(*piece, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2).to(given))
-    return torch.cat(out, 1), None
+            out.append(_one(*piece, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2))
+    return torch.cat(out, 1).to(given), None
 
 
 def _one(

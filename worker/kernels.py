@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.device import Engine
+from worker.norms import rms_norm
 
 PLAIN_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "SmolLM3", "Granite", "Phi3")
@@ -38,6 +39,9 @@ def _fused_norm(kind: type, before_products: bool) -> type:
     """
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type == "cpu":
+            narrow = before_products and torch.is_autocast_enabled("cpu")
+            return rms_norm(hidden, self.weight, self.variance_epsilon, torch.get_autocast_dtype("cpu") if narrow else hidden.dtype)
         out = F.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon)
         kind = hidden.device.type
         return out.to(torch.get_autocast_dtype(kind)) if before_products and torch.is_autocast_enabled(kind) else out

@@ -42,7 +42,7 @@ class Full(Strategy):
         return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
 
     def kept(self, shape: Shape) -> Kept:
-        return Kept(shape.layer_inputs() + shape.norm_outputs())
+        return Kept(shape.layer_inputs())
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class LayerNorm(Selected):
         return shape.norm_parameters()
 
     def kept(self, shape: Shape) -> Kept:
-        return Kept(shape.norm_outputs())  # what each norm made of its input
+        return Kept(0)  # a norm's own gradient needs what every gradient on its way through needs
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

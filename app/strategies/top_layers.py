@@ -45,7 +45,7 @@ class TopLayers(Selected):
         return own + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
 
     def kept(self, shape: Shape) -> Kept:
-        return Kept(shape.layer_inputs() + shape.norm_outputs())
+        return Kept(shape.layer_inputs())
 
     def reaches(self, shape: Shape) -> int:
         return min(self.layers, shape.layers)

@@ -217,3 +217,28 @@ def test_bf16_attention_is_right_whichever_way_a_length_is_computed(monkeypatch,
     expected.square().sum().backward()
     for ours, theirs in zip(half, wide, strict=True):
         torch.testing.assert_close(ours.grad.float(), theirs.grad, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradients_are_those_of_the_formula(kind: torch.dtype) -> None:
+    from worker.norms import rms_norm
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    own = [t.to(kind).requires_grad_() for t in (x, weight)]
+    plain = [t.detach().double().requires_grad_() for t in own]
+    pull = torch.randn(2, 5, 24, dtype=torch.float64).to(kind)
+    ours = rms_norm(*own, 1e-5, kind)
+    ours.backward(pull)
+    expected = plain[0] * torch.rsqrt(plain[0].square().mean(-1, keepdim=True) + 1e-5) * plain[1]
+    expected.backward(pull.double())
+    close = (
+        {"atol": 1e-9, "rtol": 1e-9}
+        if kind == torch.float64
+        else {"atol": 2e-6, "rtol": 1e-5}
+        if kind == torch.float32
+        else {"atol": 0.05, "rtol": 0.02}
+    )
+    torch.testing.assert_close(ours.double(), expected, **close)
+    for mine, theirs in zip(own, plain, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, **close)
