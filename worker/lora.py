@@ -42,7 +42,7 @@ class _Product(torch.autograd.Function):
         else:
             for part, weight, state in zip(y.split([up.shape[0] for up in ups], 1), weights, states, strict=True):
                 part.addmm_(x, _dense(weight, state, x.dtype).t())
-        ctx.scales, ctx.states = scales, states
+        ctx.scales, ctx.states, ctx.joined = scales, states, joined
         ctx.save_for_backward(x, low, *weights, *downs, *ups)
         return y
 
@@ -51,20 +51,22 @@ class _Product(torch.autograd.Function):
         x, low, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
+        back = [part @ (up * scale).to(dy.dtype) for part, up, scale in zip(parts, ups, ctx.scales, strict=True)]
+        joined = back[0] if count == 1 else torch.cat(back, 1)  # (T, Σr)
         dx = None
-        width, rank = 0, 0
+        if ctx.needs_input_grad[0]:
+            dx = joined @ _stack(downs, dy.dtype)
+            if ctx.joined is not None:
+                dx.addmm_(dy, ctx.joined)
+            else:
+                for part, weight, state in zip(parts, weights, ctx.states, strict=True):
+                    dx.addmm_(part, _dense(weight, state, dy.dtype))
+        d_downs = (joined.t() @ x).split([down.shape[0] for down in downs])
         found: list[Any] = []
-        for weight, down, up, scale, state in zip(weights, downs, ups, ctx.scales, ctx.states, strict=True):
-            part, own = dy[:, width : width + up.shape[0]], low[:, rank : rank + up.shape[1]]
-            back = part @ (up * scale).to(dy.dtype)  # (T, r)
-            d_up = (part.t() @ own).to(up.dtype).mul_(scale)
-            d_down = (back.t() @ x).to(down.dtype)
-            if ctx.needs_input_grad[0]:
-                small = down.to(dy.dtype)
-                dx = torch.mm(back, small) if dx is None else dx.addmm_(back, small)
-                dx.addmm_(part, _dense(weight, state, dy.dtype))
-            found += [None, None, d_down, d_up]
-            width, rank = width + up.shape[0], rank + up.shape[1]
+        for part, own, up, down, d_down, scale in zip(parts, lows, ups, downs, d_downs, ctx.scales, strict=True):
+            d_up = (own.t() @ part).t().to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
+            found += [None, None, d_down.to(down.dtype), d_up]
         return dx, None, None, None, *found
 
 
