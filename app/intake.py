@@ -53,7 +53,7 @@ def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None)
 def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> dict[str, Any]:
     path = Path(payload["path"])
     edits = Edits(payload.get("edits") or ())
-    raws = _repaired(_numbered(_with_progress(readers.read(path, payload["filename"]), path, say)), edits)
+    raws = _repaired(_numbered(_with_progress(readers.read(path, payload["filename"]), path, payload["filename"], say)), edits)
     head = list(itertools.islice(raws, SAMPLE_ROWS))
     sample = [raw.row for raw in head if raw.row is not None]
     if not sample:
@@ -191,19 +191,34 @@ def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -
         )
 
 
-def _with_progress(raws: Iterator[Raw], path: Path, say: Say) -> Iterator[Raw]:
+def _with_progress(raws: Iterator[Raw], path: Path, filename: str, say: Say) -> Iterator[Raw]:
     """The rows, while telling about twice a second how much of the file was read."""
     size, last, line = max(1, path.stat().st_size), time.monotonic(), 0
+    in_all = _rows_in_all(path, filename)
     try:
         for count, raw in enumerate(raws):
             line = raw.line
             if count % 256 == 0 and time.monotonic() - last > 0.4:
                 last = time.monotonic()
-                say({"progress": min(0.99, _offset(path) / size), "rows": count, "line": line})
+                share = count / in_all if in_all else _offset(path) / size
+                say({"progress": min(0.99, share), "rows": count, "line": line})
             yield raw
     except BadData as error:  # where a container breaks is known only from how far its rows came
         error.details = {"line": line + 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
         raise
+
+
+def _rows_in_all(path: Path, filename: str) -> int:
+    """Rows of a Parquet file as it says itself; 0 where that is not known. Arrow reads without moving an offset."""
+    if not filename.lower().endswith((".parquet", ".pq")):
+        return 0
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError):  # the reader says what is wrong with it
+        return 0
 
 
 def _offset(path: Path) -> int:

@@ -47,12 +47,13 @@ def claim(session: Session, dataset_id: uuid.UUID) -> int | None:
     )
 
 
-def beat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float) -> bool:
-    """Keep the lease and note the progress; False when the dataset is no longer ours to read."""
+def beat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, so_far: dict[str, Any] | None = None) -> bool:
+    """Keep the lease and note the progress; False when the dataset is no longer ours to read. `so_far` is what a page may show
+    before there is a report: rows, and seconds_left or None."""
     kept = session.scalar(
         update(Dataset)
         .where(Dataset.id == dataset_id, Dataset.fence == fence, Dataset.status == "reading", Dataset.deleted_at.is_(None))
-        .values(lease_until=_lease(), progress=progress)
+        .values(lease_until=_lease(), progress=progress, **({"report": {"so_far": so_far}} if so_far else {}))
         .returning(Dataset.id)
     )
     if kept is not None:
@@ -114,7 +115,8 @@ class _Reading:
         self.findings: list[dict[str, Any]] = []
         self.progress = 0.0
         self.line = 1
-        self._told = 0.0
+        self.rows = 0
+        self._began, self._told = time.monotonic(), 0.0
 
     def on_message(self, message: dict[str, Any]) -> None:
         if "finding" in message:
@@ -122,6 +124,7 @@ class _Reading:
         else:
             self.progress = float(message.get("progress", self.progress))
             self.line = int(message.get("line", self.line))
+            self.rows = int(message.get("rows", self.rows))
 
     def keep_going(self) -> bool:
         now = time.monotonic()
@@ -129,7 +132,13 @@ class _Reading:
             return True
         self._told = now
         with db.transaction() as session:
-            return beat(session, self.dataset_id, self.fence, self.progress)
+            return beat(session, self.dataset_id, self.fence, self.progress, self._so_far(now))
+
+    def _so_far(self, now: float) -> dict[str, Any] | None:
+        if not self.rows:
+            return None
+        spent = now - self._began
+        return {"rows": self.rows, "seconds_left": round(spent * (1 / self.progress - 1)) if self.progress > 0.01 and spent > 2 else None}
 
 
 def _bring(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
@@ -234,7 +243,7 @@ def _record_error(dataset_id: uuid.UUID, fence: int, error: dict[str, Any]) -> N
 def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     details = {"file": file.filename if file else dataset.name, "line": None} | (error.get("details") or {})
-    dataset.status, dataset.lease_until, dataset.progress = "error", None, None
+    dataset.status, dataset.lease_until, dataset.progress, dataset.report = "error", None, None, None
     dataset.error = {key: error.get(key) for key in ("code", "message", "way_out")} | details
     _settle(session, dataset, "error", storable(error.get("message")))
 

@@ -189,6 +189,9 @@ def tables() -> Iterator[Case]:
     yield Case("JSON in a csv / x.csv", ROWS.encode(), "error")
     yield Case("a page of HTML / x.csv", b"<!doctype html><html><body><h1>404</h1></body></html>", "error")
     yield Case("a spreadsheet called csv / x.csv", zipped({"xl/workbook.xml": b"<x/>"}), "error")
+    yield Case("blank lines first / x.csv", b"\n" * 40 + table("a,b,c"), "ragged", 42)
+    yield Case("a megabyte of blank lines between rows / x.csv", table("a,b") + b"\n" * (3 * MEBI) + b"a,b,c\n", "ragged", 3 * MEBI + 14)
+    yield Case("a header of Windows / x.csv", b"text,label,Gr\xf6\xdfe\n" + b"a,b,c\n" * 12, "not_utf8", 1)
     yield Case("blank lines between rows / x.csv", table().replace(b"\n", b"\n\n"), "one_class")
 
 
@@ -291,7 +294,8 @@ def archives() -> Iterator[Case]:
     yield Case("no zip at all / x.zip", rows, "error", 1)
     yield Case("an empty zip / x.zip", zipped({}), "error", 1)
     yield Case("no data in it / x.zip", zipped({"a.exe": b"MZ", "b.py": b"import os"}), "error", 1)
-    yield Case("two files / x.zip", zipped({"a.jsonl": rows, "b.jsonl": rows}), "error", 1)
+    yield Case("two files / x.zip", zipped({"a.jsonl": rows, "b.jsonl": rows}), "several_files", 1)
+    yield Case("files of two kinds / x.zip", zipped({"a.jsonl": rows, "b.csv": TABLE.encode()}), "error", 1)
     yield Case("a password / x.zip", _locked(), "error", 1)
     yield Case("cut off / x.zip", zipped({"a.jsonl": rows})[:-30], "error", 1)
     yield Case("a wrong size / x.zip", _lying_size(), "error")
@@ -335,6 +339,15 @@ def _parquet_bomb(path: Path) -> None:
     pq.write_table(pa.table({"text": column}), path, compression="zstd", row_group_size=40_000)
 
 
+def _twice() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "text", "label"]), out)
+    return out.getvalue()
+
+
 def parquets() -> Iterator[Case]:
     good = _parquet({"text": [f"How long does varnish {n} dry?" for n in range(20)], "label": ["a", "b"] * 10})
     yield Case("words / x.parquet", b"this is not parquet", "error", 1)
@@ -356,7 +369,9 @@ def parquets() -> Iterator[Case]:
         _parquet({"text": ["a", "b"] * 9, "label": ["x", "y"] * 9, "n": [float("inf")] * 18}),
         "duplicate",
     )
-    yield Case("a Parquet packed as gz / x.parquet.gz", gzip.compress(good), "error", 1)
+    yield Case("a Parquet packed as gz / x.parquet.gz", gzip.compress(good), "good")
+    yield Case("a broken gzip of a Parquet / x.parquet.gz", gzip.compress(good)[:-30], "error", 1)
+    yield Case("two columns of one name / x.parquet", _twice(), "error", 1)
     yield Case("a dictionary bomb of 40 GB / x.parquet", _parquet_bomb, "error")
     yield Case("an Arrow file / x.parquet", b"ARROW1\0\0" + bytes(200) + b"ARROW1", "error", 1)
     yield Case("an encrypted one / x.parquet", b"PARE" + good[4:-4] + b"PARE", "error", 1)

@@ -7,7 +7,7 @@ import time
 import pytest
 from sqlalchemy import func, select, text, update
 
-from app import datasets, db, files, queue, reading, recount, sandbox
+from app import datasets, db, files, ids, queue, reading, recount, sandbox
 from app.errors import BadField, Conflict, Unsupported
 from app.tables import Dataset, Finding, Job, Outbox
 
@@ -147,6 +147,32 @@ def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(
     session.commit()
     read(session, again)
     assert again.status == "ready" and again.good_rows == 30_000
+
+
+def test_a_parquet_file_tells_how_far_it_is_and_the_page_how_long(session, client, make, monkeypatch):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out, said = io.BytesIO(), []
+    pq.write_table(pa.table({"text": [f"passage {n} " * 9 for n in range(60_000)]}), out)
+    dataset = make(out.getvalue(), "x.parquet")
+    heard = reading._Reading.on_message
+    monkeypatch.setattr(reading._Reading, "on_message", lambda self, message: (said.append(message), heard(self, message))[1])
+    read(session, dataset)
+    shares = [message["progress"] for message in said if "progress" in message]
+    assert dataset.good_rows == 60_000 and len(shares) > 1 and 0 < shares[0] < 0.9 and shares == sorted(shares)
+    session.execute(update(Dataset).where(Dataset.id == dataset.id).values(status="reading", lease_until=None))
+    session.commit()
+    fence = datasets.claim(session, dataset.id)
+    beaten = reading._Reading(dataset.id, fence)
+    beaten.on_message({"progress": 0.25, "rows": 4000})
+    beaten._began -= 60
+    session.commit()
+    assert beaten.keep_going()
+    page = client.get(f"/datasets/{ids.public(ids.DATASET, dataset.id)}").text
+    assert "4,000 rows so far, about 3 min left." in page
 
 
 def test_progress_is_told_while_it_reads_and_deleting_stops_it(session, user, make, data_dir):

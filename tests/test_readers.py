@@ -246,8 +246,32 @@ def test_bombs_stop_early(tmp_path, name, words):
         read(tmp_path, name, packed.getvalue())
 
 
-@pytest.mark.parametrize("members", [(), ("a.csv", "b.csv"), ("a.exe",)])
-def test_an_archive_must_hold_one_data_file(tmp_path, members):
+def test_several_files_of_one_kind_are_read_as_one_with_their_lines_counted_on(tmp_path):
+    table = io.BytesIO()
+    pq.write_table(pa.table({"a": [1, 2]}), table)
+    for kind, data in (("jsonl", b'{"a": 1}\n\n{"a": 2}\n'), ("parquet", table.getvalue())):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name in (f"b.{kind}", f"deep/a.{kind}", "LICENSE.txt"):
+                archive.writestr(name, data)
+        raws = read(tmp_path, "x.zip", packed.getvalue())
+        lines = (1, 3, 4, 6) if kind == "jsonl" else (1, 2, 3, 4)
+        assert rows(raws) == list(zip(lines, [GOOD, {"a": 2}] * 2, strict=True))
+        assert [(raw.line, raw.problem.rule) for raw in raws if raw.problem] == [(1, "several_files"), (lines[1] + 1, "several_files")]
+
+
+def test_a_parquet_may_be_packed_and_has_each_column_once(tmp_path):
+    table = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), table)
+    assert rows(read(tmp_path, "x.parquet.gz", gzip.compress(table.getvalue()))) == [(1, GOOD)]
+    twice = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), twice)
+    with pytest.raises(BadData, match="Two columns are called “a”"):
+        read(tmp_path, "x.parquet", twice.getvalue())
+
+
+@pytest.mark.parametrize("members", [(), ("a.csv", "b.tsv"), ("a.exe",)])
+def test_an_archive_must_hold_data_files_of_one_kind(tmp_path, members):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name in members:

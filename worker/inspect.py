@@ -131,9 +131,10 @@ class Counter:
         self.rows += line != self._last
         self._last = line
         self.total.append(found.tokens)
-        if self.task == "classification":
+        if self.task == "classification":  # no token of it is learnt, and a classifier cuts it at the same length
             self.trained.append(0)
             self.first.append(0)
+            self._look(line, found.tokens, 0)
             return
         first = ALL if found.first is None else found.first
         self.trained.append(found.learnt)

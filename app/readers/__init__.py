@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from app.errors import BadData, Unsupported
-from app.formats._base import shown
-from app.readers._base import CHUNK_BYTES, LARGEST_RATIO, Raw
+from app.formats._base import Finding, shown
+from app.readers._base import CHUNK_BYTES, Raw
 from app.readers._bytes import Unpacked, decode_marks
 from app.readers._json import read_json, read_jsonl
 from app.readers._passages import read_txt
@@ -74,11 +74,11 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
     if kind == "zip":
         yield from read_zip(path)
         return
-    if kind == "parquet":
-        yield from read_parquet(path, packed=filename.lower().endswith(".gz"))
+    packed = filename.lower().endswith(".gz")
+    if kind == "parquet" and not packed:
+        yield from read_parquet(path)
         return
     with path.open("rb") as opened:
-        packed = filename.lower().endswith(".gz")
         stream: BinaryIO = Unpacked(gzip.GzipFile(fileobj=opened), path.stat().st_size, opened) if packed else opened  # type: ignore[assignment]
         try:
             yield from read_stream(stream, kind)
@@ -87,6 +87,9 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
 
 
 def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
+    if kind == "parquet":
+        yield from _read_unpacked_parquet(stream)
+        return
     chunks, notes = decode_marks(stream)
     yield from notes
     yield from READERS[kind](chunks)
@@ -96,25 +99,34 @@ def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
 
 
 def read_zip(path: Path) -> Iterator[Raw]:
-    """The one data file of an archive. Nothing is ever unpacked to disk, so no name in it can lead anywhere."""
+    """The data files of an archive, one after the other. Only Parquet is unpacked to disk, to a file with a name of our own, so
+    no name in the archive can lead anywhere."""
     try:
         with zipfile.ZipFile(path) as archive:
-            member = _member(archive)
-            inner = Path(member.filename.replace("\\", "/")).name
-            limit = max(path.stat().st_size * LARGEST_RATIO, 64 << 20)
-            if kind_of(inner) == "parquet":
-                yield from _read_zipped_parquet(archive, member, limit)
-                return
-            with archive.open(member) as opened:
-                yield from read_stream(Unpacked(opened, path.stat().st_size, archive.fp), kind_of(inner))  # type: ignore[arg-type]
+            members, last = _members(archive), 0
+            for member in members:
+                if len(members) > 1:
+                    text = f"“{shown(member.filename, 80)}” begins here: the {len(members)} files of the archive are read as one."
+                    yield Raw(last + 1, None, Finding("several_files", text, severity="note"))
+                before = last
+                with archive.open(member) as opened:
+                    stream = Unpacked(opened, path.stat().st_size, archive.fp)  # type: ignore[arg-type]
+                    for raw in read_stream(stream, kind_of(_plain_name(member))):  # type: ignore[arg-type]
+                        last = max(last, before + raw.line)
+                        yield raw._replace(line=before + raw.line)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         what = "is locked with a password" if "password" in str(error) else f"cannot be read: {shown(str(error), 120)}"
-        raise BadData(f"The zip file {what}.", way_out="Pack one data file again, without a password.", param="file") from None
+        raise BadData(f"The zip file {what}.", way_out="Pack the data again, without a password.", param="file") from None
 
 
-def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+def _plain_name(member: zipfile.ZipInfo) -> str:
+    return Path(member.filename.replace("\\", "/")).name
+
+
+def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The data files in the order of their names. Raises BadData where there are none, or of several kinds."""
     if len(archive.infolist()) > 10_000:
-        raise BadData("The archive holds more than 10,000 files.", way_out="Pack one data file.", param="file")
+        raise BadData("The archive holds more than 10,000 files.", way_out="Pack the data files alone.", param="file")
     found = []
     for member in archive.infolist():
         name = member.filename.replace("\\", "/")
@@ -122,18 +134,22 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
         if member.is_dir() or hidden or Path(name.lower()).suffix not in EXTENSIONS or name.lower().endswith(".md"):
             continue
         found.append(member)
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(shown(member.filename, 40) for member in found[:5])
-    what = f"{len(found)} data files ({names})" if found else "no data file"
-    raise BadData(f"The archive holds {what}.", way_out=f"Pack exactly one of {ACCEPTED.split(', and any')[0]}.", param="file")
+    found = [member for member in found if Path(_plain_name(member)).stem.lower() not in _ABOUT] or found
+    if found and len({kind_of(_plain_name(member)) for member in found}) == 1:
+        return sorted(found, key=lambda member: member.filename)
+    names = ", ".join(shown(member.filename, 40) for member in found[:5]) + (", …" if len(found) > 5 else "")
+    what = f"{len(found)} data files of several kinds ({names})" if found else "no data file"
+    way_out = f"Pack one of {ACCEPTED.split(', and any')[0]}, or several of one of these kinds, which are read as one."
+    raise BadData(f"The archive holds {what}.", way_out=way_out, param="file")
 
 
-def _read_zipped_parquet(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> Iterator[Raw]:
+_ABOUT = ("readme", "license", "licence", "changelog", "notice")
+
+
+def _read_unpacked_parquet(stream: BinaryIO) -> Iterator[Raw]:
     """Parquet is read from its end, so its bytes go to a temporary file first."""
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as copy, archive.open(member) as opened:
-        stream = Unpacked(opened, limit // LARGEST_RATIO)  # type: ignore[arg-type]
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
         while data := stream.read(CHUNK_BYTES):
             copy.write(data)
         copy.flush()
-        yield from read_parquet(Path(copy.name), packed=False)
+        yield from read_parquet(Path(copy.name))

@@ -26,15 +26,17 @@ def read_tsv(chunks: Iterator[bytes]) -> Iterator[Raw]:
 
 
 class _TextLines:
-    """Lines as text for the csv module, remembering what was wrong with those since the last row."""
+    """Lines as text for the csv module, remembering their numbers, and what was wrong with those since the last row."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._lines = lines_of(chunks)
         self.problem: Finding | None = None
+        self.first = self.last = 1  # of the row that was read last
         self.whole = True  # whether the lines can be read all the same, as Windows writes them
 
     def __iter__(self) -> Iterator[str]:
-        for _, line in self._lines:
+        for number, line in self._lines:
+            self.first, self.last = self.first or number, number
             if line is None:
                 self.problem, self.whole = too_long(), False
                 yield "\n"
@@ -58,16 +60,18 @@ def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]
     delimiter = delimiter or max(",;\t|", key=lambda mark: (head.count(mark), mark == ","))
     reader = csv.reader(_chain_text(head, feed), delimiter=delimiter, strict=True)
     header = _header(reader)
+    if lines.problem:
+        yield Raw(lines.last, None, _of_header(lines.problem, lines.whole))
     while True:
-        line = reader.line_num + 1
-        lines.problem, lines.whole = None, True
+        lines.problem, lines.whole, lines.first = None, True, 0
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield Raw(line, None, _csv_problem(error, line, reader.line_num))
+            yield Raw(lines.first, None, _csv_problem(error, lines.first, lines.last))
             continue
+        line = lines.first
         if lines.problem:
             row = dict(zip(header, cells, strict=True)) if lines.whole and len(cells) == len(header) else None
             yield Raw(line, None, offer(lines.problem, row), row)
@@ -94,10 +98,20 @@ def _header(reader: Any) -> list[str]:
         raise BadData(
             f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
         )
+    _check_names(names)
+    return names
+
+
+def _check_names(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
-    return names
+
+
+def _of_header(problem: Finding, whole: bool) -> Finding:
+    """What was wrong up to the line of names; the rows below it are good all the same."""
+    read = " The names were read as Windows-1252 writes them." if problem.rule == "not_utf8" and whole else ""
+    return problem._replace(message=f"The line of column names: {problem.message}{read}", severity="warning")
 
 
 def _csv_problem(error: csv.Error, first: int, last: int) -> Finding:
@@ -119,12 +133,10 @@ def _ragged(cells: list[str], header: list[str], delimiter: str) -> Finding:
     )
 
 
-def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
+def read_parquet(path: Path) -> Iterator[Raw]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if packed:
-        raise BadData("A Parquet file is compressed inside already.", way_out="Upload the .parquet file without .gz.", param="file")
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
@@ -132,6 +144,7 @@ def read_parquet(path: Path, *, packed: bool) -> Iterator[Raw]:
             raise BadData(
                 f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
             )
+        _check_names(names)
         number, unpacked = 0, 0
         # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
         limit = max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)

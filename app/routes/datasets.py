@@ -20,7 +20,7 @@ from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.settings import get_settings
 from app.tables import Dataset, User
-from app.web import flash, render
+from app.web import flash, human_seconds, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -207,6 +207,7 @@ def show(
         formats=list(formats.FORMATS.values()),
         stats=datasets.stats(dataset),
         report=dataset.report or {},
+        so_far=so_far(dataset),
         columns=(dataset.report or {}).get("columns", []),
         preview=(dataset.report or {}).get("preview", [])[:SAMPLES_OF_PREVIEW],
         rules=rules,
@@ -234,7 +235,16 @@ def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:
 def state(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """What the page asks once a second while the file is read."""
     dataset = _get(session, user, key)
-    return {"status": dataset.status, "progress": dataset.progress}
+    return {"status": dataset.status, "progress": dataset.progress, "so_far": so_far(dataset)}
+
+
+def so_far(dataset: Dataset) -> str:
+    """Rows read and time left, in words; empty before any is known."""
+    found = (dataset.report or {}).get("so_far") or {}
+    if not found:
+        return ""
+    left = found.get("seconds_left")
+    return f"{found['rows']:,} rows so far" + (f", about {human_seconds(max(1, left))} left." if left is not None else ".")
 
 
 @pages.post("/datasets/{key}/read")

@@ -9,6 +9,7 @@ if (reading) {
       const state = await answer.json();
       if (state.status !== "reading") return location.reload();
       if (state.progress !== null) bar.value = state.progress;
+      document.getElementById("so-far").textContent = state.so_far;
     } catch {
       // the studio is restarting; the next look will tell
     }

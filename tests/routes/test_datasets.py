@@ -33,7 +33,7 @@ def test_upload_then_reading_then_the_report(client, session):
     answer = upload(client)
     waiting = client.get(answer.headers["location"]).text
     assert 'id="reading"' in waiting and "<progress" in waiting
-    assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None}
+    assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None, "so_far": ""}
     path = read(session, answer)
     page = client.get(path).text
     assert "Recognised as chat" in page and "wrong role" in page and "Call it user" in page and "invalid json" in page

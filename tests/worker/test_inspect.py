@@ -84,6 +84,18 @@ def test_lengths_say_what_a_cut_does(tmp_path):
     assert sum(count for _, _, count in result["histogram"]) == 3
 
 
+def test_a_labelled_text_that_is_cut_is_named(tmp_path):
+    tokenizer = build_tokenizer()
+    said = []
+    counter = inspect.Counter(
+        tokenizer, {"kind": "generic", "cutoff": 16}, "classification", lambda line, finding: said.append((line, finding.rule))
+    )
+    prepare_tokenizer(tokenizer)
+    for line, words in ((1, 2), (2, 60)):
+        counter.add({"text": "spruce " * words, "label": "wood"}, line)
+    assert counter.result()["lengths"]["counts"]["over_long"] == 1 and said == [(2, "over_long")]
+
+
 def test_rows_are_shown_token_by_token(tmp_path):
     real = build_tokenizer()
     real.save_pretrained(tmp_path)
