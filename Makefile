@@ -26,6 +26,7 @@ test: $(VENV)/.installed-test $(VENV)/.browser
 	 || HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS)
 
 bench: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(VENV)/.installed-test
