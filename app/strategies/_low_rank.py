@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -23,6 +24,17 @@ def linear_names(shape: Shape, layers: LayerChoice) -> list[str]:
     if layers == "all-linear":
         return names
     return [name for name in names if (name in _FEED_FORWARD) == (layers == "feed-forward")]
+
+
+def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
+    """The same as peft is told them: it takes a list by how names end, or a pattern over whole names.
+
+    An encoder's attention ends in a layer whose name ends like its feed-forward's, so there only a pattern tells them apart.
+    """
+    names = linear_names(shape, layers)
+    if shape.architecture == "encoder" and layers == "feed-forward":
+        return rf".*layer\.\d+\.({'|'.join(re.escape(name) for name in names)})"
+    return names
 
 
 class LowRank(PeftStrategy):
@@ -66,7 +78,7 @@ class LowRank(PeftStrategy):
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.targets(shape_of(model.config.to_dict())),
+            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
             bias="none",
             **self.variant(),
         )

@@ -28,7 +28,7 @@ NAME = "luthier_prompt"
 
 class SoftPrompt(Strategy):
     family: ClassVar = "additive"
-    tasks: ClassVar = ("generation", "preference")
+    tasks: ClassVar = ("generation", "classification", "preference")
     no_blend: ClassVar = "its learnt vectors stand before the text or they do not; half of each is another prompt that was never tried."
 
     tokens: int = Field(

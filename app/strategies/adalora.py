@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import LowRank, peft_targets
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class AdaLora(LowRank):
             init_r=self.first_rank(),
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.targets(shape_of(model.config.to_dict())),
+            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
             orth_reg_weight=self.orthogonality,
             total_step=1_000_000,  # `begin` says how many there are
             inference_mode=False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import LowRank, peft_targets
 
 if TYPE_CHECKING:
     import torch
@@ -40,5 +40,5 @@ class LoHa(LowRank):
             r=self.rank,
             alpha=self.alpha,
             rank_dropout=self.dropout,
-            target_modules=self.targets(shape_of(model.config.to_dict())),
+            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
         )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import LowRank, peft_targets
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class LoKr(LowRank):
             alpha=self.alpha,
             rank_dropout=self.dropout,
             decompose_factor=self.factor,
-            target_modules=self.targets(shape_of(model.config.to_dict())),
+            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
         )
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 class PTuning(SoftPrompt):
     name: Literal["p_tuning"] = "p_tuning"
     title: ClassVar = "P-tuning"
-    tasks: ClassVar = ("generation", "classification", "preference")
     summary: ClassVar = "Learns a prompt of vectors through a small network, which makes learning steadier."
     when_to_use: ClassVar = "Where prompt tuning learns too slowly. The network is thrown away afterwards; only the vectors are kept."
     paper: ClassVar = ("Liu et al. 2021, GPT Understands, Too", "https://arxiv.org/abs/2103.10385")

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
-from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table
+from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table, task_type
 
 if TYPE_CHECKING:
     import torch
+
+
+_OPEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
+"""Encoders whose attention asks a cache, where one is given, before it looks at its keys and values."""
 
 
 class PrefixTuning(SoftPrompt):
@@ -26,8 +30,8 @@ class PrefixTuning(SoftPrompt):
         return self.tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
-        if shape.architecture == "encoder":
-            return "An encoder keeps no keys and values to put a prefix before. Choose prompt_tuning, which works on its input."
+        if shape.architecture == "encoder" and shape.model_type not in _OPEN_ENCODERS:
+            return f"The attention of {shape.model_type} takes no keys and values from outside. Choose prompt_tuning, which works on its input."
         return super().unavailable(shape, task=task, cuda=cuda)
 
     @classmethod
@@ -48,7 +52,7 @@ class PrefixTuning(SoftPrompt):
 
         shape = shape_of(model.config.to_dict())
         return PrefixTuningConfig(
-            task_type="CAUSAL_LM",
+            task_type=task_type(model),
             num_virtual_tokens=self.tokens,
             token_dim=shape.kv_heads * shape.head_dim,
             num_transformer_submodules=1,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 class PromptTuning(SoftPrompt):
     name: Literal["prompt_tuning"] = "prompt_tuning"
     title: ClassVar = "Prompt tuning"
-    tasks: ClassVar = ("generation", "classification", "preference")
     summary: ClassVar = "Learns the best possible prompt, as vectors instead of words."
     when_to_use: ClassVar = (
         "When the model can do the task already and only needs to be asked well. Slow to learn, weak on small models, and tiny."

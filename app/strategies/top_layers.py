@@ -35,7 +35,8 @@ class TopLayers(Selected):
     layers: int = Field(2, ge=1, le=1000, description="How many of the last blocks learn.", json_schema_extra={"basic": True})
     norm: bool = Field(True, description="The norm after the last block learns too.")
     output_layer: bool = Field(
-        False, description="The output layer learns too. Where it shares its weights with the input embedding, both change."
+        False,
+        description="The output layer learns too. Where it shares its weights with the input embedding, both change, and gradients pass every block: as slow as full re-training.",
     )
 
     def trainable(self, shape: Shape) -> int:
@@ -48,6 +49,8 @@ class TopLayers(Selected):
         return Kept(shape.layer_inputs())
 
     def reaches(self, shape: Shape) -> int:
+        if self.output_layer and shape.tied:
+            return shape.layers  # the output layer is the input's embedding too, so gradients go all the way down
         return min(self.layers, shape.layers)
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:

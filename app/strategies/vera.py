@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
-from app.strategies._low_rank import LayerChoice, linear_names
+from app.strategies._low_rank import LayerChoice, linear_names, peft_targets
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -58,6 +58,6 @@ class Vera(PeftStrategy):
             task_type=self.task_type(task),
             r=self.rank,
             vera_dropout=self.dropout,
-            target_modules=linear_names(shape_of(model.config.to_dict()), self.layers),
+            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
             save_projection=True,  # the file then loads on any machine, whatever its random numbers
         )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from app.forms import controls, fill
 from app.shapes import Shape, shape_of
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Memory, Strategy
+from app.strategies._model import blocks, feed_forward_output
 from tests.worker.orders import chat_rows
 from worker import attention, evaluate, kernels, optim
 from worker.batches import Row, Tokenised, make_batch, tokenise
@@ -162,13 +174,121 @@ def test_loading_leaves_the_base_alone(name: str, tiny_model: Path, tokenizer, s
     assert all(torch.equal(p, before) for p, before in kept)
 
 
-ENCODER = shape_of(
-    {"model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-     "vocab_size": 512, "max_position_embeddings": 128, "type_vocab_size": 2}
-)  # fmt: skip
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+ENCODER = shape_of({"model_type": "bert", "max_position_embeddings": 128, "type_vocab_size": 2, **SIZES})
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("task", ["generation", "preference"])
 def test_an_encoder_is_never_taught_to_write(name: str, task: str) -> None:
     assert STRATEGIES[name]().unavailable(ENCODER, task=task, cuda=True)
+
+
+# Other models than the small one --------------------------------------------------------------------------------------
+
+
+def built(kind: str) -> torch.nn.Module:
+    """A model of two layers with random weights: an encoder without its pooler, a decoder with biases whose head is its own."""
+    torch.manual_seed(0)
+    if kind == "encoder":
+        config = BertConfig(**SIZES, max_position_embeddings=128, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        model = BertModel(config, add_pooling_layer=False)
+    elif kind == "biases":
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False))
+    model.set_attn_implementation(attention.NAME)
+    model.name_or_path = model.config._name_or_path = kind
+    kernels.use_fused_norms(model)
+    return model
+
+
+def shape_built(kind: str) -> Shape:
+    return shape_of(built(kind).config.to_dict())
+
+
+def states(model: torch.nn.Module, lead: int) -> torch.Tensor:
+    """Last states, (T, H), of two packed sequences that begin with `lead` placeholders."""
+    sequences = [[0] * lead + list(range(3, 27)), [0] * lead + list(range(9, 26))]
+    lengths = [len(ids) for ids in sequences]
+    ids, places = torch.tensor([[*itertools.chain(*sequences)]]), torch.cat([torch.arange(n) for n in lengths])[None]
+    plain = evaluate.plain_model(model)
+    body = plain.get_decoder() if hasattr(plain, "lm_head") else plain
+    return body(input_ids=ids, position_ids=places, **attention.packed_arguments(lengths, torch.device("cpu"))).last_hidden_state[0]
+
+
+def variants(name: str) -> list[Strategy]:
+    """The strategy with its defaults, and with each choice and each whole number set otherwise."""
+    cls = STRATEGIES[name]
+    found = [cls()]
+    for field, info in cls.model_fields.items():
+        kinds = get_args(info.annotation) or (info.annotation,)
+        others = [True, False] if bool in kinds else [16, 3, 1] if int in kinds else [k for k in kinds if isinstance(k, str)]
+        for value in others if field != "name" else ():
+            with contextlib.suppress(ValueError):
+                found.append(cls(**{field: value}))
+    return list(dict.fromkeys(found))
+
+
+def learning(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What learns, by name; nothing in a stack on which a head alone learns."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+KINDS = ["encoder", "biases", "untied"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_trains_is_counted_whatever_its_settings(name: str, kind: str) -> None:
+    shape, task = shape_built(kind), "classification" if kind == "encoder" else "generation"
+    able = [one for one in variants(name) if one.unavailable(shape, task=task, cuda=torch.cuda.is_available()) is None]
+    if not able:
+        pytest.skip(STRATEGIES[name]().unavailable(shape, task=task, cuda=torch.cuda.is_available()))
+    for strategy in able:
+        model = strategy.attach(built(kind), task=task, labels=3)
+        head = strategy.head_parameters(shape, 3) if task == "classification" else 0
+        assert sum(p.numel() for p in learning(model).values()) == strategy.learns(shape, task=task, labels=3) - head, strategy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputed_layers_give_the_same_gradients(name: str, kind: str) -> None:
+    strategy, task = STRATEGIES[name](), "classification" if kind == "encoder" else "generation"
+    if reason := strategy.unavailable(shape_built(kind), task=task, cuda=torch.cuda.is_available()):
+        pytest.skip(reason)
+
+    def learnt(layers: int) -> tuple[float, dict[str, torch.Tensor], int]:
+        model = built(kind)
+        kernels.recompute_layers(model, layers)
+        passes = []
+        feed_forward_output(blocks(model)[0]).register_forward_pre_hook(lambda *_: passes.append(1))
+        model = strategy.attach(model, task=task, labels=3).train()
+        torch.manual_seed(1)
+        for p in learning(model).values():
+            p.data += torch.randn_like(p) * 0.02  # a correction that starts at zero would pass no gradient on
+        found = states(model, strategy.virtual_tokens())
+        loss = (found * torch.linspace(-1, 1, found.shape[1])).pow(2).mean()
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item(), {n: p.grad for n, p in learning(model).items() if p.grad is not None}, len(passes)
+
+    plain, again = learnt(0), learnt(2)
+    assert again[0] == pytest.approx(plain[0], abs=1e-6) and plain[1].keys() == again[1].keys()
+    for parameter, gradient in plain[1].items():
+        torch.testing.assert_close(again[1][parameter], gradient, atol=1e-6, rtol=1e-4, msg=parameter)
+    if strategy.reaches(shape_built(kind)):
+        assert again[2] == plain[2] + (strategy.reaches(shape_built(kind)) == 2) and any(
+            gradient.abs().max() > 0 for gradient in plain[1].values()
+        )
+
+
+def test_an_output_layer_that_is_the_embedding_too_takes_gradients_all_the_way_down() -> None:
+    cls = STRATEGIES["top_layers"]
+    for kind, layers in (("biases", 2), ("untied", 1)):
+        strategy = cls(layers=1, output_layer=True)
+        model = strategy.attach(built(kind)).train()
+        reached = []
+        blocks(model)[0].register_full_backward_hook(lambda *_, found=reached: found.append(1))
+        states(model, 0).pow(2).mean().backward()
+        assert strategy.reaches(shape_built(kind)) == layers == 1 + len(reached)
