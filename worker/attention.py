@@ -4,7 +4,8 @@ Registered with transformers as `luthier_packed`, so every decoder that uses its
 called with one row of T tokens, positions that start again at 0 in each sequence, and the lengths of the sequences. A name
 that transformers has no mask function for gets no mask, so no T × T mask is ever built.
 
-On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call. Elsewhere each sequence is a call of its own:
+On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call; it knows no dropout, so an encoder's attention
+weights are not dropped there, while its states are as ever. Elsewhere each sequence is a call of its own:
 measured on two cores that equals padding the sequences to one batch for speed, and it wastes no memory.
 """
 
@@ -96,12 +97,17 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of each packed sequence to itself. Returns (1, T, heads, D)."""
     causal = getattr(module, "is_causal", True)
+    kind = query.device.type
+    if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
+        # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     fast = varlen_attn is not None and cu_seq_lens is not None and query.dtype in (torch.bfloat16, torch.float16)
-    if fast and softcap is None and query.shape[-1] <= 256 and not dropout:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if fast and softcap is None and query.shape[-1] <= 256:
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if not _GROUPED and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        window = ((sliding_window or 0) - 1, 0 if causal else -1)
+        back = (sliding_window or 0) - 1  # -1: without end
+        window = (back, 0 if causal else back)
         out = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
         return out.unsqueeze(0), None
     if sequence_lengths is None and cu_seq_lens is not None:

@@ -36,15 +36,18 @@ def _fused_norm(kind: type, before_products: bool) -> type:
     """The class of a norm with another forward: a copy of the model keeps it, and a compiler sees one class for all layers.
 
     What linear layers alone read is rounded once to the type of their products; autocast would round it for each of them anew.
+    On a GPU autocast would besides compute every norm in float32 and hand float32 on, Qwen3's queries and keys among them;
+    the kernel sums in float32 whatever it reads, so it is called outside.
     """
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.device.type == "cpu":
-            narrow = before_products and torch.is_autocast_enabled("cpu")
-            return rms_norm(hidden, self.weight, self.variance_epsilon, torch.get_autocast_dtype("cpu") if narrow else hidden.dtype)
-        out = F.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon)
         kind = hidden.device.type
-        return out.to(torch.get_autocast_dtype(kind)) if before_products and torch.is_autocast_enabled(kind) else out
+        narrow = before_products and torch.is_autocast_enabled(kind)
+        wanted = torch.get_autocast_dtype(kind) if narrow else hidden.dtype
+        if kind == "cpu":
+            return rms_norm(hidden, self.weight, self.variance_epsilon, wanted)
+        with torch.autocast(kind, enabled=False):
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon).to(wanted)
 
     return type(kind.__name__, (kind,), {"forward": forward, "plain": kind})
 
@@ -103,12 +106,28 @@ def speed_up(model: torch.nn.Module, engine: Engine, seconds: float) -> dict[str
     return done
 
 
-def recompute_layers(model: torch.nn.Module, count: int) -> int:
-    """Have the first `count` blocks recompute their activations in the backward pass. Returns how many do."""
-    if count <= 0:
+def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
+    """Have what a decoder's blocks pass on to each other be `compute`, also where the embedding is kept in float32 because it
+    learns: what a block adds is of that type in any case. Returns whether that was needed. The strategy is attached already."""
+    table = model.get_input_embeddings()
+    if table.weight.dtype == compute:
+        return False
+    table.register_forward_hook(lambda _, given, out: out.to(compute))
+    return True
+
+
+def recompute_layers(model: torch.nn.Module, count: int, reaches: int | None = None) -> int:
+    """Have `count` blocks recompute their activations in the backward pass: the lowest of those, `reaches` from the top, that
+    gradients pass through (None: all). Returns how many do. The model is a transformers model whose strategy is attached."""
+    blocks = blocks_of(model)
+    reached = blocks[max(0, len(blocks) - reaches) :] if reaches is not None else blocks
+    chosen = reached[: max(count, 0)]
+    if not chosen:
         return 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    blocks = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func") and hasattr(type(m), "gradient_checkpointing")]
-    for place, block in enumerate(blocks):
-        block.gradient_checkpointing = place < count
-    return min(count, len(blocks))
+    # That has the embedding's output ask for a gradient, which only the reentrant form needs: it would be computed and kept for
+    # nothing below the lowest layer that learns.
+    model.disable_input_require_grads()
+    for block in blocks:
+        block.gradient_checkpointing = any(block is one for one in chosen)
+    return len(chosen)

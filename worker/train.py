@@ -28,6 +28,7 @@ from app.settings import get_settings
 from app.spec import JobSpec
 from worker import attention, checkpoint, kernels, optim, processes, results
 from worker.checkpoint import State, relative
+from worker.classifier import plain
 from worker.device import Engine, choose, peak_memory, rng_tensors, set_rng
 from worker.export import export
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
@@ -128,8 +129,10 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         state.base_answers = lesson.base_answers(model, engine)
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), this_machine())
-    recompute = kernels.recompute_layers(model, recompute)
     model = lesson.attach(model).train()
+    recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
+    if engine.framed and spec.model.shape.architecture == "decoder":
+        kernels.round_embeddings(plain(model), engine.compute)
     # Packs of pairs or texts have many shapes, so compiled layers would be compiled again and again.
     done = kernels.speed_up(body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" else 0.0)
     trained = trained_parameters(model)
