@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,22 +25,39 @@ STEPS = 3
 
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("scaled_dot_product", "flash", "varlen", "fmha"),
+    "optimizer and clipping": ("adam", "_foreach", "multi_tensor_apply", "linalg_vector_norm", "lpnorm", "clip"),
     "matrix products": ("aten::mm", "addmm", "bmm", "linear", "gemm", "cutlass", "nvjet", "matmul"),
-    "cross-entropy": ("softmax", "cross_entropy", "_kernel", "scatter_add", "exp_", "gather"),
-    "norms": ("rms_norm", "layer_norm"),
-    "optimizer and clipping": ("adam", "_foreach", "linalg_vector_norm", "clip"),
-    "copies and casts": ("copy", "clone", "contiguous", "cat", "memcpy", "_to_copy", "fill", "zero_"),
-    "activations and other element-wise work": ("mul", "add", "silu", "sigmoid", "neg", "sub", "div", "triton", "sum", "pow", "cos", "sin"),
+    "cross-entropy": ("softmax", "cross_entropy", "crossentropy", "scatter_add", "exp_", "gather", "amax"),
+    "norms": ("rms_norm", "rmsnorm", "layer_norm", "layernorm"),
+    "between processes": ("nccl", "gloo", "all_reduce", "allreduce", "all_gather", "reduce_scatter"),
+    "copies and casts": ("copy", "clone", "contiguous", "cat", "memcpy", "memset", "_to_copy", "fill", "zero_"),
+    "activations and other element-wise work": (
+        *("mul", "add", "silu", "sigmoid", "neg", "sub", "div", "triton", "sum", "pow", "cos", "sin", "elementwise", "reduce"),
+    ),
 }
-"""Kinds of work by what an operation's name contains; the first that fits counts."""
+"""Kinds of work by what an operation's or a GPU kernel's name contains; the first that fits counts."""
+
+WAITING = "waiting between operations"
+"""Wall time in which nothing above ran: a GPU without work, or Python between the operations of a processor."""
+
+
+class Window(NamedTuple):
+    """What was recorded."""
+
+    tokens: int
+    trained: int
+    seconds: float
+    length: float  # tokens of a row, on average
 
 
 def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -> Iterator[events.TrainerEvent]:
     """The same events, with a few steps recorded on the way."""
     recorder: Any = None
-    began, done, first = 0.0, 0, None
+    began, done, first, length = 0.0, 0, None, 0.0
     for event in told:
         yield event
+        if isinstance(event, events.Started):
+            length = event.train_tokens / max(event.train_rows, 1)
         if not isinstance(event, events.Step):
             continue
         done += 1
@@ -50,9 +67,8 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
             _wait()
             seconds = time.perf_counter() - began
             recorder.stop()
-            summary = _write(
-                recorder, spec, folder / "profile", event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds
-            )
+            seen = Window(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length)
+            summary = _write(recorder, spec, folder / "profile", seen)
             yield events.Log(level="info", message=summary)
             recorder = None
     if recorder is not None:
@@ -75,11 +91,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _write(recorder: Any, spec: JobSpec, folder: Path, tokens: int, trained: int, seconds: float) -> str:
+def _write(recorder: Any, spec: JobSpec, folder: Path, seen: Window) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     recorder.export_chrome_trace(str(folder / "trace.json"))
     spent = shares(recorder.key_averages())
-    text = summary(spec, spent, tokens, trained, seconds, *machine_speeds())
+    spent[WAITING] = max(0.0, seen.seconds - sum(spent.values()))
+    text = summary(spec, spent, seen, *machine_speeds())
     (folder / "summary.txt").write_text(text + "\n")
     return text
 
@@ -101,12 +118,10 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
-def summary(spec: JobSpec, spent: dict[str, float], tokens: int, trained: int, seconds: float, operations: float, bandwidth: float) -> str:
+def summary(spec: JobSpec, spent: dict[str, float], seen: Window, operations: float, bandwidth: float) -> str:
     """The page a person reads. `operations` and `bandwidth` are per second, of this machine."""
-    shape = spec.model.shape
-    work = operations_per_token(shape, spec.strategy, trained / max(tokens, 1)) * tokens
-    width = 2 if spec.strategy.adapter else 4
-    moved = 3 * shape.parameters() * width * STEPS * spec.run.accumulation  # forwards, backwards, and what the optimizer touches
+    tokens, seconds = seen.tokens, seen.seconds
+    work, moved = floor_of(spec, seen)
     floor = max(work / operations, moved / bandwidth)
     total = sum(spent.values()) or 1.0
     largest = max((kind for kind in spent if kind != "matrix products"), key=spent.__getitem__)
@@ -122,6 +137,21 @@ def summary(spec: JobSpec, spent: dict[str, float], tokens: int, trained: int, s
         f"The steps took {seconds / floor:.1f} times the floor. Largest gap: {gap}.",
     ]
     return "\n".join(lines)
+
+
+def floor_of(spec: JobSpec, seen: Window) -> tuple[float, float]:
+    """(operations, bytes of weights and optimizer state) that the recorded steps cannot do without.
+
+    Causal attention over a row of L tokens multiplies L²/2 pairs twice forwards and five times backwards (Dao 2023,
+    FlashAttention-2, section 3.1). A frozen weight is read in both passes; one that learns is read and written with its gradient and
+    both moments by AdamW: 28 bytes.
+    """
+    shape, strategy = spec.model.shape, spec.strategy
+    attention = 7 * seen.length * shape.heads * shape.head_dim * shape.layers
+    work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1)) + attention) * seen.tokens
+    learnt = strategy.learns(shape)
+    width = type(strategy).base_bits / 8 if type(strategy).base_bits else 2 if strategy.adapter else 4
+    return work, STEPS * (2 * spec.run.accumulation * shape.parameters() * width + 28 * learnt)
 
 
 def machine_speeds() -> tuple[float, float]:

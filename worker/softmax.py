@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _kernel(logits, targets, losses, stride, vocabulary: tl.constexpr, BLOCK: tl.constexpr):
+def softmax_gradient_kernel(logits, targets, losses, stride, vocabulary: tl.constexpr, BLOCK: tl.constexpr):
     """One row each: its loss, then softmax minus one at the target, over the logits that were there."""
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * stride
@@ -45,4 +45,5 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch
     """
     rows, vocabulary = logits.shape
     block = min(8192, triton.next_power_of_2(vocabulary))
-    _kernel[(rows,)](logits, targets, losses, logits.stride(0), vocabulary=vocabulary, BLOCK=block, num_warps=16 if block >= 4096 else 8)
+    warps = 16 if block >= 4096 else 8
+    softmax_gradient_kernel[(rows,)](logits, targets, losses, logits.stride(0), vocabulary=vocabulary, BLOCK=block, num_warps=warps)

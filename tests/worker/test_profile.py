@@ -8,7 +8,7 @@ import pytest
 
 from app import events
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
-from worker.profile import kind_of, profiled, summary
+from worker.profile import STEPS, WAITING, Window, floor_of, kind_of, profiled, summary
 from worker.train import train
 
 
@@ -39,19 +39,29 @@ def test_a_short_job_says_why_it_has_no_profile(spec, data_dir):
 
 
 def test_the_floor_is_arithmetic(spec):
-    """At half of the machine's speed the steps take twice the floor."""
-    from app.estimate import operations_per_token
-
-    work = operations_per_token(spec.model.shape, spec.strategy, 0.5) * 1000
-    text = summary(spec, {"matrix products": 1.0, "copies and casts": 0.25}, 1000, 500, 2.0, work, 1e15)
+    """At half of the machine's speed the steps take twice the floor; idle time can be the largest gap."""
+    seen = Window(tokens=1000, trained=500, seconds=2.0, length=50.0)
+    work, moved = floor_of(spec, seen)
+    shape = spec.model.shape
+    assert work > 7 * 50 * shape.heads * shape.head_dim * shape.layers * 1000
+    assert moved == STEPS * (2 * shape.parameters() * 2 + 28 * spec.strategy.trainable(shape))
+    text = summary(spec, {"matrix products": 1.0, "copies and casts": 0.25}, seen, work, 1e15)
     assert "2.0 times the floor" in text
     assert "copies and casts (20% of the time)" in text
+    assert f"Largest gap: {WAITING}" in summary(spec, {"matrix products": 1.0, WAITING: 1.0}, seen, work, 1e15)
 
 
 @pytest.mark.parametrize(
     ("operation", "kind"),
     [("aten::mm", "matrix products"), ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::copy_", "copies and casts"),
-     ("aten::silu", "activations and other element-wise work"), ("something", "other")],
+     ("aten::silu", "activations and other element-wise work"), ("something", "other"),
+     # Names that CUDA gives its kernels.
+     ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", "activations and other element-wise work"),
+     ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::sum_functor<float>>>", "activations and other element-wise work"),
+     ("void at::native::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor>", "optimizer and clipping"),
+     ("softmax_gradient_kernel", "cross-entropy"), ("nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+     ("void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"), ("Memcpy HtoD (Pinned -> Device)", "copies and casts"),
+     ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "between processes")],
 )  # fmt: skip
 def test_kinds(operation, kind):
     assert kind_of(operation) == kind
