@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
-from app import errors
+from app import errors, queue
 from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Unavailable
 
 log = structlog.get_logger("luthier.web")
+POSTGRES_DISK_FULL = "53100"
 _WAYS_OUT = {
     404: "Check the address, or start again from the Overview.",
     405: "This address exists, but it does not take this method.",
@@ -44,12 +45,16 @@ def fault_of(error: Exception) -> StudioError:
             return _from_http(error)
         case DataError() if "NUL" in str(error.orig):
             return NUL
+        case OperationalError() if getattr(error.orig, "sqlstate", None) == POSTGRES_DISK_FULL:
+            return DiskFull("The disk of the database is full; nothing was saved.", way_out="Make room there, then try again.")
         case OperationalError() | InterfaceError() | TimeoutError():
             return Unavailable(
                 "The database does not answer.", way_out="Nothing is lost. Wait a moment and try again.", code="database_away"
             )
         case DBAPIError() if error.connection_invalidated:
             return Unavailable("The database went away.", way_out="Nothing is lost. Wait a moment and try again.", code="database_away")
+        case redis.RedisError() if queue.cannot_write(error):
+            return DiskFull("The message broker cannot write: its disk is full.", way_out="Make room there, then try again.")
         case redis.ConnectionError() | redis.TimeoutError():
             return Unavailable(
                 "The message broker does not answer.", way_out="Nothing is lost. Wait a moment and try again.", code="broker_away"

@@ -19,14 +19,14 @@ from sqlalchemy.orm import Session
 from app import db, files, formats, ids, queue, readers
 from app.errors import BadField, Conflict, NotFound
 from app.intake import VERSION
-from app.reading import beat, claim, read, reap
+from app.reading import beat, can_be_read_again, claim, read, read_again, reap
 from app.settings import get_settings
 from app.spec import DatasetRef
 from app.tables import Dataset, File, Finding, Job, User
 
 __all__ = [
-    "DatasetStats", "beat", "claim", "create", "delete", "delete_file", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
-    "read", "read_as", "reap", "reference", "rules", "stats", "versions",
+    "DatasetStats", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
+    "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "versions",
 ]  # fmt: skip
 
 UNFINISHED = ("queued", "running", "paused")

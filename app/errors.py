@@ -19,6 +19,8 @@ An error says what is wrong, where, and what to do. It is raised where the fault
 
 from __future__ import annotations
 
+import errno
+
 
 class StudioError(Exception):
     """A fault with a status, a code for programs, and a way out for people.
@@ -96,5 +98,11 @@ class Unavailable(StudioError):
     status, code, type = 503, "unavailable", "server_error"
 
 
-class DiskFull(StudioError):
+class DiskFull(StudioError, OSError):
+    """Also the system's own error, so that whoever is ready for a full disk need not know which of the two was raised."""
+
     status, code, type = 507, "disk_full", "server_error"
+
+    def __init__(self, message: str, **rest: str | None) -> None:
+        super().__init__(message, **rest)  # type: ignore[arg-type]
+        self.errno = errno.ENOSPC

@@ -88,8 +88,8 @@ async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
 async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
     """Through the queue, from a generate worker of this studio."""
     wire = _wire()
-    await wire.set(reader_key(request.id), 1, ex=READER_SECONDS)
     try:
+        await wire.set(reader_key(request.id), 1, ex=READER_SECONDS)
         await _send(request)
         async for entries in _read(wire, request):
             for entry in entries:
@@ -99,6 +99,8 @@ async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
             if entries and isinstance(entries[-1], Done):
                 return
     except redis.RedisError as error:
+        if queue.cannot_write(error):
+            raise  # it has not gone away; `app.answers` says what is the matter
         raise Unavailable("The message broker went away in the middle of the answer.", way_out="Ask again.") from error
     finally:
         # Not awaited here: a reader that is being cancelled may not wait for anything.

@@ -105,6 +105,12 @@ def get_redis() -> redis.Redis:
     return redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5, health_check_interval=15)
 
 
+def cannot_write(error: redis.RedisError) -> bool:
+    """Whether Redis is there and refuses, because it cannot write its file. It refuses the PING of a new connection too,
+    which reads as a fault of the connection."""
+    return any(str(e).startswith("MISCONF") for e in (error, error.__cause__))
+
+
 def channel(kind: str, key: uuid.UUID) -> str:
     """The pub/sub channel that wakes the watchers of one object: `luthier:job:<hex>`."""
     return f"{PREFIX}{kind}:{key.hex}"

@@ -23,13 +23,15 @@ from sqlalchemy import ColumnElement, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
-from app.errors import BadData, StudioError
+from app.errors import BadData, Conflict, StudioError
 from app.settings import get_settings
 from app.storable import storable
 from app.tables import Dataset, File, Finding, Model, Outbox, User
 
 MOST_DEATHS = 3
 LIMITS = sandbox.Limits()
+PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
+"""Codes of faults that another try may not meet: they lie in the machine or the network as likely as in the file."""
 
 
 def _lease() -> ColumnElement[Any]:
@@ -69,13 +71,14 @@ def read(dataset_id: uuid.UUID) -> None:
     if fence is None:
         recount.count(dataset_id)  # nothing to read; its tokens may be uncounted still
         return
-    folder = get_settings().folder("rows", str(dataset_id))
-    rows = folder / f"f{fence}.parquet"
+    rows = get_settings().data_dir / "rows" / str(dataset_id) / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
     try:
-        if payload["bring"]:
-            payload["sha256"], payload["filename"] = _bring(payload["bring"], reading)
-        result = _in_child(payload, rows, reading)
+        with files.disk_errors():
+            get_settings().folder("rows", str(dataset_id))
+            if payload["bring"]:
+                payload["sha256"], payload["filename"] = _bring(payload["bring"], reading)
+            result = _in_child(payload, rows, reading)
     except sandbox.Killed as killed:
         _drop(rows)
         if killed.kind != "stopped":
@@ -89,6 +92,24 @@ def read(dataset_id: uuid.UUID) -> None:
         kept = _record(session, dataset_id, fence, result, rows, reading.findings, payload["model"])
     if not kept:
         _drop(rows)
+
+
+def read_again(session: Session, dataset: Dataset) -> None:
+    """Order another reading after a fault that need not lie in the file. Raises Conflict for any other."""
+    if not can_be_read_again(dataset):
+        raise Conflict("This dataset cannot be read again as it is.", way_out="Read it differently, or upload another file.")
+    dataset.status, dataset.error, dataset.progress, dataset.lease_until = "reading", None, None, None
+    dataset.fence = -(-dataset.fence // MOST_DEATHS) * MOST_DEATHS  # `reap` counts the deaths of this order from here
+    file = session.get(File, dataset.file_id) if dataset.file_id else None
+    if file is not None:
+        file.status, file.status_details = "uploaded", None
+    session.flush()
+    queue.put_in_outbox(session, queue.READ, dataset.id)
+    queue.wake(session, "dataset", dataset.id)
+
+
+def can_be_read_again(dataset: Dataset) -> bool:
+    return dataset.status == "error" and (dataset.error or {}).get("code") in PASSING
 
 
 def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
@@ -302,7 +323,7 @@ def reap(session: Session) -> int:
     ).all()
     announced = 0
     for dataset in lost:
-        if dataset.fence >= MOST_DEATHS:
+        if dataset.lease_until is not None and dataset.fence % MOST_DEATHS == 0:
             _fail(session, dataset, _why(sandbox.Killed("crashed", f"Its reader died {MOST_DEATHS} times.")))
             continue
         dataset.lease_until = None

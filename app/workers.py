@@ -33,12 +33,12 @@ def say_alive(queue: str, started_at: float, *, name: str | None = None) -> None
 
 
 def keep_saying(queue: str) -> threading.Event:
-    """Say it every ten seconds from a thread, until the returned event is set. Redis being away is no reason to stop."""
+    """Say it every ten seconds from a thread, until the returned event is set. No fault of Redis is a reason to stop."""
     stop, started_at = threading.Event(), time.time()
 
     def talk() -> None:
         while True:
-            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+            with contextlib.suppress(redis.RedisError):  # a refusal too, as while its disk is full
                 say_alive(queue, started_at)
             if stop.wait(REPEAT_SECONDS):
                 return
@@ -48,12 +48,12 @@ def keep_saying(queue: str) -> threading.Event:
 
 
 def alive() -> list[Worker]:
-    """Every worker heard of in the last half minute; none when Redis is away."""
+    """Every worker heard of in the last half minute; none when Redis is away or refuses to answer."""
     try:
         wire = get_redis()
         keys = list(wire.scan_iter(match=f"{PREFIX}alive:*", count=500))
         words = [json.loads(word) for word in (wire.mget(keys) if keys else []) if word]
-    except (redis.ConnectionError, redis.TimeoutError, RuntimeError):
+    except (redis.RedisError, RuntimeError):
         return []
     now = time.time()
     found = [Worker(w["queue"], w["name"], max(0.0, now - w["started_at"]), max(0.0, now - w["seen_at"])) for w in words]

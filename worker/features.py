@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -26,6 +27,7 @@ from app.spec import ModelRef
 from worker.attention import packed_arguments
 from worker.classifier import Classifier, Pooling, render_text
 
+log = logging.getLogger(__name__)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Inverse strengths C that cross-validation tries."""
 FOLD_ROWS = 3000
@@ -91,12 +93,14 @@ def kept(name: str) -> np.ndarray | None:
 
 
 def keep(name: str, vectors: np.ndarray) -> None:
-    """Write vectors whole or not at all."""
+    """Write vectors whole or not at all: where the disk is full, the next job makes them anew."""
     folder = get_settings().folder("features")
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    os.close(handle)
-    save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
-    Path(temporary).replace(folder / f"{name}.safetensors")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as own:
+            save_file({"vectors": np.ascontiguousarray(vectors)}, f"{own}/vectors")
+            Path(own, "vectors").replace(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        log.warning("The vectors of these texts are not kept: %s", error)
 
 
 def cache_name(ref: ModelRef, texts: Sequence[str], pooling: Pooling, max_length: int) -> str:

@@ -6,6 +6,7 @@ A model's scores before tuning are kept under `features/` by all they depend on,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int,
     from app.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
 
     found = scores(spec, model, tokenizer, budget, engine)
-    write_atomically(_kept(spec, engine), json.dumps(found))
+    with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
+        write_atomically(_kept(spec, engine), json.dumps(found))
     return found
 
 

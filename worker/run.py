@@ -120,7 +120,7 @@ def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Fail
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """safetensors wraps the system's error in one of its own, so its words are looked at too."""
+    """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
     return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error) or "os error 28" in str(error)
 
 

@@ -215,6 +215,7 @@ def show(
         warnings=sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
         findings=found,
         origin_words=versions.describe,
+        again=datasets.can_be_read_again(dataset),
         fixable=any(finding.fix for finding in found),
         more=more,
         page=page,
@@ -263,6 +264,14 @@ def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
         return _path(datasets.read_as(session, user, _get(session, user, key), name, mapping))
 
 
+@pages.post("/datasets/{key}/again")
+def again(user: CurrentUser, session: Db, key: str) -> Response:
+    """Read it once more as it is, after a fault such as a full disk."""
+    dataset = _get(session, user, key)
+    datasets.read_again(session, dataset)
+    return RedirectResponse(_path(dataset), 303)
+
+
 @pages.post("/datasets/{key}/delete")
 def delete(request: Request, user: CurrentUser, session: Db, key: str) -> Response:
     dataset = _get(session, user, key)
@@ -290,6 +299,14 @@ def list_json(
 def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     dataset = _get(session, user, key)
     return to_json(dataset) | {"versions": [ids.public(ids.DATASET, version.id) for version in datasets.versions(session, dataset)]}
+
+
+@api.post("/datasets/{key}/again")
+def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    """Read it once more as it is, after a fault such as a full disk."""
+    dataset = _get(session, user, key)
+    datasets.read_again(session, dataset)
+    return to_json(dataset)
 
 
 @api.delete("/datasets/{key}")

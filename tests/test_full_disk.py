@@ -1,0 +1,227 @@
+"""A disk that is really full: what is said, what is kept, and that all goes on once there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+from sqlalchemy import select, text
+
+from app import accounts, claims, datasets, db, files, ids, jobs, queue, workers
+from app.answers import fault_of
+from app.errors import DiskFull
+from app.settings import get_settings
+from app.tables import Dataset, Event, Job, Model
+from tests import lives
+from tests.conftest import forget_settings, wait_until
+from tests.orders import chat_rows, make_dataset, make_job
+from tests.test_datasets import rows
+
+
+@dataclass
+class SmallDisk:
+    """The data folder as a disk of its own, which can be filled to the last byte."""
+
+    folder: Path
+
+    def fill(self) -> None:
+        with contextlib.suppress(OSError), (self.folder / "ballast").open("ab", buffering=0) as file:
+            while True:
+                file.write(b"\0" * 4096)
+
+    def make_room(self) -> None:
+        (self.folder / "ballast").unlink()
+
+
+@pytest.fixture
+def small_disk(data_dir: Path) -> Iterator[SmallDisk]:
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=711", "tmpfs", str(data_dir)], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    yield SmallDisk(data_dir)
+    subprocess.run(["umount", "--lazy", str(data_dir)], check=True)
+
+
+def now_of(key) -> Job:
+    with db.transaction() as session:
+        return session.get_one(Job, key)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_cannot_start_is_paused_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
+    from worker import supervise
+
+    dataset = make_dataset(session, user, small_disk.folder)
+    job = make_job(session, user, tiny_registered, dataset, max_steps=2, samples=0, forgetting=False, evaluations_per_epoch=0)
+    small_disk.fill()
+    supervise.work(job.id)
+    row = now_of(job.id)
+    assert (row.status, row.error["code"], row.deaths) == ("paused", "disk_full", 0)
+    small_disk.make_room()
+    with db.transaction() as again:
+        jobs.resume(again, user, job.id)
+    supervise.work(job.id)
+    assert now_of(job.id).status == "succeeded", now_of(job.id).error
+
+
+def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
+    """The ledger belongs to the result, so the job pauses; what is kept for the next job alone is done without."""
+    import torch
+
+    from worker import attention, features, forgetting, ledger, run
+    from worker.batches import Row, tokenise
+    from worker.device import choose
+    from worker.load import load_plain, load_tokenizer
+
+    spec = order_of(tiny_model)
+    tokenizer = load_tokenizer(spec.model)
+    data = tokenise(tokenizer, [Row(i, row) for i, row in enumerate(chat_rows(4), start=1)], "dialogue", 64)
+    features.keep("before", np.ones((2, 2), np.float32))
+    small_disk.fill()
+    with pytest.raises(OSError) as full:
+        ledger.write(small_disk.folder / "runs", data, [1.0] * len(data), [1.0] * len(data))
+    said = run.failed(full.value, spec, 7)
+    assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.way_out
+
+    features.keep("after", np.ones((200, 200), np.float32))
+    assert features.kept("after") is None and features.kept("before") is not None
+    assert [path.name for path in (small_disk.folder / "features").iterdir()] == ["before.safetensors"]
+    network = load_plain(spec.model, torch.float32, attention.NAME)
+    engine = choose(spec.run, spec.strategy)
+    assert forgetting.remember(spec, network, tokenizer, 512, engine) and forgetting.remembered(spec, engine) is None
+
+
+def order_of(tiny_model: Path):
+    from tests.worker.orders import order, put_dataset, put_model
+
+    return order(put_model(tiny_model), put_dataset(chat_rows(8)))
+
+
+def test_a_finished_job_has_its_model_though_there_is_no_room_for_its_figures(small_disk, session, user, tiny_registered):
+    life = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 120))
+    small_disk.fill()
+    life.finish()
+    row = now_of(life.job_id)
+    assert (row.status, row.result_file_id) == ("succeeded", None)
+    assert session.scalar(select(Model).where(Model.job_id == life.job_id)) is not None
+    warned = session.scalars(select(Event).where(Event.job_id == life.job_id, Event.type == "log")).all()
+    assert any("not kept as a file" in event.data["message"] and "full" in event.data["message"] for event in warned)
+    with pytest.raises(claims.FenceLost):  # it ended; nothing more is written
+        claims.record(session, life.held, life.said, [lives.finished()])
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, session, user, client):
+    file = files.add_bytes(session, user, rows(200).encode(), "x.jsonl", "fine-tune")
+    dataset = datasets.create(session, user, file)
+    session.commit()
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    assert client.post(f"{path}/again", follow_redirects=False).status_code == 409, "it waits to be read already"
+    small_disk.fill()
+    datasets.read(dataset.id)
+    session.expire_all()
+    assert (dataset.status, dataset.error["code"], file.status) == ("error", "disk_full", "error")
+    page = client.get(path).text
+    assert "disk" in page and "Read it again" in page
+
+    assert client.post(f"{path}/again", follow_redirects=False).headers["location"] == path
+    datasets.read(dataset.id)  # still no room: the same again, not a reader that is thought to have died
+    session.expire_all()
+    assert (dataset.status, dataset.error["code"]) == ("error", "disk_full")
+    small_disk.make_room()
+    client.post(f"{path}/again")
+    session.expire_all()
+    assert (dataset.status, file.status) == ("reading", "uploaded")
+    datasets.read(dataset.id)
+    session.expire_all()
+    assert (dataset.status, dataset.good_rows, file.status) == ("ready", 200, "processed")
+    assert "Read it again" not in client.get(path).text
+
+
+def test_a_reading_that_was_ordered_again_has_three_lives_of_its_own(session, user):
+    dataset = datasets.create(session, user, files.add_bytes(session, user, rows(3).encode(), "x.jsonl", "fine-tune"))
+    session.commit()
+    for deaths in (1, 2, 3, 1, 2, 3):
+        assert datasets.claim(session, dataset.id) is not None
+        session.execute(text("UPDATE datasets SET lease_until = clock_timestamp() - interval '1 second'"))
+        session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+        datasets.reap(session)
+        session.expire_all()
+        assert dataset.status == ("error" if deaths == 3 else "reading")
+        if deaths == 3:
+            assert dataset.error["code"] == "crashed"
+            datasets.read_again(session, dataset)
+    session.commit()
+
+
+# Servers --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_of_the_database_is_not_a_database_that_is_away(session):
+    with pytest.raises(Exception, match="No space left") as refused:
+        session.execute(
+            text("DO $$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = '53100'; END $$")
+        )
+    fault = fault_of(refused.value)
+    assert isinstance(fault, DiskFull) and (fault.status, fault.code) == (507, "disk_full") and "database" in fault.message
+
+
+@pytest.fixture
+def full_broker(small_disk, session, tiny_registered, api, monkeypatch) -> Iterator[Callable[[], None]]:
+    """A real Valkey of this test's own, whose disk is full; called, it gives the broker room again."""
+    from app.embedded.valkey import Valkey
+
+    (small_disk.folder / "broker").mkdir()
+    server = Valkey(small_disk.folder / "broker")
+    process = subprocess.Popen(server.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    wait_until(server.socket.exists, what="Valkey")
+    monkeypatch.setenv("LUTHIER_REDIS_URL", server.url)
+    forget_settings()
+    accounts.secret()  # it lies on the disk already; this process forgot it with its settings
+    queue.celery.conf.broker_url = queue.broker_url(server.url)
+    small_disk.fill()
+    wire = queue.get_redis()
+
+    def refuses() -> bool:
+        try:
+            wire.set("x", os.urandom(8192))
+        except redis.ResponseError as error:
+            return str(error).startswith("MISCONF")
+        return False
+
+    wait_until(refuses, what="the refusal")
+    yield small_disk.make_room
+    process.kill()
+    process.wait()
+
+
+def test_a_broker_whose_disk_is_full_is_named_and_workers_are_seen_again_afterwards(api, full_broker, monkeypatch):
+    monkeypatch.setattr(workers, "REPEAT_SECONDS", 0.1)
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+    answer = api.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 507 and "broker" in answer.json()["error"]["message"], answer.text
+    talking = workers.keep_saying("train")
+    try:
+        assert not workers.alive()
+        full_broker()
+        wait_until(lambda: [w for w in workers.alive() if w.queue == "train"], what="the worker's word", seconds=30)
+    finally:
+        talking.set()
+
+
+def test_every_page_of_an_error_is_readable(small_disk, client, user, session):
+    small_disk.fill()
+    answer = client.post("/datasets", files={"file": ("x.jsonl", rows(2000))}, headers={"accept": "text/html"}, follow_redirects=False)
+    assert answer.status_code == 507 and "full" in answer.text
+    assert get_settings().data_dir == small_disk.folder and not session.scalars(select(Dataset)).all()
