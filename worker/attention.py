@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from worker.late import sent
+
 NAME = "luthier_packed"
 
 _AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
@@ -76,7 +78,7 @@ def packed_arguments(lengths: list[int], device: torch.device, frame: Frame | No
     ends = torch.full((places + 1,), sum(lengths), dtype=torch.int32)
     ends[0] = 0
     ends[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-    found = {"cu_seq_lens": ends.pin_memory().to(device, non_blocking=True), "longest": frame.longest if frame else max(lengths)}
+    found = {"cu_seq_lens": sent(ends, device), "longest": frame.longest if frame else max(lengths)}
     return found if frame else {**found, "sequence_lengths": lengths}
 
 

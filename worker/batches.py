@@ -17,6 +17,7 @@ from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
 from app.splits import divide, key_of
 from worker.attention import Frame, packed_arguments
+from worker.late import sent
 from worker.prompts import render_row
 
 
@@ -175,9 +176,7 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
         sources = np.concatenate([sources, np.zeros(spare, np.int64)])
         targets = np.concatenate([targets, np.full(spare, NOT_LEARNT)])
     places = np.concatenate([np.arange(n) for n in lengths])
-    tensors = [torch.from_numpy(x) for x in (ids[None], places[None], sources, targets)]
-    if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    tensors = [sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets)]
     return Batch(*tensors, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
 
 

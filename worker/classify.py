@@ -19,6 +19,7 @@ from worker.checkpoint import State
 from worker.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
 from worker.device import Engine
 from worker.evaluate import evaluating
+from worker.late import sent
 from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, body_of, remarks_on
 from worker.pack import best_fit
 from worker.scores import classification_scores, prior_scores
@@ -114,9 +115,10 @@ def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple
     """A classifier's inputs for some texts, packed, and their lengths."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
-    ids = torch.from_numpy(np.concatenate([data.ids[s] for s in spans]).astype(np.int64))[None].to(device)
-    places = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
-    return {"input_ids": ids, "position_ids": places, **attention.packed_arguments(lengths, device)}, lengths
+    ids = torch.from_numpy(np.concatenate([data.ids[s] for s in spans]).astype(np.int64))[None]
+    places = torch.cat([torch.arange(n) for n in lengths])[None]
+    arguments = {"input_ids": sent(ids, device), "position_ids": sent(places, device)}
+    return {**arguments, **attention.packed_arguments(lengths, device)}, lengths
 
 
 def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
@@ -169,12 +171,15 @@ class Classifying(Lesson):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
-    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
-        inputs, lengths = pack_of(self.train, pack, engine.device)
+    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+        truth = sent(torch.from_numpy(self.train_truth[list(pack)]), engine.device)
+        return *pack_of(self.train, pack, engine.device), truth
+
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
+        inputs, lengths, truth = batch
         with engine.autocast():
             scores = model(**inputs, lengths=lengths)
-        truth = torch.from_numpy(self.train_truth[list(pack)]).to(engine.device)
-        return F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(pack)
+        return F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths)
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
         self.newest = yield from sorting(model, self.held_out, budget, engine)

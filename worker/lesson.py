@@ -77,8 +77,12 @@ class Lesson(ABC):
         """Over how many losses a step's packs are averaged."""
 
     @abstractmethod
-    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
-        """(sum of the losses in nats, tokens, losses) of a pack of training rows."""
+    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+        """What `loss` needs of a pack of training rows, sent to the device; made while the step before still runs."""
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
+        """(sum of the losses in nats, tokens, losses) of what `batch` made of a pack."""
 
     def step_metrics(self) -> torch.Tensor | None:
         """What the losses since the last call measured besides, still on the device; `name_metrics` reads it later."""

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from app.errors import BadData, StudioError
 from app.formats.preference import conversation_with
 from app.spec import JobSpec, PreferenceSettings
 from worker import batches, evaluate
-from worker.batches import Row, make_batch
+from worker.batches import Batch, Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
+from worker.late import sent
 from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
@@ -38,16 +39,26 @@ REFERENCE = "reference"
 PARTS = ("train", "held_out")
 
 
-def log_likelihoods(
-    model: torch.nn.Module, data: Pairs, pack: Sequence[int], engine: Engine, *, mean: bool = False
-) -> tuple[torch.Tensor, int, int]:
+class PairBatch(NamedTuple):
+    """A pack of pairs on the device."""
+
+    batch: Batch
+    counts: list[int]  # tokens of each answer
+    pairs: torch.Tensor  # (pairs,) their numbers
+
+
+def pair_batch(data: Pairs, pack: Sequence[int], device: torch.device) -> PairBatch:
+    sequences = sequences_of(pack)
+    counts = [data.answer_tokens(s) for s in sequences]
+    return PairBatch(make_batch(data.sequences, sequences, device), counts, sent(torch.tensor(pack), device))
+
+
+def log_likelihoods(model: torch.nn.Module, given: PairBatch, engine: Engine, *, mean: bool = False) -> tuple[torch.Tensor, int, int]:
     """(log-probabilities (pairs, 2) of the chosen and the rejected answers in nats, tokens read, tokens of answers) of a pack.
 
     Sums over the tokens of each answer, or means. Gradients flow.
     """
-    sequences = sequences_of(pack)
-    batch = make_batch(data.sequences, sequences, engine.device)
-    counts = [data.answer_tokens(s) for s in sequences]
+    batch, counts, _ = given
     hidden = evaluate.hidden_states(model, batch, engine)
     nats = token_nats(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
     sums = torch.stack([part.mean() if mean else part.sum() for part in nats.split(counts)])
@@ -133,7 +144,8 @@ class Preferring(Writing):
         for done, pack in enumerate(packs):
             yield done / len(packs)
             with evaluate.evaluating(model):
-                found[pack] = log_likelihoods(model, data, pack, engine, mean=self.settings.means)[0].float().cpu()
+                given = pair_batch(data, pack, engine.device)
+                found[pack] = log_likelihoods(model, given, engine, mean=self.settings.means)[0].float().cpu()
         return found
 
     def _digest(self, engine: Engine) -> str:
@@ -156,10 +168,13 @@ class Preferring(Writing):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
-    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
+    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+        return pair_batch(self.pairs["train"], pack, engine.device)
+
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
         """(sum of the pairs' losses, tokens, tokens of answers)."""
-        policy, tokens, answers = log_likelihoods(model, self.pairs["train"], pack, engine, mean=self.settings.means)
-        reference = self.reference["train"][list(pack)].to(policy.dtype)
+        policy, tokens, answers = log_likelihoods(model, batch, engine, mean=self.settings.means)
+        reference = self.reference["train"].index_select(0, batch.pairs).to(policy.dtype)
         losses, rewards = losses_of(policy, reference, self.settings)
         sums = sums_of(rewards)
         self.sums = sums if self.sums is None else self.sums + sums

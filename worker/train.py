@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from worker.checkpoint import State, relative
 from worker.classifier import plain
 from worker.device import Engine, choose, peak_memory, rng_tensors, set_rng
 from worker.export import export
+from worker.late import Figures, depth
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
 from worker.pack import plan, stream
@@ -66,6 +67,13 @@ class Course:
 
     def due(self, step: int) -> bool:
         return step == self.total_steps or step % self.evaluate_every == 0
+
+
+class Window(NamedTuple):
+    """What one optimizer step reads."""
+
+    learnt: int  # over how many losses the step is averaged, in all processes
+    batches: list[Any]  # as the lesson makes them; this process's own
 
 
 @dataclass
@@ -170,22 +178,24 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
 
         job.shards = shards.spread(job)
     packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.accumulation, most=course.most)
-    late: list[tuple[events.Step, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+    late: deque[tuple[events.Step, Figures]] = deque()
+    unread = depth(job.engine.device)
     job.lap = time.perf_counter()
+    window = next_window(job, packs)
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        window = [rows for _, _, rows in itertools.islice(packs, run.accumulation)]
         loss, norm = take_step(job, window)
         measured = lesson.step_metrics()
         if measured is not None:
             world.sum_([measured])
-        late.append((_step_event(job), loss, norm, measured))
-        # On a GPU a step's figures are read while the next one runs, so that the device never waits for us.
-        while len(late) > (job.engine.device.type == "cuda"):
-            yield report(job, *late.pop(0))
+        late.append((_step_event(job), Figures([loss, norm] if measured is None else [loss, norm, measured])))
+        # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
+        window = next_window(job, packs)
+        while len(late) > unread:
+            yield report(job, *late.popleft())
         control.stop, control.save = world.agree(control.stop, control.save)
         if course.due(state.step) or control.save or control.stop:
             while late:
-                yield report(job, *late.pop(0))
+                yield report(job, *late.popleft())
             with shards.whole(job) if job.shards else contextlib.nullcontext():
                 if world.first:
                     if course.due(state.step):
@@ -261,15 +271,20 @@ def _log(level: str, message: str) -> events.Log:
 # One step -------------------------------------------------------------------------------------------------------------
 
 
-def take_step(job: Trainee, window: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def next_window(job: Trainee, packs: Iterator[tuple[int, int, list[int]]]) -> Window:
+    """The packs of the next step, this process's share of them sent to the device."""
+    rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.accumulation)]
+    return Window(job.lesson.learnt(rows), [job.lesson.batch(pack, job.engine) for pack in job.world.share(rows)])
+
+
+def take_step(job: Trainee, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over the packs of `window`. Returns loss (nats per trained token) and gradient length, still on the device."""
     run, state, lesson = job.spec.run, job.state, job.lesson
-    learnt = lesson.learnt(window)
     total = torch.zeros((), device=job.engine.device)
     tokens_here, trained_here = 0, 0
-    for pack in job.world.share(window):
-        loss, tokens, trained = lesson.loss(job.model, pack, job.engine)
-        loss = loss / learnt
+    for batch in window.batches:
+        loss, tokens, trained = lesson.loss(job.model, batch, job.engine)
+        loss = loss / window.learnt
         loss.backward()
         total += loss.detach()
         tokens_here, trained_here = tokens_here + tokens, trained_here + trained
@@ -310,10 +325,11 @@ def _step_event(job: Trainee) -> events.Step:
     )
 
 
-def report(job: Trainee, step: events.Step, loss: torch.Tensor, norm: torch.Tensor, measured: torch.Tensor | None = None) -> events.Step:
+def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
     """The finished event of a step. Raises Diverged after several steps in a row without a finite loss."""
     state = job.state
-    loss_value, norm_value = float(loss), float(norm)
+    read = figures.read()
+    loss_value, norm_value = read[:2].tolist()
     now = time.perf_counter()
     state.seconds += now - job.lap
     job.lap = now
@@ -327,7 +343,7 @@ def report(job: Trainee, step: events.Step, loss: torch.Tensor, norm: torch.Tens
     return step.model_copy(
         update={
             "loss": loss_value,
-            "metrics": job.lesson.name_metrics(measured) if measured is not None else {},
+            "metrics": job.lesson.name_metrics(read[2:]) if len(read) > 2 else {},
             "grad_norm": norm_value,
             "tokens_per_second": _speed(job),
             "memory_bytes": peak_memory(job.engine.device),

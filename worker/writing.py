@@ -76,8 +76,10 @@ class Writing(Lesson):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return batches.trained_in(self.train, window)
 
-    def loss(self, model: torch.nn.Module, pack: Sequence[int], engine: Engine) -> tuple[torch.Tensor, int, int]:
-        batch = make_batch(self.train, pack, engine.device, self.frame)
+    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+        return make_batch(self.train, pack, engine.device, self.frame)
+
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
         hidden = evaluate.hidden_states(model, batch, engine)
         total = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
         return total, batch.tokens, batch.trained

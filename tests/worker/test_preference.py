@@ -24,7 +24,7 @@ from worker.device import Engine, choose
 from worker.likelihood import token_nats
 from worker.loss import Head
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
-from worker.preference import Preferring, log_likelihoods, losses_of, named, sums_of
+from worker.preference import Preferring, log_likelihoods, losses_of, named, pair_batch, sums_of
 from worker.prompts import render_prompt
 from worker.telling import drained
 from worker.train import train
@@ -105,7 +105,7 @@ def test_packed_pairs_and_their_gradient_are_those_of_plain_torch(tiny_model: Pa
     pack, settings = [3, 0, 4, 1], PreferenceSettings(beta=0.3, label_smoothing=0.1)
     reference = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 60
 
-    policy, tokens, answers = log_likelihoods(packed, data, pack, float64())
+    policy, tokens, answers = log_likelihoods(packed, pair_batch(data, pack, torch.device("cpu")), float64())
     assert tokens == sum(data.pairs.lengths[pair] for pair in pack) and answers == sum(map(data.answer_tokens, sequences_of(pack)))
     losses, _ = losses_of(policy, reference, settings)
     losses.sum().backward()
@@ -222,7 +222,7 @@ def test_every_strategy_takes_a_step(name: str, data_dir: Path, tiny_model: Path
     strategy.begin(model, 4)
     pack, losses = list(range(8)), []
     for step in range(1, 5):
-        loss, _, _ = lesson.loss(model, pack, engine)
+        loss, _, _ = lesson.loss(model, lesson.batch(pack, engine), engine)
         (loss / len(pack)).backward()
         losses.append(float(loss.detach()) / len(pack))
         optimizer.step()
