@@ -73,6 +73,11 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     return trainer(plan, samples)
 
 
+def lead_of(plan: dict[str, Any]) -> list[int]:
+    """The placeholders before each sample whose places the strategy fills itself. They are neither learnt nor counted."""
+    return [0] * strategy_of(plan).virtual_tokens()
+
+
 def strategy_of(plan: dict[str, Any]) -> Any:
     from app.strategies import STRATEGIES
 
@@ -92,8 +97,15 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     spec = order_of(plan, len(samples))
     total = spec.run.max_steps
     train.lesson_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
-    if plan.get("groups"):
-        train.stream = lambda *_, **__: ((0, place, rows) for place, rows in enumerate(plan["groups"]))
+    packs, lead, rows_of = train.stream, len(lead_of(plan)), []
+
+    def stream(*order: Any, **more: Any) -> Any:
+        groups = ((0, place, rows) for place, rows in enumerate(plan["groups"])) if plan.get("groups") else packs(*order, **more)
+        for epoch, place, rows in groups:
+            rows_of.append(len(rows))
+            yield epoch, place, rows
+
+    train.stream = stream
     kernels.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
         plan["engine"], kernels.LEAST_SECONDS_TO_COMPILE
     )
@@ -109,7 +121,7 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
             details = {"precision": event.precision, **event.details}
         if isinstance(event, events.Step):
             clock.losses.append(event.loss)
-            counts.append(event.tokens - told)
+            counts.append(event.tokens - told - lead * rows_of[len(counts)])
             told = event.tokens
             clock.step()
             if len(counts) == total:
@@ -183,7 +195,9 @@ def trainer(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
         "bf16": half, "use_cpu": not cuda, "logging_steps": 1, "report_to": [], "save_strategy": "no", "seed": 42,
         "dataloader_num_workers": 0, "disable_tqdm": True, "optim": "adamw_torch_fused",
     }  # fmt: skip
-    rows = [{"input_ids": ids} for ids in samples]
+    lead = lead_of(plan)
+    rows = [{"input_ids": [*lead, *ids], "labels": [-100] * len(lead) + ids} for ids in samples]
+    longest = plan["longest"] + len(lead)
     if engine == "hf_trainer":
         arguments = TrainingArguments(**settings, remove_unused_columns=False)
         made = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded, callbacks=[times(clock)])
@@ -191,9 +205,9 @@ def trainer(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        own: dict[str, Any] = {"max_length": plan["longest"]}
+        own: dict[str, Any] = {"max_length": longest}
         if engine in ("trl_packed", "trl_tuned"):
-            own = {"packing": True, "max_length": max(plan["tokens"], plan["longest"]), "per_device_train_batch_size": 1}
+            own = {"packing": True, "max_length": max(plan["tokens"], longest), "per_device_train_batch_size": 1}
         if engine == "trl_tuned":
             own["gradient_checkpointing"] = False
         arguments = SFTConfig(**{**settings, **own})
@@ -232,9 +246,9 @@ def attached(plan: dict[str, Any], half: bool) -> Any:
 
 def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     """Unsloth's loader and layers under TRL, packed and without recomputing."""
+    from unsloth import FastLanguageModel  # isort: skip  it changes trl, so it comes first
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
 
     clock = Clock(True)
     longest = max(plan["tokens"], plan["longest"])
@@ -243,8 +257,9 @@ def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=plan["steps"] + WARM, per_device_train_batch_size=1, learning_rate=plan["rate"], packing=True,
         lr_scheduler_type="constant", warmup_steps=0, bf16=True, logging_steps=1, report_to=[], save_strategy="no", max_length=longest,
+        gradient_checkpointing=False,
     )  # fmt: skip
-    rows = [{"input_ids": ids} for ids in samples]
+    rows = [{"input_ids": ids, "labels": ids} for ids in samples]
     made = SFTTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[times(clock)]
     )
@@ -268,7 +283,7 @@ def times(clock: Clock) -> Any:
 
 def counted(plan: dict[str, Any], made: Any, rows: list[dict[str, Any]]) -> list[int]:
     """Let a Trainer train, on the plan's groups of rows where it has them; the real tokens of each batch."""
-    counting = Counting(made.data_collator)
+    counting = Counting(made.data_collator, len(lead_of(plan)))
     made.data_collator = counting
     if plan.get("groups"):
         from torch.utils.data import DataLoader
@@ -279,15 +294,20 @@ def counted(plan: dict[str, Any], made: Any, rows: list[dict[str, Any]]) -> list
 
 
 class Counting:
-    """A collator that notes how many real tokens each batch holds."""
+    """A collator that notes how many real tokens each batch holds, without the `lead` placeholders of each sample."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, lead: int = 0) -> None:
+        self.inner, self.lead = inner, lead
         self.tokens: list[int] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows) - self.lead * sequences(rows))
         return self.inner(rows)
+
+
+def sequences(rows: list[dict[str, Any]]) -> int:
+    """How many samples a batch holds; a packed row says how long each of its own is."""
+    return sum(len(row.get("seq_lengths") or [0]) for row in rows)
 
 
 def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,4 +316,5 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -32,12 +32,32 @@ def test_two_engines_on_one_model(tmp_path):
     assert "tokens/s" in done.stdout and "hf_trainer" in done.stdout
 
 
+@pytest.mark.parametrize("strategy", ["full", "prefix_tuning", "bottleneck_adapter"])
+def test_the_other_strategies(tmp_path, strategy):
+    """On the same rows with the same seed each learns the same in both engines, and counts the same tokens."""
+    command = [sys.executable, "-m", "benchmarks.training", "--shape", "tiny", "--engines", "luthier,trl_packed", "--rounds", "1"]
+    command += ["--steps", "2", "--tokens", "512", "--json", str(tmp_path / "out.json"), "--work", str(tmp_path), "--strategy", strategy]
+    done = subprocess.run(command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert all("error" not in result for result in report["results"]), report["results"]
+    assert report["losses_apart"] < 0.01
+    assert all(300 < result["tokens_per_step"] < 600 for result in report["results"])
+
+
 def test_padding_is_not_counted():
     counting = Counting(padded)
-    batch = counting([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    batch = counting([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}])
     assert counting.tokens == [4]
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+
+
+def test_placeholders_are_not_counted():
+    counting = Counting(lambda rows: rows, lead=2)
+    counting([{"input_ids": [0, 0, 5], "labels": [-100, -100, 5]}])
+    counting([{"input_ids": [0, 0, 5, 0, 0, 6, 7], "labels": [-100, -100, 5, -100, -100, 6, 7], "seq_lengths": [3, 4]}])
+    assert counting.tokens == [1, 3]
 
 
 def test_the_first_steps_are_not_timed(monkeypatch):
