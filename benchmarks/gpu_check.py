@@ -125,8 +125,7 @@ def pass_through(
         if gradient is None:
             gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values()])
         norm = optim.clip(trained, 1.0)
-        optim.skip_if_not_finite(optimizer, norm)
-        optimizer.step()
+        optim.advance(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss))
     if calls:

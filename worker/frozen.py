@@ -6,6 +6,7 @@ and starts again from there.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -182,7 +183,9 @@ def _learn(
     state: State,
     control: Any,
 ) -> Iterator[events.TrainerEvent]:
-    """A small dense network by AdamW, an epoch a step; the epoch that is best on the held-out rows is kept."""
+    """A small dense network by AdamW, an epoch a step; the epoch that is best on the held-out rows is kept. Raises Diverged."""
+    from worker.train import Diverged
+
     run, head = spec.run, classifier.head
     peak = run.learning_rate or type(spec.strategy).default_learning_rate
     optimizer = optim.make_optimizer(dict(head.named_parameters()), peak, run.weight_decay)
@@ -199,9 +202,11 @@ def _learn(
             loss = F.cross_entropy(head(x[part]), y[part])
             loss.backward()
             norm = optim.clip(dict(head.named_parameters()), run.max_grad_norm)
-            optimizer.step()
+            optim.advance(optimizer, norm + loss.detach())
             optimizer.zero_grad(set_to_none=True)
             total += float(loss.detach()) * len(part)
+        if not math.isfinite(total):  # nothing was learnt from such a part, and the next epoch would meet it again
+            raise Diverged(f"The loss was not a finite number in epoch {epoch}.", way_out=f"Lower the learning rate to {peak / 10:.1g}.")
         state.step, state.seconds = epoch, state.seconds + time.monotonic() - began
         yield _step(state, float(epoch), total / len(y), optimizer.param_groups[0]["lr"], float(norm))
         if control.stop:

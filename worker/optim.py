@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -42,12 +43,12 @@ def make_optimizer(parameters: Named, learning_rate: float, weight_decay: float,
 
 
 def _adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise DoesNotFit(
-            "The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer"
-        ) from None
+    """Moments in 8 bits, each 256 of them with a scale of their own (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
+    Quantization). Tensors of under 4,096 numbers keep theirs in float32."""
+    if find_spec("bitsandbytes") is None:
+        raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer")
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999))
 
 
@@ -71,7 +72,7 @@ def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None) ->
     """The length of the whole gradient, before it is shortened to `longest` (0: left as it is). Makes no device wait.
     `norm` is that length where these are not all of its parts.
 
-    A gradient that is not finite is left alone; `skip_if_not_finite` keeps it from the weights.
+    A gradient that is not finite is left alone; `advance` keeps it from the weights.
     """
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
@@ -80,27 +81,81 @@ def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None) ->
     return norm
 
 
-def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Let the fused kernel leave weights and moments untouched when the gradient is not finite, decided on the device."""
-    optimizer.grad_scale = None
-    optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+def advance(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """One step, or none: where the gradient's length is not finite, weights, moments and the count of steps stay as they are.
+
+    torch's fused kernel decides that on the device. bitsandbytes' has no such switch, so the host looks at the length first; it
+    waits for the device after every tensor of a step in any case.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = None
+        optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+    elif not math.isfinite(norm):
+        return
+    optimizer.step()
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, parameters: Named) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `{"<moment>/<parameter>": tensor}`."""
+# Saved and put back ---------------------------------------------------------------------------------------------------
+
+BLOCK = 256
+"""Numbers that share a scale in bitsandbytes' 8-bit moments."""
+TABLES = {"state1": "qmap1", "state2": "qmap2"}
+SCALES = {"state1": "absmax1", "state2": "absmax2"}
+"""8-bit moments, the table of the values that the 8 bits stand for (the same for every tensor, so never saved), and the scales."""
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Named, plain: bool = False) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `{"<moment>/<parameter>": tensor}`, each in its own type; a plain number is a tensor of no axes.
+
+    With `plain`, 8-bit moments are given in float32 without their scales, so that they can be cut and joined row by row.
+    """
     found = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                found[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if key in TABLES.values() or (plain and key in SCALES.values()):
+                continue
+            if plain and key in TABLES and value.dtype == torch.uint8:
+                value = _wide(value, state, key)
+            found[f"{key}/{name}"] = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value)
     return found
 
 
 def load_state(optimizer: torch.optim.Optimizer, parameters: Named, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `state_tensors` gave, each tensor in its own type."""
+    """Put back what `state_tensors` gave, each tensor in the type that the optimizer keeps it in."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        by_name.setdefault(name, {})[moment] = value
+    places = {id(p): (group, g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
     for name, parameter in parameters.items():
-        own = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
-        if own:
+        own = by_name.get(name, {})
+        if own and optimizer.defaults.get("fused"):
             optimizer.state[parameter] = {
                 k: v.clone() if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in own.items()
             }
+        elif own:
+            group, g, i = places[id(parameter)]
+            optimizer.init_state(group, parameter, g, i)  # type: ignore[attr-defined]  # bitsandbytes makes its tensors
+            _fill(optimizer.state[parameter], own)
+
+
+def _fill(state: dict, saved: dict[str, torch.Tensor]) -> None:
+    """The saved values in a state that bitsandbytes has just made; a moment in float32 is rounded to 8 bits where it is kept so."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = int(value)
+        elif key in TABLES and value.dtype != state[key].dtype:
+            codes, made = quantize_blockwise(value.to(state[key].device), code=state[TABLES[key]], blocksize=BLOCK)
+            state[key].copy_(codes)
+            state[SCALES[key]].copy_(made.absmax)
+        else:
+            state[key].copy_(value)
+
+
+def _wide(codes: torch.Tensor, state: dict, key: str) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(codes, absmax=state[SCALES[key]], code=state[TABLES[key]], blocksize=BLOCK)

@@ -74,7 +74,7 @@ class Shards:
     def whole_states(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         """The optimizer's state put together, in the first process; empty in the others. All call it."""
         found = {}
-        for key, tensor in optim.state_tensors(optimizer, self.rows).items():
+        for key, tensor in optim.state_tensors(optimizer, self.rows, plain=True).items():
             p = self.spread[key.partition("/")[2]]
             if isinstance(p, DTensor) and tensor.shape == self.rows[key.partition("/")[2]].shape and tensor.ndim:
                 local = tensor.to(p.device)
@@ -103,7 +103,7 @@ class Shards:
 
 def spread(job: Any) -> Shards:
     """Spread a job over its processes. Its optimizer keeps what state it has."""
-    states = optim.state_tensors(job.optimizer, job.trained)
+    states = optim.state_tensors(job.optimizer, job.trained, plain=True)
     shards = Shards(job.model, job.engine.device, job.world)
     run = job.spec.run
     job.trained = shards.rows

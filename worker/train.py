@@ -301,8 +301,7 @@ def take_step(job: Trainee, window: Window) -> tuple[torch.Tensor, torch.Tensor]
     norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None)
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
-    optim.skip_if_not_finite(job.optimizer, norm + total)
-    job.optimizer.step()
+    optim.advance(job.optimizer, norm + total)
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return total, norm

@@ -1,0 +1,113 @@
+"""Optimizers go on where they stopped, and a gradient that is not a number moves nothing, whichever optimizer it is."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.errors import DoesNotFit
+from worker import optim
+
+
+@pytest.fixture
+def kind(request, monkeypatch) -> str:
+    """The name of an optimizer. bitsandbytes is real where it is installed: it computes on a processor too."""
+    if request.param == "adamw_8bit":
+        try:
+            metadata.version("bitsandbytes")
+        except metadata.PackageNotFoundError:
+            pytest.skip("bitsandbytes is not installed")
+        monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)  # worker/load.py hides it where there is no GPU
+    return request.param
+
+
+both = pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"], indirect=True)
+
+
+class Learner:
+    """A matrix large enough for 8-bit moments, a small one and a vector, whose gradients a seed decides."""
+
+    def __init__(self, kind: str, values: dict[str, torch.Tensor] | None = None) -> None:
+        draw = torch.Generator().manual_seed(1)
+        shapes = {"large": (90, 64), "small": (8, 6), "bias": (7,)}
+        values = values or {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        self.parameters = {name: torch.nn.Parameter(value.clone()) for name, value in values.items()}
+        self.optimizer = optim.make_optimizer(self.parameters, 1e-2, 0.1, kind)
+
+    def step(self, number: int, spoilt: bool = False) -> None:
+        draw = torch.Generator().manual_seed(100 + number)
+        for p in self.parameters.values():
+            p.grad = torch.randn(p.shape, generator=draw)
+        if spoilt:
+            self.parameters["large"].grad[3, 3] = float("nan")
+        optim.advance(self.optimizer, optim.clip(self.parameters, 1.0))
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def states(self) -> dict[str, torch.Tensor]:
+        return copy.deepcopy(optim.state_tensors(self.optimizer, self.parameters))
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(a.dtype == two[k].dtype and torch.equal(a, two[k]) for k, a in one.items())
+
+
+@both
+def test_a_resumed_optimizer_is_the_same_bit_for_bit(kind, tmp_path):
+    whole = Learner(kind)
+    for number in range(3):
+        whole.step(number)
+    save_file(whole.states(), tmp_path / "optimizer.safetensors")  # as a checkpoint holds it
+    again = Learner(kind, whole.values())
+    optim.load_state(again.optimizer, again.parameters, load_file(tmp_path / "optimizer.safetensors"))
+    assert equal(again.states(), whole.states())
+    before = whole.values()
+    for number in range(3, 6):
+        whole.step(number)
+        again.step(number)
+    assert equal(again.values(), whole.values()) and equal(again.states(), whole.states())
+    assert not equal(before, whole.values())
+    if kind == "adamw_8bit":
+        kinds = {key: value.dtype for key, value in whole.states().items()}
+        assert kinds["state1/large"] == torch.uint8 and kinds["state1/small"] == torch.float32 and kinds["step/large"] == torch.int64
+        assert int(whole.states()["step/large"]) == 6
+
+
+@both
+def test_a_gradient_that_is_not_a_number_moves_nothing(kind):
+    learner = Learner(kind)
+    learner.step(0)
+    values, states = learner.values(), learner.states()
+    learner.step(1, spoilt=True)
+    assert equal(learner.values(), values) and equal(learner.states(), states)
+    learner.step(1)
+    assert not equal(learner.values(), values)
+    assert all(bool(torch.isfinite(value).all()) for value in learner.values().values())
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit"], indirect=True)
+def test_8_bit_moments_are_cut_and_joined_in_float32(kind):
+    """As where several processes hold their rows: what is read out wide and put back is the same within a step of 8 bits."""
+    whole = Learner(kind)
+    for number in range(3):
+        whole.step(number)
+    plain = optim.state_tensors(whole.optimizer, whole.parameters, plain=True)
+    assert plain["state2/large"].dtype == torch.float32 and not any("absmax" in key for key in plain)
+    again = Learner(kind, whole.values())
+    optim.load_state(again.optimizer, again.parameters, plain)
+    assert again.states()["state1/large"].dtype == torch.uint8 and int(again.states()["step/large"]) == 3
+    for key, value in optim.state_tensors(again.optimizer, again.parameters, plain=True).items():
+        assert float((value - plain[key]).abs().max()) <= 0.01 * float(plain[key].abs().max()), key
+
+
+def test_without_the_package_the_order_is_refused_with_a_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(DoesNotFit, match="bitsandbytes") as caught:
+        Learner("adamw_8bit")
+    assert caught.value.way_out == "Choose adamw." and caught.value.param == "optimizer"
