@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from app.errors import StudioError
@@ -29,7 +31,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
     checks: list[Callable[[], Finding | list[Finding]]] = [
-        python, torch_build, gpu, memory, disk, database, broker, namespaces, chromium, models, engines, hub, versions
+        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, namespaces, chromium, models, engines, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
@@ -75,6 +77,32 @@ def gpu() -> Finding:
     if done.returncode != 0:
         return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
     return Finding("gpu", "good", "; ".join(done.stdout.strip().splitlines()))
+
+
+PARTS = {
+    "torch": ("torch for CUDA", "Install torch's build for this driver's CUDA: https://pytorch.org/get-started/locally/."),
+    "attention": ("packed attention", "Attention takes one sequence at a time instead, which is slower; a newer torch may help."),
+    "triton": ("Triton kernels", "The loss takes plain torch instead, which is slower: `pip install triton`."),
+    "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
+}
+"""What `worker/parts.py` tries: how it is called here, and what to do where it fails."""
+
+
+def gpu_parts() -> list[Finding]:
+    """Each package that training uses on a GPU alone, tried on a few numbers there. It imports torch, so in a child."""
+    if shutil.which("nvidia-smi") is None:
+        there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
+        return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
+    done = subprocess.run([sys.executable, "-m", "worker.parts"], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        said = (done.stderr.strip() or "no answer").splitlines()[-1]
+        return [Finding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]
+    found = []
+    for name, part in json.loads(done.stdout.strip().splitlines()[-1]).items():
+        words, way_out = PARTS[name]
+        worse: Verdict = "bad" if name == "torch" else "note"
+        found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else way_out))
+    return found
 
 
 def memory() -> Finding:

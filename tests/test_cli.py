@@ -152,6 +152,17 @@ def test_doctor_looks_at_everything(data_dir):
         assert word in done.stdout, word
 
 
+def test_doctor_tries_what_only_a_gpu_uses(data_dir, monkeypatch, tmp_path):
+    """Without a GPU it says what is installed; with a driver it tries each part in a child, which here finds no device."""
+    assert doctor.gpu_parts()[0].verdict == "note"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'A card, 1000, 1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = {finding.what: finding for finding in doctor.gpu_parts()}
+    assert found["gpu: torch for CUDA"].verdict == "bad" and "pytorch.org" in found["gpu: torch for CUDA"].way_out
+    assert found["gpu: 4-bit bases, 8-bit AdamW"].verdict == "note" and "pip install" in found["gpu: 4-bit bases, 8-bit AdamW"].way_out
+
+
 def test_doctor_goes_on_when_a_check_breaks(data_dir, monkeypatch):
     def broken() -> None:
         raise OSError("no such device")

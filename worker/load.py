@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from app.errors import BadData
+from app.errors import BadData, DoesNotFit
 from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from worker import attention as packed
+
+if not torch.cuda.is_available():
+    # peft reads bitsandbytes in wherever it finds it, which costs every process more than a second of a core, and nothing here
+    # uses it without a GPU. None in its place makes it not installed for all who ask later.
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 LOADING = threading.RLock()
 """Held while weights are read in by a process that loads from several threads: transformers builds a model under settings that
@@ -91,6 +98,12 @@ def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any
     """The arguments that load a base in few bits: NF4 with doubly quantised scales (Dettmers et al. 2023, QLoRA, section 3)."""
     if bits is None:
         return {}
+    if find_spec("bitsandbytes") is None:
+        raise DoesNotFit(
+            f"A base in {bits} bits needs the package bitsandbytes, which is not installed beside this worker's torch.",
+            way_out="Install the extra `gpu` again (`luthier doctor` says what is missing), or choose lora.",
+            param="strategy",
+        )
     from transformers import BitsAndBytesConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

@@ -11,6 +11,7 @@ so that these stay in the cores' caches through all passes over them; the gradie
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ CHUNK_BYTES = 96 * 2**20
 
 BLOCK_BYTES = 3 * 2**19
 """Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
+
+
+KERNEL = find_spec("triton") is not None
+"""Whether the kernel of `worker/softmax.py` can be built: torch's builds for CUDA bring Triton, except on Windows."""
 
 
 class Head(NamedTuple):
@@ -84,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
-        if hidden.is_cuda and head.bias is None and head.scale == 1.0 and head.cap is None and compute != torch.float32:
+        plain = head.bias is None and head.scale == 1.0 and head.cap is None
+        if hidden.is_cuda and plain and compute != torch.float32 and KERNEL:
             return _on_gpu(ctx, hidden, weight, targets, compute)
         kept = (targets >= 0)[:, None] if hidden.is_cuda else None  # only packs for a GPU have filling places
         targets = targets if kept is None else targets.clamp(min=0)

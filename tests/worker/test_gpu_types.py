@@ -106,3 +106,12 @@ def test_an_encoders_dropout_does_not_forbid_the_fast_attention(monkeypatch) -> 
     for window in (None, 4):
         attention.packed_attention(encoder, q, q, q, None, dropout=0.1, sliding_window=window, cu_seq_lens=ends, longest=4)
     assert calls == [(-1, -1), (3, 3)]  # a window looks both ways
+
+
+def test_what_works_is_told_from_what_does_not() -> None:
+    """The doctor's own trials, on the processor: products work there, the GPU's attention does not."""
+    from worker import parts
+
+    found = parts.examine("cpu")
+    assert found["torch"]["works"] and torch.__version__ in found["torch"]["said"]
+    assert not found["attention"]["works"] and found["attention"]["said"]
