@@ -1,15 +1,15 @@
 """A form from a pydantic class, and the class's settings from a filled form.
 
 Strategies and run settings describe themselves where they are declared: a field's description is the help under it, its
-bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight and `{"unit": "tokens"}` names its unit. So
-a new strategy has its form without a line here.
+bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight and `{"unit": "tokens"}` names its unit, and
+`{"words": {"rouge_l": "ROUGE-L"}}` says its choices in words. So a new strategy has its form without a line here.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -37,6 +37,7 @@ class Control:
     maximum: str | None = None
     step: str | None = None
     choices: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)  # choice → how the form says it
     error: str | None = None
 
     @property
@@ -84,6 +85,7 @@ def controls(
                 error=errors.get(name),
                 basic=bool(_extra(info, "basic")),
                 unit=_extra(info, "unit"),
+                words=_extra(info, "words") or {},
                 **_widget(info),
             )
         )

@@ -33,6 +33,15 @@ NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 Text = Annotated[str, StringConstraints(max_length=20_000)]
 Rule = Literal["all", "first_line", "last_line", "after", "last_number"]
 Score = Literal["exact", "numeric", "contains", "rouge_l", "label"]
+BUILDERS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "chain_of_thought": "chain of thought"}
+_RULES = {
+    "all": "all of it",
+    "first_line": "first line",
+    "last_line": "last line",
+    "after": "after the marker",
+    "last_number": "last number",
+}
+SCORES = {"exact": "exact match", "numeric": "same number", "contains": "contains", "rouge_l": "ROUGE-L", "label": "label"}
 
 
 class PromptBody(BaseModel):
@@ -41,7 +50,9 @@ class PromptBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     builder: Literal["zero_shot", "few_shot", "chain_of_thought"] = Field(
-        "zero_shot", description="The question alone; with solved examples before it; or asking for the reasoning before the answer."
+        "zero_shot",
+        description="The question alone; with solved examples before it; or asking for the reasoning before the answer.",
+        json_schema_extra={"words": BUILDERS},
     )
     system: Text = Field("", description="System message for models that take one; put before the text for a generic one.")
     template: Text = Field("{{input}}", min_length=1, description="The text each row is put into.")
@@ -51,13 +62,15 @@ class PromptBody(BaseModel):
     variables: dict[str, Text] = Field(default_factory=dict, max_length=50)
     shots: int = Field(0, ge=0, le=32, description="Examples before the question, taken from the training rows only.")
     choose: Literal["chosen", "random", "balanced", "similar"] = Field(
-        "random", description="Which examples: named lines, a random draw, evenly over the answers, or those most similar to the question."
+        "random",
+        description="Which examples: named lines, a random draw, evenly over the answers, or those most similar to the question.",
+        json_schema_extra={"words": {"chosen": "the lines below", "balanced": "evenly over the answers", "similar": "most similar"}},
     )
     lines: list[int] = Field(default_factory=list, max_length=32, description="Lines of the dataset, for chosen examples.")
-    extract: Rule = Field("all", description="Which part of what the model wrote is its answer.")
-    reference: Rule = Field("all", description="Which part of the row's own answer is the right one.")
+    extract: Rule = Field("all", description="Which part of what the model wrote is its answer.", json_schema_extra={"words": _RULES})
+    reference: Rule = Field("all", description="Which part of the row's own answer is the right one.", json_schema_extra={"words": _RULES})
     marker: str = Field("####", min_length=1, max_length=64, description="What the final answer stands after, where a rule says so.")
-    score: Score = Field("exact", description="How an answer is compared with the right one.")
+    score: Score = Field("exact", description="How an answer is compared with the right one.", json_schema_extra={"words": SCORES})
     samples: int = Field(1, ge=1, le=16, description="Answers to each question; the commonest one counts (self-consistency).")
     temperature: float = Field(0.0, ge=0, le=2, description="0 is the likeliest answer. Several samples need more than 0.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Longest answer.", json_schema_extra={"unit": "tokens"})

@@ -260,7 +260,7 @@ def test_in_the_browser_through_a_real_worker(browser_page, live, session, user,
     page.get_by_role("button", name="Save").click()
     page.get_by_text("Saved “Four like it”, version 1.").wait_for()
     page.goto(f"{live}/playground/lab")
-    page.get_by_label("Models").select_option("tiny")
+    page.get_by_label("tiny dialogue").check()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Queued").wait_for()
     for other in _running:  # one without a database, on the same queue, would take the run

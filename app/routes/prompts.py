@@ -145,7 +145,7 @@ def _lab(session: Session, user: User) -> Json:
     table = prompt_runs.table(session, user)
     return {
         "prompts": listed, "datasets": scored, "choices": playground.choices(session, user), "table": table,
-        "verdict": prompt_runs.verdict, "public": ids.public, "error": None,
+        "verdict": prompt_runs.verdict, "public": ids.public, "error": None, "builders": prompts.BUILDERS, "rules": prompts.SCORES,
         "live": any(run.status in ("queued", "running") for _, rows in table for run, _, _ in rows),
     }  # fmt: skip
 
@@ -160,7 +160,7 @@ def _form(body: PromptBody, name: str, prompt: Prompt | None, versions: list[Any
     typed = {key: forms.as_text(value) for key, value in body.model_dump(mode="json").items()}
     typed |= {"lines": ", ".join(map(str, body.lines)), "variables": "\n".join(f"{k} = {v}" for k, v in body.variables.items())}
     typed["separator"] = body.separator.replace("\n", "\\n")
-    controls = {c.name: c for c in forms.controls(PromptBody, PREFIX, typed=more.pop("typed", typed))}
+    controls = {c.name: c for c in forms.controls(PromptBody, PREFIX, typed=more.pop("typed", typed), placeholders={"lines": "3, 17, 42"})}
     return {"controls": controls, "name": name, "prompt": prompt, "versions": versions, "error": None, "public": ids.public, **more}
 
 
@@ -253,7 +253,7 @@ def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, afte
     found = prompt_runs.results(session, run, after, 51)
     return web.render(
         request, "prompt_run.html", run=run, key=run_id, results=found[:50], more=found[49].line if len(found) > 50 else None,
-        live=run.status in ("queued", "running"),
+        live=run.status in ("queued", "running"), rules=prompts.SCORES,
     )  # fmt: skip
 
 
