@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -10,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import PROJECT, start_studio
+from tests.conftest import PROJECT, start_studio, wait_until
 
 SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
 ORDER = {
@@ -33,6 +36,7 @@ class Client:
     """The API of a studio, patient while a part of it is being restarted."""
 
     def __init__(self, url: str, key: str) -> None:
+        self.key = key
         self.http = httpx.Client(base_url=f"{url}/v1", headers={"authorization": f"Bearer {key}"}, timeout=20)
 
     def ask(self, method: str, path: str, **rest) -> dict:
@@ -81,12 +85,16 @@ VICTIMS = {
     "valkey": ("valkey-server",),
     "postgres": ("postgres", "-D"),
 }
+ENDS_AN_ATTEMPT = ("trainer", "worker")
+"""The others are servers: the trainer goes on without them, and the attempt is the same afterwards."""
+QUICK = {"LUTHIER_LEASE_SECONDS": "4", "LUTHIER_BEAT_SECONDS": "1", "LUTHIER_REAP_SECONDS": "1"}
 
 
 def test_a_job_survives_the_death_of_every_part(tiny_model: Path):
+    """Its trainer, its worker, both servers, Ctrl-C and the death of the supervisor itself, each in the middle of its steps."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-survival-"))
     folder.chmod(0o711)
-    studio = start_studio(folder, LUTHIER_LEASE_SECONDS="4", LUTHIER_BEAT_SECONDS="1", LUTHIER_REAP_SECONDS="1")
+    studio = start_studio(folder, **QUICK)
     try:
         added = studio.luthier("models", "add", "tiny", "--path", str(tiny_model))
         assert added.returncode == 0, added.stderr + added.stdout
@@ -97,20 +105,52 @@ def test_a_job_survives_the_death_of_every_part(tiny_model: Path):
         calm = client.follow(client.submit(uploaded, "calm"), lambda told: told["status"] == "succeeded")
 
         job = client.submit(uploaded, "killed")
-        total = calm["measured"]["steps"]
-        for number, (name, words) in enumerate(VICTIMS.items(), start=1):
-            client.follow(job, lambda told, at=number * total // 6: told["progress"]["step"] >= at)
+        blows = iter(range(1, 9))
+
+        def now_running() -> dict:
+            """The job in the middle of its steps, an eighth of them further than at the blow before."""
+            at = max(2, next(blows) * calm["measured"]["steps"] // 8)
+            return client.follow(job, lambda told: told["status"] == "running" and told["progress"]["step"] >= at)
+
+        for name, words in VICTIMS.items():
+            before = now_running()["progress"]
             victims = processes(studio, *words)
             assert victims, f"no process of {name}"
             for victim in victims:
                 victim.kill()
-        killed = client.follow(job, lambda told: told["status"] == "succeeded")
+            attempt, step = before["attempt"] + (name in ENDS_AN_ATTEMPT), 0 if name in ENDS_AN_ATTEMPT else before["step"]
+            after = client.follow(job, lambda told, a=attempt, s=step: told["progress"]["attempt"] >= a and told["progress"]["step"] > s)
+            assert (after["status"], after["progress"]["attempt"]) == ("running", attempt), f"after the death of {name}: {after}"
 
-        assert killed["progress"]["attempt"] > 1
+        for ending in (signal.SIGINT, signal.SIGKILL):
+            before = now_running()["progress"]
+            studio.process.send_signal(ending)
+            code = studio.process.wait(60)
+            assert code == (0 if ending == signal.SIGINT else -ending), studio.log.read_text()[-3000:]
+            wait_until(lambda: not living(folder), what="the end of every process", seconds=15)
+            studio = start_studio(folder, **QUICK)
+            client = Client(studio.url, client.key)
+            after = client.follow(job, lambda told, attempt=before["attempt"]: told["progress"]["attempt"] > attempt)
+            assert after["progress"]["attempt"] == before["attempt"] + 1, after
+
+        killed = client.follow(job, lambda told: told["status"] == "succeeded")
+        assert killed["progress"]["attempt"] == 5, "the trainer, the worker, Ctrl-C and the supervisor each ended one of them"
         assert losses(client, killed["id"]) == losses(client, calm["id"])
         assert adapter(client, killed) == adapter(client, calm)
     finally:
         studio.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def living(folder: Path) -> list[str]:
+    """Every process that works for a studio in this folder, by its command line: known by what it was told and where it works."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            told = [*process.environ().values(), *process.cmdline(), process.cwd()]
+            if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in told):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def losses(client: Client, job: str) -> dict[int, float]:

@@ -30,7 +30,12 @@ THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 playground, another job) spinning threads take the time of those they wait for: a decoding loop on two busy cores ran at
 2.2 tokens/s spinning and at 10 sleeping."""
 
-_HANDED_ON = {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME"}
+# fmt: off
+_HANDED_ON = {
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME",
+    "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
+}
+# fmt: on
 _HANDED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 
 from app import claims, jobs, queue
 from app.db import get_engine, transaction
+from app.embedded import sweep
 from app.settings import get_settings
 from app.tables import Checkpoint, Event, Job, Model
 from tests.conftest import PROJECT, wait_until
@@ -171,10 +172,12 @@ def test_the_trainer_knows_no_secret(odd, monkeypatch):
     monkeypatch.setenv("LUTHIER_ADMIN_PASSWORD", "canary-2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv(sweep.MARK, "here:1")
     job, thread = odd("environment")
     assert ended(job, thread).status == "queued"  # it left with 75 and nobody had asked: its worker is going down
     known = json.loads(said(job, "log")[0].data["message"])
     assert known["HF_HUB_OFFLINE"] == "1" and known["MALLOC_MMAP_MAX_"] == "0" and known["CUDA_VISIBLE_DEVICES"] == "1"
+    assert known[sweep.MARK] == "here:1", "the warden would not know it"
     assert not any("canary" in v for v in known.values()) and not {"LUTHIER_DATABASE_URL", "LUTHIER_REDIS_URL"} & set(known)
 
 
