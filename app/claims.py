@@ -47,6 +47,8 @@ class Claim:
     fence: int
     attempt: int
     spec: JobSpec
+    memory_bytes: int = 0
+    """What the attempt is thought to take; 0 when nobody knows."""
 
     @property
     def folder(self) -> str:
@@ -151,11 +153,11 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
             started_at=func.coalesce(Job.started_at, now()),
             save_requested=False,
         )
-        .returning(Job.fence, Job.attempt, Job.spec)
+        .returning(Job.fence, Job.attempt, Job.spec, Job.estimate)
     ).one_or_none()
     if row is None:
         return None
-    held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec))
+    held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec), int((row.estimate or {}).get("memory_bytes", 0)))
     say(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
     return held
 

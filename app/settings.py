@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
     )
+    generate_idle_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="A model of the playground that nobody has asked for so long is put away; the next question loads it again.",
+    )
     engines: str = Field(
         "",
         description="Addresses of OpenAI-compatible servers (vLLM, say) that may answer for a model, with commas, as "

@@ -21,7 +21,15 @@ from tests.conftest import PROJECT, free_port
 def start_worker(data_dir: Path, redis_url: str, **more: str) -> subprocess.Popen:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
     env = (
-        kept | {"LUTHIER_DATA_DIR": str(data_dir), "LUTHIER_REDIS_URL": redis_url, "LUTHIER_OFFLINE": "true", "OMP_NUM_THREADS": "1"} | more
+        kept
+        | {
+            "LUTHIER_DATA_DIR": str(data_dir),
+            "LUTHIER_REDIS_URL": redis_url,
+            "LUTHIER_OFFLINE": "true",
+            "OMP_NUM_THREADS": "1",
+            "LUTHIER_GENERATE_IDLE_SECONDS": "4",
+        }
+        | more
     )
     command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-Q", "generate", "--pool=threads", "-c", "16", "-l", "INFO"]
     log = (data_dir / f"worker-{uuid.uuid4().hex[:6]}.log").open("wb")

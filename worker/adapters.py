@@ -25,10 +25,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (r, out) with the scali
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter: its matrices by the name of the layer they correct. `rank` is the widest of them."""
+    """One adapter: its matrices by the name of the layer they correct. `rank` is the widest of them, `path` its folder."""
 
     layers: dict[str, Pair]
     rank: int
+    path: str = ""
 
 
 def _plain(config: dict[str, Any]) -> bool:
@@ -129,6 +130,10 @@ class AdapterStack:
         while idle and sum(w.rank for w in self.loaded.values()) > self.most_columns:
             del self.loaded[idle.pop(0)]
         self._restack()
+
+    def nbytes(self) -> int:
+        """Bytes of the matrices that lie side by side."""
+        return sum(t.nbytes for layer in list(self.wrapped.values()) for t in (layer.a, layer.b) if t is not None)
 
     def touch(self, key: str) -> None:
         self.loaded[key] = self.loaded.pop(key)

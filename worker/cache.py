@@ -83,7 +83,7 @@ class SlotCache:
         self.owner[target] = self.owner[source]
 
     def nbytes(self) -> int:
-        return sum(t.nbytes for pair in self.layers.values() for t in pair)
+        return sum(t.nbytes for pair in list(self.layers.values()) for t in pair)
 
 
 @dataclass

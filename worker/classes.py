@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from worker.batches import BadRow, Row
 from worker.classifier import Classifier, load_classifier
 from worker.classify import probabilities, tokenise_texts
 from worker.device import Engine, choose
+from worker.kept import Kept
 from worker.lanes import check_folder
 from worker.load import folder_of, load_strategy, load_tokenizer
 
@@ -30,8 +29,7 @@ class _Loaded(NamedTuple):
     engine: Engine
 
 
-_loaded: OrderedDict[tuple[str, ...], _Loaded] = OrderedDict()
-_lock = threading.Lock()
+_kept: Kept[_Loaded] = Kept(MOST_LOADED, lambda one: one.classifier)
 
 
 def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
@@ -39,7 +37,7 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
 
     Raises BadModel for a model that is no classifier or whose files changed, BadRequest for a text without a token.
     """
-    tokenizer, classifier, labels, engine = _load(ref)
+    tokenizer, classifier, labels, engine = _kept.get((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), lambda: _load(ref))
     lead = [tokenizer.pad_token_id or 0] * classifier.skip
     rows = [Row(place, {"text": text}) for place, text in enumerate(texts)]
     try:
@@ -54,20 +52,12 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
 
 
 def _load(ref: ModelRef) -> _Loaded:
-    key = (ref.path, ref.revision, *(a.sha256 for a in ref.adapters))
-    with _lock:
-        if key in _loaded:
-            _loaded.move_to_end(key)
-            return _loaded[key]
-        check_folder(ref.path, ref.revision, ref.name)
-        for adapter in ref.adapters:
-            check_folder(adapter.path, None, ref.name)
-        strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
-        # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
-        run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
-        engine = choose(run, strategy, {})
-        classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)
-        _loaded[key] = _Loaded(load_tokenizer(ref), classifier, labels, engine)
-        while len(_loaded) > MOST_LOADED:
-            _loaded.popitem(last=False)
-        return _loaded[key]
+    check_folder(ref.path, ref.revision, ref.name)
+    for adapter in ref.adapters:
+        check_folder(adapter.path, None, ref.name)
+    strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
+    # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
+    run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
+    engine = choose(run, strategy, {})
+    classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)
+    return _Loaded(load_tokenizer(ref), classifier, labels, engine)

@@ -10,6 +10,8 @@ already rounded to bf16 is lost.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import math
 import os
 import platform
@@ -145,3 +147,13 @@ def set_rng(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["cpu"])
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:  # the allocator keeps what was freed, and the next model would come on top of it
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)

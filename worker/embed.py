@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from app.errors import BadRequest
 from app.generation import Embedded
 from app.spec import ModelRef
+from worker.kept import Kept
 from worker.lanes import check_folder
 from worker.load import LOADING, BadModel, folder_of
 
@@ -20,14 +19,13 @@ MOST_LOADED = 2
 TOKENS_AT_ONCE = 8192
 """Padded tokens of one batch; texts are sorted by length, so little of it is padding."""
 
-_loaded: OrderedDict[tuple[str, str], tuple[Any, Any]] = OrderedDict()
-_lock = threading.Lock()
+_kept: Kept[tuple[Any, Any]] = Kept(MOST_LOADED, lambda pair: pair[1])  # tokenizer and model
 
 
 @torch.inference_mode()
 def embed(ref: ModelRef, texts: list[str]) -> Embedded:
     """A unit vector for each text, in order. Raises BadRequest for an empty text or one longer than the model reads."""
-    tokenizer, model = _load(ref)
+    tokenizer, model = _kept.get((ref.path, ref.revision), lambda: _load(ref))
     most = min(ref.shape.positions, getattr(model.config, "max_position_embeddings", ref.shape.positions))
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     for place, (text, one) in enumerate(zip(texts, ids, strict=True)):
@@ -61,25 +59,17 @@ def _groups(lengths: list[int]) -> list[list[int]]:
 
 
 def _load(ref: ModelRef) -> tuple[Any, Any]:
-    key = (ref.path, ref.revision)
-    with _lock:
-        if key in _loaded:
-            _loaded.move_to_end(key)
-            return _loaded[key]
-        check_folder(ref.path, ref.revision, ref.name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = folder_of(ref.path)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with LOADING:
-                model = AutoModel.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-                )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        _loaded[key] = (tokenizer, model.to(device).eval())
-        while len(_loaded) > MOST_LOADED:
-            _loaded.popitem(last=False)
-        return _loaded[key]
+    check_folder(ref.path, ref.revision, ref.name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = folder_of(ref.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with LOADING:
+            model = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer, model.to(device).eval()

@@ -144,8 +144,11 @@ _starting = threading.Lock()
 @functools.cache
 def _started_engine() -> Any:
     from worker.engine import Engine
+    from worker.tidy import keep_tidy
 
-    return Engine()
+    started = Engine()
+    keep_tidy(started.shelf, NAME)
+    return started
 
 
 def engine() -> Any:

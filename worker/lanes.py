@@ -11,17 +11,19 @@ import copy
 import itertools
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from app import manifest
 from app.errors import DoesNotFit, StudioError, Unavailable
+from app.machine import usable_memory
 from app.settings import get_settings
 from app.spec import ModelRef
+from app.standby import Ready
 from app.strategies import STRATEGIES
-from worker import prompts
+from worker import kept, prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, SlotCache, Step, running
 from worker.load import LOADING, BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
@@ -40,10 +42,15 @@ class Lane:
     stack: AdapterStack | None = None
     source: torch.nn.Module | None = None  # the untouched tree of a base, which other trees are copied from
     weight_bytes: int = 0
+    folders: list[str] = field(default_factory=list)  # of the adapters laid on its own tree
     lead: int = 0  # placeholder tokens before every prompt, whose places a soft prompt fills
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     cache: SlotCache = field(default_factory=lambda: SlotCache(1, 512))
+
+    def nbytes(self) -> int:
+        """Bytes of its weights, of the adapters beside them and of its cache."""
+        return self.weight_bytes + self.cache.nbytes() + (self.stack.nbytes() if self.stack else 0)
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
@@ -77,6 +84,8 @@ class Shelf:
         # float32 on a CPU: bfloat16 would be faster, but then an answer depends on what else is in the batch.
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.memory_bytes = memory_bytes or _memory_for_models(self.device)
+        self.training_bytes = 0  # what jobs of this machine take beside it
+        self._device_bytes = _device_bytes(self.device)
         self.lanes: dict[tuple[str, ...], Lane] = {}
         self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
         self.adapters: dict[tuple[str, str, str], LoraWeights] = {}
@@ -112,9 +121,57 @@ class Shelf:
             lane.used_at = time.monotonic()
 
     def memory(self) -> int:
-        """Bytes of all weights and caches."""
+        """Bytes of all weights and caches, those of encoders and classifiers too."""
         with self._lock:
-            return sum(lane.weight_bytes + lane.cache.nbytes() for lane in self.lanes.values())
+            return kept.memory() + sum(lane.nbytes() for lane in self.lanes.values())
+
+    def limit(self) -> int:
+        """Bytes that may be in use now: jobs that train here come first."""
+        return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
+
+    def ready(self) -> list[Ready]:
+        """Every base with the adapters that share its weights."""
+        now, found = time.monotonic(), {}
+        with self._lock:
+            lanes = sorted(self.lanes.values(), key=lambda lane: len(lane.key))
+            stacked = {lane.key: [w.path for w in list(lane.stack.loaded.values())] for lane in lanes if lane.stack is not None}
+        for lane in lanes:
+            one = found.setdefault(lane.key[:2], Ready(path=lane.key[0], bytes=0, idle_seconds=now - lane.used_at))
+            one.bytes += lane.nbytes()
+            one.answering += lane.users
+            one.idle_seconds = 0.0 if one.answering else min(one.idle_seconds, now - lane.used_at)
+            one.adapters += [*stacked.get(lane.key, []), *lane.folders]
+        return list(found.values())
+
+    # Putting away -----------------------------------------------------------------------------------------------------
+
+    def put_away(self, before: float) -> int:
+        """Let go of the lanes that nobody holds and that were last used before this moment of the monotonic clock; how many."""
+        with self._lock:
+            old = [lane for lane in self._idle() if lane.used_at < before]
+            for lane in old:
+                self._drop(lane)
+        return len(old)
+
+    def fit(self, more_bytes: int) -> int:
+        """Let go of idle lanes, the longest unused first, until so many more bytes are within the limit; how many."""
+        gone = 0
+        with self._lock:
+            while self.memory() + more_bytes > self.limit() and (idle := self._idle()):
+                self._drop(idle[0])
+                gone += 1
+        return gone
+
+    def _idle(self) -> list[Lane]:
+        """Lanes that may go, the longest unused first. A base stays while other trees use its tensors."""
+        needed = {lane.key[:2] for lane in self.lanes.values() if len(lane.key) > 2}
+        free = [lane for lane in self.lanes.values() if not lane.users and not (len(lane.key) == 2 and lane.key in needed)]
+        return sorted(free, key=lambda lane: lane.used_at)
+
+    def _drop(self, lane: Lane) -> None:
+        del self.lanes[lane.key]
+        if len(lane.key) == 2:  # the adapters lie in its stack
+            self.adapters = {key: weights for key, weights in self.adapters.items() if key[:2] != lane.key}
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +195,7 @@ class Shelf:
             return lane
 
     def _make_room(self, ref: ModelRef) -> None:
-        """Put idle lanes away, the longest unused first, until the model fits."""
+        """Put idle lanes away until the model fits. Raises DoesNotFit or Unavailable when it cannot."""
         need = ref.shape.parameters() * self.dtype.itemsize
         if need > self.memory_bytes:
             raise DoesNotFit(
@@ -146,13 +203,16 @@ class Shelf:
                 way_out="Choose a smaller model, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
                 param="model",
             )
-        idle = sorted((lane for lane in self.lanes.values() if not lane.users), key=lambda lane: lane.used_at)
-        for lane in idle:
-            if self.memory() + need <= self.memory_bytes:
-                break
-            del self.lanes[lane.key]
-        if self.memory() + need > self.memory_bytes:
-            raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
+        self.fit(need)
+        if self.memory() + need <= self.limit():
+            return
+        if need > self.limit() and self.training_bytes:
+            raise Unavailable(
+                f"A job that trains on this machine needs the memory that {ref.name} would take.",
+                way_out="Ask again when the job has ended, or pause it; a smaller model may fit now.",
+                code="training_needs_memory",
+            )
+        raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
 
     def _load_base(self, ref: ModelRef) -> Lane:
         check_folder(ref.path, ref.revision, ref.name)
@@ -179,6 +239,7 @@ class Shelf:
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model.requires_grad_(False).eval())
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
+        lane.folders = [adapter.path for adapter in ref.adapters]
         lane.lead = load_strategy(folder_of(ref.adapters[-1].path)).virtual_tokens()
         return lane
 
@@ -209,6 +270,7 @@ class Shelf:
                 weights = read_lora(folder_of(adapter.path), base.stack.linears, self.dtype, self.device, adapter.blend)
                 if weights is None:
                     return None
+                weights = replace(weights, path=adapter.path)
                 with self._lock:
                     self.adapters[key] = weights
                     while len(self.adapters) > 64:
@@ -278,12 +340,15 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
         )
 
 
+def _device_bytes(device: torch.device) -> int:
+    """Memory of the whole device: the card's, or the machine's within its control group."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else usable_memory()
+
+
 def _memory_for_models(device: torch.device) -> int:
     """What settings say, else half of the machine's memory, or four fifths of what is free on the GPU."""
-    import psutil
-
     if (said := get_settings().generate_memory_bytes) is not None:
         return said
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    return psutil.virtual_memory().total // 2
+    return usable_memory() // 2

@@ -5,9 +5,6 @@ Everything here draws no random number and changes nothing in what was learnt. I
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -15,6 +12,7 @@ import torch
 
 from app import events
 from worker import forgetting, kernels, ledger
+from worker.device import release
 from worker.lesson import Loader
 from worker.telling import Telling
 
@@ -66,13 +64,3 @@ def _loader(job: Any) -> Loader:
         return loaded[0]
 
     return load
-
-
-def release(device: torch.device) -> None:
-    """Give back the memory of what nobody holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:  # the trainer's allocator keeps what was freed, and the model before tuning would come on top of it
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)

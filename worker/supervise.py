@@ -29,7 +29,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from app import claims, events
+from app import claims, events, standby
 from app.claims import Claim, FenceLost
 from app.db import transaction
 from app.files import write_atomically
@@ -128,6 +128,7 @@ class Attempt:
 
     def _train(self) -> int:
         """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
+        standby.ask_room(self.held.job_id, self.held.memory_bytes)
         read_end = self._start()
         threads = [
             threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
@@ -232,7 +233,9 @@ class Attempt:
     # Beating and stopping ---------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
+        """Renew the lease, and the word that this machine's idle models make room, until the attempt is over."""
         while not self.over.is_set():
+            standby.ask_room(self.held.job_id, self.held.memory_bytes)
             try:
                 with transaction() as session:
                     self.wishes = claims.beat(session, self.held)
@@ -243,6 +246,7 @@ class Attempt:
             except SQLAlchemyError as error:
                 log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
             self.over.wait(get_settings().beat_seconds)
+        standby.give_room_back(self.held.job_id)
 
     def _hear_wishes(self) -> None:
         """Stop or save as asked. A trainer that does not leave within its grace is killed."""

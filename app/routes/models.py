@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, engines, evaluations, fetching, ids, models, outside, starters
+from app import cards, downloads, engines, evaluations, fetching, ids, models, outside, standby, starters
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
@@ -168,6 +168,7 @@ def _list_page(
         parameters=parameters,
         key=_key,
         fault=fault,
+        **standby.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
     )
 

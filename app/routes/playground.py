@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import forms, playground, web
+from app import forms, playground, standby, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
@@ -106,6 +106,7 @@ def _page(request: Request, session: Session, user: User, named: list[str], key:
         "proof": playground.proof,
         "prompt": "",
         "error": None,
+        **standby.part(session, user),
     }
     return web.render(request, "playground.html", **(context | more))
 

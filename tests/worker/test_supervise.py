@@ -17,7 +17,7 @@ import psutil
 import pytest
 from sqlalchemy import func, select
 
-from app import claims, jobs, queue
+from app import claims, jobs, queue, standby
 from app.db import get_engine, transaction
 from app.embedded import sweep
 from app.settings import get_settings
@@ -120,12 +120,16 @@ def test_killed_trainers_change_nothing_about_the_result(new_job):
 
 def test_pause_saves_and_resume_goes_on(new_job, user):
     job = new_job(epochs=30)
+    with transaction() as session:
+        session.get_one(Job, job.id).estimate = {"memory_bytes": 12345}
     thread = threading.Thread(target=supervise.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: len(said(job, "step")) > 5, what="some steps", seconds=60)
+    assert standby.room_asked(cuda=False) == 12345  # idle models of the playground make room
     with transaction() as session:
         jobs.pause(session, user, job.id)
     row = ended(job, thread)
+    wait_until(lambda: standby.room_asked(cuda=False) == 0, what="the room given back", seconds=5)
     assert row.status == "paused" and not trainers()
     with transaction() as session:
         jobs.resume(session, user, job.id)

@@ -1,0 +1,29 @@
+"""Which models stand ready to answer: `/v1/standby`, and the part of the pages that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from app import standby
+from app.accounts import CurrentUser
+from app.db import Db
+from app.web import render
+
+api = APIRouter(prefix="/v1", tags=["models"])
+pages = APIRouter()
+
+
+@api.get("/standby")
+def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
+    """What every generate worker has loaded, and the rule by which it is put away."""
+    rows = [standby.to_json(session, user, one) for one in standby.everyone()]
+    return {"object": "list", "data": rows, "has_more": False, "rule": standby.rule()}
+
+
+@pages.get("/standby")
+def part(request: Request, session: Db, user: CurrentUser) -> Response:
+    """The list alone, which the pages ask for anew while they are open."""
+    return render(request, "parts/standby.html", **standby.part(session, user))
