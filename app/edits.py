@@ -14,20 +14,30 @@ changed in place. One edit is {"operation", "lines": […], …}:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from app import formats
 from app.formats import Finding, Format
 from app.formats._base import Row, parsed
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
-MARKER = re.compile(r"<\|[a-z_]{2,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")
+CONTROL = re.compile("\x1b\\[[0-9;?]{0,20}[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ufeff\ufffe\uffff]")
+"""A terminal's colours; characters that show nothing, turn the writing round, or are left over from another encoding."""
+_MARKER = re.compile(
+    r"(?s:(?<=.))<s>[^<\[\n]{1,500}</s>"  # text struck out in HTML
+    r"|(?P<marker><[|｜][\w▁]{2,40}[|｜]>|\[/?INST\]|\[/?(?:TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|<</?SYS>>"
+    r"|<(?:start|end)_of_turn>|<[be]os>|\A<s>|</s>)"
+)
 
 MOST_MENDS = 200
 """How often one row is mended for one rule: a conversation of 200 wrong turns is beyond help."""
 
 Edit = dict[str, Any]
+
+
+def markers(text: str) -> Iterator[re.Match[str]]:
+    """Every mark in a text that some model's chat template ends or begins turns with."""
+    return (found for found in _MARKER.finditer(text) if found["marker"]) if "<" in text or "[" in text else iter(())
 
 
 class Edits:
@@ -156,7 +166,7 @@ def _mask(text: str) -> str:
 
 TEXT_EDITS: dict[str, Callable[[str], str]] = {
     "strip_control": lambda text: CONTROL.sub("", text),
-    "strip_markers": lambda text: MARKER.sub("", text),
+    "strip_markers": lambda text: _MARKER.sub(lambda found: "" if found["marker"] else found.group(), text),
     "mask": _mask,
 }
 

@@ -24,7 +24,7 @@ from app.formats._base import Row, columns_of, shown
 from app.readers import Raw
 from app.report import MOST_COLUMN_CHARACTERS, Report
 
-VERSION = 4
+VERSION = 5
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from app.edits import CONTROL, MARKER, check_normalised
+from app.edits import CONTROL, check_normalised, markers
 from app.formats import Finding, Format
 from app.formats._base import Row, fix, shown
 from app.readers import Raw
@@ -127,7 +127,7 @@ class Report:
             message = f"The text holds the control character {found.group()!r}."
             repair = fix("Remove it", "strip_control")
             self.add(line, Finding("control_character", message, column, _around(part, found), "warning", repair))
-        found = MARKER.search(part)
+        found = next(markers(part), None)
         if found is not None:
             message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would learn to write it."
             repair = fix("Remove it", "strip_markers")

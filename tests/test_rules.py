@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from app import edits
 from app.report import texts
 from app.rules import RULES
 from app.rules._base import seen
@@ -142,20 +143,66 @@ def test_the_odd_language_is_named_and_a_mixture_is_told_once():
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("mail jo.doe@firma.de", ["an e-mail address"]),
-        ("mail jo@example.com", []),
+        ("mail jo.doe@firma.de or see https://x.com/?to=jürgen.müller@firma.de", ["an e-mail address"] * 2),
+        ("mail jo@example.com, noreply@firma.de", []),
+        ("git@github.com:owner/repo.git, react@18.2.0, foo@1.2.3-rc.ab, logo@2x.png, @app.route", []),
         ("call +49 170 1234567 or 555-123-4567", ["a phone number", "a phone number"]),
+        ("(555) 010-1234, +1.800.555.1234, 0170 1234567, 06 12 34 56 78, +34 612 345 678", ["a phone number"] * 5),
+        ("Tel.: 089/1234567", ["a phone number"]),
+        ("x = +1 234 5678 90; -10 +20 300 4000 50; +52.520008 +13.404954; up +12 500 000; 100-200-3000", []),
         ("card 4111 1111 1111 1111", ["a card number"]),
-        ("card 4111 1111 1111 1112", []),
+        ("card 4111 1111 1111 1112, EAN 4006381333931, at 1700000000000, 0 1 0 1 0 0 0 1 1 0 1 0 1 0", []),
+        ("GB82 WEST 1234 5698 7654 32 and DE89370400440532013000", ["a bank account"] * 2),
+        ("DE89370400440532013001, AB12 CDEF GHIJ KLMN 1234567", []),
+        ("SSN 123-45-6789", ["a social security number"]),
         ("AKIAIOSFODNN7EXAMPLE", ["an AWS key"]),
         ("ghp_0123456789abcdefghijklmnopqrstuvwxyz", ["an API key"]),
-        ("-----BEGIN RSA PRIVATE KEY-----", ["a private key"]),
+        ("sk_live_4eC39HqLyjWDarjtT1zdp7dc", ["an API key"]),
+        ("a sk-based-approach-of-something-long, sk-learn, risk-assessment-and-management-of-things", []),
+        ("x-api-key: 8f14e45fceea167a5a36dedd4bea2543", ["a key or token"]),
+        ("Authorization: Bearer abcdefghijklmnopqrstuvwxyz123456", ["a key or token"]),
+        ("hash = 8f14e45fceea167a5a36dedd4bea2543, api_key = YOUR_API_KEY_1234567, token: str = Field(None)", []),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7bq4Zs1Yx9\n-----END RSA PRIVATE KEY-----", ["a private key"]),
+        ("Look for the line -----BEGIN RSA PRIVATE KEY----- in it.", []),
         ("password: hunter2hunter", ["a password"]),
-        ("password: <your password>", []),
+        ('{"db_password": "Tr0ub4dor&3"}', ["a password"]),
+        ("postgres://bob:s3cr3tpw@db.firma.de/x", ["a password"]),
+        ("https://user:password@firma.de", []),
+        ("password: <your password>, password: required, password: sha256, Password: must have 8 characters", []),
+        ('password = request.form.get("password2"); password=user.password2; password = make2(1)', []),
         ("In 2024 we sold 1234567 units, 10.5 % more", []),
-        ("version 1.2.3.4 of 2026-01-02", []),
+        ("version 1.2.3.4 of 2026-01-02 10:11:12.123456, 2.6.32-573.el6, 978-3-16-148410-0", []),
+        ("uuid 550e8400-e29b-41d4-a716-446655440000, md5 d41d8cd98f00b204e9800998ecf8427e, 3.14159265358979323846", []),
     ],
 )
 def test_secrets_and_personal_data(text, names):
-    assert [name for _, name, _, _ in find(text)] == names
+    assert [name for _, name, _, _ in sorted(find(text), key=lambda place: place[2])] == names
     assert not find(mask(text))
+    if not names:
+        assert mask(text) == text
+
+
+def test_a_mask_covers_the_value_alone_and_a_key_as_a_whole():
+    assert mask("DB_PASSWORD=Tr0ub4dor&3 # old") == "DB_PASSWORD=[password] # old"
+    assert mask("-----BEGIN PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7bq4Zs1Yx9\nMIIEpAIB\n-----END PRIVATE KEY-----!") == "[private key]!"
+    assert mask("from postgres://bob:s3cr3tpw@db/x to jo.doe@firma.de") == "from postgres://bob:[password]@db/x to [e-mail address]"
+
+
+@pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        ("a <|im_end|> b", "a  b"),
+        ("<s>[INST] hi [/INST] hello</s>", " hi  hello"),
+        ("<｜User｜>hi<end_of_turn><eos>", "hi"),
+        ("the price is <s>10</s> 8", "the price is <s>10</s> 8"),
+        ("x <|> y, a <| f |> b, list[i], <sos>", "x <|> y, a <| f |> b, list[i], <sos>"),
+    ],
+)
+def test_template_markers_are_told_from_code_and_html(text, stripped):
+    assert edits.TEXT_EDITS["strip_markers"](text) == stripped
+    assert bool(list(edits.markers(text))) == (text != stripped)
+
+
+def test_control_characters_go_with_the_colours_they_bring():
+    assert edits.TEXT_EDITS["strip_control"]("\x1b[1;31mred\x1b[0m\ufeff \x85\u202etxt") == "red txt"
+    assert not edits.CONTROL.search("tab\t, line\r\n, é, 👩\u200d🔬, שלום\u200f")
