@@ -242,7 +242,7 @@ class Attempt:
             except FenceLost:
                 if not self.over.is_set():
                     self.fence_lost.set()
-                return
+                break
             except SQLAlchemyError as error:
                 log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
             self.over.wait(get_settings().beat_seconds)
