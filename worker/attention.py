@@ -70,7 +70,7 @@ def frame_of(lengths: Sequence[int], budget: int) -> Frame:
 def packed_arguments(lengths: list[int], device: torch.device, frame: Frame | None = None) -> dict[str, Any]:
     """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
     with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
-    if device.type != "cuda":
+    if device.type != "cuda" and frame is None:
         return {"sequence_lengths": lengths}
     places = frame.sequences if frame else len(lengths)
     if len(lengths) > places:

@@ -66,8 +66,9 @@ LEAST_SECONDS_TO_COMPILE = 120.0
 _compiled = False
 
 
-def compile_blocks(model: torch.nn.Module) -> int:
-    """Compile the decoder's blocks one by one: they share one graph, and the head and the attention's table stay outside."""
+def compile_blocks(model: torch.nn.Module, backend: Any = "inductor") -> int:
+    """Compile the decoder's blocks one by one with a backend of torch.compile: they share one graph (two where the lowest block's
+    input needs no gradient), and the head and the attention's table stay outside."""
     global _compiled
     import torch._dynamo
 
@@ -75,7 +76,7 @@ def compile_blocks(model: torch.nn.Module) -> int:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     found = blocks_of(model)
     for block in found:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
     _compiled = bool(found)
     return len(found)
 

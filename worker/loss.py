@@ -92,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
         if hidden.is_cuda and plain and compute != torch.float32 and KERNEL:
             return _on_gpu(ctx, hidden, weight, targets, compute)
-        kept = (targets >= 0)[:, None] if hidden.is_cuda else None  # only packs for a GPU have filling places
+        # Only packs of one shape have filling places; a processor is asked whether there are any, a GPU would be waited for.
+        kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
         targets = targets if kept is None else targets.clamp(min=0)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
