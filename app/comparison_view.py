@@ -72,6 +72,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
     found = comparisons.jobs_of(session, comparison)
     curve = comparison.kind == "learning_curve"
     across, up = _axes(table, x, y)
+    picture = _curve(table) if curve else _scatter(table, across, up)
     return {
         "comparison": comparison,
         "url": url(comparison),
@@ -85,7 +86,8 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "first": found[0] if found else None,
         "across": across,
         "up": up,
-        "picture": _curve(table) if curve else _scatter(table, across, up),
+        "picture": picture,
+        "drawn_numbers": {dot.number for dot in picture.dots} if picture else set(),
         "says": comparison_table.more_data(table) if curve else None,
     }
 

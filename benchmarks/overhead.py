@@ -23,8 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.servers import PROJECT
-from benchmarks.votes import STARTER, studio
+from benchmarks.servers import PROJECT, STARTER, studio
 
 SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
 GOAL_SHARE, GOAL_SECONDS = 0.01, 10.0
@@ -57,7 +56,7 @@ def measure(model: Path, rounds: int, steps: int) -> dict[str, Any]:
     from openai import OpenAI
 
     found: dict[str, Any] = {"steps": steps, "here": [], "studio": []}
-    with studio(model) as (url, key), OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+    with studio(model) as here, OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
         with SAMPLE.open("rb") as file:
             uploaded = client.files.create(file=file, purpose="fine-tune")
         through_studio(client, uploaded.id, 2)  # warm: the model is checked, its tokens are counted, bf16 is measured

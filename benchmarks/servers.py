@@ -1,10 +1,12 @@
-"""A PostgreSQL, a Valkey and a data folder of a benchmark's own, and rows to begin with."""
+"""A PostgreSQL, a Valkey and a data folder of a benchmark's own, with rows to begin with; or a whole studio."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,9 +16,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
+STARTER = "smollm2-135m-instruct"
 
 
 class Servers:
@@ -140,3 +143,49 @@ def tiny_model(data_dir: Path, session: Any) -> Any:
     session.add(model)
     session.commit()
     return model
+
+
+class Studio(NamedTuple):
+    """A running studio: its address, an API key, and a link that signs a browser in once."""
+
+    url: str
+    key: str
+    link: str
+
+
+@contextmanager
+def studio(model: Path, name: str = STARTER) -> Iterator[Studio]:
+    """`luthier up` in a folder of its own with the starter model `name` in it, copied from the folder `model`."""
+    from app import starters
+
+    folder = Path(tempfile.mkdtemp(prefix="luthier-studio-"))
+    folder.chmod(0o711)
+    shutil.copytree(model.resolve(), folder / "models" / str(starters.model_id(name)))
+    port, log = free_port(), folder / "up.log"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
+    env |= {"LUTHIER_DATA_DIR": str(folder), "LUTHIER_OFFLINE": "true", "PYTHONUNBUFFERED": "1"}
+
+    def luthier(*arguments: str) -> str:
+        command = [sys.executable, "-m", "app.cli", *arguments]
+        return subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "up", "--port", str(port)],
+            cwd=PROJECT,
+            env=env,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not re.search(rf"http://127\.0\.0\.1:{port}/\S+", log.read_text(errors="replace")):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise SystemExit(log.read_text(errors="replace")[-4000:])
+            time.sleep(0.2)
+        yield Studio(f"http://127.0.0.1:{port}", luthier("keys", "create", "benchmark"), luthier("link"))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(90)
+        shutil.rmtree(folder, ignore_errors=True)

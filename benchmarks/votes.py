@@ -11,58 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import PROJECT, free_port
-
-STARTER = "smollm2-135m-instruct"
-
-
-@contextmanager
-def studio(model: Path) -> Iterator[tuple[str, str]]:
-    """`luthier up` in a folder of its own with the starter model in it: its address and an API key."""
-    from app import starters
-
-    folder = Path(tempfile.mkdtemp(prefix="luthier-votes-"))
-    folder.chmod(0o711)
-    shutil.copytree(model, folder / "models" / str(starters.model_id(STARTER)))
-    port, log = free_port(), folder / "up.log"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
-    env |= {"LUTHIER_DATA_DIR": str(folder), "LUTHIER_OFFLINE": "true", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "up", "--port", str(port)],
-            cwd=PROJECT,
-            env=env,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not re.search(rf"http://127\.0\.0\.1:{port}/\S+", log.read_text(errors="replace")):
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise SystemExit(log.read_text(errors="replace")[-4000:])
-            time.sleep(0.2)
-        made = subprocess.run(
-            [sys.executable, "-m", "app.cli", "keys", "create", "votes"], cwd=PROJECT, env=env, capture_output=True, text=True
-        )
-        yield f"http://127.0.0.1:{port}", made.stdout.strip()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(90)
-        shutil.rmtree(folder, ignore_errors=True)
+from benchmarks.servers import PROJECT, STARTER, studio
 
 
 def vote(client: Any, count: int) -> None:
@@ -86,7 +39,7 @@ def main() -> None:
 
     from benchmarks.generation import _starter
 
-    with studio((given.model or _starter()).resolve()) as (url, key), OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+    with studio(given.model or _starter()) as here, OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
         found = run(client, given.votes, given.epochs)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
