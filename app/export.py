@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from app import playground
 from app.tables import Answer, Exchange
 
 Thread = Sequence[tuple[Exchange, Sequence[Answer]]]
@@ -35,10 +34,27 @@ def as_markdown(thread: Thread, title: str) -> str:
     """A document for people. What was typed and answered stands in fences, so none of it is read as Markdown."""
     parts = [f"# {' '.join(title.split())}", ""]
     for turn, (exchange, said) in enumerate(thread, 1):
+        system = exchange.messages[0]["content"] if exchange.messages else ""
         parts += [f"## Turn {turn}", "", _fenced(exchange.prompt or ""), ""]
+        parts += ["System message:", "", _fenced(system), ""] if system else []
         for a in said:
-            parts += [f"**{a.model_name}** ({playground.proof(a)})", "", _fenced(a.text or (a.error or {}).get("message", "")), ""]
+            parts += [f"### {a.model_name}", "", *_proof(exchange, a), ""]
+            parts += ["Rendered prompt:", "", _fenced(a.rendered_prompt), ""] if a.rendered_prompt else []
+            parts += ["Answer:", "", _fenced(a.text or (a.error or {}).get("message", "")), ""]
     return "\n".join(parts)
+
+
+def _proof(exchange: Exchange, a: Answer) -> list[str]:
+    """Whole hashes and the settings, so that the answer can be given again."""
+    engine = (a.usage or {}).get("engine")
+    kept = {k: v for k, v in exchange.sampling.items() if k not in ("models", "seed") and v not in (None, [], False)}
+    return [
+        f"- revision {a.revision}",
+        f"- adapter {a.adapter_sha256 or 'none: the base answered'}",
+        f"- seed {a.seed}",
+        f"- settings {json.dumps(kept, ensure_ascii=False)}",
+        f"- ended by {a.finish_reason}" + (f", answered through {engine}" if engine else ""),
+    ]
 
 
 def _fenced(text: str) -> str:

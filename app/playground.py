@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from app import blend, engines, models
@@ -275,9 +275,10 @@ def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[E
 
 
 def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchange, list[Answer]]]:
-    """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn only."""
+    """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and what was saved on the way."""
     gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
-    query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", Exchange.id.not_in(gone_on))
+    shown = or_(Exchange.title.is_not(None), Exchange.id.not_in(gone_on))
+    query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", shown)
     rows = session.scalars(query.order_by(Exchange.title.is_(None), Exchange.created_at.desc(), Exchange.id).limit(limit)).all()
     said = answers(session, [e.id for e in rows])
     return [(e, said[e.id]) for e in rows]

@@ -167,6 +167,7 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     assert "<|im_start|>user" in page.locator("[data-prompt]").first.inner_text()
     page.reload()
     assert shown(page) == texts
+    assert page.locator("[data-keep]").is_visible()
 
     page.locator("summary", has_text="temperature").click()
     page.get_by_label("Max tokens").fill("480")
@@ -192,11 +193,16 @@ def test_a_comparison_is_saved_and_exported(client, session, user, three):
     assert page.status_code == 200 and "Two &lt;i&gt;answers&lt;/i&gt;" in page.text
     session.expire_all()
     assert playground.history(session, user)[0][0].id == second.id  # saved ones stand first
+    answered(session, user, ["tiny"], "More?", "No.", parent=second.id)
+    session.commit()
+    assert playground.history(session, user)[0][0].id == second.id  # and stay there when the conversation goes on
     lines = [json.loads(line) for line in client.get(f"/playground/{second.id}/export?format=jsonl").text.splitlines()]
     assert [(x["turn"], x["model"]) for x in lines] == [(1, "tiny"), (1, "tiny-generic"), (2, "tiny"), (2, "tiny-generic")]
     assert lines[0]["revision"] == "0" * 64 and lines[0]["text"] == "```\n<b>x</b>" and isinstance(lines[0]["seed"], int)
     document = client.get(f"/playground/{second.id}/export?format=md")
     assert document.text.startswith("# Two <i>answers</i>") and "````text\n```\n<b>x</b>\n````" in document.text
+    assert document.text.count(f"- revision {'0' * 64}\n- adapter none: the base answered\n- seed {lines[0]['seed']}\n") == 2
+    assert document.text.count("Rendered prompt:\n\n```text\nx\n```") == 4 and lines[0]["rendered_prompt"] == "x"
     assert "attachment" in document.headers["content-disposition"]
     assert client.get(f"/playground/{second.id}/export?format=exe").status_code == 400
     assert client.get(f"/playground/{uuid.uuid4()}/export").status_code == 404

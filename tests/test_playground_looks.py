@@ -24,7 +24,7 @@ def ask(page, prompt: str, tokens: str = "8") -> None:
     page.get_by_text("Done.").wait_for()
 
 
-def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, live, session, user, generate_worker, tmp_path):  # noqa: F811
+def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browser, live, session, user, generate_worker, tmp_path):  # noqa: F811
     """By keyboard, at both widths: four kinds of answers, a second turn, a title, a link that shows it again, and both exports."""
     names = ["tiny", "tiny-generic", "tiny-instruction", "tiny-other"]
     for name, kind in zip(names, ("dialogue", "generic", "instruction", "dialogue"), strict=True):
@@ -35,7 +35,14 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, live, 
     ask(page, "And the back?")
     assert page.locator("[data-pane]").count() == 4
     assert page.locator("[data-pane] [data-turn]").count() == 8 and page.locator("[data-kind=generic] .you").count() == 0
+    proofs, prompts = page.locator("[data-proof]").all_inner_texts(), page.locator("[data-prompt]").all_text_contents()
+    assert (
+        len(proofs) == len(prompts) == 8 and len(set(prompts)) >= 5 and all("revision 000000" in text and "seed" in text for text in proofs)
+    )
+    assert page.locator("[data-keep]").is_visible(), "it can be kept as soon as it is there"
     page.reload()
+    assert page.locator("[data-proof]").all_inner_texts() == proofs and page.locator("[data-prompt]").all_text_contents() == prompts
+    page.locator("[data-rendered] summary").first.click()  # of a turn that is not the last
     look_at(page, "playground-four", tmp_path)
     for width, columns in ((320, 1), (1280, 2)):
         page.set_viewport_size({"width": width, "height": 900})
@@ -45,12 +52,23 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, live, 
     page.keyboard.press("Enter")
     page.get_by_role("link", name="Four of a kind").wait_for()
     place = page.get_by_role("link", name="Link to it").get_attribute("href")
-    for name in ("JSONL", "Markdown"):
-        with page.expect_download() as saved:
-            page.get_by_role("link", name=name).click()
-        assert "What wood is the belly made of?" in saved.value.path().read_text()
-    page.goto(live + place)
-    assert page.get_by_label("Title").input_value() == "Four of a kind" and page.locator("[data-turn]").count() == 8
+    ask(page, "Later words", "2")  # the script goes on from the saved state, and what stands on the page is of the new one
+    assert page.get_by_label("Title").input_value() == "" and page.get_by_role("link", name="Link to it").get_attribute("href") != place
+    bare = browser.new_context(java_script_enabled=False, storage_state=page.context.storage_state()).new_page()
+    bare.set_default_timeout(10_000)
+    for one in (page, bare):  # with scripts and without
+        one.goto(live + place)
+        assert one.get_by_label("Title").input_value() == "Four of a kind" and one.locator("[data-turn]").count() == 8
+        for name in ("JSONL", "Markdown"):
+            with one.expect_download() as saved:
+                one.get_by_role("link", name=name).click()
+            text = saved.value.path().read_text()
+            assert "What wood is the belly made of?" in text and "Later words" not in text
+            assert text.count("0" * 64) == 8 and text.count("<|im_start|>assistant") >= 3
+    bare.get_by_label("Title").fill("Kept without scripts")
+    bare.get_by_role("button", name="Save").click()
+    bare.get_by_role("link", name="Kept without scripts").wait_for()
+    bare.context.close()
 
 
 def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811

@@ -231,6 +231,7 @@ class Call:
         self.head: dict[str, Any] = {}
         self.asked: list[Asked] = []
         self.heard: list[Heard] = []
+        self.held: dict[str, Any] | None = None
 
     async def respond(self, request: Request, body: _Body) -> Response:
         await run_in_threadpool(self._resolve)
@@ -287,10 +288,16 @@ class Call:
             async for place, entries in merged:
                 for line in self._chunks(place, entries, usage):
                     yield line
+            proof = {"luthier": self._proof()}
+            if self.held:
+                yield self._line(**self.held, **({} if usage else proof))
+                self.held = None
             if usage:
-                yield self._line([], usage=self._usage())
+                yield self._line([], usage=self._usage(), **proof)
             yield b"data: [DONE]\n\n"
         except Exception as error:
+            if self.held:
+                yield self._line(**self.held)
             fault = errors_as_json.fault_of(error)
             for heard in self.heard:
                 heard.error = heard.error or (
@@ -302,7 +309,8 @@ class Call:
             await merged.aclose()  # type: ignore[attr-defined]
 
     def _chunks(self, place: int, entries: list[Entry], usage: bool) -> list[bytes]:
-        """The lines that a few entries of one stream become."""
+        """The lines that a few entries of one stream become. The newest that ends a choice is held back: the last of all
+        carries the proof, and only then is everything known that stands in it."""
         heard, n = self.heard[place], self.sampling.n
         fresh = heard.started is None
         heard.take(entries)
@@ -315,7 +323,8 @@ class Call:
             if isinstance(entry, TextPart):
                 lines.append(self._line([self.shape.piece(place * n + entry.index, entry)], **more))
             elif isinstance(entry, ChoiceFinished):
-                lines.append(self._line([self.shape.last(place * n + entry.index, _reason(entry.reason))], **more))
+                lines += [self._line(**self.held)] if self.held else []
+                self.held = {"choices": [self.shape.last(place * n + entry.index, _reason(entry.reason))], **more}
         return lines
 
     def _line(self, choices: list[dict[str, Any]], **more: Any) -> bytes:

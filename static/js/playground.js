@@ -74,13 +74,13 @@ function begin(pane, asked) {
   const kind = pane.dataset.kind === "generic" ? "generic" : "dialogue";
   const turn = document.getElementById(`turn-${kind}`).content.cloneNode(true).querySelector("[data-turn]");
   const body = pane.querySelector("[data-body]");
-  const part = (name, root = turn) => root.querySelector(`[data-${name}]`);
+  const part = (name) => turn.querySelector(`[data-${name}]`);
   const text = part("text");
   body.querySelector("[data-hint]")?.remove();
   part("asked").textContent = asked;
   if (kind !== "generic") text.previousElementSibling.textContent = pane.getAttribute("aria-label");
   text.classList.add("writing");
-  part("proof", pane).textContent = "Waiting";
+  part("prompt").setAttribute("aria-label", `Rendered prompt of ${pane.getAttribute("aria-label")}`);
   body.append(turn);
   body.scrollTop = body.scrollHeight;
   let over = false;
@@ -93,30 +93,34 @@ function begin(pane, asked) {
     take(told) {
       const near = body.scrollHeight - body.scrollTop - body.clientHeight < 40;
       if (told.type === "started") {
-        part("prompt", pane).textContent = told.rendered_prompt;
-        part("rendered", pane).hidden = false;
-        part("proof", pane).textContent = "Answering";
+        part("prompt").textContent = told.rendered_prompt;
+        part("rendered").hidden = false;
+        part("proof").textContent = "Answering";
       } else if (told.type === "text") text.append(told.text);
       else if (told.type === "finished") end(told.reason === "length" ? "Cut at the longest answer allowed." : "");
-      else if (told.type === "done") part("proof", pane).textContent = told.proof;
+      else if (told.type === "done") part("proof").textContent = told.proof;
       else if (told.type === "error") {
         end("");
-        part("proof", pane).textContent = "No answer";
+        part("proof").textContent = "No answer";
         Object.assign(part("error"), { textContent: `${told.message} ${told.way_out}`.trim(), hidden: false });
       }
       if (near) body.scrollTop = body.scrollHeight;
     },
     cut(note) {
       if (over) return;
-      part("proof", pane).textContent = note;
+      part("proof").textContent = note;
       end(note);
     },
   };
 }
 
-/** From the first answer on the columns are settled, and the address is that of the conversation. */
+/** From the first answer on the columns are settled, the address is that of the conversation, and it can be kept. */
 function goOn(exchange) {
   form.elements.parent.value = exchange;
+  const keep = document.querySelector("[data-keep]");
+  keep.hidden = false;
+  keep.querySelector("[name=title]").value = "";
+  for (const part of keep.querySelectorAll("[data-at]")) part.setAttribute(part.localName === "form" ? "action" : "href", `/playground/${exchange}${part.dataset.at}`);
   history.replaceState(null, "", `/playground/${exchange}`);
   for (const select of panes.querySelectorAll("select[name=models]")) {
     const [hidden, name] = [document.createElement("input"), document.createElement("b")];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
@@ -47,6 +48,9 @@ def test_stream_is_the_whole_answer_in_parts(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert all(c.usage is None for c in chunks[:-1])
+    proof = chunks[-1].model_extra["luthier"]
+    assert proof["revision"] == "0" * 64 and proof["adapter_sha256"] is None and len(proof["seeds"]) == 1 and proof["tokens_per_second"] > 0
+    assert not any("luthier" in c.model_extra for c in chunks[:-1])
     assert {c.id for c in chunks} == {chunks[0].id} and chunks[0].object == "chat.completion.chunk"
 
 
@@ -58,6 +62,9 @@ def test_stream_without_usage_ends_with_done(client, live):  # noqa: F811
         assert got.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in got.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines) and '"usage"' not in lines[0]
+    last = json.loads(lines[-2].removeprefix("data: "))
+    assert last["choices"][0]["finish_reason"] and last["luthier"]["first_token_seconds"] > 0
+    assert not any('"luthier"' in line for line in lines[:-2])
 
 
 def test_seed_n_and_logprobs(client):
