@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import datasets, ids, playground, prompts, queue
+from app import chance, datasets, ids, playground, queue
 from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
 from app.generation import ExternalEngine
@@ -255,7 +255,7 @@ def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
     scores = list(session.scalars(select(PromptResult.score).where(PromptResult.run_id == run_id).order_by(PromptResult.line)))
     if not scores:
         return None
-    low, high = prompts.interval(scores)
+    low, high = chance.interval(scores)
     return {"score": sum(scores) / len(scores), "low": low, "high": high, "rows": len(scores)}
 
 

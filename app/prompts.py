@@ -8,7 +8,6 @@ Filling in is one pass over the text, so braces in a row's own words stay what t
 from __future__ import annotations
 
 import math
-import random
 import re
 import uuid
 from collections import Counter
@@ -191,28 +190,6 @@ def label_in(answer: str, labels: Sequence[str]) -> str:
     text = plain(answer)
     found = [(m.start(), -len(label), label) for label in labels if (m := re.search(rf"(?<!\w){re.escape(plain(label))}(?!\w)", text))]
     return min(found)[2] if found else answer
-
-
-# How sure ------------------------------------------------------------------------------------------------------------
-
-
-def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927); everything is possible without rows."""
-    if rows == 0:
-        return 0.0, 1.0
-    p = right_ones / rows
-    middle, half = p + z * z / (2 * rows), z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
-    below = 1 + z * z / rows
-    return max(0.0, (middle - half) / below), min(1.0, (middle + half) / below)
-
-
-def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % of the mean: Wilson's where each score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
-    if not scores or all(s in (0.0, 1.0) for s in scores):
-        return wilson(sum(scores), len(scores))
-    draw = random.Random(0)
-    means = sorted(sum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(1000))
-    return means[24], means[974]
 
 
 # Storing -------------------------------------------------------------------------------------------------------------

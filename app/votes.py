@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from app import datasets, files, ids, playground, prompts
+from app import chance, datasets, files, ids, playground
 from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
 from app.generation import Sampling
@@ -24,6 +24,8 @@ from app.settings import get_settings
 from app.tables import JSON, Dataset, User, Vote
 
 LONGEST_EDIT = 100_000  # characters
+FEWEST = 6
+"""Decided votes before a verdict: of five, all fall to one side by chance once in sixteen times."""
 
 
 def draw(dataset: Dataset) -> list[JSON]:
@@ -161,7 +163,8 @@ def get(session: Session, user: User, vote_id: uuid.UUID) -> Vote:
 
 
 class Score(NamedTuple):
-    """One pair of models: how often the first won, the second won, and neither; the first's win rate, a tie being half a win."""
+    """One pair of models: how often the first won, the second won, and neither. Shares and tests are of the votes that decided;
+    a tie says nothing about which is better."""
 
     first: str
     second: str
@@ -174,21 +177,31 @@ class Score(NamedTuple):
         return self.won + self.lost + self.tied
 
     @property
-    def rate(self) -> float:
-        return (self.won + self.tied / 2) / self.votes
+    def decided(self) -> int:
+        return self.won + self.lost
+
+    @property
+    def rate(self) -> float | None:
+        """The first's share of the decided votes."""
+        return self.won / self.decided if self.decided else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        return prompts.wilson(self.won + self.tied / 2, self.votes)
+        return chance.clopper_pearson(self.won, self.decided)
+
+    @property
+    def p(self) -> float:
+        return chance.sign_test(self.won, self.lost)
 
     @property
     def says(self) -> str:
-        low, high = self.interval
-        if low > 0.5:
-            return f"{self.first} is preferred by more than chance explains."
-        if high < 0.5:
-            return f"{self.second} is preferred by more than chance explains."
-        return "Too close to tell: the interval holds one half. More votes would tell."
+        if self.decided < FEWEST:
+            missing = FEWEST - self.decided
+            return f"Too few to tell: {missing} more vote{'s' if missing > 1 else ''} for a side, at least."
+        if self.p >= chance.SURE:
+            return f"Too close to tell: chance alone brings such a result in {self.p:.0%} of cases. More votes would tell."
+        better = self.first if self.won > self.lost else self.second
+        return f"{better} is preferred by more than chance explains (exact sign test, p = {max(self.p, 1e-4):.2g})."
 
 
 def scores(session: Session, user: User) -> list[Score]:

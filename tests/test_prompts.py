@@ -9,7 +9,7 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids, prompt_runs, prompts, queue
+from app import chance, datasets, files, ids, prompt_runs, prompts, queue
 from app.errors import BadField
 from app.prompts import PromptBody
 from app.tables import Outbox, PromptResult, PromptRun
@@ -100,11 +100,11 @@ def test_scores():
 
 
 def test_intervals():
-    low, high = prompts.wilson(0, 100)
+    low, high = chance.wilson(0, 100)
     assert low == 0 and high == pytest.approx(0.0370, abs=1e-3)
-    low, high = prompts.wilson(50, 100)
+    low, high = chance.wilson(50, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
-    low, high = prompts.interval([0.2, 0.4, 0.6, 0.8] * 25)
+    low, high = chance.interval([0.2, 0.4, 0.6, 0.8] * 25)
     assert low == pytest.approx(0.455, abs=0.02) and high == pytest.approx(0.545, abs=0.02)
 
 

@@ -9,7 +9,7 @@ import uuid
 import pytest
 from sqlalchemy import select
 
-from app import datasets, ids, votes
+from app import chance, datasets, ids, votes
 from app.tables import Answer, Dataset, Exchange, User, Vote
 from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
 
@@ -26,14 +26,36 @@ def test_win_rates_count_sides_rightly(session, user):
         votes.add(session, user, [left, right], ASK, ["x", "y"], choice, None)
     (score,) = votes.scores(session, user)
     assert (score.first, score.second, score.won, score.lost, score.tied) == ("a", "b", 2, 1, 1)
-    assert score.rate == 0.625 and score.interval[0] < 0.5 < score.interval[1] and "Too close" in score.says
-    for _ in range(20):
-        votes.add(session, user, ["b", "a"], ASK, ["x", "y"], 2, None)
-    assert votes.scores(session, user)[0].says.startswith("a is preferred")
+    assert score.rate == pytest.approx(2 / 3) and score.votes == 4 and "3 more votes" in score.says  # a tie decides nothing
+    for choice, says in (
+        (2, "2 more votes"),
+        (2, "1 more vote "),
+        (2, "Too close to tell"),
+        (2, "Too close"),
+        (2, "Too close"),
+        (2, "a is"),
+    ):
+        votes.add(session, user, ["b", "a"], ASK, ["x", "y"], choice, None)
+        assert votes.scores(session, user)[0].says.startswith(says) or says in votes.scores(session, user)[0].says
+    assert (score := votes.scores(session, user)[0]).p == pytest.approx(0.0391, abs=1e-4) and score.interval[0] > 0.5  # 8 of 9
     other = User(name="somebody else")
     session.add(other)
     session.flush()
     assert votes.scores(session, other) == []
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 0), (6, 0), (0, 6), (8, 1), (3, 11), (50, 50), (300, 250), (1500, 1400)])
+def test_the_sign_test_and_its_interval_are_exact(won, lost):
+    """Against scipy; and both always say the same."""
+    from scipy.stats import binomtest
+
+    low, high = chance.clopper_pearson(won, won + lost)
+    if won + lost:
+        exact = binomtest(won, won + lost)
+        assert chance.sign_test(won, lost) == pytest.approx(exact.pvalue, rel=1e-9)
+        assert (low, high) == pytest.approx(tuple(exact.proportion_ci(0.95, "exact")), abs=1e-8)
+    assert (low > 0.5 or high < 0.5) == (chance.sign_test(won, lost) < chance.SURE)
+    assert votes.Score("a", "b", won, lost, 9).says.startswith("Too") or (won + lost >= 6 and not low <= 0.5 <= high)
 
 
 def test_votes_and_edits_become_datasets(api, session, user):
@@ -149,11 +171,23 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.get_by_text("Which answer is better?").wait_for()
     look_at(page, "ab", tmp_path)
     page.locator("h1").click()
+    page.keyboard.press("e")
+    page.keyboard.type("Spruce, from a cold valley. 12")  # figures typed here are no votes
+    page.keyboard.press("Control+Enter")
     page.keyboard.press("2")
     page.get_by_text("Your vote is in").wait_for()
     look_at(page, "ab-voted", tmp_path)
     session.rollback()
-    assert session.scalars(select(Vote.choice)).one() == 2
+    vote = session.scalars(select(Vote)).one()
+    assert vote.choice == 2 and vote.edited == "Spruce, from a cold valley. 12"
+    page.get_by_label("Prompt", exact=True).fill("And the back?")
+    page.locator("h1").click()
+    page.keyboard.press("n")
+    page.get_by_text("Which answer is better?").wait_for()
+    page.keyboard.press("0")
+    page.get_by_text("Your vote is in").wait_for()
+    session.rollback()
+    assert sorted(session.scalars(select(Vote.choice)).all()) == [0, 2]
 
 
 def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):

@@ -54,7 +54,12 @@ def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit
 @api.get("/scores")
 def scores(session: Db, user: CurrentUser) -> Json:
     found = votes.scores(session, user)
-    return {"object": "list", "data": [{**s._asdict(), "votes": s.votes, "rate": s.rate, "interval": list(s.interval)} for s in found]}
+    return {"object": "list", "data": [_score(s) for s in found]}
+
+
+def _score(s: votes.Score) -> Json:
+    more = {"votes": s.votes, "decided": s.decided, "rate": s.rate, "interval": list(s.interval), "p": s.p, "verdict": s.says}
+    return {**s._asdict(), **more}
 
 
 class NewDataset(BaseModel):

@@ -1,0 +1,66 @@
+"""How sure a figure is: intervals of shares and means, and the exact test of a pair. Pure, and without scipy, which the web
+process does not have.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+SURE = 0.05
+"""A difference counts where chance alone would bring one as large less often than this."""
+
+
+def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927); everything is possible without rows."""
+    if rows == 0:
+        return 0.0, 1.0
+    p = right_ones / rows
+    middle, half = p + z * z / (2 * rows), z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
+    below = 1 + z * z / rows
+    return max(0.0, (middle - half) / below), min(1.0, (middle + half) / below)
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % of the mean: Wilson's where each score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
+    if not scores or all(s in (0.0, 1.0) for s in scores):
+        return wilson(sum(scores), len(scores))
+    draw = random.Random(0)
+    means = sorted(sum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(1000))
+    return means[24], means[974]
+
+
+def sign_test(won: int, lost: int) -> float:
+    """Two-sided p of the exact sign test: how often a fair coin falls at least as unevenly. Ties are left out before.
+
+    Over the rows on which two models disagree it is McNemar's exact test (McNemar 1947).
+    """
+    n, few, ways, term = won + lost, min(won, lost), 0, 1
+    for k in range(few + 1):
+        ways += term
+        term = term * (n - k) // (k + 1)
+    return min(1.0, 2 * ways / 2**n)
+
+
+def clopper_pearson(won: int, votes: int) -> tuple[float, float]:
+    """The exact 95 % interval of a share (Clopper and Pearson 1934). It leaves out one half just where `sign_test` < 0.05."""
+    low = 0.0 if won == 0 else _root(lambda p: _at_least(won, votes, p) < SURE / 2)
+    high = 1.0 if won == votes else _root(lambda p: 1 - _at_least(won + 1, votes, p) > SURE / 2)
+    return low, high
+
+
+def _at_least(k: int, n: int, p: float) -> float:
+    """Chance of k or more successes in n draws."""
+    log_p, log_q = math.log(p), math.log1p(-p)
+    ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q for i in range(k, n + 1))
+    return math.fsum(map(math.exp, ways))
+
+
+def _root(below: Callable[[float], bool]) -> float:
+    """Where `below`, true at the left end of (0, 1), becomes false."""
+    left, right = 0.0, 1.0
+    for _ in range(50):
+        middle = (left + right) / 2
+        left, right = (middle, right) if below(middle) else (left, middle)
+    return right
