@@ -15,6 +15,7 @@ from app.machine import Machine
 from app.shapes import Shape
 from app.spec import JobSpec, RunSettings
 from app.strategies import Strategy
+from app.strategies._base import Memory
 
 FLOOR_CPU_BYTES = 532 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
@@ -143,9 +144,14 @@ def total_steps(train_tokens: float, run: RunSettings) -> int:
     return min(steps, run.max_steps) if run.max_steps else steps
 
 
-def pack_tokens(run: RunSettings, longest: int) -> int:
+def passes(run: RunSettings, processes: int) -> int:
+    """Passes of a step: as many as ordered, or the next number that so many processes share evenly."""
+    return -(-run.accumulation // processes) * processes
+
+
+def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
     """Tokens of one pass: a step's share, or the longest row where that is more."""
-    return max(math.ceil(run.max_tokens_per_step / run.accumulation), longest)
+    return max(math.ceil(run.max_tokens_per_step / passes(run, processes)), longest)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -171,6 +177,7 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tup
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
     read = compute if strategy.adapter else island  # what passes between the layers is as wide as the frozen weights
     passing = norms * read + (2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
+    passing += 4 * shape.heads if cuda else 0  # the logarithms of the softmax's sums, which the GPU's attention keeps
     own = strategy.kept(shape)
     per_token = passing + own.per_token * compute
     # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
@@ -188,16 +195,36 @@ def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool)
     return (2 if cuda else 1) * chunk + 8 * tokens * shape.hidden + own
 
 
+def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
+    """What the GPU's attention takes on its way back through one layer: its queries' gradient in float32, heads widened to a
+    multiple of 32, with 128 rows to spare for each place of the table of sequences. (`worker/attention.py:frame_of` gives it
+    twice the places that are usual; rows are taken to be a third as long as the longest in the mean.)"""
+    places = math.ceil(2 * tokens / max(longest / 3, 1)) + 16 + math.ceil(tokens / longest)
+    return 4 * (tokens + 128 * min(places, tokens)) * shape.heads * 32 * math.ceil(shape.head_dim / 32)
+
+
+def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) -> Memory:
+    """What each of several processes holds where they share the weights themselves (`worker/shards.py`): its rows of the blocks,
+    all of the rest, and two gathered blocks, the one at work and the next."""
+    if strategy.adapter or processes == 1:
+        return held
+    blocks = shape.layers * shape.layer_parameters()
+    kept = 1 - blocks / shape.parameters() * (1 - 1 / processes)
+    gathered = 2 * 4 * shape.layer_parameters()
+    return Memory(int(held.weights * kept) + gathered, int(held.gradients * kept) + gathered, int(held.optimizer * kept))
+
+
 def memory_of(
     shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
 ) -> MemoryParts:
-    """Peak bytes by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
+    """Peak bytes of each process by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
-    held = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    whole = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    held = spread_over(whole, shape, strategy, machine.processes)
     writes = task != "classification"
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
-    tokens, compute = pack_tokens(run, longest), 2 if half else 4
+    tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
@@ -207,6 +234,7 @@ def memory_of(
         kept += HOLES * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
+    passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
     everything = strategy.trainable(shape) >= shape.parameters()
     head = head_bytes(shape, tokens, half, everything and writes, machine.cuda) if writes else 0
     # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other; half of
@@ -221,6 +249,8 @@ def memory_of(
     trains = weights + held.optimizer + peak + other
     # Reading float32 files into bf16 holds both for a moment.
     loads = FLOOR_CPU_BYTES + shape.parameters() * (4 + frozen_bytes) if frozen_bytes == 2 and not machine.cuda else 0
+    if held is not whole:  # the model is loaded and prepared in every process, and put together again in the first to be scored
+        loads = whole.weights + held.weights + held.optimizer + other
     return MemoryParts(
         weights=weights,
         gradients=held.gradients,
@@ -240,7 +270,7 @@ def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
 
 
 def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine) -> int:
-    """Layers whose activations are recomputed: none or all as asked, or as few as let the job fit in nine tenths of the memory."""
+    """Layers whose activations are recomputed: none or all as asked, or as few as let each process fit in nine tenths of its memory."""
     if run.gradient_checkpointing != "auto":
         return shape.layers if run.gradient_checkpointing == "all" else 0
     limit = 0.9 * machine.training_memory_bytes
@@ -269,7 +299,7 @@ def speed_of(spec: JobSpec, machine: Machine) -> float:
     if measured := machine.speeds.get(spec.strategy.name):
         return measured
     if machine.cuda:
-        return SPEED_GPU
+        return SPEED_GPU * machine.processes
     matrix_units = machine.bf16_pays and precision_of(spec.run, spec.strategy, machine) == "bf16"
     return machine.cores * (SPEED_PER_CORE_MATRIX_UNITS if matrix_units else SPEED_PER_CORE)
 

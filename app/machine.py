@@ -32,6 +32,7 @@ class Machine(BaseModel):
     bf16_measured: float | None = Field(None, description="how many times faster a bf16 product is than an fp32 one on this CPU")
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
+    processes: int = Field(1, description="how many train one job together, each with a GPU or with its share of this memory")
     speeds: dict[str, float] = Field(default_factory=dict)
 
     @property
@@ -40,15 +41,16 @@ class Machine(BaseModel):
 
     @property
     def training_memory_bytes(self) -> int:
-        """The memory that training has to fit into."""
-        return self.gpu_memory_bytes or self.memory_bytes
+        """The memory that each process of a job has to fit into."""
+        return self.gpu_memory_bytes or self.memory_bytes // self.processes
 
 
 def this_machine() -> Machine:
     """This machine with its newest calibration; the rest is looked up once."""
     facts, gain = _facts(), read_bf16()
     pays = facts.bf16_pays if gain is None or facts.cuda else gain >= 1.2
-    return facts.model_copy(update={"speeds": read_calibration(), "bf16_measured": gain, "bf16_pays": pays})
+    known = {"speeds": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
+    return facts.model_copy(update=known)
 
 
 @functools.cache

@@ -102,14 +102,14 @@ def curves(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dic
 def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One engine's run in a process of its own."""
     try:
-        from worker.exits import ALLOCATOR, THREADS
+        from worker.exits import ALLOCATOR, CUDA_ALLOCATOR, THREADS
     except ImportError:  # a machine with the trainer's packages alone
-        ALLOCATOR, THREADS = {}, {}
+        ALLOCATOR, THREADS, CUDA_ALLOCATOR = {}, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
     path = work / f"plan-{plan['engine']}.json"
     path.write_text(json.dumps(plan))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "LUTHIER_DATA_DIR": str(work)}
-    environment |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    environment |= {**CUDA_ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     if plan["engine"].startswith("luthier") or plan["same_allocator"]:
         environment |= ALLOCATOR
     if plan["engine"].startswith("luthier"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -60,6 +61,50 @@ def test_only_as_many_layers_are_recomputed_as_needed() -> None:
     tight = estimate.estimate(spec(), STATS, small)
     assert 0 < tight.recomputed_layers < SHAPE.layers and tight.memory_bytes <= 0.9 * small.memory_bytes
     assert not estimate.estimate(spec("full"), STATS, Machine(cores=2, memory_bytes=2**30)).fits
+
+
+@pytest.mark.parametrize(("strategy", "machine"), [("lora", CPU), ("lora", GPU), ("full", GPU), ("top_layers", GPU)])
+def test_the_layers_chosen_are_the_fewest_that_fit(strategy: str, machine: Machine) -> None:
+    """Over every memory from too small to plenty: one layer less would not fit, and a smaller memory never takes fewer."""
+    order, name = spec(strategy, max_tokens_per_step=16_384), "gpu_memory_bytes" if machine.cuda else "memory_bytes"
+
+    def needed(layers: int, here: Machine) -> int:
+        return sum(estimate.memory_of(SHAPE, order.strategy, order.run, 200, here, layers).model_dump().values())
+
+    reach = order.strategy.reaches(SHAPE)
+    low, high = needed(reach, machine), needed(0, machine)
+    assert low < high
+    chosen = []
+    for share in range(26):
+        memory = math.ceil((low + (high - low) * share / 25) / 0.9) + 1
+        here = machine.model_copy(update={name: memory})
+        layers = estimate.recomputed_layers(SHAPE, order.strategy, order.run, 200, here)
+        assert needed(layers, here) <= 0.9 * memory
+        assert all(needed(fewer, here) > 0.9 * memory for fewer in range(layers))
+        chosen.append(layers)
+    assert chosen == sorted(chosen, reverse=True) and chosen[-1] == 0 and len(set(chosen)) > min(reach, 8) / 2
+    assert estimate.recomputed_layers(SHAPE, order.strategy, order.run, 200, machine.model_copy(update={name: 2**20})) == SHAPE.layers
+
+
+def test_processes_share_passes_and_the_weights_of_full_tuning() -> None:
+    """Four GPUs: each takes a quarter of the step; full tuning's sixteen bytes a weight are shared out, an adapter's base is not."""
+    four = GPU.model_copy(update={"processes": 4})
+    lora, full = (estimate.estimate(spec(name, max_tokens_per_step=16_384), STATS, GPU) for name in ("lora", "full"))
+    shared_lora, shared_full = (estimate.estimate(spec(name, max_tokens_per_step=16_384), STATS, four) for name in ("lora", "full"))
+    assert shared_lora.memory.weights == lora.memory.weights and shared_lora.memory.activations < 0.5 * lora.memory.activations
+    blocks = SHAPE.layers * SHAPE.layer_parameters()
+    assert shared_full.memory.optimizer == pytest.approx(8 * (SHAPE.parameters() - blocks * 3 / 4), rel=1e-6)
+    assert shared_full.memory_bytes < full.memory_bytes and shared_full.steps == full.steps
+    assert shared_full.tokens_per_second == pytest.approx(4 * full.tokens_per_second)
+    assert estimate.passes(RunSettings(accumulation=6), 4) == 8 and estimate.passes(RunSettings(accumulation=3), 1) == 3
+
+
+def test_the_gpus_attention_is_counted_with_its_table() -> None:
+    """1.2 B, 16,384 tokens of rows of up to 1,024: 128 rows for each of some 128 places beside the tokens' own, in float32."""
+    shape = SHAPE.model_copy(update={"heads": 32, "head_dim": 64})
+    places = 2 * 48 + 16 + 16
+    assert estimate.attention_bytes(shape, 16_384, 1024) == pytest.approx(4 * (16_384 + 128 * places) * 32 * 64, rel=0.01)
+    assert estimate.attention_bytes(shape, 100, 2) <= 4 * 129 * 100 * 32 * 64, "never more places than tokens"
 
 
 def test_a_measured_speed_replaces_the_guess(data_dir) -> None:

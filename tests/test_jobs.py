@@ -62,6 +62,25 @@ def test_openai_settings_become_ours(session, user, order, dataset):
     assert spec.run.epochs == 1
 
 
+def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, user, order, dataset, monkeypatch):
+    """By the card's memory, and never so long that an epoch has hardly any steps."""
+    from app import machine
+
+    def step_tokens(gibibytes: int | None, tokens: int) -> int:
+        report = {"characters": 4 * tokens, "tokens": tokens, "trained_tokens": tokens, "longest": 40}
+        with transaction() as s:
+            s.execute(update(Dataset).values(report=report))
+        session.expire_all()
+        here = machine.Machine(cores=2, memory_bytes=2**34, gpu_memory_bytes=gibibytes and gibibytes * 2**30)
+        monkeypatch.setattr(machine, "this_machine", lambda: here)
+        return JobSpec.model_validate(make(session, user, order()).spec).run.max_tokens_per_step
+
+    many = 32 * 20_000
+    assert [step_tokens(memory, many) for memory in (None, 8, 24, 80)] == [2048, 4096, 8192, 16_384]
+    assert step_tokens(80, 32 * 5000) == 4864 and step_tokens(80, 1000) == 2048
+    assert JobSpec.model_validate(make(session, user, order(run={"max_tokens_per_step": 512})).spec).run.max_tokens_per_step == 512
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [

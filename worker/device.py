@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from app.errors import DoesNotFit
-from app.machine import note_bf16, this_machine, usable_cores
+from app.machine import Machine, note_bf16, this_machine, usable_cores
 from app.spec import RunSettings
 from app.strategies import Strategy
 from worker import processes
@@ -122,6 +122,17 @@ def _bf16_gain() -> float:
 
 def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" and strategy.adapter else torch.float32
+
+
+def memory_here(device: torch.device) -> Machine:
+    """This machine with what a job may take of it now. On a GPU: what is free, and what this process holds already; a playground
+    or another job beside it may have the rest. Several processes all decide by the whole card, since they must decide alike."""
+    machine = this_machine().model_copy(update={"processes": processes.size()})
+    if device.type != "cuda":
+        return machine
+    free, total = torch.cuda.mem_get_info(device)
+    usable = total if processes.size() > 1 else free + torch.cuda.memory_reserved(device)
+    return machine.model_copy(update={"gpu_memory_bytes": usable})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from app import events, manifest
 from app.errors import StudioError
+from app.machine import this_machine
 from app.settings import get_settings
 
 STOPPED = 75
@@ -24,6 +25,10 @@ STOPPED = 75
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "MALLOC_TOP_PAD_": str(64 * 2**20)}
 """glibc gives each large tensor back to the kernel and takes it again, zeroed, for the next. Keeping the memory saves
 most of the page faults of training on a CPU."""
+
+CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""On a GPU freed blocks of memory can grow and be joined, so that tensors of other sizes find room in them: packs of other lengths
+in an evaluation would else leave holes that nothing fits into."""
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the
@@ -36,14 +41,15 @@ _HANDED_ON = {
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
 # fmt: on
-_HANDED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")
+_HANDED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")
 
 
 def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
     a secret that is added later."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
-    return ALLOCATOR | THREADS | kept | {
+    cuda = CUDA_ALLOCATOR if this_machine().cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
+    return ALLOCATOR | THREADS | cuda | kept | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -26,6 +26,7 @@ from app.settings import get_settings
 from app.spec import ModelRef
 from worker.attention import packed_arguments
 from worker.classifier import Classifier, Pooling, render_text
+from worker.late import sent
 
 log = logging.getLogger(__name__)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -80,9 +81,10 @@ def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) ->
 @torch.inference_mode()
 def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> np.ndarray:
     lengths = [len(x) for x in ids]
-    flat = torch.tensor([[token for text in ids for token in text]], device=device)
-    places = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
-    arguments = packed_arguments(lengths, torch.device(device))
+    where = torch.device(device)
+    flat = sent(torch.tensor([[token for text in ids for token in text]]), where)
+    places = sent(torch.cat([torch.arange(n) for n in lengths])[None], where)
+    arguments = packed_arguments(lengths, where)
     return classifier.pooled(flat, places, lengths, **arguments).float().cpu().numpy()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from app.estimate import passes
 from app.spec import JobSpec
 
 MESSAGE_BYTES = 64 * 2**20
@@ -120,7 +121,7 @@ def _die_with_parent() -> None:
 
 def spread(spec: JobSpec) -> JobSpec:
     """The order with a step's tokens split over at least as many passes as there are processes, evenly."""
-    passes = -(-spec.run.accumulation // size()) * size()
-    return (
-        spec if passes == spec.run.accumulation else spec.model_copy(update={"run": spec.run.model_copy(update={"accumulation": passes})})
-    )
+    accumulation = passes(spec.run, size())
+    if accumulation == spec.run.accumulation:
+        return spec
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"accumulation": accumulation})})

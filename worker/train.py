@@ -29,7 +29,7 @@ from app.spec import JobSpec
 from worker import attention, checkpoint, kernels, optim, processes, results
 from worker.checkpoint import State, relative
 from worker.classifier import plain
-from worker.device import Engine, choose, peak_memory, rng_tensors, set_rng
+from worker.device import Engine, choose, memory_here, peak_memory, rng_tensors, set_rng
 from worker.export import export
 from worker.late import Figures, depth
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
@@ -136,7 +136,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
-    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), this_machine())
+    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device))
     model = lesson.attach(model).train()
     recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":

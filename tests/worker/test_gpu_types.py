@@ -115,3 +115,28 @@ def test_what_works_is_told_from_what_does_not() -> None:
     found = parts.examine("cpu")
     assert found["torch"]["works"] and torch.__version__ in found["torch"]["said"]
     assert not found["attention"]["works"] and found["attention"]["said"]
+
+
+def test_the_allocator_of_a_gpu_is_told_to_let_blocks_grow(data_dir, monkeypatch) -> None:
+    """Only where there is a GPU, and not against what a person has set."""
+    from app.machine import Machine
+    from worker import exits
+
+    card = Machine(cores=1, memory_bytes=1, gpu_memory_bytes=2**34)
+    assert "PYTORCH_ALLOC_CONF" not in exits.trainer_environment({})
+    monkeypatch.setattr(exits, "this_machine", lambda: card)
+    assert exits.trainer_environment({})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert exits.trainer_environment({"PYTORCH_ALLOC_CONF": "backend:native"})["PYTORCH_ALLOC_CONF"] == "backend:native"
+    own = exits.trainer_environment({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    assert own["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64" and "PYTORCH_ALLOC_CONF" not in own
+
+
+def test_memory_is_what_is_free_on_the_card_and_held_already(data_dir, monkeypatch) -> None:
+    from worker import device
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (30 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda where: 16 * 2**30)
+    assert device.memory_here(torch.device("cuda")).training_memory_bytes == 46 * 2**30
+    monkeypatch.setenv("WORLD_SIZE", "2")  # they must choose alike
+    assert device.memory_here(torch.device("cuda")).training_memory_bytes == 80 * 2**30
+    assert device.memory_here(torch.device("cpu")).training_memory_bytes == device.this_machine().memory_bytes // 2
