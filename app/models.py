@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from app import blend, ids, manifest
+from app.cards import Laid, MadeOf, upstream
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
@@ -23,12 +24,12 @@ from app.fetching import add_folder, add_hub, add_starter, adopt_starters, fetch
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
-from app.strategies import STRATEGIES
+from app.strategies import STRATEGIES, Strategy
 from app.tables import Checkpoint, Evaluation, Job, Model, User
 
 __all__ = [
     "Resolved", "add_folder", "add_hub", "add_starter", "adopt_starters", "base_of", "checkpoint_name", "delete", "dependants", "fetch",
-    "get", "lineage", "list_", "reap", "reference", "register_tuned", "resolve", "tuned_name",
+    "get", "lineage", "list_", "made_of", "reap", "reference", "register_tuned", "resolve", "tuned_name",
 ]  # fmt: skip
 
 ORGANIZATION = "luthier"
@@ -260,6 +261,28 @@ def lineage(session: Session, model: Model) -> list[Model]:
 def children(session: Session, model: Model) -> list[Model]:
     """What was tuned (or merged) directly from a model and is still there."""
     return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
+
+
+def made_of(session: Session, model: Model) -> MadeOf:
+    """What a download of the model is put together from elsewhere, down to the nearest whole weights."""
+    laid: list[Laid] = []
+    part = model
+    while part.adapter:
+        laid.insert(0, Laid(part.name, _strategy_of(session, part)))
+        part = session.get_one(Model, part.base_id)
+    base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
+    head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
+    hidden = int((model.shape or {}).get("hidden") or 0)
+    return MadeOf(base, tuple(laid), hidden, len(model.labels or ()), head)
+
+
+def _strategy_of(session: Session, model: Model) -> Strategy:
+    """The strategy that made a tuned or merged model, with its settings."""
+    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+        model = session.get_one(Model, model.base_id)
+    job = session.get(Job, model.job_id) if model.job_id else None
+    name = model.strategy or "lora"
+    return STRATEGIES[name].model_validate(job.spec["strategy"] if job and job.spec["strategy"]["name"] == name else {"name": name})
 
 
 # Merging ------------------------------------------------------------------------------------------------------------

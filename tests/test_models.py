@@ -381,7 +381,7 @@ def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, us
 def tune_by_hand(folder: Path, base: Path) -> Path:
     """An adapter with weights that change the answers, as the trainer writes it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from app.strategies.lora import Lora
 
@@ -393,6 +393,7 @@ def tune_by_hand(folder: Path, base: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     folder.mkdir(parents=True)
     strategy.save(model, folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     (folder / "strategy.json").write_text(json.dumps(strategy.model_dump()))
     manifest.write(folder)
     return folder

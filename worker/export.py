@@ -9,8 +9,12 @@ from typing import Any
 import torch
 
 from app import manifest
+from app.cards import Laid, MadeOf, load_code, requirements
 from app.spec import JobSpec
 from worker.checkpoint import State, Written, write_folder, write_weights
+from worker.classifier import Classifier
+from worker.load import folder_of, load_strategy
+from worker.prompts import tuned_kind
 
 FINAL = "final"
 
@@ -21,7 +25,8 @@ def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any,
 
     def fill(folder: Path) -> None:
         write_weights(folder, model, spec.strategy, tokenizer)
-        (folder / "README.md").write_text(card(spec, state), encoding="utf-8")
+        labels = len(model.labels) if isinstance(model, Classifier) else 0
+        (folder / "README.md").write_text(card(spec, state, labels), encoding="utf-8")
 
     written = write_folder(attempt / FINAL, fill, step=state.step, base=spec.model.name, base_revision=spec.model.revision)
     made = manifest.read(written.path)
@@ -34,15 +39,17 @@ def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any,
     return written, made["revision"], adapter
 
 
-def card(spec: JobSpec, state: State) -> str:
-    """The model card: what it is, how it was made, how to load it."""
+def card(spec: JobSpec, state: State, labels: int = 0) -> str:
+    """The model card: what it is, how it was made, how to load it. `labels` is how many a classifier has."""
     strategy, run = spec.strategy, spec.run
     settings = "\n".join(f"| {key} | {value} |" for key, value in strategy.model_dump().items() if key != "name")
     scores = "".join(f"| {key} | {state.before[key]:.4f} | {state.best[key]:.4f} |\n" for key in state.before if key in state.best)
     table = f"\n## On held-out rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
+    kind = "classifier" if labels else tuned_kind(spec.model.kind, spec.dataset.format)
+    code = load_code(kind, made_of(spec, labels))
     return f"""---
 base_model: {spec.model.name}
-library_name: {"peft" if type(strategy).adapter else "transformers"}
+library_name: {"peft" if "import PeftModel" in code else "transformers"}
 tags: [luthier, {strategy.name}]
 ---
 # {spec.name}
@@ -65,26 +72,18 @@ tags: [luthier, {strategy.name}]
 {table}
 ## How to load it
 
+{requirements(code)}
+
 ```python
-{_loading(spec)}
-```
+{code}```
 
 The tokenizer in this folder holds the chat template it was trained with.
 """
 
 
-def _loading(spec: JobSpec) -> str:
-    if spec.task == "classification":
-        return f"""# The probabilities of texts, from a studio that has this model:
-# curl $LUTHIER/v1/classify -H "authorization: Bearer $LUTHIER_KEY" -H "content-type: application/json" \\
-#   -d '{{"model": "…", "input": ["A text"]}}'
-#
-# In this folder: what {spec.strategy.title} changed in the stack, classifier_head.safetensors (the layers on the pooled
-# states) and classifier.json (labels in the order of the scores, pooling, whether vectors are scaled to length 1)."""
-    if not type(spec.strategy).adapter:
-        return 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{spec.model.name}")\n'
-        'model = PeftModel.from_pretrained(base, "this folder")'
-    )
+def made_of(spec: JobSpec, labels: int) -> MadeOf:
+    """What the result of a job is put together from."""
+    below = [Laid(a.path, load_strategy(folder_of(a.path))) for a in spec.model.adapters]
+    own = type(spec.strategy).adapter
+    laid = (*below, Laid(spec.name, spec.strategy)) if own else ()
+    return MadeOf(spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None)

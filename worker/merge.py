@@ -13,9 +13,14 @@ from typing import Any
 import torch
 
 from app.errors import BadData, StudioError
-from app.spec import ModelRef
+from app.spec import ModelRef, RunSettings
+from worker import attention
+from worker.batches import Row
+from worker.classifier import load_classifier, save_classifier
+from worker.classify import probabilities, tokenise_texts
 from worker.convert import inspect, must_fit, name_type
-from worker.load import load_model, load_plain, load_tokenizer
+from worker.device import choose
+from worker.load import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
 
 TRIAL = "The cat sat on the mat, and then it went to sleep in the sun."
 FARTHEST = 0.05
@@ -35,21 +40,47 @@ def main(arguments: list[str]) -> None:
 
 def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
     """Write the merged model with its tokenizer into a new folder. Raises BadData when its answers differ."""
+    if ref.labels:
+        return _merge_classifier(ref, into)
     tokenizer = load_tokenizer(ref)
     ids = tokenizer(TRIAL, return_tensors="pt").input_ids
     expected = answers(load_model(ref), ids)
     model = load_plain(ref)
+    _write(model, tokenizer, into)
+    apart = _apart(expected, answers(model.float(), ids))
+    return {**inspect(into), "kind": ref.kind, "labels": None, "apart": apart}
+
+
+def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
+    """The same for a classifier: its stack with everything folded in, and its head and labels beside it."""
+    tokenizer, (classifier, labels) = load_tokenizer(ref), load_classifier(ref, attention=attention.NAME)
+    strategy = load_strategy(folder_of(ref.adapters[-1].path))
+    texts = tokenise_texts(tokenizer, [Row(1, {"text": TRIAL})], ref.shape.positions)
+    engine = choose(RunSettings(precision="fp32"), strategy, {})
+    expected = probabilities(classifier, texts, len(TRIAL), engine)
+    classifier.backbone = strategy.merge(classifier.backbone)
+    _write(classifier.backbone, tokenizer, into)
+    save_classifier(classifier, into, labels)
+    (into / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))  # which built the head
+    apart = _apart(*(torch.from_numpy(p).log() for p in (expected, probabilities(classifier.float(), texts, len(TRIAL), engine))))
+    return {"kind": ref.kind, "shape": ref.shape.model_dump(), "labels": labels, "apart": apart}
+
+
+def _write(model: Any, tokenizer: Any, into: Path) -> None:
     must_fit(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float16)
     model.save_pretrained(into)
     name_type(into, "bfloat16")
     tokenizer.save_pretrained(into)
-    found = answers(model.float(), ids)
+
+
+def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """How far two forms' log probabilities, (…, V), lie apart at most, in nats. Raises BadData when that is too far."""
     apart = (expected.exp() * (expected - found)).sum(-1).max().item()
     if not apart < FARTHEST:
         raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", way_out="Download the adapter instead.")
-    return {**inspect(into), "kind": ref.kind, "labels": list(ref.labels) if ref.labels else None, "apart": apart}
+    return apart
 
 
 def answers(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

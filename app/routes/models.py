@@ -249,7 +249,7 @@ def _model_page(request: Request, session: Session, user: User, model: Model, fa
         reasons=models.dependants(session, model),
         blends=evaluations.blend_panel(session, user, model, f"/models/{_key(model)}"),
         kind_words=KIND_WORDS,
-        load_code=cards.load_code(model, chain[0]),
+        load_code=cards.load_code(model.kind, models.made_of(session, model)),
         address=str(request.base_url),
         merged=merge_model,
         merges=models.can_merge(session, model),
@@ -296,7 +296,8 @@ def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
         raise Conflict(f"The files of {model.name} are not there.", way_out="Add the model again.")
     chain = models.lineage(session, model)
     job = session.get(Job, model.job_id) if model.job_id else None
-    stream = downloads.zip_of(folder, cards.card(model, chain, job), cards.upstream(chain[0]))
+    made_of = models.made_of(session, model)
+    stream = downloads.zip_of(folder, cards.card(model, chain, job, made_of), made_of.base)
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.name)
     headers = {"content-disposition": f'attachment; filename="{safe}.zip"', "x-content-type-options": "nosniff"}
     return StreamingResponse(stream, media_type="application/zip", headers=headers)

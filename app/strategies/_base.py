@@ -40,6 +40,14 @@ class Kept(NamedTuple):
     once: int = 0
 
 
+class Loading(NamedTuple):
+    """Python that lays a result on its base without Luthier: what it imports, its lines, and the line that then folds it in."""
+
+    imports: tuple[str, ...] = ()
+    lines: str = ""
+    folds: str = ""
+
+
 class Strategy(BaseModel, ABC):
     """One way to tune a model. A subclass in `app/strategies/NAME.py` declares `name: Literal["NAME"] = "NAME"`.
 
@@ -162,6 +170,17 @@ class Strategy(BaseModel, ABC):
             "base_model_name_or_path": model.config._name_or_path,
             "strategy": self.model_dump(),
         }
+
+    # How others load it -----------------------------------------------------------------------------------------------
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        """The code of the model card: lays what `save` wrote into `folder` on `model`, a fresh base (for classification its
+        stack without a head). Nothing where the base stays as it is, or where the result is a whole model."""
+        return Loading()
+
+    def head_code(self, hidden: int, labels: int) -> str:
+        """What `head` builds, as Python."""
+        return f"torch.nn.Linear({hidden}, {labels})"
 
     # What it does while training; most need none of it -----------------------------------------------------------------
 

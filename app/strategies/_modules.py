@@ -10,13 +10,26 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from app.strategies._base import Strategy
-from app.strategies._files import read_weights, write_adapter
+from app.strategies._base import Loading, Strategy
+from app.strategies._files import WEIGHTS, read_weights, write_adapter
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "luthier"
+_LOADING = """learnt = load_file(f"{{folder}}/{weights}")
+
+
+def added(place, x):  # what the small layers of a place add: down, bend, up
+    part = {{name: learnt[f"{{place}}.{name}.{{name}}"].to(x) for name in ("down.weight", "down.bias", "up.weight", "up.bias")}}
+    inner = F.{activation}(F.linear(x, part["down.weight"], part["down.bias"]))
+    return {scale:g} * F.linear(inner, part["up.weight"], part["up.bias"])
+
+
+for place in sorted({{name.split(".{name}.")[0] for name in learnt}}):
+    module = model.get_submodule(place)
+    {hook}"""
+AFTER = "module.register_forward_hook(lambda module, inputs, output, place=place: output + added(place, output))"
 
 
 class Added(Strategy):
@@ -51,3 +64,9 @@ class Added(Strategy):
             if f".{NAME}.up." in name:  # the last layer of what is added, so the sum is scaled
                 weight.data = share * weight.data
         return loaded
+
+
+def loading(activation: str, scale: float = 1.0, hook: str = AFTER) -> Loading:
+    """Small layers with this bend and strength, laid on by the line `hook` at each of their places."""
+    lines = _LOADING.format(weights=WEIGHTS, name=NAME, activation=activation, scale=scale, hook=hook)
+    return Loading(("import torch.nn.functional as F", "from safetensors.torch import load_file"), lines)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from app.strategies._base import Strategy
+from app.strategies._base import Loading, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,11 @@ class PeftStrategy(Strategy):
             if any(part in name for part in self.scaled):
                 weight.data = self.neutral + share * (weight.data - self.neutral)
         return loaded
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        return Loading(
+            ("from peft import PeftModel",), "model = PeftModel.from_pretrained(model, folder)", "model = model.merge_and_unload()"
+        )
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         if not self.merges:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from app.shapes import Shape
-from app.strategies._base import Memory, Strategy
-from app.strategies._files import read_weights, write_adapter
+from app.strategies._base import Loading, Memory, Strategy
+from app.strategies._files import WEIGHTS, read_weights, write_adapter
 from app.strategies._model import interpolate, parent_of
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class Selected(Strategy):
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
         base = dict(model.named_parameters())
         return interpolate(base, self.load(model, folder), share)
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        lines = f'model.load_state_dict(load_file(f"{{folder}}/{WEIGHTS}"), strict=False)  # the weights that learnt replace the base\'s'
+        return Loading(("from safetensors.torch import load_file",), lines)
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         return model

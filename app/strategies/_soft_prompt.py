@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from app.shapes import Shape
-from app.strategies._base import Kept, Strategy
+from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter
 from app.strategies._model import attention, backbone, blocks
 
@@ -77,6 +77,9 @@ class SoftPrompt(Strategy):
         table = make_table(read_weights(folder)["prompt_embeddings"])
         self._hang(model, table.requires_grad_(False))
         return model
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        return Loading(("from peft import PeftModel",), "model = PeftModel.from_pretrained(model, folder)")
 
 
 def task_type(model: torch.nn.Module) -> str:

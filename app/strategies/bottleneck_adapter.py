@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape
-from app.strategies._base import Kept
+from app.strategies._base import Kept, Loading
 from app.strategies._model import attention_output, blocks, feed_forward_output
-from app.strategies._modules import NAME, Added
+from app.strategies._modules import AFTER, NAME, Added, loading
 
 if TYPE_CHECKING:
     import torch
+
+_BESIDE = """if place.endswith("mlp"):
+        module.register_forward_hook(lambda module, inputs, output, place=place: output + added(place, inputs[0]))
+    else:  # an encoder adds the block's input to what its feed-forward layers give
+        module.register_forward_pre_hook(lambda module, inputs, place=place: (inputs[0], inputs[1] + added(place, inputs[1])))"""
 
 
 class BottleneckAdapter(Added):
@@ -63,6 +68,9 @@ class BottleneckAdapter(Added):
             for place in places:
                 self._hang(place, model)
                 place.register_forward_hook(_after)
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        return loading(self.activation, self.scale, _BESIDE if self.arrangement == "parallel" else AFTER)
 
     def _hang(self, place: torch.nn.Module, model: torch.nn.Module) -> None:
         weight = next(place.parameters())

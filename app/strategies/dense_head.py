@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from app.shapes import Shape
+from app.strategies._base import Loading
 from app.strategies._files import read_weights
 from app.strategies._model import final_norm
-from app.strategies._modules import NAME, Added
+from app.strategies._modules import NAME, Added, loading
 from app.strategies.bottleneck_adapter import make_bottleneck
 
 if TYPE_CHECKING:
@@ -72,6 +74,15 @@ class DenseHead(Added):
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         # A classifier's dense layers are its head, which is saved beside the adapter: then there is nothing to hang here.
         return super().load(model, folder) if read_weights(folder) else model
+
+    def loading(self, *, task: str = "generation") -> Loading:
+        return Loading() if task == "classification" else loading(self.activation)
+
+    def head_code(self, hidden: int, labels: int) -> str:
+        bend = {"gelu": "torch.nn.GELU()", "relu": "torch.nn.ReLU()", "silu": "torch.nn.SiLU()"}[self.activation]
+        widths = [hidden] + [self.width] * self.depth
+        layers = [f"torch.nn.Dropout(), torch.nn.Linear({a}, {b}), {bend}" for a, b in itertools.pairwise(widths)]
+        return f"torch.nn.Sequential({', '.join(layers)}, torch.nn.Linear({self.width}, {labels}))"
 
     def head(self, hidden: int, labels: int) -> torch.nn.Module:
         import torch

@@ -78,6 +78,11 @@ class FeatureExtraction(Strategy):
             return torch.nn.Linear(hidden, labels)
         return torch.nn.Sequential(torch.nn.Linear(hidden, self.width), torch.nn.GELU(), torch.nn.Linear(self.width, labels))
 
+    def head_code(self, hidden: int, labels: int) -> str:
+        if self.classifier == "logistic":
+            return super().head_code(hidden, labels)
+        return f"torch.nn.Sequential(torch.nn.Linear({hidden}, {self.width}), torch.nn.GELU(), torch.nn.Linear({self.width}, {labels}))"
+
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         write_adapter(folder, self.describe(model), {})
 

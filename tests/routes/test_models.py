@@ -17,6 +17,7 @@ from app import ids, models, starters
 from app.events import Finished, Measured
 from app.shapes import Shape
 from app.tables import Job, Model
+from tests.card_code import run_card
 from tests.orders import make_dataset, make_spec
 from tests.test_models import tune_by_hand
 
@@ -169,7 +170,7 @@ def test_an_adapter_downloads_in_the_layout_peft_loads(client, tuned, tiny_model
     assert config["base_model_name_or_path"] == "lab/tiny" and str(data_dir) not in json.dumps(config)
     card = (tmp_path / "got" / "README.md").read_text()
     assert "base_model: lab/tiny" in card and "library_name: peft" in card and "validation loss, tuned | 1.25" in card
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(tmp_path / "got"))
+    model = run_card(card, tmp_path / "got", **{"lab/tiny": tiny_model})["model"].float()
     ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(data_dir / "runs/1/final"))
     trial = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(trial).logits, ours(trial).logits)

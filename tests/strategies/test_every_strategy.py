@@ -21,11 +21,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from app.cards import Laid, MadeOf, load_code
 from app.forms import controls, fill
 from app.shapes import Shape, shape_of
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Memory, Strategy
 from app.strategies._model import blocks, feed_forward_output
+from tests.card_code import run_card
 from tests.worker.orders import chat_rows
 from worker import attention, evaluate, kernels, optim
 from worker.batches import Row, Tokenised, make_batch, tokenise
@@ -153,6 +155,15 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
     together = evaluate.answers(again, tokenizer, asked, 8, engine, lead)
     apart = list(itertools.chain(*(evaluate.answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
     assert together == apart  # padding on the left changes nothing
+
+    tokenizer.save_pretrained(folder)
+    made_of = MadeOf("base", (Laid("it", strategy),)) if strategy.adapter else MadeOf(None)
+    elsewhere = run_card(f"```python\n{load_code('dialogue', made_of)}```", folder, base=tiny_model)["model"].eval()
+    ids = torch.tensor([asked[0].ids])
+    with torch.no_grad():
+        theirs = elsewhere(input_ids=ids).logits[:, -ids.shape[1] :]
+        ours = again.eval()(input_ids=torch.cat([torch.tensor([lead], dtype=ids.dtype), ids], 1)).logits[:, -ids.shape[1] :]
+    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4)
 
     if type(strategy).merges:
         merged = strategy.merge(again)

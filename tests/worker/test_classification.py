@@ -13,19 +13,22 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from app import events
+from app.cards import MadeOf, load_code
 from app.errors import BadData
 from app.settings import get_settings
 from app.shapes import shape_of
 from app.spec import Adapter, JobSpec, ModelRef
 from app.strategies import STRATEGIES
+from tests.card_code import run_card
 from tests.worker.orders import order, put_dataset, put_model
 from worker import checkpoint, telling
 from worker.attention import NAME as PACKED
-from worker.batches import BadRow
+from worker.batches import BadRow, Row
 from worker.classifier import load_backbone, load_classifier
 from worker.classify import probabilities, read_labelled, tokenise_texts
 from worker.device import choose
 from worker.load import load_tokenizer
+from worker.merge import merge
 from worker.train import Control, train
 
 WORDS = {"wood": "spruce maple ebony willow", "sound": "bright warm dark loud", "part": "neck scroll bridge peg"}
@@ -105,6 +108,21 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
     found = probabilities(classifier, tokenise_texts(tokenizer, data.held_out, 128, lead), 400, choose(spec.run, spec.strategy, {}))
     truth = data.truth(data.held_out)
     assert float(-np.log(found[np.arange(len(truth)), truth]).mean()) == pytest.approx(finished.evaluation["tuned"]["log_loss"], abs=1e-4)
+
+    folder = data_dir / finished.path
+    elsewhere = run_card((folder / "README.md").read_text(), folder, **{model.name: data_dir / model.path})
+    asked = tokenise_texts(tokenizer, [Row(1, {"text": "A text to sort."})], 128, lead)
+    said = probabilities(classifier, asked, 400, choose(spec.run, spec.strategy, {}))[0]
+    assert elsewhere["probabilities"] == pytest.approx(said, abs=1e-5)
+
+    if type(spec.strategy).merges:
+        facts = merge(tuned_ref(spec, finished), data_dir / "merged")
+        code = load_code("classifier", MadeOf(None, (), model.shape.hidden, len(labels), spec.strategy))
+        alone = run_card(f"```python\n{code}```", data_dir / "merged")
+        assert facts["labels"] == labels and "peft" not in code
+        assert alone["probabilities"] == pytest.approx(said, abs=0.02)  # stored in 16 bits, and loaded in them elsewhere
+        whole = load_classifier(model.model_copy(update={"path": "merged", "labels": tuple(labels)}), attention=PACKED)[0]
+        assert probabilities(whole, asked, 400, choose(spec.run, spec.strategy, {}))[0] == pytest.approx(said, abs=2e-3)
 
 
 def test_a_resumed_job_is_the_same_job(data_dir: Path, tiny_model: Path) -> None:
