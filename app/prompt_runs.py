@@ -24,12 +24,24 @@ from app.errors import BadField, Conflict, NotFound
 from app.generation import ExternalEngine
 from app.prompts import PromptBody
 from app.settings import get_settings
-from app.spec import DatasetRef, ModelRef
-from app.tables import JSON, Dataset, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
+from app.spec import DatasetRef, JobSpec, ModelRef, Split
+from app.tables import JSON, Dataset, Job, Model, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
 
 MOST_DEATHS = 3
+"""Deaths of workers without a row scored between them, after which a run fails."""
 LEASE_SECONDS = 30.0
 RUN = "run"
+
+
+class Learnt(BaseModel):
+    """What one job of a model's past learnt from these rows or another version of them: all but what it held out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: DatasetRef
+    validation_fraction: float
+    seed: int
+    split: Split | None = None
 
 
 class RunSpec(BaseModel):
@@ -45,19 +57,25 @@ class RunSpec(BaseModel):
     task: str
     part: Literal["validation", "all"]
     rows: int
-    validation_fraction: float
+    validation_fraction: float  # 1: all rows are held out
     split_seed: int
+    split: Split | None = None
+    learnt: tuple[Learnt, ...] = ()
 
 
 class RunOrder(BaseModel):
-    """Which rows: `validation` is the share a job with this fraction and seed holds out, so a tuned model never saw it."""
+    """Which rows: `validation` are those that the job which tuned the model held out, or a job with this fraction and seed.
+
+    Of them, none is asked that the model or one of `beside` has learnt: so all these models can be put to the same lines.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     part: Literal["validation", "all"] = "validation"
     rows: int = Field(100, ge=1, le=100_000)
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
-    split_seed: int = Field(42, ge=0, le=2**31 - 1)
+    validation_fraction: float | None = Field(None, gt=0, lt=1)
+    split_seed: int | None = Field(None, ge=0, le=2**31 - 1)
+    beside: list[str] = Field([], max_length=16, description="Models this one is compared with.")
 
 
 def create(session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder) -> PromptRun:
@@ -73,14 +91,16 @@ def create(session: Session, user: User, version: PromptVersion, model: str, dat
     body = PromptBody(**version.body)
     if body.score == "label" and dataset.task != "classification":
         raise BadField(f"{dataset.name} has no labels to score by.", way_out="Score by exact match or contains.", param="score")
-    if body.shots and order.part == "all" and body.choose != "chosen":
+    held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
+    if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
         raise BadField(
             "Examples come from the training rows, and a run over all rows leaves none.",
             way_out="Run over the validation rows, or name the example lines.",
             param="part",
         )
     spec = RunSpec(
-        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", **order.model_dump()
+        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", part=order.part,
+        rows=order.rows, **held,
     )  # fmt: skip
     run = PromptRun(
         id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
@@ -91,6 +111,38 @@ def create(session: Session, user: User, version: PromptVersion, model: str, dat
     queue.put_in_outbox(session, queue.PROMPT, run.id)
     session.refresh(run)
     return run
+
+
+def _held_out(session: Session, user: User, speakers: Sequence[playground.Speaker], dataset: Dataset, order: RunOrder) -> JSON:
+    """Which rows are held out, as RunSpec says it: the split of the first job that learnt from this dataset, and what all learnt."""
+    kin, learnt, found = set(datasets.family(session, dataset)), [], None
+    for job in {job.id: job for who in speakers for job in _past(session, who)}.values():
+        spec = JobSpec.model_validate(job.spec)
+        share = 0.0 if spec.validation else spec.run.validation_fraction
+        if spec.validation and spec.validation.id == dataset.id:
+            found = found or (1.0, spec.run.seed, None)
+        if spec.dataset.id in kin:
+            learnt.append(Learnt(dataset=spec.dataset, validation_fraction=share, seed=spec.run.seed, split=spec.split))
+            found = found or ((share, spec.run.seed, spec.split) if spec.dataset.id == dataset.id and share else None)
+    fraction, seed, split = found or (0.1, 42, None)
+    if order.validation_fraction is not None or order.split_seed is not None:
+        fraction, seed, split = order.validation_fraction or 0.1, 42 if order.split_seed is None else order.split_seed, None
+    return {"validation_fraction": fraction, "split_seed": seed, "split": split, "learnt": tuple(learnt)}
+
+
+def _past(session: Session, who: playground.Speaker) -> list[Job]:
+    """The jobs that made a model out of the one it goes back to, the newest first."""
+    found, model = [], who.resolved.model
+    key = who.resolved.checkpoint.job_id if who.resolved.checkpoint else model.job_id
+    while True:
+        job = session.get(Job, key) if key else None
+        found += [job] if job else []
+        if model.base_id is None:
+            return found
+        base = session.get(Model, model.base_id)
+        if base is None:
+            return found
+        model, key = base, base.job_id
 
 
 # Looking ------------------------------------------------------------------------------------------------------------
@@ -136,27 +188,6 @@ def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset,
     return list(found.values())
 
 
-def verdict(rows: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> str:
-    """Whether a better prompt would have been enough, in one sentence, from the finished runs on one dataset."""
-    done = [r for r in rows if r[0].status == "succeeded" and r[0].result]
-    tuned = [r for r in done if _is_tuned(r[0])]
-    plain = [r for r in done if not _is_tuned(r[0])]
-    if not plain or not tuned:
-        return "Run a prompt on a base model and on a tuned one to learn whether a better prompt would have been enough."
-    best, other = tuned[0][0], plain[0][0]
-    if other.spec["body"]["score"] != best.spec["body"]["score"]:
-        return "The best tuned model and the best prompt were scored by different rules, so they cannot be compared."
-    if best.result["low"] > other.result["high"]:
-        return f"Tuning was needed: {best.spec['model']['name']} is ahead of every prompt by more than chance explains."
-    if other.result["low"] > best.result["high"]:
-        return f"A prompt was enough: “{plain[0][1].name}” on {other.spec['model']['name']} beats the tuned model."
-    return "The intervals of the best prompt and the best tuned model overlap: on these rows a prompt may have been enough. More rows would tell."
-
-
-def _is_tuned(run: PromptRun) -> bool:
-    return bool(run.spec["model"]["adapters"]) or run.spec["model"]["name"].startswith("ft:")
-
-
 def to_json(run: PromptRun) -> JSON:
     spec = run.spec
     return {
@@ -168,6 +199,8 @@ def to_json(run: PromptRun) -> JSON:
         "dataset": spec["dataset"]["name"],
         "dataset_id": ids.public(ids.DATASET, run.dataset_id),
         "part": spec["part"],
+        "validation_fraction": spec["validation_fraction"],
+        "split_seed": spec["split_seed"],
         "score_rule": spec["body"]["score"],
         "progress": run.progress,
         "result": run.result,
@@ -187,7 +220,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
     session.refresh(run, with_for_update=True)
     if run.status in ("queued", "running"):
         run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()  # type: ignore[assignment]
-        run.result = summary(session, run.id)
+        run.result = _whole(session, run)
         session.flush()
     session.refresh(run)
     return run
@@ -211,24 +244,26 @@ def _held(run_id: uuid.UUID, fence: int) -> ColumnElement[bool]:
     return (PromptRun.id == run_id) & (PromptRun.fence == fence) & (PromptRun.status == "running") & PromptRun.deleted_at.is_(None)
 
 
-def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int]] | None:
-    """The fence, the order and the lines that are scored already; None when there is nothing to do or another is at it."""
+def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], JSON] | None:
+    """The fence, the order, the lines that are scored already and what they took; None when there is nothing to do or another is at it."""
     free = or_(PromptRun.status == "queued", (PromptRun.status == "running") & (PromptRun.lease_until < func.clock_timestamp()))
     row = session.execute(
         update(PromptRun)
         .where(PromptRun.id == run_id, PromptRun.deleted_at.is_(None), free)
         .values(status="running", fence=PromptRun.fence + 1, lease_until=_lease())
-        .returning(PromptRun.fence, PromptRun.spec)
+        .returning(PromptRun.fence, PromptRun.spec, PromptRun.result)
     ).one_or_none()
     if row is None:
         return None
     done = set(session.scalars(select(PromptResult.line).where(PromptResult.run_id == run_id)))
-    return row.fence, RunSpec.model_validate(row.spec), done
+    return row.fence, RunSpec.model_validate(row.spec), done, row.result or {}
 
 
-def beat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON]) -> bool:
-    """Keep the lease and store the rows scored since the last beat; False when the run is no longer ours or was stopped."""
-    held = update(PromptRun).where(_held(run_id, fence)).values(lease_until=_lease(), progress=progress).returning(PromptRun.id)
+def beat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
+    """Keep the lease, and store the rows scored since the last beat with what all of them took; False when the run is no longer ours
+    or was stopped."""
+    values = {"lease_until": _lease(), "progress": progress, "result": storable(totals)}
+    held = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
     if session.scalar(held) is None:
         return False
     session.add_all([PromptResult(run_id=run_id, **storable(row)) for row in rows])
@@ -236,16 +271,16 @@ def beat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows:
     return True
 
 
-def finish(session: Session, run_id: uuid.UUID, fence: int, *, more: JSON | None = None, error: JSON | None = None) -> bool:
+def finish(session: Session, run_id: uuid.UUID, fence: int, *, totals: JSON | None = None, error: JSON | None = None) -> bool:
     """Record how it ended, with the score over what was stored; False when it is no longer ours."""
-    values = {
+    values: JSON = {
         "status": "failed" if error else "succeeded",
-        "result": storable((summary(session, run_id) or {}) | (more or {})) or None,
+        "result": storable((summary(session, run_id) or {}) | (totals or {})) or None,
         "error": storable(error),
         "lease_until": None,
-        "progress": 1.0,
         "finished_at": func.clock_timestamp(),
     }
+    values |= {} if error else {"progress": 1.0}
     done = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
     return session.scalar(done) is not None
 
@@ -259,8 +294,16 @@ def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
     return {"score": sum(scores) / len(scores), "low": low, "high": high, "rows": len(scores)}
 
 
+def _whole(session: Session, run: PromptRun) -> JSON | None:
+    """The score so far beside what the rows took."""
+    return ((summary(session, run.id) or {}) | (run.result or {})) or None
+
+
 def reap(session: Session) -> int:
-    """Runs whose worker died or whose message was lost are announced again. Returns how many."""
+    """Runs whose worker died or whose message was lost are announced again; one whose workers die without a row between them fails.
+
+    Returns how many were looked after.
+    """
     quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
     spoken_of = select(Outbox.id).where(
         Outbox.key == PromptRun.id, Outbox.task == queue.PROMPT, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
@@ -273,10 +316,21 @@ def reap(session: Session) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for run in lost:
-        if run.fence >= MOST_DEATHS:
-            run.status, run.lease_until = "failed", None
-            run.error = {"code": "crashed", "message": f"Its worker died {MOST_DEATHS} times.", "way_out": "Take a smaller model."}
+        if run.status == "running" and _died_again(session, run) >= MOST_DEATHS:
+            run.status, run.lease_until, run.finished_at = "failed", None, func.clock_timestamp()  # type: ignore[assignment]
+            run.result = _whole(session, run)
+            message = f"Its worker died {MOST_DEATHS} times without scoring a row between."
+            run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
             continue
         run.status, run.lease_until = "queued", None
         queue.put_in_outbox(session, queue.PROMPT, run.id)
     return len(lost)
+
+
+def _died_again(session: Session, run: PromptRun) -> int:
+    """How often its worker has now died since the last row that was scored."""
+    rows = session.scalar(select(func.count()).select_from(PromptResult).where(PromptResult.run_id == run.id)) or 0
+    result = run.result or {}
+    deaths = 1 + (result.get("deaths", 0) if result.get("rows_at_death") == rows else 0)
+    run.result = {**result, "deaths": deaths, "rows_at_death": rows}
+    return deaths

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from app import prompts
+from app import chance, prompts
 from app.events import Finished
 from app.manifest import sha256_of
 from app.prompt_runs import RunSpec
@@ -73,22 +73,23 @@ def reference(folder: Path, kind: str) -> ModelRef:
 
 
 def score(spec: RunSpec, rows: list[Solved], shots: Shots) -> dict[str, Any]:
-    totals, began = {"prompt_tokens": 0, "tokens": 0, "unanswered": 0}, time.monotonic()
+    began = time.monotonic()
     with ThreadPoolExecutor(promptlab.AT_ONCE) as pool:
         asked: list[tuple[Solved, Future[promptlab.Said]]] = []
         for row in rows:
             text = prompts.text_of(spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)])
             asked.append((row, pool.submit(promptlab._ask, spec, text, [], row.line, [False])))
-        results = [promptlab._scored(spec, row, future, [], totals) for row, future in asked]
-    scores = [result["score"] for result in results]
-    low, high = prompts.interval(scores)
+        heard = [(row, future.result()) for row, future in asked]
+    scores = [promptlab._scored(spec, row, said, [])["score"] for row, said in heard]
+    low, high = chance.interval(scores)
     return {
         "score": sum(scores) / len(scores),
         "low": low,
         "high": high,
         "rows": len(scores),
         "seconds": time.monotonic() - began,
-        **totals,
+        "prompt_tokens": sum(said.prompt_tokens for _, said in heard),
+        "tokens": sum(said.tokens for _, said in heard),
     }
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import chance, datasets, files, ids, prompt_runs, prompts, queue
-from app.errors import BadField
+from app import chance, datasets, enough, files, ids, prompt_runs, prompts, queue
+from app.errors import BadData, BadField
 from app.prompts import PromptBody
 from app.tables import Outbox, PromptResult, PromptRun
 from tests.generating import _running, live, register_tiny, start_worker, stop_worker  # noqa: F401
@@ -162,9 +162,9 @@ def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
 
     register_tiny(session)
     run = order(session, user, sums, {"max_tokens": 2}, part="all", rows=10)
-    fence, _, done = prompt_runs.claim(session, run.id)
+    fence, _, done, _ = prompt_runs.claim(session, run.id)
     row = {"line": 1, "input": "x", "rendered_prompt": "\0", "expected": "x", "said": ["mine"], "answer": "x", "score": 1.0}
-    assert not done and prompt_runs.beat(session, run.id, fence, 0.1, [row])
+    assert not done and prompt_runs.beat(session, run.id, fence, 0.1, [row], {"tokens": 1000, "seconds": 50.0})
     session.commit()
     promptlab.work(run.id)  # another one has it
     session.refresh(run)
@@ -179,9 +179,34 @@ def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
     promptlab.work(run.id)
     session.refresh(run)
     assert run.status == "succeeded" and run.fence == fence + 1
-    assert not prompt_runs.beat(session, run.id, fence, 0.5, [])
+    assert run.result["rows"] == 10 and 1000 < run.result["tokens"] <= 1020 and run.result["seconds"] > 50, "both workers' work is in it"
+    assert run.result["deaths"] == 1 and run.progress == 1
+    assert not prompt_runs.beat(session, run.id, fence, 0.5, [], {})
     kept = {r.line: r.said for r in prompt_runs.results(session, run)}
     assert kept.get(1, ["mine"]) == ["mine"]
+
+
+def test_workers_that_die_without_a_row_between_end_a_run(session, user, sums):
+    from sqlalchemy import text
+
+    register_tiny(session)
+    run = order(session, user, sums, {"max_tokens": 2}, part="all", rows=10)
+
+    def die(line=None):
+        fence, _, _, before = prompt_runs.claim(session, run.id)
+        row = {"line": line, "input": "x", "rendered_prompt": "x", "expected": "x", "said": ["x"], "answer": "x", "score": 1.0}
+        assert prompt_runs.beat(session, run.id, fence, 0.1, [row] if line else [], {"tokens": 1} | before)
+        session.execute(text("UPDATE prompt_runs SET lease_until = clock_timestamp() - interval '1 second'"))
+        session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+        session.commit()
+        session.expire_all()
+        assert prompt_runs.reap(session) == 1
+        session.commit()
+        session.refresh(run)
+        return run.status
+
+    assert [die(), die(), die(1), die(2), die(), die()] == ["queued"] * 5 + ["failed"]  # a row scored between begins to count anew
+    assert run.error["code"] == "crashed" and run.finished_at and run.result["rows"] == 2 and run.result["score"] == 1
 
 
 def test_labels_and_rouge(session, user, words, sums):
@@ -204,7 +229,7 @@ def test_labels_and_rouge(session, user, words, sums):
         order(session, user, sums, {"shots": 2, "builder": "few_shot"}, "tiny-generic", part="all")
 
 
-def test_what_goes_wrong_is_told(session, user, sums):
+def test_what_goes_wrong_is_told(client, session, user, sums):
     from worker import promptlab
 
     register_tiny(session, "gone", path="models/not-there")
@@ -216,7 +241,81 @@ def test_what_goes_wrong_is_told(session, user, sums):
     long = order(session, user, sums, {"template": "{{input}} " + "wood " * 1500, "max_tokens": 2}, rows=3)
     promptlab.work(long.id)
     session.refresh(long)
-    assert long.status == "succeeded" and long.result["unanswered"] == long.result["rows"] and long.result["score"] == 0
+    assert long.status == "failed" and "None of the 3 rows" in long.error["message"] and long.error["code"] == "context_length_exceeded"
+    page = client.get("/playground/lab").text + client.get(f"/playground/lab/runs/{ids.public('run', long.id)}").text
+    assert page.count("None of the 3 rows") == 3 and "3 rows got no answer" in page
+    rows = [{"instruction": "One? " + "wood " * (1500 if i == 2 else 1), "output": "Two."} for i in range(5)]
+    mixed = order(session, user, ready(session, user, rows, "mixed.jsonl"), {"max_tokens": 2}, part="all")
+    promptlab.work(mixed.id)
+    session.refresh(mixed)
+    assert mixed.status == "succeeded" and mixed.result["rows"] == 4, "an answer that failed says nothing about the prompt"
+    assert mixed.result["unanswered"] == 1 and mixed.result["unanswered_lines"] == [3] and mixed.result["asked_of"] == 5
+    assert "line 3." in client.get(f"/playground/lab/runs/{ids.public('run', mixed.id)}").text
+
+
+def test_prompts_and_a_tuned_model_are_asked_lines_that_it_has_not_learnt(session, user, sums):
+    """By the split of the job that tuned it, also for the models beside it; by versions of the data too."""
+    from app.tables import Job
+    from tests.orders import make_spec
+    from worker.batches import read_rows, split
+    from worker.promptlab import _rows
+
+    base = register_tiny(session)
+    spec = make_spec(base, sums, validation_fraction=0.4, seed=7)
+    job = Job(owner_id=user.id, name="tuned", spec=spec.model_dump(mode="json"), model_id=base.id, dataset_id=sums.id, order={})
+    session.add(job)
+    session.flush()
+    register_tiny(session, "ft:tiny:sums", path="models/x", owner_id=user.id, base_id=base.id, job_id=job.id, strategy="lora")
+    training, held = split(read_rows(spec.dataset), 0.4, 7)
+    asked = []
+    for model, more in (
+        ("ft:tiny:sums", {}),
+        ("tiny", {"beside": ["ft:tiny:sums"]}),
+        ("tiny", {"beside": ["ft:tiny:sums"], "split_seed": 3}),
+    ):
+        run = order(session, user, sums, {"max_tokens": 2}, model, **more)
+        asked.append({row.line for row, _ in _rows(prompt_runs.RunSpec.model_validate(run.spec))[0]})
+    assert asked[0] == asked[1] == {row.line for row in held} and len(held) == 24
+    assert asked[2] and asked[2] < asked[0] and not asked[2] & {row.line for row in training}
+    fewer = order(session, user, sums, {"max_tokens": 2}, "ft:tiny:sums", rows=5)
+    assert len(few := {r.line for r, _ in _rows(prompt_runs.RunSpec.model_validate(fewer.spec))[0]}) == 5 and few < asked[0]
+    whole = spec.model_copy(update={"validation": spec.dataset.model_copy(update={"id": job.id})})
+    job.spec = whole.model_dump(mode="json")
+    session.commit()
+    with pytest.raises(BadData, match="Every row of sums was learnt"):
+        _rows(prompt_runs.RunSpec.model_validate(order(session, user, sums, {"max_tokens": 2}, "ft:tiny:sums").spec))
+
+
+def test_the_verdict_compares_line_by_line(session, user, sums):
+    """Both right on most lines says nothing; the lines on which they differ do."""
+    register_tiny(session)
+    register_tiny(session, "ft:tiny:sums", owner_id=user.id)
+
+    def scored(model, right_on, score="exact", lines=range(1, 41)):
+        run = order(session, user, sums, {"max_tokens": 2, "score": score}, model)
+        fence, *_ = prompt_runs.claim(session, run.id)
+        rows = [
+            {"line": n, "input": "x", "rendered_prompt": "x", "expected": "x", "said": ["x"], "answer": "x", "score": float(n in right_on)}
+            for n in lines
+        ]
+        assert prompt_runs.beat(session, run.id, fence, 1, rows, {}) and prompt_runs.finish(session, run.id, fence)
+        session.commit()
+        session.expire_all()
+
+    def says():
+        ((_, rows),) = prompt_runs.table(session, user)
+        return enough.verdict(session, rows)
+
+    scored("tiny", range(1, 21))
+    assert says().startswith("Run a prompt on a base model and on a tuned one")
+    scored("ft:tiny:sums", range(1, 26))  # five more, and none lost: p = 0.0625, although the intervals are far from apart
+    assert says().startswith("A prompt may have been enough.") and "ahead on 5 lines and behind on 0" in says() and "p = 0.062" in says()
+    scored("ft:tiny:sums", range(1, 27))
+    assert says().startswith("Tuning was needed. On the 40 lines") and "p = 0.031" in says() and "65.0%" in says() and "50.0%" in says()
+    scored("tiny", range(1, 41))
+    assert says().startswith("A prompt was enough.") and "ahead on 0 lines and behind on 14" in says()
+    scored("ft:tiny:sums", range(41, 61), lines=range(41, 61))  # the best of all, but on other lines
+    assert says().startswith("Only 0 lines were asked of both")
 
 
 def test_the_api_and_versions(api, session, user, sums):

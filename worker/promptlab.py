@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from app import prompt_runs, prompts
 from app.db import transaction
-from app.errors import StudioError
+from app.errors import BadData, StudioError
 from app.generation import ChoiceFinished, Done, GenerateRequest, Sampling, Started, TextPart
-from app.prompt_runs import RunSpec
+from app.prompt_runs import Learnt, RunSpec
+from app.splits import key_of
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +40,51 @@ class Stopped(Exception):
     """The run was cancelled, deleted or taken over."""
 
 
+class Totals:
+    """What the scored rows took, over all workers that were at the run, and the rows that got no answer.
+
+    An answer that failed says nothing about the prompt, so its row is left out of the score and counted. A fault of the row
+    itself (too long for the model, refused by its template) is the row's; others end the run when they come one after another.
+    """
+
+    def __init__(self, before: dict[str, Any]) -> None:
+        self.kept = {name: before[name] for name in ("deaths", "rows_at_death") if name in before}
+        self.prompt_tokens, self.tokens = before.get("prompt_tokens", 0), before.get("tokens", 0)
+        self.seconds, self.began = before.get("seconds", 0.0), time.monotonic()
+        self.unanswered: list[int] = []
+        self.first_fault: StudioError | None = None
+        self.strikes = 0
+
+    def answered(self, said: Said) -> None:
+        self.prompt_tokens += said.prompt_tokens
+        self.tokens += said.tokens
+        self.strikes = 0
+
+    def failed(self, line: int, fault: StudioError) -> None:
+        """Count a row out; raises the fault when it is not one row's."""
+        self.unanswered.append(line)
+        self.first_fault = self.first_fault or fault
+        self.strikes += fault.status != 400
+        if self.strikes >= AT_ONCE:
+            raise fault
+
+    def as_json(self, rows: int) -> dict[str, Any]:
+        return self.kept | {
+            "prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "seconds": self.seconds + time.monotonic() - self.began,
+            "unanswered": len(self.unanswered), "unanswered_lines": sorted(self.unanswered)[:20], "asked_of": rows,
+        }  # fmt: skip
+
+
 def work(run_id: uuid.UUID) -> None:
     """Run it, unless another worker is at it. Every fault becomes the run's error."""
     with transaction() as session:
         claimed = prompt_runs.claim(session, run_id)
     if claimed is None:
         return
-    fence, spec, done = claimed
-    began, totals, error = time.monotonic(), {"prompt_tokens": 0, "tokens": 0, "unanswered": 0}, None
+    fence, spec, done, before = claimed
+    run, error = Run(run_id, fence, spec, done, Totals(before)), None
     try:
-        _run(run_id, fence, spec, done, totals)
+        run.through()
     except Stopped:
         return
     except StudioError as fault:
@@ -57,44 +93,68 @@ def work(run_id: uuid.UUID) -> None:
         log.exception("The run %s failed.", run_id)
         error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "way_out": "Try it again."}
     with transaction() as session:
-        prompt_runs.finish(session, run_id, fence, more={**totals, "seconds": time.monotonic() - began}, error=error)
+        prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
 
 
-def _run(run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: dict[str, int]) -> None:
-    from worker.shots import Shots
+class Run:
+    """One attempt at a run: the rows that are left, asked several at once, and stored every few seconds."""
 
-    held, training, everything, labels = _rows(spec)
-    shots = Shots(spec.body, training, everything)
-    left = [row for row in held if row[0].line not in done]
-    scored: list[dict[str, Any]] = []
-    beaten = time.monotonic()
-    pending: dict[Future[Said], Any] = {}
-    rest = iter(left)
-    leave = [False]
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
+    def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: Totals) -> None:
+        self.id, self.fence, self.spec, self.done, self.totals = run_id, fence, spec, done, totals
+        self.rows = len(done)
+        self.scored: list[dict[str, Any]] = []
+
+    def through(self) -> None:
+        from worker.shots import Shots
+
+        held, training, everything, labels = _rows(self.spec)
+        self.rows = len(held)
+        self.store()  # reading many rows takes a while, and so does looking for similar ones
+        shots = Shots(self.spec.body, training, everything)
+        self.store()
+        beaten = time.monotonic()
+        pending: dict[Future[Said], Any] = {}
+        rest = iter([row for row in held if row[0].line not in self.done])
+        leave = [False]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
+            try:
+                while True:
+                    for row, before in _some(rest, AT_ONCE - len(pending)):
+                        text = prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
+                        pending[pool.submit(_ask, self.spec, text, before, row.line, leave)] = row
+                    if not pending:
+                        break
+                    finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        self.take(pending.pop(future), future, labels)
+                    if time.monotonic() - beaten > BEAT_SECONDS:
+                        beaten = time.monotonic()
+                        self.store()
+            finally:
+                leave[0] = True
+                self.store()
+        if not self.done and self.totals.first_fault:
+            fault = self.totals.first_fault
+            message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
+            raise StudioError(message, way_out=fault.way_out, code=fault.code)
+
+    def take(self, row: Any, future: Future[Said], labels: list[str]) -> None:
         try:
-            while True:
-                for row, before in _some(rest, AT_ONCE - len(pending)):
-                    text = prompts.text_of(spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
-                    pending[pool.submit(_ask, spec, text, before, row.line, leave)] = row
-                if not pending:
-                    break
-                finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
-                scored += [_scored(spec, pending.pop(f), f, labels, totals) for f in finished]
-                if time.monotonic() - beaten > BEAT_SECONDS:
-                    beaten = time.monotonic()
-                    _store(run_id, fence, scored, held, done)
-            _store(run_id, fence, scored, held, done)
-        finally:
-            leave[0] = True
+            said = future.result()
+        except StudioError as fault:
+            self.totals.failed(row.line, fault)
+            return
+        self.totals.answered(said)
+        self.scored.append(_scored(self.spec, row, said, labels))
 
-
-def _store(run_id: uuid.UUID, fence: int, scored: list[dict[str, Any]], held: list[Any], done: set[int]) -> None:
-    done |= {row["line"] for row in scored}
-    with transaction() as session:
-        if not prompt_runs.beat(session, run_id, fence, len(done) / max(len(held), 1), scored):
-            raise Stopped
-    scored.clear()
+    def store(self) -> None:
+        """Keep the lease and store what was scored. Raises Stopped when the run is no longer ours."""
+        self.done |= {row["line"] for row in self.scored}
+        share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
+        with transaction() as session:
+            if not prompt_runs.beat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
+                raise Stopped
+        self.scored.clear()
 
 
 def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
@@ -143,31 +203,23 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
                     case Done():
                         pass
                     case _:
-                        raise StudioError(getattr(entry, "message", "The model failed."), code=getattr(entry, "code", None))
+                        raise _fault(entry)
     return Said(rendered, texts, read, tokens)
 
 
-def _scored(spec: RunSpec, row: Any, future: Future[Said], labels: list[str], totals: dict[str, int]) -> dict[str, Any]:
-    """A row of the table of results. A prompt too long for the model counts as wrong; any other fault ends the run."""
+def _fault(entry: Any) -> StudioError:
+    """What the engine said of a request that cannot go on, with its status."""
+    fault = StudioError(
+        getattr(entry, "message", "The model failed."), way_out=getattr(entry, "way_out", ""), code=getattr(entry, "code", None)
+    )
+    fault.status = getattr(entry, "status", 500)
+    return fault
+
+
+def _scored(spec: RunSpec, row: Any, said: Said, labels: list[str]) -> dict[str, Any]:
+    """A row of the table of results."""
     body = spec.body
     expected = prompts.take(row.answer, body.reference, body.marker)
-    try:
-        said = future.result()
-    except StudioError as fault:
-        if fault.code != "context_length_exceeded":
-            raise
-        totals["unanswered"] += 1
-        return {
-            "line": row.line,
-            "input": row.question,
-            "rendered_prompt": "",
-            "expected": expected,
-            "said": [fault.message],
-            "answer": "",
-            "score": 0.0,
-        }
-    totals["prompt_tokens"] += said.prompt_tokens
-    totals["tokens"] += said.tokens
     answer = prompts.majority([prompts.take(text, body.extract, body.marker) for text in said.texts], body.score)
     if body.score == "rouge_l":
         from worker.scores import rouge_l
@@ -186,16 +238,33 @@ def _scored(spec: RunSpec, row: Any, future: Future[Said], labels: list[str], to
 
 def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[Any], list[Any], list[str]]:
     """(rows to ask with the turns before them, training rows, all rows, labels). The split is the one training makes."""
-    import random
-
     from worker.batches import read_rows, split
 
     rows = read_rows(spec.dataset)
-    training, held = split(rows, spec.validation_fraction, spec.split_seed) if spec.part == "validation" else ([], list(rows))
-    if len(held) > spec.rows:
-        held = sorted(random.Random(spec.split_seed).sample(held, spec.rows), key=lambda row: row.line)
+    training, held = [], list(rows)
+    if spec.part == "validation":
+        if spec.validation_fraction < 1:
+            training, held = split(rows, spec.validation_fraction, spec.split_seed, spec.split)
+        taught = {key for one in spec.learnt for key in _taught(one)}
+        held = [row for row in held if key_of(row.row, "") not in taught]
+        if not held:
+            raise BadData(
+                f"Every row of {spec.dataset.name} was learnt by a model that is compared here.",
+                way_out="Take the dataset it was validated on, or tune it again with some rows held out.",
+            )
+    # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
+    held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
+    held.sort(key=lambda row: row.line)
     labels = sorted({str(row.row["label"]) for row in rows if "label" in row.row})
     return [solved(r) for r in held], [solved(r)[0] for r in training], [solved(r)[0] for r in rows], labels
+
+
+def _taught(one: Learnt) -> list[bytes]:
+    """Keys of the rows that a job learnt from."""
+    from worker.batches import read_rows, split
+
+    training, _ = split(read_rows(one.dataset), one.validation_fraction, one.seed, one.split)
+    return [key_of(row.row, "") for row in training]
 
 
 def solved(row: Any) -> tuple[Any, list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, forms, ids, playground, prompt_runs, prompts, web
+from app import datasets, enough, forms, ids, playground, prompt_runs, prompts, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
@@ -101,7 +101,7 @@ def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = Non
 
 @api.post("/{prompt_id}/runs")
 def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """`{"model", "dataset_id" | "file", "version"?, "part"?, "rows"?, "validation_fraction"?, "split_seed"?}`."""
+    """`{"model", "dataset_id" | "file", "version"?, "part"?, "rows"?, "validation_fraction"?, "split_seed"?, "beside"?}`."""
     given = dict(body)
     model, number = given.pop("model", None), given.pop("version", None)
     dataset_id, file = given.pop("dataset_id", None), given.pop("file", None)
@@ -142,11 +142,11 @@ def lab(request: Request, session: Db, user: CurrentUser) -> Response:
 def _lab(session: Session, user: User) -> Json:
     scored = [d for d in datasets.list_(session, user) if d.status == "ready" and d.format != "plain_text" and d.task != "preference"]
     listed = [(p, prompts.versions(session, p)) for p in prompts.list_(session, user)]
-    table = prompt_runs.table(session, user)
+    table = [(dataset, rows, enough.verdict(session, rows)) for dataset, rows in prompt_runs.table(session, user)]
     return {
         "prompts": listed, "datasets": scored, "choices": playground.choices(session, user), "table": table,
-        "verdict": prompt_runs.verdict, "public": ids.public, "error": None, "builders": prompts.BUILDERS, "rules": prompts.SCORES,
-        "live": any(run.status in ("queued", "running") for _, rows in table for run, _, _ in rows),
+        "public": ids.public, "error": None, "builders": prompts.BUILDERS, "rules": prompts.SCORES,
+        "live": any(run.status in ("queued", "running") for _, rows, _ in table for run, _, _ in rows),
     }  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def _start(request: Request, user: User, data: dict[str, str], names: list[str])
             prompt_id, _, number = data.get("prompt", "").partition(":")
             prompt = prompts.get(session, user, key_of(prompt_id))
             dataset = _dataset(session, user, data.get("dataset"), None)
-            order = {k: data[k] for k in ("part", "rows") if data.get(k)}
+            order: Json = {k: data[k] for k in ("part", "rows") if data.get(k)} | {"beside": names[:16]}
             for name in dict.fromkeys(names[:16]):
                 _run(session, user, prompt, int(number) if number.isdecimal() else None, name, dataset, order)
     except StudioError as error:
