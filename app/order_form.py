@@ -115,7 +115,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         more_cards=more,
         strategy_controls=controls(strategy, "strategy", typed=filled.typed, errors=filled.errors),
         run_controls=controls(
-            RunSettings, "run", typed=run.typed, errors=run.errors, placeholders={"learning_rate": f"{strategy.default_learning_rate:g}"}
+            RunSettings, "run", typed=run.typed, errors=run.errors, placeholders={"learning_rate": f"{strategy.learning_rate_for(task):g}"}
         ),
         preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},

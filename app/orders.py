@@ -188,7 +188,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
     if reason:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
-    run = _run_settings(order, strategy, dataset)
+    run = _run_settings(order, strategy, dataset, task)
     order_checks.refuse_no_room(strategy, run, model.shape)
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",
@@ -304,7 +304,7 @@ def _split(order: JobOrder, dataset: Dataset) -> Split | None:
     return asked
 
 
-def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset) -> RunSettings:
+def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
     """Our run settings; what `run` says goes before what OpenAI's settings say.
 
     `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts
@@ -321,7 +321,7 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset) -> RunS
     if asked.n_epochs != "auto":
         settings.setdefault("epochs", asked.n_epochs)
     if asked.learning_rate_multiplier != "auto":
-        settings.setdefault("learning_rate", strategy.default_learning_rate * asked.learning_rate_multiplier)
+        settings.setdefault("learning_rate", strategy.learning_rate_for(task) * asked.learning_rate_multiplier)
     if asked.batch_size != "auto" and dataset.status == "ready":
         settings.setdefault("max_tokens_per_step", max(16, min(round(asked.batch_size * mean_tokens(dataset)), 1_048_576)))
     if usual := usual_step_tokens(dataset):

@@ -64,7 +64,7 @@ tags: [luthier, {strategy.name}]
 {settings}
 | optimizer steps | {state.best_step or state.step} |
 | tokens per step | {run.max_tokens_per_step} |
-| learning rate | {run.learning_rate or type(strategy).default_learning_rate} |
+| learning rate | {run.learning_rate or strategy.learning_rate_for(spec.task)} |
 | schedule | {run.schedule} |
 | seed | {run.seed} |
 | base revision | {spec.model.revision} |

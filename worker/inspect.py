@@ -114,14 +114,15 @@ class Counter:
 
     def __init__(self, tokenizer: Any, payload: dict[str, Any], task: str, add: AddFinding) -> None:
         self.task, self.cutoff, self._add, self._name = task, int(payload.get("cutoff") or 1024), add, payload.get("tokenizer_name")
+        self._kind = payload["kind"]
         self.counts = {"over_long": 0, "nothing_left": 0, "template_refuses": 0}
         self.rows, self._last = 0, -1
         self.total, self.trained, self.first = array("q"), array("q"), array("q")
-        self._renderer = Renderer(tokenizer, payload["kind"], counts_of, length_of, self._done)
+        self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done)
 
     def add(self, row: dict[str, Any], line: int) -> None:
         answers = [name for name in ("chosen", "rejected") if name in row]
-        for one in [conversation_with(row, name) for name in answers] or [learnable(row)]:
+        for one in [conversation_with(row, name, self._kind) for name in answers] or [learnable(row)]:
             self._renderer.add(line, one)
 
     def _done(self, line: int, found: Length | BadData) -> None:

@@ -73,7 +73,7 @@ def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: 
         found = ", ".join(sorted(row))
         raise BadRow(line, BadData(f"The row has the keys {found}.", way_out="Use rows with messages, chosen and rejected."))
     try:
-        better, worse = (render_row(tokenizer, conversation_with(row, answer), kind, longest) for answer in ("chosen", "rejected"))
+        better, worse = (render_row(tokenizer, conversation_with(row, answer, kind), kind, longest) for answer in ("chosen", "rejected"))
     except BadData as error:
         raise BadRow(line, error) from None
     return better, worse

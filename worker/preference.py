@@ -101,6 +101,8 @@ class Preferring(Writing):
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer)
+        if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
+            tokenizer.chat_template, self.plain_template = None, False
         Lesson.__init__(self, spec, tokenizer)
         self.settings = spec.preference or PreferenceSettings()
         run, kind = spec.run, spec.model.kind
@@ -116,8 +118,8 @@ class Preferring(Writing):
                 way_out="Raise the longest length, or check the two answers of each row.",
             )
         kept = set(self.held_out.lines)
-        # As conversations that end with the better answer, which is what samples and evaluations compare with.
-        self.held_rows = [Row(line, conversation_with(row, "chosen")) for line, row in held_rows if line in kept]
+        # As rows that end with the better answer, which is what samples and evaluations compare with.
+        self.held_rows = [Row(line, conversation_with(row, "chosen", kind)) for line, row in held_rows if line in kept]
         self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
         self.questions = evaluate.questions(tokenizer, self.held_rows, kind, run.samples, self.room)
         self.reference: dict[str, torch.Tensor] = {}
@@ -152,7 +154,8 @@ class Preferring(Writing):
         """What the reference's figures follow from."""
         spec = self.spec
         said = spec.model_dump_json(include={"model", "dataset", "validation", "split", "run", "preference", "strategy"})
-        return hashlib.sha256(f"{said}\n{engine.precision}\n{engine.name}".encode()).hexdigest()
+        as_what = "texts" if spec.model.kind == "generic" else "conversations"
+        return hashlib.sha256(f"{said}\n{engine.precision}\n{engine.name}\n{as_what}".encode()).hexdigest()
 
     # Training -----------------------------------------------------------------------------------------------------------
 

@@ -233,7 +233,7 @@ def seconds_expected(spec: JobSpec, course: Course) -> float:
 
 
 def peak_rate(spec: JobSpec) -> float:
-    return spec.run.learning_rate or type(spec.strategy).default_learning_rate
+    return spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)
 
 
 def spec_digest(spec: JobSpec) -> str:

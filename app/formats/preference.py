@@ -78,10 +78,20 @@ class Preference(Format):
         return result
 
 
-def conversation_with(row: Row, answer: str) -> Row:
-    """A normalised row as one conversation that ends with its answer “chosen”, “rejected” or, of a rated row, “answer”; only that is learnt."""
+def conversation_with(row: Row, answer: str, kind: str = "dialogue") -> Row:
+    """A normalised row as one conversation that ends with its answer “chosen”, “rejected” or, of a rated row, “answer”; only that is learnt.
+
+    A model of kind “generic” goes on with the words as they stand, as in the playground: no roles, and no system message.
+    """
+    if kind == "generic":
+        asked = [message for message in row["messages"] if message.get("role") != "system"]
+        return {"prompt": _words(asked), "completion": _words(row[answer])}
     prompt = [{**message, "weight": 0} if message.get("role") == "assistant" else message for message in row["messages"]]
     return {"messages": [*prompt, *row[answer]], **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
+def _words(messages: Sequence[Row]) -> str:
+    return "".join(message.get("content") or "" for message in messages)
 
 
 def _check_answer(row: Row, column: str) -> list[Finding]:

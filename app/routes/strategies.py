@@ -63,6 +63,7 @@ def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str 
         "adapter": cls.adapter,
         "merges": cls.merges,
         "default_learning_rate": cls.default_learning_rate,
+        "preference_learning_rate": cls.learning_rate_for("preference") if "preference" in cls.tasks else None,
         "paper": {"citation": cls.paper[0], "url": cls.paper[1]} if cls.paper else None,
         "schema": cls.model_json_schema(),
         "available": reason is None,

@@ -72,8 +72,15 @@ class Strategy(BaseModel, ABC):
     no_blend: ClassVar[str] = "what it changes has no halfway."  # why not, where `blends` is false
     switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
     default_learning_rate: ClassVar[float] = 2e-4
+    preference_share: ClassVar[float] = 0.1  # of that rate, for pairs: DPO moves far with small steps
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/features.py
+
+    @classmethod
+    def learning_rate_for(cls, task: str) -> float:
+        """Size of a step that suits the task. For pairs it is a tenth of the strategy's own, and a thirtieth where whole weights move,
+        which for all weights is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
+        return cls.default_learning_rate * (cls.preference_share if task == "preference" else 1.0)
 
     # What it costs ---------------------------------------------------------------------------------------------------
 

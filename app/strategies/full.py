@@ -28,6 +28,7 @@ class Full(Strategy):
     adapter: ClassVar = False
     blends: ClassVar = True
     default_learning_rate: ClassVar = 3e-5
+    preference_share: ClassVar = 1 / 30
 
     def trainable(self, shape: Shape) -> int:
         return shape.parameters()

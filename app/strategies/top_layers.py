@@ -31,6 +31,7 @@ class TopLayers(Selected):
     )
     place: ClassVar = 30
     default_learning_rate: ClassVar = 1e-4
+    preference_share: ClassVar = 1 / 30
 
     layers: int = Field(2, ge=1, le=1000, description="How many of the last blocks learn.", json_schema_extra={"basic": True})
     norm: bool = Field(True, description="The norm after the last block learns too.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.preference import Preferring, log_likelihoods, losses_of, named, pair_batch, sums_of
 from worker.prompts import render_prompt
 from worker.telling import drained
-from worker.train import train
+from worker.train import peak_rate, train
 
 pytestmark = pytest.mark.timeout(240)
 ABLE = [name for name, cls in STRATEGIES.items() if "preference" in cls.tasks]
@@ -299,3 +300,37 @@ def test_rows_without_a_difference_are_refused(data_dir: Path, tiny_model: Path,
     spec = pair_order(tiny_model).model_copy(update={"dataset": data})
     with pytest.raises(BadData, match="None of the 1 pairs"):
         Preferring(spec, tokenizer)
+
+
+# As the model is asked later ------------------------------------------------------------------------------------------------
+
+
+def test_a_generic_model_learns_from_the_words_as_the_playground_gives_them(tokenizer: Any, tiny_model: Path) -> None:
+    """No roles and no system message around them, and no template saved with the result."""
+    row = {
+        "messages": [
+            {"role": "system", "content": "Be short."}, {"role": "user", "content": "One."}, {"role": "assistant", "content": " Two."},
+            {"role": "user", "content": "Three?"},
+        ],
+        "chosen": [{"role": "assistant", "content": " Four."}],
+        "rejected": [{"role": "assistant", "content": " Five, six."}],
+    }  # fmt: skip
+    data = tokenise_pairs(tokenizer, numbered([row]), "generic", 99)
+    _, asked = render_prompt(tokenizer, "generic", "One. Two.Three?")  # the history of a column of the playground, and what is typed
+    for place, answer in enumerate((" Four.", " Five, six.")):
+        ids = data.sequences.ids[data.sequences.starts[place] : data.sequences.starts[place + 1]].tolist()
+        assert ids == [*asked, *tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert data.answer_tokens(place) == len(ids) - len(asked)
+    spec = pair_order(tiny_model, samples=2)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    lesson = Preferring(spec.model_copy(update={"model": spec.model.model_copy(update={"kind": "generic"})}), bare)
+    assert bare.chat_template is None and "template" not in " ".join(lesson.remarks())
+    assert lesson.questions and all("###" not in tokenizer.decode(q.ids) and tokenizer.decode(q.ids) == q.text for q in lesson.questions)
+
+
+@pytest.mark.parametrize(("strategy", "share"), [("lora", 1 / 10), ("prompt_tuning", 1 / 10), ("full", 1 / 30)])
+def test_steps_are_smaller_for_pairs(tiny_model: Path, strategy: str, share: float) -> None:
+    spec = pair_order(tiny_model, strategy, learning_rate=None)
+    usual = type(spec.strategy).default_learning_rate
+    assert peak_rate(spec) == pytest.approx(share * usual) and peak_rate(spec.model_copy(update={"task": "generation"})) == usual
