@@ -316,6 +316,7 @@ class Pane(NamedTuple):
     title: str
     kind: str
     turns: list[tuple[Exchange, Answer]]
+    blends: list[tuple[float, str]]  # (place between the base and the tuned model, its name); none where it cannot be blended
 
 
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
@@ -351,4 +352,6 @@ def pane(name: str, offered: dict[str, list[Option]], turns: Sequence[tuple[Exch
     option = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
     option = option if share is None else Option(name, f"{option.title} at blend {share:g}", option.kind)
     mine = [(e, a) for e, said in turns for a in said if a.model_name == name]
-    return Pane(option.name, option.title, option.kind, mine)
+    able = any(o.name == blend.full_name(plain, 0.5) for o in offered.get("Blends", []))
+    places = [(at, plain if at == 1 else blend.full_name(plain, at)) for at in blend.POINTS] if able else []
+    return Pane(option.name, option.title, option.kind, mine, places)

@@ -65,6 +65,12 @@ def test_blends_are_offered_and_any_share_can_be_named(client, session, user, th
     page = client.get("/playground?models=tuned")
     assert 'value="tuned@0.5"' in page.text and 'value="tiny@0.5"' not in page.text
     page = client.get("/playground?models=tuned@0.25,tiny")
+    places = re.findall(r'<a href="/playground\?models=([^"]*)"( aria-current="true")?>(0|0\.25|0\.5|0\.75|1)</a>', page.text)
+    assert [place for place, _, at in places] == [f"tuned{at}%2Ctiny" for at in ("%400", "%400.25", "%400.5", "%400.75", "")]
+    assert [at for _, here, at in places if here] == ["0.25"]
+    for place, _, at in places:  # each leads to the column it names, and the other stays
+        there = client.get(f"/playground?models={place}").text
+        assert there.count("data-pane") == 2 and f'aria-current="true">{at}</a>' in there
     assert '<option value="tuned@0.25" selected>' in page.text and "tuned at blend 0.25" in page.text and page.text.count(" selected") >= 2
     session.get(Model, tuned.id).strategy = "prompt_tuning"
     session.commit()

@@ -140,12 +140,13 @@ function changeModels(event) {
   if (select.name !== "models") return;
   const names = [...document.querySelectorAll("select[name=models]")].map((s) => s.value).filter(Boolean);
   const unique = [...new Set(names)];
-  if (select.hasAttribute("data-add") || unique.length < names.length) {
+  const [pane, option] = [select.closest("[data-pane]"), select.selectedOptions[0]];
+  const blended = pane?.querySelector("[data-blends]") || option.value.includes("@") || document.querySelector(`option[value="${CSS.escape(`${option.value}@0.5`)}"]`);
+  if (select.hasAttribute("data-add") || unique.length < names.length || blended) {
     const query = new URLSearchParams(unique.map((name) => ["models", name]));
     location.assign(`/playground?${query}`);
     return;
   }
-  const [pane, option] = [select.closest("[data-pane]"), select.selectedOptions[0]];
   pane.dataset.kind = option.dataset.kind;
   pane.setAttribute("aria-label", option.textContent);
   pane.querySelector("[data-kind-pill]").textContent = option.dataset.kind;
