@@ -1,76 +1,159 @@
-"""What comes next, by several models: the table of their likeliest next tokens after one text.
+"""What comes next, by models of several kinds: the table of their likeliest next tokens after one text.
 
-    python -m benchmarks.next_tokens ["The cat sat on"] [--model FOLDER[+ADAPTER]]… [--top 8] [--json FILE]
+    python -m benchmarks.next_tokens ["The cat sat on"] [--model MODEL]… [--top 8] [--json FILE]
 
-Each --model is a folder of weights, with the folder of a LoRA adapter behind a plus where there is one; without any, the
-studio's starter model. The text is given to every model as it stands. The engine is the one behind `POST /v1/next_tokens`.
+A MODEL is the name of a starter (`gemma-3-270m`), of any model of the studio on this data folder
+(`ft:gemma-3-270m:…`), or a folder of weights, with the folder of a LoRA adapter behind a plus where there is one and with
+its kind before it where it should not be guessed: `instruction=FOLDER+ADAPTER`. Without any, the generic starter, the
+newest instruction model that was tuned here and the dialogue starter are taken, as far as they are here.
+
+The text is given to every model as it stands, as `POST /v1/next_tokens` gives it. Models that follow or converse know
+texts in their template: they have a second column, in which the text is a person's turn and what comes next is the answer.
+The pair says how much of the difference between kinds is the prompt's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from app import starters
+from app.errors import StudioError
 from app.generation import GenerateRequest, Sampling, Seen, SeenToken
 from app.manifest import sha256_of
 from app.next_tokens import probability
-from app.spec import Adapter
+from app.spec import Adapter, ModelRef
+
+KINDS = ("generic", "instruction", "dialogue")
+USUAL = ("gemma-3-270m", "smollm2-135m-instruct")
 
 
-def look(engine: Any, named: str, text: str, top: int) -> list[SeenToken]:
-    """The likeliest next tokens of one model."""
-    from benchmarks.prompts import reference
+class Column(NamedTuple):
+    """What one model thinks comes next, after the text as it stands or after the text as a turn of its template."""
 
-    folder, _, adapter = named.partition("+")
-    ref = reference(Path(folder), "generic")
-    if adapter:
-        laid = Path(adapter).resolve()
-        ref = ref.model_copy(
-            update={"adapters": (Adapter(strategy="lora", path=str(laid), sha256=sha256_of(laid / "adapter_model.safetensors")),)}
-        )
+    model: str
+    kind: str
+    prompt: str
+    tokens: list[SeenToken]
+
+
+def look(engine: Any, ref: ModelRef, top: int, **prompt: Any) -> list[SeenToken]:
+    """The likeliest next tokens of one model; `prompt` is `prompt=` or `messages=`."""
     request = GenerateRequest(
-        id=uuid.uuid4(), owner=uuid.UUID(int=0), model=ref, prompt=text, look=top, sampling=Sampling(max_tokens=1), seed=0
+        id=uuid.uuid4(), owner=uuid.UUID(int=0), model=ref, look=top, sampling=Sampling(max_tokens=1), seed=0, **prompt
     )
     for entries in engine.answer(request):
         for entry in entries:
             if isinstance(entry, Seen):
                 return entry.following
             if entry.type == "error":
-                raise SystemExit(entry.message)
-    raise SystemExit(f"{named} gave no answer.")
+                raise SystemExit(f"{ref.name}: {entry.message} {entry.way_out}".strip())
+    raise SystemExit(f"{ref.name} gave no answer.")
 
 
-def as_text(text: str, names: list[str], columns: list[list[SeenToken]]) -> str:
-    """One column for each model, the likeliest token first."""
-    lines = [f"after {text!r}", "  ".join(f"{name[:24]:24}" for name in names)]
-    for row in zip(*columns, strict=True):
-        lines.append("  ".join(f"{json.dumps(t.token, ensure_ascii=False)[:15]:15} {probability(t) or 0:7.1%} " for t in row))
+def reference(named: str) -> ModelRef:
+    """The model behind a name or a folder. Exits with a sentence when there is none."""
+    from benchmarks import prompts
+
+    kind, _, rest = named.rpartition("=") if named.split("=")[0] in KINDS else ("", "", named)
+    base, _, adapter = rest.partition("+")
+    if base in starters.STARTERS and not starters.present(base):
+        raise SystemExit(f"{base} is not in the data folder. Run `luthier models add {base}` first.")
+    folder = starters.folder(base) if base in starters.STARTERS else Path(base)
+    if not (folder / "config.json").is_file():
+        return _of_studio(rest)
+    guessed = starters.STARTERS[base].kind if base in starters.STARTERS else _guess(folder)
+    ref = prompts.reference(folder, kind or guessed).model_copy(update={"name": base if base in starters.STARTERS else folder.name})
+    if adapter:
+        laid = Path(adapter).resolve()
+        sha = sha256_of(laid / "adapter_model.safetensors")
+        ref = ref.model_copy(update={"name": laid.name, "adapters": (Adapter(strategy="lora", path=str(laid), sha256=sha),)})
+    return ref
+
+
+def _guess(folder: Path) -> str:
+    """A model with a chat template converses."""
+    config = folder / "tokenizer_config.json"
+    told = (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in json.loads(config.read_text()))
+    return "dialogue" if told else "generic"
+
+
+def _of_studio(name: str) -> ModelRef:
+    from app import models
+    from app.cli import as_owner
+
+    try:
+        ref: ModelRef = as_owner(lambda session, user: models.resolve(session, user, name).ref)
+        return ref
+    except StudioError as error:
+        raise SystemExit(f"{name}: {error.message} {error.way_out}".strip()) from None
+
+
+def usual() -> list[ModelRef]:
+    """One model of each kind, as far as they are here; says on stderr which are missing."""
+    from app import models
+    from app.cli import as_owner
+
+    found = [reference(name) for name in USUAL if starters.present(name)]
+    missing = [name for name in USUAL if not starters.present(name)]
+    try:
+        ready = as_owner(lambda session, user: [(m.name, m.kind) for m in models.list_(session, user) if m.status == "ready"])
+        tuned = next((name for name, kind in reversed(ready) if kind == "instruction"), None)
+    except StudioError:
+        tuned = None
+    found[1:1] = [_of_studio(tuned)] if tuned else []
+    missing += [] if tuned else ["an instruction model tuned here"]
+    if missing:
+        print(f"Left out: {', '.join(missing)}.", file=sys.stderr)
+    return found
+
+
+def columns_of(engine: Any, refs: Sequence[ModelRef], text: str, top: int) -> list[Column]:
+    found = []
+    for ref in refs:
+        found.append(Column(ref.name, ref.kind, "as it stands", look(engine, ref, top, prompt=text)))
+        if ref.kind != "generic":
+            turn = [{"role": "user", "content": text}]
+            found.append(Column(ref.name, ref.kind, "as a turn", look(engine, ref, top, messages=turn)))
+    return found
+
+
+def as_text(text: str, columns: Sequence[Column]) -> str:
+    """One column for each model and prompt, the likeliest token first."""
+    lines = [f"after {text!r}"]
+    lines += ["  ".join(f"{head[:26]:26}" for head in heads) for heads in zip(*((c.model, c.kind, c.prompt) for c in columns), strict=True)]
+    for row in zip(*(c.tokens for c in columns), strict=True):
+        lines.append("  ".join(f"{json.dumps(t.token, ensure_ascii=False)[:17]:17} {probability(t) or 0:7.1%} " for t in row))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", default="The cat sat on")
-    parser.add_argument("--model", action="append", metavar="FOLDER[+ADAPTER]", help="may be given several times")
+    parser.add_argument("--model", action="append", metavar="MODEL", help="may be given several times")
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    from benchmarks.generation import _starter
     from worker.engine import Engine
     from worker.lanes import Shelf
 
-    models = given.model or [str(_starter())]
+    refs = [reference(named) for named in given.model] if given.model else usual()
+    if not refs:
+        raise SystemExit("There is no model here. Run `make studio` first, or name a folder with --model.")
     engine = Engine(Shelf())
-    columns = [look(engine, named, given.text, given.top) for named in models]
+    columns = columns_of(engine, refs, given.text, given.top)
     engine.close()
-    names = [Path(named.rpartition("+")[2]).name for named in models]
-    print(as_text(given.text, names, columns))
+    print(as_text(given.text, columns))
     if given.json:
-        said = [[{"token": t.token, "id": t.id, "probability": probability(t)} for t in column] for column in columns]
-        given.json.write_text(json.dumps({"text": given.text, "models": dict(zip(models, said, strict=True))}, indent=1) + "\n")
+        said = [
+            c._asdict() | {"tokens": [{"token": t.token, "id": t.id, "probability": probability(t)} for t in c.tokens]} for c in columns
+        ]
+        given.json.write_text(json.dumps({"text": given.text, "columns": said}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,29 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     assert page.locator("#text").input_value() == "The cat sat on" + token.replace("␣", " ").replace("⏎", "\n").replace("⇥", "\t")
     page.get_by_text("As a table").click()
     look_at(page, "tokens", tmp_path)
-    page.goto(f"{live}/playground/kinds")
-    assert page.get_by_text("It continues a text".lower()).count()
-    look_at(page, "kinds", tmp_path)
+
+
+def test_the_table_pairs_a_text_with_the_same_text_as_a_turn(tiny_model, data_dir, tmp_path, monkeypatch, capsys):
+    """Models by kind; those that converse are looked at twice, and each column is what a plain forward pass says."""
+    import json
+    import sys
+
+    from benchmarks import next_tokens
+
+    named = ["--model", f"generic={tiny_model}", "--model", str(tiny_model), "--top", "3", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["next_tokens", "The belly is", *named])
+    next_tokens.main()
+    columns = json.loads((tmp_path / "out.json").read_text())["columns"]
+    assert [(c["kind"], c["prompt"]) for c in columns] == [
+        ("generic", "as it stands"), ("dialogue", "as it stands"), ("dialogue", "as a turn")
+    ]  # fmt: skip
+    turn = "<|im_start|>user\nThe belly is<|im_end|>\n<|im_start|>assistant\n"
+    for column, text in zip(columns, ("The belly is", "The belly is", turn), strict=True):
+        values, best = by_transformers(tiny_model, text)[2].topk(3)
+        assert [t["id"] for t in column["tokens"]] == best.tolist()
+        assert [t["probability"] for t in column["tokens"]] == pytest.approx([math.exp(v) for v in values], abs=1e-4)
+    assert "as a turn" in capsys.readouterr().out
+    for wrong, says in (("gemma-3-270m", "luthier models add gemma-3-270m"), ("nobody", "No such model")):
+        monkeypatch.setattr(sys, "argv", ["next_tokens", "a", "--model", wrong])
+        with pytest.raises(SystemExit, match=says):
+            next_tokens.main()
