@@ -1,71 +1,156 @@
-"""The recipe that takes a newcomer from a generic model over an instruction-tuned one to a dialogue model."""
+"""The recipe that takes a newcomer from a generic model over an instruction-tuned one to a dialogue model, one button a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import models
-from app.tables import Model, User
+from app import datasets, ids, jobs, models, orders, samples
+from app.errors import Conflict
+from app.tables import Dataset, Job, Model, User
 
 GENERIC, DIALOGUE = "gemma-3-270m", "smollm2-135m-instruct"
+SAMPLE = "plain-explanations"
+RECIPE = "three-kinds"
+"""In the metadata of a job that this page has ordered."""
+PAGE = "/playground/kinds"
+
+
+class Action(NamedTuple):
+    """A button. `post` says that it does something; otherwise it leads somewhere."""
+
+    title: str
+    path: str
+    post: bool = False
 
 
 @dataclass
 class Step:
-    """One kind: what it is, the model that shows it, and what can be done next as (title, path)."""
+    """One kind: what it is, the model that shows it, what is happening to it, and what can be done next."""
 
     title: str
     says: str
     shown: str
     missing: str
     model: Model | None = None
-    actions: list[tuple[str, str]] = field(default_factory=list)
+    doing: str = ""  # the work under way, in words
+    job: Job | None = None
+    actions: list[Action] = field(default_factory=list)
 
 
 def steps(session: Session, user: User) -> list[Step]:
     """The three steps as they stand in this studio."""
-    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    every = models.list_(session, user)
+    ready = [m for m in every if m.status == "ready"]
+    coming = {m.name for m in every if m.status == "fetching"}
     generic = _of_kind(ready, "generic", GENERIC)
-    tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
-    tuned = tuned or _of_kind(ready, "instruction", "")
     dialogue = _of_kind(ready, "dialogue", DIALOGUE)
     return [
-        Step(
-            "Generic: it continues a text",
-            "It has read a great deal of text and learnt one thing: what comes next. A question may be answered, or followed by "
-            "three more questions. Its prompt is the text itself.",
-            "What is the capital of France?",
-            f"Add {GENERIC}; its terms are shown first and must be accepted.",
-            generic,
-            [("Ask it", f"/playground?models={generic.name}")] if generic else [(f"Add {GENERIC}", f"/models/terms/{GENERIC}")],
+        _starter(
+            Step(
+                "Generic: it continues a text",
+                "It has read a great deal of text and learnt one thing: what comes next. A question may be answered, or followed by "
+                "three more questions. Its prompt is the text itself.",
+                "What is the capital of France?",
+                f"Add {GENERIC}; its terms are shown first and must be accepted.",
+                generic,
+            ),
+            coming,
+            GENERIC,
+            Action("Read the terms and add it", f"/models/terms/{GENERIC}?next={PAGE}"),
         ),
-        Step(
-            "Instruction-tuned: it does one thing it is told",
-            "The same weights, tuned on pairs of an instruction and its answer. Tune one here: take the generic model, a dataset of "
-            "instructions (“plain-explanations” among the samples is one), and LoRA. A few minutes on a small model are enough to see it change.",
-            "### User:\nWhat is the capital of France?\n\n### Assistant:\n",
-            "Make it yourself: a job of a few minutes.",
-            tuned,
-            ([("Ask it", f"/playground?models={tuned.name}")] if tuned else [])
-            + [
-                ("Tune the generic model", f"/jobs/new?model={generic.name}" if generic else "/jobs/new"),
-                ("Bring the sample", "/datasets"),
-            ],
-        ),
-        Step(
-            "Dialogue-tuned: it holds a conversation",
-            "Tuned on whole conversations, so it knows turns, roles and when to stop. Every earlier turn is part of its prompt.",
-            "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-            f"Add the starter {DIALOGUE}.",
-            dialogue,
-            [("Ask it", f"/playground?models={dialogue.name}")] if dialogue else [("Go to Models", "/models")],
+        _instruction(session, user, ready, generic),
+        _starter(
+            Step(
+                "Dialogue-tuned: it holds a conversation",
+                "Tuned on whole conversations, so it knows turns, roles and when to stop. Every earlier turn is part of its prompt.",
+                "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+                f"Add the starter {DIALOGUE}.",
+                dialogue,
+            ),
+            coming,
+            DIALOGUE,
+            Action("Add it", f"{PAGE}/dialogue", post=True),
         ),
     ]
 
 
+def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
+    if step.model:
+        step.actions = [_ask(step.model)]
+    elif name in coming:
+        step.doing = f"{name} is being fetched."
+    else:
+        step.actions = [add]
+    return step
+
+
+def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> Step:
+    """The step that is made here: asked when it is there, watched while it is tuned, and else one button away."""
+    tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
+    step = Step(
+        "Instruction-tuned: it does one thing it is told",
+        "The same weights, tuned on pairs of an instruction and its answer. The button brings the sample “Plain explanations” and "
+        "orders a job with LoRA on the generic model: a few minutes are enough to see it change.",
+        "### User:\nWhat is the capital of France?\n\n### Assistant:\n",
+        "Make it yourself, in a few minutes." if generic else "It is made from the generic model: bring that one first.",
+        tuned or _of_kind(ready, "instruction", ""),
+        job=_ordered(session, user),
+    )
+    if step.job and step.job.status in ("queued", "running"):
+        step.doing = f"It is being tuned: the job is {step.job.status}."
+    if step.model:
+        step.actions = [_ask(step.model)]
+    elif step.job and step.job.status in ("queued", "running", "paused"):
+        step.actions = [Action("Watch the job", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
+    elif generic:
+        step.actions = [Action("Tune it here", f"{PAGE}/instruction", post=True)]
+    return step
+
+
+def _ask(model: Model) -> Action:
+    return Action("Ask it", f"/playground?models={model.name}")
+
+
+def _ordered(session: Session, user: User) -> Job | None:
+    """The newest job this page has ordered."""
+    query = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.user_metadata["recipe"].astext == RECIPE)
+    return session.scalars(query.order_by(Job.created_at.desc()).limit(1)).first()
+
+
+def tune(session: Session, user: User) -> Job:
+    """Order the second step: the sample as a dataset, unless it is here, and a LoRA job on the generic model.
+
+    Raises Conflict while there is no generic model; a job that is under way is returned as it is.
+    """
+    generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
+    if generic is None:
+        raise Conflict("There is no generic model to tune yet.", way_out=f"Add {GENERIC} first.")
+    earlier = _ordered(session, user)
+    if earlier and earlier.status in ("queued", "running", "paused"):
+        return earlier
+    order = {
+        "model": generic.name, "dataset_id": ids.public(ids.DATASET, _sample(session, user).id), "strategy": {"name": "lora"},
+        "name": f"{generic.title}, instruction-tuned", "suffix": "instruction", "metadata": {"recipe": RECIPE},
+    }  # fmt: skip
+    return jobs.create(session, user, orders.read_order(order))
+
+
+def _sample(session: Session, user: User) -> Dataset:
+    title = next(sample["title"] for sample in samples.list_() if sample["name"] == SAMPLE)
+    here = next((d for d in datasets.list_(session, user) if d.name == title and d.status in ("ready", "reading")), None)
+    return here or samples.add(session, user, SAMPLE)
+
+
+def add_dialogue(session: Session) -> Model:
+    """Order the third step's starter."""
+    return models.add_starter(session, DIALOGUE)
+
+
 def _of_kind(ready: list[Model], kind: str, name: str) -> Model | None:
-    """The model this recipe means, or the first of the kind."""
+    """The model this recipe means, or the first of the kind that was not tuned here."""
     mine = [m for m in ready if m.kind == kind]
-    return next((m for m in mine if m.name == name), mine[0] if mine else None)
+    return next((m for m in mine if m.name == name), None) or next((m for m in mine if m.base_id is None), None)

@@ -22,12 +22,17 @@ def tune(
     session: Session, user: User, data_dir: Path, base: Model, dataset: Dataset, strategy: dict[str, Any] | None = None, **run: Any
 ) -> tuple[Job, Model]:
     """The finished job and its model, committed."""
-    from worker.train import train
-
     job = make_job(session, user, base, dataset, **(RUN | run))
     spec = make_spec(base, dataset, strategy, **(RUN | run)).model_dump(mode="json")
     job.spec = spec | {"task": dataset.task, "dataset": spec["dataset"] | {"format": dataset.format}}
     session.commit()
+    return job, carry_out(session, data_dir, job)
+
+
+def carry_out(session: Session, data_dir: Path, job: Job) -> Model:
+    """Train a queued job here and now, and record what came of it."""
+    from worker.train import train
+
     held = claims.claim(session, job.id, "a test")
     assert held is not None
     session.commit()
@@ -39,4 +44,4 @@ def tune(
         session.commit()
     session.refresh(job)
     assert job.status == "succeeded", job.error
-    return job, session.scalars(select(Model).where(Model.job_id == job.id)).one()
+    return session.scalars(select(Model).where(Model.job_id == job.id)).one()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
@@ -15,6 +15,7 @@ from app import cards, downloads, engines, evaluations, fetching, ids, models, o
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
+from app.routes.accounts import safe_next
 from app.settings import get_settings
 from app.shapes import Shape
 from app.strategies import STRATEGIES
@@ -194,8 +195,9 @@ def add_from_form(
     revision: Annotated[str, Form()] = "",
     name: Annotated[str, Form()] = "",
     kind: Annotated[str, Form()] = "",
+    then: Annotated[str, Form(alias="next")] = "/models",
 ) -> Response:
-    """The three forms of the page post here. A fault is shown on the page with what was typed still there."""
+    """The three forms of the page post here, and the pages that lead to one of them. A fault is shown on the page with what was typed still there."""
     texts = {"folder": folder, "hub": hub, "revision": revision, "name": name, "kind": kind}
     order = ModelOrder(starter=starter or None, accept_terms=accept_terms, **{k: v.strip() or None for k, v in texts.items()})
     try:
@@ -208,14 +210,14 @@ def add_from_form(
     except StudioError as fault:
         return _list_page(request, session, user, fault, texts)
     flash(request, f"{model.title} is being fetched. It can be used as soon as it is ready.")
-    return RedirectResponse("/models", status_code=303)
+    return RedirectResponse(safe_next(then), status_code=303)
 
 
 @pages.get("/models/terms/{name}", response_class=HTMLResponse)
-def terms_page(request: Request, user: CurrentUser, name: str) -> Response:
+def terms_page(request: Request, user: CurrentUser, name: str, then: Annotated[str, Query(alias="next")] = "/models") -> Response:
     """The terms of a starter model, to be read before it is fetched."""
     starter = starters.find(name)
-    return render(request, "model_terms.html", starter=starter, text=starters.terms(name))
+    return render(request, "model_terms.html", starter=starter, text=starters.terms(name), next=safe_next(then))
 
 
 # One model ----------------------------------------------------------------------------------------------------------
