@@ -1,4 +1,4 @@
-"""The loss ledger: each training row's loss before a job and at its end, written by the trainer as `ledger.json`.
+"""The loss ledger: the loss of each training and held-out row before a job and at its end, written by the trainer as `ledger.json`.
 
 A row that stays hard while the others got easy is often wrong or mislabelled, so the page of rows sorts by it.
 """
@@ -24,12 +24,14 @@ SORTS = {
 
 
 class Entry(NamedTuple):
-    """One row: mean loss in nats per learnt token before training and at its end."""
+    """One row: mean loss in nats per learnt token (or per text, or per pair) before training and at its end. A held-out row was
+    not trained on, so its loss at the end is not learnt by heart."""
 
     line: int
     before: float
     after: float
     tokens: int
+    held_out: bool = False
 
 
 def path_of(session: Session, job: Job) -> Path | None:
@@ -53,7 +55,8 @@ def read(session: Session, job: Job) -> list[Entry]:
     if path is None:
         return []
     data = json.loads(path.read_text())
-    return [Entry(*row) for row in zip(data["line"], data["before"], data["after"], data["tokens"], strict=True)]
+    columns = (data[name] for name in Entry._fields if name in data)  # ledgers of before held-out rows have no such column
+    return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def ranked(entries: list[Entry], sort: str) -> list[Entry]:
@@ -67,6 +70,7 @@ def summary(entries: list[Entry]) -> dict[str, Any]:
     count = max(1, len(entries))
     return {
         "rows": len(entries),
+        "held_out": sum(e.held_out for e in entries),
         "before": sum(e.before for e in entries) / count,
         "after": sum(e.after for e in entries) / count,
         "harder": sum(e.after > e.before for e in entries),

@@ -79,7 +79,7 @@ class RunSettings(_Frozen):
     )
     row_losses: bool = Field(
         True,
-        description="Write down each training row's loss before and at the end, which shows rows that are wrong. Costs two passes over the rows without learning.",
+        description="Write down each row's loss before and at the end, which shows rows that are wrong. Costs two passes over the rows without learning.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."

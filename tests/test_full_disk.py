@@ -88,7 +88,7 @@ def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
     features.keep("before", np.ones((2, 2), np.float32))
     small_disk.fill()
     with pytest.raises(OSError) as full:
-        ledger.write(small_disk.folder / "runs", data, [1.0] * len(data), [1.0] * len(data))
+        ledger.write(small_disk.folder / "runs", [ledger.Part(data, [1.0] * len(data), [1.0] * len(data))])
     said = run.failed(full.value, spec, 7)
     assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.way_out
 

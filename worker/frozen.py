@@ -100,9 +100,21 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         evaluation = evaluation_of(found, truth, held_truth, data.held_out, data.labels)
     if run.row_losses:
         shares = np.bincount(truth, minlength=len(data.labels)) / len(truth)
-        before = (-np.log(shares[truth])).tolist()
+        sides = [(data.train, inside, truth, False)]
+        if spec.validation is None:  # else they are rows of another dataset
+            sides.append((data.held_out, outside, held_truth, True))
         ledger.write(
-            folder, tokenise_texts(tokenizer, data.train, longest), before, row_losses(_probabilities(classifier.head, inside), truth)
+            folder,
+            [
+                ledger.Part(
+                    tokenise_texts(tokenizer, rows, longest),
+                    (-np.log(shares[labels])).tolist(),
+                    row_losses(_probabilities(classifier.head, vectors), labels),
+                    held_out,
+                )
+                for rows, vectors, labels, held_out in sides
+                if len(labels)
+            ],
         )
     written, revision, adapter = export(folder, spec, classifier, tokenizer, state)
     state.wall_seconds = time.monotonic() - began

@@ -27,7 +27,7 @@ from worker.batches import Batch, Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
 from worker.late import sent
-from worker.lesson import MOST_REMEMBERED, Lesson, Scored, remarks_on
+from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pack import best_fit
@@ -192,8 +192,16 @@ class Preferring(Writing):
         return named(sums)
 
     def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+        """Each pair's loss: one that grew says that the worse answer is still the likelier one, as where the two stand exchanged."""
+        policy = yield from self._score(model, self.pairs["train"], engine, budget)
+        return self._losses(policy)
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
         yield from ()
-        return []  # a pair's loss says how far two answers lie apart, not whether the row is wrong
+        return self._losses(self.reference["train"].cpu())
+
+    def _losses(self, policy: torch.Tensor) -> list[float]:
+        return losses_of(policy.double(), self.reference["train"].cpu().double(), self.settings)[0].tolist()
 
     # Judging ------------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,10 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
     yield events.Doing(what=telling.what, share=0.5)
     if losses:
         before_tuning = yield from telling(lesson.row_losses_before(base, budget, engine), 0.5, 0.9)
-        ledger.write(job.attempt, lesson.train, before_tuning, losses)
+        parts = [ledger.Part(lesson.train, before_tuning, losses)]
+        if job.spec.validation is None:  # else they are rows of another dataset
+            parts.append(ledger.Part(lesson.held_out, state.base_rows, state.best_rows or state.last_rows, held_out=True))
+        ledger.write(job.attempt, parts)
     lost = None
     if texts:
         before = forgetting.remembered(job.spec, engine) or forgetting.remember(

@@ -48,4 +48,7 @@ def test_it_changes_nothing_that_is_learnt_and_can_be_left_out(data_dir: Path, t
     one, two = run(spec, data_dir, "with")[-1], run(without, data_dir, "without")[-1]
     assert one.adapter_sha256 == two.adapter_sha256
     assert not (data_dir / "runs" / "without" / "a1" / ledger.FILE).exists()
+    found = json.loads((data_dir / "runs" / "with" / "a1" / ledger.FILE).read_text())
+    held = [line for line, out in zip(found["line"], found["held_out"], strict=True) if out]
+    assert held and len(held) < len(found["line"]) and sorted(found["line"]) == list(range(1, len(chat_rows()) + 1))
     assert RunSettings().row_losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,10 @@ def test_the_margin_rises(data_dir: Path, tiny_model: Path, strategy: str) -> No
     asked = {r["messages"][0]["content"]: r["chosen"][0]["content"] for r in pair_rows()}
     assert any(prompt in samples[0].prompt and samples[0].reference == better for prompt, better in asked.items())
     assert said[-1].evaluation["tuned"]["reward_accuracy"] > 0.9
+    ledger = json.loads((data_dir / "runs" / strategy / "a1" / "ledger.json").read_text())
+    assert sorted(ledger["line"]) == list(range(1, len(pair_rows()) + 1)) and any(ledger["held_out"])
+    assert ledger["before"] == pytest.approx([0.693147] * len(ledger["line"]), abs=1e-4 if strategy in ("lora", "full") else 0.1)
+    assert sum(ledger["after"]) < sum(ledger["before"]) - 0.02 * len(ledger["line"])
 
 
 @pytest.mark.parametrize("settings", [{"loss": "ipo", "beta": 0.5}, {"length_normalised": True, "beta": 2.0}, {"label_smoothing": 0.2}])
