@@ -5,33 +5,61 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app import uploads
 from app.accounts import CurrentUser
 from app.db import transaction
-from app.errors import BadField, NotFound, Unsupported
+from app.errors import BadField, NotFound, StudioError, Unsupported
 from app.settings import get_settings
 from app.tables import Upload, User
 
-api = APIRouter(prefix="/v1")
 VERSION = "1.0.0"
 BASE = "/v1/tus"
+ALWAYS = {"Tus-Resumable": VERSION, "Cache-Control": "no-store"}
+"""Headers of every answer, of those that refuse too."""
+
+
+class OtherVersion(StudioError):
+    """The sender does not say that it speaks our version of the protocol."""
+
+    status, code, type = 412, "wrong_version", "invalid_request_error"
+    headers: ClassVar = {"Tus-Version": VERSION}
+
+
+class TusRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except StudioError as fault:
+                fault.headers = {**ALWAYS, **getattr(fault, "headers", {})}  # type: ignore[attr-defined]
+                raise
+
+        return answer
+
+
+api = APIRouter(prefix="/v1", route_class=TusRoute)
 
 
 def _answer(status: int, **headers: str) -> Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Response(status_code=status, headers={"Tus-Resumable": VERSION, "Cache-Control": "no-store", **named})
+    return Response(status_code=status, headers={**ALWAYS, **named})
 
 
 def _check_version(request: Request) -> None:
     if request.headers.get("tus-resumable") != VERSION:
-        raise BadField("This address speaks tus 1.0.0.", way_out="Send the header Tus-Resumable: 1.0.0.", param="Tus-Resumable")
+        raise OtherVersion("This address speaks tus 1.0.0.", way_out="Send the header Tus-Resumable: 1.0.0.", param="Tus-Resumable")
 
 
 def _number(request: Request, name: str) -> int:
@@ -75,7 +103,7 @@ def create(request: Request, user: CurrentUser) -> Response:
 
 
 def _when(upload: Upload) -> str:
-    return upload.expires_at.strftime("%a, %d %b %Y %H:%M:%S GMT")
+    return upload.expires_at.astimezone(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
 def _find(user: User, key: str) -> tuple[uploads.Ticket, str]:
@@ -89,8 +117,9 @@ def _find(user: User, key: str) -> tuple[uploads.Ticket, str]:
 
 
 @api.head("/tus/{key}", include_in_schema=False)
-def offset(user: CurrentUser, key: str) -> Response:
+def offset(request: Request, user: CurrentUser, key: str) -> Response:
     """How many bytes are here: where to go on."""
+    _check_version(request)
     held, when = _find(user, key)
     return _answer(200, Upload_Offset=str(held.offset), Upload_Length=str(held.length), Upload_Expires=when, **_became(held.dataset))
 

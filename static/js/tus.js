@@ -4,17 +4,30 @@ const HEADERS = { "Tus-Resumable": "1.0.0" };
 const csrf = () => document.querySelector('meta[name="csrf-token"]').content;
 const encode = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
 
-/** What was begun in this browser and is not complete: {url, name, size, modified}, or null. */
+const PREFIX = "luthier-upload:";
+const keyOf = (file) => `${PREFIX}${file.name}:${file.size}:${file.lastModified}`;
+
+/** What was begun in this browser and is not complete, each file on its own: [{key, url, name, size}]. */
 export function remembered() {
-  try {
-    return JSON.parse(localStorage.getItem("luthier-upload"));
-  } catch {
-    return null;
+  const found = [];
+  for (const key of Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))) {
+    try {
+      found.push({ key, ...JSON.parse(localStorage.getItem(key)) });
+    } catch {
+      forget(key);
+    }
   }
+  return found;
 }
 
-export function forget() {
-  localStorage.removeItem("luthier-upload");
+export function forget(key) {
+  localStorage.removeItem(key);
+}
+
+/** Take back an upload that is not complete. */
+export async function takeBack({ key, url }) {
+  await fetch(url, { method: "DELETE", headers: { ...HEADERS, "x-csrf-token": csrf() } }).catch(() => null);
+  forget(key);
 }
 
 /** Bytes that are on the server, or null when the upload is not there any more. */
@@ -43,9 +56,8 @@ export class Upload {
   }
 
   async send() {
-    const before = remembered();
-    const same = before && before.name === this.file.name && before.size === this.file.size && before.modified === this.file.lastModified;
-    let state = same ? await offsetOf(before.url).catch(() => null) : null;
+    const before = remembered().find(({ key }) => key === keyOf(this.file));
+    let state = before ? await offsetOf(before.url).catch(() => null) : null;
     if (state) this.url = before.url;
     else {
       this.url = await this.begin();
@@ -62,7 +74,7 @@ export class Upload {
         state = (await offsetOf(this.url).catch(() => null)) ?? state;
       }
     }
-    forget();
+    forget(keyOf(this.file));
     return state.dataset;
   }
 
@@ -79,7 +91,7 @@ export class Upload {
     });
     if (!answer.ok) throw Object.assign(await fault(answer), { final: true });
     const url = answer.headers.get("Location");
-    localStorage.setItem("luthier-upload", JSON.stringify({ url, name: this.file.name, size: this.file.size, modified: this.file.lastModified }));
+    localStorage.setItem(keyOf(this.file), JSON.stringify({ url, name: this.file.name, size: this.file.size }));
     return url;
   }
 
@@ -105,7 +117,6 @@ export class Upload {
   async stop() {
     this.stopped = true;
     this.request?.abort();
-    if (this.url) await fetch(this.url, { method: "DELETE", headers: { ...HEADERS, "x-csrf-token": csrf() } }).catch(() => null);
-    forget();
+    if (this.url) await takeBack({ key: keyOf(this.file), url: this.url });
   }
 }

@@ -1,6 +1,6 @@
 // The upload page: drop a file, see how far it is, stop it, go on after a reload. Without this module the form is sent as it is.
 import { bytes, seconds } from "./format.js";
-import { Upload, forget, offsetOf, remembered } from "./tus.js";
+import { Upload, forget, offsetOf, remembered, takeBack } from "./tus.js";
 
 const form = document.getElementById("upload");
 const input = document.getElementById("file");
@@ -49,6 +49,7 @@ form.addEventListener("submit", async (event) => {
   fault.hidden = true;
   if (file.size === 0) return complain("This file is empty.", "Choose a file with at least one row.");
   sending.hidden = false;
+  unfinished.replaceChildren();
   document.getElementById("send").disabled = true;
   const start = performance.now();
   let first = null;
@@ -64,7 +65,7 @@ form.addEventListener("submit", async (event) => {
     location.assign(`/datasets/${await upload.send()}`);
   } catch (error) {
     sending.hidden = true;
-    if (!upload.stopped) complain(error.message, remembered() ? "Choose the same file again to go on where it stopped." : "");
+    if (!upload.stopped) complain(error.message, remembered().some(({ name }) => name === file.name) ? "Choose the same file again to go on where it stopped." : "");
     else complain("Stopped; nothing was saved.");
   } finally {
     upload = null;
@@ -72,27 +73,26 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
-document.getElementById("stop").addEventListener("click", async () => {
-  if (upload) return upload.stop();
-  const before = remembered();
-  if (before) {
-    const form = new Upload({ name: before.name }, {}, () => {});
-    form.url = before.url;
-    await form.stop();
-  }
-  sending.hidden = true;
-});
+document.getElementById("stop").addEventListener("click", () => upload?.stop());
 
-// After a reload: the bar stands where the upload stands, and goes on once the same file is chosen.
-const before = remembered();
-if (before) {
+// After a reload: each bar stands where its upload stands, and goes on once the same file is chosen.
+const unfinished = document.getElementById("unfinished");
+for (const before of remembered()) {
   const state = await offsetOf(before.url).catch(() => null);
-  if (state?.dataset) {
-    forget();
-    location.assign(`/datasets/${state.dataset}`);
-  } else if (state && !upload) {
-    sending.hidden = false;
-    bar.value = state.offset / before.size;
-    text.textContent = `${before.name}: ${bytes(state.offset)} of ${bytes(before.size)} are here. Choose the same file again to go on.`;
-  } else if (!state) forget();
+  if (!state || state.dataset) {
+    forget(before.key);
+    if (state) location.assign(`/datasets/${state.dataset}`);
+    continue;
+  }
+  const item = document.getElementById("unfinished-item").content.cloneNode(true).firstElementChild;
+  const bar = item.querySelector("progress");
+  bar.value = state.offset / before.size;
+  bar.setAttribute("aria-label", `Uploaded of ${before.name}`);
+  item.querySelector("span").textContent = `${before.name}: ${bytes(state.offset)} of ${bytes(before.size)} are here. Choose the same file again to go on.`;
+  item.querySelector("button").setAttribute("aria-label", `Take back ${before.name}`);
+  item.querySelector("button").addEventListener("click", async () => {
+    await takeBack(before);
+    item.remove();
+  });
+  unfinished.append(item);
 }

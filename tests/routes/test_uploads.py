@@ -92,7 +92,7 @@ def test_a_wrong_offset_version_type_or_length_is_refused_and_harms_nothing(api)
     assert patch(api, url, 0, DATA[:1000]).status_code == 204
     assert patch(api, url, 0, DATA[:1000]).status_code == 409
     assert patch(api, url, 1000, b"x", **{"Content-Type": "text/plain"}).status_code == 415
-    assert patch(api, url, 1000, b"x", **{"Tus-Resumable": "0.2.2"}).status_code == 400
+    assert patch(api, url, 1000, b"x", **{"Tus-Resumable": "0.2.2"}).status_code == 412
     assert patch(api, url, "-1", b"x").status_code == 400
     assert patch(api, url, 1000, DATA).status_code == 413
     assert 1000 <= at(api, url) <= len(DATA)
@@ -101,7 +101,16 @@ def test_a_wrong_offset_version_type_or_length_is_refused_and_harms_nothing(api)
     assert begin(api, 10, purpose="nothing").status_code == 400
     assert begin(api, 10, format="excel").status_code == 400
     assert api.post("/v1/tus", headers={**TUS, "Upload-Length": "3", "Upload-Metadata": "filename %%%"}).status_code == 400
-    assert api.head(f"/v1/tus/{uuid.uuid4()}").status_code == 404
+    assert api.head(f"/v1/tus/{uuid.uuid4()}", headers=TUS).status_code == 404
+
+
+def test_every_answer_speaks_the_protocol_and_is_kept_by_nobody(api):
+    url = begin(api).headers["location"]
+    for answer, status in ((api.head(url, headers=TUS), 200), (api.head(f"/v1/tus/{uuid.uuid4()}", headers=TUS), 404)):
+        assert (answer.status_code, answer.headers["tus-resumable"], answer.headers["cache-control"]) == (status, "1.0.0", "no-store")
+    refused = [api.head(url), api.delete(url), api.post("/v1/tus", headers={"Upload-Length": "3"}), api.patch(url, content=b"x")]
+    assert [(answer.status_code, answer.headers["tus-version"]) for answer in refused] == [(412, "1.0.0")] * 4
+    assert at(api, url) == 0
 
 
 def test_abilities_and_stopping(api, data_dir):
@@ -110,14 +119,14 @@ def test_abilities_and_stopping(api, data_dir):
     url = begin(api).headers["location"]
     assert patch(api, url, 0, DATA[:10]).status_code == 204
     assert api.delete(url, headers=TUS).status_code == 204
-    assert api.head(url).status_code == 404 and not list((data_dir / "tmp").glob("tus-*"))
+    assert api.head(url, headers=TUS).status_code == 404 and not list((data_dir / "tmp").glob("tus-*"))
 
 
 def test_an_upload_expires_and_is_swept(api, session, data_dir):
     url = begin(api).headers["location"]
     session.execute(update(Upload).values(expires_at=func.clock_timestamp() - text("interval '1 second'")))
     session.commit()
-    assert api.head(url).status_code == 410
+    assert api.head(url, headers=TUS).status_code == 410
     assert uploads.sweep(session) == 1
     session.commit()
     assert not list((data_dir / "tmp").glob("tus-*")) and session.scalars(select(Upload)).all() == []
