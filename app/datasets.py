@@ -25,7 +25,7 @@ from app.spec import DatasetRef
 from app.tables import Dataset, File, Finding, Job, User
 
 __all__ = [
-    "DatasetStats", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
+    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
     "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "versions",
 ]  # fmt: skip
 
@@ -270,6 +270,13 @@ def findings(
     query = query.order_by(*orders[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
+
+
+def at_line(session: Session, dataset: Dataset, line: int) -> list[Finding]:
+    """What was found in one line."""
+    return list(
+        session.scalars(select(Finding).where(Finding.dataset_id == dataset.id, Finding.line == line).order_by(Finding.id).limit(50))
+    )
 
 
 def delete(session: Session, user: User, dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ changed in place. One edit is {"operation", "lines": […], …}:
     repair          a line that cannot be read is taken as it was probably meant (`app/readers/_repair.py`); with `all`, every one
     mend            the row's own fix for `rule` is applied, again and again until the rule is silent
     replace         the row is `row`, a normalised row as a person typed it
+    retype          the line of the file is `row`, in the file's own columns, as a person typed it
     strip_control   control characters go            strip_markers   chat-template markers go
     mask            what looks like a secret or personal data becomes a placeholder
 """
@@ -65,6 +66,8 @@ class Edits:
                 return None, None
             if operation == "replace":
                 typed = edit["row"]
+            elif operation == "retype":
+                row, typed = edit["row"], None
             elif operation in TEXT_EDITS:
                 change = TEXT_EDITS[operation]
                 row, typed = _in_texts(row, change), typed and _in_texts(typed, change)

@@ -19,18 +19,18 @@ from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, queue, sandbox
+from app import db, files, queue, sandbox
 from app.errors import Conflict, StudioError
 from app.settings import get_settings
 from app.spec import RunSettings
-from app.tables import Dataset, Finding, Inspection, Model
+from app.tables import Dataset, File, Finding, Inspection, Model
 
-FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows", "split": "app.splits:look"}
+FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows", "split": "app.splits:look", "line": "app.rawline:look"}
 """What the child runs. Names, because nothing here imports the worker."""
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
 LEASE_SECONDS = 60
 ASK_AGAIN_SECONDS = 20
-ANSWERS = 2
+ANSWERS = 3
 """Raised when the same question is answered differently, so that older answers are not shown."""
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
@@ -106,7 +106,7 @@ def answer(inspection_id: uuid.UUID) -> None:
         return
     try:
         if payload is None:
-            raise Conflict("The dataset or the model was deleted.", way_out="Choose another.")
+            raise Conflict("The dataset, its file or the model was deleted.", way_out="Choose another.")
         result, error = (
             sandbox.run(
                 FUNCTIONS[found.kind],
@@ -136,6 +136,12 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
     payload.setdefault("count", dataset.good_rows)
     if "validation_rows" in payload:
         payload["validation"] = str(data / payload["validation_rows"])
+    if found.kind == "line":
+        file = session.get(File, dataset.file_id) if dataset.file_id else None
+        if file is None or file.deleted_at is not None:
+            return None
+        payload |= {"path": str(files.blob_path(file.sha256)), "filename": file.filename, "format": dataset.format}
+        payload |= {"mapping": dataset.mapping, "edits": dataset.edits or []}
     if model is not None:
         payload |= {"tokenizer": str(data / tokenizer_of(session, model)), "kind": model.kind}
     return payload
@@ -160,6 +166,22 @@ def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] |
 
         session.flush()
         overlap.tell_jobs(session, found)
+
+
+KEPT_DAYS = {"rows": 7, "line": 1}
+"""Answers of a page of rows are soon asked again, and cost little to make; the others are kept as long as their dataset."""
+
+
+def sweep(session: Session, at_most: int = 1000) -> int:
+    """Remove answers about deleted datasets and those that nobody will ask for again. Returns how many went."""
+    old = [
+        (Inspection.kind == kind) & (Inspection.asked_at < func.clock_timestamp() - timedelta(days=days))
+        for kind, days in KEPT_DAYS.items()
+    ]
+    gone = select(Dataset.id).where(Dataset.id == Inspection.dataset_id, Dataset.deleted_at.is_not(None)).exists()
+    idle = or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp())
+    found = select(Inspection.id).where(or_(gone, *old), idle).limit(at_most).with_for_update(skip_locked=True)
+    return len(session.execute(delete(Inspection).where(Inspection.id.in_(found)).returning(Inspection.id)).all())
 
 
 # What the trainer's converter says of every row -------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None)
 def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> dict[str, Any]:
     path = Path(payload["path"])
     edits = Edits(payload.get("edits") or ())
-    raws = _repaired(_numbered(_with_progress(readers.read(path, payload["filename"]), path, payload["filename"], say)), edits)
+    raws = _repaired(numbered(_with_progress(readers.read(path, payload["filename"]), path, payload["filename"], say)), edits)
     head = list(itertools.islice(raws, SAMPLE_ROWS))
     sample = [raw.row for raw in head if raw.row is not None]
     if not sample:
@@ -89,7 +89,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
     }
 
 
-def _numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
+def numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
     """The rows, each with a number of its own: where several stand on one line, they are counted on from it."""
     last = 0
     for raw in raws:
@@ -114,7 +114,7 @@ def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
         return typed if report.take(raw.line, typed) else None
     if row is None:
         return None
-    return report.check(raw if raw.row is None else raw._replace(row=row))
+    return report.check(raw if raw.row is None and not row else Raw(raw.line, row))
 
 
 def _no_rows(head: Sequence[Raw]) -> BadData:

@@ -85,3 +85,17 @@ def job_of(session: Session, user: User, dataset: Dataset, key: str | None) -> J
         return jobs.get(session, user, ids.parse(ids.JOB, key))
     found = jobs_of(session, dataset)
     return found[0] if found else None
+
+
+def job_before(session: Session, dataset: Dataset) -> tuple[Job, Dataset] | None:
+    """The newest finished job on the nearest version that this one came from, and that version; None where this one has a job itself."""
+    query = select(Job).where(Job.status == "succeeded", Job.deleted_at.is_(None)).order_by(Job.finished_at.desc()).limit(1)
+    if session.scalar(select(Job.id).where(Job.dataset_id == dataset.id, Job.deleted_at.is_(None)).limit(1)):
+        return None
+    version, seen = dataset, {dataset.id}
+    while version.parent_id and version.parent_id not in seen and (parent := session.get(Dataset, version.parent_id)) is not None:
+        if (job := session.scalar(query.where(Job.dataset_id == parent.id))) is not None:
+            return job, parent
+        seen.add(parent.id)
+        version = parent
+    return None

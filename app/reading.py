@@ -89,7 +89,7 @@ def read(dataset_id: uuid.UUID) -> None:
         _record_error(dataset_id, fence, refused.error if isinstance(refused, sandbox.Refused) else _as_json(refused))
         return
     with db.transaction() as session:
-        kept = _record(session, dataset_id, fence, result, rows, reading.findings, payload["model"])
+        kept = _record(session, dataset_id, fence, result, rows, reading.findings, payload["counters"].get(result["task"]))
     if not kept:
         _drop(rows)
 
@@ -114,11 +114,9 @@ def can_be_read_again(dataset: Dataset) -> bool:
 
 def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
-    model = recount.counting_model(session)
     origin = dataset.origin or {}
     return {
-        "model": str(model.id) if model else None,
-        **(inspections.counting(session, model) if model else {}),
+        "counters": recount.counters(session),
         "bring": origin if file is None and origin.get("operation") in (hub_datasets.OPERATION, *mixing.OPERATIONS) else None,
         "sha256": file.sha256 if file and file.deleted_at is None else None,
         "filename": file.filename if file else "",
@@ -213,7 +211,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
     job = {**payload, "path": str(path), "rows": str(draft), "lines": str(lines_path(rows))}
     try:
         result = sandbox.run(
-            "worker.inspect:read_file" if payload["model"] else "app.intake:read",  # a name, because nothing here imports the worker
+            "worker.inspect:read_file" if payload["counters"] else "app.intake:read",  # a name, because nothing here imports the worker
             job,
             LIMITS,
             folder=get_settings().folder("tmp"),
@@ -230,7 +228,13 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
 
 
 def _record(
-    session: Session, dataset_id: uuid.UUID, fence: int, result: dict[str, Any], rows: Path, found: list[dict[str, Any]], model: str | None
+    session: Session,
+    dataset_id: uuid.UUID,
+    fence: int,
+    result: dict[str, Any],
+    rows: Path,
+    found: list[dict[str, Any]],
+    counted_by: dict[str, Any] | None,
 ) -> bool:
     """Make the dataset ready, with its findings, in one go; False when it is no longer ours."""
     ours = session.scalar(
@@ -246,7 +250,7 @@ def _record(
     ours.rows_path, ours.rows_sha256 = rows.relative_to(get_settings().data_dir).as_posix(), result["sha256"]
     ours.report = result["report"]
     _settle(session, ours, "processed", None)
-    counter = session.get(Model, uuid.UUID(model)) if model else None
+    counter = session.get(Model, uuid.UUID(counted_by["model"])) if counted_by else None
     if counter is not None and result.get("lengths"):
         inspections.keep_lengths(session, ours, counter, result["lengths"])
     return True
@@ -345,3 +349,4 @@ def _sweep(session: Session) -> None:
         _swept_at = time.monotonic()
         files.sweep(session)
         uploads.sweep(session)
+        inspections.sweep(session)

@@ -20,14 +20,26 @@ SECONDS = 600
 """How long a count may hold its lease; it tells no progress."""
 
 
-def counting_model(session: Session) -> Model | None:
-    """The model whose tokenizer counts: the oldest base that is ready, which is the starter model."""
+TASKS = ("generation", "preference", "classification")
+
+
+def counting_model(session: Session, task: str = "generation") -> Model | None:
+    """The model whose tokenizer counts: the oldest base that is ready, which is the starter model. Texts with a label are counted
+    as the oldest encoder reads them, where there is one."""
     query = select(Model).where(Model.status == "ready", Model.base_id.is_(None), Model.path.is_not(None), Model.deleted_at.is_(None))
-    query = query.where(Model.kind.not_in(("encoder", "classifier"))).order_by(Model.created_at)
-    for model in session.scalars(query):
-        if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists():
-            return model
-    return None
+    able = [
+        model
+        for model in session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at))
+        if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists()
+    ]
+    encoders, writers = ([model for model in able if (model.kind == "encoder") == wanted] for wanted in (True, False))
+    return next(iter([*encoders, *writers] if task == "classification" else writers), None)
+
+
+def counters(session: Session) -> dict[str, dict[str, Any]]:
+    """For each task that a model can count for: what a child needs to count with it (`inspections.counting`), and its id."""
+    models = {task: counting_model(session, task) for task in TASKS}
+    return {task: {"model": str(model.id), **inspections.counting(session, model)} for task, model in models.items() if model is not None}
 
 
 def _uncounted() -> ColumnElement[bool]:
@@ -46,9 +58,10 @@ def _free() -> ColumnElement[bool]:
 
 def order(session: Session) -> int:
     """Order the counts that can be made now. Returns how many."""
-    waiting = select(Dataset.id).where(_uncounted(), _free())
-    if session.scalar(waiting.limit(1)) is None or counting_model(session) is None:
+    if session.scalar(select(Dataset.id).where(_uncounted(), _free()).limit(1)) is None:
         return 0
+    able = [task for task in TASKS if counting_model(session, task) is not None]
+    waiting = select(Dataset.id).where(_uncounted(), _free(), Dataset.task.in_(able))
     quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
     spoken_of = select(Outbox.id).where(
         Outbox.key == Dataset.id, Outbox.task == queue.READ, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
@@ -62,7 +75,7 @@ def order(session: Session) -> int:
 def count(dataset_id: uuid.UUID) -> None:
     """Count one dataset's tokens in a limited child, unless that is done or being done."""
     with db.transaction() as session:
-        model = counting_model(session)
+        model = counting_model(session, session.scalar(select(Dataset.task).where(Dataset.id == dataset_id)) or "generation")
         if model is None:
             return
         claim = update(Dataset).where(Dataset.id == dataset_id, _uncounted(), _free())

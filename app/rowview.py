@@ -7,14 +7,15 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app import ids, inspections, models, recount
+from app import ids, inspections, ledger, models, recount
 from app.errors import NotFound
-from app.tables import Dataset, Inspection, Job, Model, User
+from app.tables import Dataset, Inspection, Model, User
 
 ROWS_PER_PAGE = 10
 DEFAULT_CUTOFF = 1024
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 WAIT_SECONDS = 2.5
+SORTS = {"longest": "longest first", **ledger.SORTS}
 
 
 @dataclass(slots=True)
@@ -39,37 +40,51 @@ class Shown:
         return self.rows.status in ("waiting", "running") or (self.lengths is not None and self.lengths.status in ("waiting", "running"))
 
 
-def able_models(session: Session, user: User) -> list[Model]:
-    """The models whose trainer can look at rows: all that write text."""
-    return [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("encoder", "classifier")]
+def able_models(session: Session, user: User, dataset: Dataset) -> list[Model]:
+    """The models whose trainer can look at rows: all that write text, and for texts with a label those that read it only."""
+    able = [m for m in models.list_(session, user) if m.status == "ready"]
+    return able if dataset.task == "classification" else [m for m in able if m.kind not in ("encoder", "classifier")]
 
 
-def choose_model(session: Session, user: User, name: str | None) -> Model | None:
+def choose_model(session: Session, user: User, dataset: Dataset, name: str | None) -> Model | None:
     """The model named, or the one that counts tokens; None where there is none."""
-    able = able_models(session, user)
+    able = able_models(session, user, dataset)
     if name:
         for model in able:
             if name in (model.name, ids.public(ids.MODEL, model.id)):
                 return model
         raise NotFound(f"No such model: {name[:80]}", way_out="Choose one of the list.", param="model")
-    first = recount.counting_model(session)
+    first = recount.counting_model(session, dataset.task or "generation")
     return next((model for model in able if first is not None and model.id == first.id), able[0] if able else None)
 
 
-def ask(session: Session, dataset: Dataset, wish: Wish) -> tuple[Inspection, Inspection | None]:
-    """The two questions behind the page: some rows, and the lengths of all."""
+def window(model: Model | None) -> int:
+    """Tokens that a model reads at once; no row is kept beyond them."""
+    return int((model.shape or {}).get("positions") or 1 << 30) if model else 1 << 30
+
+
+def cutoffs(model: Model | None, cutoff: int) -> list[int]:
+    """The longest lengths to choose from: up to what the model reads at once."""
+    most = window(model)
+    return sorted({cutoff, *(c for c in CUTOFFS if c <= most), *({most} if most <= CUTOFFS[-1] else ())})
+
+
+def ask_lengths(session: Session, dataset: Dataset, model: Model | None, cutoff: int) -> Inspection | None:
+    """How long every row is for a model's trainer; None without a model."""
+    if model is None:
+        return None
+    known = inspections.report_cutoff(model)
+    return inspections.ask(session, dataset, "lengths", {"cutoff": known if cutoff in CUTOFFS else cutoff}, model)
+
+
+def ask_rows(session: Session, dataset: Dataset, wish: Wish) -> Inspection:
+    """Some rows, token by token where there is a model."""
     arguments: dict[str, Any] = {"count": ROWS_PER_PAGE, "cutoff": wish.cutoff}
     if wish.lines is not None:
         arguments["lines"] = wish.lines
     else:
         arguments |= {"skip": (wish.page - 1) * ROWS_PER_PAGE, "search": wish.search}
-    rows = inspections.ask(session, dataset, "rows", arguments, wish.model)
-    lengths = (
-        inspections.ask(session, dataset, "lengths", {"cutoff": DEFAULT_CUTOFF if wish.cutoff in CUTOFFS else wish.cutoff}, wish.model)
-        if wish.model
-        else None
-    )
-    return rows, lengths
+    return inspections.ask(session, dataset, "rows", arguments, wish.model)
 
 
 def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
@@ -80,6 +95,14 @@ def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
     if lengths is not None and lengths.result:
         shown.at = next((entry for entry in lengths.result["cutoffs"] if entry["cutoff"] == cutoff), {})
     return shown
+
+
+def order(sort: str, entries: list[ledger.Entry], lengths: Inspection | None) -> list[int] | None:
+    """All lines in the order asked for; None for that of the file, and as long as what the order needs is not there."""
+    if sort == "longest":
+        found = lengths.result if lengths is not None and lengths.status == "ready" else None
+        return [line for line, _ in found["longest_rows"]] if found else None
+    return [entry.line for entry in ledger.ranked(entries, sort)] if sort and entries else None
 
 
 def bars(lengths: dict[str, Any], cutoff: int) -> dict[str, Any]:
@@ -97,10 +120,3 @@ def bars(lengths: dict[str, Any], cutoff: int) -> dict[str, Any]:
         "end": end,
         "most": most,
     }  # fmt: skip
-
-
-def jobs_with_ledger(session: Session, dataset: Dataset) -> list[Job]:
-    """Jobs whose training wrote down each row's loss of this dataset, newest first."""
-    from app import ledger
-
-    return ledger.jobs_of(session, dataset)

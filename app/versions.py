@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from app import datasets, edits, formats, ids
 from app.errors import BadField, Conflict
+from app.readers import parse_json
 from app.reading import lines_path
 from app.settings import get_settings
 from app.storable import DEEPEST, too_deep
@@ -24,14 +25,21 @@ _OF_THE_READER = {"repair"}
 """What is done to a line before there is a row."""
 
 MOST_LINES = 1_000_000
+MOST_FINDINGS = 1000
+"""Findings fixed by name at once; all of a kind are fixed by its rule."""
 
 
-def fix_one(session: Session, user: User, dataset: Dataset, finding_id: int) -> Dataset:
-    """A version with the fix of one finding. Raises BadField when it has none."""
-    found = session.scalar(select(Finding).where(Finding.id == finding_id, Finding.dataset_id == dataset.id))
-    if found is None or not found.fix or found.line is None:
-        raise BadField("This finding has no fix to apply.", way_out="Edit the row, or drop it.", param="finding")
-    return make(session, user, dataset, [_edit(found, [found.line])], {"operation": "fix", "rule": found.rule, "lines": [found.line]})
+def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Dataset:
+    """A version with the fixes of these findings. Raises BadField when one has none."""
+    wanted = sorted(set(finding_ids))[: MOST_FINDINGS + 1]
+    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted[:MOST_FINDINGS])).order_by(Finding.id)
+    found = session.scalars(query).all()
+    if not found or len(found) != len(wanted) or not all(one.fix and one.line for one in found):
+        raise BadField("A finding that was chosen has no fix to apply.", way_out="Edit its row, or drop it.", param="finding")
+    lines = sorted({one.line for one in found if one.line})
+    rules = " and ".join(dict.fromkeys(one.rule for one in found))
+    made = [_edit(one, [one.line]) for one in found if one.line]
+    return make(session, user, dataset, made, {"operation": "fix", "rule": rules, **_named(lines)})
 
 
 def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Dataset:
@@ -91,6 +99,12 @@ def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[in
     return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
 
 
+def drop_found(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Dataset:
+    """A version without the lines of these findings."""
+    query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.id.in_(sorted(set(finding_ids))[:MOST_FINDINGS]))
+    return drop_rows(session, user, dataset, [line for line in session.scalars(query) if line])
+
+
 def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
     """A version in which one row is what a person typed, as JSON of the normalised row. Raises BadField saying what is wrong."""
     if not dataset.format:
@@ -107,6 +121,20 @@ def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: st
             raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
     edit = {"operation": "replace", "lines": [line], "row": row}
     return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
+
+
+def retype_line(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
+    """A version in which one line of the file is what a person typed: JSON, with the file's own columns. Raises BadField saying what
+    is wrong."""
+    if dataset.status != "ready":
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise BadField(row.message, way_out="Mend the text and save again.", param="row")
+    for found in formats.get(dataset.format or "").check(row, dataset.mapping):
+        if found.severity == "error":
+            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
+    return make(session, user, dataset, [{"operation": "retype", "lines": [line], "row": row}], {"operation": "edit", "lines": [line]})
 
 
 def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, Any]], origin: dict[str, Any]) -> Dataset:

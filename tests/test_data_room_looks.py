@@ -11,9 +11,10 @@ import pytest
 from sqlalchemy import select
 
 from app import datasets, files, ids
-from app.tables import Event, File, Job
+from app.tables import Dataset, Event, File, Job
 from tests.data_worker import data_worker
 from tests.looks import look_at
+from tests.orders import make_spec
 from tests.test_looks import check, page, served
 
 __all__ = ["page", "served"]
@@ -64,7 +65,8 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
     session.commit()
     datasets.read(dataset.id)
     session.expire_all()
-    job = Job(owner_id=user.id, name="violin-tone", status="succeeded", spec={}, model_id=tiny_registered.id, dataset_id=dataset.id)
+    spec = make_spec(tiny_registered, dataset, learning_rate=0.0007).model_dump(mode="json")
+    job = Job(owner_id=user.id, name="violin-tone", status="succeeded", spec=spec, model_id=tiny_registered.id, dataset_id=dataset.id)
     session.add(job)
     session.flush()
     session.add(Event(job_id=job.id, attempt=1, type="finished", data={"path": f"runs/{job.id}/a1/final"}))
@@ -73,6 +75,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
     (folder / "final").mkdir(parents=True)
     losses = [round(draw.uniform(0.2, 1.5), 3) for _ in range(60)]
     ledger = {"line": list(range(1, 61)), "before": [2.0 + loss for loss in losses], "after": losses, "tokens": [20] * 60}
+    ledger["held_out"] = [n % 10 == 9 for n in range(60)]
     (folder / "ledger.json").write_text(json.dumps(ledger))
     with data_worker():
         yield f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
@@ -113,14 +116,21 @@ def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, 
     page.unroute("**/v1/tus/*")
     page.reload()
     page.get_by_text("Choose the same file again to go on").wait_for()
-    assert 0.3 < float(page.locator("#sent").get_attribute("value") or page.evaluate("document.getElementById('sent').value")) < 0.6
+    assert 0.3 < page.locator("#unfinished progress").evaluate("bar => bar.value") < 0.6
+    other = tmp_path / "other.jsonl"  # another file begins on its own and forgets nothing of the first
+    other.write_text(chat("Another", "one"))
+    page.set_input_files("#file", other)
+    page.click("#send")
+    page.wait_for_url("**/datasets/ds-*")
+    page.goto(f"{served}/datasets/new")
+    page.get_by_text("large.jsonl: ").wait_for()
     went_on = []
     page.on("request", lambda request: went_on.append(request.headers.get("upload-offset")) if request.method == "PATCH" else None)
     page.set_input_files("#file", path)
     page.click("#send")
     page.wait_for_url("**/datasets/ds-*")
     assert went_on[0] == str(8 * 2**20), "it went on where it stopped"
-    file = session.scalars(select(File)).one()
+    file = session.scalars(select(File).where(File.filename == "large.jsonl")).one()
     assert file.bytes == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
 
 
@@ -169,3 +179,19 @@ def test_a_row_is_found_by_its_words(page, served, room):
     page.get_by_role("button", name="Save").first.click()
     page.wait_for_url("**/datasets/ds-*")
     page.get_by_text("is made with this change").wait_for()
+
+
+def test_from_the_ledger_to_a_better_version_and_its_job(page, served, room, session):
+    page.goto(f"{served}{room}")
+    page.get_by_role("link", name="See the hardest rows").click()
+    first = page.locator("article.sample").first
+    first.get_by_role("link", name="Edit").wait_for(timeout=60_000)
+    first.get_by_role("link", name="Edit").click()
+    line = page.url.rsplit("/", 1)[-1]
+    page.get_by_label("Message 2", exact=True).fill("The belly of a violin is made of spruce.")
+    page.get_by_role("button", name="Save as a new version").first.click()
+    page.get_by_text(f"Edited line {line}").wait_for()
+    page.get_by_role("link", name="Clone the job on version 2").click(timeout=60_000)
+    assert page.locator("[name=dataset]").input_value() in page.url
+    assert page.locator("[name='run.learning_rate']").input_value() == "0.0007"
+    assert session.scalars(select(Dataset.version).order_by(Dataset.version)).all() == [1, 2]

@@ -52,7 +52,7 @@ def test_one_finding_is_fixed_and_the_parent_stays_as_it_is(session, user, make,
     parent = make([*some(12), chat(("customer", "a"), ("assistant", "b")), chat(("customer", "c"), ("assistant", "d"))])
     before = (parent.rows_sha256, parent.good_rows)
     found, _ = datasets.findings(session, parent, rule="wrong_role")
-    new = read(session, versions.fix_one(session, user, parent, found[0].id))
+    new = read(session, versions.fix_some(session, user, parent, [found[0].id]))
     assert (new.version, new.parent_id, new.good_rows) == (2, parent.id, 13)
     assert rows_of(new, data_dir)[13]["messages"][0] == {"role": "user", "content": "a"}
     assert [f.line for f in datasets.findings(session, new, rule="wrong_role")[0]] == [14]
@@ -134,7 +134,7 @@ def test_what_cannot_be_fixed_says_so(session, user, make):
     dataset = make([*some(10), "{broken"])
     (broken,), _ = datasets.findings(session, dataset, rule="invalid_json")
     with pytest.raises(BadField, match="no fix"):
-        versions.fix_one(session, user, dataset, broken.id)
+        versions.fix_some(session, user, dataset, [broken.id])
     with pytest.raises(BadField, match="Nothing found"):
         versions.fix_all(session, user, dataset, "duplicate")
     files.delete(session, user, dataset.file_id)
@@ -196,7 +196,7 @@ def test_a_line_that_cannot_be_read_is_repaired_by_click(session, user, make, da
     parent = make([*rows, line, *rows[:1]])
     (found,), _ = datasets.findings(session, parent, rule=rule)
     assert (found.line, found.fix["operation"]) == (11, "repair") and parent.good_rows == 11
-    new = read(session, versions.fix_one(session, user, parent, found.id))
+    new = read(session, versions.fix_some(session, user, parent, [found.id]))
     assert rows_of(new, data_dir)[11] == wanted and new.good_rows == 12
     assert rule not in {entry["rule"] for entry in datasets.rules(new)}
     edited = read(session, versions.drop_rows(session, user, new, [1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import heapq
 import json
 import sys
 import time
@@ -25,26 +26,30 @@ from app.storable import shortened
 from worker.light import LightTokenizer
 from worker.pack import plan
 from worker.prompts import prepare_tokenizer, render_row
-from worker.rendering import Length, Renderer, counts_of, length_of
+from worker.rendering import BATCH_ROWS, Length, Renderer, counts_of, length_of
 
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ALL = 1 << 30
 MOST_TOKENS_SHOWN = 3000
 SHOWN_ROW_BYTES = 64 << 10
 MOST_FINDINGS = 2000
+LONGEST_ROWS = 1000
+"""Rows named as the longest: those that any longest length cuts, unless it cuts more of them."""
 Say = Callable[[dict[str, Any]], None]
 AddFinding = Callable[[int, Finding], None]
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The light one where the folder has a tokenizer.json, else transformers' own."""
+def open_tokenizer(folder: Path, task: str | None = None) -> Any:
+    """The light one where the folder has a tokenizer.json, else transformers' own. What only reads texts, as a classifier does,
+    needs no mark for their end."""
     if (folder / "tokenizer.json").is_file():
         tokenizer: Any = LightTokenizer(folder)
     else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    prepare_tokenizer(tokenizer)
+    if task != "classification":
+        prepare_tokenizer(tokenizer)
     return tokenizer
 
 
@@ -69,20 +74,24 @@ def learnable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """`app.intake.read`, with each row counted by the trainer's own converter as it goes by. `payload`: also tokenizer, kind
-    and cutoff. A tokenizer that cannot be opened costs the counts, not the reading."""
+    """`app.intake.read`, with each row counted by the trainer's own converter as it goes by. `payload`: also `counters`, by task
+    the tokenizer, kind and cutoff of the model that counts. A tokenizer that cannot be opened costs the counts, not the reading."""
     from app import intake
 
-    def counter(task: str, add: AddFinding) -> Counter:
-        return Counter(tokenizer, payload, task, add)
+    faults: list[str] = []
 
-    try:
-        tokenizer = open_tokenizer(Path(payload["tokenizer"]))
-    except Exception as error:  # whatever is wrong with a model's files, the dataset is good all the same
-        result = intake.read(payload, say)
-        result["report"]["uncountable"] = f"{type(error).__name__}: {error}"[:500]
-        return result
-    return intake.read(payload, say, counter)
+    def counter(task: str, add: AddFinding) -> Counter | None:
+        used = payload["counters"].get(task)
+        try:
+            return Counter(open_tokenizer(Path(used["tokenizer"]), task), used, task, add) if used else None
+        except Exception as error:  # whatever is wrong with a model's files, the dataset is good all the same
+            faults.append(f"{type(error).__name__}: {error}"[:500])
+            return None
+
+    result = intake.read(payload, say, counter)
+    if faults:
+        result["report"]["uncountable"] = faults[0]
+    return result
 
 
 def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -96,7 +105,8 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         if counter.counts[finding.rule] <= MOST_FINDINGS:
             say({"finding": {"line": line, **finding._asdict()}})
 
-    counter = Counter(open_tokenizer(Path(payload["tokenizer"])), payload, payload.get("task") or "generation", add)
+    task = payload.get("task") or "generation"
+    counter = Counter(open_tokenizer(Path(payload["tokenizer"]), task), payload, task, add)
     told = time.monotonic()
     for number, (line, text) in enumerate(read(Path(payload["rows"]))):
         if time.monotonic() - told > 0.5:
@@ -109,7 +119,8 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
 class Counter:
     """How long each row is for a model's trainer, and what of it is learnt; says what a longest length of `cutoff` does to it.
 
-    A pair of answers is two sequences, each with the prompt, as the trainer reads it. Of a labelled text no token is learnt.
+    A pair of answers is two sequences, each with the prompt, as the trainer reads it. Of a labelled text no token is learnt: it is
+    counted as a classifier reads it, in the frame that the tokenizer puts round a text.
     """
 
     def __init__(self, tokenizer: Any, payload: dict[str, Any], task: str, add: AddFinding) -> None:
@@ -117,13 +128,26 @@ class Counter:
         self._kind = payload["kind"]
         self.counts = {"over_long": 0, "nothing_left": 0, "template_refuses": 0}
         self.rows, self._last = 0, -1
-        self.total, self.trained, self.first = array("q"), array("q"), array("q")
+        self.lines, self.total, self.trained, self.first = array("q"), array("q"), array("q"), array("q")
+        self._tokenizer, self._texts = tokenizer, list[tuple[int, str]]()
+        self._frame = len(tokenizer("")["input_ids"]) if task == "classification" else 0
         self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done)
 
     def add(self, row: dict[str, Any], line: int) -> None:
+        if self.task == "classification":
+            self._texts.append((line, row["text"]))
+            if len(self._texts) >= BATCH_ROWS:
+                self._count_texts()
+            return
         answers = [name for name in ("chosen", "rejected") if name in row]
         for one in [conversation_with(row, name, self._kind) for name in answers] or [learnable(row)]:
             self._renderer.add(line, one)
+
+    def _count_texts(self) -> None:
+        counts = counts_of(self._tokenizer, [text for _, text in self._texts])
+        for (line, _), count in zip(self._texts, counts, strict=True):
+            self._done(line, Length(count + self._frame, 0, 0))
+        self._texts.clear()
 
     def _done(self, line: int, found: Length | BadData) -> None:
         if isinstance(found, BadData):
@@ -131,15 +155,9 @@ class Counter:
             return
         self.rows += line != self._last
         self._last = line
-        self.total.append(found.tokens)
-        if self.task == "classification":  # no token of it is learnt, and a classifier cuts it at the same length
-            self.trained.append(0)
-            self.first.append(0)
-            self._look(line, found.tokens, 0)
-            return
         first = ALL if found.first is None else found.first
-        self.trained.append(found.learnt)
-        self.first.append(first)
+        for column, value in ((self.lines, line), (self.total, found.tokens), (self.trained, found.learnt), (self.first, first)):
+            column.append(value)
         self._look(line, found.tokens, first)
 
     def _look(self, line: int, tokens: int, first: int) -> None:
@@ -148,7 +166,8 @@ class Counter:
             self._say(line, "nothing_left", f"Nothing is left to learn within {self.cutoff:,} tokens: {why}.", "warning", tokens)
         elif tokens > self.cutoff:
             cut = tokens - self.cutoff
-            message = f"The row has {tokens:,} tokens; {cut:,} of them ({cut / tokens:.0%}) are cut at {self.cutoff:,}."
+            of = f" of {self._name}" if self._name else ""
+            message = f"The row has {tokens:,} tokens{of}; {cut:,} of them ({cut / tokens:.0%}) are cut at {self.cutoff:,}."
             self._say(line, "over_long", message, "note", tokens)
 
     def _say(self, line: int, rule: str, message: str, severity: Severity, tokens: int | None) -> None:
@@ -158,6 +177,7 @@ class Counter:
 
     def result(self) -> dict[str, Any]:
         """`report`: the columns of a dataset's report; `lengths`: what the page of rows shows."""
+        self._count_texts()
         self._renderer.finish()
         found = {
             "rows": self.rows,
@@ -168,11 +188,19 @@ class Counter:
             "cutoffs": [_at(cutoff, self.total, self.first) for cutoff in sorted({*CUTOFFS, self.cutoff})],
             "refused": self.counts["template_refuses"],
             "counts": self.counts,
+            "longest_rows": self._longest(),
         }
         doubling = collections.Counter(tokens.bit_length() for tokens in self.total)
         bins = [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(doubling.items())]
         report = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {"token_lengths": bins, "tokenizer": self._name}
         return {"report": report, "lengths": found | {"report": report}}
+
+    def _longest(self) -> list[list[int]]:
+        """[line, tokens] of the longest rows, the longest first; of a pair its longer sequence."""
+        found: dict[int, int] = {}
+        for tokens, line in heapq.nlargest(2 * LONGEST_ROWS, zip(self.total, self.lines, strict=True)):
+            found.setdefault(line, tokens)
+        return [[line, tokens] for line, tokens in found.items()][:LONGEST_ROWS]
 
 
 def _histogram(total: array[int]) -> list[list[int]]:
@@ -209,7 +237,7 @@ def rows(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     """A few rows to look at, token by token when there is a `tokenizer`. `payload`: rows, count, cutoff, kind, and which
     rows: `lines` (in this order), or those from number `skip` on that hold the text `search`. A long row is cut, and says so
     with `cut_for_show`, unless `whole` asks for all of it."""
-    tokenizer = open_tokenizer(Path(payload["tokenizer"])) if payload.get("tokenizer") else None
+    tokenizer = open_tokenizer(Path(payload["tokenizer"]), payload.get("task")) if payload.get("tokenizer") else None
     found, matches = _choose(payload)
     shown = []
     for line, text in found:
@@ -238,20 +266,45 @@ def _choose(payload: dict[str, Any]) -> tuple[list[tuple[int, str]], int]:
 
 
 def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of a row: [text, state] with 1 for learnt, 0 for masked and 2 for cut off."""
+    """The tokens of a row: [text, state] with 1 for learnt, 0 for masked, 2 for cut off and 3 for learnt to be avoided. A pair of
+    answers is two sequences: its worse one stands under `worse`."""
     try:
-        rendered = render_row(tokenizer, learnable(row), payload["kind"], ALL)
+        if payload.get("task") == "classification" and "label" in row:
+            return _framed(tokenizer, row["text"], payload["cutoff"])
+        if "chosen" in row:
+            better, worse = (
+                _sequence(tokenizer, conversation_with(row, name, payload["kind"]), payload) for name in ("chosen", "rejected")
+            )
+            return {**better, "worse": {**worse, "tokens": [[text, 3 if state == 1 else state] for text, state in worse["tokens"]]}}
+        return _sequence(tokenizer, learnable(row), payload)
     except BadData as error:
         return {"refused": error.message}
-    cutoff = payload["cutoff"]
+
+
+def _sequence(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
+    rendered = render_row(tokenizer, row, payload["kind"], ALL)
     ids = rendered.ids[:MOST_TOKENS_SHOWN]
     texts = tokenizer.pieces(ids) if hasattr(tokenizer, "pieces") else [tokenizer.decode([key]) for key in ids]
-    states = [2 if place >= cutoff else int(learnt) for place, learnt in enumerate(rendered.trained)]
+    return _told(texts, [2 if place >= payload["cutoff"] else int(learnt) for place, learnt in enumerate(rendered.trained)])
+
+
+def _framed(tokenizer: Any, text: str, cutoff: int) -> dict[str, Any]:
+    """A text as a classifier reads it. What closes the frame stays when the text is cut."""
+    ids = tokenizer(text)["input_ids"]
+    texts = tokenizer.spans(text) if hasattr(tokenizer, "spans") else [tokenizer.decode([key]) for key in ids]
+    frame = tokenizer("")["input_ids"]
+    closing = len(frame) - sum(one == other for one, other in zip(frame, ids[: len(frame) - 1] or ids, strict=False))
+    kept, end = cutoff - closing, len(ids) - closing
+    return _told(texts, [2 if kept <= place < end and len(ids) > cutoff else 0 for place in range(len(ids))])
+
+
+def _told(texts: list[str], states: list[int]) -> dict[str, Any]:
+    """`texts` may be fewer than `states`: no more than is shown."""
     return {
-        "tokens": [list(pair) for pair in zip(texts, states, strict=False)],
-        "total": len(rendered.ids),
-        "trained": sum(state == 1 for state in states),
-        "cut": max(0, len(rendered.ids) - cutoff),
+        "tokens": [list(pair) for pair in zip(texts[:MOST_TOKENS_SHOWN], states, strict=False)],
+        "total": len(states),
+        "trained": states.count(1),
+        "cut": states.count(2),
     }
 
 

@@ -75,6 +75,14 @@ class LightTokenizer:
         template = _compiled(chat_template or self.chat_template or "")
         return template.render(messages=kept, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special)
 
+    def spans(self, text: str) -> list[str]:
+        """The text of each token as it stands in `text`, with the space before it; what frames a text by its own name."""
+        encoding, texts, at = self._tokenizer.encode(text), [], 0
+        for token, framing, (_, end) in zip(encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True):
+            texts.append(token if framing else text[at : max(at, end)])
+            at = at if framing else max(at, end)
+        return texts
+
     def pieces(self, ids: list[int]) -> list[str]:
         """The text of each token. A character that several tokens share stands with the last of them."""
         texts: list[str] = []

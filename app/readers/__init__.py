@@ -19,11 +19,11 @@ from app.errors import BadData, Unsupported
 from app.formats._base import Finding, shown
 from app.readers._base import CHUNK_BYTES, Raw
 from app.readers._bytes import Unpacked, decode_marks
-from app.readers._json import read_json, read_jsonl
+from app.readers._json import parse_json, read_json, read_jsonl
 from app.readers._passages import read_txt
 from app.readers._tables import read_csv, read_parquet, read_tsv
 
-__all__ = ["ACCEPTED", "Raw", "kind_of", "read"]
+__all__ = ["ACCEPTED", "Raw", "kind_of", "parse_json", "read"]
 
 EXTENSIONS = {
     ".jsonl": "jsonl",

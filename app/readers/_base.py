@@ -18,10 +18,12 @@ CHUNK_BYTES = 1 << 20
 class Raw(NamedTuple):
     """A row, or a problem, at a line (1-based; for Parquet, and inside one-line JSON, the record).
 
-    `repaired` is the row that a line with a problem becomes when a person has it repaired.
+    `repaired` is the row that a line with a problem becomes when a person has it repaired; `text` is what stands there, for one
+    who mends it by hand.
     """
 
     line: int
     row: Row | None
     problem: Finding | None = None
     repaired: Row | None = None
+    text: str | None = None

@@ -141,7 +141,7 @@ def _row(line: int, data: bytes) -> Raw:
         return Raw(line, row)
     meant = windows_text(data) if isinstance(text, Finding) else text
     whole = repaired(meant) if meant is not None and row.rule in LABELS else None
-    return Raw(line, None, offer(row, whole), whole)
+    return Raw(line, None, offer(row, whole), whole, data.decode("utf-8", "backslashreplace"))
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,11 +75,11 @@ def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]
         line = lines.first
         if lines.problem:
             row = dict(zip(header, cells, strict=True)) if lines.whole and len(cells) == len(header) else None
-            yield Raw(line, None, offer(lines.problem, row), row)
+            yield Raw(line, None, offer(lines.problem, row), row, _as_json(cells, header))
         elif len(cells) == len(header):
             yield Raw(line, dict(zip(header, cells, strict=True)))
         elif any(cell.strip() for cell in cells):
-            yield Raw(line, None, _ragged(cells, header, delimiter))
+            yield Raw(line, None, _ragged(cells, header, delimiter), None, _as_json(cells, header))
 
 
 def _chain_text(head: str, feed: Iterator[str]) -> Iterator[str]:
@@ -106,6 +107,12 @@ def _check_names(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
+
+
+def _as_json(cells: list[str], header: list[str]) -> str:
+    """A row of too few or too many cells, so that a person can move them to their columns."""
+    names = [*header, *(f"more_{n}" for n in range(1, len(cells) - len(header) + 1))]
+    return json.dumps({name: cells[n] if n < len(cells) else "" for n, name in enumerate(names)}, ensure_ascii=False, indent=2)
 
 
 def _of_header(problem: Finding, whole: bool) -> Finding:

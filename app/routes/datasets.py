@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, hub_datasets, ids, joining, mixing, readers, samples, versions
+from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, readers, samples, versions
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
@@ -198,9 +198,12 @@ def show(
         session, dataset, rule or None, severity or None, sort, (page - 1) * FINDINGS_PER_PAGE, FINDINGS_PER_PAGE
     )
     rules = datasets.rules(dataset)
+    before = ledger.job_before(session, dataset) if dataset.status == "ready" else None
     return render(
         request,
         "dataset.html",
+        before=before and (before[0].name, ids.public(ids.JOB, before[0].id), before[1].version),
+        with_ledger=bool(ledger.jobs_of(session, dataset)),
         dataset=dataset,
         key=key,
         entry=formats.FORMATS.get(dataset.format or ""),

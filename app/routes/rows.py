@@ -2,104 +2,176 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import ids, inspections, ledger, rowedit, rowview, versions
+from app import datasets, ids, inspections, ledger, rowedit, rowview, versions
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, NotFound
 from app.routes.versions import dataset_of, path_of
-from app.tables import Dataset, User
+from app.tables import Dataset, Job, Model, User
 from app.web import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
 
 
-@pages.get("/datasets/{key}/rows")
-def rows(
-    request: Request,
-    user: CurrentUser,
-    key: str,
+class Asked(NamedTuple):
+    """What the address asks of the rows, as the page and as JSON: which of them, in which order, for which model."""
+
+    model: str
+    cutoff: int | None
+    search: str
+    page: int
+    line: int | None
+    sort: str
+    job: str
+
+
+class Found(NamedTuple):
+    """What was found for it."""
+
+    dataset: Dataset
+    model: Model | None
+    cutoff: int
+    judged: Job | None
+    entries: list[ledger.Entry]
+    shown: rowview.Shown
+    more: bool
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        return (self.shown.rows.result or {}).get("rows", [])
+
+    @property
+    def lengths(self) -> dict[str, Any] | None:
+        return self.shown.lengths.result if self.shown.lengths and self.shown.lengths.result else None
+
+
+def asked(
     model: str = "",
-    cutoff: Annotated[int, Query(ge=8, le=131_072)] = rowview.DEFAULT_CUTOFF,
+    cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Longest length in tokens; without it, that of a job.")] = None,
     search: Annotated[str, Query(max_length=200)] = "",
     page: Annotated[int, Query(ge=1)] = 1,
     line: Annotated[int | None, Query(ge=1)] = None,
-    sort: str = "",
-    job: str = "",
-) -> Response:
+    sort: Annotated[str, Query(description="longest, or by a job's losses: after, before, gain.")] = "",
+    job: Annotated[str, Query(description="The job whose losses are meant; without it, the newest.")] = "",
+) -> Asked:
+    if sort and sort not in rowview.SORTS:
+        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(rowview.SORTS)}.", param="sort")
+    return Asked(model, cutoff, search, page, line, sort, job)
+
+
+Wanted = Annotated[Asked, Depends(asked)]
+
+
+def _find(user: User, key: str, want: Asked) -> Found:
     """No connection is held while a child of the data worker looks at the rows."""
-    if sort and sort not in ledger.SORTS:
-        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(ledger.SORTS)}.", param="sort")
+    with transaction() as session:
+        dataset = dataset_of(session, user, key)
+        chosen = rowview.choose_model(session, user, dataset, want.model or None)
+        cutoff = min(want.cutoff or rowview.DEFAULT_CUTOFF, rowview.window(chosen))
+        judged = ledger.job_of(session, user, dataset, want.job or None)
+        entries = ledger.read(session, judged) if judged else []
+        lengths = rowview.ask_lengths(session, dataset, chosen, cutoff)
+    if want.sort == "longest" and lengths is not None:
+        lengths = inspections.wait(lengths.id, rowview.WAIT_SECONDS)
+    lines, more = [want.line] if want.line else None, None
+    if lines is None and (ordered := rowview.order(want.sort, entries, lengths)) is not None:
+        first = (want.page - 1) * rowview.ROWS_PER_PAGE
+        lines, more = ordered[first : first + rowview.ROWS_PER_PAGE], len(ordered) > first + rowview.ROWS_PER_PAGE
+    with transaction() as session:
+        rows = rowview.ask_rows(session, dataset, rowview.Wish(chosen, cutoff, want.search, want.page, lines))
+    shown = rowview.look(rows, lengths, cutoff)
+    if more is None:
+        more = lines is None and want.page * rowview.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)
+    return Found(dataset, chosen, cutoff, judged, entries, shown, more)
+
+
+@pages.get("/datasets/{key}/rows")
+def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Response:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
             return RedirectResponse(path_of(dataset), 303)
-        chosen = rowview.choose_model(session, user, model or None)
-        able = rowview.able_models(session, user)
-        judged = ledger.job_of(session, user, dataset, job or None)
-        entries = ledger.read(session, judged) if judged else []
-        with_ledger = ledger.jobs_of(session, dataset)
-        lines, more = _lines(entries, sort, page, line)
-        wish = rowview.Wish(chosen, cutoff, search, page, lines)
-        asked = rowview.ask(session, dataset, wish)
-    shown = rowview.look(*asked, cutoff)
-    result = shown.rows.result or {"rows": [], "matches": 0}
-    lengths = shown.lengths.result if shown.lengths and shown.lengths.result else None
-    by_line = {entry.line: entry for entry in entries}
+        able = rowview.able_models(session, user, dataset)
+        with_ledger = [(job, ids.public(ids.JOB, job.id)) for job in ledger.jobs_of(session, dataset)]
+    found = _find(user, key, want)
+    sorts = {name: title for name, title in rowview.SORTS.items() if (with_ledger if name in ledger.SORTS else found.model)}
     return render(
         request,
         "rows.html",
         dataset=dataset,
         key=key,
         models=able,
-        chosen=chosen,
-        cutoff=cutoff,
-        cutoffs=sorted({*rowview.CUTOFFS, cutoff}),
-        search=search,
-        page=page,
-        line=line,
-        sort=sort,
-        sorts=ledger.SORTS,
-        judged=judged,
-        with_ledger=[(found, ids.public(ids.JOB, found.id)) for found in with_ledger],
-        job_key=ids.public(ids.JOB, judged.id) if judged else "",
-        losses=by_line,
-        losses_summary=ledger.summary(entries) if entries else None,
-        shown=shown,
-        items=result["rows"],
-        matches=result["matches"],
-        more=more if lines is not None else page * rowview.ROWS_PER_PAGE < result["matches"],
-        lengths=lengths,
-        drawing=rowview.bars(lengths, cutoff) if lengths else None,
+        found=found,
+        chosen=found.model,
+        cutoff=found.cutoff,
+        cutoffs=rowview.cutoffs(found.model, found.cutoff),
+        search=want.search,
+        page=want.page,
+        line=want.line,
+        sort=want.sort,
+        sorts=sorts,
+        judged=found.judged,
+        with_ledger=with_ledger,
+        job_key=ids.public(ids.JOB, found.judged.id) if found.judged else "",
+        losses={entry.line: entry for entry in found.entries},
+        losses_summary=ledger.summary(found.entries) if found.entries else None,
+        shown=found.shown,
+        items=found.items,
+        matches=(found.shown.rows.result or {}).get("matches", 0),
+        more=found.more,
+        lengths=found.lengths,
+        drawing=rowview.bars(found.lengths, found.cutoff) if found.lengths else None,
         report=dataset.report or {},
     )
 
 
-def _lines(entries: list[ledger.Entry], sort: str, page: int, line: int | None) -> tuple[list[int] | None, bool]:
-    """The lines to show, when they are chosen by number or by loss, and whether there are more."""
-    if line is not None:
-        return [line], False
-    if not sort or not entries:
-        return None, False
-    ranked, first = ledger.ranked(entries, sort), (page - 1) * rowview.ROWS_PER_PAGE
-    return [entry.line for entry in ranked[first : first + rowview.ROWS_PER_PAGE]], len(ranked) > first + rowview.ROWS_PER_PAGE
-
-
 @pages.get("/datasets/{key}/rows/{line}")
-def edit(request: Request, user: CurrentUser, key: str, line: int) -> Response:
-    """The editor of one row."""
-    dataset, row = _row(user, key, line)
-    return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=row, parts=rowedit.parts(row), problem=None)
+def edit(request: Request, user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> Response:
+    """The editor of one row, or of a line that is no good row as it stands in the file."""
+    dataset, found = _row(user, key, line)
+    if found is not None:
+        return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=found, parts=rowedit.parts(found), problem=None)
+    return _raw_line(request, user, key, line)
+
+
+def _raw_line(request: Request, user: User, key: str, line: int, text: str | None = None, problem: BadField | None = None) -> Response:
+    """The line as it stands in the file, or as it was typed when that cannot be kept."""
+    with transaction() as session:
+        dataset = dataset_of(session, user, key)
+        asked = inspections.ask(session, dataset, "line", {"line": line})
+        fixes = [found for found in datasets.at_line(session, dataset, line) if found.fix]
+    answer = inspections.wait(asked.id, 20)
+    if answer.status == "error":
+        raise NotFound((answer.error or {}).get("message", ""), way_out=(answer.error or {}).get("way_out"))
+    if answer.status != "ready" or not answer.result:
+        raise _NOT_YET
+    if not answer.result["problems"] and answer.result["text"] is None:
+        raise NotFound(
+            f"Version {dataset.version} of {dataset.name} has no row with the number {line}.", way_out="Look it up in the list of rows."
+        )
+    return render(
+        request,
+        "row_raw.html",
+        status_code=400 if problem else 200,
+        dataset=dataset,
+        key=key,
+        line=line,
+        text=answer.result["text"] if text is None else text,
+        problems=answer.result["problems"],
+        fixes=fixes,
+        problem=problem,
+    )
 
 
 @pages.post("/datasets/{key}/rows/{line}")
-async def save(request: Request, user: CurrentUser, key: str, line: int) -> Response:
+async def save(request: Request, user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> Response:
     """Save one row as a new version, or leave it out there. `row` is its JSON, `text.PATH` and `role.N` what the fields hold."""
     form = await request.form(max_fields=2000, max_part_size=16 << 20)
     typed = {name: value for name, value in form.items() if isinstance(value, str)}
@@ -113,12 +185,16 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
             dataset = dataset_of(session, user, key)
             if typed.get("do") == "drop":
                 new = versions.drop_rows(session, user, dataset, [line])
+            elif typed.get("do") == "raw":
+                new = versions.retype_line(session, user, dataset, line, text)
             else:
                 text = rowedit.merged(text, typed) if typed.get("do") != "json" else text
                 new = versions.edit_row(session, user, dataset, line, text)
         flash(request, f"Version {new.version} is made with this change; version {dataset.version} stays as it is.")
         return RedirectResponse(path_of(new), 303)
     except BadField as error:
+        if typed.get("do") == "raw":
+            return _raw_line(request, user, key, line, text, error)
         with transaction() as session:
             dataset = dataset_of(session, user, key)
         row = rowedit.parsed(text)
@@ -128,42 +204,50 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
         )  # fmt: skip
 
 
-def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any]]:
+_NOT_YET = NotFound("The row is not there yet: the data worker has not answered.", way_out="Load the page again in a moment.")
+
+
+def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | None]:
+    """The good row of a line; None where there is none."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": rowview.DEFAULT_CUTOFF, "lines": [line], "whole": True})
     found = inspections.wait(asked.id, 20)
     if found.status != "ready" or not found.result:
-        raise NotFound("The row is not there yet: the data worker has not answered.", way_out="Load the page again in a moment.")
-    if not found.result["rows"]:
-        raise NotFound(
-            f"Version {dataset.version} of {dataset.name} has no good row with the number {line}.",
-            way_out="Look it up in the list of rows.",
-        )
-    return dataset, found.result["rows"][0]["row"]
+        raise _NOT_YET
+    return dataset, found.result["rows"][0]["row"] if found.result["rows"] else None
+
+
+@api.get("/datasets/{key}/lines/{line}")
+def line_json(user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> dict[str, Any]:
+    """One line as it stands in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
+    with transaction() as session:
+        asked = inspections.ask(session, dataset_of(session, user, key), "line", {"line": line})
+    answer = inspections.wait(asked.id, rowview.WAIT_SECONDS)
+    return {
+        "object": "dataset.line",
+        "line": line,
+        "status": answer.status,
+        "error": answer.error,
+        **(answer.result or {"text": None, "problems": []}),
+    }
 
 
 @api.get("/datasets/{key}/rows")
-def rows_json(
-    user: CurrentUser,
-    key: str,
-    model: str = "",
-    cutoff: Annotated[int, Query(ge=8, le=131_072)] = rowview.DEFAULT_CUTOFF,
-    search: Annotated[str, Query(max_length=200)] = "",
-    page: Annotated[int, Query(ge=1)] = 1,
-) -> dict[str, Any]:
-    """The same rows for programs; `status` is waiting until the data worker has answered."""
-    with transaction() as session:
-        dataset = dataset_of(session, user, key)
-        chosen = rowview.choose_model(session, user, model or None)
-        asked = rowview.ask(session, dataset, rowview.Wish(chosen, cutoff, search, page))
-    shown = rowview.look(*asked, cutoff)
+def rows_json(user: CurrentUser, key: str, want: Wanted) -> dict[str, Any]:
+    """The same rows for programs, each with its losses where a job wrote them down; `status` is waiting until the data worker has
+    answered."""
+    found = _find(user, key, want)
+    losses = {entry.line: entry for entry in found.entries}
     return {
         "object": "dataset.rows",
-        "dataset": ids.public(ids.DATASET, dataset.id),
-        "model": chosen.name if chosen else None,
-        "status": shown.rows.status,
-        "data": (shown.rows.result or {}).get("rows", []),
-        "matches": (shown.rows.result or {}).get("matches"),
-        "lengths": shown.lengths.result if shown.lengths else None,
+        "dataset": ids.public(ids.DATASET, found.dataset.id),
+        "model": found.model.name if found.model else None,
+        "cutoff": found.cutoff,
+        "job": ids.public(ids.JOB, found.judged.id) if found.judged else None,
+        "status": found.shown.rows.status,
+        "data": [item | {"loss": losses[item["line"]]._asdict() if item["line"] in losses else None} for item in found.items],
+        "matches": (found.shown.rows.result or {}).get("matches"),
+        "has_more": found.more,
+        "lengths": found.lengths,
     }

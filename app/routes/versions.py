@@ -64,17 +64,20 @@ def fix(
     user: CurrentUser,
     session: Db,
     key: Key,
-    finding: Annotated[int | None, Form()] = None,
+    finding: Annotated[list[int] | None, Form()] = None,
     rule: Annotated[str | None, Form()] = None,
+    do: Annotated[Literal["fix", "drop"], Form()] = "fix",
 ) -> Response:
-    """Apply the fix of one finding, or of all under a rule; the answer leads to the new version."""
+    """Apply the fixes of some findings, or leave their rows out, or fix all under a rule; the answer leads to the new version."""
     dataset = dataset_of(session, user, key)
-    if finding is not None:
-        new = versions.fix_one(session, user, dataset, finding)
+    if finding and do == "drop":
+        new = versions.drop_found(session, user, dataset, finding)
+    elif finding:
+        new = versions.fix_some(session, user, dataset, finding)
     elif rule:
         new = versions.fix_all(session, user, dataset, rule)
     else:
-        raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
+        raise BadField("No finding was chosen.", way_out="Tick at least one.", param="finding")
     flash(request, f"Version {new.version} is made; version {dataset.version} stays as it is.")
     return RedirectResponse(path_of(new), 303)
 
@@ -109,10 +112,11 @@ def download(user: CurrentUser, session: Db, key: Key, kind: Literal["csv", "jso
 
 
 class Fix(BaseModel):
-    """One finding by its id, or all under a rule."""
+    """One finding by its id, or several, or all under a rule."""
 
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
+    findings: list[int] = Field(default_factory=list, max_length=versions.MOST_FINDINGS)
     rule: str | None = None
     repair: bool = Field(default=False, description="Of a file none of whose lines could be read: take them as they were meant.")
 
@@ -122,7 +126,8 @@ class Edit(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     line: int | None = Field(default=None, ge=1)
-    row: dict[str, Any] | None = None
+    row: dict[str, Any] | None = Field(default=None, description="A row of the report's shape, as `rows` shows it.")
+    raw: dict[str, Any] | None = Field(default=None, description="Or the line of the file, with the file's own columns.")
     drop: list[int] = Field(default_factory=list)
 
 
@@ -148,10 +153,11 @@ def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> di
 
 @api.post("/datasets/{key}/fixes")
 def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
-    """The next version, with the fix of one finding or of all under a rule."""
+    """The next version, with the fixes of some findings or of all under a rule."""
     dataset = dataset_of(session, user, key)
-    if order.finding is not None:
-        return to_json(versions.fix_one(session, user, dataset, order.finding))
+    wanted = order.findings + ([order.finding] if order.finding is not None else [])
+    if wanted:
+        return to_json(versions.fix_some(session, user, dataset, wanted))
     if order.rule:
         return to_json(versions.fix_all(session, user, dataset, order.rule))
     if order.repair:
@@ -165,9 +171,11 @@ def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str
     dataset = dataset_of(session, user, key)
     if order.row is not None and order.line is not None:
         return to_json(versions.edit_row(session, user, dataset, order.line, json.dumps(order.row)))
+    if order.raw is not None and order.line is not None:
+        return to_json(versions.retype_line(session, user, dataset, order.line, json.dumps(order.raw)))
     if order.drop:
         return to_json(versions.drop_rows(session, user, dataset, order.drop))
-    raise BadField("No change was named.", way_out="Send line and row, or drop with the lines to leave out.", param="line")
+    raise BadField("No change was named.", way_out="Send line and row (or raw), or drop with the lines to leave out.", param="line")
 
 
 @api.post("/datasets/{key}/readings")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from sqlalchemy import select
@@ -103,6 +104,43 @@ def test_a_row_is_edited_in_fields_or_as_json_into_a_new_version(client, session
     assert client.get(path + "/rows/999").status_code == 404
 
 
+def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user, worker):
+    data = lines(12) + '\n{"messages": [{"role": "user", "content": "<i>a"}\n' + lines(1).replace('"user"', '"customer"')
+    dataset = datasets.create(session, user, files.add_bytes(session, user, data.encode(), "x.jsonl", "fine-tune"))
+    session.commit()
+    datasets.read(dataset.id)
+    session.expire_all()
+    key = ids.public(ids.DATASET, dataset.id)
+    path = f"/datasets/{key}"
+    report = client.get(path + "?severity=error").text
+    assert f'href="{path}/rows/13"' in report and f'href="{path}/rows/14"' in report
+    page = client.get(path + "/rows/13").text
+    assert "&lt;i&gt;a" in page and "invalid json" in page and "Leave this line out" in page
+    other = client.get(path + "/rows/14").text
+    assert "customer" in other and "Call it user" in other
+    assert client.get(path + "/rows/15").status_code == 404
+
+    typed = {"do": "raw", "row": '{"messages": [{"role": "user", "content": "a"}]}'}
+    refused = client.post(path + "/rows/13", data=typed)
+    assert refused.status_code == 400 and "nothing to learn" in refused.text and "&#34;content&#34;: &#34;a&#34;" in refused.text
+    assert client.post(path + "/rows/13", data={"do": "raw", "row": '{"a": NaN}'}).status_code == 400
+    typed["row"] = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    assert client.post(path + "/rows/13", data=typed, follow_redirects=False).status_code == 303
+    new = session.scalars(select(Dataset).where(Dataset.version == 2)).one()
+    for _ in range(100):
+        session.expire_all()
+        if new.status != "reading":
+            break
+        time.sleep(0.1)
+    assert (new.status, new.good_rows, dataset.good_rows) == ("ready", 13, 12)
+    line = api.get(f"/v1/datasets/{ids.public(ids.DATASET, new.id)}/lines/13").json()
+    assert json.loads(line["text"])["messages"][1]["content"] == "b" and not line["problems"]
+    ticked = [found["id"] for found in api.get(f"/v1/datasets/{key}/report").json()["findings"] if found["fix"] and found["line"] == 14]
+    answer = client.post(path + "/fix", data={"finding": ticked, "do": "drop"}, follow_redirects=False)
+    assert answer.status_code == 303
+    assert session.scalars(select(Dataset).where(Dataset.version == 3)).one().edits == [{"operation": "drop_row", "lines": [14]}]
+
+
 def test_the_ledger_sorts_the_rows(client, session, user, dataset, path, tiny_registered, worker, data_dir):
     job = Job(owner_id=user.id, name="judge", status="succeeded", spec={}, model_id=tiny_registered.id, dataset_id=dataset.id)
     session.add(job)
@@ -127,4 +165,12 @@ def test_programs_get_the_same_rows(api, dataset, tiny_registered, worker):
         if answer["status"] == "ready" and answer["lengths"]:
             break
     assert answer["matches"] == 1 and answer["data"][0]["line"] == 8 and answer["data"][0]["tokens"]
-    assert answer["lengths"]["rows"] == 25 and answer["model"] == "tiny"
+    assert answer["lengths"]["rows"] == 25 and answer["model"] == "tiny" and answer["cutoff"] <= 1024
+    for _ in range(20):
+        ranked = api.get(f"/v1/datasets/{key}/rows?sort=longest").json()
+        if ranked["status"] == "ready":
+            break
+    totals = [row["total"] for row in ranked["data"]]
+    assert totals == sorted(totals, reverse=True) and totals[0] == answer["lengths"]["longest"] and ranked["has_more"]
+    assert [row["line"] for row in ranked["data"]] == [line for line, _ in answer["lengths"]["longest_rows"]][:10]
+    assert api.get(f"/v1/datasets/{key}/rows?sort=colour").status_code == 400

@@ -1,6 +1,7 @@
 """What the loss-mask view shows is what the trainer trains on: same converter, same ids, same mask."""
 
 import json
+from datetime import timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,16 +85,63 @@ def test_lengths_say_what_a_cut_does(tmp_path):
     assert sum(count for _, _, count in result["histogram"]) == 3
 
 
-def test_a_labelled_text_that_is_cut_is_named(tmp_path):
-    tokenizer = build_tokenizer()
+@pytest.fixture
+def encoder(tmp_path):
+    """The folder of an encoder's tokenizer, which frames a text as [CLS] … [SEP]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "spruce", "maple", "vio", "##lin", "."]
+    made = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_a_labelled_text_is_counted_and_shown_as_a_classifier_reads_it(tmp_path, encoder):
+    from transformers import AutoTokenizer
+
+    from worker.classifier import render_text
+
+    real = AutoTokenizer.from_pretrained(encoder)
+    rows = [{"text": "Violin", "label": "a"}, {"text": "Spruce violin Maple." * 3, "label": "b"}]
     said = []
-    counter = inspect.Counter(
-        tokenizer, {"kind": "generic", "cutoff": 16}, "classification", lambda line, finding: said.append((line, finding.rule))
+    wanted = {"kind": "encoder", "cutoff": 8, "tokenizer_name": "enc"}
+    counter = inspect.Counter(LightTokenizer(encoder), wanted, "classification", lambda line, finding: said.append((line, finding)))
+    for line, row in enumerate(rows, 1):
+        counter.add(row, line)
+    counted = counter.result()["lengths"]
+    lengths = [len(render_text(real, row["text"], 1 << 20)[0]) for row in rows]
+    assert lengths == [4, 17] and counted["longest"] == 17 and counted["longest_rows"] == [[2, 17], [1, 4]]
+    assert [(line, finding.rule) for line, finding in said] == [(2, "over_long")] and "17 tokens of enc; 9 of them" in said[0][1].message
+
+    payload = {"rows": parquet(tmp_path / "r.parquet", rows), "tokenizer": encoder, "kind": "encoder", "task": "classification"}
+    one, two = inspect.rows({**payload, "count": 9, "cutoff": 8}, print)["rows"]
+    assert [text for text, _ in one["tokens"]] == ["[CLS]", "Vio", "lin", "[SEP]"] and (one["total"], one["cut"], one["trained"]) == (
+        4,
+        0,
+        0,
     )
-    prepare_tokenizer(tokenizer)
-    for line, words in ((1, 2), (2, 60)):
-        counter.add({"text": "spruce " * words, "label": "wood"}, line)
-    assert counter.result()["lengths"]["counts"]["over_long"] == 1 and said == [(2, "over_long")]
+    assert "".join(text for text, _ in two["tokens"][1:-1]) == rows[1]["text"]
+    kept = [real.convert_tokens_to_ids("[SEP]") if text == "[SEP]" else 0 for text, state in two["tokens"] if state == 0]
+    assert two["cut"] == 9 and len(kept) == len(render_text(real, rows[1]["text"], 8)[0]) == 8 and kept[-1] == real.sep_token_id
+
+
+def test_both_answers_of_a_pair_are_shown_as_the_trainer_reads_them(tmp_path):
+    real = build_tokenizer()
+    real.save_pretrained(tmp_path)
+    row = {"messages": [{"role": "user", "content": "Which wood?"}]}
+    row |= {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Spruce."), ("rejected", "Plastic, I think."))}
+    payload = {"rows": parquet(tmp_path / "r.parquet", [row]), "tokenizer": tmp_path, "kind": "dialogue", "count": 1, "cutoff": 500}
+    shown = inspect.rows({**payload, "task": "preference"}, print)["rows"][0]
+    for view, side, learnt in ((shown, "chosen", 1), (shown["worse"], "rejected", 3)):
+        rendered = render_row(real, inspect.conversation_with(row, side, "dialogue"), "dialogue", 500)
+        assert [state == learnt for _, state in view["tokens"]] == rendered.trained and view["trained"] == sum(rendered.trained)
+    counter = inspect.Counter(LightTokenizer(tmp_path), payload, "preference", print)
+    counter.add(row, 1)
+    assert counter.result()["lengths"]["longest_rows"] == [[1, max(shown["total"], shown["worse"]["total"])]]
 
 
 def test_rows_are_shown_token_by_token(tmp_path):
@@ -150,3 +198,17 @@ def test_the_same_question_is_asked_once(session, dataset, tiny_registered):
     found = inspections.wait(first.id, 0)
     assert found.status == "ready" and len(found.result["rows"]) == 4 and found.result["rows"][0]["tokens"]
     inspections.answer(first.id)  # a message that comes twice finds nothing to do
+
+
+def test_old_answers_are_swept_and_the_others_stay(session, dataset, tiny_registered):
+    lengths = session.scalars(select(Inspection)).one()
+    fresh = inspections.ask(session, dataset, "rows", {"count": 5, "skip": 0, "cutoff": 64}, tiny_registered)
+    old = inspections.ask(session, dataset, "rows", {"count": 5, "skip": 5, "cutoff": 64}, tiny_registered)
+    for asked in (lengths, old):
+        asked.asked_at = asked.asked_at - timedelta(days=8)
+    session.flush()
+    assert inspections.sweep(session) == 1
+    assert set(session.scalars(select(Inspection.id))) == {lengths.id, fresh.id}
+    dataset.deleted_at = lengths.asked_at
+    session.flush()
+    assert inspections.sweep(session) == 2
