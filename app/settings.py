@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     beat_seconds: float = Field(5.0, gt=0, description="Pause between two beats of a running job.")
     reap_seconds: float = Field(5.0, gt=0, description="Pause between two rounds of the reaper.")
     announce_again_seconds: float = Field(15.0, gt=0, description="A queued job nobody claimed is announced again after this.")
+    deaf_seconds: float = Field(
+        60.0, gt=0, description="A worker with a free place that takes nothing of what waits for it for so long is started again."
+    )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")

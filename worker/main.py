@@ -17,7 +17,7 @@ from app import workers
 from app.db import get_engine
 from app.queue import celery, get_redis
 from app.settings import get_settings
-from worker import tasks
+from worker import tasks, watchdog
 from worker.supervise import die_with_parent
 
 app = celery
@@ -58,7 +58,11 @@ def _begin_process(**_: Any) -> None:
 
 
 @signals.worker_ready.connect
-def _say_alive(sender: Any = None, **_: Any) -> None:
-    """Every queue this worker reads is said to be served."""
-    for queue in sender.app.amqp.queues.consume_from if sender is not None else ():
+def _begin(sender: Any = None, **_: Any) -> None:
+    """Every queue this worker reads is said to be served, and it is seen to that it is."""
+    if sender is None:
+        return
+    queues = list(sender.app.amqp.queues.consume_from)
+    for queue in queues:
         workers.keep_saying(queue)
+    watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)

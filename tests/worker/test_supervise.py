@@ -290,7 +290,8 @@ class Processes:
         settings = get_settings()
         self.env = os.environ | {
             "LUTHIER_LEASE_SECONDS": "3", "LUTHIER_BEAT_SECONDS": "0.5", "LUTHIER_REAP_SECONDS": "0.5", "LUTHIER_ANNOUNCE_AGAIN_SECONDS": "2",
-            "LUTHIER_STOP_GRACE_SECONDS": "20", "LUTHIER_DATABASE_URL": settings.database_url, "LUTHIER_REDIS_URL": settings.redis_url,
+            "LUTHIER_DEAF_SECONDS": "4", "LUTHIER_STOP_GRACE_SECONDS": "20",
+            "LUTHIER_DATABASE_URL": settings.database_url, "LUTHIER_REDIS_URL": settings.redis_url,
         }  # fmt: skip
         self.started: list[subprocess.Popen] = []
         self.relay = self.start("-m", "app.relay")
@@ -353,9 +354,9 @@ def test_the_worker_is_killed_and_redis_is_wiped_and_the_job_finishes(new_job, p
     assert said(job, "started")[1].data["resumed_from"] > 0
 
 
-@pytest.mark.timeout(240)
-def test_a_warm_shutdown_saves_and_the_next_worker_goes_on(new_job, processes):
-    job = new_job(epochs=20)
+@pytest.mark.timeout(400)
+def test_a_warm_shutdown_saves_and_the_next_worker_goes_on_until_it_is_deaf(new_job, processes):
+    job = new_job(epochs=12)
     wait_until(lambda: len(said(job, "step")) > 3, what="some steps", seconds=90)
     processes.worker.send_signal(signal.SIGTERM)
     processes.worker.wait(30)
@@ -364,6 +365,12 @@ def test_a_warm_shutdown_saves_and_the_next_worker_goes_on(new_job, processes):
     processes.start_worker()
     wait_until(lambda: now_of(job).status == "succeeded", what="the end", seconds=120)
     assert now_of(job).attempt == 2 and said(job, "started")[1].data["resumed_from"] > 0
+    assert processes.worker.poll() is None
+
+    queue.celery.control.cancel_consumer("train", reply=True, timeout=10)  # alive, and deaf from here on
+    unheard = new_job(max_steps=2, samples=0, forgetting=False)
+    assert processes.worker.wait(30) == 0, "a deaf worker ends, to be started again"
+    assert now_of(unheard).attempt == 0
 
 
 # Small parts ----------------------------------------------------------------------------------------------------------
