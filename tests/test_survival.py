@@ -29,7 +29,7 @@ ORDER = {
         "early_stopping_patience": 0,
     },
 }
-pytestmark = [pytest.mark.studio, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.studio, pytest.mark.timeout(900)]
 
 
 class Client:
@@ -124,6 +124,7 @@ def test_a_job_survives_the_death_of_every_part(tiny_model: Path):
 
         for ending in (signal.SIGINT, signal.SIGKILL):
             before = now_running()["progress"]
+            assert any("worker.run" in line for line in living(folder)), "the trainer is not seen"
             studio.process.send_signal(ending)
             code = studio.process.wait(60)
             assert code == (0 if ending == signal.SIGINT else -ending), studio.log.read_text()[-3000:]
