@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -83,8 +84,10 @@ def up(
 
 
 def say(text: str) -> None:
-    """A line for the person at the console; plain print, so that a link is never broken in two."""
-    print(text, flush=True)
+    """A line for the person at the console; plain print, so that a link is never broken in two. A console that cannot be
+    written to, as a file on a full disk, is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 FailureKind = Literal[
     "out_of_memory",  # the machine's memory: killed by the kernel, or MemoryError
     "cuda_out_of_memory",
+    "gpu_fault",  # the card or its driver failed; every later call of that process fails too
     "diverged",  # loss or gradients were not finite
     "bad_data",
     "bad_model",  # the model's folder cannot be loaded, or cannot do what the strategy needs
@@ -22,7 +23,7 @@ FailureKind = Literal[
     "crashed",  # anything else
 ]
 
-TRANSIENT: frozenset[str] = frozenset({"worker_lost", "no_progress"})
+TRANSIENT: frozenset[str] = frozenset({"worker_lost", "no_progress", "gpu_fault"})
 """Failures that a new attempt may survive with the same settings."""
 
 

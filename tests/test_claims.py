@@ -201,7 +201,7 @@ def test_out_of_memory_is_tried_once_more_and_a_hang_thrice(job):
     assert [die("out_of_memory"), die("out_of_memory")] == ["queued", "failed"]
     with transaction() as session:
         jobs.resume(session, _owner(session, job), job.id)
-    assert [die("no_progress") for _ in range(3)] == ["queued", "queued", "failed"]
+    assert [die(kind) for kind in ("no_progress", "gpu_fault", "no_progress")] == ["queued", "queued", "failed"]
 
 
 def _owner(session, job):

@@ -305,6 +305,22 @@ def test_pauses_between_starts_grow_and_the_log_is_quoted(tmp_path):
     supervisor.stop(["broken"])
 
 
+def test_a_child_that_cannot_be_started_again_is_put_off(tmp_path):
+    """As on a disk with no room for its log: the supervisor stands, and goes on trying."""
+    said: list[str] = []
+    (tmp_path / "logs").mkdir()
+    supervisor = Supervisor(tmp_path / "logs", said.append)
+    child = supervisor.start(Child("one", ["sleep", "600"]))
+    shutil.rmtree(tmp_path / "logs")
+    child.process.kill()
+    wait_until(lambda: supervisor.turn(0.03) or len(said) == 2, what="the second try", seconds=10)
+    assert "SIGKILL" in said[0] and "could not be started" in said[1] and child.process is None
+    (tmp_path / "logs").mkdir()
+    wait_until(lambda: supervisor.turn(0.03) or child.process, what="the child", seconds=10)
+    supervisor.stopping = 1
+    supervisor.stop(["one"])
+
+
 def test_a_child_that_will_not_stop_is_killed_with_its_helpers(tmp_path):
     said: list[str] = []
     supervisor = Supervisor(tmp_path, said.append)

@@ -22,7 +22,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import evaluations
+from app import evaluations, events
 from app.db import transaction
 from app.evaluations import Claim
 from app.files import write_atomically
@@ -72,8 +72,8 @@ class Run:
             if not self.lost:
                 self._conclude(code, memory.killed_since())
         except OSError as error:
-            fault = exits.of_os_error(error)
-            self._record(lambda session: evaluations.finish(session, self.held, error=_error(fault.kind, fault.message, fault.way_out)))
+            failed = exits.of_os_error(error)
+            self._record(lambda session: evaluations.finish(session, self.held, error=_error(failed, failed.message)))
         finally:
             shutil.rmtree(self.folder.parent if self.result is not None else self.folder, ignore_errors=True)
 
@@ -157,10 +157,9 @@ class Run:
         failed = exits.classify(code, exits.tail(self.folder / "log"), out_of_memory)
         message = failed.message.replace("The trainer", "Its process").replace("the trainer", "its process")
         log.error("Evaluation %s: %s", held.id, message)
-        if failed.kind == "worker_lost" or (failed.kind == "out_of_memory" and held.deaths == 0):
+        if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):
             return self._record(lambda session: evaluations.release(session, held, message))
-        way_out = failed.way_out if failed.kind == "crashed" else "Take a smaller model, shorter rows, or run fewer things at a time."
-        return self._record(lambda session: evaluations.finish(session, held, error=_error(failed.kind, message, way_out)))
+        return self._record(lambda session: evaluations.finish(session, held, error=_error(failed, message)))
 
     def _record(self, move: Callable[..., Any]) -> None:
         def once() -> None:
@@ -170,8 +169,12 @@ class Run:
         insist(once, self.going_down)
 
 
-def _error(code: str, message: str, way_out: str) -> dict[str, Any]:
-    return {"code": code, "message": message, "way_out": way_out}
+def _error(failed: events.Failed, message: str) -> dict[str, Any]:
+    """As the row keeps it. An evaluation has no steps to split and no checkpoint to go on from, so its ways out are its own."""
+    ways_out = {"disk_full": "Make room on the disk of the data folder, then start it again."}
+    if failed.kind.endswith("out_of_memory"):
+        ways_out[failed.kind] = "Take a smaller model, shorter rows, or run fewer things at a time."
+    return {"code": failed.kind, "message": message, "way_out": ways_out.get(failed.kind, failed.way_out)}
 
 
 def assess_command(spec: Path, write_end: int) -> list[str]:

@@ -18,6 +18,7 @@ from app import events, manifest
 from app.errors import StudioError
 from app.machine import this_machine
 from app.settings import get_settings
+from worker import faults
 
 STOPPED = 75
 """Exit of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
@@ -159,9 +160,8 @@ def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
     if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         return events.Failed(kind="worker_lost", message=f"The trainer was killed by {signal.Signals(number).name}.")
     quoted = f" It said last:\n{_last_words(said)}" if said.strip() else ""
-    if "CUDA out of memory" in said or "OutOfMemoryError" in said:
-        way_out = "Use fewer tokens per step with more accumulation, shorter rows, or gradient checkpointing."
-        return events.Failed(kind="cuda_out_of_memory", message=f"The GPU ran out of memory.{quoted}", way_out=way_out)
+    if (fault := faults.of_gpu(said)) is not None:
+        return fault.model_copy(update={"message": f"{fault.message}{quoted}"})
     if "No space left on device" in said:
         return of_os_error(OSError(errno.ENOSPC, "No space left on device"))
     if "MemoryError" in said or "Cannot allocate memory" in said or "can't allocate memory" in said:

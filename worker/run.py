@@ -22,6 +22,8 @@ from app import events
 from app.errors import BadData, DoesNotFit, StudioError
 from app.settings import get_settings
 from app.spec import JobSpec
+from worker.curves import curves
+from worker.faults import of_gpu
 
 STOPPED = 75
 FIRST = os.environ.get("RANK", "0") == "0"
@@ -42,18 +44,22 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
     """One try of a job; its exit code. Every failure is said on the pipe before the process ends."""
     asked = _Asked()
     step: int | None = None
+
+    def tell(event: events.TrainerEvent) -> None:
+        pipe.write(event.model_dump_json() + "\n")
+
     try:
         if not FIRST:  # the first of several processes speaks for all
             collections.deque(_events(spec, folder, runs, asked), maxlen=0)
             return STOPPED if asked.stop else 0
-        with _tensorboard(folder) as note:
+        with curves(folder / "tensorboard", tell) as note:
             told = _events(spec, folder, runs, asked)
             if profile:
                 from worker.profile import profiled
 
                 told = profiled(told, spec, folder)
             for event in told:
-                pipe.write(event.model_dump_json() + "\n")
+                tell(event)
                 note(event)
                 step = getattr(event, "step", step)
                 if isinstance(event, events.Finished):
@@ -63,9 +69,10 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
     except BrokenPipeError:
         return STOPPED  # nobody listens any more; the next attempt goes on from the newest checkpoint
     except BaseException as error:
-        traceback.print_exc(file=sys.stderr)
+        with contextlib.suppress(OSError):  # the log may lie on the very disk that is full
+            traceback.print_exc(file=sys.stderr)
         with contextlib.suppress(OSError):
-            pipe.write(failed(error, spec, step).model_dump_json() + "\n")
+            tell(failed(error, spec, step))
         return 1
 
 
@@ -101,12 +108,10 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
 
 def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
     """The failure's class, what to do about it and, where one setting mends it, that setting."""
-    import torch
-
     smaller = {"accumulation": spec.run.accumulation * 2}
-    if isinstance(error, torch.OutOfMemoryError):
-        message, way_out = "The GPU ran out of memory.", "Split each step over more passes (accumulation), or recompute activations."
-        return events.Failed(kind="cuda_out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
+    if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
+        suggestion = smaller if fault.kind == "cuda_out_of_memory" else None
+        return fault.model_copy(update={"step": step, "suggestion": suggestion})
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         message, way_out = "The machine ran out of memory.", "Split each step over more passes (accumulation), or cut the rows shorter."
         return events.Failed(kind="out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
@@ -141,49 +146,16 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
 # Beside the pipe ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _tensorboard(folder: Path) -> Iterator[Any]:
-    """Write curves as TensorBoard files too. A fault there never stops a job."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    writer = EventFileWriter(str(folder / "tensorboard"))
-
-    def note(event: events.TrainerEvent) -> None:
-        values: dict[str, float] = {}
-        if isinstance(event, events.Step):
-            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
-            values = {f"train/{name}": getattr(event, name) for name in names}
-        elif isinstance(event, events.Evaluated):
-            values = {"validation/loss": event.loss, **{f"validation/{k}": v for k, v in event.metrics.items()}}
-        if values:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-            writer.add_event(Event(summary=summary, step=event.step, wall_time=_now()))
-
-    try:
-        yield note
-    finally:
-        with contextlib.suppress(OSError):
-            writer.close()
-
-
-def _now() -> float:
-    import time
-
-    return time.time()
-
-
 def _calibrate(spec: JobSpec, finished: events.Finished) -> None:
-    """Keep how fast this machine was, so that the next estimate is better."""
-    from app.estimate import operations_per_token
-    from app.machine import calibrate
-
+    """Keep how fast this machine was, so that the next estimate is better. The job is finished, whatever goes wrong here."""
     measured = finished.measured
     if measured.steps < 10:
         return
-    learnt = measured.trained_tokens / max(measured.tokens, 1)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
+        from app.estimate import operations_per_token
+        from app.machine import calibrate
+
+        learnt = measured.trained_tokens / max(measured.tokens, 1)
         calibrate(spec.strategy.name, measured.tokens_per_second * operations_per_token(spec.model.shape, spec.strategy, learnt))
 
 

@@ -141,19 +141,29 @@ class Supervisor:
             return
         for child in self.children:
             if child.start_at is not None and child.start_at <= time.monotonic():
-                self.start(child)
+                self.start_again(child)
+
+    def start_again(self, child: Child) -> None:
+        """Start it, or put it off where there is no room for its log, say, or no memory for a process."""
+        try:
+            self.start(child)
+        except OSError as error:
+            self.put_off(child, f"could not be started: {error}")
 
     def ended(self, child: Child) -> None:
-        """Collect a child that ended, and set when it starts again: at once at first, then after longer and longer pauses."""
+        """Collect a child that ended; it starts again at once at first, then after longer and longer pauses."""
         code = self.collect(child)
         if self.stopping:
             return
         if time.monotonic() - child.started_at > STEADY_SECONDS:
             child.deaths = 0
-        pause = min(LONGEST_PAUSE_SECONDS, 0.25 * 2**child.deaths)
+        self.put_off(child, f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+
+    def put_off(self, child: Child, why: str) -> None:
+        """Say what became of a child, and set when it starts again."""
+        pause = min(LONGEST_PAUSE_SECONDS, 0.25 * 2 ** min(child.deaths, 10))
         child.deaths += 1
         child.start_at = time.monotonic() + pause
-        why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         self.say(f"{child.name} {why}; starting it again in {pause:g} s. Its log: {self.log_path(child.name)}\n{self.log_tail(child.name)}")
 
     def collect(self, child: Child) -> int:

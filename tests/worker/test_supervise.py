@@ -17,7 +17,7 @@ import psutil
 import pytest
 from sqlalchemy import func, select
 
-from app import claims, jobs, queue, standby
+from app import claims, events, jobs, queue, standby
 from app.db import get_engine, transaction
 from app.embedded import sweep
 from app.settings import get_settings
@@ -380,7 +380,22 @@ def test_the_kernels_kill_is_told_from_anyone_elses():
     assert exits.classify(-9, "", True).kind == "out_of_memory"
     assert exits.classify(-9, "", False).kind == "worker_lost"
     assert exits.classify(137, "", True).kind == "out_of_memory"
-    assert exits.classify(1, "torch.OutOfMemoryError: CUDA out of memory. Tried", False).kind == "cuda_out_of_memory"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "cuda_out_of_memory"),
+        ("terminate called after throwing an instance\n  what():  CUDA error: an illegal memory access was encountered", "gpu_fault"),
+        ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "gpu_fault"),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp, remote process exited", "gpu_fault"),
+        ("index out of bounds\nCUDA error: device-side assert triggered", "crashed"),
+    ],
+)
+def test_a_gpu_that_failed_is_told_from_one_that_was_full(said, kind):
+    found = exits.classify(-signal.SIGABRT, said, False)
+    assert found.kind == kind and said.splitlines()[-1] in found.message and found.way_out
+    assert (kind in events.TRANSIENT) == (kind == "gpu_fault"), "tried again in a process of its own"
 
 
 def test_oom_kills_are_counted_in_both_versions_of_control_groups(tmp_path):

@@ -127,6 +127,11 @@ def test_a_row_the_template_refuses_is_named_by_its_line(data_dir: Path, tiny_mo
         (MemoryError(), "out_of_memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out_of_memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "cuda_out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "cuda_out_of_memory"),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "gpu_fault"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), "gpu_fault"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "crashed"),
+        (BadData("a row that says: CUDA error: unspecified launch failure"), "bad_data"),
         (OSError(28, "No space left on device"), "disk_full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk_full"),
         (BadData("x"), "bad_data"),
@@ -136,6 +141,7 @@ def test_a_row_the_template_refuses_is_named_by_its_line(data_dir: Path, tiny_mo
 def test_every_failure_has_its_name(data_dir: Path, tiny_model: Path, error: BaseException, kind: str) -> None:
     said = failed(error, order(put_model(tiny_model), put_dataset(chat_rows(3))), 7)
     assert said.kind == kind and said.step == 7 and said.message
+    assert (said.suggestion is not None) == kind.endswith("out_of_memory"), "one click that mends it, where one can"
 
 
 def test_the_split_follows_from_content() -> None:

@@ -1,0 +1,52 @@
+"""What a GPU's error stands for: too little memory, a fault of the card or its driver, or a mistake of a program.
+
+CUDA tells by a number and by the text of `cudaGetErrorString`, mostly at some later call than the one at fault, and every
+call of the same process fails from then on. So a fault of the card is tried again, in a process of its own; an assertion
+in a kernel (an index out of range, say) would only come again.
+"""
+
+from __future__ import annotations
+
+from app import events
+
+MISTAKES = ("device-side assert triggered",)
+
+MEMORY = ("CUDA out of memory", "OutOfMemoryError", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+CARD = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "an illegal memory access was encountered",
+    "the launch timed out",
+    "hardware stack error",
+    "an illegal instruction was encountered",
+    "misaligned address",
+    "invalid program counter",
+    "unspecified launch failure",
+    "Invalid access of peer GPU memory over nvlink or a hardware error",
+    "CUDA error: unknown error",
+    "CUDA error: initialization error",
+    "busy or unavailable",
+    "no CUDA-capable device is detected",
+    "GPU is lost",
+    "system not yet initialized",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "NCCL error",
+)
+"""Texts of CUDA 12 and 13, cuBLAS, cuDNN and torch's NCCL."""
+
+
+def of_gpu(said: str) -> events.Failed | None:
+    """The failure these words stand for, of one error or of the end of a log; None when they tell of none of the card's."""
+    if any(text in said for text in MISTAKES):
+        return None
+    if any(text in said for text in MEMORY):
+        way_out = "Split each step over more passes (accumulation), cut the rows shorter, or recompute activations."
+        return events.Failed(kind="cuda_out_of_memory", message="The GPU ran out of memory.", way_out=way_out)
+    found = next((text for text in CARD if text in said), None)
+    if found is None:
+        return None
+    way_out = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
+    return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", way_out=way_out)
