@@ -221,6 +221,10 @@ def memory_of(
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     whole = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    loaded = whole.weights
+    if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
+        saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())
+        whole = whole._replace(weights=whole.weights - saved)
     held = spread_over(whole, shape, strategy, machine.processes)
     writes = task != "classification"
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
@@ -249,6 +253,8 @@ def memory_of(
     trains = weights + held.optimizer + peak + other
     # Reading float32 files into bf16 holds both for a moment.
     loads = FLOOR_CPU_BYTES + shape.parameters() * (4 + frozen_bytes) if frozen_bytes == 2 and not machine.cuda else 0
+    if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other
+        loads = loaded + other
     if held is not whole:  # the model is loaded and prepared in every process, and put together again in the first to be scored
         loads = whole.weights + held.weights + held.optimizer + other
     return MemoryParts(

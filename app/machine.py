@@ -32,6 +32,7 @@ class Machine(BaseModel):
     bf16_measured: float | None = Field(None, description="how many times faster a bf16 product is than an fp32 one on this CPU")
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
+    gpu_capability: float | None = Field(None, description="NVIDIA's compute capability, where its driver tells: 8.9 is Ada, 9.0 Hopper")
     processes: int = Field(1, description="how many train one job together, each with a GPU or with its share of this memory")
     speeds: dict[str, float] = Field(default_factory=dict)
 
@@ -55,7 +56,7 @@ def this_machine() -> Machine:
 
 @functools.cache
 def _facts() -> Machine:
-    name, memory = _gpu()
+    name, memory, capability = _gpu()
     info = _read("/proc/cpuinfo")
     processor = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
     return Machine(
@@ -65,6 +66,7 @@ def _facts() -> Machine:
         bf16_pays=memory is not None or "amx_bf16" in info or "avx512_bf16" in info,
         gpu_name=name,
         gpu_memory_bytes=memory,
+        gpu_capability=capability,
     )
 
 
@@ -89,15 +91,17 @@ def usable_memory() -> int:
     return total
 
 
-def _gpu() -> tuple[str | None, int | None]:
-    """Name and memory of the first GPU the driver's own tool reports."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
-        name, _, mebibytes = lines[0].rpartition(",")
-        return name.strip(), int(mebibytes) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None, None
+def _gpu() -> tuple[str | None, int | None, float | None]:
+    """Name, memory and compute capability of the first GPU the driver's own tool reports; old drivers do not tell the last."""
+    for wanted in ("compute_cap,memory.total,name", "memory.total,name"):
+        command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
+            *capability, mebibytes, name = lines[0].split(",", wanted.count(","))
+            return name.strip(), int(mebibytes) * 2**20, float(capability[0]) if capability else None
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            continue
+    return None, None, None
 
 
 def read_bf16() -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from app.errors import BadField
 from app.formats._base import shown
+from app.machine import Machine
 from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
@@ -18,6 +19,8 @@ from app.tables import Dataset
 LEAST_ROOM = 4
 """Tokens of a row that must fit beside a strategy's learnt ones, or there is nothing to learn from."""
 NAMED = 5
+LEAST_FP8_CAPABILITY = 8.9
+"""NVIDIA's Ada; its cards before have no products in fp8."""
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -76,6 +79,32 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
             how = cls.title if cls else adapter.strategy
             return f"{model.name} was made by {how}, which cannot be merged, so it cannot be tuned further."
     return None
+
+
+def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine: Machine) -> None:
+    """Raises BadField for settings that need a GPU, or a newer one, than this machine has, or another strategy."""
+    if run.optimizer == "adamw_8bit" and not machine.cuda:
+        raise BadField(
+            "The 8-bit optimizer needs an NVIDIA GPU, and this machine shows none.",
+            way_out="Take adamw.",
+            param="run.optimizer",
+            code="needs_gpu",
+        )
+    if run.frozen_weights != "fp8":
+        return
+    reason = None
+    if not machine.cuda:
+        reason = "Products in fp8 need an NVIDIA GPU, and this machine shows none."
+    elif machine.gpu_capability is not None and machine.gpu_capability < LEAST_FP8_CAPABILITY:
+        reason = (
+            f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
+        )
+    elif not strategy.takes_fp8:
+        reason = f"{strategy.title} changes or reads the frozen weights themselves, which fp8 would round."
+    elif task != "generation" or run.precision == "fp32":
+        reason = "Products in fp8 are offered for jobs that learn to write, in bf16."
+    if reason:
+        raise BadField(reason, way_out="Set frozen_weights to auto.", param="run.frozen_weights", code="no_fp8")
 
 
 def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:

@@ -183,6 +183,8 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
 
 def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
+    from app.machine import this_machine
+
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
@@ -190,6 +192,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset, task)
     order_checks.refuse_no_room(strategy, run, model.shape)
+    order_checks.refuse_without_gpu(strategy, run, task, this_machine())
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",
         task=task,

@@ -87,6 +87,12 @@ class RunSettings(_Frozen):
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit keeps the optimizer's memory in 8 bits; it needs a GPU."
     )
+    frozen_weights: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="fp8 keeps the layers that do not learn in 8 bits and multiplies in them: less memory and faster, a little less "
+        "exact. For LoRA on NVIDIA GPUs of capability 8.9 or later (Ada, Hopper).",
+        exclude_if=lambda kind: kind == "auto",
+    )
     gradient_checkpointing: Literal["auto", "none", "all"] = Field(
         "auto",
         description="Recompute activations instead of keeping them: less memory, slower. auto does it for as many layers as the memory needs.",

@@ -125,6 +125,12 @@ def test_bf16_halves_frozen_weights_on_a_gpu() -> None:
     assert cpu - gpu == 2 * SHAPE.parameters()
 
 
+def test_fp8_takes_a_byte_of_each_weight_in_the_layers() -> None:
+    half, eighth = (estimate.estimate(spec(frozen_weights=kind), STATS, GPU).memory.weights for kind in ("auto", "fp8"))
+    linears = SHAPE.layers * sum(x.inputs * x.outputs for x in SHAPE.linears())
+    assert half - eighth == pytest.approx(linears, rel=0.01) and half - eighth < linears
+
+
 def test_uncounted_tokens_are_guessed_from_characters() -> None:
     guess = SimpleNamespace(rows=1000, characters=520_000, tokens=None, trained_tokens=None, longest=None)
     assert estimate.estimate(spec(), guess, CPU).tokens == pytest.approx(estimate.estimate(spec(), STATS, CPU).tokens, rel=0.2)

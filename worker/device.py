@@ -26,7 +26,7 @@ from app.errors import DoesNotFit
 from app.machine import Machine, note_bf16, this_machine, usable_cores
 from app.spec import RunSettings
 from app.strategies import Strategy
-from worker import processes
+from worker import fp8, processes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Engine:
     precision: Literal["fp32", "bf16"]
     frozen: torch.dtype  # how weights that do not learn are stored
     threads: int
+    fp8: bool = False  # frozen layers are kept and multiplied in fp8 once the strategy is attached (worker/fp8.py)
 
     @property
     def compute(self) -> torch.dtype:
@@ -70,8 +71,10 @@ class Engine:
 def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None = None) -> Engine:
     """The engine for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads is kept.
 
-    Raises DoesNotFit when bf16 is ordered on a GPU that has none.
+    Raises DoesNotFit when bf16 is ordered on a GPU that has none, or fp8 where it cannot be multiplied.
     """
+    if run.frozen_weights == "fp8" and not torch.cuda.is_available():
+        raise _no_fp8("Products in fp8 need an NVIDIA GPU.")
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
@@ -80,12 +83,20 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        return Engine(device, torch.cuda.get_device_name(device), precision, _frozen(precision, strategy), torch.get_num_threads())
+        in_fp8 = run.frozen_weights == "fp8"
+        if in_fp8 and (reason := fp8.why_not(device) or (None if precision == "bf16" else "Products in fp8 go with bf16 alone.")):
+            raise _no_fp8(reason)
+        name = torch.cuda.get_device_name(device)
+        return Engine(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
     precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
     name = f"cpu ({this_machine().processor})"
     return Engine(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
+
+
+def _no_fp8(reason: str) -> DoesNotFit:
+    return DoesNotFit(reason, way_out="Set frozen_weights to auto.", param="frozen_weights")
 
 
 def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp32", "bf16"]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from worker import fp8
 from worker.device import Engine
 from worker.norms import rms_norm
 
@@ -95,6 +96,8 @@ def speed_up(model: torch.nn.Module, engine: Engine, seconds: float) -> dict[str
     Returns what was done, for the record.
     """
     done: dict[str, Any] = {}
+    if engine.fp8:
+        done["fp8_layers"] = fp8.use_fp8(blocks_of(model))
     compiles = engine.framed and seconds >= LEAST_SECONDS_TO_COMPILE
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     if hasattr(model, "peft_config"):

@@ -7,7 +7,8 @@ For a frozen weight W (N, K) and the correction s · B · A, with A (r, K) and B
 
 All products run in the type of x. The small product is made first and the large one is added to it inside the matrix
 product, where sums are float32: a correction far below the last digit of a bf16 result still moves how that result is rounded.
-peft adds it to a value that is rounded already, so that most of a young correction is lost. Kept for the backward pass are x
+peft adds it to a value that is rounded already, so that most of a young correction is lost (so it is beside weights in fp8, whose
+product comes rounded). Kept for the backward pass are x
 and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share one product, and where x needs no gradient none is made.
 (Hu et al. 2021, LoRA, section 4.1; the joint products follow the idea of Unsloth's and NeMo's kernels, written anew.)
 """
@@ -15,27 +16,40 @@ and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share on
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 
+from worker import fp8
+
 ADAPTER = "default"
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight of one layer or of several joined, (ΣN, K) in e4m3, and the scales of its rows, (ΣN, 1); see `worker/fp8.py`."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
 
 class _Product(torch.autograd.Function):
     """x (T, K), then for each of n layers W (N, K), bias (N,) or None, A (r, K), B (N, r); the result is one (T, ΣN)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor | None, scales: tuple, states: tuple, *tensors: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, joined: torch.Tensor | Fp8Weight | None, scales: tuple, states: tuple, *tensors: Any
+    ) -> torch.Tensor:
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         low = x @ _stack(downs, x.dtype).t()  # (T, Σr)
         lift = [(up * scale).to(x.dtype).t() for up, scale in zip(ups, scales, strict=True)]
         lifts = lift[0] if len(lift) == 1 else torch.block_diag(*lift)  # (Σr, ΣN)
         y = low @ lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, lifts)
-        if joined is not None:
+        if isinstance(joined, Fp8Weight):
+            y += fp8.product(x, *joined)
+        elif joined is not None:
             y.addmm_(x, joined.t())
         elif len(weights) == 1:
             y.addmm_(x, _dense(weights[0], states[0], x.dtype).t())
@@ -57,7 +71,9 @@ class _Product(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = joined @ _stack(downs, dy.dtype)
-            if ctx.joined is not None:
+            if isinstance(ctx.joined, Fp8Weight):
+                dx += fp8.product_back(dy, *ctx.joined)
+            elif ctx.joined is not None:
                 dx.addmm_(dy, ctx.joined)
             else:
                 for part, weight, state in zip(parts, weights, ctx.states, strict=True):
@@ -93,7 +109,7 @@ class _Group:
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        self.joined: torch.Tensor | None = None
+        self.joined: torch.Tensor | Fp8Weight | None = None
         self.source: torch.Tensor | None = None
         self.parts: list[torch.Tensor | None] = [None] * len(layers)
         weights = [layer.base_layer.weight for layer in layers]
@@ -101,6 +117,8 @@ class _Group:
             self.joined = torch.cat([w.detach() for w in weights])
             for weight, part in zip(weights, self.joined.split([w.shape[0] for w in weights]), strict=True):
                 weight.data = part
+            if weights[0].dtype == fp8.KIND:
+                self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
 
     def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
@@ -113,15 +131,17 @@ class _Group:
         return result
 
 
-def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | None = None) -> torch.Tensor:
-    """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
+def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None) -> torch.Tensor:
+    """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`."""
     compute = _compute_type(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
     tensors: list[Any] = []
     for layer in layers:
         base = layer.base_layer
         tensors += [base.weight, base.bias, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-    if joined is not None and joined.dtype != compute:
+    if layers[0].base_layer.weight.dtype == fp8.KIND:
+        joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
+    elif joined is not None and joined.dtype != compute:
         joined = None
     scales = tuple(layer.scaling[ADAPTER] for layer in layers)
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
@@ -166,7 +186,9 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
         for parent in model.modules():
             for names in GROUPS:
                 layers = [getattr(parent, name, None) for name in names]
-                if all(isinstance(layer, Fused) for layer in layers) and len({layer.base_layer.bias is None for layer in layers}) == 1:
+                if not all(isinstance(layer, Fused) for layer in layers):
+                    continue
+                if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
                     _join(layers)
     return len(found)
 
@@ -184,7 +206,7 @@ def _plain(layer: torch.nn.Module) -> bool:
         return False
     base = layer.base_layer
     return (
-        (quantised or type(base) is torch.nn.Linear)
+        (quantised or type(base) in (torch.nn.Linear, fp8.Fp8Linear))
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and not getattr(layer, "fan_in_fan_out", False)

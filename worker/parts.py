@@ -16,7 +16,7 @@ import torch
 def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
     """`{part: {"works", "said"}}`, `said` being a version and a measure of what was tried, or the error's first line."""
     tries: dict[str, Callable[[torch.device], str]] = {
-        "torch": products, "attention": attention, "triton": triton, "bitsandbytes": bits
+        "torch": products, "attention": attention, "triton": triton, "bitsandbytes": bits, "fp8": fp8
     }  # fmt: skip
     found = {}
     for name, body in tries.items():
@@ -74,6 +74,19 @@ def bits(device: torch.device) -> str:
     advance(optimizer, torch.ones((), device=device))
     assert bool(((weight - learnt.detach() - 1e-3).abs() < 1e-5).all()), "8-bit AdamW took a wrong step"
     return f"{metadata.version('bitsandbytes')}, nf4 and 8-bit AdamW"
+
+
+def fp8(device: torch.device) -> str:
+    from worker import fp8
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, 64, device=device).bfloat16(), torch.randn(48, 64, device=device).bfloat16()
+    if reason := fp8.why_not(device):
+        raise RuntimeError(reason)
+    wanted = x.float() @ weight.float().t()
+    apart = float((fp8.product(x, *fp8.squeeze(weight)).float() - wanted).norm() / wanted.norm())
+    assert apart < 0.06, f"a product is {apart:.1%} off"
+    return f"products within {apart:.1%}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class RankStabilizedLora(LowRank):
         "https://arxiv.org/abs/2312.03732",
     )
     place: ClassVar = 11
+    takes_fp8: ClassVar = True
 
     rank: int = Field(32, ge=1, le=1024, description="Width of the correction; here large ranks pay.", json_schema_extra={"basic": True})
     alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / √rank.")
