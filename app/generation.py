@@ -93,6 +93,7 @@ class GenerateRequest(_Frozen):
     classify: list[str] | None = Field(None, max_length=MOST_TEXTS)
     look: int | None = Field(None, ge=1, le=MOST_NEXT)
     render: bool = False
+    bulk: bool = Field(False, description="one of very many, as a run of the prompt lab asks: it leaves room for people who chat")
     engine: ExternalEngine | None = Field(None, description="who answers; null is the studio's own engine")
     sampling: Sampling
     seed: int

@@ -40,7 +40,7 @@ RENEW_SECONDS = 2.0
 AGAIN_SECONDS = 10.0
 """A request nobody has taken is announced again; the claim makes a second message harmless."""
 NO_WORKER_SECONDS = 20.0
-WAIT_SECONDS = 180.0
+WAIT_SECONDS = 90.0
 
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[str, redis.asyncio.Redis]] = WeakKeyDictionary()
 _farewells: set[asyncio.Task[object]] = set()
@@ -177,7 +177,11 @@ class _Watch:
     async def _unclaimed(self) -> None:
         now = time.monotonic()
         if now - self.began > WAIT_SECONDS:
-            raise Unavailable("All workers were busy for too long.", way_out="Try again later.", code="busy")
+            raise Unavailable(
+                f"Every worker has had its hands full for {WAIT_SECONDS:.0f} seconds.",
+                way_out="Try again in a moment, or start another generate worker.",
+                code="busy",
+            )
         if now - self.began > NO_WORKER_SECONDS and not [w for w in await run_in_threadpool(workers.alive) if w.queue == "generate"]:
             raise Unavailable("No generate worker is running.", way_out="Start the studio with `luthier up`.", code="no_worker")
         if now - self.sent > AGAIN_SECONDS:

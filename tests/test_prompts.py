@@ -13,6 +13,7 @@ from app import chance, datasets, enough, files, ids, prompt_runs, prompts, queu
 from app.errors import BadData, BadField
 from app.prompts import PromptBody
 from app.tables import Outbox, PromptResult, PromptRun
+from tests.conftest import wait_until
 from tests.generating import _running, live, register_tiny, start_worker, stop_worker  # noqa: F401
 
 COLOURS = ("red", "green", "blue")
@@ -207,6 +208,30 @@ def test_workers_that_die_without_a_row_between_end_a_run(session, user, sums):
 
     assert [die(), die(), die(1), die(2), die(), die()] == ["queued"] * 5 + ["failed"]  # a row scored between begins to count anew
     assert run.error["code"] == "crashed" and run.finished_at and run.result["rows"] == 2 and run.result["score"] == 1
+
+
+def test_few_runs_go_on_at_once_and_a_leaving_worker_lets_go(session, user, sums):
+    from worker import promptlab
+
+    register_tiny(session)
+    run = order(session, user, sums, prompts.STARTS["zero_shot"] | {"max_tokens": 2}, rows=3)
+    for _ in range(promptlab.RUNS_AT_ONCE):
+        assert promptlab._turns.acquire(timeout=5)
+    promptlab.begin(run.id, lambda: True)
+    promptlab.begin(run.id)  # announced again meanwhile
+    time.sleep(0.3)
+    session.refresh(run)
+    assert run.status == "queued" and len(promptlab._held) == 1, "it was claimed before its turn"
+    promptlab._turns.release(promptlab.RUNS_AT_ONCE)
+    wait_until(lambda: not promptlab._held, what="the run's turn", seconds=30)
+    session.refresh(run)
+    assert run.status == "running", "a worker that is leaving went on to the end"
+    run.lease_until = run.created_at
+    session.commit()
+    promptlab.begin(run.id)
+    wait_until(lambda: not promptlab._held, what="the run's end", seconds=30)
+    session.refresh(run)
+    assert run.status == "succeeded" and run.result["rows"] == 3
 
 
 def test_labels_and_rouge(session, user, words, sums):

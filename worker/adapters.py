@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from worker.cache import current_step
+from worker.load import BadModel
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (r, out) with the scaling already in it
 
@@ -51,6 +52,10 @@ def read_lora(
     if not _plain(config):
         return None
     tensors = load_file(folder / "adapter_model.safetensors")
+    if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise BadModel(  # nothing times a number that is none is one too: it would reach the other rows of the batch
+            f"The adapter's {broken} holds numbers that are none (NaN), as when training diverged.", way_out="Take an earlier checkpoint."
+        )
     layers: dict[str, Pair] = {}
     for name, a in tensors.items():
         if not name.endswith(".lora_A.weight"):
@@ -135,8 +140,13 @@ class AdapterStack:
         """Bytes of the matrices that lie side by side."""
         return sum(t.nbytes for layer in list(self.wrapped.values()) for t in (layer.a, layer.b) if t is not None)
 
-    def touch(self, key: str) -> None:
-        self.loaded[key] = self.loaded.pop(key)
+    def use(self, adapters: dict[str, LoraWeights], busy: set[str]) -> None:
+        """Have these at hand, beside those that are `busy`."""
+        for key, weights in adapters.items():
+            if key in self.loaded:
+                self.loaded[key] = self.loaded.pop(key)
+            else:
+                self.add(key, weights, busy | set(adapters))
 
     def _restack(self) -> None:
         """Lay the matrices side by side again: a copy of a few megabytes, between two steps."""

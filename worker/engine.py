@@ -17,20 +17,21 @@ import threading
 import time
 import traceback
 import uuid
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 import torch
 
-from app.errors import StudioError, Unavailable
-from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Logprob, SeenToken, Started, TextPart
+from app.errors import TooMany, Unavailable
+from app.generation import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Started, TextPart
 from app.spec import ModelRef
-from worker import looking
+from worker import looking, turns
 from worker.asking import render, room_for
-from worker.cache import Segment, SlotCache, Step
+from worker.broke import NotANumber, broke
+from worker.cache import Segment, Slot, Step
 from worker.lanes import Lane, Placement, Shelf
+from worker.room import Room
 from worker.sampling import Chooser, TextStream, logprob
+from worker.turns import Row, Running
 
 MOST_ROWS = 16
 """Answers written at once in one lane."""
@@ -40,57 +41,38 @@ LONE_CHUNK = 512
 """The same while nobody is."""
 REUSE = 16
 """A slot that begins with at least this many tokens of a new prompt is taken up where they part."""
-
-
-@dataclass(eq=False)
-class Row:
-    """One answer being written."""
-
-    index: int
-    chooser: Chooser
-    text: TextStream
-    slot: int = -1
-    written: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    finished: bool = False
-
-
-@dataclass(eq=False)
-class Running:
-    """One request in the engine. `read` prompt tokens are in the cache; its rows share them."""
-
-    request: GenerateRequest
-    place: Placement
-    prompt: list[int]
-    max_tokens: int
-    deadline: float
-    out: queue.SimpleQueue[list[Entry]]
-    rows: list[Row]
-    began: float
-    read: int = 0
-    cached: int = 0
-    cancelled: bool = False
-    seen: list[SeenToken] = field(default_factory=list)
-    first_token: float | None = None
-    arrived: float = field(default_factory=time.monotonic)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.place.adapters)
+WAIT_SECONDS = 60.0
+"""Whoever has not begun to be answered by then is told to come again."""
+PATIENCE_SECONDS = 10.0
+"""A request that has waited this long for the memory of its answer is not overtaken any more."""
+MOST_OF_ONE = 24
+"""Requests of one person in the engine, waiting ones included."""
 
 
 class Engine:
-    """Start one per process. `answer` may be called from any number of threads."""
+    """Start one per process. `answer` may be called from any number of threads. `on_death` is called in the engine's thread when
+    it dies of what no request is to blame for; everyone who waits for it has been told by then."""
 
-    def __init__(self, shelf: Shelf | None = None, *, most_rows: int = MOST_ROWS, chunk: int = CHUNK, lone_chunk: int = LONE_CHUNK) -> None:
+    def __init__(
+        self,
+        shelf: Shelf | None = None,
+        *,
+        most_rows: int = MOST_ROWS,
+        chunk: int = CHUNK,
+        lone_chunk: int = LONE_CHUNK,
+        wait_seconds: float = WAIT_SECONDS,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
         self.shelf = shelf or Shelf()
-        self.most_rows, self.chunk, self.lone_chunk = most_rows, chunk, lone_chunk
+        self.room = Room(self.shelf, most_rows)
+        self.most_rows, self.chunk, self.lone_chunk, self.wait_seconds = most_rows, chunk, lone_chunk, wait_seconds
+        self.on_death = on_death
         self.waiting: list[Running] = []
         self.active: list[Running] = []
         self.steps = 0
         self._wake = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
     # The caller's side ------------------------------------------------------------------------------------------------
@@ -101,6 +83,7 @@ class Engine:
         Raises StudioError before the first entry when the model or the prompt is not right.
         """
         began = time.monotonic()
+        self._refuse_too_many(request)
         place = self.shelf.place(request.model)
         try:
             running, started = self._prepare(request, place, began)
@@ -114,16 +97,25 @@ class Engine:
         finally:
             self.shelf.release(place.lane)
 
+    def _refuse_too_many(self, request: GenerateRequest) -> None:
+        with self._wake:
+            mine = sum(r.request.owner == request.owner and not r.request.bulk for r in [*self.waiting, *self.active])
+        if mine >= MOST_OF_ONE and not request.bulk:
+            raise TooMany(
+                f"{mine} of your questions are being answered or wait for it.",
+                way_out="Wait for some of them, or put several rows into one run.",
+            )
+
     def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
         text, ids = render(request, place.tokenizer)
         lead = [0] * place.lane.lead
         room = room_for(request, len(ids), place.lane.context - len(lead))
         sampling = request.sampling
-        most = min(sampling.max_tokens or room, room)
+        most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
         rows = [
             Row(i, Chooser(sampling, request.seed + i, ids), TextStream(place.tokenizer, ids, sampling.stop)) for i in range(sampling.n)
         ]
-        running = Running(request, place, lead + ids, most, began + request.seconds, queue.SimpleQueue(), rows, began)
+        running = Running(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
         return running, Started(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
 
     def _entries(self, running: Running, poll_seconds: float) -> Iterator[list[Entry]]:
@@ -159,6 +151,23 @@ class Engine:
 
     # The engine's side ------------------------------------------------------------------------------------------------
 
+    def _live(self) -> None:
+        """The thread. What ends it is told to all who wait; the process can then be started anew."""
+        died = False
+        try:
+            self._run()
+        except BaseException:
+            died = True
+            traceback.print_exc()
+        self._closed = True
+        for running in [*self.active, *self.waiting]:
+            running.out.put(
+                [Broke(status=503, code="unavailable", message="The generation engine stopped.", way_out="Ask again in a moment.")]
+            )
+        if died:
+            self.on_death()
+
+    @torch.inference_mode()
     def _run(self) -> None:
         while not self._closed:
             with self._wake:
@@ -170,170 +179,197 @@ class Engine:
                 self._step_or_break(lane)
             if self.waiting and not self.active:
                 time.sleep(0.002)
-        for running in [*self.active, *self.waiting]:
-            running.out.put([Broke(status=503, code="unavailable", message="The generation engine was stopped.")])
 
     def _sweep(self) -> None:
-        """Let go of requests that were cancelled or ran out of time."""
+        """Let go of requests that were cancelled, ran out of time or have waited too long to begin."""
         now = time.monotonic()
-        for running in [r for r in [*self.active, *self.waiting] if r.cancelled or now > r.deadline]:
-            entries: list[Entry] = []
-            for row in running.rows:
-                if not row.finished:
-                    self._finish(running, row, "cancelled" if running.cancelled else "length", entries)
-            self._leave(running, entries)
+        for running in [*self.active, *self.waiting]:
+            if running.cancelled or (running.deadline is not None and now > running.deadline):
+                entries: list[Entry] = []
+                for row in running.rows:
+                    if not row.finished:
+                        self._finish(running, row, "cancelled" if running.cancelled else "length", entries)
+                self._leave(running, entries)
+            elif running.deadline is None and now - running.arrived > (
+                running.request.seconds if running.request.bulk else self.wait_seconds
+            ):
+                self._break([running], self._too_busy(running))
+
+    def _too_busy(self, running: Running) -> Unavailable:
+        rows = sum(row.slot is not None and row.slot.busy for r in self.active for row in r.rows)
+        return Unavailable(
+            f"{rows} answers are being written and {len(self.waiting)} questions wait; this one has waited for "
+            f"{time.monotonic() - running.arrived:.0f} seconds.",
+            way_out="Try again in a moment, or ask for shorter or fewer answers at once.",
+            code="busy",
+        )
 
     def _admit(self) -> None:
-        """Take requests in, those first whose owner has the fewest answers being written, then by arrival."""
-        with self._wake:
-            waiting = list(self.waiting)
-        while waiting:
-            busy = Counter(r.request.owner for r in self.active for _ in r.rows)
-            best = min(waiting, key=lambda r: (busy[r.request.owner], r.arrived))
-            waiting.remove(best)
+        """Begin answers, one row at a time, in the order of `turns.in_turn`, as long as there are slots and memory."""
+        passed: set[int] = set()
+        while True:
+            with self._wake:
+                waiting = [r for r in [*self.waiting, *self.active] if id(r) not in passed and r.next_row() is not None]
+            if not waiting:
+                return
+            best = turns.in_turn(waiting, turns.held(self.active))[0]
+            passed.add(id(best))
             try:
-                admitted = self._take_slots(best)
+                begun = self._begin(best)
             except Exception as error:
                 self._break([best], error)
                 continue
-            if admitted:
-                with self._wake:
-                    self.waiting.remove(best)
-                self.active.append(best)
+            if begun:
+                passed.discard(id(best))
+            elif begun is None and time.monotonic() - best.arrived > PATIENCE_SECONDS:
+                return  # the memory that comes free next is for this one
 
-    def _take_slots(self, running: Running) -> bool:
-        """Slots for all rows of a request, if they and the memory for them are free."""
-        lane, count = running.place.lane, len(running.rows)
+    def _begin(self, running: Running) -> bool | None:
+        """Give the next row of a request a slot. False when no row is free for it, None when there is no memory yet."""
+        lane, row = running.place.lane, running.next_row()
         mine = [r for r in self.active if r.place.lane is lane]
-        taken = {row.slot for r in mine for row in r.rows}
-        if len(taken) + count > max(self.most_rows, count):
+        if row is None or not turns.may_begin(running, turns.held(mine), self.most_rows):
             return False
-        if not self._make_room(lane, running, taken):
-            return False
-        cache = lane.cache
-        free = [s for s in range(cache.slots) if s not in taken]
-        shared, first = max((self._shared(cache, s, running), -s) for s in free)
-        first = -first
+        if not self.room.promise(running, self.active):
+            return None
+        if row is not running.rows[0]:
+            return self._begin_late(running, row)
+        source = max(lane.cache.slots(), key=lambda slot: self._shared(slot, running), default=None)
+        shared = self._shared(source, running) if source is not None else 0
         if shared < REUSE or running.request.look:  # who looks at every token must read every token
-            shared, first = 0, min(free, key=lambda s: (len(cache.tokens[s]), s))
+            shared, source = 0, None
+        slot = self.room.take(lane, len(running.prompt) + 1, source)
+        if slot is None:
+            return None
+        if source is not None and source is not slot:
+            lane.cache.copy(source, slot, shared)
+        slot.tokens, slot.owner, row.slot = slot.tokens[:shared], running.adapters, slot
         running.read = running.cached = shared
-        slots = [first, *[s for s in free if s != first][: count - 1]]
-        for row, slot in zip(running.rows, slots, strict=True):
-            row.slot = slot
-        cache.tokens[first] = cache.tokens[first][:shared]
-        cache.owner[first] = running.adapters
-        for slot in slots[1:]:
-            cache.tokens[slot] = []
-        self._take_adapters(lane, running, mine)
+        running.deadline = time.monotonic() + running.request.seconds
+        if lane.stack is not None:
+            lane.stack.use(running.place.adapters, busy={key for r in mine for key in r.adapters})
+        with self._wake:
+            self.waiting.remove(running)
+        self.active.append(running)
         return True
 
-    def _shared(self, cache: SlotCache, slot: int, running: Running) -> int:
+    def _begin_late(self, running: Running, row: Row) -> bool | None:
+        """A further answer to a prompt that has been read."""
+        lane, first = running.place.lane, running.rows[0].slot
+        assert first is not None and running.first_logits is not None
+        slot = self.room.take(lane, len(running.prompt) + 1)
+        if slot is None:
+            return None
+        lane.cache.copy(first, slot, len(running.prompt))
+        row.slot = slot
+        self._let_go_of_first(running)
+        self._choose(lane, running.first_logits[None], [(row, running, 0)])
+        return True
+
+    def _shared(self, slot: Slot, running: Running) -> int:
         """How many tokens of the prompt a free slot holds already, under the same adapters. One is always left to read."""
-        if cache.owner[slot] != running.adapters:
+        if slot.busy or slot.owner != running.adapters:
             return 0
-        most = min(len(cache.tokens[slot]), len(running.prompt) - 1)
-        return next((i for i in range(most) if cache.tokens[slot][i] != running.prompt[i]), most)
+        most = min(len(slot.tokens), len(running.prompt) - 1)
+        return next((i for i in range(most) if slot.tokens[i] != running.prompt[i]), most)
 
-    def _make_room(self, lane: Lane, running: Running, taken: set[int]) -> bool:
-        cache, count = lane.cache, len(running.rows)
-        slots = cache.slots
-        while slots < len(taken) + count:
-            slots = min(slots * 2, max(self.most_rows, len(taken) + count))
-        need = len(running.prompt) + running.max_tokens
-        capacity = cache.capacity
-        while capacity < need:
-            capacity *= 2
-        capacity = min(capacity, max(lane.context, cache.capacity))
-        if (slots, capacity) == (cache.slots, cache.capacity):
-            return True
-        more = slots * capacity * lane.bytes_per_token - cache.nbytes()
-        if more > 0 and self.shelf.memory() + more > self.shelf.memory_bytes:
-            if taken:
-                return False  # it waits until a neighbour leaves
-            lane.cache = SlotCache(count, min(lane.context, -(-need // 64) * 64))
-            return True
-        cache.grow(slots, capacity)
-        return True
-
-    def _take_adapters(self, lane: Lane, running: Running, others: list[Running]) -> None:
-        busy = {key for r in others for key in r.adapters} | set(running.adapters)
-        for key, weights in running.place.adapters.items():
-            assert lane.stack is not None, "only a base's lane has adapters in its stack"
-            if key in lane.stack.loaded:
-                lane.stack.touch(key)
-            else:
-                lane.stack.add(key, weights, busy)
+    def _let_go_of_first(self, running: Running) -> None:
+        """The first row's slot holds the prompt for the others until all have begun."""
+        first = running.rows[0]
+        if first.finished and first.slot is not None and all(row.slot is not None or row.finished for row in running.rows):
+            first.slot.busy = False
 
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _step_or_break(self, lane: Lane) -> None:
         mine = [r for r in self.active if r.place.lane is lane]
         try:
-            self._step(lane, mine)
+            for r in mine:
+                if not self.room.make_longer(r):
+                    self._break([r], MemoryError())
+            self._step(lane, [r for r in mine if r in self.active])
         except Exception as error:
-            lane.cache = SlotCache(1, 512)
-            self._break(mine, error)
+            self._break([r for r in mine if r in self.active], error)
+            lane.cache.blocks = {}
 
-    @torch.inference_mode()
     def _step(self, lane: Lane, mine: list[Running]) -> None:
-        writing = sorted(
-            ((row, r) for r in mine if r.read == len(r.prompt) for row in r.rows if not row.finished), key=lambda pair: pair[0].slot
-        )
+        pairs = [(row, r) for r in mine for row in r.writing()]
+        writing = sorted(pairs, key=lambda pair: (pair[0].slot.blocks.size, pair[0].slot.index))
         ids: list[int] = [row.written[-1] for row, _ in writing]
         decode = [Segment(row.slot, i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
         positions = [s.past for s in decode]
         prefill, last, done, looked = [], list(range(len(decode))), [], []
-        budget = self.chunk if decode else self.lone_chunk
-        for r in sorted((r for r in mine if r.read < len(r.prompt)), key=lambda r: r.arrived):
-            count = min(budget, len(r.prompt) - r.read, looking.CHUNK if r.request.look else budget)
-            if count <= 0:
-                break
+        reading = sorted((r for r in mine if not r.has_read), key=lambda r: r.arrived)
+        needs = [(r.account, min(len(r.prompt) - r.read, looking.CHUNK if r.request.look else len(r.prompt))) for r in reading]
+        for r, count in zip(reading, turns.shares(needs, self.chunk if decode else self.lone_chunk), strict=True):
+            if not count:
+                continue
             prefill.append((r, Segment(r.rows[0].slot, len(ids), count, r.read)))
             ids += r.prompt[r.read : r.read + count]
             positions += range(r.read, r.read + count)
-            budget -= count
             if r.request.look:
                 looked.append((r, slice(len(last), len(last) + count)))
                 last += range(len(ids) - count, len(ids))
             elif r.read + count == len(r.prompt):
                 done.append((r, len(last)))
                 last.append(len(ids) - 1)
+        if not ids:
+            return
         runs = [(1, r.adapters) for _, r in writing] + [(s.count, r.adapters) for r, s in prefill]
-        step = Step(lane.cache, decode, [s for _, s in prefill], lane.device, lane.stack.select(runs) if lane.stack else None)
+        step = Step(decode, [s for _, s in prefill], lane.device, lane.stack.select(runs) if lane.stack else None)
         logits = lane.forward(step, ids, positions, last or [0])
         self.steps += 1
         for row, _ in writing:
-            lane.cache.tokens[row.slot].append(row.written[-1])
+            row.slot.tokens.append(row.written[-1])
         for r, segment in prefill:
-            lane.cache.tokens[segment.slot] += r.prompt[r.read : r.read + segment.count]
+            segment.slot.tokens += r.prompt[r.read : r.read + segment.count]
             r.read += segment.count
         for r, rows in looked:
             if (seen := looking.look(r, logits[rows])) is not None:
                 self._leave(r, [seen])
-        self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)], done)
-
-    def _choose(self, lane: Lane, logits: torch.Tensor, writing: list[tuple[Row, Running, int]], done: list[tuple[Running, int]]) -> None:
-        """The next token of every answer, and of every answer whose prompt was just read."""
         for r, i in done:
-            for row in r.rows[1:]:
-                lane.cache.fork(r.rows[0].slot, row.slot)
-                lane.cache.owner[row.slot] = r.adapters
-            writing += [(row, r, i) for row in r.rows]
+            r.first_logits = logits[i].clone() if len(r.rows) > 1 else None
+        self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
+
+    def _choose(self, lane: Lane, logits: torch.Tensor, writing: list[tuple[Row, Running, int]]) -> None:
+        """The next token of every answer: (row, its request, its place in the logits). What goes wrong with one ends that one alone."""
         if not writing:
             return
-        likeliest = logits.argmax(-1).tolist()
+        highest, likeliest = logits.max(-1)
+        finite = highest.isfinite().tolist()  # a number that is none spreads to the highest
+        likeliest = likeliest.tolist()
         said: dict[int, tuple[Running, list[Entry]]] = {}
+        broken: dict[int, Running] = {}
         for row, r, i in writing:
-            sampling = r.request.sampling
-            token = likeliest[i] if _is_greedy(r) else row.chooser.choose(logits[i])
-            if sampling.logprobs:
-                row.logprobs.append(logprob(r.place.tokenizer, logits[i], token, sampling.top_logprobs))
-            self._accept(r, row, token, said.setdefault(id(r), (r, []))[1])
+            if id(r) in broken:
+                continue
+            try:
+                self._choose_one(r, row, logits[i], likeliest[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
+            except Exception as error:
+                broken[id(r)] = r
+                if not finite[i]:
+                    for slot in (one.slot for one in r.rows if one.slot is not None):
+                        lane.cache.wipe(slot)
+                self._break([r], error)
         for r, entries in said.values():
+            if id(r) in broken:
+                continue
             if all(row.finished for row in r.rows):
                 self._leave(r, entries)
             elif entries:
                 r.out.put(entries)
+
+    def _choose_one(self, r: Running, row: Row, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
+        if likeliest is None:
+            raise NotANumber(
+                f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
+                way_out="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
+            )
+        sampling = r.request.sampling
+        token = likeliest if _is_greedy(r) else row.chooser.choose(logits)
+        if sampling.logprobs:
+            row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
+        self._accept(r, row, token, entries)
 
     def _accept(self, running: Running, row: Row, token: int, entries: list[Entry]) -> None:
         """Add a token to an answer: show what may be shown, and end it when it is over."""
@@ -361,6 +397,9 @@ class Engine:
     def _finish(self, running: Running, row: Row, reason: str, entries: list[Entry]) -> None:
         self._show(row, row.text.end(), entries)
         row.finished = True
+        if row.slot is not None and row is not running.rows[0]:
+            row.slot.busy = False
+        self._let_go_of_first(running)
         entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
 
     def _leave(self, running: Running, entries: list[Entry]) -> None:
@@ -385,6 +424,10 @@ class Engine:
             for group in (self.active, self.waiting):
                 if running in group:
                     group.remove(running)
+        for row in running.rows:
+            if row.slot is not None:
+                row.slot.busy = False
+            row.finished = True
 
     def _break(self, broken: list[Running], error: Exception) -> None:
         """One fault must not take the others with it: these requests end with an error, the engine goes on."""
@@ -397,17 +440,6 @@ class Engine:
 def _is_greedy(running: Running) -> bool:
     s = running.request.sampling
     return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
-
-
-def broke(error: BaseException) -> Broke:
-    """An error in the stream's own form. What is not ours is not shown in full: its text may hold paths."""
-    if isinstance(error, StudioError):
-        return Broke(
-            status=error.status, code=error.code, error_type=error.type, message=error.message, way_out=error.way_out, param=error.param
-        )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error):
-        return Broke(status=503, code="out_of_memory", message="The machine ran out of memory.", way_out="Shorten the prompt or try again.")
-    return Broke(status=500, code="internal_error", message=f"The model failed while answering ({type(error).__name__}).")
 
 
 def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:

@@ -43,6 +43,8 @@ NAME = uuid.uuid4().hex
 """This process, as readers know it."""
 LEFT = b"left"
 """Value of a reader's key once the reader has gone."""
+DEAD_ENGINE = 70
+"""Exit code of a worker whose engine's thread died."""
 MISSING_SECONDS = 5.0
 """A reader's key may be missing this long (Redis may have been wiped) before the reader is taken for dead."""
 
@@ -61,7 +63,7 @@ def generate(payload: dict[str, Any]) -> None:
 
 
 def _answer(publisher: Publisher, request: GenerateRequest) -> None:
-    from worker.engine import broke
+    from worker.broke import broke
 
     try:
         if request.embed is not None:
@@ -138,6 +140,13 @@ def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
         loop.close()
 
 
+def _leave() -> None:
+    """A process whose engine has died is of no use: it says so to those who listen, and whoever started it starts another."""
+    log.critical("The engine's thread has died; the worker ends, to be started again.")
+    time.sleep(1)
+    os._exit(DEAD_ENGINE)
+
+
 _starting = threading.Lock()
 
 
@@ -146,7 +155,7 @@ def _started_engine() -> Any:
     from worker.engine import Engine
     from worker.tidy import keep_tidy
 
-    started = Engine()
+    started = Engine(on_death=_leave)
     keep_tidy(started.shelf, NAME)
     return started
 

@@ -25,7 +25,7 @@ from app.standby import Ready
 from app.strategies import STRATEGIES
 from worker import kept, prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
-from worker.cache import ATTENTION, SlotCache, Step, running
+from worker.cache import ATTENTION, Cache, Step, running
 from worker.load import LOADING, BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
@@ -46,7 +46,10 @@ class Lane:
     lead: int = 0  # placeholder tokens before every prompt, whose places a soft prompt fills
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
-    cache: SlotCache = field(default_factory=lambda: SlotCache(1, 512))
+    cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = Cache(self.context, self.bytes_per_token)
 
     def nbytes(self) -> int:
         """Bytes of its weights, of the adapters beside them and of its cache."""
@@ -125,6 +128,12 @@ class Shelf:
         with self._lock:
             return kept.memory() + sum(lane.nbytes() for lane in self.lanes.values())
 
+    def weights_of(self, lane: Lane) -> int:
+        """Bytes that a lane takes before its cache, the base whose tensors it shares included."""
+        with self._lock:
+            family = {id(one): one for one in (lane, self.lanes.get(lane.key[:2])) if one is not None}
+        return sum(one.weight_bytes for one in family.values())
+
     def limit(self) -> int:
         """Bytes that may be in use now: jobs that train here come first."""
         return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
@@ -161,6 +170,18 @@ class Shelf:
                 self._drop(idle[0])
                 gone += 1
         return gone
+
+    def trim(self) -> None:
+        """Let go of the parts of caches that nobody uses. Called by the thread that writes them."""
+        for lane in list(self.lanes.values()):
+            lane.cache.trim()
+
+    def training_needs_it(self, name: str) -> Unavailable:
+        return Unavailable(
+            f"A job that trains on this machine needs the memory that {name} would take.",
+            way_out="Ask again when the job has ended, or pause it; a smaller model may fit now.",
+            code="training_needs_memory",
+        )
 
     def _idle(self) -> list[Lane]:
         """Lanes that may go, the longest unused first. A base stays while other trees use its tensors."""
@@ -207,11 +228,7 @@ class Shelf:
         if self.memory() + need <= self.limit():
             return
         if need > self.limit() and self.training_bytes:
-            raise Unavailable(
-                f"A job that trains on this machine needs the memory that {ref.name} would take.",
-                way_out="Ask again when the job has ended, or pause it; a smaller model may fit now.",
-                code="training_needs_memory",
-            )
+            raise self.training_needs_it(ref.name)
         raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
 
     def _load_base(self, ref: ModelRef) -> Lane:

@@ -1,18 +1,24 @@
 """The body of the task PROMPT: put one prompt to one model, row by row, through this process's engine.
 
-Several rows are asked at once, so the engine answers them in one batch, together with whoever chats meanwhile: its queue
-is fair by owner. Every few seconds the scored rows are stored; a stopped or deleted run ends there.
+Several rows are asked at once, so the engine answers them in one batch, together with whoever chats meanwhile: all runs
+together hold at most half of its rows. Every few seconds the scored rows are stored; a stopped or deleted run ends there.
+
+A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for
+people who chat. What waits is not claimed, so it may be taken by another worker, or be announced again when this one dies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import prompt_runs, prompts
 from app.db import transaction
@@ -25,6 +31,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 8
 BEAT_SECONDS = 2.0
+RUNS_AT_ONCE = 2
 
 
 class Said(NamedTuple):
@@ -75,7 +82,32 @@ class Totals:
         }  # fmt: skip
 
 
-def work(run_id: uuid.UUID) -> None:
+_turns = threading.Semaphore(RUNS_AT_ONCE)
+_held: set[uuid.UUID] = set()
+_lock = threading.Lock()
+
+
+def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """See to it that the run is done in its turn, and return at once. A run that waits here already is not put twice."""
+    with _lock:
+        if run_id in _held:
+            return
+        _held.add(run_id)
+
+    def in_turn() -> None:
+        try:
+            with _turns:
+                work(run_id, going_down)
+        except SQLAlchemyError as error:  # the lease runs out, and the run is announced again
+            log.warning("The run %s was left: %s", run_id, error)
+        finally:
+            with _lock:
+                _held.discard(run_id)
+
+    threading.Thread(target=in_turn, name=f"run-{run_id.hex[:6]}", daemon=True).start()
+
+
+def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
     """Run it, unless another worker is at it. Every fault becomes the run's error."""
     with transaction() as session:
         claimed = prompt_runs.claim(session, run_id)
@@ -84,7 +116,7 @@ def work(run_id: uuid.UUID) -> None:
     fence, spec, done, before = claimed
     run, error = Run(run_id, fence, spec, done, Totals(before)), None
     try:
-        run.through()
+        run.through(going_down)
     except Stopped:
         return
     except StudioError as fault:
@@ -104,7 +136,7 @@ class Run:
         self.rows = len(done)
         self.scored: list[dict[str, Any]] = []
 
-    def through(self) -> None:
+    def through(self, going_down: Callable[[], bool]) -> None:
         from worker.shots import Shots
 
         held, training, everything, labels = _rows(self.spec)
@@ -127,6 +159,8 @@ class Run:
                     finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
                     for future in finished:
                         self.take(pending.pop(future), future, labels)
+                    if going_down():
+                        raise Stopped  # what is stored is not done again by whoever takes the run
                     if time.monotonic() - beaten > BEAT_SECONDS:
                         beaten = time.monotonic()
                         self.store()
@@ -183,6 +217,7 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
         owner=spec.owner,
         model=spec.model,
         engine=spec.engine,
+        bulk=True,
         sampling=sampling,
         seed=(body.seed + line * 31) % 2**31,
         **prompt,

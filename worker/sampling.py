@@ -18,6 +18,9 @@ from app.generation import Logprob, Sampling
 CANDIDATES = 256
 """Tokens looked at first for top-p: nearly always enough, and far cheaper than sorting the vocabulary."""
 
+COLDEST = 1e-4
+"""Temperatures below it are taken for it: the likeliest token is all but certain, and nothing overflows."""
+
 
 class Chooser:
     """Chooses the tokens of one answer. Counts what it chose, for the penalties."""
@@ -32,7 +35,7 @@ class Chooser:
         """One token from (V,) float32 logits, which are left as they are."""
         logits = self._adjusted(logits)
         s = self.sampling
-        token = int(logits.argmax()) if s.temperature == 0 else self._draw(logits / s.temperature)
+        token = int(logits.argmax()) if s.temperature == 0 else self._draw((logits - logits.max()) / max(s.temperature, COLDEST))
         self.counts[token] += 1
         if s.repetition_penalty != 1:
             self.seen.add(token)

@@ -66,4 +66,4 @@ def generate(request: dict[str, Any]) -> None:
 def prompt(key: str) -> None:
     from worker import promptlab
 
-    promptlab.work(uuid.UUID(key))
+    promptlab.begin(uuid.UUID(key), lambda: going_down())

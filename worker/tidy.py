@@ -6,7 +6,6 @@ that train and need the memory.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -44,7 +43,7 @@ def keep_tidy(shelf: Shelf, worker: str) -> None:
 def look(shelf: Shelf, worker: str) -> None:
     """One look: what has been idle for too long goes, then what memory for training asks for; the rest is told."""
     idle_seconds, gone = get_settings().generate_idle_seconds, 0
-    with contextlib.suppress(RuntimeError):
+    if told := bool(get_settings().redis_url):
         shelf.training_bytes = standby.room_asked(shelf.device.type == "cuda")
     before = time.monotonic() - idle_seconds
     gone += sum(one.put_away(before) for one in kept.ALL)
@@ -55,7 +54,8 @@ def look(shelf: Shelf, worker: str) -> None:
     if gone:
         release(shelf.device)
         log.info("%d idle models were put away; %d MiB are in use.", gone, shelf.memory() // 2**20)
-    standby.say(worker, standing(shelf))
+    if told:
+        standby.say(worker, standing(shelf))
 
 
 def standing(shelf: Shelf) -> Standing:

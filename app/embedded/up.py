@@ -97,7 +97,7 @@ def commands(settings: Settings) -> dict[str, list[str]]:
     return {
         "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would hold sign-in links
         "relay": ["app.relay"],
-        "generate": [*celery, "-Q", "generate", "--pool=threads", "-c", "16", "-n", "generate@%h"],
+        "generate": [*celery, "-Q", "generate", "--pool=threads", "-c", "64", "-n", "generate@%h"],
         "data": [*celery, "-Q", "data", "--pool=threads", "-c", "2", "-n", "data@%h"],
         "train": [*celery, "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"],
     }

@@ -10,9 +10,10 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from app import models
+from app import models, standby
+from app.routes import chat
 from app.tables import Answer
-from tests.conftest import csrf_token
+from tests.conftest import csrf_token, wait_until
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
 
 ASK = [{"role": "user", "content": "Go on"}]
@@ -150,21 +151,26 @@ def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user
     assert still_serves(client)
 
 
-def test_a_client_that_never_reads_holds_up_nobody(client, live):  # noqa: F811
+def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, live, session, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(chat, "STUCK_SECONDS", 1.0)
     host, port = live.removeprefix("http://").split(":")
-    body = json.dumps({"model": "tiny", "messages": ASK, "stream": True, "n": 4, **ENDLESS}).encode()
+    many = {"n": 8, "logprobs": True, "top_logprobs": 20}  # more than all buffers on the way hold
+    body = json.dumps({"model": "tiny", "messages": ASK, "stream": True, **many, **ENDLESS}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\nauthorization: Bearer {client.api_key}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    silent = []
-    try:
-        for _ in range(3):
-            one = socket.socket()
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            one.connect((host, int(port)))
-            one.sendall(head.encode() + body)
-            silent.append(one)
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        silent.connect((host, int(port)))
+        silent.sendall(head.encode() + body)
         time.sleep(0.5)
         began = time.monotonic()
         assert still_serves(client) and time.monotonic() - began < 20
-    finally:
-        for one in silent:
-            one.close()
+        # What it was told so far is stored although it has taken nothing yet: its stream has ended.
+        wait_until(
+            lambda: session.rollback() or any((a.usage or {}).get("completion_tokens") != 2 for a in session.scalars(select(Answer))),
+            what="the cut",
+            seconds=15,
+        )
+    wait_until(lambda: not any(m.answering for one in standby.everyone() for m in one.models), what="the engine's rest", seconds=20)
+    session.rollback()
+    cut = next(a for a in session.scalars(select(Answer)) if (a.usage or {}).get("completion_tokens") != 2)
+    assert (cut.usage or {}).get("completion_tokens", 0) < 8 * 400, "nothing was cut, so the test shows nothing"

@@ -148,8 +148,9 @@ def test_logits_equal_peft(home, tmp_path, tiny_model):
         lane.stack.add(key, weights, set())
     ids = list(range(10, 40))
     keys = tuple(place.adapters)
-    lane.cache.grow(2, 64)
-    step = Step(lane.cache, [], [Segment(0, 0, 30, 0), Segment(1, 30, 30, 0)], lane.device, lane.stack.select([(30, keys), (30, ())]))
+    lane.cache.grow(256, 2)
+    one, two = lane.cache.slots()
+    step = Step([], [Segment(one, 0, 30, 0), Segment(two, 30, 30, 0)], lane.device, lane.stack.select([(30, keys), (30, ())]))
     ours = lane.forward(step, ids * 2, [*range(30)] * 2, [29, 59])
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
@@ -281,7 +282,6 @@ def test_idle_models_make_room_and_busy_ones_do_not(home):
     need = ref_of(home).shape.parameters() * 4
     engine = Engine(Shelf(memory_bytes=int(need * 1.9), device="cpu"))
     run(engine, request(ref_of(home), "x", max_tokens=2))
-    engine.shelf.lanes[("models/tiny", "r0")].cache = type(engine.shelf.lanes[("models/tiny", "r0")].cache)(1, 64)
     run(engine, request(ref_of(home, "models/other"), "x", max_tokens=2))
     assert [key[0] for key in engine.shelf.lanes] == ["models/other"]
     small = Shelf(memory_bytes=1000, device="cpu")

@@ -1,0 +1,131 @@
+"""Whose turn it is: which waiting answer is begun next, and how the prompts that are being read share a step.
+
+An *account* is one person's chats, or one person's long runs (the prompt lab). Accounts are treated alike, whatever each asks for.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from app.generation import Entry, GenerateRequest, Logprob, SeenToken
+from worker.sampling import Chooser, TextStream
+
+if TYPE_CHECKING:
+    import torch
+
+    from worker.cache import Slot
+    from worker.lanes import Placement
+
+HELD_TO_FREE = 3
+"""An account may hold this many times as many rows as are free, so some are always left for whoever comes next (Choudhury and
+Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches")."""
+BULK_SHARE = 0.5
+"""Share of the rows that all long runs together may hold."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer being written. It has a slot from its beginning to its end."""
+
+    index: int
+    chooser: Chooser
+    text: TextStream
+    slot: Slot | None = None
+    written: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass(eq=False)
+class Running:
+    """One request in the engine. `read` prompt tokens are in the cache; its rows share them.
+
+    The first row reads the prompt. The others begin as slots come free, from its slot and from `first_logits` (V), what the model
+    said after the prompt.
+    """
+
+    request: GenerateRequest
+    place: Placement
+    prompt: list[int]
+    max_tokens: int
+    out: queue.SimpleQueue[list[Entry]]
+    rows: list[Row]
+    began: float
+    deadline: float | None = None
+    read: int = 0
+    cached: int = 0
+    cancelled: bool = False
+    seen: list[SeenToken] = field(default_factory=list)
+    first_logits: torch.Tensor | None = None
+    first_token: float | None = None
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.place.adapters)
+
+    @property
+    def account(self) -> tuple[Hashable, bool]:
+        return (self.request.owner, self.request.bulk)
+
+    @property
+    def has_read(self) -> bool:
+        return self.read == len(self.prompt)
+
+    def next_row(self) -> Row | None:
+        """The row that could begin now: the first, and once it has read the prompt the others."""
+        row = next((row for row in self.rows if row.slot is None and not row.finished), None)
+        return row if row is self.rows[0] or self.has_read else None
+
+    def writing(self) -> list[Row]:
+        return [row for row in self.rows if row.slot is not None and not row.finished and row.written]
+
+
+def held(running: Sequence[Running]) -> Counter[tuple[Hashable, bool]]:
+    """Rows with a slot, by account."""
+    return Counter(r.account for r in running for row in r.rows if row.slot is not None and row.slot.busy)
+
+
+def in_turn(waiting: Sequence[Running], rows: Counter[tuple[Hashable, bool]]) -> list[Running]:
+    """Accounts with the fewest rows first; where they are level, people before long runs, then by arrival."""
+    return sorted(waiting, key=lambda r: (rows[r.account], r.request.bulk, r.arrived))
+
+
+def may_begin(running: Running, rows: Counter[tuple[Hashable, bool]], most_rows: int) -> bool:
+    """Whether one more row of this request leaves enough for others. `rows` are those held in its lane."""
+    free = most_rows - rows.total()
+    if free <= 0:
+        return False
+    if running.request.bulk and sum(n for (_, bulk), n in rows.items() if bulk) >= max(1, int(BULK_SHARE * most_rows)):
+        return False
+    return rows[running.account] < HELD_TO_FREE * free
+
+
+def shares(needs: Sequence[tuple[Hashable, int]], budget: int) -> list[int]:
+    """How many tokens of its prompt each request reads in a step: `budget` shared out evenly among accounts, then among the
+    requests of each, and what one does not need goes to the others. The sum is the budget, or all that is needed."""
+    wanted: Counter[Hashable] = Counter()
+    for account, need in needs:
+        wanted[account] += need
+    given = dict(zip(wanted, _even(list(wanted.values()), budget), strict=True))
+    found = [0] * len(needs)
+    for account, amount in given.items():
+        mine = [i for i, (whose, _) in enumerate(needs) if whose == account]
+        for i, share in zip(mine, _even([needs[i][1] for i in mine], amount), strict=True):
+            found[i] = share
+    return found
+
+
+def _even(needs: list[int], budget: int) -> list[int]:
+    """Max-min fair shares: nobody gets more than it needs, and nobody who needs more gets less than another."""
+    found, left = [0] * len(needs), budget
+    order = sorted(range(len(needs)), key=needs.__getitem__)
+    for done, i in enumerate(order):
+        found[i] = min(needs[i], -(-left // (len(order) - done)))
+        left -= found[i]
+    return found
