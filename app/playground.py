@@ -166,9 +166,9 @@ def ask(
 
 def _input(who: Speaker, before: Sequence[tuple[Exchange, Sequence[Answer]]], prompt: str, system: str) -> dict[str, Any]:
     """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
-    alone, a dialogue model all turns."""
-    said = [(e.prompt or "", next((a.text for a in answers if a.model_name == who.name), None)) for e, answers in before]
-    turns = [(question, answer) for question, answer in said if answer is not None]
+    alone, a dialogue model all turns. A turn whose answer failed is left out: the model has said nothing to go on from."""
+    said = [(e.prompt or "", next((a for a in answers if a.model_name == who.name), None)) for e, answers in before]
+    turns = [(question, answer.text) for question, answer in said if answer is not None and not answer.error]
     if who.ref.kind == "generic":
         return {"prompt": "".join(question + answer for question, answer in turns) + prompt}
     messages = [{"role": "system", "content": system}] if system else []

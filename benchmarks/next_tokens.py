@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app import starters
+from app.alone import kind_of
 from app.errors import StudioError
 from app.generation import GenerateRequest, Sampling, Seen, SeenToken
 from app.manifest import sha256_of
@@ -62,25 +63,20 @@ def reference(named: str) -> ModelRef:
 
     kind, _, rest = named.rpartition("=") if named.split("=")[0] in KINDS else ("", "", named)
     base, _, adapter = rest.partition("+")
-    if base in starters.STARTERS and not starters.present(base):
+    starter = starters.STARTERS.get(base)
+    if starter and not starters.present(base):
         raise SystemExit(f"{base} is not in the data folder. Run `luthier models add {base}` first.")
-    folder = starters.folder(base) if base in starters.STARTERS else Path(base)
+    folder = starters.folder(base) if starter else Path(base)
     if not (folder / "config.json").is_file():
         return _of_studio(rest)
-    guessed = starters.STARTERS[base].kind if base in starters.STARTERS else _guess(folder)
-    ref = prompts.reference(folder, kind or guessed).model_copy(update={"name": base if base in starters.STARTERS else folder.name})
+    ref = prompts.reference(folder, "generic")
+    kind = kind or (starter.kind if starter else kind_of(folder, ref.shape))
+    ref = ref.model_copy(update={"name": base if starter else folder.name, "kind": kind})
     if adapter:
         laid = Path(adapter).resolve()
         sha = sha256_of(laid / "adapter_model.safetensors")
         ref = ref.model_copy(update={"name": laid.name, "adapters": (Adapter(strategy="lora", path=str(laid), sha256=sha),)})
     return ref
-
-
-def _guess(folder: Path) -> str:
-    """A model with a chat template converses."""
-    config = folder / "tokenizer_config.json"
-    told = (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in json.loads(config.read_text()))
-    return "dialogue" if told else "generic"
 
 
 def _of_studio(name: str) -> ModelRef:

@@ -54,6 +54,14 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
     assert generic.prompt == "One. Two.Three?" and generic.messages is None
     assert instruction.messages == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Three?"}]
     assert dialogue.seed == generic.seed == instruction.seed
+    failed, asked = playground.ask(session, user, NAMES, "Broken?", Sampling(), parent=first.id)
+    heard = Heard(error={"message": "The model failed.", "way_out": "", "code": "internal_error"})
+    heard.take([TextPart(index=0, text=" Half an ans")])
+    for one in asked:
+        playground.record(session, failed.id, one, heard)
+    _, asked = playground.ask(session, user, NAMES, "Three?", Sampling(), parent=failed.id)
+    dialogue, generic, _ = (one.request for one in asked)
+    assert [m["content"] for m in dialogue.messages] == ["One.", " Two.", "Three?"] and generic.prompt == "One. Two.Three?"
 
 
 def test_blends_are_offered_and_any_share_can_be_named(client, session, user, three):
