@@ -20,7 +20,7 @@ from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
 Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
-NO_CHANGE = ("gained", "within noise")
+NO_CHANGE = ("gained", "within noise", "nothing, by construction")
 WORTH_MORE = 0.02
 """A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
 

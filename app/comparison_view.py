@@ -81,6 +81,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "ended": sum(job.status not in OPEN for job in found),
         "seconds_left": _seconds_left(found),
         "table": table,
+        "verdicts": {row["verdict"] for row in table.rows},
         "lines": _lines(table),
         "base": [(column, write(table.base.get(column.key), column.unit)) for column in table.columns],
         "first": found[0] if found else None,

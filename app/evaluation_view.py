@@ -31,6 +31,7 @@ class Line(NamedTuple):
     base: float | None
     value: float
     better: bool | None
+    between: str = ""  # its 95 % interval, where it was told
 
 
 def row(evaluation: Evaluation) -> dict[str, Any]:
@@ -67,22 +68,36 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     result = evaluation.result or {}
     scores, base = result.get("scores") or {}, result.get("base") or {}
     return {
-        "lines": [_line(name, base.get(name), scores[name]) for name in SCORES if isinstance(scores.get(name), int | float)],
+        "lines": [_line(name, base.get(name), scores, result) for name in SCORES if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
         "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Guessing",
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,
+        "unanswered": result.get("unanswered") or 0,
         "worst": result.get("worst") or [],
         "best": result.get("best") or [],
         "seconds": result.get("seconds"),
     }
 
 
-def _line(name: str, base: Any, value: float) -> Line:
-    title, meaning, less = SCORES[name]
+def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
+    (title, meaning, less), value = SCORES[name], scores[name]
     before = float(base) if isinstance(base, int | float) else None
-    return Line(title, meaning, before, value, None if before is None or before == value else (value < before) == less)
+    told = before is not None and before != value and not by_chance(result, name)
+    return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))
+
+
+def between(scores: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval of a score in words; empty where none was told."""
+    low_high = (scores.get("intervals") or {}).get(name)
+    return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
+
+
+def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:
+    """Whether chance alone may have made the difference between both models in a score: its 95 % interval holds zero."""
+    low_high = (evaluation.get("difference") or {}).get(name)
+    return bool(low_high) and low_high[0] <= 0 <= low_high[1]
 
 
 def mistakes(labels: list[str], counts: list[list[int]], most: int = 12) -> list[dict[str, Any]]:

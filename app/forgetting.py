@@ -3,6 +3,7 @@
 Both models are scored on the same probe (`worker/probe/general.yaml`), text by text, in bits per byte. The change is
 relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts
 (Efron 1979; Koehn 2004 for the paired form), so a change that hangs on a few texts is not called forgetting.
+Where nothing can be measured, `without_measuring` says why, and what is known all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from app.shapes import Shape
+from app.strategies import Strategy
+
 Verdict = Literal["gained", "within noise", "forgot a little", "forgot some", "forgot much"]
+Known = Literal["nothing, by construction", "not applicable"]
 RESAMPLES = 2000
 NEGLIGIBLE, LITTLE, SOME = 0.001, 0.02, 0.10
 """Relative changes up to which a change is called nothing, and forgetting little, and some."""
@@ -44,6 +49,32 @@ class Forgetting(SkillChange):
     verdict: Verdict
     sentence: str
     skills: dict[str, SkillChange]
+
+
+class WithoutMeasuring(BaseModel):
+    """What is known of forgetting although no text was scored; `change` is 0 where the model below did not move."""
+
+    before: None = None
+    after: None = None
+    change: float | None
+    interval: tuple[float, float] | None
+    verdict: Known
+    sentence: str
+    skills: dict[str, SkillChange] = {}
+
+
+def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) -> WithoutMeasuring | None:
+    """A classifier on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
+    if task != "classification":
+        return None
+    if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
+        sentence = "Only the classifier on top learnt. Not a weight of the model below it moved, so it knows all that it knew."
+        return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
+    if shape.architecture == "encoder":
+        sentence = "An encoder writes no text, so how much of it was forgotten cannot be told in bits per byte. Its vectors did change: "
+        sentence += "use the base for anything but these classes."
+        return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
+    return None
 
 
 def bits_per_byte(scores: Sequence[TextScore]) -> float:

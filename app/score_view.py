@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from app.evaluation_view import SCORES as MODEL_SCORES
-from app.evaluation_view import mistakes
+from app.evaluation_view import between, by_chance, mistakes
 from app.web import NARROW
 
 MOST_DRAWN_CLASSES = 100
@@ -30,13 +30,15 @@ SKILLS = {"instructions": "following instructions"}
 
 
 class Line(NamedTuple):
-    """One score of both models. `better` is whether the tuned one is; None where that cannot be said."""
+    """One score of both models. `better` is whether the tuned one is; None where that cannot be said. `between` is the 95 %
+    interval of the tuned one's, in words, where it was told."""
 
     title: str
     meaning: str
     base: float | None
     tuned: float | None
     better: bool | None
+    between: str = ""
 
 
 class Cell(NamedTuple):
@@ -72,6 +74,7 @@ class Reading(NamedTuple):
 class View(NamedTuple):
     rows: int | None
     answers: int | None
+    unanswered: int | None
     base_title: str
     lines: list[Line]
     classes: list[dict[str, Any]]
@@ -95,8 +98,13 @@ def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
     return View(
         rows=_whole(whole.get("rows")) or _whole(tuned.get("rows")),
         answers=_whole(whole.get("answers")),
+        unanswered=_whole(whole.get("unanswered")),
         base_title="Guessing" if task == "classification" else "Base",
-        lines=[_line(name, base, tuned, task) for name in SCORES if number(tuned.get(name)) is not None and not _said_twice(name, tuned)],
+        lines=[
+            _line(name, base, tuned, task, by_chance(whole, name))
+            for name in SCORES
+            if number(tuned.get(name)) is not None and not _said_twice(name, tuned)
+        ],
         classes=_classes(tuned.get("per_class")),
         mistakes=mistakes(labels, counts) if square and counts else [],
         matrix=matrix(labels, counts) if square and counts else None,
@@ -128,14 +136,14 @@ def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
     return name == "loss" and scores.get("log_loss") == scores.get("loss")
 
 
-def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str) -> Line:
+def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> Line:
     title, meaning, less = SCORES[name]
     meaning = LOSSES.get(task, meaning) if name == "loss" else meaning
     before, after = number(base.get(name)), number(tuned.get(name))
     # Always answering with the shares of the labels is never too sure, so nobody can do better in that.
     unfair = name == "calibration_error" and task == "classification"
-    better = None if before is None or after is None or before == after or unfair else (after < before) == less
-    return Line(title, meaning, before, after, better)
+    better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
+    return Line(title, meaning, before, after, better, between(tuned, name))
 
 
 def _classes(per_class: Any) -> list[dict[str, Any]]:
@@ -210,15 +218,17 @@ class Skill(NamedTuple):
 class Forgot(NamedTuple):
     verdict: str
     sentence: str
-    whole: Skill
+    whole: Skill | None  # None where nothing was scored
     skills: list[Skill]
 
 
 def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
-    """The verdict with its interval, and one line per skill, the worst first; None where it was not measured."""
-    whole = _skill("all texts", found)
-    if found is None or whole is None:
+    """The verdict with its interval, and one line per skill, the worst first; None where it was not asked for."""
+    if not found:
         return None
+    whole = _skill("all texts", found) if number(found.get("before")) else None
+    if whole is None:  # it is known without texts, or known not to be told
+        return Forgot(str(found["verdict"]), str(found["sentence"]), None, []) if found.get("sentence") else None
     skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(SKILLS.get(name, name), values))]
     return Forgot(str(found.get("verdict") or ""), str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))
 

@@ -196,7 +196,8 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
     told = evaluate.answers_in_batches(
         reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead, ANSWER_SECONDS
     )
-    scores = text_scores(told, [one.reference for one in asked])
+    answered = [(text, one.reference) for text, one in zip(told, asked, strict=True) if text is not None]
+    scores = text_scores([text for text, _ in answered], [reference for _, reference in answered])
     bits = bits_per_byte(reader, reader.tokenise(rows, reader.ref.shape.positions))
     return scores | ({"bits_per_byte": bits} if bits is not None else {})
 

@@ -212,9 +212,7 @@ class Classifying(Lesson):
         return (-np.log(shares[self.train_truth])).tolist()
 
     def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
-        """The stack under the output layer that the model came with; encoders have none."""
-        if self.spec.model.shape.architecture == "encoder":
-            return None
+        """A decoder's stack under the output layer that the model came with."""
         return Writer(body_of(model), output_layer(self.spec.model, model))
 
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:

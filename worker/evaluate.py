@@ -163,7 +163,7 @@ def answers(
 
 ANSWERS_AT_ONCE = 16
 ANSWER_SECONDS = 60.0
-"""Time that all answers at the end of a job together may take; those it is too late for are empty."""
+"""Time that all answers at the end of a job together may take; those it is too late for are not counted."""
 
 
 def answers_in_batches(
@@ -174,15 +174,20 @@ def answers_in_batches(
     engine: Engine,
     lead: Sequence[int] = (),
     seconds: float = ANSWER_SECONDS,
-) -> list[str]:
-    """As `answers`, a few at once so that memory stays small, prompts of like length together, within `seconds`."""
+) -> list[str | None]:
+    """As `answers`, a few at once so that memory stays small, prompts of like length together, within `seconds`. None is an
+    answer that the time did not suffice for: it says nothing of the model."""
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
-    told, until = [""] * len(asked), time.monotonic() + seconds
+    told: list[str | None] = [None] * len(asked)
+    until = time.monotonic() + seconds
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         left = until - time.monotonic()
         if left <= 0:
             break
         places = order[start : start + ANSWERS_AT_ONCE]
-        for place, text in zip(places, answers(model, tokenizer, [asked[i] for i in places], most, engine, lead, left), strict=True):
+        said = answers(model, tokenizer, [asked[i] for i in places], most, engine, lead, left)
+        if time.monotonic() >= until:
+            break  # these were cut short
+        for place, text in zip(places, said, strict=True):
             told[place] = text
     return told

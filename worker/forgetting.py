@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from app import forgetting as app_forgetting
 from app.forgetting import TextScore, compare
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -69,6 +70,12 @@ def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int,
     with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
         write_atomically(_kept(spec, engine), json.dumps(found))
     return found
+
+
+def without_measuring(spec: JobSpec, labels: int) -> dict[str, Any] | None:
+    """What is known of forgetting before anything is scored, as `app.forgetting.WithoutMeasuring` in plain data."""
+    known = app_forgetting.without_measuring(spec.strategy, spec.model.shape, spec.task, labels)
+    return known.model_dump(mode="json") if known else None
 
 
 def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:

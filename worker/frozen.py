@@ -20,7 +20,7 @@ from torch import nn
 from app import events
 from app.spec import JobSpec
 from app.strategies.feature_extraction import FeatureExtraction
-from worker import attention, features, kernels, ledger, optim
+from worker import attention, features, forgetting, kernels, ledger, optim
 from worker.batches import Row
 from worker.checkpoint import State, relative
 from worker.classifier import Classifier, load_stack, pooling_of
@@ -129,6 +129,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         best_step=state.best_step,
         labels=data.labels,
         measured=measured(state, engine),
+        forgetting=forgetting.without_measuring(spec, len(data.labels)) if run.forgetting else None,
         evaluation=evaluation,
     )
 

@@ -31,7 +31,8 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
     yield events.Doing(what=telling.what, share=0.0)
     examined = yield from telling(lesson.examine(job.model, state, budget, engine), 0.0, 0.05)
     losses = (yield from telling(lesson.row_losses(job.model, budget, engine), 0.05, 0.45)) if run.row_losses else []
-    writer = lesson.writer(job.model) if run.forgetting else None
+    known = forgetting.without_measuring(job.spec, len(lesson.labels or ())) if run.forgetting else None
+    writer = lesson.writer(job.model) if run.forgetting and known is None else None
     texts = forgetting.scores(job.spec, writer, lesson.tokenizer, budget, engine, lesson.lead) if writer is not None else None
     del writer
     job.model = None
@@ -45,7 +46,7 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
         if job.spec.validation is None:  # else they are rows of another dataset
             parts.append(ledger.Part(lesson.held_out, state.base_rows, state.best_rows or state.last_rows, held_out=True))
         ledger.write(job.attempt, parts)
-    lost = None
+    lost = known
     if texts:
         before = forgetting.remembered(job.spec, engine) or forgetting.remember(
             job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,17 +73,62 @@ def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[st
 
 def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Exact match, ROUGE-L and chrF (Popović 2015), each 0 to 1 and the mean over the rows; empty without rows."""
+    return {name: float(values.mean()) for name, values in row_scores(answers, references).items()}
+
+
+def row_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """The same for each row, (rows,); empty without rows."""
     if not answers:
         return {}
     from sacrebleu.metrics import CHRF
 
-    pairs = list(zip(answers, references, strict=True))
-    chrf = CHRF()
+    pairs, chrf = list(zip(answers, references, strict=True)), CHRF()
     return {
-        "exact_match": sum(a.strip() == r.strip() for a, r in pairs) / len(pairs),
-        "rouge_l": sum(rouge_l(a, r) for a, r in pairs) / len(pairs),
-        "chrf": sum(chrf.sentence_score(a, [r]).score for a, r in pairs) / len(pairs) / 100,
+        "exact_match": np.asarray([float(a.strip() == r.strip()) for a, r in pairs]),
+        "rouge_l": np.asarray([rouge_l(a, r) for a, r in pairs]),
+        "chrf": np.asarray([chrf.sentence_score(a, [r]).score / 100 for a, r in pairs]),
     }
+
+
+class Answered(NamedTuple):
+    """Scores of the answers of several models to the same rows, and how sure they are: what an evaluation tells of answers."""
+
+    scores: list[dict[str, Any]]  # of each model, with the 95 % interval of each score under `intervals`
+    difference: dict[str, tuple[float, float]]  # the last model's score less the first one's: its 95 % interval
+    rows: int
+
+
+def answer_scores(told: Sequence[Mapping[int, str]], references: Mapping[int, str]) -> Answered:
+    """Each model's answers by row, against the rows' references. A row counts where every model answered it."""
+    places = [place for place in references if all(place in said for said in told)]
+    found = [row_scores([said[place] for place in places], [references[place] for place in places]) for said in told]
+    scores: list[dict[str, Any]] = []
+    for one in found:
+        means: dict[str, Any] = {name: float(values.mean()) for name, values in one.items()}
+        scores.append(means | ({"intervals": {name: interval(values) for name, values in one.items()}} if one else {}))
+    gaps = {name: resampled(found[-1][name] - found[0][name]) for name in found[0]} if len(found) > 1 else {}
+    return Answered(scores, gaps, len(places))
+
+
+RESAMPLES = 2000
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean. Where every value is 0 or 1 it is Wilson's (1927), which also holds for few rows that all
+    agree; for any other score the percentiles of a bootstrap over the rows (Efron 1979)."""
+    return share_interval(float(values.mean()), len(values)) if np.isin(values, (0.0, 1.0)).all() else resampled(values)
+
+
+def share_interval(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `rows`."""
+    middle, spread = share + z * z / (2 * rows), z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
+
+
+def resampled(values: np.ndarray) -> tuple[float, float]:
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def rouge_l(answer: str, reference: str) -> float:

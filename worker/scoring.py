@@ -24,7 +24,7 @@ from worker.device import Engine, choose
 from worker.forgetting import Probe
 from worker.load import folder_of, load_model, load_strategy, load_tokenizer
 from worker.prompts import prepare_tokenizer
-from worker.scores import text_scores
+from worker.scores import answer_scores
 
 BUDGET = 2048
 """Tokens of one pass."""
@@ -84,7 +84,7 @@ class Reader:
 class Scored:
     """One model on the rows: its scores, and the loss of each row in nats per token."""
 
-    scores: dict[str, float]
+    scores: dict[str, Any]
     losses: list[float]
     general: list[TextScore] | None = None
 
@@ -138,15 +138,18 @@ def write(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
             say(0.97, "Answering the rows that stand out")
             with reader.loaded():
                 told |= answer(reader, rows, more, spec.answer_tokens)
-    for one, told in zip(found, answers, strict=True):
-        counted = [place for place in range(min(spec.answers, len(rows))) if place in told and place in asked]
-        one.scores |= text_scores([told[place] for place in counted], [asked[place].reference for place in counted])
+    first = range(min(spec.answers, len(rows)))
+    answered = answer_scores(answers, {place: asked[place].reference for place in first if place in asked})
+    for one, scores in zip(found, answered.scores, strict=True):
+        one.scores |= scores
     listed = [_listed(place, rows, asked, found, answers) for place in (*worst, *best)]
     general = [one.general for one in found]
     return {
         "rows": len(rows),
         "skipped": skipped,
-        "answers": sum(place in answers[-1] for place in range(min(spec.answers, len(rows)))),
+        "answers": answered.rows,
+        "unanswered": len(first) - answered.rows,
+        "difference": answered.difference,
         "scores": found[-1].scores,
         "base": found[0].scores if spec.base else None,
         "worst": listed[: len(worst)],
@@ -198,7 +201,7 @@ def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int
     told = evaluate.answers_in_batches(
         reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead, ANSWER_SECONDS
     )
-    return dict(zip(asked, told, strict=True))
+    return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 
 def ends(found: Sequence[Scored]) -> tuple[list[int], list[int]]:

@@ -20,7 +20,7 @@ from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, 
 from worker.load import load_plain
 from worker.loss import head_of, linear_cross_entropy
 from worker.prompts import prepare_tokenizer, tuned_kind
-from worker.scores import text_scores
+from worker.scores import answer_scores
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
@@ -122,13 +122,14 @@ class Writing(Lesson):
 
     def evaluation(self, state: State, examined: Examined, base: Loader, engine: Engine) -> dict[str, Any]:
         worst, best, asked, questions, answers = examined
-        before, after = dict(state.before), dict(state.best or state.last)
+        before: dict[str, Any] = dict(state.before)
+        after: dict[str, Any] = dict(state.best or state.last)
         if not len(self.held_out) or not after:
             return {}
         told = self._answers(base(), questions, engine, []) if questions else {}
-        counted = [i for i in asked if i in told]
-        for scores, said in ((before, told), (after, answers)):
-            scores.update(text_scores([said[i] for i in counted], [questions[i].reference for i in counted]))
+        answered = answer_scores((told, answers), {i: questions[i].reference for i in asked if i in questions})
+        for scores, found in zip((before, after), answered.scores, strict=True):
+            scores.update(found)
         losses = state.best_rows or state.last_rows
 
         def listed(place: int) -> dict[str, Any]:
@@ -145,7 +146,9 @@ class Writing(Lesson):
 
         return {
             "rows": len(self.held_out),
-            "answers": len(counted),
+            "answers": answered.rows,
+            "unanswered": len(asked) - answered.rows,
+            "difference": answered.difference,
             "base": before,
             "tuned": after,
             "worst": [listed(i) for i in worst],
@@ -166,7 +169,8 @@ class Writing(Lesson):
 
     def _answers(self, model: torch.nn.Module, asked: dict[int, Question], engine: Engine, lead: list[int]) -> dict[int, str]:
         most = self.spec.run.sample_tokens
-        return dict(zip(asked, evaluate.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead), strict=True))
+        told = evaluate.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead)
+        return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 
 def _means(scored: evaluate.RowScores) -> list[float]:

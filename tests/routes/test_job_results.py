@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from app import claims, ids, job_view, score_view
-from app.forgetting import TextScore, compare
+from app.forgetting import TextScore, compare, without_measuring
+from app.shapes import shape_of
+from app.strategies import STRATEGIES
 from tests import lives
 from worker.batches import Row
 from worker.classify import evaluation_of
@@ -41,6 +43,10 @@ def classified(classes: int, rows: int = 400, sure: float = 4.0) -> dict:
     found = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     texts = [Row(n, {"text": f"text {n}", "label": f"kind {truth[n]}"}) for n in range(rows)]
     return evaluation_of(found, truth, truth, texts, [f"kind {n}" for n in range(classes)])
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+ENCODER = shape_of({"model_type": "bert", "max_position_embeddings": 64, "type_vocab_size": 2, **SIZES})
 
 
 def forgotten(factor: float) -> dict:
@@ -146,6 +152,11 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
     old = score_view.forgot({"before": 1.0, "after": 1.1, "verdict": "forgot some"})
     assert old.whole.change == pytest.approx(0.1) and old.whole.interval is None and old.skills == []
     assert score_view.forgot(None) is None and score_view.forgot({}) is None
+    for strategy, verdict in (("feature_extraction", "Nothing, by construction."), ("lora", "Not applicable.")):
+        known = without_measuring(STRATEGIES[strategy](), ENCODER, "classification", 6).model_dump(mode="json")
+        said = words(client.get(finish(session, user, tiny_registered, classified(6), known)))
+        assert f"{verdict} {known['sentence']}" in said and "Bits per byte of general" not in said
+    assert without_measuring(STRATEGIES["lora"](), ENCODER, "generation", 0) is None
 
 
 def test_predictions_stand_beside_measurements_and_the_newest_jobs_say_how_good_they_are(client, session, user, tiny_registered):

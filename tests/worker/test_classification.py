@@ -99,7 +99,10 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
     assert of(said, events.Evaluated)[0].step == 0
     assert np.mean(losses[-sixth:]) < (np.mean(losses[:sixth]) if len(losses) > 1 else np.log(3))
     assert len(finished.evaluation["tuned"]["confusion"]) == 3 and finished.evaluation["worst"][0]["reference"] in WORDS
-    assert (finished.forgetting is None) == (kind == "encoder" or name == "feature_extraction")
+    frozen = started.trainable_parameters == spec.strategy.head_parameters(model.shape, 3)
+    verdict, change = finished.forgetting["verdict"], finished.forgetting["change"]
+    assert (verdict == "nothing, by construction") == frozen == (change == 0 and finished.forgetting["before"] is None)
+    assert (verdict == "not applicable") == (kind == "encoder" and not frozen) == (change is None)
 
     classifier, labels = load_classifier(tuned_ref(spec, finished), attention=PACKED)
     assert labels == finished.labels

@@ -17,7 +17,7 @@ from worker.attention import NAME as PACKED
 from worker.attention import packed_arguments
 from worker.classifier import Classifier, load_backbone, load_classifier, pool, save_classifier
 from worker.features import fit_logistic, logistic_head
-from worker.scores import calibration, classification_scores, prior_scores
+from worker.scores import answer_scores, calibration, classification_scores, prior_scores
 
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120}
 
@@ -131,3 +131,30 @@ def test_calibration_is_nought_when_confidence_is_earned():
 def test_the_prior_is_the_floor():
     found = prior_scores([0, 0, 0, 1], [0, 1, 0, 0], ["no", "yes"])
     assert found["accuracy"] == 0.75
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_a_model_did_not_answer_count_for_none() -> None:
+    references = {n: f"answer {n}" for n in range(6)}
+    base, tuned = {n: "wrong" for n in range(6)}, {n: f"answer {n}" for n in range(1, 6)}  # no time was left for the first
+    found = answer_scores((base, tuned), references)
+    assert found.rows == 5 and [scores["exact_match"] for scores in found.scores] == [0, 1]
+    assert found.difference["exact_match"] == (1, 1) and found.difference["chrf"][0] > 0
+    assert found.scores[0]["intervals"]["exact_match"] == pytest.approx((0, 0.434), abs=1e-3), "Wilson: 0 of 5 may be 43 %"
+    same = answer_scores((base | {0: "answer 0"}, base | {1: "answer 1"}), references)
+    low, high = same.difference["exact_match"]
+    assert same.rows == 6 and low < 0 < high
+    assert answer_scores(({}, {}), references) == ([{}, {}], {}, 0)
+
+
+def test_answers_that_time_did_not_suffice_for_are_none(monkeypatch) -> None:
+    from worker import evaluate
+
+    clock = iter([0.0, 0.0, 1.0, 1.0, 70.0])
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(evaluate, "answers", lambda model, tokenizer, asked, *rest: ["told"] * len(asked))
+    asked = [evaluate.Question("q", [1] * n, "") for n in range(1, 20)]
+    told = evaluate.answers_in_batches(None, None, asked, 4, None, seconds=60)
+    assert told == ["told"] * 16 + [None] * 3
