@@ -1,12 +1,17 @@
 """How fast the generation engine answers, beside transformers' own `generate` in the same run.
 
     python -m benchmarks.generation [--model FOLDER] [--tokens 48] [--chats 8] [--adapters 3] [--json FILE]
+    python -m benchmarks.generation --studio http://127.0.0.1:8000 [--names base,tuned-1,tuned-2]    key in LUTHIER_API_KEY
 
 Measured warm, on prompts that differ from each other: time to the first token of a lone chat (p50 and p95); tokens per
 second of one chat alone, and of several at once spread over LoRA adapters of one base; the same prompts one after the
 other through `model.generate`, and as one padded batch of it (the base alone, since it cannot mix adapters).
 Beside the clock stands the processor's time per token, which other programs on the machine hardly change.
 Tokens are counted until each answer's end; the end token is switched off, so that every engine writes the same number.
+Behind each figure that has a goal stands the goal, and whether it was reached.
+
+With `--studio` the same is asked of a running studio through its REST API, queue and streams included: of `--names`, or of a
+dialogue model and what was tuned from it. There an answer may end by itself; the tokens the studio counted are what counts.
 """
 
 from __future__ import annotations
@@ -16,13 +21,17 @@ import json
 import os
 import statistics
 import tempfile
-import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the generate worker does
+
+GOALS = {"first_token_seconds": 0.3, "crowd_over_alone": 3.0}
+"""First token of a lone chat at p50, at most; tokens per second of the crowd over those of one chat, at least."""
 
 TOPICS = [
     "the wood of a violin", "how bread rises", "why the sky is blue", "a walk by the sea", "the history of paper", "learning to swim",
@@ -62,7 +71,7 @@ def references(model_folder: Path, adapters: list[Path]) -> list[Any]:
     shape = shape_of(json.loads((model_folder / "config.json").read_text()))
     laid = [(), *[(Adapter(strategy="lora", path=str(a), sha256=sha256_of(a / "adapter_model.safetensors")),) for a in adapters]]
     return [
-        ModelRef(id=uuid.uuid4(), name="benchmark", kind="dialogue", path=str(model_folder), revision="benchmark", adapters=a, shape=shape)
+        ModelRef(id=uuid.uuid4(), name="benchmark", kind="dialogue", path=str(model_folder), revision="", adapters=a, shape=shape)
         for a in laid
     ]
 
@@ -85,14 +94,15 @@ def run_engine(engine: Any, ref: Any, i: int, tokens: int, bias: dict[int, float
     return {"first": first, "seconds": time.perf_counter() - began, "tokens": done.completion_tokens, "prompt_tokens": done.prompt_tokens}
 
 
-def crowd(engine: Any, refs: list[Any], numbers: range, tokens: int, bias: dict[int, float]) -> tuple[float, list[dict[str, float]]]:
-    found: list[dict[str, float]] = []
-    work = [threading.Thread(target=lambda i=i: found.append(run_engine(engine, refs[i % len(refs)], i, tokens, bias))) for i in numbers]
+Ask = Callable[[int, int, int], dict[str, float]]
+"""(which model, which prompt, tokens) -> seconds to the first token and in all, tokens written and read."""
+
+
+def crowd(ask: Ask, models: list[int], numbers: range, tokens: int) -> tuple[float, list[dict[str, float]]]:
+    """All these prompts at once, spread over the models: seconds until the last has ended, and what each took."""
     began = time.perf_counter()
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        found = list(pool.map(lambda i: ask(models[i % len(models)], i, tokens), numbers))
     return time.perf_counter() - began, found
 
 
@@ -121,7 +131,40 @@ def plain(model_folder: Path, chats: int, tokens: int, device: str) -> dict[str,
     return {"alone": alone, "batch": batch, "alone_cpu": alone_cpu, "batch_cpu": batch_cpu}
 
 
-def measure(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -> dict[str, Any]:
+def measure(ask: Ask, models: int, tokens: int, chats: int, rounds: int) -> dict[str, Any]:
+    """Figures of `models` models that `ask` reaches, the first of them the base."""
+    for i in range(models):  # everything is loaded and has run once
+        ask(i, 900 + i, 4)
+    tuned = list(range(1, models)) or [0]
+    lone = [ask(0, 300 + i, 4) for i in range(12)]
+    alone, together, alone_cpu, together_cpu, crowd_firsts = [], [], [], [], []
+    for r in range(rounds):
+        cpu = time.process_time()
+        one = ask(tuned[0], 400 + r, tokens)
+        alone_cpu.append((time.process_time() - cpu) / one["tokens"])
+        alone.append(one["tokens"] / one["seconds"])
+        cpu = time.process_time()
+        seconds, found = crowd(ask, tuned, range(500 + 50 * r, 500 + 50 * r + chats), tokens)
+        written = sum(x["tokens"] for x in found)
+        together.append(written / seconds)
+        together_cpu.append((time.process_time() - cpu) / written)
+        crowd_firsts += [x["first"] for x in found]
+    firsts = sorted(x["first"] for x in lone)
+    return {
+        "prompt_tokens": lone[0]["prompt_tokens"],
+        "tokens": tokens,
+        "chats": chats,
+        "adapters": len(tuned) if models > 1 else 0,
+        "first_token_seconds": {"p50": statistics.median(firsts), "p95": firsts[int(0.95 * (len(firsts) - 1))]},
+        "first_token_seconds_in_crowd": {"p50": statistics.median(crowd_firsts), "worst": max(crowd_firsts)},
+        "tokens_per_second": {"engine_alone": statistics.median(alone), "engine_crowd": statistics.median(together)},
+        "cpu_seconds_per_token": {"engine_alone": statistics.median(alone_cpu), "engine_crowd": statistics.median(together_cpu)},
+        "crowd_over_alone": statistics.median(together) / statistics.median(alone),
+    }
+
+
+def of_engine(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -> dict[str, Any]:
+    """The engine of this process, and plain `generate` beside it."""
     os.environ.setdefault("LUTHIER_DATA_DIR", str(folder.parent))
     import torch
     from transformers import AutoTokenizer
@@ -129,71 +172,92 @@ def measure(folder: Path, tokens: int, chats: int, adapters: int, rounds: int) -
     from worker.engine import Engine
     from worker.lanes import Shelf
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    bias = {tokenizer.eos_token_id: -100.0}
+    bias = {AutoTokenizer.from_pretrained(folder).eos_token_id: -100.0}
     with tempfile.TemporaryDirectory() as scratch:
         refs = references(folder, make_adapters(Path(scratch), folder, adapters))
         engine = Engine(Shelf())
-        for i, ref in enumerate(refs):  # everything is loaded and has run once
-            run_engine(engine, ref, 900 + i, 4, bias)
-        lone = [run_engine(engine, refs[0], 300 + i, 4, bias) for i in range(12)]
-        alone, together, firsts = [], [], [x["first"] for x in lone]
-        alone_cpu, together_cpu = [], []
-        crowd_firsts: list[float] = []
-        for r in range(rounds):
-            cpu = time.process_time()
-            one = run_engine(engine, refs[1 % len(refs)], 400 + r, tokens, bias)
-            alone_cpu.append((time.process_time() - cpu) / one["tokens"])
-            cpu = time.process_time()
-            alone.append(one["tokens"] / one["seconds"])
-            seconds, found = crowd(engine, refs[1:] or refs, range(500 + 50 * r, 500 + 50 * r + chats), tokens, bias)
-            together.append(sum(x["tokens"] for x in found) / seconds)
-            together_cpu.append((time.process_time() - cpu) / sum(x["tokens"] for x in found))
-            crowd_firsts += [x["first"] for x in found]
-        device = str(engine.shelf.device)
+        found = measure(lambda model, i, n: run_engine(engine, refs[model], i, n, bias), len(refs), tokens, chats, rounds)
+        device, dtype = str(engine.shelf.device), str(engine.shelf.dtype).removeprefix("torch.")
         engine.close()
         beside = plain(folder, chats, tokens, device)
-    firsts.sort()
-    crowd_firsts.sort()
+    found["tokens_per_second"] |= {"generate_alone": beside["alone"], "generate_padded_batch": beside["batch"]}
+    found["cpu_seconds_per_token"] |= {"generate_alone": beside["alone_cpu"], "generate_padded_batch": beside["batch_cpu"]}
+    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": f"{where}, {dtype}", "model": folder.name, **found}
+
+
+def of_studio(address: str, names: list[str], tokens: int, chats: int, rounds: int) -> dict[str, Any]:
+    """A running studio, through its REST API, as one client of it sees it."""
+    import httpx
+
+    key = os.environ.get("LUTHIER_API_KEY")
+    if not key:
+        raise SystemExit("LUTHIER_API_KEY is not set. `luthier keys create NAME` prints one.")
+    with httpx.Client(base_url=f"{address.rstrip('/')}/v1", headers={"authorization": f"Bearer {key}"}, timeout=300) as client:
+        names = names or _names(client)
+        found = measure(lambda model, i, n: _over_http(client, names[model], i, n), len(names), tokens, chats, rounds)
+    del found["cpu_seconds_per_token"]  # of this process, which only waits
+    return {"device": address, "model": ", ".join(names), **found}
+
+
+def _names(client: Any) -> list[str]:
+    """A dialogue model, and up to three that were tuned from it."""
+    rows = client.get("/models").raise_for_status().json()["data"]
+    bases = [row for row in rows if row["kind"] == "dialogue" and row["status"] == "ready" and not row["base"]]
+    if not bases:
+        raise SystemExit("The studio has no dialogue model. Add the starter model, or say which with --names.")
+    tuned = {base["id"]: [row["id"] for row in rows if row["base"] == base["id"] and row["adapter"]] for base in bases}
+    base = max(tuned, key=lambda name: len(tuned[name]))
+    return [base, *tuned[base][:3]]
+
+
+def _over_http(client: Any, model: str, i: int, tokens: int) -> dict[str, float]:
+    body = {"model": model, "messages": prompt(i), "max_tokens": tokens, "temperature": 0.7, "top_p": 0.95, "seed": i, "stream": True}
+    began, first, usage = time.perf_counter(), None, None
+    with client.stream("POST", "/chat/completions", json=body | {"stream_options": {"include_usage": True}}) as answer:
+        if answer.status_code != 200:
+            raise SystemExit(f"{model}: {answer.read().decode()[:500]}")
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise SystemExit(f"{model}: {chunk['error']['message']}")
+            usage = chunk.get("usage") or usage
+            if first is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
+                first = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return {"first": first or seconds, "seconds": seconds, "tokens": usage["completion_tokens"], "prompt_tokens": usage["prompt_tokens"]}
+
+
+def goals(r: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each goal with its figure and whether it was reached."""
+    first, times = r["first_token_seconds"]["p50"], r["crowd_over_alone"]
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "model": folder.name,
-        "prompt_tokens": lone[0]["prompt_tokens"],
-        "tokens": tokens,
-        "chats": chats,
-        "adapters": adapters,
-        "first_token_seconds": {"p50": statistics.median(firsts), "p95": firsts[int(0.95 * (len(firsts) - 1))]},
-        "first_token_seconds_in_crowd": {"p50": statistics.median(crowd_firsts), "worst": crowd_firsts[-1]},
-        "tokens_per_second": {
-            "engine_alone": statistics.median(alone),
-            "engine_crowd": statistics.median(together),
-            "generate_alone": beside["alone"],
-            "generate_padded_batch": beside["batch"],
-        },
-        "cpu_seconds_per_token": {
-            "engine_alone": statistics.median(alone_cpu),
-            "engine_crowd": statistics.median(together_cpu),
-            "generate_alone": beside["alone_cpu"],
-            "generate_padded_batch": beside["batch_cpu"],
-        },
-        "crowd_over_alone": statistics.median(together) / statistics.median(alone),
+        "first_token_seconds": {"goal": GOALS["first_token_seconds"], "measured": first, "reached": first <= GOALS["first_token_seconds"]},
+        "crowd_over_alone": {"goal": GOALS["crowd_over_alone"], "measured": times, "reached": times >= GOALS["crowd_over_alone"]},
     }
 
 
 def as_text(r: dict[str, Any]) -> str:
     speed, first, crowded = r["tokens_per_second"], r["first_token_seconds"], r["first_token_seconds_in_crowd"]
-    cpu = {name: f"{seconds * 1000:7.1f} ms of processor per token" for name, seconds in r["cpu_seconds_per_token"].items()}
-    return "\n".join(
-        [
-            f"{r['model']} on {r['device']}; prompts of about {r['prompt_tokens']} tokens, answers of {r['tokens']}",
-            f"first token, one chat            p50 {first['p50'] * 1000:6.0f} ms   p95 {first['p95'] * 1000:6.0f} ms",
-            f"first token, {r['chats']} chats at once     p50 {crowded['p50'] * 1000:6.0f} ms worst {crowded['worst'] * 1000:6.0f} ms",
-            f"engine, one chat                 {speed['engine_alone']:8.1f} tokens/s {cpu['engine_alone']}",
-            f"engine, {r['chats']} chats, {r['adapters']} adapters     {speed['engine_crowd']:8.1f} tokens/s {cpu['engine_crowd']}  ({r['crowd_over_alone']:.2f} times one)",
+    cpu = {name: f"{seconds * 1000:7.1f} ms of processor per token" for name, seconds in r.get("cpu_seconds_per_token", {}).items()}
+    told = {name: "reached" if goal["reached"] else "NOT REACHED" for name, goal in goals(r).items()}
+    lines = [
+        f"{r['model']} on {r['device']}; prompts of about {r['prompt_tokens']} tokens, answers of {r['tokens']}",
+        f"first token, one chat            p50 {first['p50'] * 1000:6.0f} ms   p95 {first['p95'] * 1000:6.0f} ms"
+        f"   goal: p50 under {GOALS['first_token_seconds'] * 1000:.0f} ms, {told['first_token_seconds']}",
+        f"first token, {r['chats']} chats at once     p50 {crowded['p50'] * 1000:6.0f} ms worst {crowded['worst'] * 1000:6.0f} ms",
+        f"one chat                         {speed['engine_alone']:8.1f} tokens/s {cpu.get('engine_alone', '')}",
+        f"{r['chats']} chats, {r['adapters']} adapters             {speed['engine_crowd']:8.1f} tokens/s {cpu.get('engine_crowd', '')}",
+        f"  over one chat                  {r['crowd_over_alone']:8.2f} times    goal: at least {GOALS['crowd_over_alone']:g}, {told['crowd_over_alone']}",
+    ]
+    if "generate_alone" in speed:
+        lines += [
             f"model.generate, one by one       {speed['generate_alone']:8.1f} tokens/s {cpu['generate_alone']}",
             f"model.generate, padded batch     {speed['generate_padded_batch']:8.1f} tokens/s {cpu['generate_padded_batch']}  (base alone)",
         ]
-    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -203,10 +267,15 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--studio", metavar="URL", help="address of a running studio, which is asked in place of an engine of this process")
+    parser.add_argument("--names", default="", help="with --studio: the base and what was tuned from it, with commas")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    folder = given.model or _starter()
-    result = measure(folder.resolve(), given.tokens, given.chats, given.adapters, given.rounds)
+    if given.studio:
+        result = of_studio(given.studio, [n for n in given.names.split(",") if n], given.tokens, given.chats, given.rounds)
+    else:
+        result = of_engine((given.model or _starter()).resolve(), given.tokens, given.chats, given.adapters, given.rounds)
+    result["goals"] = goals(result)
     print(as_text(result))
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
