@@ -143,7 +143,8 @@ def order_of(plan: dict[str, Any], rows: int) -> Any:
     settings = RunSettings(
         max_tokens_per_step=plan["tokens"], learning_rate=plan["rate"], schedule="constant", warmup_fraction=0, samples=0,
         max_steps=plan["steps"] + WARM, validation_fraction=0, precision=plan["precision"], early_stopping_patience=0,
-        gradient_checkpointing=plan["checkpointing"], forgetting=False, row_losses=False,
+        gradient_checkpointing=plan["checkpointing"], frozen_weights=plan.get("frozen_weights", "auto"), forgetting=False, row_losses=False,
+        evaluations_per_epoch=0,  # a checkpoint in the middle would be timed too
     )  # fmt: skip
     return JobSpec(name="benchmark", task="generation", model=model, dataset=data, run=settings, strategy=strategy_of(plan))
 

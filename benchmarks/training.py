@@ -45,19 +45,23 @@ def main() -> None:
         print("RESULT " + json.dumps(run(json.loads(Path(options.child).read_text()))), flush=True)
         return
     with tempfile.TemporaryDirectory() as home:
-        work = Path(options.work or home)
-        plan = prepare(options, work)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["engines"]}
-        for round_ in range(options.rounds):
-            for name in plan["engines"]:
-                found = measure({**plan, "engine": name, "round": round_}, work, options)
-                said = found["error"].strip().splitlines()[-1:] if "error" in found else f"{found['tokens_per_second']:.0f} tokens/s"
-                print(f"  round {round_ + 1} {name}: {said}", flush=True)
-                runs[name].append(found)
-        report = summarise(plan, runs, curves(plan, work, options))
+        report = benchmark(options, Path(options.work or home))
     print(table(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1))
+
+
+def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Every engine in turn, round after round; weights, samples and attempts lie in the folder `work`."""
+    plan = prepare(options, work)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["engines"]}
+    for round_ in range(options.rounds):
+        for name in plan["engines"]:
+            found = measure({**plan, "engine": name, "round": round_}, work, options)
+            said = found["error"].strip().splitlines()[-1:] if "error" in found else f"{found['tokens_per_second']:.0f} tokens/s"
+            print(f"  round {round_ + 1} {name}: {said}", flush=True)
+            runs[name].append(found)
+    return summarise(plan, runs, curves(plan, work, options))
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "samples": str(work / "samples.json"), "tokens": tokens, "batch": max(1, round(tokens / real)), "longest": int(max(map(len, samples))),
         "steps": options.steps, "precision": options.precision, "rate": LEARNING_RATE.get(options.strategy, 5e-4), "rank": options.rank,
         "parameters": shape.parameters(), "same_allocator": options.same_allocator, "checkpointing": options.checkpointing,
+        "frozen_weights": options.frozen_weights,
         "same_rows": groups[: options.steps + WARM],
     }  # fmt: skip
 
@@ -233,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rank", type=int, default=16)
     made.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "auto"])
     made.add_argument("--checkpointing", default="auto", choices=["auto", "none", "all"], help="Luthier's recomputing of activations")
+    made.add_argument("--frozen-weights", default="auto", choices=["auto", "fp8"], help="Luthier's format of the layers that do not learn")
     made.add_argument("--long", action="store_true", help="long samples: median 1,500 tokens")
     made.add_argument("--same-allocator", action="store_true")
     made.add_argument("--no-curves", dest="curves", action="store_false", help="leave out the run on the same rows that compares losses")
