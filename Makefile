@@ -20,10 +20,16 @@ studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
 	@exec $(BIN)/luthier up
 
-test: $(VENV)/.installed-test $(VENV)/.browser
-	@# Two at a time; what failed beside others is tried once more alone, so that a busy machine is not called a defect.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) \
-	 || HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS)
+test: $(VENV)/.installed-test $(VENV)/.browser lint
+	@# Two at a time; what failed beside others is tried once more alone, so that a busy machine is not called a defect. Only
+	@# failed tests (1) are worth that: a run that was interrupted, misused or found nothing to run says so at once (2 to 5).
+	@rm -f .pytest_cache/v/cache/lastfailed
+	@export HF_HUB_OFFLINE=1; code=0; \
+	 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || code=$$?; \
+	 [ $$code = 1 ] || exit $$code; \
+	 printf '\n%s\n\n' "What failed is tried once more, one test at a time."; \
+	 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -rfEp $(ARGS) || exit $$?; \
+	 printf '\n%s\n' "The tests listed as PASSED right above failed beside others and passed on the second try, alone; the others passed at once."
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'

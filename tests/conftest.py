@@ -412,3 +412,16 @@ def browser_page(browser) -> Iterator:
     yield page
     context.close()
     assert not errors, f"scripts of the page failed: {errors}"
+
+
+# What is said after a run ---------------------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of the main job. A test's report brings them from whichever process it ran in; what it prints is lost there."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, said in report.user_properties:
+                if name.startswith("main job"):
+                    terminalreporter.section(name)
+                    terminalreporter.write_line(said)

@@ -1,7 +1,7 @@
 """The main job, whole: upload a dataset, tune the starter model with LoRA, watch it, compare it with its base.
 
 Once in a browser as a person does it, once with the unmodified `openai` client; both on a studio started by `luthier up`.
-The figures go to `test-results/main-job-*.json`, and are printed at the end of the run.
+The figures go to `test-results/main-job-*.json`, and are printed after the run (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.conftest import PROJECT
@@ -20,11 +23,48 @@ STEPS = 8
 pytestmark = [pytest.mark.studio, pytest.mark.starter, pytest.mark.timeout(900)]
 
 
-def note(name: str, figures: dict) -> None:
-    folder = PROJECT / "test-results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"main-job-{name}.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    print(f"\nmain job ({name}): {json.dumps(figures, ensure_ascii=False)}")
+@pytest.fixture
+def note(record_property) -> Callable[..., None]:
+    """Keep what a test measured, and have it printed after the run."""
+
+    def keep(how: str, job: dict[str, Any], losses: dict[int, float], answers: list[str], **more: Any) -> None:
+        measured, evaluation = job["measured"], job["evaluation"]
+        figures = {
+            "first_loss": losses[1],
+            "last_loss": losses[STEPS],
+            "validation_before": evaluation["base"]["loss"],
+            "validation_after": evaluation["tuned"]["loss"],
+            "tokens_per_second": measured["tokens_per_second"],
+            "seconds": measured["seconds"],
+            "predicted_seconds": job["estimate"]["seconds"],
+            "peak_memory_bytes": measured["peak_memory_bytes"],
+            "predicted_memory_bytes": job["estimate"]["memory_bytes"],
+            "base_answer": answers[0],
+            "tuned_answer": answers[1],
+        }
+        folder = PROJECT / "test-results"
+        folder.mkdir(exist_ok=True)
+        (folder / f"main-job-{how}.json").write_text(json.dumps(figures | more, indent=2, ensure_ascii=False) + "\n")
+        record_property(f"main job ({how})", in_words(figures))
+
+    return keep
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    return (
+        f"{STEPS} steps in {figures['seconds']:.0f} s (predicted {figures['predicted_seconds']:.0f} s), "
+        f"{figures['tokens_per_second']:.0f} tokens/s, peak memory {figures['peak_memory_bytes'] / 1e9:.2f} GB "
+        f"(predicted {figures['predicted_memory_bytes'] / 1e9:.2f} GB)\n"
+        f"training loss {figures['first_loss']:.4f} at the first step, {figures['last_loss']:.4f} at the last; "
+        f"validation loss {figures['validation_before']:.4f} before, {figures['validation_after']:.4f} after\n"
+        f"asked: {QUESTION}\nbase:  {figures['base_answer']!r}\ntuned: {figures['tuned_answer']!r}"
+    )
+
+
+def losses_of(events: list[dict[str, Any]]) -> dict[int, float]:
+    """Step → training loss, of a job's events as the API gives them."""
+    told = [e["data"] for e in events if e["type"] == "metrics" and "train_loss" in (e["data"] or {})]
+    return {data["step"]: data["train_loss"] for data in told}
 
 
 def wait_for(page, text: str, seconds: float) -> None:
@@ -32,7 +72,7 @@ def wait_for(page, text: str, seconds: float) -> None:
 
 
 @pytest.mark.browser
-def test_in_the_browser(studio, browser_page):
+def test_in_the_browser(studio, browser_page, note):
     page = browser_page
     fresh = studio.luthier("link").stdout
     page.goto(re.search(r"http://\S+", fresh).group(0))
@@ -86,10 +126,14 @@ def test_in_the_browser(studio, browser_page):
     assert proofs[0] != proofs[1]
     panes.nth(1).locator("[data-rendered] > summary").click()
     assert "<|im_start|>user" in panes.nth(1).locator("[data-prompt]").inner_text()
-    note("browser", {"seconds_to_first_step": round(first_step, 1), "facts": facts, "answers": answers, "proofs": proofs})
+
+    with httpx.Client(base_url=f"{studio.url}/v1/fine_tuning/jobs", headers={"authorization": f"Bearer {studio.key}"}) as api:
+        key = address.rpartition("/")[2]
+        job, events = api.get(f"/{key}").json(), api.get(f"/{key}/events?limit=100").json()["data"]
+    note("browser", job, losses_of(events), answers, seconds_to_first_step=round(first_step, 1), facts=facts, proofs=proofs)
 
 
-def test_with_the_openai_client(studio):
+def test_with_the_openai_client(studio, note):
     import openai
 
     client = openai.OpenAI(base_url=f"{studio.url}/v1", api_key=studio.key, timeout=120)
@@ -114,8 +158,7 @@ def test_with_the_openai_client(studio):
         time.sleep(0.5)
         job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "succeeded", job.error
-    events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
-    losses = {e.data["step"]: e.data["train_loss"] for e in events if e.type == "metrics" and "train_loss" in (e.data or {})}
+    losses = losses_of([event.to_dict() for event in client.fine_tuning.jobs.list_events(job.id, limit=100)])
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1]
 
@@ -140,20 +183,4 @@ def test_with_the_openai_client(studio):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == tuned
     assert ask(checkpoints[0].fine_tuned_model_checkpoint)
     assert job.fine_tuned_model in {model.id for model in client.models.list()}
-    measured = told["measured"]
-    note(
-        "client",
-        {
-            "first_loss": losses[1],
-            "last_loss": losses[STEPS],
-            "validation_before": before,
-            "validation_after": after,
-            "tokens_per_second": measured["tokens_per_second"],
-            "seconds": measured["seconds"],
-            "predicted_seconds": told["estimate"]["seconds"],
-            "peak_memory_bytes": measured["peak_memory_bytes"],
-            "predicted_memory_bytes": told["estimate"]["memory_bytes"],
-            "base_answer": base,
-            "tuned_answer": tuned,
-        },
-    )
+    note("client", told, losses, [base, tuned])
