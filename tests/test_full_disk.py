@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,20 +58,32 @@ def now_of(key) -> Job:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_cannot_start_is_paused_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
+def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
     from worker import supervise
 
     dataset = make_dataset(session, user, small_disk.folder)
-    job = make_job(session, user, tiny_registered, dataset, max_steps=2, samples=0, forgetting=False, evaluations_per_epoch=0)
+    job = make_job(session, user, tiny_registered, dataset, max_steps=80, samples=0, forgetting=False, evaluations_per_epoch=0)
     small_disk.fill()
     supervise.work(job.id)
     row = now_of(job.id)
     assert (row.status, row.error["code"], row.deaths) == ("paused", "disk_full", 0)
-    small_disk.make_room()
-    with db.transaction() as again:
-        jobs.resume(again, user, job.id)
+    again(small_disk, user, job)
+    running = threading.Thread(target=supervise.work, args=(job.id,), daemon=True)
+    running.start()
+    wait_until(lambda: now_of(job.id).step > 1, what="its steps", seconds=60)
+    small_disk.fill()  # its result finds no room
+    running.join(60)
+    row = now_of(job.id)
+    assert (row.status, row.error["code"], row.deaths) == ("paused", "disk_full", 0)
+    again(small_disk, user, job)
     supervise.work(job.id)
     assert now_of(job.id).status == "succeeded", now_of(job.id).error
+
+
+def again(small_disk: SmallDisk, user, job: Job) -> None:
+    small_disk.make_room()
+    with db.transaction() as session:
+        jobs.resume(session, user, job.id)
 
 
 def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
