@@ -8,6 +8,7 @@ together by a limited child, row for row.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import uuid
@@ -34,6 +35,7 @@ class HubOrder(BaseModel):
     model_config = ConfigDict(extra="forbid")
     repo: str = Field(max_length=200, description="Its name there, owner/name.")
     revision: str | None = Field(default=None, max_length=200, description="Branch, tag or commit; the newest when left out.")
+    subset: str | None = Field(default=None, max_length=100, description="Which of its subsets (configurations), where it has several.")
     split: str = Field(default="train", max_length=60, description="Which of its parts.")
     file: str | None = Field(default=None, max_length=300, description="A file of the repository, where its name does not say the split.")
     name: str | None = Field(default=None, max_length=200)
@@ -46,7 +48,7 @@ def order(session: Session, user: User, wish: HubOrder) -> Dataset:
     hub.must_be_allowed()
     if wish.format:
         formats.get(wish.format)
-    origin = {"operation": OPERATION, "repo": wish.repo, "revision": wish.revision, "split": wish.split, "file": wish.file}
+    origin = {"operation": OPERATION, **wish.model_dump(include={"repo", "revision", "subset", "split", "file"})}
     dataset = Dataset(
         id=uuid.uuid4(), owner_id=user.id, name=(wish.name or wish.repo.rsplit("/", 1)[-1]).strip()[:200], version=1, origin=origin,
         format=wish.format, format_chosen=bool(wish.format), mapping={}, status="reading",
@@ -104,7 +106,8 @@ def _download(origin: dict[str, Any], folder: Path) -> tuple[list[str], dict[str
     try:
         facts = api.dataset_info(repo, revision=origin["revision"], files_metadata=True, timeout=15)
         sizes = {item.rfilename: item.size or 0 for item in facts.siblings or []}
-        names = choose(sizes, repo, origin["split"], origin["file"])
+        card = facts.card_data.to_dict() if facts.card_data else {}
+        names = choose(sizes, repo, origin["split"], origin["file"], origin.get("subset"), card.get("configs"))
         for name in names:
             api.hf_hub_download(repo, name, repo_type="dataset", revision=facts.sha, local_dir=folder)
     except GatedRepoError:
@@ -117,22 +120,58 @@ def _download(origin: dict[str, Any], folder: Path) -> tuple[list[str], dict[str
             way_out="Check the network, or upload the file itself.",
             code="hub_unreachable",
         ) from error
-    card = facts.card_data.to_dict() if facts.card_data else {}
     return names, {"revision": facts.sha, "files": names, "license": str(card["license"])[:40] if card.get("license") else None}
 
 
-def choose(sizes: dict[str, int], repo: str, split: str, file: str | None) -> list[str]:
-    """The file, or the pieces, that hold a split. Raises BadData that lists what there is, TooLarge beyond the upload limit."""
+def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subset: str | None = None, configs: Any = None) -> list[str]:
+    """The file, or the pieces, that hold a split. `configs` is what the repository's card says of its subsets.
+
+    Raises BadData that lists what there is, TooLarge beyond the upload limit.
+    """
     known = sorted(name for name in sizes if _readable(name))
     if file is not None and file not in known:
         raise BadData(f"{repo} has no data file {file[:120]!r}.", way_out=_offer(known), param="file")
+    if file is not None:
+        return _within_limit([file], sizes)
+    if found := _as_the_card_says(known, repo, split, subset, configs):
+        return _within_limit(found, sizes)
+    if subset:
+        inside = [name for name in known if re.search(rf"(^|[/_.-]){re.escape(subset)}([/_.-]|$)", name, re.IGNORECASE)]
+        if not inside:
+            raise BadData(f"{repo} has no subset “{subset}”.", way_out=_offer(known), param="subset")
+        known = inside
     named = [name for name in known if re.search(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)", name, re.IGNORECASE)]
-    found = [file] if file is not None else named or (known if len(known) == 1 else [])
+    found = named or (known if len(known) == 1 else [])
     if len({_PIECE.sub("", name) for name in found}) > 1 and len(whole := [name for name in found if "/" not in name]) == 1:
         found = whole
     if not found or len({_PIECE.sub("", name) for name in found}) > 1:
         what = "several files" if found else "no file"
         raise BadData(f"{repo} has {what} for the split “{split}”.", way_out=_offer(found or known), param="split")
+    return _within_limit(found, sizes)
+
+
+def _as_the_card_says(known: list[str], repo: str, split: str, subset: str | None, configs: Any) -> list[str]:
+    """The files that a card names for a subset and a split (https://huggingface.co/docs/hub/datasets-manual-configuration); none where
+    it does not say. Raises BadData where it names several subsets and none was chosen, or others than the one that was."""
+    named = {str(entry.get("config_name")): entry for entry in configs or () if isinstance(entry, dict) and entry.get("data_files")}
+    if not named:
+        return []
+    default = next((name for name, entry in named.items() if name == "default" or entry.get("default")), None)
+    chosen = subset or default or (next(iter(named)) if len(named) == 1 else None)
+    if chosen not in named:
+        what = f"no subset “{subset}”" if subset else "several subsets"
+        raise BadData(f"{repo} has {what}.", way_out=f"Name one with subset: {', '.join(list(named)[:12])}.", param="subset")
+    parts = named[chosen]["data_files"]
+    parts = parts if isinstance(parts, list) else [parts]
+    patterns: list[str] = []
+    for part in parts:
+        of_split, path = (part.get("split"), part.get("path")) if isinstance(part, dict) else ("train", part)
+        if of_split == split:
+            patterns += [str(pattern) for pattern in (path if isinstance(path, list) else [path])]
+    return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _within_limit(found: list[str], sizes: dict[str, int]) -> list[str]:
     total, limit = sum(sizes[name] for name in found), get_settings().upload_limit_bytes
     if total > limit:
         raise TooLarge(

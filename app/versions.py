@@ -188,5 +188,5 @@ def describe(dataset: Dataset) -> str:
         "deduplicate": "Repeated rows taken out",
         "convert": "Converted",
         "repair": "Repaired line by line",
-        "hub": f"From the hub: {origin.get('repo')}, {origin.get('split')}",
+        "hub": f"From the hub: {', '.join(str(origin[part]) for part in ('repo', 'subset', 'split') if origin.get(part))}",
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

@@ -29,6 +29,11 @@ REPOS = {
     "luthier/talk": {"README.md": b"x", "data/train.jsonl": "\n".join(GOOD).encode(), "data/test.jsonl": b"{}", "evil.py": b"import os"},
     "luthier/pieces": {f"data/train-0000{k}-of-00002.parquet": parquet(PIECES[k]) for k in range(2)},
     "luthier/scripts": {"loader.py": b"import os"},
+    "luthier/levels": {
+        f"{level}/{split}-00000-of-00001.parquet": parquet(PIECES[level == "hard"][:9])
+        for level in ("easy", "hard")
+        for split in ("train", "test")
+    },
 }
 
 
@@ -98,6 +103,12 @@ def test_a_split_becomes_a_dataset_with_its_commit(session, user, hub, data_dir)
     assert (file.filename, file.status) == ("train.jsonl", "processed") and not list((data_dir / "tmp").glob("bring-*"))
 
 
+def test_a_subset_is_chosen_by_its_name(session, user, hub):
+    dataset = bring(session, user, repo="luthier/levels", subset="hard", split="test")
+    assert (dataset.status, dataset.good_rows) == ("ready", 9), dataset.error
+    assert dataset.report["preview"][0]["row"]["prompt"] == "p 1 0" and dataset.origin["files"] == ["hard/test-00000-of-00001.parquet"]
+
+
 def test_pieces_of_a_split_are_put_together(session, user, hub):
     dataset = bring(session, user, repo="luthier/pieces", name="whole")
     assert (dataset.status, dataset.good_rows, dataset.name) == ("ready", 20, "whole"), dataset.error
@@ -132,8 +143,8 @@ def test_away_or_offline_it_says_so(session, user, monkeypatch, hub):
 
 
 def test_files_are_chosen_by_their_split():
-    def choose(names, split="train", file=None):
-        return hub_datasets.choose(dict.fromkeys(names, 10), "a/b", split, file)
+    def choose(names, split="train", file=None, subset=None, configs=None):
+        return hub_datasets.choose(dict.fromkeys(names, 10), "a/b", split, file, subset, configs)
 
     assert choose(["train.csv", "test.csv"]) == ["train.csv"]
     assert choose(["only.parquet", "x.py", ".gitattributes", "README.md"]) == ["only.parquet"]
@@ -144,6 +155,18 @@ def test_files_are_chosen_by_their_split():
     assert choose(["de/train.jsonl", "fr/train.jsonl"], file="fr/train.jsonl") == ["fr/train.jsonl"]
     with pytest.raises(BadData, match=r"several files.*file: de/train.jsonl"):
         choose(["de/train.jsonl", "fr/train.jsonl"])
+    assert choose(["de/train.jsonl", "fr/train.jsonl"], subset="fr") == ["fr/train.jsonl"]
+    with pytest.raises(BadData, match="no subset “it”"):
+        choose(["de/train.jsonl", "fr/train.jsonl"], subset="it")
+    names = ["a/x-0.parquet", "a/x-1.parquet", "a/y.parquet", "b/x.parquet"]
+    card = [
+        {"config_name": "one", "data_files": [{"split": "train", "path": "a/x-*"}, {"split": "test", "path": ["a/y.parquet"]}]},
+        {"config_name": "two", "data_files": "b/*"},
+    ]
+    assert choose(names, subset="one", configs=card) == names[:2] and choose(names, "test", subset="one", configs=card) == ["a/y.parquet"]
+    assert choose(names, subset="two", configs=card) == ["b/x.parquet"] and choose(names, configs=card[:1]) == names[:2]
+    with pytest.raises(BadData, match=r"several subsets.*one, two"):
+        choose(names, configs=card)
     with pytest.raises(BadData, match="no data file"):
         choose(["../x.jsonl"], file="../x.jsonl")
     with pytest.raises(TooLarge):

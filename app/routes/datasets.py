@@ -175,10 +175,12 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
 @pages.post("/datasets/hub")
 def from_hub(
     user: CurrentUser, session: Db, repo: Annotated[str, Form(max_length=200)], split: Annotated[str, Form(max_length=60)] = "train",
-    file: Annotated[str, Form(max_length=300)] = "",
+    file: Annotated[str, Form(max_length=300)] = "", subset: Annotated[str, Form(max_length=100)] = "",
 ) -> Response:  # fmt: skip
     """A dataset of the Hugging Face hub, by its name."""
-    wish = hub_datasets.HubOrder(repo=repo.strip(), split=split.strip() or "train", file=file.strip() or None)
+    wish = hub_datasets.HubOrder(
+        repo=repo.strip(), subset=subset.strip() or None, split=split.strip() or "train", file=file.strip() or None
+    )
     return RedirectResponse(_path(hub_datasets.order(session, user, wish)), 303)
 
 
