@@ -146,7 +146,9 @@ def main() -> None:
             results += [job(model, train_ref, test_ref, name, chosen, run) for chosen in settings]
             if name == "feature_extraction":
                 kept = next((Path(folder) / "features").glob("*.safetensors"))
-                results += plain(features.kept(kept.stem), train_rows, test_rows)
+                texts = [row["text"] for row in (*train_rows, *test_rows)]
+                vectors = features.kept(kept.stem.rpartition("-")[0], texts)
+                results += plain(np.stack([vectors[text] for text in texts]), train_rows, test_rows)
         for row in results:
             print("  ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
         if any("C" in row for row in results):

@@ -98,16 +98,16 @@ def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
     spec = order_of(tiny_model)
     tokenizer = load_tokenizer(spec.model)
     data = tokenise(tokenizer, [Row(i, row) for i, row in enumerate(chat_rows(4), start=1)], "dialogue", 64)
-    features.keep("before", np.ones((2, 2), np.float32))
+    features.keep("before", ["a", "b"], np.ones((2, 2), np.float32))
     small_disk.fill()
     with pytest.raises(OSError) as full:
         ledger.write(small_disk.folder / "runs", [ledger.Part(data, [1.0] * len(data), [1.0] * len(data))])
     said = run.failed(full.value, spec, 7)
     assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.way_out
 
-    features.keep("after", np.ones((200, 200), np.float32))
-    assert features.kept("after") is None and features.kept("before") is not None
-    assert [path.name for path in (small_disk.folder / "features").iterdir()] == ["before.safetensors"]
+    features.keep("after", [str(n) for n in range(200)], np.ones((200, 200), np.float32))
+    assert not features.kept("after", ["7"]) and list(features.kept("before", ["a", "c"])) == ["a"]
+    assert [path.name.partition("-")[0] for path in (small_disk.folder / "features").iterdir()] == ["before"]
     network = load_plain(spec.model, torch.float32, attention.NAME)
     engine = choose(spec.run, spec.strategy)
     assert forgetting.remember(spec, network, tokenizer, 512, engine) and forgetting.remembered(spec, engine) is None

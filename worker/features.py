@@ -1,7 +1,7 @@
 """The frozen-features recipe: the model turns each text into a vector, once; a small classifier learns on the vectors.
 
-Vectors are kept under `features/` by what they depend on (model, texts, length, pooling), so a second run, or a comparison
-of classifiers on the same data, computes none.
+Vectors are kept under `features/`, each by what it depends on (model, text, length, pooling, precision), so a comparison of
+classifiers on the same data computes none a second time, and a job on more data only those of the new texts.
 """
 
 from __future__ import annotations
@@ -88,30 +88,40 @@ def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> n
     return classifier.pooled(flat, places, lengths, **arguments).float().cpu().numpy()
 
 
-def kept(name: str) -> np.ndarray | None:
-    """The vectors kept under a name."""
-    path = get_settings().folder("features") / f"{name}.safetensors"
-    return load_file(path)["vectors"] if path.is_file() else None
+def cache_name(ref: ModelRef, pooling: Pooling, max_length: int, precision: str) -> str:
+    """A SHA-256 over all that the vector of a text depends on, but for the text."""
+    about = [ref.revision, [a.sha256 for a in ref.adapters], pooling, max_length, precision]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
 
 
-def keep(name: str, vectors: np.ndarray) -> None:
-    """Write vectors whole or not at all: where the disk is full, the next job makes them anew."""
+def kept(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The vectors, (H,), of those texts that were kept under a name, by any job."""
+    wanted = {_digest(text): text for text in texts}
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(get_settings().folder("features").glob(f"{name}-*.safetensors")):
+        held = load_file(path)
+        for digest, vector in zip(held["texts"], held["vectors"], strict=True):
+            if (text := wanted.get(digest.tobytes())) is not None:
+                found[text] = vector
+    return found
+
+
+def keep(name: str, texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Write the vectors, (texts, H), of different texts beside those that are kept, whole or not at all: where the disk is
+    full, the next job makes them anew."""
     folder = get_settings().folder("features")
+    digests = np.frombuffer(b"".join(map(_digest, texts)), np.uint8).reshape(len(texts), -1)
+    file = f"{name}-{hashlib.sha256(digests.tobytes()).hexdigest()[:16]}.safetensors"
     try:
         with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as own:
-            save_file({"vectors": np.ascontiguousarray(vectors)}, f"{own}/vectors")
-            Path(own, "vectors").replace(folder / f"{name}.safetensors")
+            save_file({"texts": digests, "vectors": np.ascontiguousarray(vectors)}, f"{own}/vectors")
+            Path(own, "vectors").replace(folder / file)
     except (OSError, SafetensorError) as error:
         log.warning("The vectors of these texts are not kept: %s", error)
 
 
-def cache_name(ref: ModelRef, texts: Sequence[str], pooling: Pooling, max_length: int) -> str:
-    """A SHA-256 over all that the vectors depend on."""
-    about = [ref.revision, [a.sha256 for a in ref.adapters], pooling, max_length]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 # Classifiers ----------------------------------------------------------------------------------------------------------

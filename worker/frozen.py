@@ -150,20 +150,22 @@ def _vectors(
 ) -> Generator[events.Log | events.Doing, None, np.ndarray | None]:
     """The vectors of all rows, kept from before or made now; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
-    name = features.cache_name(spec.model, texts, classifier.pooling, longest)
-    vectors = features.kept(name)
-    if vectors is not None:
-        yield events.Log(message=f"The vectors of these {len(texts):,} texts were kept from an earlier job.")
-        return vectors
+    name = features.cache_name(spec.model, classifier.pooling, longest, engine.precision)
+    known = features.kept(name, texts)
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    if known:
+        yield events.Log(message=f"The vectors of {len(known):,} of {len(known) + len(new):,} texts were kept from an earlier job.")
     telling = Telling("Turning texts into vectors")
-    making = features.embed(classifier, tokenizer, texts, max_length=longest, device=str(engine.device))
+    making = features.embed(classifier, tokenizer, new, max_length=longest, device=str(engine.device)) if new else iter(())
     while True:
         try:
             with engine.autocast():
                 progress = next(making)
         except StopIteration as done:
-            features.keep(name, done.value)
-            return done.value
+            if new:
+                features.keep(name, new, done.value)
+                known |= dict(zip(new, done.value, strict=True))
+            return np.stack([known[text] for text in texts])
         if control.stop:
             return None
         yield from telling.at(progress.done / progress.texts)

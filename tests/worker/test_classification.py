@@ -21,7 +21,7 @@ from app.spec import Adapter, JobSpec, ModelRef
 from app.strategies import STRATEGIES
 from tests.card_code import run_card
 from tests.worker.orders import order, put_dataset, put_model
-from worker import checkpoint, telling
+from worker import checkpoint, features, telling
 from worker.attention import NAME as PACKED
 from worker.batches import BadRow, Row
 from worker.classifier import load_backbone, load_classifier
@@ -184,6 +184,14 @@ def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: P
     assert any("were kept" in e.message for e in of(said, events.Log)) and not of(said, events.Doing)
     steps = of(said, events.Step)
     assert len(steps) == 60 and steps[-1].loss < steps[0].loss - 0.05
+
+    made, embed = [], features.embed
+    monkeypatch.setattr(features, "embed", lambda stack, tokenizer, new, **more: made.extend(new) or embed(stack, tokenizer, new, **more))
+    more = [{"text": "Glue holds the neck.", "label": "part"}, *texts()[::-1]]
+    again = run(sorting(model, more, "feature_extraction"), data_dir, "third")
+    assert made == ["Glue holds the neck."] and any("60 of 61 texts were kept" in e.message for e in of(again, events.Log))
+    other = sorting(model, texts(), "feature_extraction", {"pooling": "first"})
+    assert isinstance(run(other, data_dir, "fourth")[-1], events.Finished) and len(made) == 61
 
 
 def test_a_stop_before_the_vectors_are_made_leaves_nothing_half(data_dir: Path, tiny_model: Path) -> None:
