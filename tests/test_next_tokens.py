@@ -87,6 +87,12 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.keyboard.press(str(place))
     page.wait_for_function("document.querySelector('#text').value !== 'The cat sat on'")
     assert page.locator("#text").input_value() == "The cat sat on" + token.replace("␣", " ").replace("⏎", "\n").replace("⇥", "\t")
+    likely = page.locator(".coloured").first.locator(".seen").evaluate_all("tokens => tokens.map(t => [t.className, t.title])")
+    shades = {"seen s0": (50, 101), "seen s1": (20, 50), "seen s2": (5, 20), "seen s3": (1, 5), "seen s4": (0.1, 1), "seen s5": (0, 0.1)}
+    assert len(likely) > 5 and likely[0] == ["seen s0", "–"]  # nothing stands before the first
+    for name, told in likely[1:]:
+        low, high = shades[name]
+        assert low - 0.05 <= (0.05 if told.startswith("<") else float(told.removesuffix(" %"))) <= high + 0.05
     page.get_by_text("As a table").click()
     look_at(page, "tokens", tmp_path)
 

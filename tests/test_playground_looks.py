@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from sqlalchemy import select
 
-from app import events, ids
-from app.tables import Answer
+from app import events, ids, jobs, votes
+from app.tables import Answer, Job
 from tests import lives
+from tests.data_worker import data_worker
 from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
 from tests.looks import look_at, sign_in
 from tests.test_engines import allow, outside, url  # noqa: F401
+from tests.tuned import carry_out
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +25,7 @@ def ask(page, prompt: str, tokens: str = "8") -> None:
     page.get_by_label("Max tokens").fill(tokens)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Control+Enter")
-    page.get_by_text("Done.").wait_for()
+    page.get_by_text("Done.").wait_for(timeout=60_000)  # the first answer waits for the worker and its model
 
 
 def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browser, live, session, user, generate_worker, tmp_path):  # noqa: F811
@@ -91,6 +95,39 @@ def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, gene
     page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}")
     page.get_by_role("button", name="Let the studio's own engine answer").click()
     page.get_by_text("is answered by the studio's own engine").wait_for()
+
+
+@pytest.mark.timeout(240)
+def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session, user, data_dir, tiny_model, tmp_path):  # noqa: F811
+    """All the way by its buttons: votes, a dataset of pairs, a DPO job that really learns, and its margin on the page."""
+    shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
+    register_tiny(session)
+    for n in range(16):
+        asked = [{"role": "user", "content": f"What is {n}?"}]
+        votes.add(session, user, ["a", "b"], asked, ["Who knows, and who asks?", f"It is {n}."], 2, None)
+    session.commit()
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/ab")
+    assert "b is preferred" in page.get_by_role("row", name="a against b").inner_text()
+    with data_worker():
+        page.get_by_role("button", name="Make a preference dataset").click()
+        page.get_by_role("link", name="Tune a model on it").click(timeout=60_000)
+        page.goto(page.url + "&model=tiny&run.epochs=8&run.learning_rate=0.01&run.max_tokens_per_step=256&run.forgetting=false")
+        page.get_by_role("button", name="Start").click()
+        page.wait_for_url("**/jobs/ftjob-*")
+    session.rollback()
+    job = session.scalars(select(Job)).one()
+    assert job.spec["task"] == "preference"
+    carry_out(session, data_dir, job, live=True)
+    page.locator('[data-chart="reward_margin"] canvas').first.wait_for()
+    assert page.locator('[data-chart="reward_accuracy"]').count() == 1
+    margins = [event.data["metrics"]["reward_margin"] for event in jobs.events(session, job) if event.type == "step"]
+    assert margins[0] == 0 and margins[-1] > 1 and margins[-1] > margins[len(margins) // 2] > 0
+    page.reload()
+    page.locator("#table-reward_margin summary").click()
+    shown = page.locator("#table-reward_margin tbody tr").last.inner_text()
+    assert shown.split()[0] == str(len(margins)), shown
+    look_at(page, "pairs-learnt", tmp_path)
 
 
 def test_pairs_are_learnt_before_ones_eyes(browser_page, live, session, user, tiny_registered, tmp_path):  # noqa: F811

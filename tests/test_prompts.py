@@ -399,6 +399,7 @@ def test_in_the_browser_through_a_real_worker(browser_page, live, session, user,
         page.get_by_role("link", name="Four like it").first.click()
         page.locator("article.sample").first.wait_for()
         page.get_by_text("What was asked and said").first.click()
+        assert page.locator("article.sample pre").first.inner_text().count("Question:") == 5, "four examples and the question"
         look_at(page, "prompt-run", data_dir)
     finally:
         stop_worker(worker)

@@ -169,6 +169,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.get_by_label("Longest answer").fill("8")
     page.get_by_role("button", name="Ask both").click()
     page.get_by_text("Which answer is better?").wait_for()
+    assert "tiny" not in page.locator("main section").first.inner_text(), "nobody is named before the vote"
     look_at(page, "ab", tmp_path)
     page.locator("h1").click()
     page.keyboard.press("e")

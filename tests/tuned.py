@@ -29,18 +29,18 @@ def tune(
     return job, carry_out(session, data_dir, job)
 
 
-def carry_out(session: Session, data_dir: Path, job: Job) -> Model:
-    """Train a queued job here and now, and record what came of it."""
+def carry_out(session: Session, data_dir: Path, job: Job, *, live: bool = False) -> Model:
+    """Train a queued job here and now, and record what came of it; with `live` also every event, for pages that show them."""
     from worker.train import train
 
     held = claims.claim(session, job.id, "a test")
     assert held is not None
     session.commit()
-    for event in train(held.spec, data_dir / held.folder):
+    for number, event in enumerate(train(held.spec, data_dir / held.folder)):
         if isinstance(event, events.Finished):
             claims.finish(session, held, event)
         elif not isinstance(event, events.Failed):
-            claims.record(session, held, 0, [event]) if isinstance(event, events.Saved) else None
+            claims.record(session, held, number, [event]) if live or isinstance(event, events.Saved) else None
         session.commit()
     session.refresh(job)
     assert job.status == "succeeded", job.error
