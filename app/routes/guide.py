@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic.fields import FieldInfo
 from sqlalchemy import select
 
-from app import models
+from app import models, orders
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import NotFound
@@ -105,12 +105,12 @@ def bounds(control: Control, info: FieldInfo) -> str:
 
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
     """How much of each base model here it would train, with its own settings: counted, not listed by hand."""
-    found = []
+    found, cuda = [], orders.has_gpu()
     for model in models.list_(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)
             task = cls.tasks[0]
-            reason = cls().unavailable(shape, task=task)
+            reason = cls().unavailable(shape, task=task, cuda=cuda)
             learns = None if reason else cls().learns(shape, task=task, labels=10)
             found.append({"model": model, "learns": learns, "share": learns / shape.parameters() if learns else None, "reason": reason})
     return found[:6]

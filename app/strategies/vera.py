@@ -21,7 +21,10 @@ class Vera(PeftStrategy):
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
     summary: ClassVar = "Random matrices shared by all layers; each layer learns only how to scale them."
-    when_to_use: ClassVar = "When hundreds of tuned models must be kept: each is ten times smaller than a LoRA."
+    when_to_use: ClassVar = (
+        "When as little as possible should learn in every layer: some ten times fewer numbers than LoRA. The file also holds the random "
+        "matrices, so of a small model it may be larger than a LoRA's."
+    )
     paper: ClassVar = ("Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation", "https://arxiv.org/abs/2310.11454")
     place: ClassVar = 17
     merges: ClassVar = True

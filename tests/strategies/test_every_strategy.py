@@ -130,6 +130,22 @@ def test_arithmetic(name: str, shape: Shape) -> None:
     assert memory.weights > 0 and memory.optimizer >= memory.gradients >= 0
 
 
+def test_what_the_guide_says_of_sizes_is_so() -> None:
+    """On the starters: SmolLM2 of 135 M and MiniLM."""
+    small = Shape(
+        model_type="llama", architecture="decoder", layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64,
+        vocabulary=49152, positions=8192, tied=True, gated=True,
+    )  # fmt: skip
+    encoder = ENCODER.model_copy(update={"layers": 6, "hidden": 384, "intermediate": 1536, "heads": 12, "kv_heads": 12, "head_dim": 32})
+    for shape in (small, encoder):
+        learns = {name: STRATEGIES[name]().trainable(shape) for name in ("lora", "vera", "ia3", "layer_norm")}
+        assert 9 < learns["lora"] / learns["vera"] < 15, "some ten times fewer numbers"
+        assert 1000 < learns["ia3"] / shape.layers < 10_000, "a few thousand a layer"
+        assert 4 * learns["layer_norm"] < 500_000, "a few hundred kilobytes"
+    random = STRATEGIES["vera"]().memory(encoder).weights - 4 * encoder.parameters()
+    assert random > 4 * STRATEGIES["lora"]().trainable(encoder), "the file holds the random matrices too"
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokenizer, shape: Shape, tmp_path: Path) -> None:
     strategy = runnable(name, shape)
