@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app import advisor, datasets, estimate, evaluations, ids, machine, models, order_checks
+from app import advisor, datasets, estimate, evaluations, ids, inspections, models, order_checks, workers
 from app.advisor import Advice, Cost, Facts
 from app.errors import Conflict
 from app.shapes import Shape
@@ -64,7 +64,9 @@ HOW_TO_MEASURE = "Send the same request with measure set to true: the model then
 
 
 def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
-    """Raises NotFound for the model, Conflict while the dataset is being read."""
+    """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
+    settings = RunSettings.model_validate(dict(run or {}))
+    order_checks.refuse_optimizer(settings, workers.training_machine())
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Ask again when it has been read.", param="dataset_id")
@@ -72,7 +74,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     result = result_of(measured)
     facts = facts_of(dataset, result)
     why_not = order_checks.why_not_tuned(resolved.ref, facts.task)
-    costs = {} if why_not else costs_of(resolved.ref, dataset, facts, RunSettings.model_validate(dict(run or {})))
+    costs = {} if why_not else costs_of(session, resolved.ref, dataset, facts, settings)
     return Advised(
         model=resolved.model.name,
         dataset=dataset.name,
@@ -103,7 +105,7 @@ def result_of(measured: Evaluation | None) -> JSON:
 def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None) -> Facts:
     """What is known of the data and the machine, and what an evaluation of the kind `advice` found."""
     metric, zero, few = prompted(result or {})
-    stats, here = datasets.stats(dataset), machine.this_machine()
+    stats, here = datasets.stats(dataset), workers.training_machine()
     report = dataset.report or {}
     counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
     return Facts(
@@ -123,9 +125,10 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None) -> Facts
     )
 
 
-def costs_of(ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, Cost]:
+def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, Cost]:
     """What each strategy would take with these run settings; those that cannot run here are left out."""
-    here, stats, reference = machine.this_machine(), datasets.stats(dataset), datasets.reference(dataset)
+    here, reference = workers.training_machine(), datasets.reference(dataset)
+    stats = inspections.stats_for(session, dataset, ref)
     found = {}
     for name, cls in STRATEGIES.items():
         strategy = cls()
@@ -133,8 +136,7 @@ def costs_of(ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) ->
             continue
         spec = JobSpec(name="advice", task=facts.task, model=ref, dataset=reference, run=run, strategy=strategy)
         cost = estimate.estimate(spec, stats, here)
-        learns = strategy.learns(ref.shape, task=facts.task, labels=facts.classes or 0)
-        found[name] = Cost(memory_bytes=cost.memory_bytes, seconds=cost.seconds, trainable_parameters=learns)
+        found[name] = Cost(memory_bytes=cost.memory_bytes, seconds=cost.seconds, trainable_parameters=cost.trainable_parameters)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids, machine, models
+from app import comparisons, ids, models, workers
 from app.comparisons import ComparisonOrder, Kind
 from app.errors import StudioError
 from app.forms import Control, controls, fill
@@ -116,7 +116,7 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
         picks=[],
         run_controls=_controls(run.typed, run.errors),
         errors=errors,
-        memory_bytes=machine.this_machine().training_memory_bytes,
+        memory_bytes=workers.training_machine().training_memory_bytes,
     )
     if model and dataset and not run.errors:
         _fill_picks(session, user, form, run.settings, [name for name in strategies if name in STRATEGIES])

@@ -40,6 +40,7 @@ class DatasetStats(BaseModel):
     tokens: int | None = None
     trained_tokens: int | None = None
     longest: int | None = None
+    labels: int | None = None
 
 
 # Making ---------------------------------------------------------------------------------------------------------------
@@ -234,6 +235,7 @@ def stats(dataset: Dataset) -> DatasetStats:
         tokens=report.get("tokens"),
         trained_tokens=report.get("trained_tokens"),
         longest=report.get("longest"),
+        labels=report.get("label_count"),
     )
 
 

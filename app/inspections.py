@@ -19,10 +19,10 @@ from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, files, queue, sandbox
+from app import datasets, db, files, queue, sandbox
 from app.errors import Conflict, StudioError
 from app.settings import get_settings
-from app.spec import RunSettings
+from app.spec import ModelRef, RunSettings
 from app.tables import Dataset, File, Finding, Inspection, Model
 
 FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows", "split": "app.splits:look", "line": "app.rawline:look"}
@@ -202,6 +202,20 @@ def keep_lengths(session: Session, dataset: Dataset, model: Model, result: dict[
     found = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model, announce=False)
     found.result = {name: value for name, value in result.items() if name != "report"}
     found.status, found.lease_until = "ready", None
+
+
+def stats_for(session: Session, dataset: Dataset, ref: ModelRef) -> datasets.DatasetStats:
+    """The totals of a dataset with its tokens as this model's tokenizer makes them. Where another counted when the dataset
+    was read they are asked for, and that one's figures stand in until they are there."""
+    found = datasets.stats(dataset)
+    model = session.get(Model, ref.id)
+    while model is not None and model.base_id is not None:  # what it was tuned from reads as it does
+        model = session.get(Model, model.base_id)
+    counted_by = (dataset.report or {}).get("tokenizer")
+    if model is None or not model.path or counted_by in (None, model.name) or dataset.status != "ready":
+        return found
+    own = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model).result or {}
+    return found.model_copy(update={name: own[name] for name in ("tokens", "trained_tokens", "longest") if name in own})
 
 
 def add_to_report(session: Session, dataset: Dataset, result: dict[str, Any], said: list[dict[str, Any]]) -> None:

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.settings import get_settings
 
@@ -20,8 +21,18 @@ CALIBRATION = "calibration.json"
 ARITHMETIC = "arithmetic.json"
 
 
+class Pace(BaseModel):
+    """How fast jobs of one kind went here: useful floating-point operations per second of a step, and the seconds of a job that
+    are no arithmetic (libraries and weights loaded, rows read, files written)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    operations_per_second: float = Field(gt=0, allow_inf_nan=False)
+    fixed_seconds: float = Field(gt=0, allow_inf_nan=False)
+
+
 class Machine(BaseModel):
-    """Memory in bytes. `speeds` are useful floating-point operations per second measured by past jobs, by strategy."""
+    """Memory in bytes. `paces` are what past jobs measured, by `kind_of_work` on a device."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,7 +45,26 @@ class Machine(BaseModel):
     gpu_memory_bytes: int | None = None
     gpu_capability: float | None = Field(None, description="NVIDIA's compute capability, where its driver tells: 8.9 is Ada, 9.0 Hopper")
     processes: int = Field(1, description="how many train one job together, each with a GPU or with its share of this memory")
-    speeds: dict[str, float] = Field(default_factory=dict)
+    paces: dict[str, Pace] = Field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """What computes, by name: a folder of calibrations may be shared by several machines."""
+        one = self.gpu_name or f"{self.cores} cores of {self.processor}"
+        return one if self.processes == 1 else f"{self.processes} × {one}"
+
+    def pace(self, work: str) -> tuple[Pace | None, bool]:
+        """What is known of this kind of work here, and whether it was measured on it: where it was not, the middle of its
+        neighbours (other strategies at the same kind of model, in the same recipe and number format) stands for it."""
+        own = f"{self.device} · "
+        if found := self.paces.get(own + work):
+            return found, True
+        rest = work.partition(" · ")[2]
+        near = [p for key, p in self.paces.items() if key.startswith(own) and key.removeprefix(own).partition(" · ")[2] == rest]
+        if not near:
+            return None, False
+        middle = statistics.median(p.operations_per_second for p in near)
+        return Pace(operations_per_second=middle, fixed_seconds=statistics.median(p.fixed_seconds for p in near)), False
 
     @property
     def cuda(self) -> bool:
@@ -50,7 +80,7 @@ def this_machine() -> Machine:
     """This machine with its newest calibration; the rest is looked up once."""
     facts, gain = _facts(), read_bf16()
     pays = facts.bf16_pays if gain is None or facts.cuda else gain >= 1.2
-    known = {"speeds": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
+    known = {"paces": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
     return facts.model_copy(update=known)
 
 
@@ -120,23 +150,36 @@ def note_bf16(gain: float) -> None:
     os.replace(temporary, path)
 
 
-def read_calibration() -> dict[str, float]:
-    """Speeds that past jobs reached here, by strategy; empty before the first."""
+def kind_of_work(strategy: str, architecture: str, recipe: str, precision: str) -> str:
+    """What a pace holds for: how fast a machine computes differs with each of these."""
+    return " · ".join((strategy, architecture, recipe, precision))
+
+
+def read_calibration() -> dict[str, Pace]:
+    """What past jobs measured, by device and kind of work; empty before the first. What is torn or strange is left out."""
     try:
         found = json.loads((get_settings().data_dir / CALIBRATION).read_text())
-        return {str(k): float(v) for k, v in found.items() if float(v) > 0}
-    except (OSError, ValueError, AttributeError, TypeError):
+        read = {}
+        for key, value in found.items():
+            with contextlib.suppress(ValidationError):
+                read[str(key)] = Pace.model_validate(value)
+        return read
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
-def calibrate(strategy: str, operations_per_second: float) -> None:
-    """Note the speed of a finished job; each new figure moves the kept one half of the way."""
-    speeds = read_calibration()
-    before = speeds.get(strategy, operations_per_second)
-    speeds[strategy] = (before + operations_per_second) / 2
+def calibrate(work: str, operations_per_second: float, fixed_seconds: float) -> None:
+    """Note how fast a finished job was; each new figure moves the kept one half of the way."""
+    paces, key = read_calibration(), f"{this_machine().device} · {work}"
+    new = Pace(operations_per_second=operations_per_second, fixed_seconds=fixed_seconds)
+    before = paces.get(key, new)
+    paces[key] = Pace(
+        operations_per_second=(before.operations_per_second + new.operations_per_second) / 2,
+        fixed_seconds=(before.fixed_seconds + new.fixed_seconds) / 2,
+    )
     path = get_settings().data_dir / CALIBRATION
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(speeds))
+    temporary.write_text(json.dumps({name: pace.model_dump() for name, pace in paces.items()}))
     os.replace(temporary, path)
 
 

@@ -81,15 +81,21 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
     return None
 
 
-def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine: Machine) -> None:
-    """Raises BadField for settings that need a GPU, or a newer one, than this machine has, or another strategy."""
+def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
+    """Raises BadField for an optimizer that the machine that trains cannot run."""
     if run.optimizer == "adamw_8bit" and not machine.cuda:
         raise BadField(
-            "The 8-bit optimizer needs an NVIDIA GPU, and this machine shows none.",
-            way_out="Take adamw.",
+            "The 8-bit optimizer needs an NVIDIA GPU, and the machine that trains shows none.",
+            way_out="Take adamw. To save memory without a GPU, tune fewer weights (LoRA and its relatives), take fewer tokens per step, "
+            "or split each step over more passes (accumulation).",
             param="run.optimizer",
             code="needs_gpu",
         )
+
+
+def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine: Machine) -> None:
+    """Raises BadField for settings that need a GPU, or a newer one, than this machine has, or another strategy."""
+    refuse_optimizer(run, machine)
     if run.frozen_weights != "fp8":
         return
     reason = None

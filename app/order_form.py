@@ -168,10 +168,10 @@ def _why_not(rows: list[Dataset], wanted: str) -> str:
 
 
 def _memory() -> int | None:
-    """Bytes a job can have on this machine: the GPU's where there is one."""
-    from app.machine import this_machine
+    """Bytes a job can have on the machine that trains: the GPU's where there is one."""
+    from app import workers
 
-    return this_machine().training_memory_bytes
+    return workers.training_machine().training_memory_bytes
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
 
 def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
-    from app.machine import this_machine
+    from app import workers
 
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
@@ -192,7 +192,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
         raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset, task)
     order_checks.refuse_no_room(strategy, run, model.shape)
-    order_checks.refuse_without_gpu(strategy, run, task, this_machine())
+    order_checks.refuse_without_gpu(strategy, run, task, workers.training_machine())
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",
         task=task,
@@ -375,13 +375,13 @@ LEAST_STEPS = 32
 
 def usual_step_tokens(dataset: Dataset) -> int | None:
     """Tokens of a step that suit this dataset and this machine better than the setting's own default; None where the default does."""
-    from app.machine import this_machine
+    from app import workers
 
     if dataset.status != "ready":
         return None
     if dataset.task == "classification":
         return max(256, min(round(ROWS_PER_STEP * mean_tokens(dataset)), 2048))
-    memory = this_machine().gpu_memory_bytes
+    memory = workers.training_machine().gpu_memory_bytes
     if dataset.task != "generation" or memory is None:
         return None
     most = next(tokens for least, tokens in GPU_STEP_TOKENS if memory >= least)
@@ -399,23 +399,23 @@ def mean_tokens(dataset: Dataset) -> float:
 
 
 def has_gpu() -> bool:
-    from app.machine import this_machine
+    from app import workers
 
-    return this_machine().cuda
+    return workers.training_machine().cuda
 
 
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
-    """What the job will take on this machine, with `warnings` about its data and what stands on both sides of its split
+    """What the job will take on the machine that trains, with `warnings` about its data and what stands on both sides of its split
     (`overlap`, see there); None while its rows are not known."""
-    from app import datasets, estimate, machine, overlap
+    from app import estimate, inspections, overlap, workers
 
     if not spec.dataset.path:
         return None
     dataset = session.get_one(Dataset, spec.dataset.id)
     validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
-    found = estimate.estimate(spec, datasets.stats(dataset), machine.this_machine()).model_dump(mode="json")
-    # A classifier's head learns too, and its size follows from the labels, which only the report knows.
-    learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=order_checks.labels_of(dataset)[1])
+    stats = inspections.stats_for(session, dataset, spec.model)
+    checked_on = inspections.stats_for(session, validation, spec.model) if validation else None
+    found = estimate.estimate(spec, stats, workers.training_machine(), checked_on).model_dump(mode="json")
     both_sides, warnings = overlap.told(session, spec)
     warnings = [*order_checks.warnings(spec, dataset, validation), *warnings]
-    return found | {"trainable_parameters": learns, "warnings": warnings, "overlap": both_sides}
+    return found | {"warnings": warnings, "overlap": both_sides}

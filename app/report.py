@@ -21,7 +21,8 @@ MOST_FINDINGS_PER_RULE = 5000
 """Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
 PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
 """What a report shows of the first rows, as bytes of JSON: all of them, and one."""
-MOST_LABELS, LABEL_CHARACTERS = 1000, 200
+MOST_LABELS, LABEL_CHARACTERS = 5000, 200
+"""Labels whose rows are told: all of them, of every set that a classifier may learn (`MOST_CLASSES`)."""
 MOST_COLUMN_CHARACTERS = 300
 MOST_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""

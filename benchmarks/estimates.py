@@ -1,6 +1,6 @@
 """Is what a job was said to cost what it cost? Every strategy on this machine, predicted and measured side by side.
 
-    python -m benchmarks.estimates [--only lora,encoder] [--steps 12] [--tokens 256] [--json FILE]
+    python -m benchmarks.estimates [--only lora,encoder] [--steps 6] [--tokens 256] [--json FILE]
         [--model FOLDER] [--encoder FOLDER] [--set accumulation=4 --set gradient_checkpointing=all]
 
 Three parts: `generation` on a decoder learns `samples/support-replies.jsonl`; `classification` on the decoder and on an
@@ -28,8 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHORT_STEPS = 10
-"""Steps of the job that calibrates: the fewest that count."""
+SHORT_STEPS = 4
+"""Steps of the job that calibrates: with 256 tokens each, some more than count (`worker/run.py`)."""
 MEMORY_GOAL, SECONDS_GOAL = 0.10, 0.25
 EQUAL = 1e-4
 """Largest difference of two answers, as a share of the largest number in them, that rounding explains."""
@@ -143,8 +143,8 @@ def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     """A short job, then the one that counts. Neither finds anything that an earlier one measured but the machine's arithmetic."""
     from app.machine import CALIBRATION
 
+    (work / CALIBRATION).unlink(missing_ok=True)
     if plan["calibrate"]:
-        (work / CALIBRATION).unlink(missing_ok=True)
         found = in_child({**plan, "run": {"forgetting": False, **plan["run"], "max_steps": SHORT_STEPS}}, work)
         if "error" in found:
             return found
@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", help=f"folder of a decoder saved by save_pretrained(), in place of {STARTERS['decoder']}")
     made.add_argument("--encoder", help=f"folder of an encoder, in place of {STARTERS['encoder']}")
     made.add_argument("--no-calibration", dest="calibrate", action="store_false", help="leave out the short job before")
-    made.add_argument("--steps", type=int, default=12, help="steps of the predicted job")
+    made.add_argument("--steps", type=int, default=6, help="steps of the predicted job")
     made.add_argument("--tokens", type=int, default=256, help="tokens of a step")
     made.add_argument("--length", type=int, default=256, help="longest row, in tokens")
     made.add_argument("--set", action="append", metavar="NAME=VALUE", help="another run setting")

@@ -21,11 +21,10 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     from app.machine import this_machine
     from app.settings import get_settings
     from worker import frozen, train
-    from worker.run import _calibrate
+    from worker.run import calibrate
 
     spec, stats = order_of(plan)
     predicted = estimate(spec, stats, this_machine())
-    learns = spec.strategy.learns(spec.model.shape, task=spec.task, labels=stats.labels)
     said: dict[str, Any] = {}
 
     def exporting(attempt: Path, spec: Any, model: Any, *rest: Any) -> Any:
@@ -41,16 +40,16 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         if isinstance(event, events.Finished):
             said["finished"] = event
     finished, started = said["finished"], said["started"]
-    _calibrate(spec, finished)
+    calibrate(spec, started, finished)
     loaded = answers(spec, load(spec, finished))
     shutil.rmtree(attempt.parent)
     measured, evaluation = finished.measured, finished.evaluation or {}
     lost = finished.forgetting or {}
     return {
         "precision": started.precision,
-        "parameters": {"predicted": learns, "counted": started.trainable_parameters},
+        "parameters": {"predicted": predicted.trainable_parameters, "counted": started.trainable_parameters},
         "memory": {"predicted": predicted.memory_bytes, "measured": measured.peak_memory_bytes, "parts": predicted.memory.model_dump()},
-        "seconds": {"predicted": predicted.seconds, "measured": measured.seconds},
+        "seconds": {"predicted": predicted.seconds, "measured": measured.seconds, "before_the_first_step": started.seconds_to_load},
         "tokens_per_second": {"predicted": predicted.tokens_per_second, "measured": measured.tokens_per_second},
         "steps": {"predicted": predicted.steps, "measured": measured.steps},
         "tokens": {"predicted": predicted.tokens, "measured": measured.tokens},
@@ -72,19 +71,20 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     from app.shapes import shape_of
     from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
     from app.strategies import STRATEGIES
-    from app.token_counts import TokenCounter
+    from worker.inspect import Counter, open_tokenizer
 
     folder = get_settings().data_dir / "models" / plan["model"]
     shape = shape_of(json.loads((folder / "config.json").read_text()))
     classes = plan["task"] == "classification"
     rows = list(csv.DictReader((SAMPLES / "shop-questions.csv").open())) if classes else _json_lines("support-replies.jsonl")
     path = _stored(rows, plan["task"])
-    counter = TokenCounter(folder)
-    for row in rows:
-        counter.add(row)
-    known = {key: value for key, value in counter.result().items() if key != "token_lengths"}
-    stats = SimpleNamespace(rows=len(rows), characters=len(json.dumps(rows)), labels=len({row.get("label") for row in rows}), **known)
     kind = "encoder" if shape.architecture == "encoder" else "dialogue"
+    counter = Counter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
+    for line, row in enumerate(rows, start=1):
+        counter.add(row, line)
+    counted = counter.result()["report"]
+    known = {name: counted[name] for name in ("tokens", "trained_tokens", "longest")}
+    stats = SimpleNamespace(rows=len(rows), characters=len(json.dumps(rows)), labels=len({row.get("label") for row in rows}), **known)
     model = ModelRef(
         id=uuid.UUID(int=1), name=plan["model"], kind=kind, path=f"models/{plan['model']}", revision=plan["revision"], shape=shape
     )

@@ -17,7 +17,7 @@ WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
 
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
-PURE = {"spec", "estimate", "advisor", "progress"}
+PURE = {"spec", "estimate", "estimate_memory", "advisor", "progress"}
 HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "watch"}
 TOP = {"main", "routes", "cli", "embedded", "relay", "doctor"}
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids, jobs, orders
+from app import datasets, files, ids, jobs, orders, report, spec, workers
 from app.errors import BadField
 from app.orders import JobOrder
 from app.strategies import STRATEGIES
@@ -76,6 +76,14 @@ def test_labels_that_only_the_validation_rows_have(session, user, tiny_registere
     assert told(session, user, order_of(train, validation_dataset_id=ids.public(ids.DATASET, fewer.id))) == []
 
 
+def test_unseen_labels_are_named_among_thousands(session, user, tiny_registered, read):
+    known = [{"text": f"text {n}", "label": f"kind {n % 1200}"} for n in range(2400)]
+    checked = read([*known[:50], {"text": "other", "label": "kind 7777"}], "checked.jsonl")
+    assert report.MOST_LABELS >= spec.MOST_CLASSES
+    error = refused(session, user, order_of(read(known), validation_dataset_id=ids.public(ids.DATASET, checked.id)))
+    assert error.code == "unseen_labels" and "“kind 7777”" in error.message
+
+
 def test_a_class_with_one_row_is_told(session, user, tiny_registered, read):
     found = told(session, user, order_of(read([*labelled("card", "cash"), {"text": "lost it", "label": "loss"}])))
     assert len(found) == 1 and found[0].startswith("1 class has one row only (“loss”)")
@@ -137,6 +145,32 @@ def test_learnt_tokens_that_leave_no_room_for_the_row(session, user, tiny_regist
     error = refused(session, user, order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20}, run={"max_length": 22}))
     assert error.code == "no_room" and error.param == "strategy"
     assert orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20})))
+
+
+def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tiny_registered, read, monkeypatch):
+    """By the API, the form, the advice and a comparison, with what to take instead."""
+    kinds = read(labelled("card", "cash"))
+    light = {"optimizer": "adamw_8bit"}
+    error = refused(session, user, order_of(kinds, run=light))
+    assert error.code == "needs_gpu" and error.param == "run.optimizer" and "adamw" in error.way_out
+    named = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, kinds.id)}
+    for path, order in (
+        ("/v1/fine_tuning/jobs", order_of(kinds, run=light)),
+        ("/v1/estimates", order_of(kinds, run=light)),
+        ("/v1/comparisons", {**named, "strategies": ["lora", "full"], "run": light}),
+        ("/v1/advice", {**named, "run": light}),
+    ):
+        answer = api.post(path, json=order)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "needs_gpu", path
+    typed = {"model": "tiny", "dataset": named["dataset_id"], "strategy": "dense_head", "run.optimizer": "adamw_8bit"}
+    page = html.unescape(client.get("/jobs/new", params=typed).text)
+    assert error.message in page and "disabled>Start" in page
+    squeezed = refused(session, user, order_of(kinds, strategy={"name": "qlora"}))
+    assert squeezed.code == "strategy_unavailable" and "Choose lora, which needs no GPU" in squeezed.message
+
+    card = workers.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
+    monkeypatch.setattr(workers, "training_machine", lambda: card)
+    assert orders.build_spec(session, user, orders.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
 
 
 def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, tiny_registered, data_dir):

@@ -71,9 +71,11 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         seconds_to_load=time.monotonic() - began,
         details={**state.facts, "attention": attention.NAME, "pooling": pooling},
     )
-    vectors = yield from _vectors(spec, classifier, tokenizer, rows, longest, engine, control)
+    reading = time.monotonic()
+    vectors, tokens_read = yield from _vectors(spec, classifier, tokenizer, rows, longest, engine, control)
     if vectors is None:
         return
+    per_second = tokens_read / (time.monotonic() - reading)
     truth, held_truth = data.truth(data.train), data.truth(data.held_out)
     inside, outside = vectors[: len(truth)], vectors[len(truth) :]
     state.tokens = state.trained_tokens = sized.tokens
@@ -128,7 +130,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         kind="classifier",
         best_step=state.best_step,
         labels=data.labels,
-        measured=measured(state, engine),
+        measured=measured(state, engine).model_copy(update={"tokens_per_second": per_second}),
         forgetting=forgetting.without_measuring(spec, len(data.labels)) if run.forgetting else None,
         evaluation=evaluation,
     )
@@ -147,15 +149,15 @@ def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labe
 
 def _vectors(
     spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Engine, control: Any
-) -> Generator[events.Log | events.Doing, None, np.ndarray | None]:
-    """The vectors of all rows, kept from before or made now; None when a stop was asked for."""
+) -> Generator[events.Log | events.Doing, None, tuple[np.ndarray | None, int]]:
+    """The vectors of all rows, kept from before or made now, and the tokens read for them; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
     name = features.cache_name(spec.model, classifier.pooling, longest, engine.precision)
     known = features.kept(name, texts)
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if known:
         yield events.Log(message=f"The vectors of {len(known):,} of {len(known) + len(new):,} texts were kept from an earlier job.")
-    telling = Telling("Turning texts into vectors")
+    telling, tokens = Telling("Turning texts into vectors"), 0
     making = features.embed(classifier, tokenizer, new, max_length=longest, device=str(engine.device)) if new else iter(())
     while True:
         try:
@@ -165,9 +167,10 @@ def _vectors(
             if new:
                 features.keep(name, new, done.value)
                 known |= dict(zip(new, done.value, strict=True))
-            return np.stack([known[text] for text in texts])
+            return np.stack([known[text] for text in texts]), tokens
+        tokens = progress.tokens
         if control.stop:
-            return None
+            return None, tokens
         yield from telling.at(progress.done / progress.texts)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.estimate import passes
+from app.estimate_memory import passes
 from app.spec import JobSpec
 
 MESSAGE_BYTES = 64 * 2**20

@@ -44,6 +44,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
     """One try of a job; its exit code. Every failure is said on the pipe before the process ends."""
     asked = _Asked()
     step: int | None = None
+    started: events.Started | None = None
 
     def tell(event: events.TrainerEvent) -> None:
         pipe.write(event.model_dump_json() + "\n")
@@ -62,8 +63,10 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
                 tell(event)
                 note(event)
                 step = getattr(event, "step", step)
+                if isinstance(event, events.Started):
+                    started = event
                 if isinstance(event, events.Finished):
-                    _calibrate(spec, event)
+                    calibrate(spec, started, event)
                     return 0
         return STOPPED
     except BrokenPipeError:
@@ -146,17 +149,40 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
 # Beside the pipe ------------------------------------------------------------------------------------------------------
 
 
-def _calibrate(spec: JobSpec, finished: events.Finished) -> None:
-    """Keep how fast this machine was, so that the next estimate is better. The job is finished, whatever goes wrong here."""
-    measured = finished.measured
-    if measured.steps < 10:
-        return
-    with contextlib.suppress(Exception):
-        from app.estimate import operations_per_token
-        from app.machine import calibrate
+LEAST_TOKENS = 500
+"""Fewer say little of how fast a machine is: the first steps are slow."""
 
-        learnt = measured.trained_tokens / max(measured.tokens, 1)
-        calibrate(spec.strategy.name, measured.tokens_per_second * operations_per_token(spec.model.shape, spec.strategy, learnt))
+
+def calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
+    """Keep how fast this machine was, so that the next estimate is better. A frozen model only reads; where its vectors were
+    kept from an earlier job it read nothing, and there is nothing to learn from that. The job is finished, whatever goes wrong here."""
+    with contextlib.suppress(Exception):
+        _calibrate(spec, started, finished)
+
+
+def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
+    from app import estimate, machine
+
+    measured, shape = finished.measured, spec.model.shape
+    if started is None or started.resumed_from is not None or measured.tokens < LEAST_TOKENS or not measured.tokens_per_second:
+        return
+    learnt = 0.0 if spec.task == "classification" else measured.trained_tokens / measured.tokens
+    recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
+    features = type(spec.strategy).recipe == "features"
+    work = estimate.forward_operations(shape, 0.0) if features else estimate.operations_per_token(shape, spec.strategy, learnt, recomputed)
+    speed = measured.tokens_per_second * work
+    course = estimate.Course(
+        train=started.train_tokens,
+        held_out=started.train_tokens / max(started.train_rows, 1) * started.validation_rows,
+        longest=0,
+        tokens=measured.tokens,
+        steps=measured.steps,
+        learnt=learnt,
+        rows=started.train_rows,
+        labels=len(finished.labels or ()),
+    )
+    fixed = measured.seconds - estimate.arithmetic_seconds(spec, course, speed, recomputed)
+    machine.calibrate(estimate.work_of(spec, started.precision), speed, max(fixed, 0.1))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,7 +22,8 @@ import torch
 
 from app import events
 from app.errors import StudioError
-from app.estimate import operations_per_token, recomputed_layers, speed_of
+from app.estimate import operations_per_token, speed_of
+from app.estimate_memory import recomputed_layers
 from app.machine import this_machine
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -136,7 +137,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
-    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device))
+    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
     recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":

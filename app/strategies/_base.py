@@ -22,7 +22,7 @@ Family = Literal["feature", "partial", "full", "additive", "selective", "reparam
 
 
 class Memory(NamedTuple):
-    """Bytes that a strategy adds or changes, the model's activations left to `app/estimate.py`.
+    """Bytes that a strategy adds or changes, the model's activations left to `app/estimate_memory.py`.
 
     `weights` is what the frozen and trained weights take, adapters included; `gradients` and `optimizer` follow from
     what is trained.

@@ -22,10 +22,8 @@ class Dora(LowRank):
     place: ClassVar = 12
 
     def kept(self, shape: Shape) -> Kept:
-        # Each layer's output before and after it is scaled, and the weights' own lengths with what they are made of.
-        weights = sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape)))
-        plain = super().kept(shape)
-        return Kept(plain.per_token + 2 * shape.layer_outputs(), 5 * weights // 4)
+        # Each layer's output before and after it is scaled; the weights' own lengths pass no gradient (the paper, section 4.3).
+        return Kept(super().kept(shape).per_token + 2 * shape.layer_outputs())
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))

@@ -97,10 +97,10 @@ def test_a_comparison_in_which_none_fits_is_refused_with_the_reasons(api, sessio
     assert "bias" in error["message"].lower() and "does not learn the task generation" in error["message"]
     only = api.post("/v1/comparisons", json=body(chats, "lora", "bitfit")).json()["error"]
     assert only["code"] == "nothing_to_compare" and "Only LoRA is left" in only["message"]
-    from app import machine
+    from app import workers
 
-    small = machine.this_machine().model_copy(update={"memory_bytes": 2**20})
-    monkeypatch.setattr(machine, "this_machine", lambda: small)
+    small = workers.training_machine().model_copy(update={"memory_bytes": 2**20})
+    monkeypatch.setattr(workers, "training_machine", lambda: small)
     tight = api.post("/v1/comparisons", json=body(chats, "lora", "full")).json()["error"]
     assert tight["code"] == "no_strategy_fits" and "GB of memory, which this machine does not have" in tight["message"]
     assert jobs.list_(session, user) == [] and session.scalars(select(Comparison)).all() == []

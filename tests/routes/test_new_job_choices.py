@@ -99,10 +99,10 @@ def test_strategies_say_what_this_data_means_for_them(api, session, user, tiny_r
 
 
 def test_a_strategy_too_large_for_the_machine_says_so(api, session, user, tiny_registered, chats, monkeypatch):
-    from app import machine
+    from app import workers
 
     small = this_machine().model_copy(update={"memory_bytes": 200 * 2**20})
-    monkeypatch.setattr(machine, "this_machine", lambda: small)
+    monkeypatch.setattr(workers, "training_machine", lambda: small)
     found = api.get("/v1/strategies", params={"model": "tiny", "dataset": public(chats)}).json()["data"]
     full = next(s for s in found if s["name"] == "full")
     assert not full["available"] and "this machine has 0.2 GB" in full["reason"]

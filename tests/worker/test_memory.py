@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from app.estimate import layer_bytes
+from app.estimate_memory import layer_bytes
 from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES
 from worker import attention, evaluate, kernels
@@ -48,25 +49,31 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
     with held:
         batch = make_batch(data, range(4), CPU)
         hidden = evaluate.hidden_states(model, batch, engine)
-        linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
+        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
+    assert loss.requires_grad
     return Counted(held.bytes, batch.tokens)
 
 
+class Saved:
+    """A tensor as autograd holds it: gone when the graph that needs it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 class Holding:
-    """Counts the memory behind the tensors that autograd saves while inside."""
+    """Counts the memory behind the tensors that autograd saved while inside and still holds: what is made of the model's
+    weights and then detached, as DoRA's lengths are, keeps nothing."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-        self.found: dict[int, int] = {}
-        self.alive: list[torch.Tensor] = []  # so that no address is given out twice
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda tensor: tensor)
+        self.saved: list[weakref.ref[Saved]] = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
 
-    def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.found[storage.data_ptr()] = storage.nbytes()
-            self.alive.append(tensor)
-        return tensor
+    def save(self, tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        self.saved.append(weakref.ref(saved))
+        return saved
 
     def __enter__(self) -> None:
         self.hooks.__enter__()
@@ -76,7 +83,8 @@ class Holding:
 
     @property
     def bytes(self) -> int:
-        return sum(self.found.values())
+        alive = [saved.tensor.untyped_storage() for ref in self.saved if (saved := ref()) is not None]
+        return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in self.own}.values())
 
 
 def decoder() -> Shape:
@@ -111,7 +119,9 @@ def test_an_encoders_layer_keeps_what_was_said(name: str) -> None:
         held = Holding(model)
         with held:
             places = torch.cat([torch.arange(128)] * 4)[None]
-            model(input_ids=torch.ones(1, 512, dtype=torch.long), position_ids=places, **attention.packed_arguments([128] * 4, CPU))
+            ids = torch.ones(1, 512, dtype=torch.long)
+            out = model(input_ids=ids, position_ids=places, **attention.packed_arguments([128] * 4, CPU))
+        assert out.last_hidden_state.requires_grad
         return held.bytes
 
     shape = shape_of(BertConfig(**WIDTHS, num_hidden_layers=2).to_dict())

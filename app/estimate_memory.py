@@ -1,0 +1,207 @@
+"""Memory of a job before it starts: what holds the peak, and how many layers must be computed twice. Pure, no torch.
+
+`tests/worker/test_memory.py` holds it against autograd's own count, `benchmarks/estimates.py` against whole jobs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel
+
+from app.machine import Machine
+from app.shapes import Shape
+from app.spec import RunSettings
+from app.strategies import Strategy
+from app.strategies._base import Memory
+from app.strategies._peft import PeftStrategy
+
+FLOOR_CPU_BYTES = 532 * 2**20
+"""A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
+PEFT_CPU_BYTES = 24 * 2**20
+"""The library peft, for strategies that take it: what those on an encoder of 22 M needed beyond the others."""
+UNPLACED = 0.85
+"""Share of the gradients that finds no room in what the activations leave, which lies in other pieces."""
+FLOOR_CUDA_BYTES = 700 * 2**20
+"""What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
+HOLES = 0.15
+"""Share by which kept bf16 activations take more of a processor's memory than they hold: float32 pieces that come and go between
+them leave holes. Measured on LoRA over a 135 M model at 192, 512 and 1,024 tokens; without bf16 there was none."""
+LOGITS_BYTES = 96 * 2**20
+LOGITS_CUDA_BYTES = 2**30
+"""Chunks of float32 logits in `worker/loss.py`."""
+
+EMBEDDED_TOKENS = 4096
+"""Tokens of a batch in `worker/features.py`."""
+
+
+class MemoryParts(BaseModel):
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    other: int
+
+
+def passes(run: RunSettings, processes: int) -> int:
+    """Passes of a step: as many as ordered, or the next number that so many processes share evenly."""
+    return -(-run.accumulation // processes) * processes
+
+
+def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
+    """Tokens of one pass: a step's share, or the longest row where that is more."""
+    return max(math.ceil(run.max_tokens_per_step / passes(run, processes)), longest)
+
+
+def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:
+    """The number format a job runs in: as asked, or bf16 where the machine gains by it."""
+    if run.precision != "auto":
+        return run.precision
+    return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
+
+
+def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tuple[int, int]:
+    """What one layer keeps for the backward pass: (bytes per token, bytes besides).
+
+    Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
+    gated feed-forward the gate, its activation and what it is multiplied with. On a CPU attention is float32 even in bf16.
+    What learns adds its own. Counted tensor by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
+    """
+    compute = 2 if half else 4
+    island = compute if cuda else 4
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
+    read = compute if strategy.adapter else island  # what passes between the layers is as wide as the frozen weights
+    passing = norms * read + (2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
+    passing += 4 * shape.heads if cuda else 0  # the logarithms of the softmax's sums, which the GPU's attention keeps
+    own = strategy.kept(shape)
+    per_token = passing + own.per_token * compute
+    # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
+    rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter else 0
+    return per_token, own.once * compute + rounded
+
+
+def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool) -> int:
+    """The chunk of logits that is alive at once in `worker/loss.py`, the gradient of the hidden states, and a trained head's own."""
+    width = 2 if half and not cuda else 4
+    chunk = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else LOGITS_BYTES)
+    head = shape.vocabulary * shape.hidden
+    # The head rounded to bf16, its gradient in float32, and a chunk's part of it before it is added.
+    own = head * (4 + 2 + 2 if half else 4) if trained else 0
+    return (2 if cuda else 1) * chunk + 8 * tokens * shape.hidden + own
+
+
+def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
+    """What the GPU's attention takes on its way back through one layer: its queries' gradient in float32, heads widened to a
+    multiple of 32, with 128 rows to spare for each place of the table of sequences. (`worker/attention.py:frame_of` gives it
+    twice the places that are usual; rows are taken to be a third as long as the longest in the mean.)"""
+    places = math.ceil(2 * tokens / max(longest / 3, 1)) + 16 + math.ceil(tokens / longest)
+    return 4 * (tokens + 128 * min(places, tokens)) * shape.heads * 32 * math.ceil(shape.head_dim / 32)
+
+
+def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) -> Memory:
+    """What each of several processes holds where they share the weights themselves (`worker/shards.py`): its rows of the blocks,
+    all of the rest, and two gathered blocks, the one at work and the next."""
+    if strategy.adapter or processes == 1:
+        return held
+    blocks = shape.layers * shape.layer_parameters()
+    kept = 1 - blocks / shape.parameters() * (1 - 1 / processes)
+    gathered = 2 * 4 * shape.layer_parameters()
+    return Memory(int(held.weights * kept) + gathered, int(held.gradients * kept) + gathered, int(held.optimizer * kept))
+
+
+def memory_of(
+    shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
+) -> MemoryParts:
+    """Peak bytes of each process by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
+    half = precision_of(run, strategy, machine) == "bf16"
+    frozen_bytes = 2 if half and strategy.adapter else 4
+    whole = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    loaded = whole.weights
+    if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
+        saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())
+        whole = whole._replace(weights=whole.weights - saved)
+    held = spread_over(whole, shape, strategy, machine.processes)
+    writes = task != "classification"
+    unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
+    tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
+    reached = strategy.reaches(shape)
+    recompute = min(recompute, reached)
+    layer = tokens * per_token + once
+    kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    if half and not machine.cuda:
+        kept += HOLES * reached * tokens * per_token
+    # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
+    passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
+    passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
+    everything = strategy.trainable(shape) >= shape.parameters()
+    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda) if writes else 0
+    # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
+    table = shape.vocabulary * shape.hidden * 4 if everything else 0
+    begin, end = kept + max(head, passing), held.gradients + passing + table
+    peak = max(begin + int(UNPLACED * (held.gradients - min(table, held.gradients))), end)
+    weights = held.weights - unused * frozen_bytes
+    other = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES + _joined_bytes(shape, strategy, frozen_bytes)
+    if not machine.cuda and isinstance(strategy, PeftStrategy):
+        other += PEFT_CPU_BYTES
+    trains = weights + held.optimizer + peak + other
+    loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
+    if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other
+        loads = loaded + other
+    if held is not whole:  # the model is loaded and prepared in every process, and put together again in the first to be scored
+        loads = whole.weights + held.weights + held.optimizer + other
+    return MemoryParts(
+        weights=weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=int(peak - min(held.gradients, peak)),
+        other=other + max(0, int(loads - trains)),
+    )
+
+
+def _loading_bytes(shape: Shape, width: int) -> int:
+    """Bytes a weight while the weights are read into numbers of `width` bytes: a file of other numbers lies beside them."""
+    written = 2 if shape.architecture == "decoder" else 4  # as most are published
+    return width if width == written else width + written
+
+
+def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
+    """Where LoRA's layers share a product (`worker/lora.py`) their weights move into one matrix each; the places they leave were
+    measured not to be taken again."""
+    if not strategy.adapter or not strategy.learns_in_bf16():
+        return 0
+    outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.intermediate
+    return shape.layers * shape.hidden * outputs * frozen_bytes if shape.gated else 0
+
+
+def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, task: str = "generation") -> int:
+    """Layers whose activations are recomputed: none or all as asked, or as few as let each process fit in nine tenths of its memory."""
+    if run.gradient_checkpointing != "auto":
+        return shape.layers if run.gradient_checkpointing == "all" else 0
+    limit = 0.9 * machine.training_memory_bytes
+    for layers in range(shape.layers + 1):
+        if sum(memory_of(shape, strategy, run, longest, machine, layers, task).model_dump().values()) <= limit:
+            return layers
+    return shape.layers
+
+
+def features_memory(
+    shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, rows: int, longest: int, machine: Machine
+) -> MemoryParts:
+    """Peak bytes with `tokens` to read and `rows` to learn from: the frozen stack, and a batch on its way through a layer or the vectors while a classifier learns on them."""
+    half = precision_of(run, strategy, machine) == "bf16"
+    width, compute = (2, 2) if half else (4, 4)
+    tokens = max(min(EMBEDDED_TOKENS, tokens), longest)
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    passing = tokens * ((3 if shape.gated else 2) * shape.intermediate + 4 * shape.hidden + 2 * q + 2 * kv) * compute
+    vectors = 3 * 4 * rows * shape.hidden
+    loads = 0 if machine.cuda else (_loading_bytes(shape, width) - width) * shape.body_parameters()
+    return MemoryParts(
+        weights=width * shape.body_parameters(),
+        gradients=0,
+        optimizer=0,
+        activations=max(passing, vectors, loads),
+        other=FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES,
+    )
