@@ -43,7 +43,8 @@ class _TokenNats(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         wide = torch.promote_types(compute, torch.float32)
-        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda)
+        # On a GPU a logit is alive as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
+        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, 12 if hidden.is_cuda else 8)
         cast = weight.to(compute)
         nats = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

@@ -51,8 +51,8 @@ CHUNK_BYTES_CUDA = 2**30
 
 
 def chunk_rows(vocabulary: int, rows: int, cuda: bool = False, width: int = 8) -> int:
-    """Places whose logits are made at once, each of `width` bytes on a CPU and of 4 on a GPU."""
-    return max(16, min(rows, CHUNK_BYTES_CUDA // (4 * vocabulary) if cuda else CHUNK_BYTES // (width * vocabulary)))
+    """Places whose logits are made at once; `width` bytes are alive for each logit, 4 at least on a GPU."""
+    return max(16, min(rows, CHUNK_BYTES_CUDA // (max(width, 4) * vocabulary) if cuda else CHUNK_BYTES // (width * vocabulary)))
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -145,7 +145,7 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 
     needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     source, cast = hidden.to(compute), weight.to(compute)
-    rows = max(256, chunk_rows(weight.shape[0], hidden.shape[0], True) // 256 * 256)
+    rows = max(256, chunk_rows(weight.shape[0], hidden.shape[0], True, 4) // 256 * 256)
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(source) if needs_hidden else None
     d_weight: torch.Tensor | None = None
