@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ class Pair:
         path = root / folder / "spec.json"
         path.write_text(spec.model_dump_json())
         read_end, write_end = os.pipe()
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)  # so that it cannot run ahead of its reader by more than a dozen steps
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "worker.run"]
         command += ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
         given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -39,11 +42,18 @@ class Pair:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=given, pass_fds=[write_end], stdout=log, stderr=log)
         os.close(write_end)
-        self.pipe = os.fdopen(read_end, "rb")
+        self.pipe = os.fdopen(read_end, "rb", buffering=0)
 
     def __iter__(self):
         for line in self.pipe:
             yield events.read_line(line)
+
+    def stop_after(self, step: int) -> None:
+        """Read its events to the end, and ask one of the two to stop once that step was told: any may be asked."""
+        for event in self:
+            if isinstance(event, events.Step) and event.step == step:
+                psutil.Process(self.process.pid).children()[-1].send_signal(signal.SIGTERM)
+        self.wait()
 
     def wait(self) -> int:
         return self.process.wait(timeout=120)
@@ -105,15 +115,11 @@ def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
 
 @pytest.mark.parametrize("began_with", [2, 1])
 def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with):
-    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=1, learning_rate=1e-3)
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=5, learning_rate=1e-3)
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
     runs = data_dir / "runs" / "shared"
     if began_with == 2:
-        pair = Pair(spec, "shared")
-        for event in pair:
-            if isinstance(event, events.Step) and event.step == 1:
-                pair.process.send_signal(signal.SIGTERM)
-        pair.wait()
+        Pair(spec, "shared").stop_after(1)
         rest = list(train(spec, runs / "a2", runs))
     else:
         control = Control()
