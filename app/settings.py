@@ -63,6 +63,11 @@ class Settings(BaseSettings):
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
     )
+    generate_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Numbers the playground computes in on a processor. bf16 is faster where there are instructions for it (AVX-512 BF16, "
+        "AMX), but its answers differ from those of training's own scores, and with what else is being answered. A GPU always takes bf16.",
+    )
     generate_idle_seconds: float = Field(
         1800.0,
         gt=0,

@@ -84,8 +84,10 @@ class Shelf:
 
     def __init__(self, memory_bytes: int | None = None, device: str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # float32 on a CPU: bfloat16 would be faster, but then an answer depends on what else is in the batch.
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        # float32 on a CPU unless asked otherwise: bfloat16 is faster, but an answer depends on what else is in the batch
+        # (benchmarks/NOTES.md has the figures).
+        half = self.device.type == "cuda" or get_settings().generate_precision == "bf16"
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.memory_bytes = memory_bytes or _memory_for_models(self.device)
         self.training_bytes = 0  # what jobs of this machine take beside it
         self._device_bytes = _device_bytes(self.device)

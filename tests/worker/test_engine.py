@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app import manifest
 from app.errors import BadRequest, DoesNotFit
 from app.generation import Done, GenerateRequest, Sampling
+from app.settings import get_settings
 from app.shapes import shape_of
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
@@ -122,6 +123,23 @@ def test_in_a_crowd_as_alone(engine, home):
     steps = engine.steps
     assert crowd(engine, requests) == alone
     assert engine.steps - steps < steps / 2, "they were answered one after the other, not together"
+
+
+def test_bf16_on_request_answers_nearly_as_float32(home, tmp_path, tiny_model, monkeypatch):
+    """The likeliest tokens and their probabilities stay within what two bytes a number can hold, under an adapter too."""
+    refs = [ref_of(home), ref_of(home, adapters=[make_adapter(tmp_path / "one", tiny_model, 1)])]
+    said = {}
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setenv("LUTHIER_GENERATE_PRECISION", precision)
+        get_settings.cache_clear()
+        engine = Engine(Shelf(device="cpu"))
+        assert engine.shelf.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        asked = [request(ref, p, max_tokens=1, logprobs=True, top_logprobs=3) for p in PROMPTS for ref in refs]
+        answers = [[e for entries in engine.answer(r) for e in entries if e.type == "text"] for r in asked]
+        said[precision] = [x[0].logprobs[0].top[0].logprob for x in answers if x]
+        engine.close()
+    assert len(said["fp32"]) >= 8 and said["fp32"] != said["bf16"]
+    assert said["bf16"] == pytest.approx(said["fp32"], abs=0.1)
 
 
 def test_adapters_of_one_base_share_a_batch(engine, home, tmp_path, tiny_model):
