@@ -136,7 +136,14 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
             continue
         spec = JobSpec(name="advice", task=facts.task, model=ref, dataset=reference, run=run, strategy=strategy)
         cost = estimate.estimate(spec, stats, here)
-        found[name] = Cost(memory_bytes=cost.memory_bytes, seconds=cost.seconds, trainable_parameters=cost.trainable_parameters)
+        found[name] = Cost(
+            memory_bytes=cost.memory_bytes,
+            seconds=cost.seconds,
+            trainable_parameters=cost.trainable_parameters,
+            learning_bytes=cost.memory.gradients + cost.memory.optimizer + cost.memory.activations,
+            recomputed_layers=cost.recomputed_layers,
+            tokens=cost.tokens,
+        )
     return found
 
 
@@ -144,12 +151,17 @@ def show(facts: Facts, shape: Shape) -> list[Shown]:
     """The facts in words, in the order in which they matter."""
     found = [Shown(name="Rows", value=human_number(facts.rows), note=facts.task)]
     if facts.tokens is not None:
-        found.append(Shown(name="Tokens", value=human_number(facts.tokens)))
+        each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
+        found.append(Shown(name="Tokens", value=human_number(facts.tokens), note=f"{each}; what a job reads stands beside each strategy"))
     if facts.classes:
         note = (
             "" if facts.smallest_class is None else f"{human_number(facts.smallest_class)} to {human_number(facts.largest_class)} rows each"
         )
         found.append(Shown(name="Classes", value=human_number(facts.classes), note=note))
+        if facts.smallest_class is not None:
+            uneven = advisor.balance(facts)
+            even = "uneven: judge by macro F1, not by accuracy" if uneven >= advisor.UNEVEN else "largest class to smallest"
+            found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
     found.append(Shown(name="Model", value=f"{human_number(shape.parameters() / 1e6, 1)} M", note=f"parameters, {shape.architecture}"))
     found.append(Shown(name="Memory here", value=human_bytes(facts.memory_bytes), note="of the GPU" if facts.cuda else "of the machine"))
     found.append(_unlike(facts))

@@ -15,13 +15,16 @@ from app.strategies import STRATEGIES, Strategy
 
 FEW_ROWS, MANY_ROWS = 100, 5_000
 FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
+UNEVEN = 10
+"""A class with this many times the rows of another drowns it: accuracy looks good while the small one is never answered."""
 CLOSE, FAR = 1.25, 2.0
 """Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
 from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
 1.3 to 1.8, a ship's log 2.1."""
-ROOMY = 0.5
-"""A plan that needs less than this share of the machine's memory leaves room."""
-
+ROOMY, TIGHT = 0.5, 0.9
+"""A plan that needs less than the first share of the machine's memory leaves room; one beyond the second leaves none."""
+NEAR_LEAST = 1.1
+"""What needs up to this many times the least memory counts as needing as little."""
 
 ENOUGH = {"accuracy": 0.9, "rouge_l": 0.8}
 """Where a prompt alone reaches this, tuning has little left to teach."""
@@ -72,6 +75,9 @@ class Cost(BaseModel):
     memory_bytes: int
     seconds: float | None = None
     trainable_parameters: int
+    learning_bytes: int = Field(0, description="of the memory, what learning adds to the weights: gradients, optimizer and activations")
+    recomputed_layers: int = Field(0, description="layers whose activations are computed twice, so that the job fits")
+    tokens: int | None = Field(None, description="tokens read in all steps, a soft prompt's own among them")
 
 
 class Reason(NamedTuple):
@@ -96,14 +102,15 @@ class Advice(BaseModel):
 
 def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None = None) -> list[Advice]:
     """Every strategy, best first; those that cannot run come last, with the reason. `why_not` is one that holds for all."""
-    found = [_one(cls(), facts, shape, costs.get(name), why_not) for name, cls in STRATEGIES.items()]
+    found = [_one(cls(), facts, shape, costs, why_not) for name, cls in STRATEGIES.items()]
     found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
     if found and found[0].available:
         found[0].advised = True
     return found
 
 
-def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None, why_not: str | None) -> Advice:
+def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None) -> Advice:
+    cost = costs.get(strategy.name)
     why_not = why_not or strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
         why_not = (
@@ -115,7 +122,7 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, cost: Cost | None, why_
     )
     if why_not is None:
         weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_prompts(strategy, facts)]
-        weighed += [*_by_cost(strategy, facts, cost), *_by_nature(strategy)]
+        weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *_by_nature(strategy)]
         advice.score = sum(r.points for r in weighed)
         advice.reasons = [r.text for r in weighed if r.points > 0]
         advice.warnings = [r.text for r in weighed if r.points < 0]
@@ -144,23 +151,52 @@ def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
 
 
 def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
+    """A frozen model serves few labels; many pay for layers of their own on it (dense head), unless its states do not tell the
+    classes apart. The smallest class says how many there are of what is hardest to learn."""
     found = []
     per_class = facts.rows / max(facts.classes or 1, 1)
-    words = f"{facts.rows:,} labelled rows in {facts.classes} classes ({per_class:,.0f} a class)"
+    least = per_class if facts.smallest_class is None else facts.smallest_class
+    words = f"{facts.rows:,} labelled rows in {facts.classes} classes ({_rows_a_class(facts, per_class)})"
+    large = facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
     if strategy.family == "feature":
-        found.append(Reason(35, f"{words}: a frozen model with a small classifier is quick, hard to beat, and forgets nothing."))
+        quick = "a frozen model with a small classifier is quick, hard to beat, and forgets nothing."
+        found.append(Reason(30 if large else 35, f"{words}: {quick}"))
         if facts.distance is not None and facts.distance >= FAR:
             found.append(Reason(-20, "The texts are foreign to the model, so its frozen vectors may not tell the classes apart."))
     elif strategy.name == "dense_head":
-        if per_class >= MANY_PER_CLASS:
+        if _told_apart(facts) is False:
+            found.append(Reason(-14, "The frozen model hardly tells these classes apart, and new layers on it see no more than it does."))
+        elif large:
+            found.append(Reason(55, f"{words}: enough to train new layers of their own on the frozen model, which stays as it is."))
+        elif least >= MANY_PER_CLASS:
             found.append(Reason(28, f"{words}: enough to train new layers on the frozen model."))
         else:
-            found.append(Reason(-5, f"{per_class:,.0f} rows a class are few for new layers; frozen features overfit less."))
-    elif per_class < FEW_PER_CLASS:
-        found.append(Reason(-15, f"{per_class:,.0f} rows a class are few to move the model itself."))
-    elif per_class >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
+            found.append(Reason(-5, f"{_rows_a_class(facts, per_class)} are few for new layers; frozen features overfit less."))
+    elif least < FEW_PER_CLASS:
+        found.append(Reason(-15, f"{_rows_a_class(facts, per_class)} are few to move the model itself."))
+    elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
         found.append(Reason(10, f"{words}: enough to let the model itself adapt."))
+    if balance(facts) >= UNEVEN and strategy.family in ("full", "partial", "reparametrized"):
+        uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
+        found.append(Reason(-4, f"{uneven}: what moves much soon answers the large one always. Watch macro F1, or even the classes out."))
     return found
+
+
+def balance(facts: Facts) -> float:
+    """How many times the rows of the smallest class the largest has; 1 where nobody counted."""
+    return facts.largest_class / max(facts.smallest_class, 1) if facts.smallest_class is not None and facts.largest_class else 1.0
+
+
+def _rows_a_class(facts: Facts, mean: float) -> str:
+    return f"{mean:,.0f} rows a class" + (f", {facts.smallest_class:,} in the smallest" if balance(facts) > 1.5 else "")
+
+
+def _told_apart(facts: Facts) -> bool | None:
+    """Whether the frozen model's vectors tell the classes apart; None while nothing says so."""
+    if facts.distance is not None and facts.distance >= FAR:
+        return False
+    skill = task_skill(facts)
+    return None if skill is None or facts.how != "vectors" else skill > FAR_TASK
 
 
 def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
@@ -209,13 +245,37 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason
         return []
     share = cost.memory_bytes / facts.memory_bytes
     needs = f"{_gb(cost.memory_bytes)} of {_gb(facts.memory_bytes)}"
-    if share > 0.9:
+    if share > TIGHT:
         return [Reason(-10, f"It needs {needs} of memory: it may just fit.")]
     if strategy.base_bits and share < ROOMY:
         return [Reason(-12, "There is memory enough to keep the base in full precision, which is faster and a little better.")]
     if strategy.family == "full" and share < ROOMY:
         return [Reason(4, f"It needs {needs} of memory, which this machine can spare.")]
     return []
+
+
+def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -> list[Reason]:
+    """Where re-training every weight has no room: of the parameter-efficient strategies those that need the least."""
+    cost, full = costs.get(strategy.name), costs.get("full")
+    if cost is None or full is None or (full.memory_bytes <= TIGHT * facts.memory_bytes and not full.recomputed_layers):
+        return []
+    found = []
+    if cost.recomputed_layers:
+        found.append(Reason(-10, f"It fits only because {cost.recomputed_layers} layers are computed twice, which takes time."))
+    small = {n: c for n, c in costs.items() if STRATEGIES[n].family in ("reparametrized", "additive", "selective")}
+    if strategy.name in small:
+        least = min(small.values(), key=lambda c: (c.recomputed_layers, c.memory_bytes))
+        near = cost.recomputed_layers <= least.recomputed_layers and cost.memory_bytes <= NEAR_LEAST * least.memory_bytes
+        if cost is least or near:
+            says = "Memory is short here, and of all that adapt the whole model with few weights this needs the least"
+            says = says if cost is least else "Memory is short here, and this needs hardly more than the least"
+            found.append(
+                Reason(
+                    25 if cost is least else 18,
+                    f"{says}: {_gb(cost.memory_bytes)}, of which gradients and activations are {_gb(cost.learning_bytes)}.",
+                )
+            )
+    return found
 
 
 def _by_nature(strategy: Strategy) -> list[Reason]:

@@ -77,3 +77,56 @@ def test_where_a_prompt_is_enough_moving_every_weight_is_advised_against():
     assert full(prompted=0.9).score < full(prompted=0.3).score
     assert any("ROUGE-L 0.90" in text for text in full(prompted=0.9).warnings)
     assert worth_tuning(Facts(task="generation", rows=9, memory_bytes=GB)) is None
+
+
+def classes(rows: int, **more) -> Facts:
+    return Facts(**{"task": "classification", "rows": rows, "classes": 10, "memory_bytes": 24 * GB, **more})
+
+
+def test_a_large_labelled_set_gets_the_dense_head_first():
+    best = ranked(classes(20_000, smallest_class=900, largest_class=4000), ENCODER)[0]
+    assert best.strategy == "dense_head" and any("900 in the smallest" in text for text in best.reasons)
+    assert ranked(classes(20_000, distance=1.0), DECODER)[0].strategy == "dense_head"
+    assert ranked(classes(300), ENCODER)[0].strategy == "feature_extraction"
+
+
+def test_a_frozen_model_that_tells_no_class_apart_gets_no_new_layers():
+    strange = classes(20_000, metric="accuracy", how="vectors", prompted=0.12, chance=0.1)
+    assert ranked(strange, ENCODER)[0].strategy == "lora"
+
+
+def test_the_smallest_class_decides_what_is_enough():
+    even, uneven = classes(20_000, smallest_class=2000, largest_class=2000), classes(20_000, smallest_class=4, largest_class=15_000)
+    best = ranked(uneven, ENCODER)[0]
+    assert ranked(even, ENCODER)[0].strategy == "dense_head" and best.strategy == "feature_extraction"
+    lora = next(a for a in ranked(uneven, ENCODER) if a.strategy == "lora")
+    assert any("4 in the smallest are few" in text for text in lora.warnings)
+    assert any("3,750 times the rows of the smallest" in text and "macro F1" in text for text in lora.warnings)
+
+
+def test_short_memory_gets_the_parameter_efficient_strategy_that_needs_least():
+    """Full re-training has no room, LoRA fits by computing layers twice, and prompt tuning as it is."""
+
+    def cost(memory: float, recomputed: int = 0) -> Cost:
+        return Cost(memory_bytes=int(memory * GB), trainable_parameters=1, learning_bytes=GB, recomputed_layers=recomputed)
+
+    names = ("lora", "rslora", "ia3", "prompt_tuning", "dense_head")
+    short = {
+        **{name: cost(3.6, 12) for name in STRATEGIES},
+        "full": cost(9, 30),
+        "prompt_tuning": cost(3.0),
+        "ia3": cost(3.2),
+        "dense_head": cost(2),
+    }
+    facts = Facts(task="generation", rows=1200, distance=1.5, memory_bytes=4 * GB)
+    best = ranked(facts, costs=short)[0]
+    assert best.strategy == "prompt_tuning" and any(
+        "needs the least: 3.0 GB, of which gradients and activations are 1.0 GB" in t for t in best.reasons
+    )
+    place = {a.strategy: n for n, a in enumerate(ranked(facts, costs=short)) if a.strategy in names}
+    assert place["ia3"] < place["lora"] and "full" not in place
+    assert any("12 layers are computed twice" in t for a in ranked(facts, costs=short) if a.strategy == "lora" for t in a.warnings)
+    roomy = {name: cost(2) for name in STRATEGIES}
+    assert ranked(facts, costs=roomy)[0].strategy == "lora"
+    near = {**short, "lora": cost(3.2)}
+    assert ranked(facts, costs=near)[0].strategy == "lora", "where it needs hardly more it is still the surest"
