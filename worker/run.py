@@ -182,7 +182,8 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         labels=len(finished.labels or ()),
     )
     fixed = measured.seconds - estimate.arithmetic_seconds(spec, course, speed, recomputed)
-    machine.calibrate(estimate.work_of(spec, started.precision), speed, max(fixed, 0.1))
+    if fixed > 0:  # what took less than its arithmetic found a part of its vectors made
+        machine.calibrate(estimate.work_of(spec, started.precision), speed, fixed)
 
 
 def _parser() -> argparse.ArgumentParser:
