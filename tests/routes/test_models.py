@@ -106,7 +106,7 @@ def test_a_model_is_ordered_by_the_api(api, session, data_dir, tiny_model) -> No
 def test_the_pages_show_models_and_lineage(client, session, user, tuned, tiny_registered) -> None:
     page = client.get("/models")
     assert page.status_code == 200 and tuned.name in page.text and "Add SmolLM2 135M Instruct" in page.text
-    assert "hx-trigger" not in page.text
+    assert "every 2s" not in page.text, "nothing is being fetched"
     page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}")
     assert page.status_code == 200
     for words in ("Where it comes from", "PeftModel.from_pretrained", "Download the adapter", "Make a merged model", "cd" * 32, "Letters"):
