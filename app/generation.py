@@ -132,9 +132,12 @@ class Rendered(BaseModel):
 
 
 class TextPart(BaseModel):
+    """`tokens` counts what this choice consists of so far, this part included: what is known of an answer that is stopped."""
+
     type: Literal["text"] = "text"
     index: int
     text: str
+    tokens: int
     logprobs: list[Logprob] = Field(default_factory=list)
 
 

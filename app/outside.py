@@ -280,7 +280,7 @@ class _Fold:
             return []
         self.first = self.first or time.monotonic()
         self.parts[index] += len(logs) or 1
-        return [TextPart(index=index, text=text, logprobs=logs)]
+        return [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)]
 
     def end(self) -> list[Entry]:
         """Every choice's end, then Done. A server that says no usage is counted by the parts it sent."""

@@ -68,6 +68,12 @@ class Heard:
     done: Done | None = None
     error: dict[str, Any] | None = None
 
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Heard:
+        heard = cls()
+        heard.take(entries)
+        return heard
+
     def take(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             match entry:
@@ -77,6 +83,7 @@ class Heard:
                     choice = self.choices.setdefault(entry.index, Choice())
                     choice.text += entry.text
                     choice.logprobs += entry.logprobs
+                    choice.tokens = entry.tokens
                 case ChoiceFinished():
                     choice = self.choices.setdefault(entry.index, Choice())
                     choice.finish_reason, choice.tokens = entry.reason, entry.tokens
@@ -86,7 +93,7 @@ class Heard:
                     self.error = {"message": entry.message, "way_out": entry.way_out, "code": entry.code}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens in the shape of the OpenAI API."""
+        """Tokens in the shape of the OpenAI API; of an answer that was stopped, those that were heard of."""
         last = self.done or self.started
         prompt = last.prompt_tokens if last else 0
         written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())

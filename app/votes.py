@@ -104,8 +104,7 @@ def answered(session: Session, user: User, vote_id: uuid.UUID, asked: Sequence[A
     vote = get(session, user, vote_id)
     broken = next((h.error for h in heard if h.error), None)
     if broken:
-        session.delete(vote)
-        session.flush()
+        forget(session, user, vote_id)
         return vote
     exchange = playground.record_call(
         session, user, list(zip(asked, heard, strict=True)), sampling, messages=vote.messages, prompt=vote.messages[-1]["content"]
@@ -115,6 +114,12 @@ def answered(session: Session, user: User, vote_id: uuid.UUID, asked: Sequence[A
     vote.left_text, vote.right_text = (storable(h.choices[0].text if h.choices else "") for h in heard)
     session.flush()
     return vote
+
+
+def forget(session: Session, user: User, vote_id: uuid.UUID) -> None:
+    """Take away a round that cannot be voted on: an answer failed, or nobody waited for it."""
+    session.delete(get(session, user, vote_id))
+    session.flush()
 
 
 def add(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,6 +114,47 @@ def live(session, user):
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join(10)
+
+
+def leave_while_it_speaks(url: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+    """Send a request and close its connection once a worker has said something in reply to it, and before it has ended."""
+    from app.queue import PREFIX, get_redis
+
+    wire, before = get_redis(), set(get_redis().keys(f"{PREFIX}answer:*"))
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.request("POST", path, body, headers)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        streams = [key for key in set(wire.keys(f"{PREFIX}answer:*")) - before if key.count(b":") == 2]
+        if any(wire.xlen(key) >= 3 for key in streams):
+            return connection.close()
+        time.sleep(0.002)
+    raise AssertionError("nobody answered")
+
+
+def stopped_after(folder: Path, answer_id: uuid.UUID) -> int:
+    """Tokens after which the engine let go of an answer, as the worker's log has it."""
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        logs = "".join(path.read_text(errors="replace") for path in folder.glob("worker-*.log"))
+        if found := re.search(rf"Answer {answer_id} stopped after (\d+) of \d+ tokens: nobody reads it", logs):
+            return int(found[1])
+        time.sleep(0.05)
+    raise AssertionError("the engine went on")
+
+
+def stored_answers(session, count: int = 1) -> list:
+    """The rows of `count` answers, which are stored a moment after their reader has left."""
+    from sqlalchemy import select
+
+    from app.tables import Answer
+
+    deadline = time.monotonic() + 15
+    while len(rows := session.scalars(select(Answer)).all()) < count and time.monotonic() < deadline:
+        session.rollback()
+        time.sleep(0.05)
+    assert len(rows) == count
+    return list(rows)
 
 
 @pytest.fixture

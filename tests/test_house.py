@@ -18,7 +18,7 @@ WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
 PURE = {"spec", "estimate", "estimate_memory", "advisor", "progress"}
-HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "watch"}
+HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "streams", "watch"}
 TOP = {"main", "routes", "cli", "embedded", "relay", "doctor"}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import uuid
+from urllib.parse import urlencode
 
+import httpx
 import pytest
 from sqlalchemy import select
 
@@ -15,7 +16,17 @@ from app.errors import BadField, NotFound
 from app.generation import ChoiceFinished, Done, Sampling, Started, TextPart
 from app.playground import Heard
 from app.tables import Answer, Exchange, User
-from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.conftest import csrf_token
+from tests.generating import (  # noqa: F401
+    _workers,
+    answering_dir,
+    generate_worker,
+    leave_while_it_speaks,
+    live,
+    register_tiny,
+    stopped_after,
+    stored_answers,
+)
 
 NAMES = ["tiny", "tiny-generic", "tiny-instruction"]
 
@@ -29,7 +40,7 @@ def answered(session, user, names, prompt, text, parent=None):
     """An exchange with its answers, as if the worker had given them."""
     exchange, asked = playground.ask(session, user, names, prompt, Sampling(), parent=parent)
     heard = Heard()
-    heard.take([Started(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text)])
+    heard.take([Started(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text, tokens=1)])
     heard.take(
         [
             ChoiceFinished(index=0, reason="stop", tokens=2),
@@ -127,6 +138,23 @@ def test_the_plain_form_answers(client, session, three, generate_worker):  # noq
     assert newest.rendered_prompt.count("<|im_start|>user") == 2
 
 
+def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, user, three, generate_worker, answering_dir):  # noqa: F811
+    from app import accounts
+
+    link = accounts.new_sign_in_link(session, user)
+    session.commit()
+    with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True) as browser:
+        token = csrf_token(browser.get(link).text)
+        cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
+    order = {"models": NAMES, "prompt": "Go on", "sampling.max_tokens": "480", "sampling.temperature": "0"}
+    headers = {"origin": live, "x-csrf-token": token, "cookie": cookies, "content-type": "application/x-www-form-urlencoded"}
+    leave_while_it_speaks(live, "/playground", urlencode(order, doseq=True).encode(), headers)
+    rows = stored_answers(session, 3)
+    assert {r.finish_reason for r in rows} == {"cancelled"}
+    assert all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in rows)
+    assert max(r.usage["completion_tokens"] for r in rows) > 0
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -158,7 +186,7 @@ def shown(page):
     return [" ".join(t.replace("\0", "�").split()) for t in page.locator("[data-pane] [data-text]").all_text_contents()]
 
 
-def test_in_the_browser(browser_page, live, session, user, three, generate_worker):  # noqa: F811
+def test_in_the_browser(browser_page, live, session, user, three, generate_worker, answering_dir):  # noqa: F811
     from app import accounts
 
     link = accounts.new_sign_in_link(session, user)
@@ -190,12 +218,9 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     page.locator("[data-pane] [data-text]").nth(3).filter(has_text=re.compile("..")).wait_for()  # the second turn of the second column
     page.keyboard.press("Escape")
     page.get_by_text("Stopped.").first.wait_for()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and len(session.scalars(select(Answer)).all()) < 4:
-        session.rollback()
-        time.sleep(0.1)
-    session.rollback()
-    assert len(session.scalars(select(Answer)).all()) == 4 and len(session.scalars(select(Exchange)).all()) == 2
+    last = [r for r in stored_answers(session, 4) if r.finish_reason == "cancelled"]
+    assert last and all(0 < r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in last)
+    assert len(session.scalars(select(Exchange)).all()) == 2
 
 
 def test_a_comparison_is_saved_and_exported(client, session, user, three):

@@ -12,6 +12,7 @@ it ends, a long prompt stalls nobody, and the weights are read once for all (Yu 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ from worker.lanes import Lane, Placement, Shelf
 from worker.room import Room
 from worker.sampling import Chooser, TextStream, logprob
 from worker.turns import Row, Running
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 """Answers written at once in one lane."""
@@ -185,6 +188,8 @@ class Engine:
         now = time.monotonic()
         for running in [*self.active, *self.waiting]:
             if running.cancelled or (running.deadline is not None and now > running.deadline):
+                why, most = "nobody reads it" if running.cancelled else "its time is over", running.max_tokens * len(running.rows)
+                log.info("Answer %s stopped after %d of %d tokens: %s.", running.request.id, running.written, most, why)
                 entries: list[Entry] = []
                 for row in running.rows:
                     if not row.finished:
@@ -391,7 +396,7 @@ class Engine:
 
     def _show(self, row: Row, text: str, entries: list[Entry]) -> None:
         if text or row.logprobs:
-            entries.append(TextPart(index=row.index, text=text, logprobs=row.logprobs))
+            entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs))
             row.logprobs = []
 
     def _finish(self, running: Running, row: Row, reason: str, entries: list[Entry]) -> None:
@@ -403,7 +408,7 @@ class Engine:
         entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
 
     def _leave(self, running: Running, entries: list[Entry]) -> None:
-        now, written = time.monotonic(), sum(len(row.written) for row in running.rows)
+        now, written = time.monotonic(), running.written
         first, speed = running.first_token, None
         if first is not None and written > len(running.rows):
             speed = (written - len(running.rows)) / max(now - first, 1e-9)

@@ -74,6 +74,11 @@ class Running:
         return (self.request.owner, self.request.bulk)
 
     @property
+    def written(self) -> int:
+        """Tokens of all its answers so far."""
+        return sum(len(row.written) for row in self.rows)
+
+    @property
     def has_read(self) -> bool:
         return self.read == len(self.prompt)
 

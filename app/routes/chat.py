@@ -5,18 +5,16 @@ No session of the database is open while an answer streams: one transaction befo
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Send
 
 from app import answers as errors_as_json
 from app import playground
@@ -26,13 +24,12 @@ from app.errors import BadField
 from app.generation import MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, ChoiceFinished, Entry, Logprob, Sampling, TextPart
 from app.listening import listen
 from app.playground import Asked, Heard
+from app.streams import Stream, later, left, merge, while_connected
 from app.tables import User
 
 api = APIRouter(prefix="/v1")
 
 MOST_PROMPTS = 16
-STUCK_SECONDS = 30.0
-"""A client that takes nothing for so long is dropped."""
 
 
 def _as_list(value: Any) -> Any:
@@ -257,16 +254,9 @@ class Call:
         self.heard = [Heard() for _ in self.asked]
 
     async def _whole(self, request: Request, streams: list[AsyncIterator[list[Entry]]]) -> Response:
-        gone = asyncio.ensure_future(_gone(request))
-        work = asyncio.ensure_future(self._hear_all(streams))
-        try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return Response(status_code=499)  # nobody is there to read it
-            work.result()
-        finally:
-            gone.cancel()
-            work.cancel()
+        if not await while_connected(request, self._hear_all(streams)):
+            later(self._record)
+            return left()
         await run_in_threadpool(self._record)
         n, choices = self.sampling.n, []
         for p, heard in enumerate(self.heard):
@@ -354,66 +344,3 @@ class Call:
     def _record(self) -> None:
         with transaction() as session:
             playground.record_call(session, self.user, list(zip(self.asked, self.heard, strict=True)), self.sampling, **self.stored)
-
-
-async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tuple[int, list[Entry]]]:
-    """Entries of several streams as they come, each with its stream's place. The first error ends all of them."""
-    box: asyncio.Queue[tuple[int, list[Entry] | Exception | None]] = asyncio.Queue(maxsize=8)
-
-    async def pump(place: int, stream: AsyncIterator[list[Entry]]) -> None:
-        try:
-            async for entries in stream:
-                await box.put((place, entries))
-            await box.put((place, None))
-        except Exception as error:
-            await box.put((place, error))
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-
-    pumps = [asyncio.ensure_future(pump(i, s)) for i, s in enumerate(streams)]
-    left = len(pumps)
-    try:
-        while left:
-            place, found = await box.get()
-            if found is None:
-                left -= 1
-            elif isinstance(found, Exception):
-                raise found
-            else:
-                yield place, found
-    finally:
-        for task in pumps:
-            task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection. The body has been read, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-_tasks: set[asyncio.Future[Any]] = set()
-
-
-def later(work: Callable[[], None]) -> None:
-    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
-
-
-class Stream(StreamingResponse):
-    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped."""
-
-    def __init__(self, content: AsyncIterator[bytes], media_type: str = "text/event-stream") -> None:
-        super().__init__(content, media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-
-    async def stream_response(self, send: Send) -> None:
-        async def impatient(message: Any) -> None:
-            async with asyncio.timeout(STUCK_SECONDS):
-                await send(message)
-
-        try:
-            await super().stream_response(impatient)
-        finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]

@@ -14,10 +14,10 @@ from app.accounts import CurrentUser
 from app.classify import Sorting
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import Entry, GenerateRequest
+from app.generation import GenerateRequest
 from app.listening import listen, listen_calmly
 from app.playground import MOST_PANES
-from app.routes.chat import merge
+from app.streams import collect, left
 from app.tables import User
 
 pages = APIRouter()
@@ -33,15 +33,13 @@ class ClassifyBody(BaseModel):
     input: str | list[str]
 
 
-@api.post("/classify")
-async def classify_texts(body: ClassifyBody, user: CurrentUser) -> dict[str, Any]:
+@api.post("/classify", response_model=None)
+async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Probabilities of every label for each text. A text longer than the model reads is cut, and says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    (request,) = await run_in_threadpool(_ask, user, [body.model], texts)
-    entries: list[Entry] = []
-    async for some in listen(request):
-        entries += some
-    return classify.to_json(classify.read(body.model, request, entries))
+    (asked,) = await run_in_threadpool(_ask, user, [body.model], texts)
+    heard = await collect(request, [listen(asked)])
+    return left() if heard is None else classify.to_json(classify.read(body.model, asked, heard[0]))
 
 
 @pages.get("/playground/classify")
@@ -59,9 +57,9 @@ async def classify_page(
     if texts:
         try:
             asked = await run_in_threadpool(_ask, user, names, texts)
-            heard: list[list[Entry]] = [[] for _ in asked]
-            async for place, entries in merge([listen_calmly(one) for one in asked]):
-                heard[place] += entries
+            heard = await collect(request, [listen_calmly(one) for one in asked])
+            if heard is None:
+                return left()
             found = [classify.read(*each) for each in zip(names, asked, heard, strict=True)]
         except StudioError as fault:
             error = fault

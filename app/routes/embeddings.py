@@ -8,7 +8,8 @@ import struct
 import uuid
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -18,6 +19,7 @@ from app.db import transaction
 from app.errors import BadField, Unavailable
 from app.generation import MOST_TEXTS, Embedded, GenerateRequest, Sampling
 from app.listening import listen
+from app.streams import collect, left
 from app.tables import User
 
 api = APIRouter(prefix="/v1")
@@ -33,17 +35,17 @@ class EmbeddingsBody(BaseModel):
     dimensions: int | None = Field(None, ge=1, description="Only the model's own size can be given.")
 
 
-@api.post("/embeddings")
-async def embeddings(body: EmbeddingsBody, user: CurrentUser) -> dict[str, Any]:
+@api.post("/embeddings", response_model=None)
+async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
         raise BadField(f"input takes 1 to {MOST_TEXTS} texts, none of them empty.", param="input")
     if max(map(len, texts)) > LONGEST:
         raise BadField(f"A text has more than {LONGEST} characters.", way_out="Cut it into parts.", param="input")
-    request = await run_in_threadpool(_request, user, body.model, texts)
-    found: Embedded | None = None
-    async for entries in listen(request):
-        found = next((e for e in entries if isinstance(e, Embedded)), found)
+    heard = await collect(request, [listen(await run_in_threadpool(_request, user, body.model, texts))])
+    if heard is None:
+        return left()
+    found = next((e for e in heard[0] if isinstance(e, Embedded)), None)
     if found is None:
         raise Unavailable("The encoder gave no answer.", way_out="Ask again.")
     size = len(found.vectors[0])

@@ -13,11 +13,11 @@ from app import next_tokens, playground, web
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import MOST_NEXT, Entry
+from app.generation import MOST_NEXT
 from app.listening import listen, listen_calmly
 from app.next_tokens import View
 from app.playground import MOST_PANES, Asked
-from app.routes.chat import merge
+from app.streams import collect, left
 from app.tables import User
 
 pages = APIRouter()
@@ -37,12 +37,12 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
         return next_tokens.ask(session, user, models, prompt, top_k)
 
 
-@api.post("/next_tokens")
-async def next_tokens_of(body: NextTokens, user: CurrentUser) -> dict[str, Any]:
+@api.post("/next_tokens", response_model=None)
+async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
     asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)
-    heard: list[list[Entry]] = [[] for _ in asked]
-    async for place, entries in merge([listen(one.request) for one in asked]):
-        heard[place] += entries
+    heard = await collect(request, [listen(one.request) for one in asked])
+    if heard is None:
+        return left()
     views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
     return {"object": "list", "data": [next_tokens.to_json(view, body.prompt_tokens) for view in views]}
 
@@ -63,9 +63,9 @@ async def tokens_page(
     if text:
         try:
             asked = await run_in_threadpool(_ask, user, names, text, top_k)
-            heard: list[list[Entry]] = [[] for _ in asked]
-            async for place, entries in merge([listen_calmly(one.request) for one in asked]):
-                heard[place] += entries
+            heard = await collect(request, [listen_calmly(one.request) for one in asked])
+            if heard is None:
+                return left()
             views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
         except StudioError as fault:
             error = fault

@@ -20,7 +20,7 @@ from app.errors import BadField, NotFound, StudioError
 from app.generation import MOST_STOPS, Broke, Done, Entry, Sampling
 from app.listening import listen_calmly
 from app.playground import Asked, Heard
-from app.routes.chat import Stream, later, merge
+from app.streams import Stream, later, left, merge, while_connected
 from app.tables import User
 
 pages = APIRouter()
@@ -128,6 +128,11 @@ def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
         return exchange.id, asked
 
 
+def _record_all(exchange_id: uuid.UUID, asked: list[Asked], heard: list[Heard]) -> None:
+    for one, said in zip(asked, heard, strict=True):
+        _record(exchange_id, one, said)
+
+
 def _record(exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> None:
     with transaction() as session:
         playground.record(session, exchange_id, asked, heard)
@@ -135,7 +140,7 @@ def _record(exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> None:
 
 @pages.post("/playground")
 async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
-    """Without the script: the page comes once all models have finished."""
+    """Without the script: the page comes once all models have finished. A browser that leaves first stops them."""
     try:
         order = await _order(request)
         exchange_id, asked = await run_in_threadpool(_ask, user, order)
@@ -145,10 +150,15 @@ async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
             _again, request, user, [str(m) for m in form.getlist("models") if m], str(form.get("prompt", "")), error
         )
     heard = [Heard() for _ in asked]
-    async for place, entries in merge([listen_calmly(one.request) for one in asked]):
-        heard[place].take(entries)
-    for one, said in zip(asked, heard, strict=True):
-        await run_in_threadpool(_record, exchange_id, one, said)
+
+    async def listen_to_all() -> None:
+        async for place, entries in merge([listen_calmly(one.request) for one in asked]):
+            heard[place].take(entries)
+
+    if not await while_connected(request, listen_to_all()):
+        later(lambda: _record_all(exchange_id, asked, heard))
+        return left()
+    await run_in_threadpool(_record_all, exchange_id, asked, heard)
     return RedirectResponse(f"/playground/{exchange_id}", status_code=303)
 
 

@@ -18,7 +18,8 @@ from app.generation import Sampling
 from app.listening import listen_calmly
 from app.pages import After, Limit, page
 from app.playground import Heard
-from app.routes.chat import Message, merge
+from app.routes.chat import Message
+from app.streams import collect, later, left
 from app.tables import User
 
 pages = APIRouter()
@@ -105,9 +106,11 @@ async def ask(
         vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, dataset, sampling)
     except StudioError as error:
         return await run_in_threadpool(_again, request, user, names, prompt, dataset, error)
-    heard = [Heard() for _ in asked]
-    async for place, entries in merge([listen_calmly(one.request) for one in asked]):
-        heard[place].take(entries)
+    said = await collect(request, [listen_calmly(one.request) for one in asked])
+    if said is None:
+        later(lambda: _forget(user, vote_id))
+        return left()
+    heard = [Heard.of(entries) for entries in said]
     broken = next((h.error for h in heard if h.error), None)
     await run_in_threadpool(_answered, user, vote_id, asked, heard, sampling)
     if broken:
@@ -128,6 +131,11 @@ def _begin(user: User, names: list[str], prompt: str, dataset: str, sampling: Sa
 def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[Heard], sampling: Sampling) -> None:
     with transaction() as session:
         votes.answered(session, user, vote_id, asked, heard, sampling)
+
+
+def _forget(user: User, vote_id: uuid.UUID) -> None:
+    with transaction() as session:
+        votes.forget(session, user, vote_id)
 
 
 def _again(request: Request, user: User, names: list[str], prompt: str, dataset: str, error: StudioError) -> Response:

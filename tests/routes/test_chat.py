@@ -11,7 +11,18 @@ import pytest
 from sqlalchemy import select
 
 from app.tables import Answer, Exchange
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
+from tests.generating import (  # noqa: F401
+    _workers,
+    answering_dir,
+    generate_worker,
+    leave_while_it_speaks,
+    live,
+    openai_client,
+    register_tiny,
+    stop_worker,
+    stopped_after,
+    stored_answers,
+)
 
 ASK = [{"role": "system", "content": "Answer in one short sentence."}, {"role": "user", "content": "What wood is the belly made of?"}]
 
@@ -145,18 +156,15 @@ def test_markers_and_control_characters_are_survived(client, session):
     assert said.choices[0].finish_reason in ("stop", "length")
 
 
-def test_client_that_leaves_stops_the_generation(client, session):
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_stops_the_generation(client, live, session, answering_dir, stream):  # noqa: F811
     # The bias makes one letter certain and the end impossible, so the answer only ends when it is cut or runs out of room.
-    stream = answer(client, max_tokens=480, stream=True, logit_bias={"70": 100})
-    for chunk in stream:
-        if chunk.choices[0].delta.content:
-            break
-    stream.close()
-    deadline = time.monotonic() + 15
-    while not (rows := session.scalars(select(Answer)).all()) and time.monotonic() < deadline:
-        session.rollback()
-        time.sleep(0.1)
-    assert rows[0].finish_reason == "cancelled" and rows[0].usage["completion_tokens"] < 480
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 480, "stream": stream, "logit_bias": {"70": 100}}
+    headers = {"authorization": f"Bearer {client.api_key}", "content-type": "application/json"}
+    leave_while_it_speaks(live, "/v1/chat/completions", json.dumps(body).encode(), headers)
+    (row,) = stored_answers(session)
+    assert row.finish_reason == "cancelled" and len(row.text) == row.usage["completion_tokens"]
+    assert 0 < row.usage["completion_tokens"] <= stopped_after(answering_dir, row.id) < 480
 
 
 def test_worker_killed_mid_stream_ends_with_an_error_and_the_next_one_answers(client, generate_worker, session):  # noqa: F811

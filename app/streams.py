@@ -1,0 +1,120 @@
+"""How answers of models reach a client: several streams as one, for as long as the client is there to hear them.
+
+Who leaves stops what is being made for it: a stream is closed by the server, and a call that waits for a whole answer
+watches its connection with `while_connected`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Send
+
+from app.generation import Entry
+
+STUCK_SECONDS = 30.0
+"""A client that takes nothing for so long is dropped."""
+CLIENT_LEFT = 499
+"""What a log shows for an answer that nobody was there to read. No client ever sees it."""
+
+
+async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tuple[int, list[Entry]]]:
+    """Entries of several streams as they come, each with its stream's place. The first error ends all of them."""
+    box: asyncio.Queue[tuple[int, list[Entry] | Exception | None]] = asyncio.Queue(maxsize=8)
+
+    async def pump(place: int, stream: AsyncIterator[list[Entry]]) -> None:
+        try:
+            async for entries in stream:
+                await box.put((place, entries))
+            await box.put((place, None))
+        except Exception as error:
+            await box.put((place, error))
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    pumps = [asyncio.ensure_future(pump(i, s)) for i, s in enumerate(streams)]
+    left = len(pumps)
+    try:
+        while left:
+            place, found = await box.get()
+            if found is None:
+                left -= 1
+            elif isinstance(found, Exception):
+                raise found
+            else:
+                yield place, found
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work` for as long as the client waits for it. False: the client left first, and `work` was stopped.
+
+    The body of the request must have been read; whatever `work` raises is raised here.
+    """
+    gone, working = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, working}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        working.cancel()
+        await asyncio.wait({working})  # so that nothing is heard any more when the caller stores what was
+        return False
+    finally:
+        gone.cancel()
+        working.cancel()
+
+
+async def collect(request: Request, streams: list[AsyncIterator[list[Entry]]]) -> list[list[Entry]] | None:
+    """Everything that each stream says, once all have ended. None: the client has left."""
+    heard: list[list[Entry]] = [[] for _ in streams]
+
+    async def listen_to_all() -> None:
+        async for place, entries in merge(streams):
+            heard[place] += entries
+
+    return heard if await while_connected(request, listen_to_all()) else None
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection. The body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def left() -> Response:
+    """The answer to a client that is no longer there."""
+    return Response(status_code=CLIENT_LEFT)
+
+
+_tasks: set[asyncio.Future[Any]] = set()
+
+
+def later(work: Callable[[], None]) -> None:
+    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+class Stream(StreamingResponse):
+    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped."""
+
+    def __init__(self, content: AsyncIterator[bytes], media_type: str = "text/event-stream") -> None:
+        super().__init__(content, media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def stream_response(self, send: Send) -> None:
+        async def impatient(message: Any) -> None:
+            async with asyncio.timeout(STUCK_SECONDS):
+                await send(message)
+
+        try:
+            await super().stream_response(impatient)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
