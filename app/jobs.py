@@ -76,7 +76,16 @@ def create(session: Session, user: User, order: JobOrder, idempotency_key: str |
     if _complete(spec):
         queue.put_in_outbox(session, queue.TRAIN, job_id)
     say(session, job_id, 0, said.Queued(reason="submitted"))
+    for wish in order.integrations or ():
+        say(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
     return session.get_one(Job, job_id)
+
+
+def _not_sent(project: str) -> str:
+    return (
+        f"Nothing is sent to the project {project[:100]} of Weights & Biases: this studio keeps its figures to itself. "
+        "They are in the job's events, in its result file and in the TensorBoard files of its run."
+    )
 
 
 def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Job | None:

@@ -96,9 +96,21 @@ def read_order(body: Mapping[str, Any]) -> JobOrder:
     Which comparison a job belongs to is no wish of a request: `app.comparisons` says it.
     """
     try:
-        return JobOrder.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
+        order = JobOrder.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
     except ValidationError as error:
         raise bad_field(error) from None
+    for place, wish in enumerate(order.integrations or ()):
+        _check_integration(wish, f"integrations.{place}")
+    return order
+
+
+def _check_integration(wish: Mapping[str, Any], param: str) -> None:
+    """Raises BadField for another service than Weights & Biases, and for an order to it without a project."""
+    if wish.get("type") != "wandb":
+        raise BadField(f"{param}.type can only be 'wandb'.", way_out="Leave the integration out.", param=f"{param}.type")
+    settings = wish.get("wandb")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("project"), str) or not settings["project"]:
+        raise BadField(f"{param}.wandb.project is missing.", way_out="Name the project.", param=f"{param}.wandb.project")
 
 
 def bad_field(error: ValidationError, prefix: str = "", tag: str | None = None) -> BadField:

@@ -272,11 +272,9 @@ class _Names:
 
 
 def checkpoint_json(session: Session, job: Job, row: Checkpoint, losses: dict[int, float]) -> Json:
-    metrics = {"step": row.step, **row.metrics}
-    named = {"train_loss": losses.get(row.step), "full_valid_loss": row.metrics.get("loss"), "valid_loss": row.metrics.get("loss")}
-    metrics |= {name: value for name, value in named.items() if value is not None and name not in metrics}
-    if "token_accuracy" in row.metrics:
-        metrics["full_valid_mean_token_accuracy"] = row.metrics["token_accuracy"]
+    """A `fine_tuning.job.checkpoint`. `metrics` has the client's own names; null is what was not measured. The held-out rows are
+    always scored whole, so `valid_…` and `full_valid_…` agree. Everything that was measured stands under `scores`."""
+    loss, accuracy = row.metrics.get("loss"), row.metrics.get("token_accuracy")
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": ids.public(ids.CHECKPOINT, row.id),
@@ -284,7 +282,17 @@ def checkpoint_json(session: Session, job: Job, row: Checkpoint, losses: dict[in
         "fine_tuned_model_checkpoint": models.checkpoint_name(session, job, row.step),
         "fine_tuning_job_id": ids.public(ids.JOB, job.id),
         "step_number": row.step,
-        "metrics": metrics,
+        "metrics": {
+            "step": row.step,
+            "train_loss": losses.get(row.step),
+            "train_mean_token_accuracy": None,
+            "valid_loss": loss,
+            "valid_mean_token_accuracy": accuracy,
+            "full_valid_loss": loss,
+            "full_valid_mean_token_accuracy": accuracy,
+        },
+        # Ours.
+        "scores": row.metrics,
         "best": row.best,
         "bytes": row.bytes,
     }

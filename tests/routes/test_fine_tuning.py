@@ -76,6 +76,8 @@ def test_create_answers_with_openais_fields_and_ours(ai, file_id):
     assert job.strategy["rank"] == 4 and job.run["max_tokens_per_step"] == 512 and job.run["epochs"] == 2
     assert job.estimate["seconds"] > 0 and job.progress["step"] == 0
     assert ai.fine_tuning.jobs.retrieve(job.id) == job
+    told = ai.fine_tuning.jobs.list_events(job.id).data[0]
+    assert told.level == "warn" and told.message.startswith("Nothing is sent to the project p of Weights & Biases")
 
 
 def test_the_deprecated_form_and_auto_everywhere(ai, file_id):
@@ -95,10 +97,9 @@ def test_lists_turn_pages_and_filter_by_metadata(ai, file_id):
 def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, suffix="x")
     held = take(key_of(job))
+    kept = saved(30, best=True).model_copy(update={"metrics": {"loss": 1.0, "token_accuracy": 0.5}})
     with transaction() as session:
-        claims.record(
-            session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), saved(30, best=True)]
-        )
+        claims.record(session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), kept])
     running = ai.fine_tuning.jobs.retrieve(job.id)
     assert running.status == "running" and running.estimated_finish >= time.time() - 5 and running.progress["step"] == 30
     said = list(ai.fine_tuning.jobs.list_events(job.id, limit=7))
@@ -107,7 +108,11 @@ def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
     assert metrics.message == "Step 30/20: training loss=0.06667" and metrics.data["step"] == 30
     (checkpoint,) = ai.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.step_number == 30 and checkpoint.fine_tuned_model_checkpoint.endswith(":ckpt-step-30")
-    assert checkpoint.metrics.train_loss == pytest.approx(2 / 30) and checkpoint.metrics.full_valid_loss == 1.0
+    assert checkpoint.metrics.to_dict() == {
+        "step": 30, "train_loss": pytest.approx(2 / 30), "train_mean_token_accuracy": None, "valid_loss": 1.0,
+        "valid_mean_token_accuracy": 0.5, "full_valid_loss": 1.0, "full_valid_mean_token_accuracy": 0.5,
+    }  # fmt: skip
+    assert checkpoint.scores == {"loss": 1.0, "token_accuracy": 0.5} and checkpoint.best is True
     with transaction() as session:
         claims.finish(session, held, FINISHED)
     done = ai.fine_tuning.jobs.retrieve(job.id)
@@ -223,6 +228,10 @@ def test_errors_have_openais_shape(ai, file_id):
     with pytest.raises(openai.BadRequestError) as caught:
         ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"strategy": {"name": "lora", "rank": 0}})
     assert caught.value.param == "strategy.rank"
+    for wish, param in (({"type": "other"}, "type"), ({"type": "wandb", "wandb": {}}, "wandb.project")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, integrations=[wish])
+        assert caught.value.param == f"integrations.0.{param}"
     dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}
     with pytest.raises(openai.BadRequestError) as caught:
         ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=dpo)
