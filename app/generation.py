@@ -11,6 +11,7 @@ carries a rising `seq`, so that a reader sees when one was lost. Both ends prove
 
 from __future__ import annotations
 
+import codecs
 import uuid
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -109,6 +110,23 @@ class Logprob(BaseModel):
     top: list[Logprob] = Field(default_factory=list)
 
 
+class Offsets:
+    """Where tokens begin in the text they make, in characters. A token that begins inside a character begins where that does."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def place(self, raw: list[int]) -> int:
+        """The beginning of the next token, which is made of these bytes."""
+        begin = self.at
+        for place, byte in enumerate(raw):
+            self.at += len(self._decoder.decode(bytes([byte])))
+            if place == 0 and not 0x80 <= byte < 0xC0:  # it begins a character, so a half one before it has become a mark
+                begin = self.at - (byte < 0x80)
+        return begin
+
+
 # Entries of the stream, in the order they come: started, then text and finished for each choice, then done. -------------
 
 
@@ -152,12 +170,13 @@ class ChoiceFinished(BaseModel):
 
 class SeenToken(BaseModel):
     """One token: its number, text, UTF-8 bytes, and the natural logarithm of its probability where it stands. None for the
-    first token of a prompt, which nothing comes before."""
+    first token of a prompt, which nothing comes before. `top` are the likeliest in its place, as many as the sampling says."""
 
     id: int
     token: str
     bytes: list[int]
     logprob: float | None
+    top: list[Logprob] = Field(default_factory=list)
 
 
 class Seen(BaseModel):

@@ -151,8 +151,8 @@ def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, us
     leave_while_it_speaks(live, "/playground", urlencode(order, doseq=True).encode(), headers)
     rows = stored_answers(session, 3)
     assert {r.finish_reason for r in rows} == {"cancelled"}
-    assert all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in rows)
-    assert max(r.usage["completion_tokens"] for r in rows) > 0
+    heard = [r for r in rows if r.usage["completion_tokens"]]  # a model that had not begun yet did not begin any more
+    assert heard and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in heard)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     page.locator("[data-pane] [data-text]").nth(3).filter(has_text=re.compile("..")).wait_for()  # the second turn of the second column
     page.keyboard.press("Escape")
     page.get_by_text("Stopped.").first.wait_for()
-    last = [r for r in stored_answers(session, 4) if r.finish_reason == "cancelled"]
-    assert last and all(0 < r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in last)
+    last = [r for r in stored_answers(session, 4) if r.finish_reason == "cancelled" and r.usage["completion_tokens"]]
+    assert last and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in last)
     assert len(session.scalars(select(Exchange)).all()) == 2
 
 

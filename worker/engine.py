@@ -374,6 +374,7 @@ class Engine:
         token = likeliest if _is_greedy(r) else row.chooser.choose(logits)
         if sampling.logprobs:
             row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
+            row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
         self._accept(r, row, token, entries)
 
     def _accept(self, running: Running, row: Row, token: int, entries: list[Entry]) -> None:
@@ -382,11 +383,12 @@ class Engine:
         row.written.append(token)
         if token in running.place.stop_ids:
             if row.logprobs:
-                row.logprobs.pop()  # the token that ends an answer is not part of it
+                row.logprobs.pop(), row.begins.pop()  # the token that ends an answer is not part of it
             return self._finish(running, row, "stop", entries)
         text = row.text.push(token)
         if row.text.stopped:
             self._show(row, text, entries)
+            row.logprobs.clear()  # what is left are tokens of the stop text
             return self._finish(running, row, "stop", entries)
         if text:
             self._show(row, text, entries)
@@ -394,13 +396,15 @@ class Engine:
             self._finish(running, row, "length", entries)
         return None
 
-    def _show(self, row: Row, text: str, entries: list[Entry]) -> None:
-        if text or row.logprobs:
-            entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs))
-            row.logprobs = []
+    def _show(self, row: Row, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
+        """Give out a text and the tokens that begin in what was given out so far; the others wait for theirs, or for the end."""
+        begun = len(row.logprobs) if all_of_it else sum(begin < row.text.shown for begin in row.begins)
+        if text or begun:
+            entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs[:begun]))
+            row.logprobs, row.begins = row.logprobs[begun:], row.begins[begun:]
 
     def _finish(self, running: Running, row: Row, reason: str, entries: list[Entry]) -> None:
-        self._show(row, row.text.end(), entries)
+        self._show(row, row.text.end(), entries, all_of_it=True)
         row.finished = True
         if row.slot is not None and row is not running.rows[0]:
             row.slot.busy = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from app.generation import Seen, SeenToken
-from worker.sampling import token_bytes
+from app.generation import Logprob, Seen, SeenToken
+from worker.sampling import likeliest, token_bytes
 
 if TYPE_CHECKING:
     from worker.engine import Running
@@ -21,11 +22,11 @@ def look(running: Running, logits: torch.Tensor) -> Seen | None:
     prompt, lead = running.prompt, running.place.lane.lead
     if not running.seen:
         running.seen.append(_said(running, prompt[lead], None))
-    logs = logits.log_softmax(-1)
+    logs, top = logits.log_softmax(-1), running.request.sampling.top_logprobs
     begin = running.read - len(logits)
     for i in range(max(begin, lead), min(running.read, len(prompt) - 1)):
-        token = prompt[i + 1]
-        running.seen.append(_said(running, token, float(logs[i - begin, token])))
+        token, row = prompt[i + 1], logs[i - begin]
+        running.seen.append(_said(running, token, float(row[token]), likeliest(running.place.tokenizer, row, top)))
     if running.read < len(prompt):
         return None
     values, ids = logs[-1].topk(min(running.request.look or 1, logs.shape[1]))
@@ -33,6 +34,6 @@ def look(running: Running, logits: torch.Tensor) -> Seen | None:
     return Seen(tokens=running.seen, following=following)
 
 
-def _said(running: Running, token: int, logprob: float | None) -> SeenToken:
+def _said(running: Running, token: int, logprob: float | None, top: Sequence[Logprob] = ()) -> SeenToken:
     raw = token_bytes(running.place.tokenizer, token)
-    return SeenToken(id=token, token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=logprob)
+    return SeenToken(id=token, token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=logprob, top=list(top))

@@ -106,11 +106,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The UTF-8 bytes that a token stands for; half a character, when the token is one."""
+    """The UTF-8 bytes that a token stands for; half a character, when the token is one. A SentencePiece token keeps the space
+    before its word, which it loses where it is decoded alone."""
     text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if "�" not in text:
-        return text.encode()
     piece = tokenizer.convert_ids_to_tokens(token) or ""
+    if "�" not in text:
+        return (" " + text if piece.startswith("▁") and not text.startswith(" ") else text).encode()
     if len(piece) == 6 and piece.startswith("<0x"):
         return bytes([int(piece[3:5], 16)])
     alphabet = _byte_alphabet()
@@ -120,10 +121,17 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 def logprob(tokenizer: Any, logits: torch.Tensor, token: int, top: int) -> Logprob:
     """What the model thought of `token`, from (V,) float32 logits before any sampling setting, and of the `top` likeliest."""
     logs = logits.log_softmax(-1)
-    values, ids = logs.topk(min(top, logs.shape[0])) if top else (logs[:0], logs[:0])
     said = _say(tokenizer, token, float(logs[token]))
-    said.top = [_say(tokenizer, int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    said.top = likeliest(tokenizer, logs, top)
     return said
+
+
+def likeliest(tokenizer: Any, logs: torch.Tensor, top: int) -> list[Logprob]:
+    """The `top` likeliest tokens of (V,) logarithms of probabilities, the likeliest first."""
+    if not top:
+        return []
+    values, ids = logs.topk(min(top, logs.shape[0]))
+    return [_say(tokenizer, int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _say(tokenizer: Any, token: int, value: float) -> Logprob:
@@ -141,6 +149,7 @@ class TextStream:
         self.ids = list(prompt[-6:])
         self.start, self.read = 0, len(self.ids)
         self.held = ""
+        self.shown = 0  # characters given out
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -170,10 +179,12 @@ class TextStream:
         if found:
             self.stopped = True
             shown, self.held = self.held[: min(found)], ""
+            self.shown += len(shown)
             return shown
         keep = 0 if final else max((_overlap(self.held, s) for s in self.stops), default=0)
         cut = len(self.held) - keep
         shown, self.held = self.held[:cut], self.held[cut:]
+        self.shown += len(shown)
         return shown
 
 

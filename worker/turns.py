@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from app.generation import Entry, GenerateRequest, Logprob, SeenToken
+from app.generation import Entry, GenerateRequest, Logprob, Offsets, SeenToken
 from worker.sampling import Chooser, TextStream
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class Row:
     slot: Slot | None = None
     written: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=Offsets)
+    begins: list[int] = field(default_factory=list)
+    """Where each token of `logprobs` begins in the answer, in characters."""
     finished: bool = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -21,10 +21,24 @@ from app import playground
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField
-from app.generation import MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, ChoiceFinished, Entry, Logprob, Sampling, TextPart
+from app.generation import (
+    MOST_CHOICES,
+    MOST_STOPS,
+    MOST_TOP_LOGPROBS,
+    ChoiceFinished,
+    Done,
+    Entry,
+    Logprob,
+    Offsets,
+    Sampling,
+    Seen,
+    SeenToken,
+    Started,
+    TextPart,
+)
 from app.listening import listen
 from app.playground import Asked, Heard
-from app.streams import Stream, later, left, merge, while_connected
+from app.streams import Stream, collect, later, left, merge, while_connected
 from app.tables import User
 
 api = APIRouter(prefix="/v1")
@@ -105,7 +119,7 @@ class ChatBody(_Body):
 
 class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)  # type: ignore[assignment]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)  # type: ignore[assignment]
     echo: bool | None = False
 
@@ -124,8 +138,13 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
 
 @api.post("/completions")
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
+    if body.max_tokens == 0 and not body.echo:
+        raise BadField(
+            "max_tokens 0 writes nothing.", way_out="Ask for at least one token, or for the prompt with echo.", param="max_tokens"
+        )
     prompts = _prompts(body.prompt)
-    sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0)
+    sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, max_tokens=body.max_tokens or 1)
+    sampling = sampling.model_copy(update={"max_tokens": body.max_tokens})
     stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
     call = Call(Completion(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored})
     return await call.respond(request, body)
@@ -149,6 +168,7 @@ class Chat:
 
     def __init__(self, model: str) -> None:
         self.model = model
+        self.prompts: dict[int, list[SeenToken]] = {}
 
     def first(self, index: int, prompt: str) -> dict[str, Any] | None:
         return {"index": index, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None}
@@ -173,41 +193,54 @@ def _token(x: Logprob) -> dict[str, Any]:
 
 
 class Completion:
-    """text_completion, whole and in parts. With `echo` the prompt stands before the answer."""
+    """text_completion, whole and in parts. With `echo` the prompt stands before the answer, and so do its tokens where
+    logarithms of probabilities are asked for; an offset counts the characters of the text that is given back."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, echo: bool) -> None:
         self.model, self.echo = model, echo
-        self.at: dict[int, int] = {}
+        self.prompts: dict[int, list[SeenToken]] = {}
+        """For each choice the tokens of its prompt, once a model has looked at them."""
+        self.offsets: dict[int, Offsets] = {}
 
     def first(self, index: int, prompt: str) -> dict[str, Any] | None:
-        return {"index": index, "text": prompt, "logprobs": None, "finish_reason": None} if self.echo else None
+        if not self.echo:
+            return None
+        return {"index": index, "text": prompt, "logprobs": self._given(self.prompts.get(index, []), index), "finish_reason": None}
 
     def piece(self, index: int, entry: TextPart) -> dict[str, Any]:
-        return {"index": index, "text": entry.text, "logprobs": self.logprobs(entry.logprobs, index), "finish_reason": None}
+        return {"index": index, "text": entry.text, "logprobs": self._given(entry.logprobs, index), "finish_reason": None}
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
-        logs = self.logprobs(choice.logprobs, index) if asked_logprobs else None
+        logs = self.logprobs([*self.prompts.get(index, []), *choice.logprobs], index) if asked_logprobs else None
         text = (prompt if self.echo else "") + choice.text
         return {"index": index, "text": text, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
 
-    def logprobs(self, logs: list[Logprob], index: int) -> dict[str, Any] | None:
-        if not logs:
-            return None
-        offsets = []
-        for x in logs:
-            offsets.append(self.at.get(index, 0))
-            self.at[index] = offsets[-1] + len(x.token)
+    def _given(self, logs: Sequence[Logprob | SeenToken], index: int) -> dict[str, Any] | None:
+        return self.logprobs(logs, index) if logs else None
+
+    def logprobs(self, logs: Sequence[Logprob | SeenToken], index: int) -> dict[str, Any]:
+        offsets = self.offsets.setdefault(index, Offsets())
         return {
-            "tokens": [x.token for x in logs],
+            "tokens": [_spelt(x) for x in logs],
             "token_logprobs": [x.logprob for x in logs],
-            "top_logprobs": [{t.token: t.logprob for t in x.top} for x in logs],
-            "text_offset": offsets,
+            "top_logprobs": [None if x.logprob is None else _alternatives(x) for x in logs],
+            "text_offset": [offsets.place(x.bytes) for x in logs],
         }
+
+
+def _spelt(x: Logprob | SeenToken) -> str:
+    """A token in the older API's spelling: what is no text by itself as `bytes:\\xe2\\x80`, so that no two are alike."""
+    return "bytes:" + "".join(f"\\x{b:02x}" for b in x.bytes) if "�" in x.token else x.token
+
+
+def _alternatives(x: Logprob | SeenToken) -> dict[str, float | None]:
+    """The likeliest tokens in a token's place; it is one of them, also where it was not among the likeliest."""
+    return {_spelt(t): t.logprob for t in x.top} | ({_spelt(x): x.logprob} if x.top else {})
 
 
 def _reason(reason: str | None) -> str:
@@ -229,10 +262,15 @@ class Call:
         self.asked: list[Asked] = []
         self.heard: list[Heard] = []
         self.held: dict[str, Any] | None = None
+        self.seen: list[list[SeenToken]] = []
+        """The tokens of each prompt, where they are given back."""
 
     async def respond(self, request: Request, body: _Body) -> Response:
         await run_in_threadpool(self._resolve)
-        streams = [listen(asked.request) for asked in self.asked]
+        looks = isinstance(self.shape, Completion) and self.shape.echo and (self.sampling.logprobs or not self._writes)
+        if looks and not await self._look(request):
+            return left()
+        streams = [listen(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
         self.head = {
             "id": f"{self.shape.prefix}-{uuid.uuid4().hex}",
             "object": self.shape.part if body.stream else self.shape.whole,
@@ -252,6 +290,33 @@ class Call:
             who = playground.speaker(session, self.user, self.shape.model)
         self.asked = [Asked(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
         self.heard = [Heard() for _ in self.asked]
+
+    @property
+    def _writes(self) -> bool:
+        return self.sampling.max_tokens != 0
+
+    async def _look(self, request: Request) -> bool:
+        """Have the prompts looked at token by token. False: the client has left."""
+        who, n = self.asked[0].speaker, self.sampling.n
+        settings = Sampling(max_tokens=1, temperature=0, seed=0, top_logprobs=self.sampling.top_logprobs)
+        looks = [playground.request_for(self.user, who, settings, look=1, **prompt) for prompt in self.prompts]
+        heard = await collect(request, [listen(look) for look in looks])
+        for p, entries in enumerate(heard or []):
+            seen = next(e for e in entries if isinstance(e, Seen)).tokens
+            given = self.prompts[p].get("prompt")
+            if given is not None and seen and not given.startswith(seen[0].token.strip("�")):
+                seen = seen[1:]  # the token that begins every text of some models is not a part of the prompt
+            self.seen.append(seen)
+            self.shape.prompts |= dict.fromkeys(range(p * n, p * n + n), seen if self.sampling.logprobs else [])
+        return heard is not None
+
+    async def _echo(self, place: int) -> AsyncIterator[list[Entry]]:
+        """What a model says that is to write nothing: the prompt alone."""
+        seen = self.seen[place]
+        text = self.prompts[place].get("prompt") or b"".join(bytes(t.bytes) for t in seen).decode("utf-8", "replace")
+        ends = [ChoiceFinished(index=i, reason="length", tokens=0) for i in range(self.sampling.n)]
+        done = Done(prompt_tokens=len(seen), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+        yield [Started(rendered_prompt=text, prompt_tokens=len(seen), max_tokens=0, context=0), *ends, done]
 
     async def _whole(self, request: Request, streams: list[AsyncIterator[list[Entry]]]) -> Response:
         if not await while_connected(request, self._hear_all(streams)):

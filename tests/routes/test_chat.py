@@ -103,7 +103,6 @@ def test_stop_strings_are_not_shown(client):
 def test_completions_continue_text_and_take_tokens_and_lists(client):
     said = client.completions.create(model="tiny", prompt="The bridge", max_tokens=6, temperature=0, echo=True, logprobs=2)
     assert said.object == "text_completion" and said.choices[0].text.startswith("The bridge")
-    assert len(said.choices[0].logprobs.tokens) == len(said.choices[0].logprobs.token_logprobs) > 0
     several = client.completions.create(model="tiny", prompt=["The bridge", "A cello"], max_tokens=4, temperature=0, n=2, seed=1)
     assert [c.index for c in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == said.choices[0].text.removeprefix("The bridge")[: len(several.choices[0].text)]
@@ -111,6 +110,45 @@ def test_completions_continue_text_and_take_tokens_and_lists(client):
     assert tokens.usage.prompt_tokens == 3
     stream = list(client.completions.create(model="tiny", prompt="The bridge", max_tokens=4, temperature=0, stream=True))
     assert "".join(c.choices[0].text for c in stream) == several.choices[0].text
+
+
+def test_an_echo_has_the_prompts_tokens_where_they_stand(client):
+    prompt = "A 🧵 luthier’s bridge"  # with characters that are several tokens
+    order = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 1.3, "seed": 3, "logprobs": 2, "n": 2}
+    whole = client.completions.create(**order, echo=True)
+    bare = client.completions.create(**order)
+    for choice, without in zip(whole.choices, bare.choices, strict=True):
+        logs = choice.logprobs
+        assert choice.text == prompt + without.text and choice.index == without.index
+        assert len(logs.tokens) == len(logs.token_logprobs) == len(logs.top_logprobs) == len(logs.text_offset)
+        read = whole.usage.prompt_tokens
+        assert logs.text_offset[read] == len(prompt) and logs.tokens[read:] == without.logprobs.tokens
+        assert [at - len(prompt) for at in logs.text_offset[read:]] == without.logprobs.text_offset
+        for at, token in zip(logs.text_offset, logs.tokens, strict=True):
+            assert token.startswith("bytes:") or choice.text[at : at + len(token)] == token
+        assert any(token.startswith("bytes:\\x") for token in logs.tokens[:read])
+        assert logs.token_logprobs[0] is None and logs.top_logprobs[0] is None and all(x <= 0 for x in logs.token_logprobs[1:])
+        assert all(2 <= len(top) <= 3 and top[token] == x for top, token, x in list(zip(logs.top_logprobs, logs.tokens, logs.token_logprobs, strict=True))[1:])  # fmt: skip
+    parts = [c.choices[0] for c in client.completions.create(**order | {"n": 1}, echo=True, stream=True)]
+    assert "".join(c.text for c in parts) == whole.choices[0].text
+    assert [at for c in parts if c.logprobs for at in c.logprobs.text_offset] == whole.choices[0].logprobs.text_offset
+    alone = client.completions.create(**order | {"max_tokens": 0}, echo=True)
+    assert [c.text for c in alone.choices] == [prompt] * 2 and alone.usage.completion_tokens == 0 and alone.usage.prompt_tokens == read
+    assert alone.choices[1].logprobs.token_logprobs == pytest.approx(whole.choices[1].logprobs.token_logprobs[:read], abs=1e-4)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**order | {"max_tokens": 0})
+    assert caught.value.param == "max_tokens"
+
+
+def test_a_stop_text_has_no_tokens_in_a_completion(client):
+    order = {"model": "tiny", "prompt": "The bridge", "max_tokens": 30, "temperature": 1.3, "seed": 8, "logprobs": 1}
+    whole = client.completions.create(**order).choices[0]
+    stop = whole.text[14:17]
+    cut = client.completions.create(**order, stop=[stop])
+    assert cut.choices[0].text == whole.text[: whole.text.find(stop)] and cut.choices[0].finish_reason == "stop"
+    assert max(cut.choices[0].logprobs.text_offset) > 0 and all(at < len(cut.choices[0].text) for at in cut.choices[0].logprobs.text_offset)
+    assert cut.choices[0].logprobs.tokens == whole.logprobs.tokens[: len(cut.choices[0].logprobs.tokens)]
+    assert len(cut.choices[0].logprobs.tokens) <= cut.usage.completion_tokens < 30
 
 
 @pytest.mark.parametrize(
