@@ -316,7 +316,7 @@ def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -
         if session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
             return
         raise FenceLost
-    _settle_wish(session, job, step, reason) or _requeue(session, job, "retry")
+    _settle_wish(session, job, step, reason) or _requeue(session, job, "worker_left")
 
 
 def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:

@@ -160,7 +160,7 @@ class Log(_Event):
 
 class Queued(_Event):
     type: Literal["queued"] = "queued"
-    reason: Literal["submitted", "resumed", "worker_lost", "retry"] = "submitted"
+    reason: Literal["submitted", "resumed", "worker_left", "worker_lost", "retry"] = "submitted"
 
 
 class Claimed(_Event):

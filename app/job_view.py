@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import yaml
 from markupsafe import Markup
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, workers
@@ -19,7 +20,7 @@ from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
-from app.web import NARROW, NOTHING, human_number, human_percent
+from app.web import NARROW, NOTHING, human_number, human_percent, human_seconds
 
 
 def url(job: Job) -> str:
@@ -136,6 +137,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "rows": spec.dataset.rows,
         "progress": progress,
         "status_line": status_line(progress, job, spec),
+        "time_line": time_line(progress, job),
         "ends_at": datetime.now(UTC) + timedelta(seconds=progress.seconds_left or 0),
         "actions": actions(job, saved=bool(progress.checkpoints)),
         "waiting": _waiting(session, job) if job.status == "queued" else "",
@@ -147,7 +149,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
         "compare_url": _try_url(spec.model.name, tuned) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
-        "forgetting": forgetting(job.forgetting or (progress.finished.forgetting if progress.finished else None)),
+        "forgetting": _forgetting_of(job, progress, spec),
         "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
         "settings": [(name, as_text(value)) for name, value in strategy.model_dump(exclude={"name"}).items() if value is not None][:4],
         "checkpoints": _checkpoints(session, job, progress),
@@ -170,8 +172,12 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
     """`Step 74 of 120, epoch 2 of 3, attempt 2 (resumed at step 40 after the worker was lost)`."""
     doing = f"{progress.doing.what}, {human_percent(progress.doing.share, 0)}" if progress.doing and job.status == "running" else ""
     if not progress.total_steps:
-        words = {"queued": "Waiting to start", "running": doing or "Loading the model"}
+        words = {"queued": "Waiting to start", "running": f"{_starting(progress)}: {doing or 'loading the model and the data'}"}
         return Markup("{}").format(words.get(job.status, "No step was made"))
+    if job.status == "running" and progress.starting and not progress.step:
+        return Markup("{}: {}").format(
+            _starting(progress), doing or f"the first of {human_number(progress.total_steps)} steps is being made"
+        )
     parts = [Markup("<b>Step {} of {}</b>").format(human_number(progress.step), human_number(progress.total_steps))]
     if progress.latest and not spec.run.max_steps:
         epochs = max(1, -int(-spec.run.epochs // 1))
@@ -181,9 +187,35 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
         parts.append(Markup("attempt {}{}").format(progress.attempt, note))
     if progress.finished and progress.finished.reason == "early_stopped":
         parts.append(Markup("stopped early, since validation loss no longer fell"))
+    if job.status == "running" and progress.loading:
+        parts.append(Markup("{}: loading the model and the data").format(_starting(progress).lower()))
     if doing:
         parts.append(Markup("{}").format(doing[0].lower() + doing[1:]))
     return Markup(", ").join(parts)
+
+
+STARTING_SECONDS = 60
+"""So long a start is nothing out of the way; after it the page says how long it has taken."""
+
+
+def _starting(progress: Progress) -> str:
+    seconds = (datetime.now(UTC) - progress.claimed_at).total_seconds() if progress.claimed_at else 0.0
+    return "Starting" if seconds < STARTING_SECONDS else f"Still starting, after {human_seconds(seconds)}"
+
+
+def time_line(progress: Progress, job: Job) -> str:
+    """What stands of the time where it is not yet, or no longer, counted down."""
+    predicted = (job.estimate or {}).get("seconds")
+    if job.status == "paused":
+        left = progress.seconds_to_train
+        return f"about {human_seconds(left)} of training left" if left is not None else ""
+    if job.status not in ("queued", "running"):
+        return ""
+    if progress.step and progress.step == progress.total_steps:
+        return "finishing"
+    if progress.step:
+        return "estimating the time left"
+    return f"predicted to take {human_seconds(predicted)}" if predicted else ""
 
 
 def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
@@ -214,7 +246,8 @@ def _waiting(session: Session, job: Job) -> str | Markup:
         return "The dataset is still being read. The job starts when that is done."
     if not any(worker.queue == "train" for worker in workers.alive()):
         return Markup("No train worker is there. <code>luthier up</code> starts one on this machine; the job then begins by itself.")
-    return "A worker takes it as soon as one is free."
+    ahead = session.scalar(select(func.count()).select_from(Job).where(Job.status == "running", Job.deleted_at.is_(None)))
+    return "A worker takes it as soon as it has finished another job." if ahead else "A worker takes it in a moment."
 
 
 def failure(job: Job, progress: Progress) -> dict[str, Any] | None:
@@ -238,6 +271,12 @@ def forgetting(measured: Mapping[str, Any] | None) -> dict[str, str]:
     if change is None and before and after is not None:
         change = after / before - 1
     return {"figure": NOTHING if change is None else score_view.signed(change), "verdict": str(measured.get("verdict", ""))}
+
+
+def _forgetting_of(job: Job, progress: Progress, spec: JobSpec) -> dict[str, str]:
+    found = forgetting(job.forgetting or (progress.finished.forgetting if progress.finished else None))
+    coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and found["figure"] == NOTHING
+    return {**found, "verdict": "measured at the end"} if coming else found
 
 
 def _checkpoints(session: Session, job: Job, progress: Progress) -> list[dict[str, Any]]:

@@ -66,6 +66,10 @@ class Progress:
     status: Status = "queued"
     attempt: int = 0
     worker: str | None = None
+    claimed_at: datetime | None = None
+    """When the running attempt was taken by its worker."""
+    loading: bool = False
+    """Taken by a worker, and not yet so far that training starts."""
     started: Started | None = None
     resumed_from: int | None = None
     resume_reason: str = ""
@@ -146,11 +150,21 @@ class Progress:
         The median, because an evaluation or a saved checkpoint between two steps must not read as slow training.
         None before two steps were seen in one attempt, after the last one, and when nothing is running.
         """
+        return self.seconds_to_train if self.status == "running" else None
+
+    @property
+    def seconds_to_train(self) -> float | None:
+        """The same for a job that is paused: how long the steps to go would take."""
         gaps = [later[1] - earlier[1] for earlier, later in zip(self.times, self.times[1:], strict=False) if later[1] > earlier[1]]
-        if self.status != "running" or not gaps or not self.total_steps or self.step >= self.total_steps:
+        if not gaps or not self.total_steps or self.step >= self.total_steps:
             return None
         evaluating = sum(e.seconds for e in self.evaluations) / max(self.step, 1)
         return (self.total_steps - self.step) * (statistics.median(gaps) + evaluating)
+
+    @property
+    def starting(self) -> bool:
+        """Taken by a worker, and no step of this attempt was made yet."""
+        return self.status == "running" and (self.loading or not self.times)
 
     @property
     def latest_samples(self) -> Sampled | None:
@@ -159,6 +173,8 @@ class Progress:
     @property
     def resumed(self) -> str:
         """`resumed at step 40 after the worker was lost`, or nothing for a job that went straight on."""
+        if self.loading:
+            return self.resume_reason
         if self.resumed_from is None:
             return f"started over {self.resume_reason}".strip() if self.attempt > 1 and self.started and self.resume_reason else ""
         exact = "" if self.started is None or self.started.exact else ", not bit for bit"
@@ -179,6 +195,8 @@ def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, eve
         progress.last_event_id = event_id
     progress.doing = event if isinstance(event, Doing) else progress.doing if isinstance(event, Log) else None
     _FOLDS[type(event)](progress, event)
+    if isinstance(event, Claimed):
+        progress.claimed_at = at
     line = _log_line(progress, event)
     if line is not None:
         progress.log.append(LogLine(at, *line, attempt=progress.attempt))
@@ -189,20 +207,30 @@ def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, eve
 # One function per event, in the order a job says them ---------------------------------------------------------------
 
 
+_REASONS = {
+    "submitted": "",
+    "resumed": "after a pause",
+    "worker_left": "after its worker was restarted",
+    "worker_lost": "after the worker was lost",
+    "retry": "after a fault that may pass",
+}
+
+
 def _queued(progress: Progress, event: Queued) -> None:
     progress.status = "queued"
     progress.failure = None
-    reasons = {"submitted": "", "resumed": "after a pause", "worker_lost": "after the worker was lost", "retry": "after a new try"}
-    progress.resume_reason = reasons[event.reason]
+    progress.resume_reason = _REASONS[event.reason]
 
 
 def _claimed(progress: Progress, event: Claimed) -> None:
     progress.status, progress.attempt, progress.worker = "running", event.attempt, event.worker
     progress.failure = None
+    progress.loading = True
+    progress.times.clear()  # nobody knows yet how fast this worker is
 
 
 def _started(progress: Progress, event: Started) -> None:
-    progress.status = "running"
+    progress.status, progress.loading = "running", False
     progress.started = event
     progress.total_steps = event.total_steps
     progress.resumed_from = event.resumed_from

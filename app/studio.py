@@ -49,7 +49,7 @@ def _database(session: Session | None) -> list[Check]:
                 current = is_current(connection)
     except (SQLAlchemyError, RuntimeError):
         return [Check(name="database", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")]
-    schema = "is the newest" if current else "is of another version"
+    schema = "up to date" if current else "of another version"
     return [
         Check(name="database", good=True, message="answers"),
         Check(name="migrations", good=current, message=schema, way_out="" if current else "`luthier up` brings it up to date."),

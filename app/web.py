@@ -51,7 +51,7 @@ def environment() -> Environment:
     )
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
-        "time": clock, "plural": plural, "ticks": ticks,
+        "time": clock, "plural": plural, "ticks": ticks, "as_json": as_json,
     }  # fmt: skip
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
@@ -187,6 +187,11 @@ def human_bytes(value: float) -> str:
         size /= 1000
     digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
     return f"{size:.{digits}f} {unit}"
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON for people to read: keys in their own order and letters as they are. `tojson` is for scripts."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 @_or_nothing

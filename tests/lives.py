@@ -113,6 +113,12 @@ class Life:
         self.session.commit()
         return self
 
+    def leave(self, step: int) -> Life:
+        """The trainer saved and left, as it was asked to."""
+        claims.stopped(self.session, self.held, step)
+        self.session.commit()
+        return self
+
     def fail(self, failed: events.Failed) -> Life:
         claims.fail(self.session, self.held, failed)
         self.session.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -94,6 +95,19 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):
         check(page, tmp_path, f"{name}-{theme}-{width}")
 
 
+@contextlib.contextmanager
+def dragged(page, place, *paths):
+    """Files of the disk dragged over a place of the page, as a hand with a mouse does it; dropped there at the end."""
+    box, wire = page.locator(place).bounding_box(), page.context.new_cdp_session(page)
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for what in ("dragEnter", "dragOver"):
+        wire.send("Input.dispatchDragEvent", {"type": what, "data": data, **at})
+    yield
+    wire.send("Input.dispatchDragEvent", {"type": "drop", "data": data, **at})
+    wire.detach()
+
+
 def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, session, data_dir, tmp_path):
     path = tmp_path / "large.jsonl"
     path.write_text("\n".join(chat(f"Question {n}", "word " * 300) for n in range(14_000)))
@@ -124,12 +138,30 @@ def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, 
     page.wait_for_url("**/datasets/ds-*")
     page.goto(f"{served}/datasets/new")
     page.get_by_text("large.jsonl: ").wait_for()
-    went_on = []
-    page.on("request", lambda request: went_on.append(request.headers.get("upload-offset")) if request.method == "PATCH" else None)
-    page.set_input_files("#file", path)
-    page.click("#send")
+    went_on, held = [], []
+
+    def hold_the_last_piece(route):
+        if route.request.method == "PATCH":
+            went_on.append(int(route.request.headers["upload-offset"]))
+            if went_on[-1] >= 2 * 8 * 2**20:
+                return held.append(route)
+        return route.continue_()
+
+    page.route("**/v1/tus/*", hold_the_last_piece)
+    with dragged(page, "#drop", path, path):
+        assert "over" in page.get_attribute("#drop", "class")
+    page.get_by_text("Drop one file at a time.").wait_for()
+    with dragged(page, "#drop", path):
+        pass
+    page.locator("#stop").wait_for()
+    for _ in range(400):
+        if not held:
+            page.wait_for_timeout(50)
+    assert held and page.locator("#fault").is_hidden()
+    assert 0.7 < page.evaluate("document.getElementById('sent').value") < 0.8 and "16.8 MB of" in page.inner_text("#sent-text")
+    held[0].continue_()
     page.wait_for_url("**/datasets/ds-*")
-    assert went_on[0] == str(8 * 2**20), "it went on where it stopped"
+    assert went_on[0] == 8 * 2**20, "it went on where it stopped"
     file = session.scalars(select(File).where(File.filename == "large.jsonl")).one()
     assert file.bytes == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
 

@@ -81,7 +81,12 @@ def test_a_resume_forgets_the_steps_that_are_said_again():
         events.Lost(attempt=1, message="gone"),
     ]
     again = [events.Queued(reason="worker_lost"), events.Claimed(attempt=2, worker="w2"), started(resumed_from=40)]
+    first = progress([events.Claimed(attempt=1, worker="w1"), *lost])
+    assert first.seconds_left is None and first.seconds_to_train is not None and not first.starting
+    loading = progress([events.Claimed(attempt=1, worker="w1"), *lost, *again[:2]])
+    assert loading.starting and loading.step == 47 and loading.resumed == "after the worker was lost" and loading.seconds_left is None
     seen = progress([events.Claimed(attempt=1, worker="w1"), *lost, *again])
+    assert seen.starting and not seen.loading
     assert seen.step == 40
     assert seen.curves["loss"][-1][0] == 40
     assert not seen.evaluations and not seen.curves["validation"]

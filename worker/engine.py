@@ -12,7 +12,6 @@ it ends, a long prompt stalls nobody, and the weights are read once for all (Yu 
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -33,8 +32,6 @@ from worker.lanes import Lane, Placement, Shelf
 from worker.room import Room
 from worker.sampling import Chooser, TextStream, logprob
 from worker.turns import Row, Running
-
-log = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 """Answers written at once in one lane."""
@@ -188,8 +185,7 @@ class Engine:
         now = time.monotonic()
         for running in [*self.active, *self.waiting]:
             if running.cancelled or (running.deadline is not None and now > running.deadline):
-                why, most = "nobody reads it" if running.cancelled else "its time is over", running.max_tokens * len(running.rows)
-                log.info("Answer %s stopped after %d of %d tokens: %s.", running.request.id, running.written, most, why)
+                running.log_stopped()
                 entries: list[Entry] = []
                 for row in running.rows:
                     if not row.finished:
@@ -371,7 +367,7 @@ class Engine:
                 way_out="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
             )
         sampling = r.request.sampling
-        token = likeliest if _is_greedy(r) else row.chooser.choose(logits)
+        token = likeliest if r.is_greedy else row.chooser.choose(logits)
         if sampling.logprobs:
             row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
             row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
@@ -444,11 +440,6 @@ class Engine:
         for running in broken:
             self._drop(running)
             running.out.put([broke(error)])
-
-
-def _is_greedy(running: Running) -> bool:
-    s = running.request.sampling
-    return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
 
 
 def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:

@@ -5,6 +5,7 @@ An *account* is one person's chats, or one person's long runs (the prompt lab). 
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from worker.cache import Slot
     from worker.lanes import Placement
+
+log = logging.getLogger(__name__)
 
 HELD_TO_FREE = 3
 """An account may hold this many times as many rows as are free, so some are always left for whoever comes next (Choudhury and
@@ -80,6 +83,15 @@ class Running:
     def written(self) -> int:
         """Tokens of all its answers so far."""
         return sum(len(row.written) for row in self.rows)
+
+    @property
+    def is_greedy(self) -> bool:
+        s = self.request.sampling
+        return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
+
+    def log_stopped(self) -> None:
+        why, most = "nobody reads it" if self.cancelled else "its time is over", self.max_tokens * len(self.rows)
+        log.info("Answer %s stopped after %d of %d tokens: %s.", self.request.id, self.written, most, why)
 
     @property
     def has_read(self) -> bool:

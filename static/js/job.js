@@ -114,12 +114,14 @@ document.addEventListener("htmx:after:swap", () => {
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   place();
   localTimes();
-  if (live().dataset.live !== "true") close();
+  if (live().dataset.live === "true") follow();
+  else close();
 });
 
 place();
 localTimes();
 follow();
+setInterval(() => source && refresh(), 30_000); // a start that says nothing, and how long ago things were
 onThemeChange(() => charts.forEach((chart) => chart.redraw()));
 addEventListener("pagehide", close);
 addEventListener("pageshow", (event) => {

@@ -82,7 +82,12 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     life = lives.Life(session, lives.order(session, user, tiny_registered))
     page.goto(served + address(life))
     assert "The line begins with the first step." in page.inner_text("main")
-    life.claim().say(lives.started(), *lives.steps(1, 11))
+    life.claim()
+    until(page, "document.querySelector('.head').innerText.includes('Starting')")
+    assert "Starting: loading the model and the data" in latest(page) and "predicted to take 5 min" in latest(page)
+    life.say(lives.started())
+    until(page, "document.querySelector('.progress').innerText.includes('the first of 120 steps is being made')")
+    life.say(*lives.steps(1, 11))
     until(page, "document.querySelector('.progress').innerText.includes('Step 11 of 120')")
     until(page, f"({CHART})('loss')")
     page.click("#table-loss summary")
@@ -120,6 +125,24 @@ def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_re
         until(one, "document.querySelector('.progress').innerText.includes('Step 84 of 120')")
     for place in (".facts", "[data-legend=loss]", "#samples-title", ".log"):
         assert page.inner_text(place) == other.inner_text(place)
+
+    # A pause and what comes of it are seen by both, whoever asked.
+    page.click("#do-pause")
+    until(page, "document.querySelector('#do-pause').disabled")
+    life.leave(84)
+    for one in (page, other):
+        until(one, "document.querySelector('#do-resume')")
+        assert "Paused" in one.inner_text(".head") and "of training left" in latest(one)
+    page.click("#do-resume")
+    until(other, "document.querySelector('.head').innerText.includes('Waiting')")
+    life.claim()
+    for one in (page, other):
+        until(one, "document.querySelector('.head').innerText.includes('Starting')")
+        assert "attempt 3 (after a pause), starting: loading the model and the data" in latest(one)
+    life.say(lives.started(resumed_from=84), *lives.steps(85, 88))
+    for one in (page, other):
+        until(one, "document.querySelector('.progress').innerText.includes('resumed at step 84 after a pause')")
+        until(one, "document.querySelector('.head').innerText.includes('Running')")
     context.close()
 
 

@@ -78,7 +78,7 @@ def test_base_and_tuned_stand_side_by_side_with_rows_to_read(client, session, us
     said = words(page)
     assert "On 120 held-out rows, the same for both. Exact match, ROUGE-L and chrF are of 8 written answers." in said
     assert re.search(r"Bits per byte .*? 1\.2100 0\.6100 better", said) and re.search(r"chrF .*? 0\.3000 0\.2000 worse", said)
-    assert "Rows that got worst" in said and "Rows that got best" in said and "loss 2.00, base 1.00" in said
+    assert "Rows that gained least" in said and "Rows that gained most" in said and "loss 2.00, base 1.00" in said
     assert "Why <b>?" in said and "<b>?" not in page.text, "texts of the data never become markup"
     assert "Confusion" not in said
 
