@@ -14,6 +14,8 @@ from app.settings import PROJECT
 
 HEAVY = ("torch", "transformers", "peft", "accelerate")
 WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
+WEB_IMPORT_LIMIT_SECONDS = 1.0
+"""Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
@@ -176,9 +178,9 @@ class Blocked:
         if name.split(".")[0] in {heavy!r}:
             raise ImportError(f"{{name}} is blocked in the web process")
 sys.meta_path.insert(0, Blocked())
-start = time.perf_counter()
+start = time.process_time()
 from app.main import create_app
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 create_app()
 with open("/proc/self/statm") as file:
     pages = int(file.read().split()[1])
@@ -207,8 +209,13 @@ def import_the_web_process() -> dict[str, float]:
 def test_the_web_process_needs_no_torch_and_little_memory(data_dir, capsys):
     figures = import_the_web_process()
     with capsys.disabled():
-        print(f"\nweb process: imports in {figures['seconds']:.2f} s, {figures['bytes'] / 1e6:.0f} MB, {figures['modules']} modules")
+        print(
+            f"\nweb process: imports in {figures['seconds']:.2f} s of a processor, {figures['bytes'] / 1e6:.0f} MB, {figures['modules']} modules"
+        )
     assert figures["bytes"] < WEB_MEMORY_LIMIT_BYTES
+    if figures["seconds"] >= WEB_IMPORT_LIMIT_SECONDS:  # the first import also writes byte code
+        figures = import_the_web_process()
+    assert figures["seconds"] < WEB_IMPORT_LIMIT_SECONDS
 
 
 def test_compose_runs_what_luthier_up_runs(data_dir):
