@@ -76,10 +76,12 @@ def _bad_field(found: Any) -> BadField:
         )
     others = len(found) - 1
     more = f" ({others} more {'field is' if others == 1 else 'fields are'} wrong.)" if others else ""
-    text = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    message = f"{name}: {text}.{more}" if name else f"{text}.{more}"
-    code = "missing_required_parameter" if first["type"] == "missing" else None
-    return BadField(message, param=name, code=code, way_out="" if first["type"] != "missing" else "Send this field too.")
+    if name is None and first["type"] == "missing":
+        return BadField("The body is empty.", way_out="Send a JSON object.", code="missing_required_parameter")
+    text = errors.plain(str(first["msg"]))
+    if first["type"] == "missing":
+        return BadField(f"{name} is missing.{more}", param=name, code="missing_required_parameter", way_out="Send this field too.")
+    return BadField(f"{name}: {text}{more}" if name else f"The body: {text}{more}", param=name)
 
 
 def _from_http(error: HTTPException) -> StudioError:

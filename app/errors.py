@@ -106,3 +106,30 @@ class DiskFull(StudioError, OSError):
     def __init__(self, message: str, **rest: str | None) -> None:
         super().__init__(message, **rest)  # type: ignore[arg-type]
         self.errno = errno.ENOSPC
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def plain(message: str) -> str:
+    """What pydantic says of a value, in words that need no knowledge of Python: a sentence that ends in a full stop."""
+    text = message.removeprefix("Value error, ").rstrip(".").partition(", unable to parse")[0]
+    for term, word in _WORDS.items():
+        text = text.replace(term, word)
+    return f"{text}."
+
+
+_WORDS = {
+    "Input should be": "It should be",
+    "a valid dictionary or object to extract fields from": "a JSON object, as {…}",
+    "a valid dictionary": "a JSON object, as {…}",
+    "a valid list": "a list, as […]",
+    "a valid string": "a text",
+    "a valid number": "a number",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "String should have": "It should have",
+    "List should have": "It should have",
+}

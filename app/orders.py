@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from sqlalchemy.orm import Session
 
 from app import ids, order_checks
-from app.errors import BadField, StudioError
+from app.errors import BadField, StudioError, plain
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
@@ -127,7 +127,7 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str | None = None) 
         return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
-    return BadField(f"{param} cannot be {shown}.", way_out=first["msg"].rstrip(".") + ".", param=param)
+    return BadField(f"{param} cannot be {shown}.", way_out=plain(first["msg"]), param=param)
 
 
 # From an order to a spec --------------------------------------------------------------------------------------------

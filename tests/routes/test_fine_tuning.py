@@ -182,7 +182,7 @@ def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data
     margins = {data["step"]: data["metrics"]["reward_margin"] for data in metrics if data["event"] == "step"}
     assert margins[max(margins)] > margins[1] + 0.1
     last = next(iter(ai.fine_tuning.jobs.checkpoints.list(job.id)))
-    assert last.metrics.to_dict()["reward_margin"] > 0.1
+    assert last.scores["reward_margin"] > 0.1
     header = ai.files.content(done.result_files[0]).text.splitlines()[0]
     assert "train_reward_margin" in header and "valid_reward_accuracy" in header
 
@@ -227,7 +227,14 @@ def test_errors_have_openais_shape(ai, file_id):
     assert caught.value.response.headers["x-request-id"]
     with pytest.raises(openai.BadRequestError) as caught:
         ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"strategy": {"name": "lora", "rank": 0}})
-    assert caught.value.param == "strategy.rank"
+    assert caught.value.param == "strategy.rank" and "strategy.rank cannot be 0. It should be at least 1." in caught.value.message
+    for body, says in ((b"[]", "The body: It should be a JSON object, as {"), (b"", "The body is empty. Send a JSON object.")):
+        answer = httpx.post(
+            f"{ai.base_url}fine_tuning/jobs",
+            content=body,
+            headers={"authorization": f"Bearer {ai.api_key}"} | {"content-type": "application/json"},
+        )
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(says)
     for wish, param in (({"type": "other"}, "type"), ({"type": "wandb", "wandb": {}}, "wandb.project")):
         with pytest.raises(openai.BadRequestError) as caught:
             ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, integrations=[wish])
