@@ -67,7 +67,7 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
     assert dialogue.seed == generic.seed == instruction.seed
     failed, asked = playground.ask(session, user, NAMES, "Broken?", Sampling(), parent=first.id)
     heard = Heard(error={"message": "The model failed.", "way_out": "", "code": "internal_error"})
-    heard.take([TextPart(index=0, text=" Half an ans")])
+    heard.take([TextPart(index=0, text=" Half an ans", tokens=3)])
     for one in asked:
         playground.record(session, failed.id, one, heard)
     _, asked = playground.ask(session, user, NAMES, "Three?", Sampling(), parent=failed.id)
