@@ -10,8 +10,7 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from app import models, standby
-from app.routes import chat
+from app import models, standby, streams
 from app.tables import Answer
 from tests.conftest import csrf_token, wait_until
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
@@ -152,7 +151,7 @@ def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user
 
 
 def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, live, session, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(chat, "STUCK_SECONDS", 1.0)
+    monkeypatch.setattr(streams, "STUCK_SECONDS", 1.0)
     host, port = live.removeprefix("http://").split(":")
     many = {"n": 8, "logprobs": True, "top_logprobs": 20}  # more than all buffers on the way hold
     body = json.dumps({"model": "tiny", "messages": ASK, "stream": True, **many, **ENDLESS}).encode()

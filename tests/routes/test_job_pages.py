@@ -280,8 +280,9 @@ def test_a_clone_starts_from_the_order_of_its_job(client, session, user, tiny_re
 
 
 def test_a_clone_of_what_is_not_there_is_an_empty_form(client, tiny_registered, dataset):
-    for wrong in ("ftjob-" + "0" * 32, "nonsense", "ftjob-\x00"):
+    for wrong in ("ftjob-" + "0" * 32, "nonsense", "ftjob-"):
         assert client.get("/jobs/new", params={"clone": wrong}).status_code == 200
+    assert client.get("/jobs/new", params={"clone": "ftjob-\x00"}).status_code == 400  # no address holds a NUL
 
 
 def test_the_copied_texts_order_the_same_job(client, api, session, user, tiny_registered, dataset):
