@@ -170,7 +170,7 @@ def _loading_bytes(shape: Shape, width: int) -> int:
 def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
     """Where LoRA's layers share a product (`worker/lora.py`) their weights move into one matrix each; the places they leave were
     measured not to be taken again."""
-    if not strategy.adapter or not strategy.learns_in_bf16():
+    if not strategy.joins():
         return 0
     outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.intermediate
     return shape.layers * shape.hidden * outputs * frozen_bytes if shape.gated else 0

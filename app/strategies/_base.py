@@ -106,6 +106,11 @@ class Strategy(BaseModel, ABC):
         product is added before that is rounded."""
         return not self.adapter
 
+    def joins(self) -> bool:
+        """Whether `worker/lora.py` computes its layers: one product for the layers that read the same, and what they add is added
+        before rounding."""
+        return False
+
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones are 4 bytes wide,
         with a gradient of 4 and `optimizer_bytes` (two moments) each."""

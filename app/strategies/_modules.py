@@ -37,6 +37,9 @@ class Added(Strategy):
     tasks: ClassVar = ("generation", "classification", "preference")
     blends: ClassVar = True
 
+    def learns_in_bf16(self) -> bool:
+        return True  # the new layers' weights stay in float32; their start is exact, zero, in any format
+
     @abstractmethod
     def install(self, model: torch.nn.Module) -> None:
         """Hang the modules, as yet without effect, on the model and register their hooks."""

@@ -24,6 +24,9 @@ class Selected(Strategy):
     def chosen(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that learn."""
 
+    def learns_in_bf16(self) -> bool:
+        return True  # what learns stays in float32, as in full tuning
+
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         # What learns are weights of the model itself: they are kept once, at 4 bytes.
         learnt = self.trainable(shape)

@@ -38,6 +38,9 @@ class SoftPrompt(Strategy):
     def virtual_tokens(self) -> int:
         return self.tokens
 
+    def learns_in_bf16(self) -> bool:
+        return True  # what is learnt stays in float32; the model under it computes as in full tuning
+
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.tokens >= shape.positions:
             return f"The model reads {shape.positions} tokens at once; {self.tokens} learnt ones leave no room. Choose fewer."

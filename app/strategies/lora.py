@@ -19,5 +19,8 @@ class Lora(LowRank):
     place: ClassVar = 10
     takes_fp8: ClassVar = True
 
-    def learns_in_bf16(self) -> bool:
+    def joins(self) -> bool:
         return not self.dropout  # with dropout, the layers are peft's own
+
+    def learns_in_bf16(self) -> bool:
+        return self.joins()

@@ -67,5 +67,8 @@ class Pissa(LowRank):
         }
         write_adapter(folder, config, plain)
 
-    def learns_in_bf16(self) -> bool:
+    def joins(self) -> bool:
         return not self.dropout  # with dropout, the layers are peft's own
+
+    def learns_in_bf16(self) -> bool:
+        return self.joins()
