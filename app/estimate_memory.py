@@ -162,9 +162,8 @@ def memory_of(
 
 
 def _loading_bytes(shape: Shape, width: int) -> int:
-    """Bytes a weight while the weights are read into numbers of `width` bytes: a file of other numbers lies beside them."""
-    written = 2 if shape.architecture == "decoder" else 4  # as most are published
-    return width if width == written else width + written
+    """Bytes a weight while the weights are read into numbers of `width` bytes: the pages of the file lie beside them."""
+    return width + (2 if shape.architecture == "decoder" else 4)  # as most are published
 
 
 def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:

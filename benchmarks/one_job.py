@@ -114,7 +114,10 @@ def _stored(rows: list[dict[str, Any]], name: str) -> str:
 
 def load(spec: Any, finished: Any) -> Any:
     """The result as the playground loads it, in the numbers that it was trained in."""
+    import torch
+
     from app.spec import Adapter
+    from app.strategies._selected import Selected
     from worker import attention, kernels
     from worker.classifier import load_classifier
     from worker.device import choose
@@ -127,14 +130,25 @@ def load(spec: Any, finished: Any) -> Any:
     else:
         ref = spec.model.model_copy(update={"path": finished.path})
     engine = choose(spec.run, spec.strategy)
+    wide = torch.float32 if isinstance(spec.strategy, Selected) else engine.frozen
     if spec.task == "classification":
         ref = ref.model_copy(update={"labels": tuple(finished.labels)})
-        model = load_classifier(ref, engine.frozen, str(engine.device), attention.NAME)[0]
+        model = load_classifier(ref, wide, str(engine.device), attention.NAME)[0]
     else:
-        model = load_model(ref, engine.frozen, attention.NAME, str(engine.device))
+        model = load_model(ref, wide, attention.NAME, str(engine.device))
+    if isinstance(spec.strategy, Selected):
+        _narrow(model, spec.strategy, engine.frozen)
     kernels.use_fused_norms(model)  # as in training, whose rounding the fused layers share
     kernels.speed_up(body_of(model), engine, 0.0)
     return model
+
+
+def _narrow(model: Any, strategy: Any, dtype: Any) -> None:
+    """Round the weights that did not learn to `dtype`: the others are kept in float32 while they learn."""
+    learnt = set(strategy.chosen(getattr(model, "backbone", model)))
+    for name, parameter in getattr(model, "backbone", model).named_parameters():
+        if name not in learnt:
+            parameter.data = parameter.data.to(dtype)
 
 
 def answers(spec: Any, model: Any) -> Any:

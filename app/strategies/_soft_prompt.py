@@ -107,7 +107,7 @@ def make_table(start: torch.Tensor) -> torch.nn.Module:
 
 def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Note the positions, (B, T), of this call's tokens where the hooks of the layers find them, and compute the table
-    once. Without `position_ids` they count from the length of what is cached."""
+    once, in float32 as it is saved. Without `position_ids` they count from the length of what is cached."""
     import torch
 
     positions = kwargs.get("position_ids")
@@ -120,7 +120,8 @@ def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, An
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
     table = getattr(body, NAME)
     object.__setattr__(table, "positions", positions)
-    object.__setattr__(table, "output", table())
+    with torch.autocast(positions.device.type, enabled=False):
+        object.__setattr__(table, "output", table())
     return args, kwargs
 
 
