@@ -145,10 +145,13 @@ def load(spec: Any, finished: Any) -> Any:
 
 def _narrow(model: Any, strategy: Any, dtype: Any) -> None:
     """Round the weights that did not learn to `dtype`: the others are kept in float32 while they learn."""
+    from app.strategies._selected import match_norms
+
     learnt = set(strategy.chosen(getattr(model, "backbone", model)))
     for name, parameter in getattr(model, "backbone", model).named_parameters():
         if name not in learnt:
             parameter.data = parameter.data.to(dtype)
+    match_norms(model)
 
 
 def answers(spec: Any, model: Any) -> Any:

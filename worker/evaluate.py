@@ -140,6 +140,8 @@ def answers(
     mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)
     before = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")  # padding on the left needs a mask, which packed attention has not
+    # The last state of each row is a view; a product of such with a frozen matrix copies the matrix once for each row.
+    packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
         with evaluating(model), engine.autocast():
             out = model.generate(
@@ -157,6 +159,7 @@ def answers(
                 max_time=seconds,
             )
     finally:
+        packing.remove()
         inner.set_attn_implementation(before)
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
 

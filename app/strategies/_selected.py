@@ -39,6 +39,7 @@ class Selected(Strategy):
             if name in names:
                 parameter.data = parameter.data.float()  # in bf16 a step would be smaller than the last digit, and lost
             parameter.requires_grad_(name in names)
+        match_norms(model)
         return model
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
@@ -66,3 +67,12 @@ class Selected(Strategy):
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
+
+
+def match_norms(model: torch.nn.Module) -> None:
+    """A norm takes a weight and a bias of one type: where one of them learns in float32, so does the other stand in it."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if len({p.dtype for p in own}) > 1 and all(p.dim() == 1 for p in own):
+            for parameter in own:
+                parameter.data = parameter.data.float()

@@ -53,9 +53,9 @@ def tokenizer(tiny_model: Path):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def fresh(folder: Path) -> torch.nn.Module:
+def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, dtype=dtype)
     model.name_or_path = model.config._name_or_path = "tiny"
     kernels.use_fused_norms(model)
     return model
@@ -74,16 +74,16 @@ def data_for(tokenizer, strategy: Strategy) -> Tokenised:
     return tokenise(tokenizer, [Row(i, row) for i, row in enumerate(chat_rows(8), 1)], "dialogue", 96, lead)
 
 
-def learn(strategy: Strategy, model: torch.nn.Module, data: Tokenised, steps: int) -> list[float]:
+def learn(strategy: Strategy, model: torch.nn.Module, data: Tokenised, steps: int, precision: str = "fp32") -> list[float]:
     """Some steps on the same rows, as `worker/train.py` takes them; the losses."""
-    engine = choose(RunSettings(precision="fp32"), strategy)
+    engine = choose(RunSettings(precision=precision), strategy)
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, max(1e-2, type(strategy).default_learning_rate), 0.0)
     strategy.begin(model, steps)
     batch, losses = make_batch(data, list(range(len(data))), engine.device), []
     for step in range(1, steps + 1):
         hidden = evaluate.hidden_states(model, batch, engine)
-        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets) / batch.trained
+        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute) / batch.trained
         extra = strategy.regulariser(model)
         (loss if extra is None else loss + extra).backward()
         optimizer.step()
@@ -99,6 +99,35 @@ def logits(model: torch.nn.Module, data: Tokenised) -> torch.Tensor:
     with evaluate.evaluating(model):
         hidden = evaluate.hidden_states(model, batch, choose(RunSettings(precision="fp32"), STRATEGIES["lora"]()))
         return evaluate.plain_model(model).get_output_embeddings()(hidden)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: Path, shape: Shape, tokenizer) -> None:
+    strategy = runnable(name, shape)
+    if not strategy.learns_in_bf16() or not strategy.adapter:
+        pytest.skip("A processor trains it in float32, or all of the model, which `tests/worker/test_train.py` looks at.")
+    data, told = data_for(tokenizer, strategy), {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16 if strategy.adapter else torch.float32)):
+        model = fresh(tiny_model, dtype)
+        torch.manual_seed(1)
+        model = strategy.attach(model)
+        kernels.speed_up(model, choose(RunSettings(precision=precision), strategy), 0.0)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        told[precision] = learn(strategy, model, data, 12, precision)
+    assert told["fp32"][-1] < told["fp32"][0]
+    assert told["bf16"] == pytest.approx(told["fp32"], rel=0.01)
+
+
+def test_a_norm_of_two_types_learns_in_the_wider() -> None:
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    ).bfloat16()
+    model = STRATEGIES["bitfit"]().attach(model, task="classification", labels=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state.float().pow(2).sum().backward()
+    bias = model.encoder.layer[0].output.LayerNorm.bias
+    assert bias.dtype == torch.float32 and bias.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
