@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from app import standby
+from app.settings import get_settings
 from tests.conftest import wait_until
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
 from worker.lanes import Shelf
@@ -20,8 +21,18 @@ def loaded() -> dict[str, standby.Ready]:
     return {ready.path: ready for one in standby.everyone() for ready in one.models}
 
 
-def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(openai_client, api, client, session, generate_worker):  # noqa: F811
-    """The worker's limit on idleness is four seconds (tests/generating.py)."""
+def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
+    openai_client,
+    api,
+    client,
+    session,
+    generate_worker,
+    monkeypatch,
+):
+    """The worker's limit on idleness is four seconds (tests/generating.py), and so is that of an engine in this very process."""
+    monkeypatch.setenv("LUTHIER_GENERATE_IDLE_SECONDS", "4")
+    get_settings.cache_clear()
+    wait_until(lambda: "models/tiny" not in loaded(), what="what other tests loaded put away", seconds=20)
     model = register_tiny(session)
     openai_client.chat.completions.create(model="tiny", **ASK)
     wait_until(lambda: "models/tiny" in loaded(), what="the word of the loaded model", seconds=10)

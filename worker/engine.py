@@ -229,7 +229,13 @@ class Engine:
         """Give the next row of a request a slot. False when no row is free for it, None when there is no memory yet."""
         lane, row = running.place.lane, running.next_row()
         mine = [r for r in self.active if r.place.lane is lane]
-        if row is None or not turns.may_begin(running, turns.held(mine), self.most_rows):
+        if row is None:
+            return False
+        if running.keeper.finished:  # in its place, so that nothing more is taken
+            running.hand_on(row)
+            self._choose(lane, running.first_logits[None], [(row, running, 0)])
+            return True
+        if not turns.may_begin(running, turns.held(mine), self.most_rows):
             return False
         if not self.room.promise(running, self.active):
             return None
@@ -256,14 +262,13 @@ class Engine:
 
     def _begin_late(self, running: Running, row: Row) -> bool | None:
         """A further answer to a prompt that has been read."""
-        lane, first = running.place.lane, running.rows[0].slot
-        assert first is not None and running.first_logits is not None
+        lane, kept = running.place.lane, running.keeper.slot
+        assert kept is not None and running.first_logits is not None
         slot = self.room.take(lane, len(running.prompt) + 1)
         if slot is None:
             return None
-        lane.cache.copy(first, slot, len(running.prompt))
+        lane.cache.copy(kept, slot, len(running.prompt))
         row.slot = slot
-        self._let_go_of_first(running)
         self._choose(lane, running.first_logits[None], [(row, running, 0)])
         return True
 
@@ -273,12 +278,6 @@ class Engine:
             return 0
         most = min(len(slot.tokens), len(running.prompt) - 1)
         return next((i for i in range(most) if slot.tokens[i] != running.prompt[i]), most)
-
-    def _let_go_of_first(self, running: Running) -> None:
-        """The first row's slot holds the prompt for the others until all have begun."""
-        first = running.rows[0]
-        if first.finished and first.slot is not None and all(row.slot is not None or row.finished for row in running.rows):
-            first.slot.busy = False
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -402,9 +401,7 @@ class Engine:
     def _finish(self, running: Running, row: Row, reason: str, entries: list[Entry]) -> None:
         self._show(row, row.text.end(), entries, all_of_it=True)
         row.finished = True
-        if row.slot is not None and row is not running.rows[0]:
-            row.slot.busy = False
-        self._let_go_of_first(running)
+        running.let_go(row)
         entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
 
     def _leave(self, running: Running, entries: list[Entry]) -> None:

@@ -51,8 +51,8 @@ class Row:
 class Running:
     """One request in the engine. `read` prompt tokens are in the cache; its rows share them.
 
-    The first row reads the prompt. The others begin as slots come free, from its slot and from `first_logits` (V), what the model
-    said after the prompt.
+    The first row reads the prompt. The others begin as slots come free, from `first_logits` (V), what the model said after the
+    prompt, and from the slot of the `keeper`, which holds the prompt until all have begun: copied while it writes, taken over after.
     """
 
     request: GenerateRequest
@@ -70,6 +70,10 @@ class Running:
     first_logits: torch.Tensor | None = None
     first_token: float | None = None
     arrived: float = field(default_factory=time.monotonic)
+    keeper: Row = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeper = self.rows[0]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -104,6 +108,18 @@ class Running:
 
     def writing(self) -> list[Row]:
         return [row for row in self.rows if row.slot is not None and not row.finished and row.written]
+
+    def hand_on(self, row: Row) -> None:
+        """Let a row that has not begun take over the slot of the keeper, which has finished."""
+        slot, self.keeper.slot, self.keeper = self.keeper.slot, None, row
+        assert slot is not None, "it is let go of when the last row begins"
+        row.slot, slot.tokens = slot, slot.tokens[: len(self.prompt)]
+
+    def let_go(self, row: Row) -> None:
+        """Free the slot of a row that has finished, unless it keeps the prompt for rows that have not begun."""
+        waited_for = any(other.slot is None and not other.finished for other in self.rows)
+        if row.finished and row.slot is not None and not (row is self.keeper and waited_for):
+            row.slot.busy = False
 
 
 def held(running: Sequence[Running]) -> Counter[tuple[Hashable, bool]]:

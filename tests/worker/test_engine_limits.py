@@ -100,7 +100,7 @@ def test_a_long_prompt_neither_starves_a_short_one_nor_is_starved(small, home): 
 
 
 def test_who_waits_too_long_is_told_to_come_again(small, home, monkeypatch):  # noqa: F811
-    engine, ref = small(most_rows=1, wait_seconds=0.3), ref_of(home)
+    engine, ref = small(most_rows=1, wait_seconds=0.05), ref_of(home)
     talk = engine.answer(request(ref, "x", max_tokens=500, **ENDLESS))
     next(talk), next(talk)
     last = last_of(engine, request(ref, "y", owner=1))
@@ -111,6 +111,16 @@ def test_who_waits_too_long_is_told_to_come_again(small, home, monkeypatch):  # 
     next(engine.answer(request(ref, "y", owner=2)))
     talk.close()
     assert all(lane.users == 0 for lane in engine.shelf.lanes.values())
+
+
+def test_long_runs_of_several_answers_do_not_wait_for_each_other(small, home):  # noqa: F811
+    """Half of four rows is for long runs: two prompts whose first answers have ended hold both, and the others must come after them."""
+    engine, ref = small(), ref_of(home)
+    asked = [request(ref, prompt, seed=i, owner=1, n=3, max_tokens=4) for i, prompt in enumerate(PROMPTS)]
+    told = crowd(engine, [one.model_copy(update={"bulk": True}) for one in asked])
+    alone = [run(engine, one.model_copy(update={"sampling": one.sampling.model_copy(update={"n": 1})}))[0][0] for one in asked]
+    assert told == [[text] * 3 for text in alone]
+    assert not any(slot.busy for lane in engine.shelf.lanes.values() for slot in lane.cache.slots())
 
 
 def test_an_answer_moves_to_a_larger_block_as_it_grows(small, home, monkeypatch):  # noqa: F811
