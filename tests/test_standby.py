@@ -22,11 +22,11 @@ def loaded() -> dict[str, standby.Ready]:
 
 
 def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
-    openai_client,
+    openai_client,  # noqa: F811
     api,
     client,
     session,
-    generate_worker,
+    generate_worker,  # noqa: F811
     monkeypatch,
 ):
     """The worker's limit on idleness is four seconds (tests/generating.py), and so is that of an engine in this very process."""
