@@ -120,7 +120,7 @@ def test_in_the_browser(studio, browser_page, note):
     while any(not re.search(r"tokens/s", panes.nth(i).locator("[data-proof]").inner_text()) for i in range(2)):
         assert time.monotonic() < deadline, panes.all_inner_texts()
         page.wait_for_timeout(200)
-    answers = [panes.nth(i).locator("[data-body]").inner_text() for i in range(2)]
+    answers = [panes.nth(i).locator("[data-text]").last.inner_text() for i in range(2)]
     proofs = [panes.nth(i).locator("[data-proof]").inner_text() for i in range(2)]
     assert answers[0] != answers[1], "the tuned model answers as its base does"
     assert proofs[0] != proofs[1]
