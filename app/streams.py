@@ -7,7 +7,7 @@ watches its connection with `while_connected`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -18,6 +18,8 @@ from app.generation import Entry
 
 STUCK_SECONDS = 30.0
 """A client that takes nothing for so long is dropped."""
+AGAIN_SECONDS = 0.1
+"""A task that goes on for so long after it was cancelled is cancelled again."""
 CLIENT_LEFT = 499
 """What a log shows for an answer that nobody was there to read. No client ever sees it."""
 
@@ -48,8 +50,18 @@ async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tupl
             else:
                 yield place, found
     finally:
-        for task in pumps:
+        # Not awaited here: a reader that is being cancelled may not wait for anything.
+        _keep(asyncio.ensure_future(_end(pumps)))
+
+
+async def _end(tasks: Iterable[asyncio.Future[None]]) -> None:
+    """Cancel tasks until they have ended. Once is not enough before Python 3.12, whose `asyncio.wait_for` no longer loses a
+    cancellation that comes when what it waits for is done: redis-py sends each command through it."""
+    going = set(tasks)
+    while going:
+        for task in going:
             task.cancel()
+        _, going = await asyncio.wait(going, timeout=AGAIN_SECONDS)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> bool:
@@ -96,11 +108,15 @@ def left() -> Response:
 _tasks: set[asyncio.Future[Any]] = set()
 
 
-def later(work: Callable[[], None]) -> None:
-    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
+def _keep(task: asyncio.Future[Any]) -> None:
+    """Hold a task that nobody awaits until it has ended: the loop alone holds it weakly."""
     _tasks.add(task)
     task.add_done_callback(_tasks.discard)
+
+
+def later(work: Callable[[], None]) -> None:
+    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
+    _keep(asyncio.ensure_future(asyncio.to_thread(work)))
 
 
 class Stream(StreamingResponse):

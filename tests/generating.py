@@ -19,6 +19,9 @@ import pytest
 
 from tests.conftest import PROJECT, free_port
 
+LONG = 16384
+"""Tokens that `models/long` has room for: half a minute of its work, or more."""
+
 
 def start_worker(data_dir: Path, redis_url: str, **more: str) -> subprocess.Popen:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
@@ -56,10 +59,14 @@ _running: list[subprocess.Popen] = []
 
 @pytest.fixture(scope="session")
 def answering_dir(tmp_path_factory, tiny_model: Path) -> Path:
-    """The data folder of the generate worker; `models/tiny` is in it."""
+    """The data folder of the generate worker. `models/tiny` is in it, and `models/long`: the same weights, with room to go on for so
+    long that whoever leaves does so before the end, on a fast machine too."""
     if not _folder:
         _folder.append(tmp_path_factory.mktemp("answering"))
-        shutil.copytree(tiny_model, _folder[0] / "models" / "tiny")
+        for name, room in (("tiny", 512), ("long", LONG)):
+            folder = shutil.copytree(tiny_model, _folder[0] / "models" / name)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": room}))
     return _folder[0]
 
 
@@ -78,14 +85,19 @@ def generate_worker(answering_dir: Path, valkey, _workers):
     return _workers[-1]
 
 
-def register_tiny(session, name: str = "tiny", kind: str = "dialogue", path: str = "models/tiny", **more):
+def register_long(session, name: str, kind: str = "dialogue"):
+    """A row for the small model with much room."""
+    return register_tiny(session, name, kind, path="models/long", room=LONG)
+
+
+def register_tiny(session, name: str = "tiny", kind: str = "dialogue", path: str = "models/tiny", room: int = 512, **more):
     """A row for the worker's small model."""
     from app.shapes import shape_of
     from app.tables import Model
 
     config = {
         "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": room, "tie_word_embeddings": True,
     }  # fmt: skip
     model = Model(
         id=uuid.uuid4(), name=name, title=name, kind=kind, path=path, revision="0" * 64, source={"kind": "folder"},

@@ -23,17 +23,19 @@ from tests.generating import (  # noqa: F401
     generate_worker,
     leave_while_it_speaks,
     live,
+    register_long,
     register_tiny,
     stopped_after,
     stored_answers,
 )
 
-NAMES = ["tiny", "tiny-generic", "tiny-instruction"]
+KINDS = {"tiny": "dialogue", "tiny-generic": "generic", "tiny-instruction": "instruction"}
+NAMES = list(KINDS)
 
 
 @pytest.fixture
 def three(session):
-    return [register_tiny(session, name, kind) for name, kind in zip(NAMES, ("dialogue", "generic", "instruction"), strict=True)]
+    return [register_tiny(session, name, kind) for name, kind in KINDS.items()]
 
 
 def answered(session, user, names, prompt, text, parent=None):
@@ -138,7 +140,7 @@ def test_the_plain_form_answers(client, session, three, generate_worker):  # noq
     assert newest.rendered_prompt.count("<|im_start|>user") == 2
 
 
-def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, user, three, generate_worker, answering_dir):  # noqa: F811
+def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, user, generate_worker, answering_dir):  # noqa: F811
     from app import accounts
 
     link = accounts.new_sign_in_link(session, user)
@@ -146,13 +148,15 @@ def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, us
     with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True) as browser:
         token = csrf_token(browser.get(link).text)
         cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
-    order = {"models": NAMES, "prompt": "Go on", "sampling.max_tokens": "480", "sampling.temperature": "0"}
+    for name, kind in KINDS.items():
+        register_long(session, name, kind)
+    order = {"models": NAMES, "prompt": "Go on", "sampling.max_tokens": "8000", "sampling.temperature": "0"}
     headers = {"origin": live, "x-csrf-token": token, "cookie": cookies, "content-type": "application/x-www-form-urlencoded"}
     leave_while_it_speaks(live, "/playground", urlencode(order, doseq=True).encode(), headers)
     rows = stored_answers(session, 3)
     assert {r.finish_reason for r in rows} == {"cancelled"}
     heard = [r for r in rows if r.usage["completion_tokens"]]  # a model that had not begun yet did not begin any more
-    assert heard and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in heard)
+    assert heard and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 8000 for r in heard)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +190,11 @@ def shown(page):
     return [" ".join(t.replace("\0", "�").split()) for t in page.locator("[data-pane] [data-text]").all_text_contents()]
 
 
-def test_in_the_browser(browser_page, live, session, user, three, generate_worker, answering_dir):  # noqa: F811
+def test_in_the_browser(browser_page, live, session, user, generate_worker, answering_dir):  # noqa: F811
     from app import accounts
 
+    for name in NAMES[:2]:
+        register_long(session, name, KINDS[name])
     link = accounts.new_sign_in_link(session, user)
     session.commit()
     page = browser_page
@@ -212,14 +218,15 @@ def test_in_the_browser(browser_page, live, session, user, three, generate_worke
     assert page.locator("[data-keep]").is_visible()
 
     page.locator("summary", has_text="temperature").click()
-    page.get_by_label("Max tokens").fill("480")
+    page.get_by_label("Max tokens").fill("8000")
+    page.get_by_label("Temperature").fill("0")  # the likeliest letter again and again, never the end
     page.get_by_label("Prompt", exact=True).fill("Go on until you are stopped")
     page.keyboard.press("Control+Enter")
     page.locator("[data-pane] [data-text]").nth(3).filter(has_text=re.compile("..")).wait_for()  # the second turn of the second column
     page.keyboard.press("Escape")
     page.get_by_text("Stopped.").first.wait_for()
     last = [r for r in stored_answers(session, 4) if r.finish_reason == "cancelled" and r.usage["completion_tokens"]]
-    assert last and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 480 for r in last)
+    assert last and all(r.usage["completion_tokens"] <= stopped_after(answering_dir, r.id) < 8000 for r in last)
     assert len(session.scalars(select(Exchange)).all()) == 2
 
 

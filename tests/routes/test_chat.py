@@ -18,6 +18,7 @@ from tests.generating import (  # noqa: F401
     leave_while_it_speaks,
     live,
     openai_client,
+    register_long,
     register_tiny,
     stop_worker,
     stopped_after,
@@ -197,12 +198,13 @@ def test_markers_and_control_characters_are_survived(client, session):
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_stops_the_generation(client, live, session, answering_dir, stream):  # noqa: F811
     # The bias makes one letter certain and the end impossible, so the answer only ends when it is cut or runs out of room.
-    body = {"model": "tiny", "messages": ASK, "max_tokens": 480, "stream": stream, "logit_bias": {"70": 100}}
+    register_long(session, "long")
+    body = {"model": "long", "messages": ASK, "max_tokens": 8000, "stream": stream, "logit_bias": {"70": 100}}
     headers = {"authorization": f"Bearer {client.api_key}", "content-type": "application/json"}
     leave_while_it_speaks(live, "/v1/chat/completions", json.dumps(body).encode(), headers)
     (row,) = stored_answers(session)
     assert row.finish_reason == "cancelled" and len(row.text) == row.usage["completion_tokens"]
-    assert 0 < row.usage["completion_tokens"] <= stopped_after(answering_dir, row.id) < 480
+    assert 0 < row.usage["completion_tokens"] <= stopped_after(answering_dir, row.id) < 8000
 
 
 def test_worker_killed_mid_stream_ends_with_an_error_and_the_next_one_answers(client, generate_worker, session):  # noqa: F811
