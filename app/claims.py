@@ -242,6 +242,15 @@ def _end(session: Session, held: Claim, status: str, **values: Any) -> bool:
     raise FenceLost
 
 
+def _mine(session: Session, held: Claim) -> Job | None:
+    """The held job, locked. None when this very attempt ended it before, in whatever way, and the answer was lost. Raises
+    FenceLost when the job is no longer this attempt's."""
+    job = session.scalar(select(Job).where(_held(held)).with_for_update().execution_options(populate_existing=True))
+    if job is None and not session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
+        raise FenceLost
+    return job
+
+
 def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     """The job succeeded: its state, its model and its metrics file in one transaction. Raises FenceLost."""
     from app import jobs, models
@@ -273,19 +282,18 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     """The attempt failed. What another attempt may survive is queued again; a full disk pauses the job, since nothing
     is lost and it goes on from its checkpoint; the rest ends it, with a reason and a way out. Raises FenceLost."""
-    deaths = session.scalar(select(Job.deaths).where(Job.id == held.job_id)) or 0
-    if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and deaths == 0):
-        return lost(session, held, failed)
-    if failed.kind == "disk_full":
-        cancelled = session.scalar(select(Job.id).where(_held(held), Job.cancel_requested).with_for_update())
-        if cancelled is not None:
-            return stopped(session, held, failed.step, failed.message)
-        if _end(session, held, "paused", error=_error(failed), **_QUIET):
-            say(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
+    job = _mine(session, held)
+    if job is None:
         return None
-    if _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET):
-        say(session, held.job_id, held.attempt, failed)
-    return None
+    if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
+        return _bury(session, job, failed)
+    if failed.kind == "disk_full":
+        if job.cancel_requested:
+            return stopped(session, held, failed.step, failed.message)
+        _end(session, held, "paused", error=_error(failed), **_QUIET)
+        return say(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
+    _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET)
+    return say(session, held.job_id, held.attempt, failed)
 
 
 _QUIET = {"cancel_requested": False, "pause_requested": False, "save_requested": False}
@@ -301,22 +309,17 @@ def _error(failed: events.Failed) -> dict[str, Any]:
 
 def lost(session: Session, held: Claim, failed: events.Failed) -> None:
     """The trainer died in a way that another attempt may survive. Raises FenceLost."""
-    if session.scalar(select(Job.id).where(_held(held)).with_for_update()) is None:
-        if session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
-            return
-        raise FenceLost
-    _bury(session, session.get_one(Job, held.job_id, populate_existing=True), failed)
+    job = _mine(session, held)
+    if job is not None:
+        _bury(session, job, failed)
 
 
 def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -> None:
     """The trainer saved and left. The request decides: cancelled, paused, or, when nobody asked, queued again because
     its worker is going down. Raises FenceLost."""
-    job = session.scalar(select(Job).where(_held(held)).with_for_update().execution_options(populate_existing=True))
-    if job is None:
-        if session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
-            return
-        raise FenceLost
-    _settle_wish(session, job, step, reason) or _requeue(session, job, "worker_left")
+    job = _mine(session, held)
+    if job is not None:
+        _settle_wish(session, job, step, reason) or _requeue(session, job, "worker_left")
 
 
 def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:

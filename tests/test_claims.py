@@ -181,6 +181,17 @@ def test_three_deaths_without_a_checkpoint_end_it_and_a_checkpoint_forgives(job)
     assert said(job.id)[-2:] == ["lost", "failed"]
 
 
+@pytest.mark.parametrize("kind", ["out_of_memory", "no_progress", "disk_full", "crashed"])
+def test_a_failure_told_again_changes_nothing(job, kind):
+    held, failed = take(job.id), events.Failed(kind=kind, message="It did.")
+    for _ in range(2):
+        with transaction() as session:
+            claims.fail(session, held, failed)
+    row = now_of(job.id)
+    assert row.deaths == (kind in ("out_of_memory", "no_progress"))
+    assert row.status == {"disk_full": "paused", "crashed": "failed"}.get(kind, "queued")
+
+
 @pytest.mark.parametrize("kind", ["diverged", "bad_data", "bad_model", "cuda_out_of_memory", "crashed"])
 def test_what_would_fail_again_is_not_tried_again(job, kind):
     held = take(job.id)

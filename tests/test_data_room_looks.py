@@ -172,7 +172,7 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
     session.commit()
     page.goto(f"{served}{room}")
     page.get_by_role("link", name="Join", exact=True).click()
-    assert not page.locator("#rows").is_visible()
+    page.locator("#rows").wait_for(state="hidden")
     page.get_by_label("Mix by weights").check()
     assert page.locator("#rows").is_visible() and not page.locator("#format").is_visible()
     for _ in range(20):
