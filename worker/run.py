@@ -52,7 +52,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
     try:
         if not FIRST:  # the first of several processes speaks for all
             collections.deque(_events(spec, folder, runs, asked), maxlen=0)
-            return STOPPED if asked.stop else 0
+            return STOPPED if asked.stopped else 0
         with curves(folder / "tensorboard", tell) as note:
             told = _events(spec, folder, runs, asked)
             if profile:
@@ -92,6 +92,7 @@ class _Asked:
     def __init__(self) -> None:
         self.stop = False
         self.save = False
+        self.stopped = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
         signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save", True))
@@ -103,7 +104,7 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
     from worker.train import train
 
     transformers_logging.disable_progress_bar()
-    yield from train(spec, folder, runs, asked)  # type: ignore[arg-type]  # it has the two fields that matter
+    yield from train(spec, folder, runs, asked)  # type: ignore[arg-type]  # it has the fields that matter
 
 
 # What a failure is called ---------------------------------------------------------------------------------------------

@@ -44,10 +44,11 @@ SPEED_WINDOW = 20
 
 @dataclass
 class Control:
-    """What others ask of a running job; looked at after every optimizer step."""
+    """What others ask of a running job, looked at after every optimizer step; and whether it `stopped` for it, its state saved."""
 
     stop: bool = False
     save: bool = False
+    stopped: bool = False
 
 
 class Diverged(StudioError):
@@ -164,7 +165,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     with processes.together(engine.device) as job.world:
         yield from _steps(job, control)
-    if job.world.first and not (control.stop and state.step < course.total_steps):
+    if job.world.first and not control.stopped:
         yield from finish(job)
 
 
@@ -193,8 +194,9 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
         window = next_window(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
-        control.stop, control.save = world.agree(control.stop, control.save)
-        if course.due(state.step) or control.save or control.stop:
+        # Wishes are only ever added to what was heard: one may come while the others are asked.
+        stop, saving = world.agree(control.stop, control.save)
+        if course.due(state.step) or saving or stop:
             while late:
                 yield report(job, *late.popleft())
             with shards.whole(job) if job.shards else contextlib.nullcontext():
@@ -203,7 +205,8 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
                         yield from judge(job)
                     yield save(job)
             control.save = False
-            if control.stop and state.step < course.total_steps:
+            if stop and state.step < course.total_steps:
+                control.stopped = True
                 return
             job.lap = time.perf_counter()
     if job.shards:
