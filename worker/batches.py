@@ -16,7 +16,7 @@ from app.errors import BadData
 from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
 from app.splits import divide, key_of
-from worker.attention import Frame, packed_arguments
+from worker.attention import Frame, filling, packed_arguments
 from worker.late import sent
 from worker.prompts import render_row
 
@@ -144,7 +144,7 @@ def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, le
 
 @dataclass
 class Batch:
-    """One pack of T tokens in a row, without padding."""
+    """One pack of T tokens in a row. What fills it up is a sequence at its end that nothing is learnt of; `tokens` is without it."""
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T), from 0 in each sequence
@@ -162,16 +162,17 @@ NOT_LEARNT = -100
 
 
 def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: Frame | None = None) -> Batch:
-    """The tensors of a pack of row numbers, filled up to `frame`. On CUDA they are copied from pinned memory without waiting."""
+    """The tensors of a pack of row numbers, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
+    pinned memory without waiting."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
     tokens = sum(lengths)
     ids = np.concatenate([data.ids[s] for s in spans]).astype(np.int64)
     learnt = np.flatnonzero(np.concatenate([data.trained[s] for s in spans]))
     sources, targets = learnt - 1, ids[learnt]
+    more = frame.filling(tokens) if frame else filling(tokens, device)
+    lengths, ids = lengths + more, np.concatenate([ids, np.zeros(sum(more), np.int64)])
     if frame:
-        lengths += frame.filling(tokens)
-        ids = np.concatenate([ids, np.zeros(frame.tokens - tokens, np.int64)])
         spare = -len(learnt) % LEARNT_MULTIPLE
         sources = np.concatenate([sources, np.zeros(spare, np.int64)])
         targets = np.concatenate([targets, np.full(spare, NOT_LEARNT)])

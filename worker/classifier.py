@@ -104,14 +104,14 @@ class Classifier(nn.Module):
 
 
 def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) -> torch.Tensor:
-    """One vector per text, (texts, H), from the states of packed tokens, (T, H)."""
+    """One vector per text, (texts, H), from the states of packed tokens, (T, H). What stands after the last text fills the pack."""
     sizes = torch.tensor(lengths, device=states.device)
     ends = sizes.cumsum(0)
     if how == "last":
         return states[ends - 1]
     if how == "first":
         return states[ends - sizes + skip]
-    pieces = states.float().split(lengths)
+    pieces = states[: sum(lengths)].float().split(lengths)
     return torch.stack([piece[skip:].mean(0) for piece in pieces]).to(states.dtype)
 
 

@@ -112,13 +112,10 @@ def tokenise_texts(tokenizer: Any, rows: Sequence[Row], longest: int, lead: Sequ
 
 
 def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Any], list[int]]:
-    """A classifier's inputs for some texts, packed, and their lengths."""
+    """A classifier's inputs for some texts, packed, and the texts' lengths."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
-    ids = torch.from_numpy(np.concatenate([data.ids[s] for s in spans]).astype(np.int64))[None]
-    places = torch.cat([torch.arange(n) for n in lengths])[None]
-    arguments = {"input_ids": sent(ids, device), "position_ids": sent(places, device)}
-    return {**arguments, **attention.packed_arguments(lengths, device)}, lengths
+    return attention.packed(np.concatenate([data.ids[s] for s in spans]), lengths, device), lengths
 
 
 def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:

@@ -24,9 +24,8 @@ from torch import nn
 
 from app.settings import get_settings
 from app.spec import ModelRef
-from worker.attention import packed_arguments
+from worker.attention import packed
 from worker.classifier import Classifier, Pooling, render_text
-from worker.late import sent
 
 log = logging.getLogger(__name__)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -81,11 +80,8 @@ def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) ->
 @torch.inference_mode()
 def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> np.ndarray:
     lengths = [len(x) for x in ids]
-    where = torch.device(device)
-    flat = sent(torch.tensor([[token for text in ids for token in text]]), where)
-    places = sent(torch.cat([torch.arange(n) for n in lengths])[None], where)
-    arguments = packed_arguments(lengths, where)
-    return classifier.pooled(flat, places, lengths, **arguments).float().cpu().numpy()
+    inputs = packed([token for text in ids for token in text], lengths, torch.device(device))
+    return classifier.pooled(**inputs, lengths=lengths).float().cpu().numpy()
 
 
 def cache_name(ref: ModelRef, pooling: Pooling, max_length: int, precision: str) -> str:

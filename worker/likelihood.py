@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from worker.loss import Head, chunk_rows
+from worker.loss import Head, chunk_rows, even
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -93,5 +93,7 @@ def token_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute:
 
     Float32, or float64 where `compute` is. Gradients flow to `hidden` and, where they learn, to the head's weight and bias.
     """
+    count = hidden.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenNats.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))
+        hidden, targets = even(hidden, targets, compute, value=0)
+        return _TokenNats.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))[:count]

@@ -25,6 +25,10 @@ BLOCK_BYTES = 3 * 2**19
 """Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
 
 
+MULTIPLE = 32
+"""A product in a narrow type on a CPU is made of a multiple of this many rows, as the stack's are (`worker/attention.py:MULTIPLE`)."""
+
+
 KERNEL = find_spec("triton") is not None
 """Whether the kernel of `worker/softmax.py` can be built: torch's builds for CUDA bring Triton, except on Windows."""
 
@@ -92,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
         if hidden.is_cuda and plain and compute != torch.float32 and KERNEL:
             return _on_gpu(ctx, hidden, weight, targets, compute)
-        # Only packs of one shape have filling places; a processor is asked whether there are any, a GPU would be waited for.
+        # A processor is asked whether there are filling places, a GPU would be waited for.
         kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
         targets = targets if kept is None else targets.clamp(min=0)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -109,11 +113,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 own = slice(start + block.start, start + block.stop)
                 finished, bent = _finish(products, head)
                 nats, p = _softmax_(finished, targets[own])
-                total += nats.sum() if kept is None else (nats * kept[own]).sum()
+                filled = kept is not None and (hidden.is_cuda or not bool(kept[own].all()))
+                total += (nats * kept[own]).sum() if filled else nats.sum()
                 if d_hidden is None and d_weight is None:
                     continue
                 p.scatter_add_(1, targets[own, None], torch.full_like(nats, -1.0))  # d loss / d logits
-                if kept is not None:
+                if filled:
                     p.mul_(kept[own])
                 if bent is not None:
                     p.mul_(1 - bent.square())
@@ -163,6 +168,12 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     return losses.sum()
 
 
+def even(hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (K, H) and targets (K,), filled up with states of zeros whose target is `value`."""
+    spare = -hidden.shape[0] % MULTIPLE if hidden.device.type == "cpu" and compute.itemsize < 4 else 0
+    return (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare), value=value)) if spare else (hidden, targets)
+
+
 def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
     """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,); products in `compute`, sums in float32.
 
@@ -171,6 +182,7 @@ def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor
     if hidden.shape[0] == 0:
         return hidden.sum() * 0.0
     with torch.autocast(hidden.device.type, enabled=False):
+        hidden, targets = even(hidden, targets, compute)
         return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))
 
 
@@ -179,6 +191,8 @@ def score(
     hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats and whether the likeliest token is the right one, for each of K positions."""
+    count = hidden.shape[0]
+    hidden, targets = even(hidden, targets, compute)
     losses = torch.empty(hidden.shape[0], device=hidden.device)
     hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)
@@ -189,5 +203,5 @@ def score(
                 own = slice(start + block.start, start + block.stop)
                 finished, _ = _finish(products, head)
                 hits[own] = finished.argmax(1) == targets[own]
-                losses[own] = _softmax_(finished, targets[own])[0][:, 0]
-    return losses, hits
+                losses[own] = _softmax_(finished, targets[own].clamp(min=0))[0][:, 0]
+    return losses[:count], hits[:count]

@@ -64,7 +64,7 @@ def test_a_row_does_not_see_the_one_before(network, tokenizer) -> None:
     def second(first: int) -> torch.Tensor:
         batch = make_batch(data, [first, 3], CPU)
         out = network.get_decoder()(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
-        return out.last_hidden_state[0, -data.lengths[3] :]
+        return out.last_hidden_state[0, data.lengths[first] : data.lengths[first] + data.lengths[3]]
 
     with torch.no_grad():
         torch.testing.assert_close(second(0), second(5), atol=1e-6, rtol=0)

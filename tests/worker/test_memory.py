@@ -51,7 +51,7 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
         hidden = evaluate.hidden_states(model, batch, engine)
         loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
     assert loss.requires_grad
-    return Counted(held.bytes, batch.tokens)
+    return Counted(held.bytes, batch.input_ids.shape[1])
 
 
 class Saved:
