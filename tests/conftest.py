@@ -414,7 +414,14 @@ def browser_page(browser) -> Iterator:
     assert not errors, f"scripts of the page failed: {errors}"
 
 
-# What is said after a run ---------------------------------------------------------------------------------------------
+# The order of a run, and what is said after it ---------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run the whole studio or the starter model first: two processes share the files, and whichever has a long one last
+    is waited for by the other."""
+    long = {item.path for item in items if item.get_closest_marker("studio") or item.get_closest_marker("starter")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
