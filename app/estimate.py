@@ -25,6 +25,8 @@ SPEED_GPU = 150e12
 
 FIXED_SECONDS = 4.0
 """Libraries loaded, rows made into tokens and results written, until a job has been measured here; reading the weights comes on top."""
+LEAST_BESIDE, LEAST_FIXED_SECONDS = 0.1, 0.1
+"""The least share of its arithmetic that what a job does beside its steps is taken to need, and the least that is fixed."""
 DISK_BYTES_PER_SECOND = 400e6
 """Weights read, or written with their SHA-256."""
 PROBE_TOKENS = 4000
@@ -86,9 +88,11 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
 
 def _estimate(spec: JobSpec, machine: Machine, course: Course, memory: MemoryParts, per_second: float, recompute: int = 0) -> Estimate:
     twice = recompute / spec.model.shape.layers
-    seconds = _fixed_seconds(spec, machine) + arithmetic_seconds(spec, course, speed_of(spec, machine), twice)
-    total = sum(memory.model_dump().values())
+    speed = speed_of(spec, machine)
     found, measured = pace_of(spec, machine)
+    seconds = step_seconds(spec, course, speed, twice) + (found.beside if found else 1.0) * beside_seconds(spec, course, speed)
+    seconds += found.fixed_seconds if found else FIXED_SECONDS + _read_seconds(spec.model.shape)
+    total = sum(memory.model_dump().values())
     spread = 1.25 if measured else 1.5 if found else 2.0
     return Estimate(
         memory_bytes=total,
@@ -208,11 +212,6 @@ def speed_of(spec: JobSpec, machine: Machine) -> float:
     return machine.cores * (SPEED_PER_CORE_MATRIX_UNITS if matrix_units else SPEED_PER_CORE)
 
 
-def _fixed_seconds(spec: JobSpec, machine: Machine) -> float:
-    found, _ = pace_of(spec, machine)
-    return found.fixed_seconds if found else FIXED_SECONDS + _read_seconds(spec.model.shape)
-
-
 def _read_seconds(shape: Shape) -> float:
     return 4 * shape.parameters() / DISK_BYTES_PER_SECOND
 
@@ -223,14 +222,21 @@ def forward_operations(shape: Shape, learnt: float) -> float:
     return 2 * (blocks + shape.vocabulary * shape.hidden * learnt)
 
 
-def arithmetic_seconds(spec: JobSpec, course: Course, speed: float, recompute: float = 0.0) -> float:
-    """Seconds of all that a job computes, at `speed` operations a second, and of its checkpoints; `recompute` is the share of
-    layers run forwards twice."""
+def step_seconds(spec: JobSpec, course: Course, speed: float, recompute: float = 0.0) -> float:
+    """Seconds of all steps, or of reading every text once, at `speed` operations a second; `recompute` is the share of layers run
+    forwards twice."""
+    shape = spec.model.shape
+    if type(spec.strategy).recipe == "features":
+        return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
+    return course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
+
+
+def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
+    """Seconds of what a job computes beside its steps: scores, answers, checkpoints, and a classifier learnt on vectors."""
     shape, run = spec.model.shape, spec.run
     if type(spec.strategy).recipe == "features":
-        return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed + _fit_seconds(spec, course)
+        return _fit_seconds(spec, course)
     classes = spec.task == "classification"
-    work = operations_per_token(shape, spec.strategy, course.learnt, recompute)
     forward = forward_operations(shape, course.learnt)
     saves = max(1, math.ceil(run.evaluations_per_epoch * course.tokens / max(course.train, 1)))
     # The held-out rows are scored before the first step and at every save; classes once more at the end, for their evaluation.
@@ -247,7 +253,18 @@ def arithmetic_seconds(spec: JobSpec, course: Course, speed: float, recompute: f
     # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
     written = 0 if classes else run.samples * run.sample_tokens * (saves + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
-    return (course.tokens * work + scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
+    return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
+
+
+def pace_from(spec: JobSpec, course: Course, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:
+    """What a job of `seconds` in all, the first `loaded` of them before its first step, tells of the next. What it took longer than
+    the arithmetic is fixed; what it took less, it was faster beside its steps. None when it cannot have read its texts at all."""
+    beside = beside_seconds(spec, course, speed)
+    rest = seconds - step_seconds(spec, course, speed, recompute)
+    if type(spec.strategy).recipe == "features":
+        return Pace(operations_per_second=speed, fixed_seconds=rest - beside) if rest > beside else None
+    share = min(1.0, max(rest - loaded, LEAST_BESIDE * beside) / beside) if beside else 1.0
+    return Pace(operations_per_second=speed, fixed_seconds=max(rest - share * beside, LEAST_FIXED_SECONDS), beside=share)
 
 
 def _save_seconds(spec: JobSpec) -> float:

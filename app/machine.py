@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,13 +23,19 @@ ARITHMETIC = "arithmetic.json"
 
 
 class Pace(BaseModel):
-    """How fast jobs of one kind went here: useful floating-point operations per second of a step, and the seconds of a job that
-    are no arithmetic (libraries and weights loaded, rows read, files written)."""
+    """How fast jobs of one kind went here: useful floating-point operations per second of a step; the seconds of a job that are no
+    arithmetic (libraries and weights loaded, rows read, files written); and what it computes `beside` its steps (scores, answers,
+    checkpoints) as a share of the seconds that arithmetic at the speed of a step gives."""
 
     model_config = ConfigDict(frozen=True)
 
     operations_per_second: float = Field(gt=0, allow_inf_nan=False)
     fixed_seconds: float = Field(gt=0, allow_inf_nan=False)
+    beside: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+def _middle(paces: Sequence[Pace], how: Callable[[list[float]], float]) -> Pace:
+    return Pace(**{name: how([getattr(pace, name) for pace in paces]) for name in Pace.model_fields})
 
 
 class Machine(BaseModel):
@@ -63,8 +70,7 @@ class Machine(BaseModel):
         near = [p for key, p in self.paces.items() if key.startswith(own) and key.removeprefix(own).partition(" · ")[2] == rest]
         if not near:
             return None, False
-        middle = statistics.median(p.operations_per_second for p in near)
-        return Pace(operations_per_second=middle, fixed_seconds=statistics.median(p.fixed_seconds for p in near)), False
+        return _middle(near, statistics.median), False
 
     @property
     def cuda(self) -> bool:
@@ -168,15 +174,10 @@ def read_calibration() -> dict[str, Pace]:
         return {}
 
 
-def calibrate(work: str, operations_per_second: float, fixed_seconds: float) -> None:
+def calibrate(work: str, new: Pace) -> None:
     """Note how fast a finished job was; each new figure moves the kept one half of the way."""
     paces, key = read_calibration(), f"{this_machine().device} · {work}"
-    new = Pace(operations_per_second=operations_per_second, fixed_seconds=fixed_seconds)
-    before = paces.get(key, new)
-    paces[key] = Pace(
-        operations_per_second=(before.operations_per_second + new.operations_per_second) / 2,
-        fixed_seconds=(before.fixed_seconds + new.fixed_seconds) / 2,
-    )
+    paces[key] = _middle([paces.get(key, new), new], statistics.fmean)
     path = get_settings().data_dir / CALIBRATION
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({name: pace.model_dump() for name, pace in paces.items()}))

@@ -158,12 +158,32 @@ def test_a_strategy_that_was_never_measured_goes_by_its_neighbours() -> None:
     assert spread == pytest.approx([1.25, 1.5])
 
 
+@pytest.mark.parametrize("beside", [0.0, 0.5, 3.0])
+def test_a_job_is_said_to_take_what_it_took(beside) -> None:
+    """Whether it took more than the arithmetic beside its steps or less: said with its own pace, it takes the same again."""
+    course, speed = estimate.course_of(spec(), STATS), 3e9
+    steps, rest = estimate.step_seconds(spec(), course, speed), estimate.beside_seconds(spec(), course, speed)
+    took = 2.0 + steps + beside * rest
+    pace = estimate.pace_from(spec(), course, speed, 0.0, took, 2.0)
+    assert pace.operations_per_second == speed and pace.beside == pytest.approx({0.0: 0.1, 0.5: 0.5, 3.0: 1.0}[beside])
+    if beside:
+        assert pace.fixed_seconds + steps + pace.beside * rest == pytest.approx(took) and pace.fixed_seconds > 1.99
+
+
+def test_vectors_that_were_made_before_tell_no_pace() -> None:
+    order = sorting("feature_extraction")
+    course, speed = estimate.course_of(order, STATS), 3e9
+    took = estimate.step_seconds(order, course, speed) + estimate.beside_seconds(order, course, speed)
+    assert estimate.pace_from(order, course, speed, 0.0, took + 3, 1.0).fixed_seconds == pytest.approx(3)
+    assert estimate.pace_from(order, course, speed, 0.0, took / 2, 1.0) is None
+
+
 def test_paces_are_kept_by_device_and_kind_of_work(data_dir) -> None:
     work = machine.kind_of_work("lora", "decoder", "gradient", "fp32")
-    machine.calibrate(work, 2e9, 10.0)
-    machine.calibrate(work, 4e9, 20.0)
+    machine.calibrate(work, Pace(operations_per_second=2e9, fixed_seconds=10.0, beside=0.5))
+    machine.calibrate(work, Pace(operations_per_second=4e9, fixed_seconds=20.0))
     here = machine.this_machine()
-    assert here.pace(work) == (Pace(operations_per_second=3e9, fixed_seconds=15.0), True)
+    assert here.pace(work) == (Pace(operations_per_second=3e9, fixed_seconds=15.0, beside=0.75), True)
     assert here.model_copy(update={"gpu_name": "a card"}).pace(work) == (None, False)
 
 

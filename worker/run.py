@@ -182,9 +182,9 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         rows=started.train_rows,
         labels=len(finished.labels or ()),
     )
-    fixed = measured.seconds - estimate.arithmetic_seconds(spec, course, speed, recomputed)
-    if fixed > 0:  # what took less than its arithmetic found a part of its vectors made
-        machine.calibrate(estimate.work_of(spec, started.precision), speed, fixed)
+    pace = estimate.pace_from(spec, course, speed, recomputed, measured.seconds, started.seconds_to_load)
+    if pace is not None:  # a job that found a part of its vectors made tells nothing
+        machine.calibrate(estimate.work_of(spec, started.precision), pace)
 
 
 def _parser() -> argparse.ArgumentParser:
