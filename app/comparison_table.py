@@ -15,7 +15,7 @@ from sqlalchemy import Float, cast, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids
+from app import chance, comparisons, ids, ledger
 from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
@@ -175,25 +175,52 @@ class Says(NamedTuple):
     sentence: str
 
 
-def more_data(found: Table) -> Says | None:
-    """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from."""
+def more_data(session: Session, found: Table) -> Says | None:
+    """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from.
+
+    A loss is judged by the same held-out rows under both jobs, where their ledgers have them: what chance alone may bring is no gain.
+    """
     column = found.columns[0]
     done = [row for row in found.rows if row["status"] == "succeeded" and is_number(row[column.key])]
-    points = sorted((row["data_fraction"], row[column.key], row["rows"]) for row in done)
-    if len(points) < 2 or points[-1][0] < 1:
+    points = sorted(done, key=lambda row: row["data_fraction"])
+    if len(points) < 2 or points[-1]["data_fraction"] < 1:
         return None
-    (share, before, _), (_, now, rows) = points[-2], points[-1]
+    last, newest = points[-2:]
+    share, before, now = last["data_fraction"], last[column.key], newest[column.key]
     what = column.title.lower()
     write = (lambda v: f"{v:.1%}") if column.unit == "share" else (lambda v: f"{v:.3f}")
     moved = f"From {share:.0%} of the rows to all of them the {what} went from {write(before)} to {write(now)}"
     if column.unit == "share":
-        return _by_share(moved, before, now, rows)
-    gain = (before - now) / max(abs(before), 1e-9)
-    if gain >= WORTH_MORE:
+        return _by_share(moved, before, now, newest["rows"])
+    low, high = _moved_by(session, last["job"], newest["job"]) or (now - before, now - before)
+    if low < high:
+        moved += f" ({low:+.3f} to {high:+.3f} on the same held-out rows)"
+    return _by_loss(moved, before, now, low, high)
+
+
+def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Says:
+    """`low` to `high` is by how much the loss may really have changed."""
+    gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
+    if gain >= WORTH_MORE and high < 0:
         return Says("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
-    if gain > -WORTH_MORE:
+    if low > 0 and gain <= -WORTH_MORE:
+        return Says("unclear", f"It cannot be told. {moved}, which is worse: training may have gone on for too long.")
+    if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
         return Says("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another strategy might.")
-    return Says("unclear", f"It cannot be told. {moved}, which is worse: the held-out rows are too few, or training went on for too long.")
+    return Says("unclear", f"It cannot be told. {moved}: the held-out rows are too few.")
+
+
+def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
+    """95 % of the change of the loss from one job to another on the held-out rows that both have in their ledgers."""
+    first, second = (
+        {entry.line: entry for entry in ledger.read(session, session.get_one(Job, ids.parse(ids.JOB, job))) if entry.held_out}
+        for job in (before, now)
+    )
+    both = [line for line in second if line in first]
+    if len(both) < 2:
+        return None
+    usual = sum(second[line].tokens for line in both) / len(both)
+    return chance.interval([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
 
 
 def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
@@ -214,7 +241,7 @@ def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
 def to_json(session: Session, comparison: Comparison) -> JSON:
     """A `comparison` of `/v1/comparisons`."""
     found = table(session, comparison)
-    says = more_data(found) if comparison.kind == "learning_curve" else None
+    says = more_data(session, found) if comparison.kind == "learning_curve" else None
     return {
         "id": ids.public(ids.COMPARISON, comparison.id),
         "object": "comparison",

@@ -89,7 +89,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "up": up,
         "picture": picture,
         "drawn_numbers": {dot.number for dot in picture.dots} if picture else set(),
-        "says": comparison_table.more_data(table) if curve else None,
+        "says": comparison_table.more_data(session, table) if curve else None,
     }
 
 

@@ -145,7 +145,7 @@ def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
 
     (work / CALIBRATION).unlink(missing_ok=True)
     if plan["calibrate"]:
-        found = in_child({**plan, "run": {"forgetting": False, **plan["run"], "max_steps": SHORT_STEPS}}, work)
+        found = in_child({**plan, "run": {**plan["run"], "max_steps": SHORT_STEPS}}, work)
         if "error" in found:
             return found
     return in_child({**plan, "run": {**plan["run"], "max_steps": plan["steps"]}}, work)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import math
 import re
 
 import pytest
 from sqlalchemy import select, update
 
-from app import charts, comparison_table, comparisons, datasets, files, ids, jobs
+from app import charts, comparison_table, comparisons, datasets, files, ids, jobs, ledger
 from app.claims import finish
 from app.errors import BadField
 from app.events import Evaluated, Measured
-from app.tables import Comparison, Job, Outbox, User
+from app.tables import Comparison, Event, Job, Outbox, User
 from tests import lives
 
 
@@ -64,7 +65,8 @@ def end(
     )
     forgetting = {"before": 1.0, "after": 1 + change, "change": change, "interval": [change - 0.01, change + 0.01], "verdict": verdict}
     evaluation = {"rows": 40, "base": {"loss": 3.0}, "tuned": {"loss": loss, **scores}}
-    said = lives.finished(10).model_copy(update={"measured": measured, "forgetting": forgetting, "evaluation": evaluation})
+    own = {"path": f"runs/{job.id}/a1/final", "measured": measured, "forgetting": forgetting, "evaluation": evaluation}
+    said = lives.finished(10).model_copy(update=own)
     finish(session, life.held, said)
     session.commit()
 
@@ -250,10 +252,35 @@ def test_classifiers_are_told_apart_by_accuracy_first(session, user, tiny_regist
 def test_a_learning_curve_says_whether_more_data_would_help(session, user, tiny_registered, chats, losses, answer, says):
     found = create(session, user, body(chats, "lora", kind="learning_curve"))
     for job, loss in zip(comparisons.jobs_of(session, found), losses, strict=True):
-        assert comparison_table.more_data(comparison_table.table(session, found)) is None, "not before all ended"
+        assert comparison_table.more_data(session, comparison_table.table(session, found)) is None, "not before all ended"
         end(session, job, loss=loss, memory=1, seconds=1)
-    told = comparison_table.more_data(comparison_table.table(session, found))
+    told = comparison_table.more_data(session, comparison_table.table(session, found))
     assert told.answer == answer and says in told.sentence
+
+
+@pytest.mark.parametrize(
+    ("losses", "noise", "answer", "says"),
+    [
+        ((1.6, 1.2), 0.3, "more", "-0.4"),  # 40 rows tell 0.4 from chance
+        ((1.6, 1.5), 2.0, "unclear", "too few"),  # but not 0.1
+        ((1.21, 1.2), 0.02, "enough", "would bring little"),
+        ((1.21, 1.2), 2.0, "unclear", "too few"),  # nothing moved, but much may have
+        ((1.2, 1.4), 0.3, "unclear", "which is worse"),
+    ],
+)
+def test_a_learning_curve_is_judged_by_the_same_rows(session, user, tiny_registered, chats, data_dir, losses, noise, answer, says):
+    found = create(session, user, body(chats, "lora", kind="learning_curve"))
+    for place, (job, loss) in enumerate(zip(comparisons.jobs_of(session, found), (3.0, *losses), strict=True)):
+        end(session, job, loss=loss, memory=1, seconds=1)
+        path = session.scalar(select(Event.data).where(Event.job_id == job.id, Event.type == "finished"))["path"]
+        wave = [noise * math.sin(row * (place + 1)) for row in range(40)]  # other rows get harder and easier each time
+        after = [loss + x - sum(wave) / 40 for x in wave]
+        columns = {"line": list(range(40)), "before": [3.0] * 40, "after": after, "tokens": [5] * 40, "held_out": [True] * 40}
+        folder = data_dir / path
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / ledger.FILE).write_text(json.dumps(columns))
+    told = comparison_table.more_data(session, comparison_table.table(session, found))
+    assert (told.answer, says in told.sentence) == (answer, True), told.sentence
 
 
 @pytest.mark.parametrize(("shares", "answer"), [((0.4, 0.5, 0.9), "more"), ((0.8, 0.9, 0.92), "enough"), ((0.8, 0.9, 0.4), "unclear")])
@@ -261,7 +288,7 @@ def test_a_share_of_right_answers_is_known_no_better_than_its_rows_allow(session
     found = create(session, user, body(kinds, "dense_head", kind="learning_curve"))
     for job, share in zip(comparisons.jobs_of(session, found), shares, strict=True):
         end(session, job, loss=1.0, memory=1, seconds=1, accuracy=share)
-    assert comparison_table.more_data(comparison_table.table(session, found)).answer == answer
+    assert comparison_table.more_data(session, comparison_table.table(session, found)).answer == answer
 
 
 # The pages ------------------------------------------------------------------------------------------------------------
