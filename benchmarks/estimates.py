@@ -193,7 +193,8 @@ def line(r: dict[str, Any]) -> str:
         return f"{name} failed: {r['error'].strip().splitlines()[-1][:150]}"
     parameters, memory, seconds = r["parameters"], r["memory"], r["seconds"]
     same = "=" if parameters["predicted"] == parameters["counted"] else f"≠ {parameters['predicted']}"
-    lost = f"{r['forgotten']['change']:+.1%}" if r.get("forgotten") else "–"
+    change = (r.get("forgotten") or {}).get("change")  # none for a model that writes no text
+    lost = "–" if change is None else f"{change:+.1%}"
     return (
         f"{name} {r['precision']} {parameters['counted']:>11,} {same:2}{memory['predicted'] / 1e6:8.0f}{memory['measured'] / 1e6:7.0f}"
         f"{error(memory):+7.0%}{seconds['predicted']:8.1f}{seconds['measured']:7.1f}{error(seconds):+7.0%}"

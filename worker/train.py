@@ -36,6 +36,7 @@ from worker.late import Figures, depth
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
 from worker.pack import plan, stream
+from worker.rotary import use_fused_rotary
 from worker.telling import Telling
 
 MOST_NOT_FINITE = 3
@@ -135,6 +136,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     model = lesson.load(engine)
     kernels.use_fused_norms(model)
+    if engine.device.type == "cpu":
+        use_fused_rotary(model)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
