@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,10 +419,11 @@ def browser_page(browser) -> Iterator:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run the whole studio or the starter model first: two processes share the files, and whichever has a long one last
-    is waited for by the other."""
+    """Files that take long first, those that run the whole studio or the starter model before those with many tests: two processes
+    share the files, and whichever has a long one last is waited for by the other."""
     long = {item.path for item in items if item.get_closest_marker("studio") or item.get_closest_marker("starter")}
-    items.sort(key=lambda item: item.path not in long)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path], str(item.path)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
