@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 
 SURE = 0.05
@@ -29,6 +30,12 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     draw = random.Random(0)
     means = sorted(sum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(1000))
     return means[24], means[974]
+
+
+def spread(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
+    """95 % of the mean of two or more values, by the normal law: as wide as a bootstrap's and quick for thousands of them."""
+    middle, half = statistics.fmean(values), z * statistics.stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
 
 
 def sign_test(won: int, lost: int) -> float:

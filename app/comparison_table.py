@@ -220,7 +220,7 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
     if len(both) < 2:
         return None
     usual = sum(second[line].tokens for line in both) / len(both)
-    return chance.interval([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
+    return chance.spread([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
 
 
 def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:

@@ -415,7 +415,7 @@ def browser_page(browser) -> Iterator:
     assert not errors, f"scripts of the page failed: {errors}"
 
 
-# The order of a run, and what is said after it ---------------------------------------------------------------------------------------------
+# The order of a run, and what is said after it ------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

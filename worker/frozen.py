@@ -89,6 +89,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     else:
         yield from _learn(classifier, spec, inside, truth, outside, held_truth, state, control)
     if control.stop and state.step < epochs:
+        control.stopped = True
         return
 
     found = _probabilities(classifier.head, outside)

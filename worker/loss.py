@@ -17,16 +17,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from worker.attention import MULTIPLE
+
 CHUNK_BYTES = 96 * 2**20
 """Size of one chunk of logits in the type of the products. Measured on a CPU with AMX, bf16, milliseconds for 1,000 places of
 49,152 logits, forwards and backwards: 237 at 24 MiB, 174 at 48, 163 at 96 (345, 285 and 277 without the blocks below)."""
 
 BLOCK_BYTES = 3 * 2**19
 """Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
-
-
-MULTIPLE = 32
-"""A product in a narrow type on a CPU is made of a multiple of this many rows, as the stack's are (`worker/attention.py:MULTIPLE`)."""
 
 
 KERNEL = find_spec("triton") is not None
@@ -169,7 +167,8 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 
 
 def even(hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (K, H) and targets (K,), filled up with states of zeros whose target is `value`."""
+    """States (K, H) and targets (K,) of a product in a narrow type on a CPU, filled up to a multiple of `attention.MULTIPLE` with
+    states of zeros whose target is `value`. All others as they are."""
     spare = -hidden.shape[0] % MULTIPLE if hidden.device.type == "cpu" and compute.itemsize < 4 else 0
     return (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare), value=value)) if spare else (hidden, targets)
 

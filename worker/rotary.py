@@ -49,9 +49,11 @@ def rotate(
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
 
-def use_fused_rotary(model: torch.nn.Module) -> int:
+def use_fused_rotary(model: torch.nn.Module, device: torch.device) -> int:
     """Have a model's layers on a CPU use `rotate` where their own function computes the same. Returns in how many of the modules
-    that define the layers it stands now."""
+    that define the layers it stands now; 0 on a GPU."""
+    if device.type != "cpu":
+        return 0
     homes = {type(m).__module__ for m in model.modules()}
     return sum(_settle(sys.modules[home]) for home in homes if hasattr(sys.modules.get(home), NAME))
 

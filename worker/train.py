@@ -22,20 +22,19 @@ import torch
 
 from app import events
 from app.errors import StudioError
-from app.estimate import operations_per_token, speed_of
 from app.estimate_memory import recomputed_layers
-from app.machine import this_machine
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker import attention, checkpoint, kernels, optim, processes, results
 from worker.checkpoint import State, relative
 from worker.classifier import plain
+from worker.course import Course, course_of, seconds_expected
 from worker.device import Engine, choose, memory_here, peak_memory, rng_tensors, set_rng
 from worker.export import export
 from worker.late import Figures, depth
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
-from worker.pack import plan, stream
+from worker.pack import stream
 from worker.rotary import use_fused_rotary
 from worker.telling import Telling
 
@@ -56,20 +55,6 @@ class Diverged(StudioError):
     """Loss or gradient was not finite several times in a row."""
 
     code = "diverged"
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a lesson's rows become steps."""
-
-    budget: int  # tokens of a pass
-    packs_per_epoch: int
-    total_steps: int
-    evaluate_every: int  # steps; total_steps when only the end is evaluated
-    most: int | None = None  # rows that a pack holds at most
-
-    def due(self, step: int) -> bool:
-        return step == self.total_steps or step % self.evaluate_every == 0
 
 
 class Window(NamedTuple):
@@ -136,8 +121,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     model = lesson.load(engine)
     kernels.use_fused_norms(model)
-    if engine.device.type == "cpu":
-        use_fused_rotary(model)
+    use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
@@ -217,26 +201,6 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
-
-
-def course_of(lesson: Lesson, engine: Engine) -> Course:
-    """The lesson's packs and steps, counted."""
-    run, lengths = lesson.spec.run, lesson.train.lengths
-    budget = math.ceil(run.max_tokens_per_step / run.accumulation)
-    if engine.framed and lesson.spec.task == "generation":
-        lesson.frame = attention.frame_of(lengths, budget)
-    most = lesson.frame.most() if lesson.frame else None
-    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most))
-    total = max(1, math.ceil(run.epochs * packs / run.accumulation))
-    total = min(total, run.max_steps or total)
-    every = max(1, round(packs / run.accumulation / run.evaluations_per_epoch)) if run.evaluations_per_epoch else total
-    return Course(budget, packs, total, every, most)
-
-
-def seconds_expected(spec: JobSpec, course: Course) -> float:
-    """How long the training steps will take here, from past speeds or a cautious guess."""
-    work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
-    return course.total_steps * spec.run.max_tokens_per_step * work / speed_of(spec, this_machine())
 
 
 def peak_rate(spec: JobSpec) -> float:

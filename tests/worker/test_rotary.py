@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 
 import pytest
@@ -71,5 +70,6 @@ def test_a_model_says_the_same_with_it(tiny_model, monkeypatch, plain):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(20)[None]
     before = model(ids).logits
-    assert rotary.use_fused_rotary(copy.copy(model)) == 1 and modeling_llama.apply_rotary_pos_emb is not plain
+    assert rotary.use_fused_rotary(model, torch.device("cuda")) == 0 and modeling_llama.apply_rotary_pos_emb is plain
+    assert rotary.use_fused_rotary(model, torch.device("cpu")) == 1 and modeling_llama.apply_rotary_pos_emb is not plain
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)

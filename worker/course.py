@@ -1,0 +1,48 @@
+"""How a lesson's rows become steps: packs of an epoch, steps in all, when to evaluate, and how long it should take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from app.estimate import operations_per_token, speed_of
+from app.machine import this_machine
+from app.spec import JobSpec
+from worker import attention
+from worker.device import Engine
+from worker.lesson import Lesson
+from worker.pack import plan
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a lesson's rows become steps."""
+
+    budget: int  # tokens of a pass
+    packs_per_epoch: int
+    total_steps: int
+    evaluate_every: int  # steps; total_steps when only the end is evaluated
+    most: int | None = None  # rows that a pack holds at most
+
+    def due(self, step: int) -> bool:
+        return step == self.total_steps or step % self.evaluate_every == 0
+
+
+def course_of(lesson: Lesson, engine: Engine) -> Course:
+    """The lesson's packs and steps, counted."""
+    run, lengths = lesson.spec.run, lesson.train.lengths
+    budget = math.ceil(run.max_tokens_per_step / run.accumulation)
+    if engine.framed and lesson.spec.task == "generation":
+        lesson.frame = attention.frame_of(lengths, budget)
+    most = lesson.frame.most() if lesson.frame else None
+    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most))
+    total = max(1, math.ceil(run.epochs * packs / run.accumulation))
+    total = min(total, run.max_steps or total)
+    every = max(1, round(packs / run.accumulation / run.evaluations_per_epoch)) if run.evaluations_per_epoch else total
+    return Course(budget, packs, total, every, most)
+
+
+def seconds_expected(spec: JobSpec, course: Course) -> float:
+    """How long the training steps will take here, from past speeds or a cautious guess."""
+    work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
+    return course.total_steps * spec.run.max_tokens_per_step * work / speed_of(spec, this_machine())
