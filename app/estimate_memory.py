@@ -36,6 +36,11 @@ EMBEDDED_TOKENS = 4096
 """Tokens of a batch in `worker/features.py`."""
 
 
+LEAST_PART_TOKENS = 128
+"""Tokens of a part of a pack that has a thread of its own on a CPU (`worker/abreast.py`). LoRA on two cores gained 1.3 times with
+parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512."""
+
+
 class MemoryParts(BaseModel):
     weights: int
     gradients: int
@@ -47,6 +52,19 @@ class MemoryParts(BaseModel):
 def passes(run: RunSettings, processes: int) -> int:
     """Passes of a step: as many as ordered, or the next number that so many processes share evenly."""
     return -(-run.accumulation // processes) * processes
+
+
+def parts_of(tokens: int, threads: int) -> int:
+    """Parts of a pack that a CPU computes side by side."""
+    return max(1, min(threads, tokens // LEAST_PART_TOKENS))
+
+
+def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:
+    """Parts in which a job's packs of `tokens` are likely to be computed (`worker/train.py:parts_of` finds out): whole where dropout
+    draws, as in most encoders."""
+    draws = shape.architecture == "encoder" or getattr(strategy, "dropout", 0.0)
+    shared_out = machine.processes > 1 and not strategy.adapter
+    return 1 if machine.cuda or draws or shared_out else parts_of(tokens, machine.cores // machine.processes)
 
 
 def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
@@ -82,14 +100,17 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tup
     return per_token, own.once * compute + rounded
 
 
-def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool) -> int:
-    """The chunk of logits that is alive at once in `worker/loss.py`, the gradient of the hidden states, and a trained head's own."""
+def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1) -> int:
+    """The chunks of logits that are alive at once in `worker/loss.py`, one for each part of a pack, the gradient of the hidden
+    states, and what each part needs of the head itself."""
     width = 2 if half and not cuda else 4
-    chunk = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else LOGITS_BYTES)
+    chunks = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else parts * LOGITS_BYTES)
     head = shape.vocabulary * shape.hidden
     # The head rounded to bf16, its gradient in float32, and a chunk's part of it before it is added.
     own = head * (4 + 2 + 2 if half else 4) if trained else 0
-    return (2 if cuda else 1) * chunk + 8 * tokens * shape.hidden + own
+    # A product in bf16 on a CPU lays the whole matrix out anew for its units.
+    own += 2 * head if half and not cuda else 0
+    return (2 if cuda else 1) * chunks + 8 * tokens * shape.hidden + parts * own
 
 
 def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
@@ -129,7 +150,8 @@ def memory_of(
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
-    layer = tokens * per_token + once
+    parts = parts_beside(shape, strategy, run, tokens, machine)
+    layer = tokens * per_token + parts * once
     kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += HOLES * reached * tokens * per_token
@@ -137,7 +159,7 @@ def memory_of(
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
     passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
     everything = strategy.trainable(shape) >= shape.parameters()
-    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda) if writes else 0
+    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda, parts) if writes else 0
     # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
     table = shape.vocabulary * shape.hidden * 4 if everything else 0
     begin, end = kept + max(head, passing), held.gradients + passing + table

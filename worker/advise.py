@@ -364,7 +364,7 @@ def _by_vectors(spec: EvaluationSpec, engine: Engine, say: Say, training: Sequen
     names = [label.replace("_", " ").replace("-", " ") for label in labels]
     texts = [*names, *(row.row["text"] for row in examples), *(row.row["text"] for row in asked)]
     longest = min(spec.max_length, spec.model.shape.positions)
-    making = embed(reader, load_tokenizer(spec.model), texts, max_length=longest, device=str(engine.device))
+    making = embed(reader, load_tokenizer(spec.model), texts, engine, max_length=longest)
     vectors = _told(making, lambda done, of: say(0.2 + 0.75 * done / of, f"Reading {of} texts"))
     ours = vectors[len(names) + len(examples) :]
     centres = _centres(vectors[len(names) : len(names) + len(examples)], [labels.index(row.row["label"]) for row in examples], len(labels))

@@ -18,10 +18,9 @@ from worker.batches import BadRow, Row, Tokenised
 from worker.checkpoint import State
 from worker.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
 from worker.device import Engine
-from worker.evaluate import evaluating
+from worker.evaluate import reading
 from worker.late import sent
-from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, body_of, remarks_on
-from worker.pack import best_fit
+from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, body_of, remarks_on
 from worker.scores import classification_scores, prior_scores
 from worker.telling import drained
 
@@ -120,17 +119,16 @@ def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple
 
 def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
     """Probabilities, (rows, labels), of all texts of `data` in their order; says the share of the packs that are done."""
-    found: np.ndarray | None = None
-    packs = best_fit(range(len(data)), data.lengths, budget)
-    for done, pack in enumerate(packs):
-        yield done / len(packs)
-        with evaluating(model), engine.autocast():
-            inputs, lengths = pack_of(data, pack, engine.device)
-            some = model(**inputs, lengths=lengths).float().softmax(-1).cpu().numpy()
-        if found is None:
-            found = np.empty((len(data), some.shape[1]), np.float64)
-        found[pack] = some
-    return found if found is not None else np.empty((0, len(model.labels)))
+    found = np.empty((len(data), len(model.labels)), np.float64)
+
+    def read(pack: Sequence[int]) -> None:
+        inputs, lengths = pack_of(data, pack, engine.device)
+        with engine.autocast():
+            scores = model(**inputs, lengths=lengths)
+        found[pack] = scores.float().softmax(-1).cpu().numpy()
+
+    yield from reading(model, read, data.lengths, budget, engine)
+    return found
 
 
 def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> np.ndarray:
@@ -172,11 +170,11 @@ class Classifying(Lesson):
         truth = sent(torch.from_numpy(self.train_truth[list(pack)]), engine.device)
         return *pack_of(self.train, pack, engine.device), truth
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
         inputs, lengths, truth = batch
         with engine.autocast():
             scores = model(**inputs, lengths=lengths)
-        return F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths)
+        return Passed(F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths))
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
         self.newest = yield from sorting(model, self.held_out, budget, engine)

@@ -16,17 +16,19 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
 from app.errors import DoesNotFit
+from app.estimate_memory import parts_of
 from app.machine import Machine, note_bf16, this_machine, usable_cores
 from app.spec import RunSettings
 from app.strategies import Strategy
 from worker import fp8, processes
+from worker.abreast import Abreast
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Engine:
     frozen: torch.dtype  # how weights that do not learn are stored
     threads: int
     fp8: bool = False  # frozen layers are kept and multiplied in fp8 once the strategy is attached (worker/fp8.py)
+    abreast: Abreast = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "abreast", Abreast(self.threads))
 
     @property
     def compute(self) -> torch.dtype:
@@ -48,6 +54,10 @@ class Engine:
     def framed(self) -> bool:
         """Packs are filled up to one shape: on a GPU in bf16, where the attention takes a table of sequence ends."""
         return self.device.type == "cuda" and self.precision == "bf16"
+
+    def parts(self, tokens: int) -> int:
+        """How many parts of a pack of `tokens` are computed side by side: one on a GPU."""
+        return parts_of(tokens, self.threads) if self.device.type == "cpu" else 1
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in `compute`; a no-op in float32."""

@@ -52,6 +52,19 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def reading(
+    model: torch.nn.Module, read: Callable[[list[int]], None], lengths: Sequence[int], budget: int, engine: Engine
+) -> Generator[float, None, None]:
+    """`read` of all rows, of these lengths, in packs of `budget` tokens, on a CPU in as many parts side by side; it sees the model as it
+    is evaluated, and may be called by several threads at once. Says the share of the rows that is done before each pack."""
+    parts = engine.parts(budget)
+    packs = best_fit(range(len(lengths)), lengths, budget // parts)
+    for start in range(0, len(packs), parts):
+        yield start / len(packs)
+        with evaluating(model):  # for each pack anew: what runs between two shares is somebody else's
+            engine.abreast.map(read, packs[start : start + parts])
+
+
 class RowScores(NamedTuple):
     """For each row: the sum of its losses in nats, and how many tokens were learnt and were right."""
 
@@ -64,15 +77,15 @@ def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine
     """Every row of `data` scored, packed, in its order; says the share of the packs that are done before each of them."""
     found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
-    packs = best_fit(range(len(data)), data.lengths, budget)
-    for done, pack in enumerate(packs):
-        yield done / len(packs)
-        with evaluating(model):  # for each pack anew: what runs between two shares is somebody else's
-            batch = make_batch(data, pack, engine.device)
-            counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
-            losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)
-            for row, nats, hits in zip(pack, losses.double().cpu().split(counts), right.cpu().split(counts), strict=True):
-                found.nats[row], found.tokens[row], found.hits[row] = float(nats.sum()), len(nats), int(hits.sum())
+
+    def read(pack: Sequence[int]) -> None:
+        batch = make_batch(data, pack, engine.device)
+        counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
+        losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)
+        for row, nats, hits in zip(pack, losses.double().cpu().split(counts), right.cpu().split(counts), strict=True):
+            found.nats[row], found.tokens[row], found.hits[row] = float(nats.sum()), len(nats), int(hits.sum())
+
+    yield from reading(model, read, data.lengths, budget, engine)
     return found
 
 

@@ -22,10 +22,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from torch import nn
 
+from app.estimate_memory import EMBEDDED_TOKENS
 from app.settings import get_settings
 from app.spec import ModelRef
 from worker.attention import packed
 from worker.classifier import Classifier, Pooling, render_text
+from worker.device import Engine
 
 log = logging.getLogger(__name__)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -43,23 +45,31 @@ class Progress(NamedTuple):
 
 
 def embed(
-    classifier: Classifier, tokenizer: Any, texts: Sequence[str], *, max_length: int, tokens_per_batch: int = 4096, device: str = "cpu"
+    classifier: Classifier, tokenizer: Any, texts: Sequence[str], engine: Engine, *, max_length: int
 ) -> Generator[Progress, None, np.ndarray]:
-    """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding.
+    """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding; on a CPU
+    several batches are computed side by side.
 
-    Equal texts are computed once. Says how far it is after every batch; the vectors are what the generator returns.
+    Equal texts are computed once. Says how far it is after every round; the vectors are what the generator returns.
     """
     unique = list(dict.fromkeys(texts))
     ids = [render_text(tokenizer, text, max_length)[0] or [tokenizer.eos_token_id or 0] for text in unique]
     order = sorted(range(len(unique)), key=lambda i: len(ids[i]))
     vectors: np.ndarray | None = None
     done = tokens = 0
-    for batch in _batches(order, ids, tokens_per_batch):
-        found = _embed_batch(classifier, [ids[i] for i in batch], device)
-        if vectors is None:
-            vectors = np.empty((len(unique), found.shape[1]), np.float32)
-        vectors[batch] = found
-        done, tokens = done + len(batch), tokens + sum(len(ids[i]) for i in batch)
+
+    def read(batch: list[int]) -> np.ndarray:
+        return _embed_batch(classifier, [ids[i] for i in batch], engine)
+
+    parts = engine.parts(EMBEDDED_TOKENS)
+    batches = _batches(order, ids, EMBEDDED_TOKENS // parts)
+    for start in range(0, len(batches), parts):
+        round_ = batches[start : start + parts]
+        for batch, found in zip(round_, engine.abreast.map(read, round_), strict=True):
+            if vectors is None:
+                vectors = np.empty((len(unique), found.shape[1]), np.float32)
+            vectors[batch] = found
+            done, tokens = done + len(batch), tokens + sum(len(ids[i]) for i in batch)
         yield Progress(done, len(unique), tokens)
     assert vectors is not None, "there is a text"
     place = {text: i for i, text in enumerate(unique)}
@@ -78,10 +88,11 @@ def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) ->
 
 
 @torch.inference_mode()
-def _embed_batch(classifier: Classifier, ids: list[list[int]], device: str) -> np.ndarray:
+def _embed_batch(classifier: Classifier, ids: list[list[int]], engine: Engine) -> np.ndarray:
     lengths = [len(x) for x in ids]
-    inputs = packed([token for text in ids for token in text], lengths, torch.device(device))
-    return classifier.pooled(**inputs, lengths=lengths).float().cpu().numpy()
+    inputs = packed([token for text in ids for token in text], lengths, engine.device)
+    with engine.autocast():
+        return classifier.pooled(**inputs, lengths=lengths).float().cpu().numpy()
 
 
 def cache_name(ref: ModelRef, pooling: Pooling, max_length: int, precision: str) -> str:

@@ -159,11 +159,10 @@ def _vectors(
     if known:
         yield events.Log(message=f"The vectors of {len(known):,} of {len(known) + len(new):,} texts were kept from an earlier job.")
     telling, tokens = Telling("Turning texts into vectors"), 0
-    making = features.embed(classifier, tokenizer, new, max_length=longest, device=str(engine.device)) if new else iter(())
+    making = features.embed(classifier, tokenizer, new, engine, max_length=longest) if new else iter(())
     while True:
         try:
-            with engine.autocast():
-                progress = next(making)
+            progress = next(making)
         except StopIteration as done:
             if new:
                 features.keep(name, new, done.value)

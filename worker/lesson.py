@@ -24,6 +24,15 @@ MOST_REMEMBERED = 5000
 """Rows whose single losses a checkpoint keeps, so that base and tuned can be compared row by row in the end."""
 
 
+class Passed(NamedTuple):
+    """What a pass over a pack, or over a part of one, found."""
+
+    loss: torch.Tensor  # the sum of the losses, in nats
+    tokens: int
+    losses: int
+    measured: torch.Tensor | None = None  # sums of what else was measured, still on the device; `name_metrics` reads them later
+
+
 class Scored(NamedTuple):
     """Scores of the held-out rows together, `loss` among them, and the loss of each row alone, in nats."""
 
@@ -39,6 +48,7 @@ class Lesson(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
+    measures: ClassVar[int] = 0  # how many sums `Passed.measured` has
     train: Tokenised
     held_out: Tokenised
     labels: list[str] | None = None
@@ -81,15 +91,11 @@ class Lesson(ABC):
         """What `loss` needs of a pack of training rows, sent to the device; made while the step before still runs."""
 
     @abstractmethod
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
-        """(sum of the losses in nats, tokens, losses) of what `batch` made of a pack."""
-
-    def step_metrics(self) -> torch.Tensor | None:
-        """What the losses since the last call measured besides, still on the device; `name_metrics` reads it later."""
-        return None
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+        """One pass over what `batch` made. Parts of a pack pass side by side, so it changes nothing that they share."""
 
     def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
-        """The figures of a step's event from what `step_metrics` gave."""
+        """The figures of a step's event from the sums that its passes measured."""
         return {}
 
     @abstractmethod

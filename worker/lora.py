@@ -22,6 +22,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 
+from app.strategies._model import place_for_notes
 from worker import fp8
 
 ADAPTER = "default"
@@ -110,9 +111,8 @@ class _Group:
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.joined: torch.Tensor | Fp8Weight | None = None
-        self.source: torch.Tensor | None = None
-        self.parts: list[torch.Tensor | None] = [None] * len(layers)
         weights = [layer.base_layer.weight for layer in layers]
+        self.kept = place_for_notes(weights[0].device)  # .source and .parts: an input, and what of its outputs nobody took yet
         if all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
             self.joined = torch.cat([w.detach() for w in weights])
             for weight, part in zip(weights, self.joined.split([w.shape[0] for w in weights]), strict=True):
@@ -122,12 +122,13 @@ class _Group:
 
     def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
-        if self.source is not x or self.parts[place] is None:
+        kept = self.kept
+        if getattr(kept, "source", None) is not x or kept.parts[place] is None:
             widths = [layer.lora_B[ADAPTER].weight.shape[0] for layer in self.layers]
-            self.source, self.parts = x, list(product(x, self.layers, self.joined).split(widths, -1))
-        result, self.parts[place] = self.parts[place], None
-        if all(part is None for part in self.parts):
-            self.source = None
+            kept.source, kept.parts = x, list(product(x, self.layers, self.joined).split(widths, -1))
+        result, kept.parts[place] = kept.parts[place], None
+        if all(part is None for part in kept.parts):
+            kept.source = None
         return result
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 
 WINDOW_PACKS = 32
 WELL_FILLED = 0.97
+UNEVEN = 1.6
+"""How many times its even share the largest part of a pack may have: what parts side by side gain on two cores."""
 
 
 def plan(lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None) -> list[list[int]]:
@@ -58,6 +60,22 @@ def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | No
         if left > 0 and (most is None or len(packs[pack]) < most):
             bisect.insort(room, (left, pack))
     return packs
+
+
+def divide(pack: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """The rows of a pack in at most `parts` parts of about as many tokens, the longest part first: each row, the longest first,
+    goes where least is. A pack whose one row is most of it stays whole, since that row's part would be waited for."""
+    if parts == 1:
+        return [list(pack)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for row in sorted(pack, key=lambda r: -lengths[r]):
+        place = held.index(min(held))
+        found[place].append(row)
+        held[place] += lengths[row]
+    if parts * max(held) > UNEVEN * sum(held):
+        return [list(pack)]
+    return [found[i] for i in sorted(range(parts), key=lambda i: -held[i]) if found[i]]
 
 
 def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:

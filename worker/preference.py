@@ -27,10 +27,9 @@ from worker.batches import Batch, Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
 from worker.late import sent
-from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
+from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
 from worker.likelihood import token_nats
 from worker.loss import head_of
-from worker.pack import best_fit
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.prompts import prepare_tokenizer
 from worker.writing import Writing
@@ -98,6 +97,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 
 class Preferring(Writing):
     unit: ClassVar = "pair"
+    measures: ClassVar = 4  # those of `sums_of`
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer)
@@ -123,7 +123,6 @@ class Preferring(Writing):
         self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
         self.questions = evaluate.questions(tokenizer, self.held_rows, kind, run.samples, self.room)
         self.reference: dict[str, torch.Tensor] = {}
-        self.sums: torch.Tensor | None = None
 
     # The reference ------------------------------------------------------------------------------------------------------
 
@@ -142,12 +141,12 @@ class Preferring(Writing):
     def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> Generator[float, None, torch.Tensor]:
         """Log-probabilities, (pairs, 2), of all pairs; sums or means as the loss takes them."""
         found = torch.zeros(len(data), 2)
-        packs = best_fit(range(len(data)), data.pairs.lengths, budget)
-        for done, pack in enumerate(packs):
-            yield done / len(packs)
-            with evaluate.evaluating(model):
-                given = pair_batch(data, pack, engine.device)
-                found[pack] = log_likelihoods(model, given, engine, mean=self.settings.means)[0].float().cpu()
+
+        def read(pack: Sequence[int]) -> None:
+            given = pair_batch(data, pack, engine.device)
+            found[pack] = log_likelihoods(model, given, engine, mean=self.settings.means)[0].float().cpu()
+
+        yield from evaluate.reading(model, read, data.pairs.lengths, budget, engine)
         return found
 
     def _digest(self, engine: Engine) -> str:
@@ -174,19 +173,12 @@ class Preferring(Writing):
     def batch(self, pack: Sequence[int], engine: Engine) -> Any:
         return pair_batch(self.pairs["train"], pack, engine.device)
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
-        """(sum of the pairs' losses, tokens, tokens of answers)."""
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+        """The pairs' losses, and the tokens of their answers as the number of losses."""
         policy, tokens, answers = log_likelihoods(model, batch, engine, mean=self.settings.means)
         reference = self.reference["train"].index_select(0, batch.pairs).to(policy.dtype)
         losses, rewards = losses_of(policy, reference, self.settings)
-        sums = sums_of(rewards)
-        self.sums = sums if self.sums is None else self.sums + sums
-        return losses.sum(), tokens, answers
-
-    def step_metrics(self) -> torch.Tensor:
-        """Zeros where this process had no pack of the step, so that several processes can add theirs up."""
-        sums, self.sums = self.sums, None
-        return torch.zeros(4, dtype=torch.float64, device=self.reference["train"].device) if sums is None else sums
+        return Passed(losses.sum(), tokens, answers, sums_of(rewards))
 
     def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
         return named(sums)

@@ -48,16 +48,17 @@ class Window(NamedTuple):
     trained: int
     seconds: float
     length: float  # tokens of a row, on average
+    parts: int = 1  # threads that computed parts of a pack side by side
 
 
 def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -> Iterator[events.TrainerEvent]:
     """The same events, with a few steps recorded on the way."""
     recorder: Any = None
-    began, done, first, length = 0.0, 0, None, 0.0
+    began, done, first, length, parts = 0.0, 0, None, 0.0, 1
     for event in told:
         yield event
         if isinstance(event, events.Started):
-            length = event.train_tokens / max(event.train_rows, 1)
+            length, parts = event.train_tokens / max(event.train_rows, 1), event.details.get("parts", 1)
         if not isinstance(event, events.Step):
             continue
         done += 1
@@ -67,7 +68,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
             _wait()
             seconds = time.perf_counter() - began
             recorder.stop()
-            seen = Window(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length)
+            seen = Window(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length, parts)
             summary = _write(recorder, spec, folder / "profile", seen)
             yield events.Log(level="info", message=summary)
             recorder = None
@@ -77,11 +78,11 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
 
 
 def _start() -> Any:
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     _wait()
-    recorder = profile(activities=kinds, acc_events=True)
+    recorder = profile(activities=kinds, acc_events=True, experimental_config=_ExperimentalConfig(profile_all_threads=True))
     recorder.start()
     return recorder
 
@@ -94,7 +95,7 @@ def _wait() -> None:
 def _write(recorder: Any, spec: JobSpec, folder: Path, seen: Window) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     recorder.export_chrome_trace(str(folder / "trace.json"))
-    spent = shares(recorder.key_averages())
+    spent = {kind: took / seen.parts for kind, took in shares(recorder.key_averages()).items()}
     spent[WAITING] = max(0.0, seen.seconds - sum(spent.values()))
     text = summary(spec, spent, seen, *machine_speeds())
     (folder / "summary.txt").write_text(text + "\n")

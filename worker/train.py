@@ -8,12 +8,13 @@ is a whole job, with no database, queue or process around it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +30,12 @@ from worker import attention, checkpoint, kernels, optim, processes, results
 from worker.checkpoint import State, relative
 from worker.classifier import plain
 from worker.course import Course, course_of, seconds_expected
-from worker.device import Engine, choose, memory_here, peak_memory, rng_tensors, set_rng
+from worker.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
 from worker.export import export
 from worker.late import Figures, depth
-from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
+from worker.lesson import Lesson, Passed, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
-from worker.pack import stream
+from worker.pack import divide, stream
 from worker.rotary import use_fused_rotary
 from worker.telling import Telling
 
@@ -61,7 +62,7 @@ class Window(NamedTuple):
     """What one optimizer step reads."""
 
     learnt: int  # over how many losses the step is averaged, in all processes
-    batches: list[Any]  # as the lesson makes them; this process's own
+    batches: list[list[Any]]  # by pack, this process's own: what the lesson made of each part of it
 
 
 @dataclass
@@ -77,12 +78,18 @@ class Trainee:
     trained: optim.Named
     optimizer: torch.optim.Optimizer
     state: State
+    parts: int  # how many parts of a pack are computed side by side
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
     world: processes.World = field(default_factory=processes.World)
     shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
     states: dict[str, torch.Tensor] | None = None  # the optimizer's, put together from the shards
+
+    @property
+    def apart(self) -> bool:
+        """Whether parts side by side each have gradients of their own, added afterwards: those of an adapter take no room."""
+        return self.parts > 1 and type(self.spec.strategy).adapter
 
     @property
     def stopped_early(self) -> bool:
@@ -137,7 +144,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     strategy.begin(body_of(model), course.total_steps)
 
-    facts = {**engine.facts(), "spec": digest, "dataset": spec.dataset.sha256}
+    parts = parts_of(lesson, model, engine, course)
+    facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
     exact = not found or state.facts == facts
     if found:
         checkpoint.load_weights(found, trained)
@@ -146,11 +154,13 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
-    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, began - state.wall_seconds)
+    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, began - state.wall_seconds)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del found, model, trained, optimizer  # `job` alone holds them, so that it can let go of them
 
-    with processes.together(engine.device) as job.world:
+    release(engine.device)  # what was needed so far lies where threads beside each other do not find it
+    in_order = job.trained.values() if parts > 1 and not job.apart else ()
+    with processes.together(engine.device) as job.world, engine.abreast.in_order(in_order):
         yield from _steps(job, control)
     if job.world.first and not control.stopped:
         yield from finish(job)
@@ -172,11 +182,8 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
     job.lap = time.perf_counter()
     window = next_window(job, packs)
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        loss, norm = take_step(job, window)
-        measured = lesson.step_metrics()
-        if measured is not None:
-            world.sum_([measured])
-        late.append((_step_event(job), Figures([loss, norm] if measured is None else [loss, norm, measured])))
+        figures = Figures(take_step(job, window))
+        late.append((_step_event(job), figures))
         # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
         window = next_window(job, packs)
         while len(late) > unread:
@@ -209,6 +216,20 @@ def peak_rate(spec: JobSpec) -> float:
 
 def spec_digest(spec: JobSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Course) -> int:
+    """How many parts of a pack are computed side by side. One where weights are shared out to processes, or where a pass draws random
+    numbers, as dropout does: parts would draw them in whatever order they happen to run in."""
+    parts = engine.parts(course.budget)
+    if parts == 1 or (processes.size() > 1 and not type(lesson.spec.strategy).adapter):
+        return 1
+    lengths, before = lesson.train.lengths, torch.get_rng_state()
+    with torch.no_grad():
+        lesson.loss(model, lesson.batch([lengths.index(min(lengths))], engine), engine)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return 1 if drawn else parts
 
 
 def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
@@ -245,25 +266,50 @@ def _log(level: str, message: str) -> events.Log:
 def next_window(job: Trainee, packs: Iterator[tuple[int, int, list[int]]]) -> Window:
     """The packs of the next step, this process's share of them sent to the device."""
     rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.accumulation)]
-    return Window(job.lesson.learnt(rows), [job.lesson.batch(pack, job.engine) for pack in job.world.share(rows)])
+    lengths = job.lesson.train.lengths
+    batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, job.parts)] for pack in job.world.share(rows)]
+    return Window(job.lesson.learnt(rows), batches)
 
 
-def take_step(job: Trainee, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over the packs of `window`. Returns loss (nats per trained token) and gradient length, still on the device."""
-    run, state, lesson = job.spec.run, job.state, job.lesson
-    total = torch.zeros((), device=job.engine.device)
-    tokens_here, trained_here = 0, 0
-    for batch in window.batches:
-        loss, tokens, trained = lesson.loss(job.model, batch, job.engine)
-        loss = loss / window.learnt
+def _pass(job: Trainee, learnt: int, batch: Any) -> tuple[Passed, Sequence[torch.Tensor | None]]:
+    """One part of a pack forwards and backwards: its share of the step's loss, and where `job.apart` its gradients."""
+    found = job.lesson.loss(job.model, batch, job.engine)
+    loss = found.loss / learnt
+    if job.apart:
+        gradients = torch.autograd.grad(loss, list(job.trained.values()), allow_unused=True)
+    else:
         loss.backward()
-        total += loss.detach()
-        tokens_here, trained_here = tokens_here + tokens, trained_here + trained
+        gradients = ()
+    return found._replace(loss=loss.detach()), gradients
+
+
+def _add(job: Trainee, gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(job.trained.values(), gradients, strict=False):
+        if gradient is not None and parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # the fused optimizer takes both to lie alike in memory
+        elif gradient is not None:
+            parameter.grad += gradient
+
+
+def take_step(job: Trainee, window: Window) -> list[torch.Tensor]:
+    """One optimizer step over the packs of `window`. Returns its loss (nats per trained token), the gradient's length, and the sums
+    of what else the lesson measures, still on the device."""
+    run, state, device = job.spec.run, job.state, job.engine.device
+    total = torch.zeros((), device=device)
+    measured = [torch.zeros(job.lesson.measures, dtype=torch.float64, device=device)] if job.lesson.measures else []
+    tokens_here, trained_here = 0, 0
+    for parts in window.batches:
+        for found, gradients in job.engine.abreast.map(functools.partial(_pass, job, window.learnt), parts):
+            _add(job, gradients)
+            total += found.loss
+            tokens_here, trained_here = tokens_here + found.tokens, trained_here + found.losses
+            for sums in measured:
+                sums += found.measured
     if job.shards:
         job.shards.collect()
     else:
         job.world.sum_gradients(job.trained.values())
-    job.world.sum_([total])
+    job.world.sum_([total, *measured])
     tokens, trained = job.world.count(tokens_here, trained_here)
     state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + trained
     extra = job.spec.strategy.regulariser(body_of(job.model))
@@ -275,7 +321,7 @@ def take_step(job: Trainee, window: Window) -> tuple[torch.Tensor, torch.Tensor]
     optim.advance(job.optimizer, norm + total)
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return [total, norm, *measured]
 
 
 def _step_event(job: Trainee) -> events.Step:
@@ -386,7 +432,9 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson
     if state.best_path and state.best_step != state.step:
-        checkpoint.load_weights(get_settings().data_dir / state.best_path, job.trained)
+        best = get_settings().data_dir / state.best_path
+        checkpoint.load_weights(best, job.trained)
+        spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
     job.optimizer, job.trained = None, {}  # type: ignore[assignment]  # their memory is needed
     compared = yield from results.compare(job)

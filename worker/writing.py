@@ -16,7 +16,7 @@ from worker.batches import make_batch
 from worker.checkpoint import State
 from worker.device import Engine
 from worker.evaluate import Question
-from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Scored, remarks_on
+from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
 from worker.load import load_plain
 from worker.loss import head_of, linear_cross_entropy
 from worker.prompts import prepare_tokenizer, tuned_kind
@@ -79,10 +79,10 @@ class Writing(Lesson):
     def batch(self, pack: Sequence[int], engine: Engine) -> Any:
         return make_batch(self.train, pack, engine.device, self.frame)
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> tuple[torch.Tensor, int, int]:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
         hidden = evaluate.hidden_states(model, batch, engine)
         total = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute)
-        return total, batch.tokens, batch.trained
+        return Passed(total, batch.tokens, batch.trained)
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
         scored = yield from evaluate.scoring(model, self.held_out, budget, engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,22 @@ def feed_forward_output(block: torch.nn.Module) -> torch.nn.Module:
 def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     """The norm after the last block; encoders have none."""
     return getattr(backbone(model), "norm", None)
+
+
+class Notes:
+    """Attributes that one layer of a model leaves for another during a pass."""
+
+
+class NotesOfThreads(threading.local):
+    """The same where several threads pass through a model at once: each has its own. A copy begins empty."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+
+def place_for_notes(device: torch.device) -> Notes | NotesOfThreads:
+    """On a GPU one thread passes through a model at a time, but what is computed anew on the way back is so in a thread of autograd's own."""
+    return NotesOfThreads() if device.type == "cpu" else Notes()
 
 
 def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from pydantic import Field
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter
-from app.strategies._model import attention, backbone, blocks
+from app.strategies._model import attention, backbone, blocks, place_for_notes
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,9 @@ class SoftPrompt(Strategy):
 
     def _hang(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
         body = backbone(model)
-        body.add_module(NAME, table.to(next(body.parameters()).device))
+        device = next(body.parameters()).device
+        body.add_module(NAME, table.to(device))
+        object.__setattr__(table, "notes", place_for_notes(device))
         body.register_forward_pre_hook(_remember_positions, with_kwargs=True)
         self.install(model, table)
 
@@ -119,9 +121,9 @@ def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, An
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
     table = getattr(body, NAME)
-    object.__setattr__(table, "positions", positions)
+    table.notes.positions = positions
     with torch.autocast(positions.device.type, enabled=False):
-        object.__setattr__(table, "output", table())
+        table.notes.output = table()
     return args, kwargs
 
 
@@ -136,7 +138,7 @@ def _into_embedding(embedding: torch.nn.Module, args: tuple, output: torch.Tenso
     import torch
 
     table = getattr(embedding, NAME)
-    learnt, positions = table.output.to(output.dtype), table.positions.expand(output.shape[0], -1)
+    learnt, positions = table.notes.output.to(output.dtype), table.notes.positions.expand(output.shape[0], -1)
     here = positions < learnt.shape[0]
     return torch.where(here[..., None], learnt[positions.clamp(max=learnt.shape[0] - 1)], output)
 
@@ -166,8 +168,8 @@ class _PrefixedCache:
         import torch
 
         heads, width = keys.shape[1], keys.shape[3]
-        learnt = self.table.output.view(self.table.output.shape[0], -1, heads, width).to(keys.dtype)
-        positions = self.table.positions.expand(keys.shape[0], -1)
+        learnt = self.table.notes.output.view(self.table.notes.output.shape[0], -1, heads, width).to(keys.dtype)
+        positions = self.table.notes.positions.expand(keys.shape[0], -1)
         here = (positions < learnt.shape[0])[:, None, :, None]
         rows = learnt[positions.clamp(max=learnt.shape[0] - 1)]  # (B, T, layers · 2, Hkv, D)
         keys = torch.where(here, rows[:, :, 2 * layer].transpose(1, 2), keys)

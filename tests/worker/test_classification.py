@@ -186,7 +186,9 @@ def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: P
     assert len(steps) == 60 and steps[-1].loss < steps[0].loss - 0.05
 
     made, embed = [], features.embed
-    monkeypatch.setattr(features, "embed", lambda stack, tokenizer, new, **more: made.extend(new) or embed(stack, tokenizer, new, **more))
+    monkeypatch.setattr(
+        features, "embed", lambda stack, tokenizer, new, *more, **named: made.extend(new) or embed(stack, tokenizer, new, *more, **named)
+    )
     more = [{"text": "Glue holds the neck.", "label": "part"}, *texts()[::-1]]
     again = run(sorting(model, more, "feature_extraction"), data_dir, "third")
     assert made == ["Glue holds the neck."] and any("60 of 61 texts were kept" in e.message for e in of(again, events.Log))

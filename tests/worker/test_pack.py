@@ -10,7 +10,7 @@ import statistics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.pack import plan, stream
+from worker.pack import UNEVEN, divide, plan, stream
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=400)
 
@@ -55,3 +55,16 @@ def test_a_stream_goes_on_from_any_place() -> None:
     whole = list(itertools.islice(stream(sizes, 64, seed=3), 60))
     for start in (0, 1, 13, 14, 40):
         assert list(itertools.islice(stream(sizes, 64, seed=3, start=start), 60 - start)) == whole[start:]
+
+
+@given(lengths=lengths, parts=st.integers(1, 8))
+def test_parts_of_a_pack_are_even_or_it_stays_whole(lengths: list[int], parts: int) -> None:
+    pack = list(range(len(lengths)))
+    found = divide(pack, lengths, parts)
+    assert sorted(itertools.chain(*found)) == pack and 1 <= len(found) <= parts and all(found)
+    held = [sum(lengths[r] for r in part) for part in found]
+    assert held == sorted(held, reverse=True), "the longest begins, since the others wait for its gradients"
+    if len(found) > 1:
+        assert held[0] <= UNEVEN * sum(held) / parts
+    elif parts > 1:
+        assert max(lengths) > sum(lengths) / parts, "only a long row keeps a pack whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -164,3 +165,19 @@ def test_a_torn_checkpoint_is_passed_over(data_dir: Path, tiny_model: Path) -> N
     assert older is not None and older != newest
     (older / "manifest.json").unlink()
     assert checkpoint.newest(runs) is None or checkpoint.newest(runs) not in (newest, older)
+
+
+def test_ranks_that_are_settled_after_the_best_step_are_not_laid_on_its_weights(data_dir: Path, tiny_model: Path) -> None:
+    """AdaLoRA goes on pruning after the best checkpoint; its result has that checkpoint's ranks."""
+    model = put_model(tiny_model)
+    often = {"epochs": 12, "evaluations_per_epoch": 4, "learning_rate": 5e-2, "early_stopping_patience": 2}
+    spec = order(model, put_dataset(chat_rows()), "adalora", {"rank": 2, "start_rank": 6}, **often)
+    said = run(spec, data_dir)
+    finished, saved = said[-1], {e.step: e.path for e in of(said, events.Saved)}
+    assert 0 < finished.best_step < finished.step
+    pattern = json.loads((data_dir / finished.path / "adapter_config.json").read_text())["rank_pattern"]
+    kept = checkpoint.read_tensors(data_dir / saved[finished.best_step], "extra")
+    last = checkpoint.read_tensors(data_dir / saved[finished.step], "extra")
+    ranks, later = ({key: int(v.sum()) for key, v in state.items() if key.startswith("rank:")} for state in (kept, last))
+    assert ranks != later, "ranks have to change after the best step"
+    assert {f"rank:{name}": rank if isinstance(rank, int) else sum(rank) for name, rank in pattern.items()} == ranks
