@@ -21,6 +21,9 @@ FLOOR_CPU_BYTES = 556 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
 PEFT_CPU_BYTES = 24 * 2**20
 """The library peft, for strategies that take it: what those on an encoder of 22 M needed beyond the others."""
+PART_BYTES = 96 * 2**20
+"""What each of several threads that compute parts of a pack takes besides in float32: holes in an allocator of its own, and copies of
+matrices in its products. Measured on the decoder of 135 M: 70 to 220 MB for two, beside 310 to 390 with DoRA."""
 UNPLACED = 0.85
 """Share of the gradients that finds no room in what the activations leave, which lies in other pieces."""
 FLOOR_CUDA_BYTES = 700 * 2**20
@@ -36,9 +39,10 @@ EMBEDDED_TOKENS = 4096
 """Tokens of a batch in `worker/features.py`."""
 
 
-LEAST_PART_TOKENS = 128
-"""Tokens of a part of a pack that has a thread of its own on a CPU (`worker/abreast.py`). LoRA on two cores gained 1.3 times with
-parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512."""
+LEAST_PART_TOKENS, PART_TOKENS = 128, 512
+"""Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/abreast.py`), and each of more than
+two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a core something whatever its tokens (0.22 s on the
+starter with 8 of them), and between its operations it runs in Python, which one thread at a time can."""
 
 
 class MemoryParts(BaseModel):
@@ -55,8 +59,8 @@ def passes(run: RunSettings, processes: int) -> int:
 
 
 def parts_of(tokens: int, threads: int) -> int:
-    """Parts of a pack that a CPU computes side by side."""
-    return max(1, min(threads, tokens // LEAST_PART_TOKENS))
+    """Parts of a pack that a CPU computes side by side; they share the threads."""
+    return max(1, min(threads, max(tokens // PART_TOKENS, min(2, tokens // LEAST_PART_TOKENS))))
 
 
 def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:
@@ -150,15 +154,16 @@ def memory_of(
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
+    everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
-    layer = tokens * per_token + parts * once
+    # Rounded weights are kept by each part; of what an adapter makes once a layer, two parts were measured to take no more than one.
+    layer = tokens * per_token + (parts if everything else 1) * once
     kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += HOLES * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
     passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
-    everything = strategy.trainable(shape) >= shape.parameters()
     head = head_bytes(shape, tokens, half, everything and writes, machine.cuda, parts) if writes else 0
     # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
     table = shape.vocabulary * shape.hidden * 4 if everything else 0
@@ -168,6 +173,8 @@ def memory_of(
     other = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES + _joined_bytes(shape, strategy, frozen_bytes)
     if not machine.cuda and isinstance(strategy, PeftStrategy):
         other += PEFT_CPU_BYTES
+    if parts > 1 and not half:
+        other += parts * PART_BYTES
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
     if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other

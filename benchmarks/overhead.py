@@ -4,7 +4,8 @@
 
 `here` is `luthier train job.yaml --here`; `studio` is the same order through `POST /v1/fine_tuning/jobs` of a running studio that
 has tuned the model once before. Printed are the seconds from the order to the first step, the seconds of a step, and the processor
-time that every other process of the studio took while the job ran, as a share of the job's time on all cores.
+time that every other process of the studio took while the job ran, as a share of the job's time on all cores, and which took how
+much. The job is asked about four times a second until its first step, then once in two seconds: that is part of it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def through_studio(client: Any, file_id: str, steps: int) -> dict[str, float]:
     job = client.fine_tuning.jobs.create(model=STARTER, training_file=file_id, extra_body=body)
     first: float | None = None
     while job.status not in ("succeeded", "failed", "cancelled"):
-        time.sleep(0.25)
+        time.sleep(0.25 if first is None else 2.0)
         job = client.fine_tuning.jobs.retrieve(job.id)
         told = (job.model_extra or {}).get("progress") or {}
         first = time.monotonic() - began if first is None and told.get("step") else first
@@ -87,7 +88,10 @@ def through_studio(client: Any, file_id: str, steps: int) -> dict[str, float]:
         "first_step_seconds": round(first or took, 2),
         "step_seconds": round(step_seconds(ends), 4),
         "job_seconds": round(took, 2),
-        "share": round(others.since() / took / (psutil.cpu_count() or 1), 5),
+        "share": round(sum((spent := others.since()).values()) / took / (psutil.cpu_count() or 1), 5),
+        "shares": {
+            name: round(seconds / took / (psutil.cpu_count() or 1), 5) for name, seconds in spent.items() if seconds >= 0.005 * took
+        },
     }
 
 
@@ -108,19 +112,33 @@ class Spent:
         self.before = self.now()
 
     @staticmethod
-    def now() -> dict[int, float]:
-        seen: dict[int, float] = {}
+    def now() -> dict[tuple[int, str], float]:
+        seen: dict[tuple[int, str], float] = {}
         for process in psutil.Process().children(recursive=True):
             try:
-                if "worker.run" not in process.cmdline():
+                command = process.cmdline()
+                if "worker.run" not in command:
                     times = process.cpu_times()
-                    seen[process.pid] = times.user + times.system
+                    seen[process.pid, name_of(command)] = times.user + times.system
             except psutil.Error:
                 continue
         return seen
 
-    def since(self) -> float:
-        return sum(spent - self.before.get(pid, 0.0) for pid, spent in self.now().items())
+    def since(self) -> dict[str, float]:
+        """By what they are."""
+        found: dict[str, float] = {}
+        for (pid, name), spent in self.now().items():
+            found[name] = found.get(name, 0.0) + spent - self.before.get((pid, name), 0.0)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def name_of(command: list[str]) -> str:
+    """What a process is called here: its module and what that was told, or its program."""
+    if "-m" in command[:-1]:
+        told = command[command.index("-m") + 1 :]
+        queues = [told[i + 1] for i, word in enumerate(told[:-1]) if word in ("-Q", "--queues")]
+        return " ".join([told[0], *queues])
+    return Path(command[0].split(":")[0]).name if command else "?"
 
 
 def without(model: Path, steps: int) -> dict[str, float]:
@@ -172,6 +190,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [
         f"From submit to the first step {first:.1f} s: {'reached' if first < GOAL_SECONDS else 'MISSED'} (goal: under {GOAL_SECONDS:.0f} s)",
         f"Other processes took {share:.2%} of the job's time: {'reached' if share < GOAL_SHARE else 'MISSED'} (goal: under {GOAL_SHARE:.0%})",
+        *(f"    {part:.2%} {name}" for name, part in found["studio"][-1].get("shares", {}).items()),
         f"A step took {ratio:+.1%} in the studio",
     ]
     return "\n".join(lines)

@@ -183,7 +183,7 @@ def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(data_dir
     whole, code = Trainer(spec, "whole", 1, threads).run()
     assert code == 0
     started = next(e for e in whole if isinstance(e, events.Started))
-    assert started.details["parts"] == 4
+    assert started.details["parts"] == 2, "with two threads each"
     killed = Trainer(spec, "killed", 1, threads)
     for event in killed:
         if isinstance(event, events.Saved):
@@ -210,7 +210,7 @@ def test_parts_learn_what_the_whole_learns(data_dir: Path, tiny_model: Path, mon
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = list(train.train(spec, data_dir / "runs" / "whole" / "a1"))
     parts = [next(e for e in said if isinstance(e, events.Started)).details["parts"] for said in (apart, whole)]
-    assert parts == [4, 1]
+    assert parts == [2, 1]
     steps = [[e for e in said if isinstance(e, events.Step)] for said in (apart, whole)]
     assert len(steps[0]) == len(steps[1]) > 3
     for a, b in zip(*steps, strict=True):
@@ -232,8 +232,9 @@ def test_scores_and_vectors_in_parts(data_dir: Path, tiny_model: Path) -> None:
     lesson, engine = lesson_of(spec, load_tokenizer(spec.model)), choose(spec.run, spec.strategy)
     alone = Engine(**{f: getattr(engine, f) for f in ("device", "name", "precision", "frozen")}, threads=1)
     model = lesson.load(engine)
-    assert engine.parts(600) == 4 and replace(engine, device=torch.device("cuda")).parts(600) == 1
-    ours, theirs = (evaluate.score_rows(model, lesson.train, 600, one) for one in (engine, alone))
+    assert [engine.parts(n) for n in (255, 256, 1024, 1536, 4096)] == [1, 2, 2, 3, 4]
+    assert replace(engine, device=torch.device("cuda")).parts(4096) == 1
+    ours, theirs = (evaluate.score_rows(model, lesson.train, 1536, one) for one in (engine, alone))
     assert ours.hits == theirs.hits and ours.tokens == theirs.tokens and ours.nats == pytest.approx(theirs.nats, rel=1e-4)
 
     from worker.classifier import Classifier, load_backbone
