@@ -23,6 +23,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 
 from app.strategies._model import place_for_notes
+from app.strategies.pissa import whole_correction
 from worker import fp8
 
 ADAPTER = "default"
@@ -137,17 +138,28 @@ def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight
     compute = _compute_type(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
     tensors: list[Any] = []
+    scales: list[float] = []
     for layer in layers:
-        base = layer.base_layer
-        tensors += [base.weight, base.bias, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        down, up, scale = _correction(layer, compute)
+        tensors += [layer.base_layer.weight, layer.base_layer.bias, down, up]
+        scales.append(scale)
     if layers[0].base_layer.weight.dtype == fp8.KIND:
         joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
     elif joined is not None and joined.dtype != compute:
         joined = None
-    scales = tuple(layer.scaling[ADAPTER] for layer in layers)
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
-    y = _Product.apply(flat, joined, scales, states, *tensors)
+    y = _Product.apply(flat, joined, tuple(scales), states, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (r, K), B (N, r) and s of a layer. PiSSA's are of twice the rank and made anew for each pass, with s in B: they are kept for
+    the backward pass in the type of the products."""
+    scale = layer.scaling[ADAPTER]
+    if not hasattr(layer, "first_down"):
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
+    down, up = whole_correction(layer)
+    return down.to(compute), (up * scale).to(compute), 1.0
 
 
 def _compute_type(x: torch.Tensor) -> torch.dtype:
@@ -182,6 +194,8 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
     """Give every plain LoRA layer of a peft model the fused forward. Returns how many were plain; the others stay peft's."""
     found = [m for m in model.modules() if _plain(m)]
     for layer in found:
+        if hasattr(layer, "takes_first_off"):
+            layer.takes_first_off.remove()
         layer.__class__ = FusedLora if type(layer) is PeftLinear else _fused_4bit(type(layer))
     if grouped:
         for parent in model.modules():

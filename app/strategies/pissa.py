@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
+from app.strategies._base import Kept, Memory
 from app.strategies._files import write_adapter
 from app.strategies._low_rank import LowRank
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Pissa(LowRank):
-    """The base weight W is split into its top singular part, which learns, and the rest, which is frozen.
+    """The correction s B A, s = alpha / rank, starts not at zero but as the top singular part of the base weight W, s B₀ A₀. That
+    part is taken off beside it, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written to.
 
-    What is saved is an ordinary LoRA of twice the rank against the untouched base, A' = [A; A₀], B' = [B, −B₀], so the
+    What is saved is an ordinary LoRA of twice the rank against the untouched base, A' = [A − A₀; A₀], B' = [B, B − B₀], so the
     result loads anywhere and shares the base with its siblings.
     """
 
@@ -38,37 +40,77 @@ class Pissa(LowRank):
             return f"A rank of {self.rank} is more than the model's narrowest layer has directions. Choose {narrowest} or less."
         return super().unavailable(shape, task=task, cuda=cuda)
 
-    def variant(self) -> dict[str, Any]:
-        # Sixteen rounds of the randomised decomposition (Halko et al. 2011) come within float error of the exact one.
-        return {"init_lora_weights": "pissa_niter_16"}
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
+        return plain._replace(weights=plain.weights + 4 * self.trainable(shape))  # A₀ and B₀
+
+    def kept(self, shape: Shape) -> Kept:
+        if not self.joins():
+            return super().kept(shape)
+        # What A' made of each token, and A' and B' themselves.
+        wide = shape.layer_inputs() + 2 * self.rank * len(self.targets(shape))
+        return Kept(wide, 2 * self.trainable(shape) // shape.layers)
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         attached = super().attach(model, task=task, labels=labels)
-        start = {name: p.detach().clone() for name, p in attached.named_parameters() if ".lora_" in name}
-        object.__setattr__(attached, "pissa_start", start)  # A₀ and B₀, no part of what learns or is counted
+        for _, layer in _layers(attached):
+            weight = layer.get_base_layer().weight
+            whole = weight.data
+            # Sixteen rounds of the randomised decomposition (Halko et al. 2011) come within float error of the exact one.
+            layer.pissa_init("default", "pissa_niter_16")
+            weight.data = whole  # peft has put W − s B₀ A₀ in its place, rounded to W's type
+            for name, learnt in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
+                layer.register_buffer(name, learnt["default"].weight.detach().clone(), persistent=False)
+            layer.takes_first_off = layer.register_forward_hook(_take_first_off)  # for peft's own forward
         return attached
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        import torch
-        from peft import get_peft_model_state_dict
-
-        learnt = get_peft_model_state_dict(model, save_embedding_layers=False)
-        start = {name.replace(".default.", "."): p for name, p in model.pissa_start.items()}
         plain = {}
-        for name, value in learnt.items():
-            first = start[name].to(value)
-            rows = "lora_A" in name  # A grows downwards, B sideways
-            plain[name] = torch.cat([value, first if rows else -first], dim=0 if rows else 1)
-        config = model.peft_config["default"].to_dict() | {
-            "r": 2 * self.rank,
-            "lora_alpha": 2 * self.alpha,
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
+        for name, layer in _layers(model):
+            plain[f"{name}.lora_A.weight"], plain[f"{name}.lora_B.weight"] = whole_correction(layer)
+        config = model.peft_config["default"].to_dict() | {"r": 2 * self.rank, "lora_alpha": 2 * self.alpha, "inference_mode": True}
         write_adapter(folder, config, plain)
+
+    def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A₀ and B₀: on another machine, or after other random numbers, they would come out a little different."""
+        return {f"{name}.{part}": getattr(layer, part) for name, layer in _layers(model) for part in ("first_down", "first_up")}
+
+    def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        own = self.extra_state(model)
+        for name, value in state.items():
+            own[name].copy_(value)
 
     def joins(self) -> bool:
         return not self.dropout  # with dropout, the layers are peft's own
 
     def learns_in_bf16(self) -> bool:
         return self.joins()
+
+
+def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The model's LoRA layers with their names."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def whole_correction(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' (2r, K) and B' (N, 2r) with B' A' = B A − B₀ A₀, for a layer with A (r, K) and B (N, r).
+
+    It is summed as B (A − A₀) + (B − B₀) A₀: what was learnt stands alone, so that bf16 rounds it in its own last digit and not
+    in that of the far larger B₀ A₀.
+    """
+    import torch
+
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return torch.cat([down - layer.first_down, layer.first_down]), torch.cat([up, up - layer.first_up], 1)
+
+
+def _take_first_off(layer: Any, given: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """x (…, K) and W x + s B A x, (…, N), to that less s B₀ A₀ x; dropout is for what learns alone."""
+    from torch.nn.functional import linear
+
+    if layer.disable_adapters:
+        return out
+    first = linear(linear(given[0].to(layer.first_down.dtype), layer.first_down), layer.first_up)
+    return (out - layer.scaling["default"] * first).to(out.dtype)

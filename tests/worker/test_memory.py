@@ -94,7 +94,10 @@ def decoder() -> Shape:
 WHOLE = [n for n in STRATEGIES if n not in ("qlora", "feature_extraction", "bitfit", "top_layers", "dense_head")]
 
 
-@pytest.mark.parametrize(("name", "precision"), [*((n, "fp32") for n in WHOLE), ("lora", "bf16"), ("rslora", "bf16"), ("full", "bf16")])
+IN_BF16 = ["lora", "rslora", "pissa", "full"]
+
+
+@pytest.mark.parametrize(("name", "precision"), [*((n, "fp32") for n in WHOLE), *((n, "bf16") for n in IN_BF16)])
 def test_a_layer_keeps_what_was_said(name: str, precision: str) -> None:
     """Two layers more, and the difference between them, so that what stands outside the layers cancels."""
     few, many = (kept_by(name, precision, layers, 512) for layers in (1, 3))

@@ -188,7 +188,7 @@ def test_the_margin_rises(data_dir: Path, tiny_model: Path, strategy: str) -> No
     said = list(train(spec, data_dir / "runs" / strategy / "a1"))
     steps, judged = steps_of(said), [e for e in said if isinstance(e, events.Evaluated)]
     assert isinstance(said[-1], events.Finished) and said[-1].kind == "dialogue"
-    if strategy in ("lora", "full"):  # these begin as the very model they are measured from; PiSSA within rounding
+    if strategy != "prompt_tuning":  # these begin as the very model they are measured from
         assert steps[0].loss == pytest.approx(0.693147, abs=1e-4) and steps[0].metrics["reward_margin"] == pytest.approx(0, abs=1e-4)
     assert steps[-1].metrics["reward_margin"] > steps[0].metrics["reward_margin"] + 0.1
     assert judged[-1].metrics["reward_margin"] > judged[0].metrics["reward_margin"] + 0.1
@@ -200,7 +200,7 @@ def test_the_margin_rises(data_dir: Path, tiny_model: Path, strategy: str) -> No
     assert said[-1].evaluation["tuned"]["reward_accuracy"] > 0.9
     ledger = json.loads((data_dir / "runs" / strategy / "a1" / "ledger.json").read_text())
     assert sorted(ledger["line"]) == list(range(1, len(pair_rows()) + 1)) and any(ledger["held_out"])
-    assert ledger["before"] == pytest.approx([0.693147] * len(ledger["line"]), abs=1e-4 if strategy in ("lora", "full") else 0.1)
+    assert ledger["before"] == pytest.approx([0.693147] * len(ledger["line"]), abs=0.1 if strategy == "prompt_tuning" else 1e-4)
     assert sum(ledger["after"]) < sum(ledger["before"]) - 0.02 * len(ledger["line"])
 
 
