@@ -21,9 +21,10 @@ FLOOR_CPU_BYTES = 556 * 2**20
 """A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
 PEFT_CPU_BYTES = 24 * 2**20
 """The library peft, for strategies that take it: what those on an encoder of 22 M needed beyond the others."""
-PART_BYTES = 96 * 2**20
+PART_BYTES = 128 * 2**20
 """What each of several threads that compute parts of a pack takes besides in float32: holes in an allocator of its own, and copies of
-matrices in its products. Measured on the decoder of 135 M: 70 to 220 MB for two, beside 310 to 390 with DoRA."""
+matrices in its products. Measured on the decoder of 135 M, two parts: 70 to 320 MB, with DoRA 310 to 540; a small model's matrices
+are small."""
 UNPLACED = 0.85
 """Share of the gradients that finds no room in what the activations leave, which lies in other pieces."""
 FLOOR_CUDA_BYTES = 700 * 2**20
@@ -41,8 +42,9 @@ EMBEDDED_TOKENS = 4096
 
 LEAST_PART_TOKENS, PART_TOKENS = 128, 512
 """Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/abreast.py`), and each of more than
-two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a core something whatever its tokens (0.22 s on the
-starter with 8 of them), and between its operations it runs in Python, which one thread at a time can."""
+two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a
+core something whatever its tokens (0.22 s on the starter with 8 of them), and between its operations it runs in Python, which one
+thread at a time can."""
 
 
 class MemoryParts(BaseModel):
@@ -174,7 +176,7 @@ def memory_of(
     if not machine.cuda and isinstance(strategy, PeftStrategy):
         other += PEFT_CPU_BYTES
     if parts > 1 and not half:
-        other += parts * PART_BYTES
+        other += parts * min(PART_BYTES, weights // 4)
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
     if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other

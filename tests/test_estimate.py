@@ -244,17 +244,24 @@ def test_what_is_measured_at_the_end_takes_time() -> None:
 
 
 HERE = Machine(cores=2, memory_bytes=24 * 2**30, bf16_pays=True)
-"""Two AVX-512 cores, on which the peaks below were measured: resident MB of jobs of 256 tokens a step."""
+"""Two cores with bf16, on which the peaks below were measured: resident MB of jobs of 256 tokens a step, in two parts side by side."""
 
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [("lora", 1353), ("full", 3269), ("layer_norm", 1169), ("prompt_tuning", 1164), ("dora", 1948), ("top_layers", 1164)],
+    [("lora", 1386), ("full", 3929), ("layer_norm", 1193), ("prompt_tuning", 1162), ("ia3", 1765), ("adalora", 1874), ("top_layers", 1164)],
 )
 def test_the_135_m_model_peaks_where_it_was_measured(name: str, measured: int) -> None:
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
     said = estimate.estimate(spec(name, max_tokens_per_step=256, max_length=256), rows, HERE).memory_bytes / 1e6
     assert said == pytest.approx(measured, rel=0.05)
+
+
+def test_doras_peak_is_the_one_said_worst() -> None:
+    """peft makes whole weights for it in every pass and drops them again, which leaves holes in the memory of each thread."""
+    rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
+    said = estimate.estimate(spec("dora", max_tokens_per_step=256, max_length=256), rows, HERE).memory_bytes / 1e6
+    assert 0.88 * 2418 < said < 2418
 
 
 @pytest.mark.parametrize(

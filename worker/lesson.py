@@ -92,7 +92,7 @@ class Lesson(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
-        """One pass over what `batch` made. Parts of a pack pass side by side, so it changes nothing that they share."""
+        """One pass over what `batch` made. Parts of a pack may pass side by side in threads, so it changes nothing that they share."""
 
     def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
         """The figures of a step's event from the sums that its passes measured."""
