@@ -40,6 +40,8 @@ EMBEDDED_TOKENS = 4096
 """Tokens of a batch in `worker/features.py`."""
 
 
+PART_LEFT_BYTES = 32 * 2**20
+"""What such a thread's allocator keeps when all is given back: 35 to 130 MB for two on that decoder."""
 LEAST_PART_TOKENS, PART_TOKENS = 128, 512
 """Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/abreast.py`), and each of more than
 two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a
@@ -179,6 +181,8 @@ def memory_of(
         other += parts * min(PART_BYTES, weights // 4)
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
+    if parts > 1:  # the model before tuning is loaded beside what the parts' threads keep of the training
+        loads += parts * min(PART_LEFT_BYTES, weights // 8)
     if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other
         loads = loaded + other
     if held is not whole:  # the model is loaded and prepared in every process, and put together again in the first to be scored

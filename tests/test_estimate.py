@@ -244,12 +244,13 @@ def test_what_is_measured_at_the_end_takes_time() -> None:
 
 
 HERE = Machine(cores=2, memory_bytes=24 * 2**30, bf16_pays=True)
-"""Two cores with bf16, on which the peaks below were measured: resident MB of jobs of 256 tokens a step, in two parts side by side."""
+"""Two cores with bf16, on which the peaks below were measured (`python -m benchmarks.estimates --steps 2 --no-calibration --set
+forgetting=false`): resident MB of jobs of 256 tokens a step, in two parts side by side."""
 
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [("lora", 1386), ("full", 3929), ("layer_norm", 1193), ("prompt_tuning", 1162), ("ia3", 1765), ("adalora", 1874), ("top_layers", 1164)],
+    [("lora", 1353), ("full", 3905), ("layer_norm", 1193), ("prompt_tuning", 1162), ("ia3", 1721), ("adalora", 1838), ("top_layers", 1164)],
 )
 def test_the_135_m_model_peaks_where_it_was_measured(name: str, measured: int) -> None:
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
@@ -261,15 +262,15 @@ def test_doras_peak_is_the_one_said_worst() -> None:
     """peft makes whole weights for it in every pass and drops them again, which leaves holes in the memory of each thread."""
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
     said = estimate.estimate(spec("dora", max_tokens_per_step=256, max_length=256), rows, HERE).memory_bytes / 1e6
-    assert 0.88 * 2418 < said < 2418
+    assert 0.9 * 2372 < said < 2372
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "measured"),
     [
-        ("feature_extraction", SHAPE, 1405), ("lora", SHAPE, 1291), ("full", SHAPE, 3094), ("top_layers", SHAPE, 1158),
-        ("feature_extraction", ENCODER, 691), ("lora", ENCODER, 739), ("full", ENCODER, 1069), ("dense_head", ENCODER, 723),
-        ("dora", ENCODER, 813), ("loha", ENCODER, 801), ("bottleneck_adapter", ENCODER, 723), ("prompt_tuning", ENCODER, 723),
+        ("feature_extraction", SHAPE, 1425), ("lora", SHAPE, 1269), ("full", SHAPE, 3473), ("top_layers", SHAPE, 1157),
+        ("feature_extraction", ENCODER, 700), ("lora", ENCODER, 744), ("full", ENCODER, 1067), ("dense_head", ENCODER, 720),
+        ("dora", ENCODER, 859), ("loha", ENCODER, 830), ("bottleneck_adapter", ENCODER, 719), ("prompt_tuning", ENCODER, 720),
     ],
 )  # fmt: skip
 def test_classifiers_peak_where_they_were_measured(name: str, shape: Shape, measured: int) -> None:
