@@ -77,7 +77,9 @@ def test_a_comparison_of_many_at_its_end(page: Page, served: str, session, user,
     page.goto(served + address(found))
     look_at(page, "comparison", tmp_path)
     page.set_viewport_size({"width": 320, "height": 900})
-    assert all(cell.bounding_box()["x"] < 320 for cell in page.locator(".compared tbody tr").first.locator("td").all()), "each is on the page"
+    assert all(cell.bounding_box()["x"] < 320 for cell in page.locator(".compared tbody tr").first.locator("td").all()), (
+        "each is on the page"
+    )
     page.set_viewport_size({"width": 1280, "height": 900})
     assert page.locator(".winner").count() >= 3 and page.locator(".dot-of").count() == 9
     page.locator(".compared tbody a").first.click()
