@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,7 +99,7 @@ class Tokenised:
     cut: int  # rows cut to the longest length allowed
     skipped: list[int]  # lines of rows with nothing left to learn
 
-    @property
+    @functools.cached_property  # every step asks for it
     def lengths(self) -> list[int]:
         return np.diff(self.starts).tolist()
 

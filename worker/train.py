@@ -8,16 +8,14 @@ is a whole job, with no database, queue or process around it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,10 +31,11 @@ from worker.course import Course, course_of, seconds_expected
 from worker.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
 from worker.export import export
 from worker.late import Figures, depth
-from worker.lesson import Lesson, Passed, Scored, body_of, lesson_of, trained_parameters
+from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
-from worker.pack import divide, stream
+from worker.pack import stream
 from worker.rotary import use_fused_rotary
+from worker.step import next_window, parts_of, peak_rate, take_step
 from worker.telling import Telling
 
 MOST_NOT_FINITE = 3
@@ -56,13 +55,6 @@ class Diverged(StudioError):
     """Loss or gradient was not finite several times in a row."""
 
     code = "diverged"
-
-
-class Window(NamedTuple):
-    """What one optimizer step reads."""
-
-    learnt: int  # over how many losses the step is averaged, in all processes
-    batches: list[list[Any]]  # by pack, this process's own: what the lesson made of each part of it
 
 
 @dataclass
@@ -90,6 +82,10 @@ class Trainee:
     def apart(self) -> bool:
         """Whether parts side by side each have gradients of their own, added afterwards: those of an adapter take no room."""
         return self.parts > 1 and type(self.spec.strategy).adapter
+
+    def added_in_order(self) -> list[torch.nn.Parameter]:
+        """Whose gradients wait for their turn: all others of a job in parts."""
+        return [] if self.parts == 1 or self.apart else list(self.trained.values())
 
     @property
     def stopped_early(self) -> bool:
@@ -159,8 +155,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     del found, model, trained, optimizer  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
-    in_order = job.trained.values() if parts > 1 and not job.apart else ()
-    with processes.together(engine.device) as job.world, engine.abreast.in_order(in_order):
+    with processes.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
         yield from _steps(job, control)
     if job.world.first and not control.stopped:
         yield from finish(job)
@@ -210,26 +205,8 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def peak_rate(spec: JobSpec) -> float:
-    return spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)
-
-
 def spec_digest(spec: JobSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
-
-
-def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Course) -> int:
-    """How many parts of a pack are computed side by side. One where weights are shared out to processes, or where a pass draws random
-    numbers, as dropout does: parts would draw them in whatever order they happen to run in."""
-    parts = engine.parts(course.budget)
-    if parts == 1 or (processes.size() > 1 and not type(lesson.spec.strategy).adapter):
-        return 1
-    lengths, before = lesson.train.lengths, torch.get_rng_state()
-    with torch.no_grad():
-        lesson.loss(model, lesson.batch([lengths.index(min(lengths))], engine), engine)
-    drawn = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    return 1 if drawn else parts
 
 
 def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
@@ -260,68 +237,7 @@ def _log(level: str, message: str) -> events.Log:
     return events.Log(level=level, message=message)
 
 
-# One step -------------------------------------------------------------------------------------------------------------
-
-
-def next_window(job: Trainee, packs: Iterator[tuple[int, int, list[int]]]) -> Window:
-    """The packs of the next step, this process's share of them sent to the device."""
-    rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.accumulation)]
-    lengths = job.lesson.train.lengths
-    batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, job.parts)] for pack in job.world.share(rows)]
-    return Window(job.lesson.learnt(rows), batches)
-
-
-def _pass(job: Trainee, learnt: int, batch: Any) -> tuple[Passed, Sequence[torch.Tensor | None]]:
-    """One part of a pack forwards and backwards: its share of the step's loss, and where `job.apart` its gradients."""
-    found = job.lesson.loss(job.model, batch, job.engine)
-    loss = found.loss / learnt
-    if job.apart:
-        gradients = torch.autograd.grad(loss, list(job.trained.values()), allow_unused=True)
-    else:
-        loss.backward()
-        gradients = ()
-    return found._replace(loss=loss.detach()), gradients
-
-
-def _add(job: Trainee, gradients: Sequence[torch.Tensor | None]) -> None:
-    for parameter, gradient in zip(job.trained.values(), gradients, strict=False):
-        if gradient is not None and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # the fused optimizer takes both to lie alike in memory
-        elif gradient is not None:
-            parameter.grad += gradient
-
-
-def take_step(job: Trainee, window: Window) -> list[torch.Tensor]:
-    """One optimizer step over the packs of `window`. Returns its loss (nats per trained token), the gradient's length, and the sums
-    of what else the lesson measures, still on the device."""
-    run, state, device = job.spec.run, job.state, job.engine.device
-    total = torch.zeros((), device=device)
-    measured = [torch.zeros(job.lesson.measures, dtype=torch.float64, device=device)] if job.lesson.measures else []
-    tokens_here, trained_here = 0, 0
-    for parts in window.batches:
-        for found, gradients in job.engine.abreast.map(functools.partial(_pass, job, window.learnt), parts):
-            _add(job, gradients)
-            total += found.loss
-            tokens_here, trained_here = tokens_here + found.tokens, trained_here + found.losses
-            for sums in measured:
-                sums += found.measured
-    if job.shards:
-        job.shards.collect()
-    else:
-        job.world.sum_gradients(job.trained.values())
-    job.world.sum_([total, *measured])
-    tokens, trained = job.world.count(tokens_here, trained_here)
-    state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + trained
-    extra = job.spec.strategy.regulariser(body_of(job.model))
-    if extra is not None:
-        extra.backward()
-    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None)
-    rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
-    optim.set_rate(job.optimizer, rate)
-    optim.advance(job.optimizer, norm + total)
-    job.spec.strategy.after_step(body_of(job.model), state.step)
-    job.optimizer.zero_grad(set_to_none=True)
-    return [total, norm, *measured]
+# What is told of a step ------------------------------------------------------------------------------------------------
 
 
 def _step_event(job: Trainee) -> events.Step:

@@ -28,8 +28,9 @@ from worker.loss import Head
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.preference import Preferring, log_likelihoods, losses_of, named, pair_batch, sums_of
 from worker.prompts import render_prompt
+from worker.step import peak_rate
 from worker.telling import drained
-from worker.train import peak_rate, train
+from worker.train import train
 
 pytestmark = pytest.mark.timeout(240)
 ABLE = [name for name, cls in STRATEGIES.items() if "preference" in cls.tasks]
