@@ -2,7 +2,7 @@
 
 The relay reads messages that a committed transaction left in `outbox`, sends each to its queue and marks it sent, in
 one transaction of its own: a crash between the two sends twice, never zero times. It is woken by NOTIFY and looks every
-half second anyway. The reaper's round is done by the same process, because it is short and both must always run.
+few seconds anyway. The reaper's round is done by the same process, because it is short and both must always run.
 
 Several relays may run at once: `FOR UPDATE SKIP LOCKED` deals the messages out among them.
 """
@@ -10,6 +10,7 @@ Several relays may run at once: `FOR UPDATE SKIP LOCKED` deals the messages out 
 from __future__ import annotations
 
 import logging
+import select as waiting
 import signal
 import threading
 import time
@@ -31,7 +32,12 @@ from app.tables import Outbox
 log = logging.getLogger("luthier.relay")
 
 BATCH = 200
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 5.0
+"""After this a message is found that no NOTIFY told of, as one that another relay held when it died."""
+
+STOP_SECONDS = 0.5
+"""How soon it is noticed that the relay should end."""
+
 LONGEST_PAUSE_SECONDS = 5.0
 
 
@@ -80,8 +86,9 @@ class Waker:
     def __init__(self) -> None:
         self.connection: psycopg.Connection | None = None
 
-    def wait(self, seconds: float) -> None:
-        """Sleep until an order arrives, at most `seconds`."""
+    def wait(self, seconds: float, stop: Callable[[], bool]) -> None:
+        """Sleep until an order arrives, at most `seconds`, or until it is time to `stop`."""
+        deadline = time.monotonic() + seconds
         try:
             if self.connection is None:
                 self.connection = psycopg.connect(
@@ -89,11 +96,15 @@ class Waker:
                 )
                 self.connection.execute(f"LISTEN {queue.OUTBOX_CHANNEL}")
                 return  # what was ordered before we listened is looked for now
-            for _ in self.connection.notifies(timeout=seconds, stop_after=1):
-                pass
+            # psycopg's own waiting looks ten times a second, which an idle studio would feel.
+            while not self._told() and not stop() and (left := deadline - time.monotonic()) > 0:
+                waiting.select([self.connection], [], [], min(left, STOP_SECONDS))
         except psycopg.Error:
             self.close()
-            time.sleep(seconds)
+            time.sleep(STOP_SECONDS)
+
+    def _told(self) -> bool:
+        return self.connection is not None and any(True for _ in self.connection.notifies(timeout=0))
 
     def close(self) -> None:
         if self.connection is not None:
@@ -115,7 +126,7 @@ def relay(stop: Callable[[], bool]) -> None:
                     reap(session)
             failures = 0
             if not sent:
-                waker.wait(LOOK_SECONDS)
+                waker.wait(min(LOOK_SECONDS, next_reap - time.monotonic()), stop)
         except (DBAPIError, BrokerError, redis.RedisError, OSError) as error:
             failures += 1
             pause = min(LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))

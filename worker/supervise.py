@@ -50,6 +50,12 @@ LEAST_PATIENCE_SECONDS = 600.0
 
 BATCH = 500
 
+LOOK_SECONDS = 0.5
+"""Pause between two looks at a trainer that says nothing."""
+
+GATHER_SECONDS = 0.1
+"""What is said within this time is recorded together."""
+
 
 def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
     """The body of the train task. `going_down` tells that this worker was asked to leave."""
@@ -95,6 +101,7 @@ class Attempt:
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
         self.recorded = 0  # events recorded so far: the number of the next one
         self.said_last: events.Finished | events.Failed | None = None
+        self.woken = threading.Event()  # something was said, wished or lost
         self.fence_lost = threading.Event()
         self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
         self.wishes = claims.Wishes(False, False, False)
@@ -179,8 +186,10 @@ class Attempt:
                 raise FenceLost
             self._hear_wishes()
             self._look_for_hang()
-            if not self._record_some():
-                self.over.wait(0.1)
+            self._record_some()
+            self.woken.wait(LOOK_SECONDS)
+            self.woken.clear()
+            time.sleep(GATHER_SECONDS)
 
     # Hearing ----------------------------------------------------------------------------------------------------------
 
@@ -201,12 +210,14 @@ class Attempt:
                     self.said_last = event  # recorded with the end of the job, in one transaction
                 else:
                     self.heard.append(event)
+                self.woken.set()
+        self.woken.set()
 
-    def _record_some(self) -> bool:
-        """Record one batch. False: there was nothing to do, or the database is away and the events wait in order."""
+    def _record_some(self) -> None:
+        """Record one batch, if there is one. While the database is away the events wait in order."""
         batch = [self.heard[i] for i in range(min(len(self.heard), BATCH))]
         if not batch:
-            return False
+            return
         try:
             self._record(batch)
         except DBAPIError as error:
@@ -214,8 +225,8 @@ class Attempt:
                 raise
             log.warning("Job %s: the database is away; %d events wait.", self.held.job_id, len(self.heard))
             time.sleep(0.5)
-            return False
-        return True
+        if self.heard:
+            self.woken.set()
 
     def _record_all(self) -> None:
         while self.heard:
@@ -242,9 +253,11 @@ class Attempt:
             except FenceLost:
                 if not self.over.is_set():
                     self.fence_lost.set()
+                    self.woken.set()
                 break
             except SQLAlchemyError as error:
                 log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
+            self.woken.set()
             self.over.wait(get_settings().beat_seconds)
         standby.give_room_back(self.held.job_id)
 

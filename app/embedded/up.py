@@ -92,7 +92,7 @@ def stop(supervisor: Supervisor, say: Callable[[str], None]) -> None:
 
 def commands(settings: Settings) -> dict[str, list[str]]:
     """Our own processes by name, as a person would type them. docker-compose.yml starts the same; a test compares them."""
-    celery = ["celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle"]
+    celery = ["celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
     web = ["uvicorn", "app.main:create_app", "--factory", "--host", settings.host, "--port", str(settings.port)]
     return {
         "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would hold sign-in links

@@ -56,6 +56,7 @@ class Valkey:
             "unixsocketperm": "700",
             "dir": str(self.folder),
             "appendonly": "yes",
+            "hz": "1",
             "appendfsync": "everysec",
             "aof-load-truncated": "yes",
             "save": "",
