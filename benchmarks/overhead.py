@@ -5,7 +5,7 @@
 `here` is `luthier train job.yaml --here`; `studio` is the same order through `POST /v1/fine_tuning/jobs` of a running studio that
 has tuned the model once before. Printed are the seconds from the order to the first step, the seconds of a step, and the processor
 time that every other process of the studio took while the job ran, as a share of the job's time on all cores, and which took how
-much. The job is asked about four times a second until its first step, then once in two seconds: that is part of it.
+much. The job is asked about once a second until its first step, then once in five: that is part of it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def through_studio(client: Any, file_id: str, steps: int) -> dict[str, float]:
     job = client.fine_tuning.jobs.create(model=STARTER, training_file=file_id, extra_body=body)
     first: float | None = None
     while job.status not in ("succeeded", "failed", "cancelled"):
-        time.sleep(0.25 if first is None else 2.0)
+        time.sleep(1.0 if first is None else 5.0)
         job = client.fine_tuning.jobs.retrieve(job.id)
         told = (job.model_extra or {}).get("progress") or {}
         first = time.monotonic() - began if first is None and told.get("step") else first
