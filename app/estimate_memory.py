@@ -90,12 +90,18 @@ def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Lite
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
 
 
-def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tuple[int, int]:
+def learns_whole(strategy: Strategy, machine: Machine) -> bool:
+    """Whether a job's layers are those of `worker/whole.py`: rounded weights and gradients are there once, and stay."""
+    return not machine.cuda and machine.processes == 1 and not strategy.adapter
+
+
+def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, bytes besides).
 
     Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
-    gated feed-forward the gate, its activation and what it is multiplied with. On a CPU attention is float32 even in bf16.
-    What learns adds its own. Counted tensor by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
+    gated feed-forward the gate, its activation and what it is multiplied with (of which the last two are made anew where
+    the `whole` layers of `worker/whole.py` learn). On a CPU attention is float32 even in bf16. What learns adds its own. Counted tensor
+    by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
@@ -105,13 +111,13 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool) -> tup
     passing = norms * read + (2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
     passing += 4 * shape.heads if cuda else 0  # the logarithms of the softmax's sums, which the GPU's attention keeps
     own = strategy.kept(shape)
-    per_token = passing + own.per_token * compute
+    per_token = passing + own.per_token * compute - (2 * shape.intermediate * compute if whole and shape.gated else 0)
     # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
-    rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter else 0
+    rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter and not whole else 0
     return per_token, own.once * compute + rounded
 
 
-def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1) -> int:
+def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1, whole: bool = False) -> int:
     """The chunks of logits that are alive at once in `worker/loss.py`, one for each part of a pack, the gradient of the hidden
     states, and what each part needs of the head itself."""
     width = 2 if half and not cuda else 4
@@ -120,6 +126,8 @@ def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool,
     # The head rounded to bf16, its gradient in float32, a chunk's part of it before it is added, and on a CPU the head laid out for
     # the units of bf16 products.
     own = head * (4 + 2 + 2 + (0 if cuda else 2) if half else 4) if trained else 0
+    if whole and trained:  # where that is less, the logits' gradients are kept in the place of the head's
+        own = head * ((2 if half else 0) + (4 if tokens // parts * width > 4 * shape.hidden else 0))
     return (2 if cuda else 1) * chunks + 8 * tokens * shape.hidden + parts * own
 
 
@@ -148,33 +156,37 @@ def memory_of(
     """Peak bytes of each process by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
-    whole = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
-    loaded = whole.weights
+    all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    loaded = all_of.weights
     if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
         saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())
-        whole = whole._replace(weights=whole.weights - saved)
-    held = spread_over(whole, shape, strategy, machine.processes)
+        all_of = all_of._replace(weights=all_of.weights - saved)
+    held = spread_over(all_of, shape, strategy, machine.processes)
     writes = task != "classification"
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda)
+    whole = learns_whole(strategy, machine)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
-    # Rounded weights are kept by each part; of what an adapter makes once a layer, two parts were measured to take no more than one.
-    layer = tokens * per_token + (parts if everything else 1) * once
+    layer = tokens * per_token + once  # of what an adapter makes once a layer, two parts were measured to take no more than one
     kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += (HOLES if parts == 1 else HOLES_IN_PARTS) * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
     passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
-    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda, parts) if writes else 0
+    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda, parts, whole) if writes else 0
     # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
     table = shape.vocabulary * shape.hidden * 4 if everything else 0
     begin, end = kept + max(head, passing), held.gradients + passing + table
     peak = max(begin + int(UNPLACED * (held.gradients - min(table, held.gradients))), end)
+    if whole:  # rounded weights and gradients stay where they are
+        linears = sum(x.inputs * x.outputs for x in shape.each_linear())
+        rounded = 2 * (linears + (shape.vocabulary * shape.hidden if writes else 0)) if half else 0
+        peak = held.gradients + rounded + kept + max(head, passing)
     weights = held.weights - unused * frozen_bytes
     other = FLOOR_CUDA_BYTES if machine.cuda else FLOOR_CPU_BYTES + _joined_bytes(shape, strategy, frozen_bytes)
     if not machine.cuda and isinstance(strategy, PeftStrategy):
@@ -187,8 +199,8 @@ def memory_of(
         loads += parts * min(PART_LEFT_BYTES, weights // 8)
     if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other
         loads = loaded + other
-    if held is not whole:  # the model is loaded and prepared in every process, and put together again in the first to be scored
-        loads = whole.weights + held.weights + held.optimizer + other
+    if held is not all_of:  # the model is loaded and prepared in every process, and put together again in the first to be scored
+        loads = all_of.weights + held.weights + held.optimizer + other
     return MemoryParts(
         weights=weights,
         gradients=held.gradients,

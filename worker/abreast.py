@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -30,7 +30,9 @@ class Abreast:
         self._pool: ThreadPoolExecutor | None = None
         self._here = threading.local()  # .place: which of the parts this thread computes; .threads: how many its products have
         self._turn = threading.Condition()
-        self._added: dict[int, int] = {}  # by parameter: how many parts, the first ones, have added to it or had nothing to add
+        self._added: dict[
+            Hashable, int
+        ] = {}  # by parameter, or a part of one: how many parts, the first ones, have added to it or had nothing to add
         self._ended: set[int] = set()
 
     def map(self, action: Callable[[Given], Got], given: Sequence[Given]) -> list[Got]:
@@ -42,16 +44,22 @@ class Abreast:
             raise ValueError(f"{len(given)} parts for {self.threads} threads")
         if len(given) < 2:
             return [action(one) for one in given]
-        self._pool = self._pool or ThreadPoolExecutor(self.threads, "part")
+        self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "part")
         self._added.clear()
         self._ended.clear()
         each, learns = self.threads // len(given), torch.is_grad_enabled()
-        running = [self._pool.submit(self._compute, action, place, one, each, learns) for place, one in enumerate(given)]
-        failed = [error for one in running if (error := one.exception())]
-        torch.set_num_threads(self.threads)  # a thread's number is also what threads started later begin with
-        if failed:
-            raise failed[0]
-        return [one.result() for one in running]
+        # The first is computed here, where memory is free that other threads do not find.
+        running = [self._pool.submit(self._compute, action, place, one, each, learns) for place, one in enumerate(given) if place]
+        here: Future[Got] = Future()
+        try:
+            here.set_result(self._compute(action, 0, given[0], each, learns))
+        except Exception as error:
+            here.set_exception(error)
+        finally:
+            wait(running)
+            del self._here.place, self._here.threads
+            torch.set_num_threads(self.threads)  # a thread's number is also what threads started later begin with
+        return [one.result() for one in (here, *running)]
 
     def _compute(self, action: Callable[[Given], Got], place: int, given: Given, threads: int, learns: bool) -> Got:
         self._here.place = place
@@ -80,14 +88,28 @@ class Abreast:
             for hook in hooks:
                 hook.remove()
 
-    def _wait(self, key: int) -> None:
-        place = getattr(self._here, "place", 0)
-        if self._added.get(key, 0) < place:
-            with self._turn:
-                # A part that ended without a gradient for the parameter is passed over.
-                self._turn.wait_for(lambda: all(p < self._added.get(key, 0) or p in self._ended for p in range(place)))
+    @contextlib.contextmanager
+    def turn(self, key: Hashable) -> Iterator[None]:
+        """Inside, this thread's part adds to what `key` stands for: when the parts before it have, or have ended."""
+        self._wait(key)
+        yield
+        self._pass_on(key)
 
-    def _pass_on(self, key: int) -> None:
+    def has_turn(self, key: Hashable) -> bool:
+        """Whether `turn` would not wait. A part that ended without coming there is passed over."""
+        place = self.place()
+        return self._added.get(key, 0) >= place or all(p < self._added.get(key, 0) or p in self._ended for p in range(place))
+
+    def place(self) -> int:
+        """Which part this thread computes."""
+        return getattr(self._here, "place", 0)
+
+    def _wait(self, key: Hashable) -> None:
+        if not self.has_turn(key):
+            with self._turn:
+                self._turn.wait_for(lambda: self.has_turn(key))
+
+    def _pass_on(self, key: Hashable) -> None:
         place = getattr(self._here, "place", None)
         if place is not None:
             with self._turn:

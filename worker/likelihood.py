@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.loss import Head, chunk_rows, even
+from worker.whole import rounded
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,7 +46,7 @@ class _TokenNats(torch.autograd.Function):
         wide = torch.promote_types(compute, torch.float32)
         # On a GPU a logit is alive as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, 12 if hidden.is_cuda else 8)
-        cast = weight.to(compute)
+        cast = rounded(weight, compute)
         nats = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], rows):
@@ -77,7 +78,7 @@ def _head_gradient(
     wide = torch.promote_types(compute, torch.float32)
     d_weight = torch.zeros_like(head.weight, dtype=wide)
     d_bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None else None
-    cast = head.weight.to(compute)
+    cast = rounded(head.weight, compute)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         logits, bent = _logits(hidden[part], cast, head, wide)

@@ -22,12 +22,11 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 
-from app.strategies._model import place_for_notes
 from app.strategies.pissa import whole_correction
 from worker import fp8
+from worker.together import Together, siblings
 
 ADAPTER = "default"
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Fp8Weight(NamedTuple):
@@ -105,15 +104,13 @@ def _stack(downs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
     return downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
 
 
-class _Group:
-    """Layers that read the same input, computed together by whichever is called first. Their frozen weights are made views
-    of one matrix, so that joining them takes no memory."""
+class _Group(Together):
+    """Layers that read the same input. Their frozen weights are made views of one matrix, so that joining them takes no memory."""
 
     def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        self.joined: torch.Tensor | Fp8Weight | None = None
         weights = [layer.base_layer.weight for layer in layers]
-        self.kept = place_for_notes(weights[0].device)  # .source and .parts: an input, and what of its outputs nobody took yet
+        super().__init__(layers, weights[0].device)
+        self.joined: torch.Tensor | Fp8Weight | None = None
         if all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
             self.joined = torch.cat([w.detach() for w in weights])
             for weight, part in zip(weights, self.joined.split([w.shape[0] for w in weights]), strict=True):
@@ -121,16 +118,8 @@ class _Group:
             if weights[0].dtype == fp8.KIND:
                 self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
 
-    def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
-        kept = self.kept
-        if getattr(kept, "source", None) is not x or kept.parts[place] is None:
-            widths = [layer.lora_B[ADAPTER].weight.shape[0] for layer in self.layers]
-            kept.source, kept.parts = x, list(product(x, self.layers, self.joined).split(widths, -1))
-        result, kept.parts[place] = kept.parts[place], None
-        if all(part is None for part in kept.parts):
-            kept.source = None
-        return result
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.layers, self.joined)
 
 
 def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None) -> torch.Tensor:
@@ -198,20 +187,10 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
             layer.takes_first_off.remove()
         layer.__class__ = FusedLora if type(layer) is PeftLinear else _fused_4bit(type(layer))
     if grouped:
-        for parent in model.modules():
-            for names in GROUPS:
-                layers = [getattr(parent, name, None) for name in names]
-                if not all(isinstance(layer, Fused) for layer in layers):
-                    continue
-                if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
-                    _join(layers)
+        for layers in siblings(model, Fused):
+            if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
+                _Group(layers)
     return len(found)
-
-
-def _join(layers: list[Any]) -> None:
-    group = _Group(layers)
-    for place, layer in enumerate(layers):
-        layer.group, layer.place = group, place
 
 
 def _plain(layer: torch.nn.Module) -> bool:

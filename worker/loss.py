@@ -10,7 +10,7 @@ so that these stay in the cores' caches through all passes over them; the gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.attention import MULTIPLE
+from worker.whole import rounded
 
 CHUNK_BYTES = 96 * 2**20
 """Size of one chunk of logits in the type of the products. Measured on a CPU with AMX, bf16, milliseconds for 1,000 places of
@@ -26,6 +27,9 @@ CHUNK_BYTES = 96 * 2**20
 BLOCK_BYTES = 3 * 2**19
 """Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
 
+
+HEAD_ROWS = 8192
+"""Rows of the head whose gradient is made at once."""
 
 KERNEL = find_spec("triton") is not None
 """Whether the kernel of `worker/softmax.py` can be built: torch's builds for CUDA bring Triton, except on Windows."""
@@ -101,9 +105,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        # The head's gradient is as large as the head; the logits' gradients it is made of are kept instead where they are smaller.
+        keeps = needs_weight and hidden.shape[0] * compute.itemsize <= 4 * hidden.shape[1]
+        parts: list[torch.Tensor] = []
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        cast = weight.to(compute)
+        cast = rounded(weight, compute)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part].to(compute), cast)
@@ -113,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nats, p = _softmax_(finished, targets[own])
                 filled = kept is not None and (hidden.is_cuda or not bool(kept[own].all()))
                 total += (nats * kept[own]).sum() if filled else nats.sum()
-                if d_hidden is None and d_weight is None:
+                if d_hidden is None and not needs_weight:
                     continue
                 p.scatter_add_(1, targets[own, None], torch.full_like(nats, -1.0))  # d loss / d logits
                 if filled:
@@ -128,18 +135,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits[block] = p
             if d_hidden is not None:
                 d_hidden[part] = logits @ cast
-            if d_weight is not None:
+            if keeps:
+                parts += [logits, hidden[part].to(compute)]
+            elif d_weight is not None:
                 if compute == torch.float32:
                     d_weight.addmm_(logits.t(), hidden[part].float())
                 else:
                     d_weight += logits.t() @ hidden[part].to(compute)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, *parts)
+        ctx.whole = getattr(weight, "whole", None)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors]
-        return scaled[0], scaled[1], scaled[2], None, None
+        d_hidden, d_weight, d_bias, *parts = ctx.saved_tensors
+        if ctx.whole is not None:
+            ctx.whole.add_rows(_head_products(d_weight, parts), float(grad))
+            d_weight = None
+        elif parts:
+            d_weight = torch.cat([product for _, product in _head_products(None, parts)]).float()
+        d_hidden, d_weight, d_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias))
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _head_products(whole: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of the head's gradient at a time: of the `whole` (V, H), or of logits' gradients (K, V) and the states (K, H) they
+    came of, in turn."""
+    height = parts[0].shape[1] if whole is None else whole.shape[0]
+    for start in range(0, height, HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, height))
+        if whole is not None:
+            yield rows, whole[rows]
+            continue
+        first, *more = (logits[:, rows].t() @ source for logits, source in zip(parts[::2], parts[1::2], strict=True))
+        yield rows, sum(more, first.float()) if more else first
 
 
 def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
@@ -163,6 +192,7 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
             d_weight = more if d_weight is None else d_weight.add_(more)
         del logits
     ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None)
+    ctx.whole = None
     return losses.sum()
 
 
@@ -195,7 +225,7 @@ def score(
     losses = torch.empty(hidden.shape[0], device=hidden.device)
     hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)
-    cast = head.weight.to(compute)
+    cast = rounded(head.weight, compute)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], rows):
             for block, products in _blocks(F.linear(hidden[start : start + rows].to(compute), cast)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from app.spec import JobSpec
-from worker import optim, processes
+from worker import optim, processes, whole
 from worker.course import Course
 from worker.device import Engine
 from worker.lesson import Lesson, Passed, body_of
@@ -85,6 +85,7 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
             tokens_here, trained_here = tokens_here + found.tokens, trained_here + found.losses
             for sums in measured:
                 sums += found.measured
+        whole.settle(job.wholes)
     if job.shards:
         job.shards.collect()
     else:
@@ -99,6 +100,7 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
     optim.advance(job.optimizer, norm + total)
+    whole.move(job.wholes, job.engine.abreast)
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return [total, norm, *measured]

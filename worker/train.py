@@ -37,6 +37,7 @@ from worker.pack import stream
 from worker.rotary import use_fused_rotary
 from worker.step import next_window, parts_of, peak_rate, take_step
 from worker.telling import Telling
+from worker.whole import Whole, learns_whole, use_whole
 
 MOST_NOT_FINITE = 3
 SPEED_WINDOW = 20
@@ -71,6 +72,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     state: State
     parts: int  # how many parts of a pack are computed side by side
+    wholes: list[Whole]  # the weights of full tuning on a CPU
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
@@ -136,6 +138,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     # Packs of pairs or texts have many shapes, so compiled layers would be compiled again and again.
     done = kernels.speed_up(body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" else 0.0)
     trained = trained_parameters(model)
+    wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
     optimizer = optim.make_optimizer(trained, peak_rate(spec), run.weight_decay, run.optimizer)
 
     strategy.begin(body_of(model), course.total_steps)
@@ -150,9 +153,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
-    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, began - state.wall_seconds)
+    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
-    del found, model, trained, optimizer  # `job` alone holds them, so that it can let go of them
+    del found, model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
     with processes.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
@@ -352,7 +355,7 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
         checkpoint.load_weights(best, job.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
-    job.optimizer, job.trained = None, {}  # type: ignore[assignment]  # their memory is needed
+    job.optimizer, job.trained, job.wholes = None, {}, []  # type: ignore[assignment]  # their memory is needed
     compared = yield from results.compare(job)
     state.wall_seconds = time.monotonic() - job.began
     yield events.Finished(

@@ -1,0 +1,47 @@
+"""Layers of a model that read the same input (q, k and v; gate and up) and so can share one product."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from app.strategies._model import place_for_notes
+
+NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
+    """The layers of each such set, where all of them are of `kind`."""
+    for parent in model.modules():
+        for names in NAMES:
+            layers = [getattr(parent, name, None) for name in names]
+            if all(isinstance(layer, kind) for layer in layers):
+                yield layers
+
+
+class Together(ABC):
+    """Layers computed together by whichever is called first. Each knows it as `group`, and its own `place` in it."""
+
+    def __init__(self, layers: Sequence[Any], device: torch.device) -> None:
+        self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
+        self.kept = place_for_notes(device)  # .source and .parts: an input, and what of its outputs nobody took yet
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
+
+    @abstractmethod
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of all layers for x (…, K) side by side, (…, ΣN)."""
+
+    def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
+        kept = self.kept
+        if getattr(kept, "source", None) is not x or kept.parts[place] is None:
+            kept.source, kept.parts = x, list(self.product(x).split(self.widths, -1))
+        result, kept.parts[place] = kept.parts[place], None
+        if all(part is None for part in kept.parts):
+            kept.source = None
+        return result
