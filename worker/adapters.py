@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from worker.cache import current_step
+from worker.few_rows import FewRows
 from worker.load import BadModel
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (r, out) with the scaling already in it
@@ -123,7 +124,7 @@ class AdapterStack:
     def __init__(self, model: torch.nn.Module, most_columns: int = 512) -> None:
         self.most_columns = most_columns
         self.model = model
-        self.linears: dict[str, torch.nn.Linear] = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+        self.linears: dict[str, torch.nn.Linear] = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, FewRows)}
         self.wrapped: dict[str, StackedLinear] = {}
         self.loaded: dict[str, LoraWeights] = {}  # in order of last use
         self.columns: dict[str, tuple[int, int]] = {}

@@ -30,7 +30,7 @@ from worker.broke import NotANumber, broke
 from worker.cache import Segment, Slot, Step
 from worker.lanes import Lane, Placement, Shelf
 from worker.room import Room
-from worker.sampling import Chooser, TextStream, logprob
+from worker.sampling import Chooser, TextStream, logprob, one_thread
 from worker.turns import Row, Running
 
 MOST_ROWS = 16
@@ -329,7 +329,8 @@ class Engine:
                 self._leave(r, [seen])
         for r, i in done:
             r.first_logits = logits[i].clone() if len(r.rows) > 1 else None
-        self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
+        with one_thread(lane.device):
+            self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
 
     def _choose(self, lane: Lane, logits: torch.Tensor, writing: list[tuple[Row, Running, int]]) -> None:
         """The next token of every answer: (row, its request, its place in the logits). What goes wrong with one ends that one alone."""

@@ -26,6 +26,7 @@ from app.strategies import STRATEGIES
 from worker import kept, prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, Cache, Step, running
+from worker.few_rows import use_few_rows
 from worker.load import LOADING, BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
@@ -238,6 +239,7 @@ class Shelf:
         model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
         lane = self._as_lane((ref.path, ref.revision), ref, model)
         lane.source = share_weights(model)
+        use_few_rows(model, join=True)
         lane.stack = AdapterStack(model)
         return lane
 
@@ -255,6 +257,7 @@ class Shelf:
                 model = load_model(ref, self.dtype, "sdpa", str(self.device))
         else:
             model = load_model(ref, self.dtype, "sdpa", str(self.device))
+        use_few_rows(model, join=False)  # its weights may be the base's
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model.requires_grad_(False).eval())
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
