@@ -37,7 +37,7 @@ from worker.pack import stream
 from worker.rotary import use_fused_rotary
 from worker.step import next_window, parts_of, peak_rate, take_step
 from worker.telling import Telling
-from worker.whole import Whole, learns_whole, use_whole
+from worker.whole import Whole, give_back, learns_whole, use_whole
 
 MOST_NOT_FINITE = 3
 SPEED_WINDOW = 20
@@ -355,6 +355,7 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
         checkpoint.load_weights(best, job.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
+    give_back(job.wholes)
     job.optimizer, job.trained, job.wholes = None, {}, []  # type: ignore[assignment]  # their memory is needed
     compared = yield from results.compare(job)
     state.wall_seconds = time.monotonic() - job.began

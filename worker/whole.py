@@ -37,8 +37,8 @@ GATED = frozenset(
 )
 """Classes whose forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
 
-
 MOST_LAID_BY = 2
+"""Pieces of a head's gradient that a part may keep while it is not its turn."""
 
 
 class Whole:
@@ -112,6 +112,12 @@ class Whole:
         for _, rows, gradients in sorted(self.read, key=lambda kept: kept[0]):
             self.weight.grad.index_add_(0, rows, gradients)
         self.read.clear()
+
+
+def give_back(wholes: Sequence[Whole]) -> None:
+    """Let go of the gradients' places, when no step follows."""
+    for whole in wholes:
+        whole.weight.grad = whole.room = None
 
 
 def settle(wholes: Sequence[Whole]) -> None:
