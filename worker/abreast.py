@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -30,9 +30,8 @@ class Abreast:
         self._pool: ThreadPoolExecutor | None = None
         self._here = threading.local()  # .place: which of the parts this thread computes; .threads: how many its products have
         self._turn = threading.Condition()
-        self._added: dict[
-            Hashable, int
-        ] = {}  # by parameter, or a part of one: how many parts, the first ones, have added to it or had nothing to add
+        # By parameter, or a part of one: how many parts, the first ones, have added to it or had nothing to add.
+        self._added: dict[Hashable, int] = {}
         self._ended: set[int] = set()
 
     def map(self, action: Callable[[Given], Got], given: Sequence[Given]) -> list[Got]:
@@ -44,22 +43,16 @@ class Abreast:
             raise ValueError(f"{len(given)} parts for {self.threads} threads")
         if len(given) < 2:
             return [action(one) for one in given]
-        self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "part")
+        self._pool = self._pool or ThreadPoolExecutor(self.threads, "part")
         self._added.clear()
         self._ended.clear()
         each, learns = self.threads // len(given), torch.is_grad_enabled()
-        # The first is computed here, where memory is free that other threads do not find.
-        running = [self._pool.submit(self._compute, action, place, one, each, learns) for place, one in enumerate(given) if place]
-        here: Future[Got] = Future()
-        try:
-            here.set_result(self._compute(action, 0, given[0], each, learns))
-        except Exception as error:
-            here.set_exception(error)
-        finally:
-            wait(running)
-            del self._here.place, self._here.threads
-            torch.set_num_threads(self.threads)  # a thread's number is also what threads started later begin with
-        return [one.result() for one in (here, *running)]
+        running = [self._pool.submit(self._compute, action, place, one, each, learns) for place, one in enumerate(given)]
+        failed = [error for one in running if (error := one.exception())]
+        torch.set_num_threads(self.threads)  # a thread's number is also what threads started later begin with
+        if failed:
+            raise failed[0]
+        return [one.result() for one in running]
 
     def _compute(self, action: Callable[[Given], Got], place: int, given: Given, threads: int, learns: bool) -> Got:
         self._here.place = place
