@@ -23,4 +23,4 @@ CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0
 FROM base AS gpu
 RUN pip install --editable '.[gpu]'
 USER luthier
-CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"]
+CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"]
