@@ -13,18 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.servers import PROJECT, STARTER, studio
+from benchmarks.servers import PROJECT, STARTER, studio, trained_alone
 
 SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
 GOAL_SHARE, GOAL_SECONDS = 0.01, 10.0
@@ -143,16 +139,8 @@ def name_of(command: list[str]) -> str:
 
 def without(model: Path, steps: int) -> dict[str, float]:
     """The same order trained at once by the command line."""
-    with tempfile.TemporaryDirectory() as folder:
-        order = {"model": str(model), "training_file": str(SAMPLE), "strategy": {"name": "lora"}, "run": settings(steps)}
-        path = Path(folder) / "job.yaml"
-        path.write_text(json.dumps(order))  # JSON is YAML
-        command = [sys.executable, "-c", HERE, str(path)]
-        environment = {**os.environ, "LUTHIER_DATA_DIR": folder}
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    told = json.loads(done.stdout.splitlines()[-1])
+    order = {"model": str(model), "training_file": str(SAMPLE), "strategy": {"name": "lora"}, "run": settings(steps)}
+    told = trained_alone(order, HERE)
     return {
         "first_step_seconds": round(told["first"], 2),
         "step_seconds": round(step_seconds(told["ends"]), 4),

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import PROJECT
+from benchmarks.servers import PROJECT, trained_alone
 
 SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
 FORMATS = ("fp32", "bf16")
@@ -65,15 +61,7 @@ def learnt(name: str, precision: str, model: Path, given: argparse.Namespace) ->
         "forgetting": False, "row_losses": False, "evaluations_per_epoch": 1, "early_stopping_patience": 0, "seed": 1,
     }  # fmt: skip
     order = {"model": str(model), "training_file": str(given.data.resolve()), "strategy": {"name": name}, "run": run}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.yaml"
-        path.write_text(json.dumps(order))  # JSON is YAML
-        command = [sys.executable, "-c", HERE, str(path)]
-        environment = {**os.environ, "LUTHIER_DATA_DIR": folder}
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return trained_alone(order, HERE)
 
 
 HERE = """
