@@ -144,7 +144,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     strategy.begin(body_of(model), course.total_steps)
 
     parts = parts_of(lesson, model, engine, course)
-    facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
+    facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256, **({"whole": True} if wholes else {})}
     exact = not found or state.facts == facts
     if found:
         checkpoint.load_weights(found, trained)

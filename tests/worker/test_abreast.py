@@ -189,6 +189,7 @@ def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(data_dir
     assert code == 0
     started = next(e for e in whole if isinstance(e, events.Started))
     assert started.details["parts"] == 2, "with two threads each"
+    assert started.details.get("whole", False) == (strategy == "full"), "one saved before there were such layers is not called exact"
     killed = Trainer(spec, "killed", 1, threads)
     for event in killed:
         if isinstance(event, events.Saved):
