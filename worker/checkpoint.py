@@ -2,7 +2,8 @@
 
     checkpoint-<step>/
       weights/               what the strategy's `save` wrote, strategy.json and the tokenizer: the playground loads it
-      trainer/               optimizer, rng, extra (the strategy's own state) and trained (weights that weights/ does not hold as they are)
+      trainer/               optimizer, rng, extra (the strategy's own state) and trained (weights that weights/ does not hold as they are);
+                             where weights are spread over n processes, optimizer-<k>-of-<n> are each one's rows of the optimizer's state
       trainer/state.json     counters, early stopping, the facts of the engine, the base's answers
       manifest.json          sizes and SHA-256 of all of these
 
@@ -11,6 +12,8 @@ No pickle anywhere. A kill at any moment leaves either the whole folder under it
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -118,20 +121,24 @@ def save(
     strategy: Strategy,
     tokenizer: Any,
     trained: Named,
-    optimizer: dict[str, torch.Tensor],
+    optimizer: dict[str, torch.Tensor] | list[Path],
     rng: dict[str, torch.Tensor],
 ) -> Written:
-    """Write `checkpoint-<step>` in the attempt's folder."""
+    """Write `checkpoint-<step>` in the attempt's folder; the optimizer's state may be files on the same disk, which are taken."""
     body = model.backbone if isinstance(model, Classifier) else model
 
     def fill(folder: Path) -> None:
         write_weights(folder / WEIGHTS, model, strategy, tokenizer)
         own = folder / TRAINER
         own.mkdir()
-        there = _names(folder / WEIGHTS)
+        there = names(folder / WEIGHTS)
         missing = {name: p.detach().cpu().contiguous() for name, p in trained.items() if name not in there}
         save_file(_separate(missing), own / "trained.safetensors")
-        save_file(optimizer, own / "optimizer.safetensors")
+        if isinstance(optimizer, list):
+            for piece in optimizer:
+                os.rename(piece, own / piece.name)
+        else:
+            save_file(optimizer, own / "optimizer.safetensors")
         save_file(rng, own / "rng.safetensors")
         save_file({k: v.detach().cpu().contiguous() for k, v in strategy.extra_state(body).items()}, own / "extra.safetensors")
         (own / "state.json").write_text(json.dumps(asdict(state), indent=1))
@@ -139,7 +146,7 @@ def save(
     return write_folder(attempt / f"checkpoint-{state.step}", fill, step=state.step)
 
 
-def _names(folder: Path) -> set[str]:
+def names(folder: Path) -> set[str]:
     """Names of all tensors in a folder's safetensors files."""
     found: set[str] = set()
     for path in folder.glob("*.safetensors"):
@@ -172,6 +179,47 @@ def read_state(checkpoint: Path) -> State:
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / TRAINER / f"{name}.safetensors")
+
+
+def piece_of(folder: Path, place: int, count: int) -> Path:
+    """The file for one process's rows of the optimizer's state, of `count` such files."""
+    return folder / f"optimizer-{place + 1:05}-of-{count:05}.safetensors"
+
+
+def write_piece(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one such file and have it on the disk, since another process moves it."""
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    save_file(tensors, path)
+    _sync(path)
+
+
+Rows = Callable[[str, int], slice]
+"""Which rows of a tensor, named `<moment>/<parameter>`, are wanted, given how many it has."""
+
+
+def read_optimizer(checkpoint: Path, rows: Rows | None = None) -> dict[str, torch.Tensor]:
+    """The optimizer's state, by however many processes it was written. With `rows` no others are read from the disk."""
+    found: dict[str, list[Any]] = {}
+    with contextlib.ExitStack() as opened:
+        for path in sorted((checkpoint / TRAINER).glob("optimizer*.safetensors")):
+            file = opened.enter_context(safe_open(path, "pt"))
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                found.setdefault(key, []).append(file.get_slice(key))
+        return {key: _joined(pieces, rows and functools.partial(rows, key)) for key, pieces in found.items()}
+
+
+def _joined(pieces: list[Any], rows: Callable[[int], slice] | None) -> torch.Tensor:
+    if not pieces[0].get_shape():
+        return pieces[0][...]
+    counts = [piece.get_shape()[0] for piece in pieces]
+    start, end, _ = (rows(sum(counts)) if rows else slice(None)).indices(sum(counts))
+    wanted, before = [], 0
+    for piece, count in zip(pieces, counts, strict=True):
+        first, last = max(start - before, 0), min(end - before, count)
+        if first < last or not wanted:  # a tensor without rows still has its other axes
+            wanted.append(piece[first : max(first, last)])
+        before += count
+    return wanted[0] if len(wanted) == 1 else torch.cat(wanted)
 
 
 @torch.no_grad()

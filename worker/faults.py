@@ -1,4 +1,6 @@
-"""What a GPU's error stands for: too little memory, a fault of the card or its driver, or a mistake of a program.
+"""What an error of the machine stands for.
+
+A GPU's: too little memory, a fault of the card or its driver, or a mistake of a program.
 
 CUDA tells by a number and by the text of `cudaGetErrorString`, mostly at some later call than the one at fault, and every
 call of the same process fails from then on. So a fault of the card is tried again, in a process of its own; an assertion
@@ -6,6 +8,8 @@ in a kernel (an index out of range, say) would only come again.
 """
 
 from __future__ import annotations
+
+import errno
 
 from app import events
 
@@ -50,3 +54,9 @@ def of_gpu(said: str) -> events.Failed | None:
         return None
     way_out = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
     return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", way_out=way_out)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or "os error 28" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Literal
 
@@ -118,6 +119,26 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Named, plain: bo
             if plain and key in TABLES and value.dtype == torch.uint8:
                 value = _wide(value, state, key)
             found[f"{key}/{name}"] = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return found
+
+
+def has_scales(names: Iterable[str]) -> bool:
+    """Whether there are 8-bit moments with their scales among tensors of these names."""
+    return any(name.partition("/")[0] in SCALES.values() for name in names)
+
+
+def widened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `state_tensors` gave, as it would have given it with `plain`."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    found = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        if moment in TABLES and value.dtype == torch.uint8:
+            table = create_dynamic_map(signed=moment == "state1").to(value.device)  # the first is a mean, the second one of squares
+            value = _wide(value, {TABLES[moment]: table, SCALES[moment]: tensors[f"{SCALES[moment]}/{name}"]}, moment)
+        if moment not in SCALES.values():
+            found[key] = value
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +21,22 @@ import torch.distributed as dist
 
 from app.estimate_memory import passes
 from app.spec import JobSpec
+from app.strategies import Strategy
 
 MESSAGE_BYTES = 64 * 2**20
 """Gradients travel in flat pieces of about this size: adapters in one, a whole model without a second copy of all of it."""
 
+PATIENCE = datetime.timedelta(days=7)
+"""How long processes wait for the first one, which evaluates and saves alone. torchrun ends them where it dies."""
+
 
 def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def spreads(strategy: Strategy) -> bool:
+    """Whether the processes of a job share out the weights it learns, instead of holding them all."""
+    return size() > 1 and not type(strategy).adapter
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,19 @@ class World:
         told = torch.tensor([int(w) for w in wishes])
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return [bool(v) for v in told]
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the processes give."""
+        if self.size == 1:
+            return number
+        told = torch.tensor(number)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
+        return int(told)
+
+    def wait(self) -> None:
+        """Until all processes are here. It may take hours, while the first evaluates; a step's messages may not."""
+        if self.size > 1:
+            dist.barrier(group=self.host)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
@@ -108,7 +131,7 @@ def together(device: torch.device) -> Iterator[World]:
     _die_with_parent()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -23,11 +22,10 @@ from app.errors import BadData, DoesNotFit, StudioError
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.curves import curves
-from worker.faults import of_gpu
+from worker.faults import disk_is_full, of_gpu
 
 STOPPED = 75
 FIRST = os.environ.get("RANK", "0") == "0"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,18 +117,13 @@ def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Fail
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         message, way_out = "The machine ran out of memory.", "Split each step over more passes (accumulation), or cut the rows shorter."
         return events.Failed(kind="out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
-    if _disk_is_full(error):
+    if disk_is_full(error):
         message, way_out = "The disk of the data folder is full.", "Free some space and resume; the newest checkpoint is whole."
         return events.Failed(kind="disk_full", message=message, way_out=way_out, step=step)
     if isinstance(error, StudioError):
         return _of_studio(error, spec, step)
     message = f"{type(error).__name__}: {error}"[:2000]
     return events.Failed(kind="crashed", message=message, way_out="Look at the attempt's log; if you see no reason, report it.", step=step)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error) or "os error 28" in str(error)
 
 
 def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Failed:

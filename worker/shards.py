@@ -3,25 +3,29 @@
 FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers a block's weights when it runs and scatters its gradients after; embedding,
 last norm and head stay whole in each process. So 16 bytes a weight become 16 / processes, and a block's weights besides.
 
-The optimizer is given plain tensors: this process's rows. Now and then everything is put together again in the first process,
-tensor by tensor, to be scored and saved as if it had trained alone; so a checkpoint is resumed by any number of processes.
+The optimizer is given plain tensors: this process's rows. Now and then the weights are put together again in the first process,
+tensor by tensor, to be scored and saved as if it had trained alone. The optimizer's state, twice their size, never is: each process
+writes its rows of it into the checkpoint, and reads those that are its own when the job goes on, with whatever number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from worker import kernels, optim
+from worker import checkpoint, kernels, optim
+from worker.faults import disk_is_full
 from worker.lesson import body_of, trained_parameters
 from worker.processes import World
 
@@ -60,32 +64,27 @@ class Shards:
         shared = [p.grad for p in self.spread.values() if not isinstance(p, DTensor) and p.grad is not None]
         return (squares + torch.nn.utils.get_total_norm(shared).float().square()).sqrt()
 
-    def own_rows(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This process's rows of whole optimizer tensors, named `<moment>/<parameter>`."""
-        return {key: self._cut(key.partition("/")[2], tensor) for key, tensor in states.items()}
+    def read_states(self, saved: Path) -> dict[str, torch.Tensor]:
+        """This process's rows of a checkpoint's optimizer state, `<moment>/<parameter>`."""
+        if not optim.has_scales(checkpoint.names(saved / checkpoint.TRAINER)):
+            return checkpoint.read_optimizer(saved, rows=self._own)
+        whole = optim.widened(checkpoint.read_optimizer(saved))  # the scales of one process's 8-bit moments do not go by rows
+        return {key: tensor[self._own(key, len(tensor))] if tensor.ndim else tensor for key, tensor in whole.items()}
 
-    def _cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        p = self.spread[name]
-        if not isinstance(p, DTensor) or tensor.shape != p.shape:
-            return tensor
-        pieces = tensor.chunk(self.world.size)  # as FSDP cuts: the first rows to the first process, the last may go without
-        return pieces[self.world.rank] if self.world.rank < len(pieces) else tensor[:0]
+    def _own(self, key: str, count: int) -> slice:
+        """Which of the `count` rows of a parameter's moment are this process's."""
+        if not self._is_shared_out(key):
+            return slice(0, count)
+        each = -(-count // self.world.size)  # as FSDP cuts: the first rows to the first process, the last may go without
+        return slice(min(self.world.rank * each, count), min((self.world.rank + 1) * each, count))
 
-    def whole_states(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """The optimizer's state put together, in the first process; empty in the others. All call it."""
-        found = {}
-        for key, tensor in optim.state_tensors(optimizer, self.rows, plain=True).items():
-            p = self.spread[key.partition("/")[2]]
-            if isinstance(p, DTensor) and tensor.shape == self.rows[key.partition("/")[2]].shape and tensor.ndim:
-                local = tensor.to(p.device)
-                tensor = (
-                    DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-                    .full_tensor()
-                    .cpu()
-                )
-            if self.world.first:
-                found[key] = tensor
-        return found
+    def _is_shared_out(self, key: str) -> bool:
+        return isinstance(self.spread[key.partition("/")[2]], DTensor)
+
+    def write_states(self, optimizer: torch.optim.Optimizer, path: Path) -> None:
+        """Write this process's rows of the optimizer's state; what all processes have whole is written by the first."""
+        states = optim.state_tensors(optimizer, self.rows, plain=True)
+        checkpoint.write_piece(path, {key: x for key, x in states.items() if self.world.first or (x.ndim and self._is_shared_out(key))})
 
     @torch.no_grad()
     def whole_model(self) -> nn.Module | None:
@@ -101,29 +100,41 @@ class Shards:
         return copy.deepcopy(self.skeleton, memo).train(self.model.training)
 
 
-def spread(job: Any) -> Shards:
-    """Spread a job over its processes. Its optimizer keeps what state it has."""
-    states = optim.state_tensors(job.optimizer, job.trained, plain=True)
+def spread(job: Any, saved: Path | None) -> Shards:
+    """Spread a job over its processes. Its optimizer goes on from the checkpoint `saved`."""
     shards = Shards(job.model, job.engine.device, job.world)
     run = job.spec.run
     job.trained = shards.rows
     job.optimizer = optim.make_optimizer(shards.rows, job.optimizer.param_groups[0]["lr"], run.weight_decay, run.optimizer)
-    optim.load_state(job.optimizer, shards.rows, shards.own_rows(states))
+    if saved:
+        optim.load_state(job.optimizer, shards.rows, shards.read_states(saved))
     return shards
 
 
 @contextlib.contextmanager
 def whole(job: Any) -> Iterator[None]:
-    """While inside, the first process holds the job as if it trained alone. Every process enters."""
+    """While inside, the first process holds the job's weights as if it trained alone, and the optimizer's state lies in files,
+    `job.pieces`. Every process enters. Raises OSError in all where one could not write its own."""
     kept = job.model, job.trained
-    job.states = job.shards.whole_states(job.optimizer)
+    folder = job.attempt / ".optimizer.tmp"
+    pieces = [checkpoint.piece_of(folder, place, job.world.size) for place in range(job.world.size)]
+    failed = None
+    try:
+        job.shards.write_states(job.optimizer, pieces[job.world.rank])
+    except Exception as error:
+        failed = error
+    code = job.world.most(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
+    if failed:
+        raise failed
+    if code:
+        raise OSError(code, os.strerror(code), str(folder))
+    job.pieces = pieces
     join(job)
     try:
         yield
     finally:
         job.model, job.trained = kept
-        job.states = None
-        dist.barrier(group=job.world.host)  # the others wait here, and not in the middle of a step
+        job.pieces = None
 
 
 def join(job: Any) -> None:

@@ -33,7 +33,7 @@ def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Cou
     """How many parts of a pack are computed side by side. One where weights are shared out to processes, or where a pass draws random
     numbers, as dropout does: parts would draw them in whatever order they happen to run in."""
     parts = engine.parts(course.budget)
-    if parts == 1 or (processes.size() > 1 and not type(lesson.spec.strategy).adapter):
+    if parts == 1 or processes.spreads(lesson.spec.strategy):
         return 1
     lengths, before = lesson.train.lengths, torch.get_rng_state()
     with torch.no_grad():

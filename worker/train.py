@@ -78,7 +78,7 @@ class Trainee:
     lap: float = 0.0
     world: processes.World = field(default_factory=processes.World)
     shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
-    states: dict[str, torch.Tensor] | None = None  # the optimizer's, put together from the shards
+    pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
     @property
     def apart(self) -> bool:
@@ -148,32 +148,35 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     exact = not found or state.facts == facts
     if found:
         checkpoint.load_weights(found, trained)
-        optim.load_state(optimizer, trained, checkpoint.read_tensors(found, "optimizer"))
+        if not processes.spreads(strategy):
+            optim.load_state(optimizer, trained, checkpoint.read_optimizer(found))
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
     job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
-    del found, model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
+    del model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
     with processes.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
-        yield from _steps(job, control)
+        yield from _steps(job, control, found)
     if job.world.first and not control.stopped:
         yield from finish(job)
 
 
-def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
-    """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved."""
+def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[events.TrainerEvent]:
+    """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved. They
+    go on from the checkpoint `saved`."""
     run, state, course, lesson, world = job.spec.run, job.state, job.course, job.lesson, job.world
     world.even(job.trained.values())
     if world.first and state.evaluated_at < 0:
         yield from judge(job)
-    if world.size > 1 and not type(job.spec.strategy).adapter:
+    world.wait()
+    if processes.spreads(job.spec.strategy):
         from worker import shards  # most jobs do without
 
-        job.shards = shards.spread(job)
+        job.shards = shards.spread(job, saved)
     packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.accumulation, most=course.most)
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
@@ -196,6 +199,7 @@ def _steps(job: Trainee, control: Control) -> Iterator[events.TrainerEvent]:
                     if course.due(state.step):
                         yield from judge(job)
                     yield save(job)
+            world.wait()
             control.save = False
             if stop and state.step < course.total_steps:
                 control.stopped = True
@@ -332,7 +336,7 @@ def save(job: Trainee) -> events.Saved:
     """Write a checkpoint, and sweep the ones no longer needed."""
     state = job.state
     state.wall_seconds = time.monotonic() - job.began
-    tensors = job.states if job.states is not None else optim.state_tensors(job.optimizer, job.trained)
+    tensors = job.pieces or optim.state_tensors(job.optimizer, job.trained)
     rng = rng_tensors(job.engine.device)
     written = checkpoint.save(job.attempt, state, job.model, job.spec.strategy, job.lesson.tokenizer, job.trained, tensors, rng)
     checkpoint.prune(job.attempt, get_settings().keep_checkpoints, state.best_path)

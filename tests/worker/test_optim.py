@@ -99,6 +99,8 @@ def test_8_bit_moments_are_cut_and_joined_in_float32(kind):
         whole.step(number)
     plain = optim.state_tensors(whole.optimizer, whole.parameters, plain=True)
     assert plain["state2/large"].dtype == torch.float32 and not any("absmax" in key for key in plain)
+    assert optim.has_scales(whole.states()) and not optim.has_scales(plain)
+    assert equal(optim.widened(whole.states()), plain)  # read from a checkpoint, where the table is not kept
     again = Learner(kind, whole.values())
     optim.load_state(again.optimizer, again.parameters, plain)
     assert again.states()["state1/large"].dtype == torch.uint8 and int(again.states()["step/large"]) == 3

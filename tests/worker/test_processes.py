@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from app import events
 from app.settings import PROJECT, get_settings
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
+from worker.checkpoint import piece_of, read_optimizer, write_piece
 from worker.train import Control, train
 
 
@@ -26,16 +28,16 @@ def spec(data_dir, tiny_model):
 
 
 class Pair:
-    """`worker.run` as two processes under torchrun, as a supervisor with two GPUs per job starts it."""
+    """`worker.run` as two processes under torchrun, or more, as a supervisor with that many GPUs per job starts it."""
 
-    def __init__(self, spec, job: str, attempt: int = 1) -> None:
+    def __init__(self, spec, job: str, attempt: int = 1, processes: int = 2) -> None:
         root, folder = get_settings().data_dir, f"runs/{job}/a{attempt}"
         (root / folder).mkdir(parents=True, exist_ok=True)
         path = root / folder / "spec.json"
         path.write_text(spec.model_dump_json())
         read_end, write_end = os.pipe()
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)  # so that it cannot run ahead of its reader by more than a dozen steps
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "worker.run"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "worker.run"]
         command += ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
         given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log = root / folder / "trainer.log"
@@ -108,30 +110,61 @@ def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
     assert first.keys() == second.keys()
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 1e-4
     last = [[e.path for e in run if isinstance(e, events.Saved)][-1] for run in (alone, said)]
-    saved = [load_file(data_dir / path / "trainer" / "optimizer.safetensors") for path in last]
+    saved = [read_optimizer(data_dir / path) for path in last]
     assert saved[0].keys() == saved[1].keys()
+    pieces = [load_file(path) for path in sorted((data_dir / last[1] / "trainer").glob("optimizer*"))]
+    moment = next(key for key in saved[0] if key.startswith("exp_avg/") and "q_proj" in key)
+    assert [len(piece[moment]) for piece in pieces] == [len(saved[0][moment]) / 2] * 2  # each wrote its own rows
+    assert not list((data_dir / "runs" / "pair").rglob("*.tmp"))
     assert all(torch.allclose(saved[0][k], saved[1][k], atol=1e-5) for k in saved[0])
 
 
-@pytest.mark.parametrize("began_with", [2, 1])
-def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with):
-    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=5, learning_rate=1e-3)
+@pytest.mark.parametrize(("began_with", "ends_with"), [(2, 1), (1, 2), (2, 3)])
+def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with, ends_with):
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=6, epochs=5, learning_rate=1e-3)
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
     runs = data_dir / "runs" / "shared"
     if began_with == 2:
         Pair(spec, "shared").stop_after(1)
-        rest = list(train(spec, runs / "a2", runs))
     else:
         control = Control()
         for event in train(spec, runs / "a1", runs, control):
             control.stop = control.stop or isinstance(event, events.Step)
-        pair = Pair(spec, "shared", attempt=2)
+    if ends_with == 1:
+        rest = list(train(spec, runs / "a2", runs))
+    else:
+        pair = Pair(spec, "shared", attempt=2, processes=ends_with)
         rest = list(pair)
         assert pair.wait() == 0, pair.log.read_text()[-3000:]
     began = next(e for e in rest if isinstance(e, events.Started))
     assert began.resumed_from and began.resumed_from < began.total_steps
     first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (whole, rest))
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
+
+
+def test_all_are_told_that_one_has_no_room(tmp_path):
+    """The first speaks for all, so it must know why the second could not save its rows."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.worker.no_room"]
+    ended = subprocess.run([*command, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "went on" not in ended.stdout, ended.stderr[-2000:]
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
+    assert told == [f"{errno.ENOSPC} {os.strerror(errno.ENOSPC)}", f"{errno.ENOSPC} this one's disk"]
+
+
+@pytest.mark.parametrize("wrote", [1, 2, 3, 5])
+@pytest.mark.parametrize("reads", [1, 2, 4])
+def test_rows_are_read_by_whoever_wrote_them(tmp_path, wrote, reads):
+    """Four rows and a count, written by one process or more and read by one or more: each reads its own, and no row twice."""
+    states = {"exp_avg/up": torch.arange(12.0).view(4, 3), "exp_avg/bias": torch.arange(4.0), "step/up": torch.tensor(7.0)}
+    for place in range(wrote):
+        rows = {key: x.split(-(-4 // wrote)) for key, x in states.items() if x.ndim}
+        own = {key: pieces[place] if place < len(pieces) else states[key][:0] for key, pieces in rows.items()}
+        write_piece(piece_of(tmp_path / "trainer", place, wrote), own | ({"step/up": states["step/up"]} if place == 0 else {}))
+    each = -(-4 // reads)
+    found = [read_optimizer(tmp_path, lambda _, n, r=rank: slice(r * each, (r + 1) * each)) for rank in range(reads)]
+    for key, x in states.items():
+        assert all(torch.equal(one[key], x) for one in found) if not x.ndim else torch.equal(torch.cat([one[key] for one in found]), x)
+    assert all(torch.equal(x, states[key]) for key, x in read_optimizer(tmp_path).items())
 
 
 def test_two_machines_meet(spec, data_dir):
