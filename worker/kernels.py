@@ -101,10 +101,11 @@ def speed_up(model: torch.nn.Module, engine: Engine, seconds: float) -> dict[str
     compiles = engine.framed and seconds >= LEAST_SECONDS_TO_COMPILE
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     if hasattr(model, "peft_config"):
-        from worker.lora import fuse
+        from worker import lora, vera
 
         # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
-        done["fused_lora"] = fuse(model, grouped=not (compiles and recomputes))
+        grouped = not (compiles and recomputes)
+        done["fused_lora"] = lora.fuse(model, grouped) or vera.fuse(model, grouped)
     if compiles:
         done["compiled_blocks"] = compile_blocks(model)
     return done

@@ -1,4 +1,4 @@
-"""LoRA's layers in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
+"""The layers of LoRA and its relatives in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
 
 For a frozen weight W (N, K) and the correction s · B · A, with A (r, K) and B (N, r) kept in float32:
 
@@ -11,6 +11,9 @@ peft adds it to a value that is rounded already, so that most of a young correct
 product comes rounded). Kept for the backward pass are x
 and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share one product, and where x needs no gradient none is made.
 (Hu et al. 2021, LoRA, section 4.1; the joint products follow the idea of Unsloth's and NeMo's kernels, written anew.)
+
+PiSSA and AdaLoRA have an A and a B that are made of more than one learnt tensor (`_correction`); DoRA stretches the rows of what comes
+out (`worker/dora.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 
 from app.strategies.pissa import whole_correction
-from worker import fp8
+from worker import dora, fp8
 from worker.together import Together, siblings
 
 ADAPTER = "default"
@@ -110,48 +115,66 @@ class _Group(Together):
     def __init__(self, layers: list[Any]) -> None:
         weights = [layer.base_layer.weight for layer in layers]
         super().__init__(layers, weights[0].device)
-        self.joined: torch.Tensor | Fp8Weight | None = None
-        if all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
-            self.joined = torch.cat([w.detach() for w in weights])
-            for weight, part in zip(weights, self.joined.split([w.shape[0] for w in weights]), strict=True):
-                weight.data = part
-            if weights[0].dtype == fp8.KIND:
-                self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
+        self.joined: torch.Tensor | Fp8Weight | None = joined_weight(weights)
+        if self.joined is not None and weights[0].dtype == fp8.KIND:
+            self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.layers, self.joined)
 
 
+def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Frozen weights (N, K) as views of one matrix (ΣN, K), which is returned; None where they are not numbers of one type."""
+    if not all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
+        return None
+    joined = torch.cat([w.detach() for w in weights])
+    for weight, part in zip(weights, joined.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
 def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`."""
-    compute = _compute_type(x)
+    compute = compute_type(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
+    stretched = hasattr(layers[0], "squares")  # DoRA, whose lengths leave a bias as it is
     tensors: list[Any] = []
     scales: list[float] = []
+    rows: list[torch.Tensor] = []
     for layer in layers:
         down, up, scale = _correction(layer, compute)
-        tensors += [layer.base_layer.weight, layer.base_layer.bias, down, up]
+        base = layer.base_layer
+        tensors += [base.weight, None if stretched else base.bias, down, up]
         scales.append(scale)
+        if stretched:
+            rows.append(dora.lengths(base.weight, layer.squares, down, up, scale))
     if layers[0].base_layer.weight.dtype == fp8.KIND:
         joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
     elif joined is not None and joined.dtype != compute:
         joined = None
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
     y = _Product.apply(flat, joined, tuple(scales), states, *tensors)
+    if stretched:
+        y = dora.stretch(y, [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows)
+        if layers[0].base_layer.bias is not None:
+            y = y + _joined_bias(tuple(layer.base_layer.bias for layer in layers), compute)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A (r, K), B (N, r) and s of a layer. PiSSA's are of twice the rank and made anew for each pass, with s in B: they are kept for
-    the backward pass in the type of the products."""
+    the backward pass in the type of the products. So is AdaLoRA's A, with its singular values in it and s, which no device waits for."""
     scale = layer.scaling[ADAPTER]
+    if isinstance(layer, SVDLinear):
+        values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
+        return (layer.lora_A[ADAPTER] * values).to(compute), layer.lora_B[ADAPTER], 1.0
     if not hasattr(layer, "first_down"):
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
     down, up = whole_correction(layer)
     return down.to(compute), (up * scale).to(compute), 1.0
 
 
-def _compute_type(x: torch.Tensor) -> torch.dtype:
+def compute_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -170,7 +193,11 @@ class Fused:
 
 
 class FusedLora(Fused, PeftLinear):
-    """On a base whose weights are numbers as they are."""
+    """On a base whose weights are numbers as they are. DoRA's has `squares`, those of the frozen rows' lengths."""
+
+
+class FusedAdaLora(Fused, SVDLinear):
+    """The same with singular values beside A and B."""
 
 
 @functools.cache
@@ -180,12 +207,14 @@ def _fused_4bit(kind: type) -> type:
 
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
-    """Give every plain LoRA layer of a peft model the fused forward. Returns how many were plain; the others stay peft's."""
+    """Give every plain layer of LoRA or a relative the fused forward. Returns how many were plain; the others stay peft's."""
     found = [m for m in model.modules() if _plain(m)]
     for layer in found:
         if hasattr(layer, "takes_first_off"):
             layer.takes_first_off.remove()
-        layer.__class__ = FusedLora if type(layer) is PeftLinear else _fused_4bit(type(layer))
+        if ADAPTER in getattr(layer, "lora_variant", ()):
+            layer.register_buffer("squares", dora.squares(layer.base_layer.weight), persistent=False)
+        layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
     if grouped:
         for layers in siblings(model, Fused):
             if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
@@ -194,17 +223,26 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
 
 
 def _plain(layer: torch.nn.Module) -> bool:
-    """One adapter, no dropout, no variant such as DoRA, on an ordinary linear layer that is frozen."""
+    """One adapter, no dropout, no variant but DoRA, on an ordinary linear layer that is frozen."""
     quantised = type(layer).__name__ == "Linear4bit" and isinstance(layer, LoraLayer)
-    if not (quantised or type(layer) is PeftLinear) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:
+    if not (quantised or type(layer) in (PeftLinear, SVDLinear)) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:
         return False
+    variant = getattr(layer, "lora_variant", {}).get(ADAPTER)
+    kinds = (torch.nn.Linear, fp8.Fp8Linear) if type(layer) is PeftLinear and variant is None else (torch.nn.Linear,)
+    return (
+        (variant is None or (isinstance(variant, DoraLinearVariant) and not quantised))
+        and plain_linear(layer, None if quantised else kinds)
+        and not (isinstance(layer, LoraLayer) and layer.lora_bias.get(ADAPTER))
+        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
+    )
+
+
+def plain_linear(layer: Any, kinds: tuple[type, ...] | None = (torch.nn.Linear,)) -> bool:
+    """Whether what an adapter's layer adds to is one of those kinds (None: any) and frozen."""
     base = layer.base_layer
     return (
-        (quantised or type(base) in (torch.nn.Linear, fp8.Fp8Linear))
+        (kinds is None or type(base) in kinds)
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and not getattr(layer, "fan_in_fan_out", False)
-        and not layer.lora_variant
-        and not layer.lora_bias[ADAPTER]
-        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
     )

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
+from app.strategies._low_rank import JOINED
 from app.strategies._model import place_for_notes
-
-NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
     """The layers of each such set, where all of them are of `kind`."""
     for parent in model.modules():
-        for names in NAMES:
+        for names in JOINED:
             layers = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, kind) for layer in layers):
                 yield layers

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 LayerChoice = Literal["all-linear", "attention", "feed-forward"]
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a block that read the same and share a product in `worker/together.py`."""
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense")
 
 
@@ -61,6 +63,12 @@ class LowRank(PeftStrategy):
 
     def kept(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs() + self.rank * len(self.targets(shape)))
+
+    def joins(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own
+
+    def learns_in_bf16(self) -> bool:
+        return self.joins()
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

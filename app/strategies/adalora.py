@@ -42,7 +42,9 @@ class AdaLora(LowRank):
         return sum(r * (x.inputs + x.outputs) + r for x in shape.each_linear() if x.name in chosen)
 
     def kept(self, shape: Shape) -> Kept:
-        return Kept(shape.layer_inputs() + self.first_rank() * len(self.targets(shape)))
+        chosen = [x for x in shape.linears() if x.name in set(self.targets(shape))]
+        made = self.first_rank() * sum(x.inputs for x in chosen) if self.joins() else 0  # A with its singular values
+        return Kept(shape.layer_inputs() + self.first_rank() * len(chosen), made)
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.first_rank() < self.rank:
@@ -63,6 +65,13 @@ class AdaLora(LowRank):
             total_step=1_000_000,  # `begin` says how many there are
             inference_mode=False,
         )
+
+    def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
+        attached = super().attach(model, task=task, labels=labels)
+        for name, parameter in attached.named_parameters():
+            if ".ranknum." in name:  # beside weights in bf16 peft makes the count of directions anew, as one that learns
+                parameter.requires_grad_(False)
+        return attached
 
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
         config = model.peft_config["default"]

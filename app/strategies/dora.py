@@ -22,8 +22,11 @@ class Dora(LowRank):
     place: ClassVar = 12
 
     def kept(self, shape: Shape) -> Kept:
-        # Each layer's output before and after it is scaled; the weights' own lengths pass no gradient (the paper, section 4.3).
-        return Kept(super().kept(shape).per_token + 2 * shape.layer_outputs())
+        plain = super().kept(shape).per_token
+        if not self.joins():  # each layer's output before and after it is scaled; the lengths pass no gradient (the paper, section 4.3)
+            return Kept(plain + 2 * shape.layer_outputs())
+        # What is scaled once; what a feed-forward's first layers give is kept in any case.
+        return Kept(plain + shape.layer_outputs() - (2 if shape.gated else 1) * shape.intermediate)
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))

@@ -18,9 +18,3 @@ class Lora(LowRank):
     paper: ClassVar = ("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")
     place: ClassVar = 10
     takes_fp8: ClassVar = True
-
-    def joins(self) -> bool:
-        return not self.dropout  # with dropout, the layers are peft's own
-
-    def learns_in_bf16(self) -> bool:
-        return self.joins()

@@ -80,12 +80,6 @@ class Pissa(LowRank):
         for name, value in state.items():
             own[name].copy_(value)
 
-    def joins(self) -> bool:
-        return not self.dropout  # with dropout, the layers are peft's own
-
-    def learns_in_bf16(self) -> bool:
-        return self.joins()
-
 
 def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """The model's LoRA layers with their names."""

@@ -26,9 +26,3 @@ class RankStabilizedLora(LowRank):
 
     def variant(self) -> dict[str, Any]:
         return {"use_rslora": True}
-
-    def joins(self) -> bool:
-        return not self.dropout  # with dropout, the layers are peft's own
-
-    def learns_in_bf16(self) -> bool:
-        return self.joins()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
-from app.strategies._low_rank import LayerChoice, linear_names, peft_targets
+from app.strategies._low_rank import JOINED, LayerChoice, linear_names, peft_targets
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -47,8 +47,18 @@ class Vera(PeftStrategy):
         return plain._replace(weights=plain.weights + shared * 4)
 
     def kept(self, shape: Shape) -> Kept:
-        # The projections are frozen, so their inputs are not needed; what they made is, before and after.
-        return Kept(shape.layer_outputs() + self.rank * len(linear_names(shape, self.layers)))
+        # The projections are frozen, so their inputs are not needed; what they made of them is, and by peft's own layers what they give.
+        names = linear_names(shape, self.layers)
+        if not self.joins():
+            return Kept(shape.layer_outputs() + self.rank * len(names))
+        shared = [len(joint) - 1 for joint in JOINED if set(joint) <= set(names)]  # it is made once for layers that read the same
+        return Kept(self.rank * (len(names) - sum(shared)))
+
+    def joins(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own
+
+    def learns_in_bf16(self) -> bool:
+        return self.joins()
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

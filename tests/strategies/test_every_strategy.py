@@ -180,8 +180,9 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
     strategy = runnable(name, shape)
     data = data_for(tokenizer, strategy)
     model = strategy.attach(fresh(tiny_model)).train()
-    counted = sum(p.numel() for p in optim.trained_parameters(model).values())
-    assert counted == strategy.trainable(shape)
+    for one in (model, strategy.attach(fresh(tiny_model, torch.bfloat16))):
+        counted = sum(p.numel() for p in optim.trained_parameters(one).values())
+        assert counted == strategy.trainable(shape)
 
     losses = learn(strategy, model, data, 12)
     assert min(losses[-3:]) < losses[0] - 0.005, losses
