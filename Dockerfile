@@ -21,6 +21,8 @@ EXPOSE 8000
 CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--timeout-graceful-shutdown", "5"]
 
 FROM base AS gpu
+# Triton and torch's compiler build their kernels with it.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --editable '.[gpu]'
 USER luthier
 CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"]

@@ -82,7 +82,10 @@ def gpu() -> Finding:
 PARTS = {
     "torch": ("torch for CUDA", "Install torch's build for this driver's CUDA: https://pytorch.org/get-started/locally/."),
     "attention": ("packed attention", "Attention takes one sequence at a time instead, which is slower; a newer torch may help."),
-    "triton": ("Triton kernels", "The loss takes plain torch instead, which is slower: `pip install triton`."),
+    "triton": (
+        "Triton kernels",
+        "The loss takes plain torch instead, and layers are not compiled: it needs the package triton and a C compiler (gcc).",
+    ),
     "fp8": ("products in fp8", "Only the setting frozen_weights=fp8 needs them."),
     "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
 }

@@ -7,13 +7,13 @@ import os
 import sys
 
 from app.settings import get_settings
-from worker.exits import trainer_environment
+from worker.exits import launcher, trainer_environment
 
 
 def main() -> None:
     command = [sys.executable, "-m", "worker.run", *sys.argv[1:]]
     if (processes := get_settings().gpus_per_job) > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command[1:1] = launcher(processes)
     os.execve(sys.executable, command, trainer_environment(os.environ))  # noqa: S606  # a list of words needs no shell
 
 

@@ -126,8 +126,9 @@ def packed_attention(
         # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     fast = varlen_attn is not None and cu_seq_lens is not None and query.dtype in (torch.bfloat16, torch.float16)
-    if fast and softcap is None and query.shape[-1] <= 256:
+    if fast and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        v = v.contiguous()  # a part of one product for q, k and v would keep all three until the backward pass
         if not _GROUPED and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         back = (sliding_window or 0) - 1  # -1: without end
@@ -138,8 +139,7 @@ def packed_attention(
         sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
-    # A part of one product for q, k and v would keep all three until the backward pass.
-    value = value.contiguous()
+    value = value.contiguous()  # as above
     # Under autocast rotated queries and keys may be float32 already while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():

@@ -20,6 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 from app.spec import ModelRef
 from app.strategies import Strategy
 from app.strategies._model import backbone as body_without_head
+from worker.late import sent
 from worker.load import BadModel, folder_of, lay_adapter, load_plain, load_strategy, made_ready
 
 Pooling = Literal["mean", "last", "first"]
@@ -105,7 +106,7 @@ class Classifier(nn.Module):
 
 def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) -> torch.Tensor:
     """One vector per text, (texts, H), from the states of packed tokens, (T, H). What stands after the last text fills the pack."""
-    sizes = torch.tensor(lengths, device=states.device)
+    sizes = sent(torch.tensor(lengths), states.device)
     ends = sizes.cumsum(0)
     if how == "last":
         return states[ends - 1]

@@ -81,7 +81,8 @@ class Engine:
 def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None = None) -> Engine:
     """The engine for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads is kept.
 
-    Raises DoesNotFit when bf16 is ordered on a GPU that has none, or fp8 where it cannot be multiplied.
+    Raises DoesNotFit when bf16 is ordered on a GPU that has none, fp8 where it cannot be multiplied, or torch finds no GPU where the
+    driver shows one.
     """
     if run.frozen_weights == "fp8" and not torch.cuda.is_available():
         raise _no_fp8("Products in fp8 need an NVIDIA GPU.")
@@ -98,6 +99,11 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
             raise _no_fp8(reason)
         name = torch.cuda.get_device_name(device)
         return Engine(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
+    if this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise DoesNotFit(
+            "There is a GPU, but torch cannot use it.",
+            way_out="`luthier doctor` says why. To train on the processor all the same, set CUDA_VISIBLE_DEVICES to nothing.",
+        )
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
     precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import statistics
@@ -39,6 +40,8 @@ playground, another job) spinning threads take the time of those they wait for: 
 # fmt: off
 _HANDED_ON = {
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME",
+    "CC", "CXX",  # what Triton and torch's compiler build with
+    "LUTHIER_KEEP_CHECKPOINTS",
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
 # fmt: on
@@ -56,6 +59,25 @@ def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
+
+
+def launcher(processes: int) -> list[str]:
+    """What starts several processes that train one job. They get as long to save as a single one when they are told to stop."""
+    patience = math.ceil(get_settings().stop_grace_seconds)
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
+
+
+def ask_to_save(pid: int) -> bool:
+    """Ask a trainer to save and go on; whether there was one to ask. A launcher would die of the signal and is passed over: the
+    processes that it started agree on what any of them was asked."""
+    asked = [pid]
+    if get_settings().gpus_per_job > 1:
+        with contextlib.suppress(OSError):
+            asked = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for one in asked:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGUSR1)
+    return bool(asked)
 
 
 def is_away(error: DBAPIError) -> bool:

@@ -71,7 +71,7 @@ def compile_blocks(model: torch.nn.Module, backend: Any = "inductor") -> int:
     """Compile the decoder's blocks one by one with a backend of torch.compile: they share one graph (two where the lowest block's
     input needs no gradient), and the head and the attention's table stay outside."""
     global _compiled
-    import torch._dynamo
+    import torch._dynamo.utils
 
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -85,6 +85,14 @@ def compile_blocks(model: torch.nn.Module, backend: Any = "inductor") -> int:
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
     """While inside, nothing is compiled: evaluations meet many shapes, and each would cost a compilation."""
     return torch.compiler.set_stance("force_eager") if _compiled else contextlib.nullcontext()
+
+
+def given_up() -> int:
+    """How many pieces of code the compiler gave up on; they run as they are, only slower."""
+    if not _compiled:
+        return 0
+    frames = torch._dynamo.utils.counters["frames"]
+    return frames["total"] - frames["ok"]
 
 
 # All together ---------------------------------------------------------------------------------------------------------

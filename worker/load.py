@@ -19,6 +19,10 @@ from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from worker import attention as packed
 
+# On Hopper and Blackwell torch prefers cuDNN's attention, which plans each new shape for some tenths of a second, and where answers
+# are written every token is one. Packs have an attention of their own (`worker/attention.py`).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 if not torch.cuda.is_available():
     # peft reads bitsandbytes in wherever it finds it, which costs every process more than a second of a core, and nothing here
     # uses it without a GPU. None in its place makes it not installed for all who ask later.

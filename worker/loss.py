@@ -10,8 +10,9 @@ so that these stay in the cores' caches through all passes over them; the gradie
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 from worker.attention import MULTIPLE
 from worker.whole import rounded
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 96 * 2**20
 """Size of one chunk of logits in the type of the products. Measured on a CPU with AMX, bf16, milliseconds for 1,000 places of
@@ -31,8 +34,19 @@ BLOCK_BYTES = 3 * 2**19
 HEAD_ROWS = 8192
 """Rows of the head whose gradient is made at once."""
 
-KERNEL = find_spec("triton") is not None
-"""Whether the kernel of `worker/softmax.py` can be built: torch's builds for CUDA bring Triton, except on Windows."""
+
+@functools.cache
+def kernel_works(device: torch.device) -> bool:
+    """Whether the kernel of `worker/softmax.py` can be built and run there, tried once: Triton, which torch's builds for CUDA bring, also
+    needs a C compiler on the machine. Without it the loss takes plain torch, which is slower."""
+    try:
+        from worker.softmax import softmax_gradient_
+
+        softmax_gradient_(torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.long, device=device), torch.empty(1, device=device))
+    except Exception as error:
+        log.warning("The loss takes plain torch, which is slower: %s: %s", type(error).__name__, error)
+        return False
+    return True
 
 
 class Head(NamedTuple):
@@ -96,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
-        if hidden.is_cuda and plain and compute != torch.float32 and KERNEL:
+        if hidden.is_cuda and plain and compute != torch.float32 and kernel_works(hidden.device):
             return _on_gpu(ctx, hidden, weight, targets, compute)
         # A processor is asked whether there are filling places, a GPU would be waited for.
         kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None

@@ -9,7 +9,6 @@ very same numbers.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +21,7 @@ from app import manifest
 from app.errors import BadData, StudioError
 from app.formats.preference import conversation_with
 from app.spec import JobSpec, PreferenceSettings
-from worker import batches, evaluate
+from worker import batches, evaluate, processes
 from worker.batches import Batch, Row, make_batch
 from worker.checkpoint import write_folder
 from worker.device import Engine
@@ -134,7 +133,7 @@ class Preferring(Writing):
             found = {}
             for name in PARTS:
                 found[name] = yield from self._score(model, self.pairs[name].without_lead(), engine, budget)
-            if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one alone writes
+            if not processes.rank():  # of several processes that train together the first one alone writes
                 write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
         self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
 

@@ -34,6 +34,10 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def spreads(strategy: Strategy) -> bool:
     """Whether the processes of a job share out the weights it learns, instead of holding them all."""
     return size() > 1 and not type(strategy).adapter
@@ -113,11 +117,13 @@ class World:
 def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Neighbours of one type, up to the size of a message."""
     held: list[torch.Tensor] = []
+    size = 0
     for tensor in tensors:
-        if held and (tensor.dtype != held[0].dtype or sum(t.nbytes for t in held) + tensor.nbytes > MESSAGE_BYTES):
+        if held and (tensor.dtype != held[0].dtype or size + tensor.nbytes > MESSAGE_BYTES):
             yield held
-            held = []
+            held, size = [], 0
         held.append(tensor)
+        size += tensor.nbytes
     if held:
         yield held
 

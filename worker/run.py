@@ -25,7 +25,7 @@ from worker.curves import curves
 from worker.faults import disk_is_full, of_gpu
 
 STOPPED = 75
-FIRST = os.environ.get("RANK", "0") == "0"
+FIRST = os.environ.get("RANK", "0") == "0"  # asked before torch is there
 
 
 def main(arguments: list[str] | None = None) -> int:

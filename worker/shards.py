@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from app.strategies._model import backbone
 from worker import checkpoint, kernels, optim
+from worker.device import Engine
 from worker.faults import disk_is_full
 from worker.lesson import body_of, trained_parameters
 from worker.processes import World
@@ -33,15 +35,23 @@ from worker.processes import World
 class Shards:
     """The spread form of a job's model. Made in every process at once, with the same weights in each."""
 
-    def __init__(self, model: nn.Module, device: torch.device, world: World) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, world: World) -> None:
         self.world, self.model = world, model
         # The model without its weights, which the whole one is made of again.
         self.skeleton = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()})
-        mesh = init_device_mesh(device.type, (world.size,))
-        for block in kernels.blocks_of(body_of(model)):
-            fully_shard(block, mesh=mesh)
+        mesh = init_device_mesh(engine.device.type, (world.size,))
+        # Weights are gathered in the type of the products, half as many bytes in bf16, and gradients summed in float32.
+        half = engine.compute if engine.compute != torch.float32 else None
+        types = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
+        stack = backbone(body_of(model))
+        for block in kernels.blocks_of(stack):
+            fully_shard(block, mesh=mesh, mp_policy=types, reshard_after_forward=True)
             block.set_gradient_divide_factor(1.0)  # gradients are summed: the loss was divided by all that is learnt
             block.set_force_sum_reduction_for_comms(True)
+        # The blocks' common root, with no weights of its own: without one each block is a root, which keeps its weights gathered after
+        # its forward pass, and gathers none ahead while another computes.
+        rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
+        fully_shard(stack, mesh=mesh, ignored_params=rest)
         self.spread = trained_parameters(model)
         self.rows = {name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.spread.items()}
 
@@ -102,7 +112,7 @@ class Shards:
 
 def spread(job: Any, saved: Path | None) -> Shards:
     """Spread a job over its processes. Its optimizer goes on from the checkpoint `saved`."""
-    shards = Shards(job.model, job.engine.device, job.world)
+    shards = Shards(job.model, job.engine, job.world)
     run = job.spec.run
     job.trained = shards.rows
     job.optimizer = optim.make_optimizer(shards.rows, job.optimizer.param_groups[0]["lr"], run.weight_decay, run.optimizer)

@@ -271,8 +271,7 @@ class Attempt:
             elif self.going_down():
                 self._stop("the worker is going down")
             elif self.wishes.save and not self.save_sent:
-                self.save_sent = True
-                os.kill(self.trainer.pid, signal.SIGUSR1)
+                self.save_sent = exits.ask_to_save(self.trainer.pid)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
             exits.kill_group(self.trainer.pid)
 
@@ -325,7 +324,7 @@ class Attempt:
 def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
     started_by = [sys.executable, "-m", "worker.run"]
     if (processes := get_settings().gpus_per_job) > 1:
-        started_by[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        started_by[1:1] = exits.launcher(processes)
     # fmt: off
     return [
         *started_by, "--spec", str(spec), "--folder", held.folder,

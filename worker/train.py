@@ -104,6 +104,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     control = control or Control()
     began = time.monotonic()
     if type(spec.strategy).recipe == "features":
+        if processes.rank():
+            return  # the model is read once, by the first process
         from worker.frozen import train_on_features
 
         yield from train_on_features(spec, folder, control, began)
@@ -145,7 +147,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     parts = parts_of(lesson, model, engine, course)
     facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256, **({"whole": True} if wholes else {})}
-    exact = not found or state.facts == facts
+    exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
     if found:
         checkpoint.load_weights(found, trained)
         if not processes.spreads(strategy):
@@ -181,7 +183,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
-    window = next_window(job, packs)
+    before, window = state.step, next_window(job, packs)
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
         figures = Figures(take_step(job, window))
         late.append((_step_event(job), figures))
@@ -189,6 +191,8 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         window = next_window(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
+        if state.step == before + 2 and (missed := kernels.given_up()):
+            yield _log("warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may say why.")
         # Wishes are only ever added to what was heard: one may come while the others are asked.
         stop, saving = world.agree(control.stop, control.save)
         if course.due(state.step) or saving or stop:
@@ -207,6 +211,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
             job.lap = time.perf_counter()
     if job.shards:
         shards.join(job)
+        job.shards = None
 
 
 # Before the first step ------------------------------------------------------------------------------------------------

@@ -119,8 +119,9 @@ def train_worker(command: list[str], number: int, settings: Settings) -> Child:
     """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
     env = {}
     gpus = visible_gpus()
-    if settings.train_workers > 1 and len(gpus) >= settings.train_workers:
-        env["CUDA_VISIBLE_DEVICES"] = gpus[number - 1]
+    each = settings.gpus_per_job
+    if settings.train_workers > 1 and len(gpus) >= settings.train_workers * each:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(number - 1) * each : number * each])
     named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
     return Child(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
 

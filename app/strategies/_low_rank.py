@@ -39,6 +39,18 @@ def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
     return names
 
 
+class InOnePass:
+    """For a strategy whose layers `worker/lora.py` or `worker/vera.py` computes, so that it also learns in bf16."""
+
+    dropout: float
+
+    def joins(self) -> bool:
+        return not self.dropout  # with dropout, the layers are peft's own
+
+    def learns_in_bf16(self) -> bool:
+        return self.joins()
+
+
 class LowRank(PeftStrategy):
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
@@ -63,12 +75,6 @@ class LowRank(PeftStrategy):
 
     def kept(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs() + self.rank * len(self.targets(shape)))
-
-    def joins(self) -> bool:
-        return not self.dropout  # with dropout, the layers are peft's own
-
-    def learns_in_bf16(self) -> bool:
-        return self.joins()
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

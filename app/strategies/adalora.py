@@ -8,13 +8,13 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
-from app.strategies._low_rank import LowRank, peft_targets
+from app.strategies._low_rank import InOnePass, LowRank, peft_targets
 
 if TYPE_CHECKING:
     import torch
 
 
-class AdaLora(LowRank):
+class AdaLora(InOnePass, LowRank):
     name: Literal["adalora"] = "adalora"
     title: ClassVar = "AdaLoRA"
     summary: ClassVar = "LoRA that moves its rank to the layers that need it."

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import InOnePass, LowRank
 
 if TYPE_CHECKING:
     import torch
 
 
-class Dora(LowRank):
+class Dora(InOnePass, LowRank):
     name: Literal["dora"] = "dora"
     title: ClassVar = "DoRA"
     summary: ClassVar = "LoRA for the direction of each weight row, and one learnt length beside it."

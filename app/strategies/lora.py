@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import InOnePass, LowRank
 
 
-class Lora(LowRank):
+class Lora(InOnePass, LowRank):
     name: Literal["lora"] = "lora"
     title: ClassVar = "LoRA"
     summary: ClassVar = "Learns a small correction beside each layer. Fits most tasks."

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from app.shapes import Shape
 from app.strategies._base import Kept, Memory
 from app.strategies._files import write_adapter
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import InOnePass, LowRank
 
 if TYPE_CHECKING:
     import torch
 
 
-class Pissa(LowRank):
+class Pissa(InOnePass, LowRank):
     """The correction s B A, s = alpha / rank, starts not at zero but as the top singular part of the base weight W, s B₀ A₀. That
     part is taken off beside it, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written to.
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.strategies._low_rank import LowRank
+from app.strategies._low_rank import InOnePass, LowRank
 
 
-class RankStabilizedLora(LowRank):
+class RankStabilizedLora(InOnePass, LowRank):
     name: Literal["rslora"] = "rslora"
     title: ClassVar = "Rank-stabilized LoRA"
     summary: ClassVar = "LoRA whose strength does not fade as its rank grows."

@@ -8,14 +8,14 @@ from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
-from app.strategies._low_rank import JOINED, LayerChoice, linear_names, peft_targets
+from app.strategies._low_rank import JOINED, InOnePass, LayerChoice, linear_names, peft_targets
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
     import torch
 
 
-class Vera(PeftStrategy):
+class Vera(InOnePass, PeftStrategy):
     name: Literal["vera"] = "vera"
     title: ClassVar = "VeRA"
     family: ClassVar = "reparametrized"
@@ -53,12 +53,6 @@ class Vera(PeftStrategy):
             return Kept(shape.layer_outputs() + self.rank * len(names))
         shared = [len(joint) - 1 for joint in JOINED if set(joint) <= set(names)]  # it is made once for layers that read the same
         return Kept(self.rank * (len(names) - sum(shared)))
-
-    def joins(self) -> bool:
-        return not self.dropout  # with dropout, the layers are peft's own
-
-    def learns_in_bf16(self) -> bool:
-        return self.joins()
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

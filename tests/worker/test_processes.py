@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from app import events
 from app.settings import PROJECT, get_settings
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker.checkpoint import piece_of, read_optimizer, write_piece
+from worker.exits import ask_to_save, launcher
 from worker.train import Control, train
 
 
@@ -37,7 +39,7 @@ class Pair:
         path.write_text(spec.model_dump_json())
         read_end, write_end = os.pipe()
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)  # so that it cannot run ahead of its reader by more than a dozen steps
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "worker.run"]
+        command = [sys.executable, *launcher(processes), "-m", "worker.run"]
         command += ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
         given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log = root / folder / "trainer.log"
@@ -80,14 +82,23 @@ def test_two_processes_learn_what_one_does(spec, data_dir):
     assert any(float(v.abs().max()) > 1e-3 for k, v in first.items() if "lora_B" in k)
 
 
-def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir):
+def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch):
     """Their checkpoint is whole on its own, so any number of processes goes on from it."""
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
     pair = Pair(spec, "shared")
+    saved = []
     for event in pair:
         if isinstance(event, events.Step) and event.step == 1:
+            with monkeypatch.context() as patched:
+                patched.setenv("LUTHIER_GPUS_PER_JOB", "2")
+                get_settings.cache_clear()
+                assert ask_to_save(pair.process.pid)  # they go on, and the launcher between lives
+            get_settings.cache_clear()
+        if isinstance(event, events.Saved):
+            saved.append(event.step)
             pair.process.send_signal(signal.SIGTERM)
     pair.wait()
+    assert saved and saved[0] < 6
     rest = list(train(spec, data_dir / "runs" / "shared" / "a2", data_dir / "runs" / "shared"))
     began = next(e for e in rest if isinstance(e, events.Started))
     assert began.resumed_from and not began.exact
@@ -142,12 +153,28 @@ def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_mo
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
 
 
+def two_of(module: str, folder) -> tuple[list[str], str]:
+    """What two processes of a module wrote into `folder`, and printed."""
+    command = [sys.executable, *launcher(2), "-m", module, str(folder)]
+    given = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=PROJECT, env=given, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return [(folder / f"told-{rank}").read_text() for rank in (0, 1)], ended.stdout
+
+
+def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
+    """A block's weights are there while it computes and no longer, in the type of the products; what is kept stays float32."""
+    for told in map(json.loads, two_of("tests.worker.spread_blocks", tmp_path)[0]):
+        assert told["spread_after"] and len(told["gathered"]) == 3 and max(told["gathered"]) <= 2  # itself, and the next beforehand
+        assert told["kinds"] == ["torch.bfloat16"] and told["rows"] == ["torch.float32"]
+        assert told["losses"][0] == pytest.approx(told["losses"][1], rel=2e-3)
+        assert told["lengths"][0] == pytest.approx(told["lengths"][1], rel=2e-2)
+
+
 def test_all_are_told_that_one_has_no_room(tmp_path):
     """The first speaks for all, so it must know why the second could not save its rows."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.worker.no_room"]
-    ended = subprocess.run([*command, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0 and "went on" not in ended.stdout, ended.stderr[-2000:]
-    told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
+    told, said = two_of("tests.worker.no_room", tmp_path)
+    assert "went on" not in said
     assert told == [f"{errno.ENOSPC} {os.strerror(errno.ENOSPC)}", f"{errno.ENOSPC} this one's disk"]
 
 

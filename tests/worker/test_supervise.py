@@ -176,11 +176,14 @@ def test_the_trainer_knows_no_secret(odd, monkeypatch):
     monkeypatch.setenv("LUTHIER_ADMIN_PASSWORD", "canary-2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("LUTHIER_KEEP_CHECKPOINTS", "7")
+    monkeypatch.setenv("CC", "a-compiler")
     monkeypatch.setenv(sweep.MARK, "here:1")
     job, thread = odd("environment")
     assert ended(job, thread).status == "queued"  # it left with 75 and nobody had asked: its worker is going down
     known = json.loads(said(job, "log")[0].data["message"])
     assert known["HF_HUB_OFFLINE"] == "1" and known["MALLOC_MMAP_MAX_"] == "0" and known["CUDA_VISIBLE_DEVICES"] == "1"
+    assert known["LUTHIER_KEEP_CHECKPOINTS"] == "7" and known["CC"] == "a-compiler"
     assert known[sweep.MARK] == "here:1", "the warden would not know it"
     assert not any("canary" in v for v in known.values()) and not {"LUTHIER_DATABASE_URL", "LUTHIER_REDIS_URL"} & set(known)
 
