@@ -16,11 +16,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from app.errors import StudioError
 from app.evaluations import EvaluationSpec
-from worker.scoring import Say, classify, engine_here, write
+from worker.importing import importing
+
+with importing():
+    import torch
+
+    from worker.scoring import Say, classify, engine_here, write
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 from app import checks, gguf_header
 from app.errors import BadData, StudioError, Unsupported
 from app.shapes import Shape, shape_of
+from worker.importing import importing
 
 SECONDS, FILE_BYTES = 1800, 64 * 2**30  # processor time, and the largest file it may write
 TRIAL = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]
@@ -129,15 +130,16 @@ def from_folder(source: Path, into: Path) -> dict[str, Any]:
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Open config and tokenizer, build the model without weights, and compare it with the arithmetic and the weights."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
     written = json.loads((folder / "config.json").read_text())
     shape = checks.check_config(written) if "model_type" in written else shape_of(written)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
-        model = maker.from_config(config)
+    with importing():  # transformers imports most of itself when it is asked for a config and a model
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
+            model = maker.from_config(config)
     if shape.architecture == "decoder":
         model.tie_weights()
     counted = sum(p.numel() for p in model.parameters())

@@ -32,6 +32,7 @@ from app.generation import (
     worker_key,
 )
 from app.queue import get_redis
+from worker.importing import importing
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,9 @@ _starting = threading.Lock()
 
 @functools.cache
 def _started_engine() -> Any:
-    from worker.engine import Engine
-    from worker.tidy import keep_tidy
+    with importing():
+        from worker.engine import Engine
+        from worker.tidy import keep_tidy
 
     started = Engine(on_death=_leave)
     keep_tidy(started.shelf, NAME)

@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from app.errors import BadData, StudioError
 from app.spec import ModelRef, RunSettings
-from worker import attention
-from worker.batches import Row
-from worker.classifier import load_classifier, save_classifier
-from worker.classify import probabilities, tokenise_texts
-from worker.convert import inspect, must_fit, name_type
-from worker.device import choose
-from worker.load import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
+from worker.importing import importing
+
+with importing():
+    import torch
+
+    from worker import attention
+    from worker.batches import Row
+    from worker.classifier import load_classifier, save_classifier
+    from worker.classify import probabilities, tokenise_texts
+    from worker.convert import inspect, must_fit, name_type
+    from worker.device import choose
+    from worker.load import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
 
 TRIAL = "The cat sat on the mat, and then it went to sleep in the sun."
 FARTHEST = 0.05

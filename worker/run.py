@@ -23,6 +23,7 @@ from app.settings import get_settings
 from app.spec import JobSpec
 from worker.curves import curves
 from worker.faults import disk_is_full, of_gpu
+from worker.importing import importing
 
 STOPPED = 75
 FIRST = os.environ.get("RANK", "0") == "0"  # asked before torch is there
@@ -97,9 +98,10 @@ class _Asked:
 
 
 def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[events.TrainerEvent]:
-    from transformers.utils import logging as transformers_logging
+    with importing():
+        from transformers.utils import logging as transformers_logging
 
-    from worker.train import train
+        from worker.train import train
 
     transformers_logging.disable_progress_bar()
     yield from train(spec, folder, runs, asked)  # type: ignore[arg-type]  # it has the fields that matter
