@@ -1,5 +1,5 @@
 """The first import of torch and transformers, done sooner. It makes a million objects that stay as long as the process, and
-Python would look through them for garbage again and again, then and later: a sixth of the time."""
+Python would look through them for garbage again and again, then and later: a third of the time."""
 
 from __future__ import annotations
 
