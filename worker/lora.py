@@ -147,7 +147,7 @@ def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight
         tensors += [base.weight, None if stretched else base.bias, down, up]
         scales.append(scale)
         if stretched:
-            rows.append(dora.lengths(base.weight, layer.squares, down, up, scale))
+            rows.append(layer.lengths(down, up, scale))
     if layers[0].base_layer.weight.dtype == fp8.KIND:
         joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
     elif joined is not None and joined.dtype != compute:
@@ -194,6 +194,18 @@ class Fused:
 
 class FusedLora(Fused, PeftLinear):
     """On a base whose weights are numbers as they are. DoRA's has `squares`, those of the frozen rows' lengths."""
+
+    kept_lengths: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
+        if self.training:
+            self.kept_lengths = None
+            return dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
+        of = down._version, up._version
+        if self.kept_lengths is None or self.kept_lengths[0] != of:
+            self.kept_lengths = of, dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
+        return self.kept_lengths[1]
 
 
 class FusedAdaLora(Fused, SVDLinear):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
-from app.strategies._base import Kept
+from app.strategies._base import Kept, Memory
 from app.strategies._low_rank import InOnePass, LowRank, peft_targets
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ class AdaLora(InOnePass, LowRank):
         chosen = set(self.targets(shape))
         r = self.first_rank()
         return sum(r * (x.inputs + x.outputs) + r for x in shape.each_linear() if x.name in chosen)
+
+    def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
+        """Beside what any strategy holds, peft's allocator keeps three numbers for each that learns: how much it matters, the mean of
+        that over the steps, and how uncertain it is (the paper's equations 8 to 10)."""
+        plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
+        return plain._replace(optimizer=plain.optimizer + 12 * self.trainable(shape))
 
     def kept(self, shape: Shape) -> Kept:
         chosen = [x for x in shape.linears() if x.name in set(self.targets(shape))]

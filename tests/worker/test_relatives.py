@@ -127,6 +127,27 @@ def test_lengths_are_those_of_the_whole_matrix(kind):
     assert torch.equal(still, torch.linalg.norm(weight.float(), dim=1)) or kind == torch.bfloat16
 
 
+def test_lengths_are_made_once_while_nothing_learns(tiny_model, monkeypatch):
+    """And anew when something has, also where an optimizer in one kernel leaves no mark on what it changed."""
+    made, plain = [], dora.lengths
+    monkeypatch.setattr(dora, "lengths", lambda *given: made.append(1) or plain(*given))
+    model = build(tiny_model, "dora")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    run(model)
+    assert len(made) == 14
+    once, again = logits(model), logits(model)
+    assert len(made) == 28 and torch.equal(once, again)
+    run(model.train())
+    optimizer.step()
+    run(model)
+    assert len(made) == 56
+    wanted = logits(copy.deepcopy(model).merge_and_unload())
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+    for p in (p for name, p in model.named_parameters() if "lora_B" in name):
+        p.detach().copy_(2 * p)  # as weights are read from a checkpoint
+    torch.testing.assert_close(logits(model), logits(copy.deepcopy(model).merge_and_unload()), rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_of_zeros_stays_one():
     """A weight with a dead row has rows of no length, which nothing can be divided by."""
     weight = torch.randn(5, 8)
