@@ -109,11 +109,11 @@ def speed_up(model: torch.nn.Module, engine: Engine, seconds: float) -> dict[str
     compiles = engine.framed and seconds >= LEAST_SECONDS_TO_COMPILE
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     if hasattr(model, "peft_config"):
-        from worker import lora, vera
+        from worker import ia3, lora, vera
 
         # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
         grouped = not (compiles and recomputes)
-        done["fused_lora"] = lora.fuse(model, grouped) or vera.fuse(model, grouped)
+        done["fused_lora"] = lora.fuse(model, grouped) or vera.fuse(model, grouped) or ia3.fuse(model)
     if compiles:
         done["compiled_blocks"] = compile_blocks(model)
     return done

@@ -37,6 +37,9 @@ class Ia3(PeftStrategy):
     def kept(self, shape: Shape) -> Kept:
         return Kept(2 * shape.kv_heads * shape.head_dim + shape.intermediate)
 
+    def learns_in_bf16(self) -> bool:
+        return True  # its factors stay in float32, and it adds nothing that rounding could lose
+
     def _targets(self, shape: Shape) -> tuple[tuple[str, str], str]:
         return (("key", "value"), "output.dense") if shape.architecture == "encoder" else (("k_proj", "v_proj"), "down_proj")
 

@@ -97,7 +97,7 @@ def decoder() -> Shape:
 WHOLE = [n for n in STRATEGIES if n not in ("qlora", "feature_extraction", "bitfit", "top_layers", "dense_head")]
 
 
-IN_BF16 = ["lora", "rslora", "pissa", "dora", "adalora", "vera", "full"]
+IN_BF16 = ["lora", "rslora", "pissa", "dora", "adalora", "vera", "ia3", "full"]
 
 
 @pytest.mark.parametrize(("name", "precision"), [*((n, "fp32") for n in WHOLE), *((n, "bf16") for n in IN_BF16)])
