@@ -250,7 +250,16 @@ forgetting=false`): resident MB of jobs of 256 tokens a step, in two parts side 
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [("lora", 1353), ("full", 3511), ("layer_norm", 1193), ("prompt_tuning", 1162), ("ia3", 1721), ("adalora", 1838), ("top_layers", 1164)],
+    [
+        ("lora", 1353),
+        ("full", 3511),
+        ("layer_norm", 1193),
+        ("prompt_tuning", 1162),
+        ("ia3", 1242),
+        ("adalora", 1398),
+        ("vera", 1245),
+        ("top_layers", 1164),
+    ],
 )
 def test_the_135_m_model_peaks_where_it_was_measured(name: str, measured: int) -> None:
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
@@ -259,10 +268,10 @@ def test_the_135_m_model_peaks_where_it_was_measured(name: str, measured: int) -
 
 
 def test_doras_peak_is_the_one_said_worst() -> None:
-    """peft makes whole weights for it in every pass and drops them again, which leaves holes in the memory of each thread."""
+    """By 7 %, and it is not known what takes them: what its layers keep is counted (`tests/worker/test_memory.py`)."""
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
     said = estimate.estimate(spec("dora", max_tokens_per_step=256, max_length=256), rows, HERE).memory_bytes / 1e6
-    assert 0.9 * 2372 < said < 2372
+    assert 0.9 * 1429 < said < 1429
 
 
 @pytest.mark.parametrize(
@@ -270,7 +279,7 @@ def test_doras_peak_is_the_one_said_worst() -> None:
     [
         ("feature_extraction", SHAPE, 1425), ("lora", SHAPE, 1269), ("full", SHAPE, 3418), ("top_layers", SHAPE, 1157),
         ("feature_extraction", ENCODER, 700), ("lora", ENCODER, 744), ("full", ENCODER, 1073), ("dense_head", ENCODER, 720),
-        ("dora", ENCODER, 859), ("loha", ENCODER, 830), ("bottleneck_adapter", ENCODER, 719), ("prompt_tuning", ENCODER, 720),
+        ("dora", SHAPE, 1329), ("dora", ENCODER, 773), ("loha", ENCODER, 830), ("bottleneck_adapter", ENCODER, 719), ("prompt_tuning", ENCODER, 720),
     ],
 )  # fmt: skip
 def test_classifiers_peak_where_they_were_measured(name: str, shape: Shape, measured: int) -> None:
