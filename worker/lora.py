@@ -200,12 +200,15 @@ class FusedLora(Fused, PeftLinear):
     def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
         if self.training:
-            self.kept_lengths = None
             return dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
         of = down._version, up._version
         if self.kept_lengths is None or self.kept_lengths[0] != of:
             self.kept_lengths = of, dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
         return self.kept_lengths[1]
+
+    def train(self, mode: bool = True) -> FusedLora:
+        self.kept_lengths = None  # a fused optimizer leaves no mark on what it changes
+        return super().train(mode)
 
 
 class FusedAdaLora(Fused, SVDLinear):

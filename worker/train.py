@@ -147,6 +147,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
 
     parts = parts_of(lesson, model, engine, course)
     facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256, **({"whole": True} if wholes else {})}
+    if strategy.arithmetic > 1:
+        facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
     if found:
         checkpoint.load_weights(found, trained)

@@ -75,6 +75,7 @@ class Strategy(BaseModel, ABC):
     preference_share: ClassVar[float] = 0.1  # of that rate, for pairs: DPO moves far with small steps
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
+    arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/features.py
 
     @classmethod

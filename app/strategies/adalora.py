@@ -24,6 +24,7 @@ class AdaLora(InOnePass, LowRank):
         "https://arxiv.org/abs/2303.10512",
     )
     place: ClassVar = 14
+    arithmetic: ClassVar = 2
     default_learning_rate: ClassVar = 1e-3
     scaled: ClassVar = (".lora_E.",)
 

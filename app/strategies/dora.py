@@ -20,6 +20,7 @@ class Dora(InOnePass, LowRank):
     when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
     paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
     place: ClassVar = 12
+    arithmetic: ClassVar = 2
 
     def kept(self, shape: Shape) -> Kept:
         plain = super().kept(shape).per_token

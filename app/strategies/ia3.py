@@ -24,6 +24,7 @@ class Ia3(PeftStrategy):
         "https://arxiv.org/abs/2205.05638",
     )
     place: ClassVar = 50
+    arithmetic: ClassVar = 2
     merges: ClassVar = True
     blends: ClassVar = True
     scaled: ClassVar = (".ia3_l.",)

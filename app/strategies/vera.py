@@ -27,6 +27,7 @@ class Vera(InOnePass, PeftStrategy):
     )
     paper: ClassVar = ("Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation", "https://arxiv.org/abs/2310.11454")
     place: ClassVar = 17
+    arithmetic: ClassVar = 2
     merges: ClassVar = True
     blends: ClassVar = True
     scaled: ClassVar = (".vera_lambda_b.",)
