@@ -62,7 +62,8 @@ def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_the
     from worker import supervise
 
     dataset = make_dataset(session, user, small_disk.folder)
-    job = make_job(session, user, tiny_registered, dataset, max_steps=80, samples=0, forgetting=False, evaluations_per_epoch=0)
+    run = {"max_steps": 80, "epochs": 100, "samples": 0, "forgetting": False, "evaluations_per_epoch": 0}
+    job = make_job(session, user, tiny_registered, dataset, **run)
     small_disk.fill()
     supervise.work(job.id)
     row = now_of(job.id)

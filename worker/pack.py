@@ -64,18 +64,18 @@ def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | No
 
 def divide(pack: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
     """The rows of a pack in at most `parts` parts of about as many tokens, the longest part first: each row, the longest first,
-    goes where least is. A pack whose one row is most of it stays whole, since that row's part would be waited for."""
-    if parts == 1:
-        return [list(pack)]
-    found: list[list[int]] = [[] for _ in range(parts)]
-    held = [0] * parts
-    for row in sorted(pack, key=lambda r: -lengths[r]):
-        place = held.index(min(held))
-        found[place].append(row)
-        held[place] += lengths[row]
-    if parts * max(held) > UNEVEN * sum(held):
-        return [list(pack)]
-    return [found[i] for i in sorted(range(parts), key=lambda i: -held[i]) if found[i]]
+    goes where least is. Few rows go into fewer parts, and a pack whose one row is most of it stays whole, since that row's part would
+    be waited for."""
+    for count in range(parts, 1, -1):
+        found: list[list[int]] = [[] for _ in range(count)]
+        held = [0] * count
+        for row in sorted(pack, key=lambda r: -lengths[r]):
+            place = held.index(min(held))
+            found[place].append(row)
+            held[place] += lengths[row]
+        if count * max(held) <= UNEVEN * sum(held):
+            return [found[i] for i in sorted(range(count), key=lambda i: -held[i]) if found[i]]
+    return [list(pack)]
 
 
 def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
