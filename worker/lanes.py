@@ -23,6 +23,7 @@ from app.settings import get_settings
 from app.spec import ModelRef
 from app.standby import Ready
 from app.strategies import STRATEGIES
+from app.strategies.dora import Dora
 from worker import kept, prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, Cache, Step, running
@@ -257,8 +258,13 @@ class Shelf:
                 model = load_model(ref, self.dtype, "sdpa", str(self.device))
         else:
             model = load_model(ref, self.dtype, "sdpa", str(self.device))
+        model = model.requires_grad_(False).eval()
+        if STRATEGIES[ref.adapters[-1].strategy] is Dora:
+            from worker.lora import fuse_stretched  # peft's layers take a while to import
+
+            fuse_stretched(model)
         use_few_rows(model, join=False)  # its weights may be the base's
-        lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model.requires_grad_(False).eval())
+        lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model)
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
         lane.folders = [adapter.path for adapter in ref.adapters]

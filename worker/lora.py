@@ -223,18 +223,28 @@ def _fused_4bit(kind: type) -> type:
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
     """Give every plain layer of LoRA or a relative the fused forward. Returns how many were plain; the others stay peft's."""
-    found = [m for m in model.modules() if _plain(m)]
-    for layer in found:
-        if hasattr(layer, "takes_first_off"):
-            layer.takes_first_off.remove()
-        if ADAPTER in getattr(layer, "lora_variant", ()):
-            layer.register_buffer("squares", dora.squares(layer.base_layer.weight), persistent=False)
-        layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
+    found = _take([m for m in model.modules() if _plain(m)])
     if grouped:
         for layers in siblings(model, Fused):
             if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
                 _Group(layers)
     return len(found)
+
+
+def fuse_stretched(model: torch.nn.Module) -> int:
+    """The same for DoRA's layers alone, where answers are written: peft makes whole weights for every token of them. Frozen weights,
+    which other models may share, stay where they are."""
+    return len(_take([m for m in model.modules() if ADAPTER in getattr(m, "lora_variant", ()) and _plain(m)]))
+
+
+def _take(layers: list[Any]) -> list[Any]:
+    for layer in layers:
+        if hasattr(layer, "takes_first_off"):
+            layer.takes_first_off.remove()
+        if ADAPTER in getattr(layer, "lora_variant", ()):
+            layer.register_buffer("squares", dora.squares(layer.base_layer.weight), persistent=False)
+        layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
+    return layers
 
 
 def _plain(layer: torch.nn.Module) -> bool:

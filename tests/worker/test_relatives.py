@@ -158,6 +158,16 @@ def test_lengths_are_made_once_while_nothing_learns(tiny_model, monkeypatch):
     torch.testing.assert_close(answer(model), logits(copy.deepcopy(model).merge_and_unload()), rtol=1e-4, atol=1e-5)
 
 
+def test_only_doras_layers_are_taken_where_answers_are_written(tiny_model):
+    """At the blend they are played at, and without moving weights that other models share."""
+    model = build(tiny_model, "dora", fused=False).requires_grad_(False)
+    places = [p.data_ptr() for p in model.get_base_model().parameters()]
+    wanted = logits(model)
+    assert lora.fuse_stretched(model) == 14 and lora.fuse_stretched(build(tiny_model, "adalora", fused=False)) == 0
+    assert [p.data_ptr() for p in model.get_base_model().parameters()] == places
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_of_zeros_stays_one():
     """A weight with a dead row has rows of no length, which nothing can be divided by."""
     weight = torch.randn(5, 8)
