@@ -68,8 +68,7 @@ def use_few_rows(model: torch.nn.Module, join: bool) -> int:
     for layer in found:
         layer.__class__ = FewRows
     for layers in siblings(model, FewRows) if join else ():
-        if len({layer.bias is None for layer in layers}) == 1:
-            _Group(layers)
+        _Group(layers)
     return len(found)
 
 

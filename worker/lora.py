@@ -226,8 +226,7 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
     found = _take([m for m in model.modules() if _plain(m)])
     if grouped:
         for layers in siblings(model, Fused):
-            if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
-                _Group(layers)
+            _Group(layers)
     return len(found)
 
 

@@ -13,12 +13,14 @@ from app.strategies._model import place_for_notes
 
 
 def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
-    """The layers of each such set, where all of them are of `kind`."""
+    """The layers of each such set, where all of them are of `kind`, with or all without a bias, and of one type of numbers."""
     for parent in model.modules():
         for names in JOINED:
             layers = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, kind) for layer in layers):
-                yield layers
+                linears = [getattr(layer, "base_layer", layer) for layer in layers]
+                if len({(linear.bias is None, linear.weight.dtype) for linear in linears}) == 1:
+                    yield layers
 
 
 class Together(ABC):

@@ -113,8 +113,7 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
     for layer in found:
         layer.__class__ = FusedVera
     for layers in siblings(model, FusedVera) if grouped else ():
-        if len({(layer.base_layer.bias is None, layer.base_layer.weight.dtype) for layer in layers}) == 1:
-            _Group(layers)
+        _Group(layers)
     return len(found)
 
 

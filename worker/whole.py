@@ -288,8 +288,7 @@ def use_whole(model: torch.nn.Module, engine: Engine) -> list[Whole]:
         module.__class__ = WholeTable if isinstance(module, torch.nn.Embedding) else WholeLinear
     if engine.compute != torch.float32:
         for layers in siblings(model, WholeLinear):
-            if len({layer.bias is None for layer in layers}) == 1:
-                _Group(layers)
+            _Group(layers)
     for module in list(model.modules()):
         if type(module).__name__ in GATED and type(module.down_proj) is WholeLinear and not module.down_proj._forward_hooks:
             module.__class__ = _lean(type(module))
