@@ -64,11 +64,14 @@ def _pass(job: Any, learnt: int, batch: Any) -> tuple[Passed, Sequence[torch.Ten
 
 
 def _add(job: Any, gradients: Sequence[torch.Tensor | None]) -> None:
-    for parameter, gradient in zip(job.trained.values(), gradients, strict=False):
-        if gradient is not None and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # the fused optimizer takes both to lie alike in memory
-        elif gradient is not None:
-            parameter.grad += gradient
+    """Add a part's gradients to those of the parts before it."""
+    pairs = [(p, g) for p, g in zip(job.trained.values(), gradients, strict=False) if g is not None]
+    first, later = ([(p, g) for p, g in pairs if (p.grad is None) == new] for new in (True, False))
+    for parameter, _ in first:
+        parameter.grad = torch.empty_like(parameter)  # the fused optimizer takes both to lie alike in memory
+    for add, some in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+        if some:
+            add([p.grad for p, _ in some], [g for _, g in some])
 
 
 def take_step(job: Any, window: Window) -> list[torch.Tensor]:
