@@ -19,6 +19,7 @@ out (`worker/dora.py`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
 from worker import dora, fp8
@@ -41,16 +43,30 @@ class Fp8Weight(NamedTuple):
     scale: torch.Tensor
 
 
+class _Rounded(NamedTuple):
+    """What learns, in the type of the products: A of all layers of a product, (Σr, K), and s B of each, (N, r)."""
+
+    down: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+
+
 class _Product(torch.autograd.Function):
     """x (T, K), then for each of n layers W (N, K), bias (N,) or None, A (r, K), B (N, r); the result is one (T, ΣN)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, joined: torch.Tensor | Fp8Weight | None, scales: tuple, states: tuple, *tensors: Any
+        ctx: Any,
+        x: torch.Tensor,
+        joined: torch.Tensor | Fp8Weight | None,
+        scales: tuple,
+        states: tuple,
+        rounded: _Rounded | None,
+        *tensors: Any,
     ) -> torch.Tensor:
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
-        low = x @ _stack(downs, x.dtype).t()  # (T, Σr)
-        lift = [(up * scale).to(x.dtype).t() for up, scale in zip(ups, scales, strict=True)]
+        ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
+        low = x @ rounded.down.t()  # (T, Σr)
+        lift = [up.t() for up in rounded.ups]
         lifts = lift[0] if len(lift) == 1 else torch.block_diag(*lift)  # (Σr, ΣN)
         y = low @ lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, lifts)
         if isinstance(joined, Fp8Weight):
@@ -71,12 +87,13 @@ class _Product(torch.autograd.Function):
         x, low, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
-        back = [part @ (up * scale).to(dy.dtype) for part, up, scale in zip(parts, ups, ctx.scales, strict=True)]
+        back = [part @ up for part, up in zip(parts, rounded.ups, strict=True)]
         joined = back[0] if count == 1 else torch.cat(back, 1)  # (T, Σr)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = joined @ _stack(downs, dy.dtype)
+            dx = joined @ rounded.down
             if isinstance(ctx.joined, Fp8Weight):
                 dx += fp8.product_back(dy, *ctx.joined)
             elif ctx.joined is not None:
@@ -89,7 +106,7 @@ class _Product(torch.autograd.Function):
         for part, own, up, down, d_down, scale in zip(parts, lows, ups, downs, d_downs, ctx.scales, strict=True):
             d_up = (own.t() @ part).t().to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
             found += [None, None, d_down.to(down.dtype), d_up]
-        return dx, None, None, None, *found
+        return dx, None, None, None, None, *found
 
 
 def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -105,8 +122,31 @@ def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.
     return biases[0].to(dtype) if len(biases) == 1 else torch.cat([bias.to(dtype) for bias in biases])
 
 
-def _stack(downs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-    return downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
+def _round(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
+    down = downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
+    return _Rounded(down, tuple((up * scale).to(dtype) for up, scale in zip(ups, scales, strict=True)))
+
+
+_steps = 0
+
+
+def _count(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# A fused optimizer leaves no mark on what it changes.
+register_optimizer_step_post_hook(_count)
+
+
+@torch.no_grad()
+def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
+    """What `_round` gives, made once a step for all parts of a pack and both passes, and kept by the first layer of a product."""
+    stands_at = (_steps, dtype, *scales, *((x.data_ptr(), x._version) for x in (*downs, *ups)))
+    kept = layer.kept
+    if kept is None or kept[0] != stands_at:
+        kept = layer.kept = stands_at, _round(downs, ups, scales, dtype)
+    return kept[1]
 
 
 class _Group(Together):
@@ -153,7 +193,10 @@ def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight
     elif joined is not None and joined.dtype != compute:
         joined = None
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
-    y = _Product.apply(flat, joined, tuple(scales), states, *tensors)
+    kept = None
+    if flat.device.type == "cpu" and not _made_anew(layers[0]) and not torch.compiler.is_compiling():
+        kept = _kept(layers[0], tensors[2::4], tensors[3::4], scales, compute)
+    y = _Product.apply(flat, joined, tuple(scales), states, kept, *tensors)
     if stretched:
         y = dora.stretch(y, [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows)
         if layers[0].base_layer.bias is not None:
@@ -168,10 +211,15 @@ def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.T
     if isinstance(layer, SVDLinear):
         values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
         return (layer.lora_A[ADAPTER] * values).to(compute), layer.lora_B[ADAPTER], 1.0
-    if not hasattr(layer, "first_down"):
+    if not _made_anew(layer):
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
     down, up = whole_correction(layer)
     return down.to(compute), (up * scale).to(compute), 1.0
+
+
+def _made_anew(layer: Any) -> bool:
+    """Whether A and B are made of other tensors for each pass."""
+    return isinstance(layer, SVDLinear) or hasattr(layer, "first_down")
 
 
 def compute_type(x: torch.Tensor) -> torch.dtype:
@@ -183,13 +231,16 @@ class Fused:
 
     group: _Group | None = None
     place = 0  # in the group
+    kept: tuple[tuple, _Rounded] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        if self.group is not None:
-            return self.group.take(self.place, x)
-        return product(x, [self])
+        return self.group.take(self.place, x) if self.shares(x) else product(x, [self])
+
+    def shares(self, x: torch.Tensor) -> bool:
+        """Whether x is multiplied by the layers of a group together."""
+        return self.group is not None and not (self.disable_adapters or self.merged)
 
 
 class FusedLora(Fused, PeftLinear):

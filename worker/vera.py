@@ -104,7 +104,11 @@ class FusedVera(PeftVera):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return self.group.take(self.place, x) if self.group is not None else product(x, [self])
+        return self.group.take(self.place, x) if self.shares(x) else product(x, [self])
+
+    def shares(self, x: torch.Tensor) -> bool:
+        """Whether x is multiplied by the layers of a group together."""
+        return self.group is not None and not (self.disable_adapters or self.merged)
 
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:

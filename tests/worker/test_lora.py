@@ -23,7 +23,7 @@ PLACES = torch.cat([torch.arange(40), torch.arange(56)])[None]
 def bare(folder, dtype=torch.float32):
     """The small model before anything is attached."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
-    kernels.use_fused_norms(model)
+    kernels.use_fused_layers(model)
     return model
 
 
@@ -82,7 +82,7 @@ def test_a_young_correction_survives_rounding():
     down, up = torch.randn(4, 64), torch.randn(32, 4) * 1e-4
     wanted = x.float() @ down.t() @ up.t()
     plain = (x @ weight.t()).float()
-    ours = _Product.apply(x, None, (1.0,), (None,), weight, None, down, up).float() - plain
+    ours = _Product.apply(x, None, (1.0,), (None,), None, weight, None, down, up).float() - plain
     after = ((x @ weight.t()) + wanted.bfloat16()).float() - plain
     share = lambda moved: float((moved * wanted).sum() / wanted.square().sum())  # noqa: E731
     assert 0.7 < share(ours) < 1.3
@@ -149,7 +149,7 @@ def test_no_gradient_below_the_lowest_layer_that_learns(tiny_model):
     assert seen == []
     x = torch.randn(5, 8)
     parts = torch.randn(6, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-    _Product.apply(x, None, (1.0,), (None,), *parts).sum().backward()
+    _Product.apply(x, None, (1.0,), (None,), None, *parts).sum().backward()
     assert x.grad is None and parts[2].grad is not None
 
 
