@@ -93,7 +93,7 @@ def pass_through(
         more = _in_bits(bits, dtype, device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.frozen, attn_implementation=attention.NAME, **more)
     model = model if bits else model.to(where)
-    kernels.use_fused_norms(model)
+    kernels.use_fused_layers(model)
     torch.manual_seed(5)
     model = chosen.attach(model).train()
     kernels.recompute_layers(evaluate.plain_model(model), recompute)

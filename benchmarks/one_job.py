@@ -138,7 +138,7 @@ def load(spec: Any, finished: Any) -> Any:
         model = load_model(ref, wide, attention.NAME, str(engine.device))
     if isinstance(spec.strategy, Selected):
         _narrow(model, spec.strategy, engine.frozen)
-    kernels.use_fused_norms(model)  # as in training, whose rounding the fused layers share
+    kernels.use_fused_layers(model)  # as in training, whose rounding the fused layers share
     kernels.speed_up(body_of(model), engine, 0.0)
     return model
 

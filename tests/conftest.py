@@ -33,6 +33,7 @@ from sqlalchemy import NullPool, create_engine, text  # noqa: E402
 from sqlalchemy.orm import Session  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("NUMBA_CACHE_DIR", str(PROJECT / ".pytest_cache" / "numba"))  # compiled once, not for every data folder
 ORIGIN = "http://127.0.0.1:8000"
 
 

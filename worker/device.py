@@ -67,7 +67,7 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for a resumed job to be bit-exact."""
-        packages = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+        packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numba")
         return {
             "device": self.name,
             "precision": self.precision,

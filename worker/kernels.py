@@ -11,12 +11,20 @@ import torch.nn.functional as F
 
 from worker import fp8
 from worker.device import Engine
+from worker.gated import use_gates
 from worker.norms import rms_norm
 
 PLAIN_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "SmolLM3", "Granite", "Phi3")
 )
 """Norms whose formula is weight · x / sqrt(mean(x²) + eps). Gemma's, which adds 1 to the weight, is not among them."""
+
+
+def use_fused_layers(model: torch.nn.Module) -> None:
+    """Norms and gated activations in as few passes as they need, where a model has such: as it trains and as it is judged."""
+    use_fused_norms(model)
+    if next(model.parameters()).device.type == "cpu":
+        use_gates(model)
 
 
 def use_fused_norms(model: torch.nn.Module) -> int:

@@ -4,8 +4,9 @@ The head is applied only where a token is learnt, a few hundred positions at a t
 states is made in the same pass, so a chunk's logits live once and are gone. (The idea of Wijmans et al. 2024, Cut Your
 Losses, and of Liger's fused linear cross-entropy, in plain torch.)
 
-On a CPU a chunk's product is made at once, since each product packs the whole head anew, and its softmax a few rows at a time,
-so that these stay in the cores' caches through all passes over them; the gradient takes the place of the logits.
+On a CPU a chunk's product is made at once, since each product packs the whole head anew, and its softmax a row at a time
+(`worker/softmax_cpu.py`) or, where the logits are capped or have a bias, a few rows at a time in plain torch, so that these stay in the
+cores' caches through all passes over them; the gradient takes the place of the logits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from worker import simd
 from worker.attention import MULTIPLE
+from worker.softmax_cpu import softmax_loss_
 from worker.whole import rounded
 
 log = logging.getLogger(__name__)
@@ -114,7 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return _on_gpu(ctx, hidden, weight, targets, compute)
         # A processor is asked whether there are filling places, a GPU would be waited for.
         kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
-        targets = targets if kept is None else targets.clamp(min=0)
+        wanted, targets = targets, targets if kept is None else targets.clamp(min=0)
+        single = head.bias is None and head.cap is None and head.scale > 0  # a kernel's formula
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -128,7 +132,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part].to(compute), cast)
-            for block, products in _blocks(logits):
+            in_one = single and simd.fits(logits)
+            if in_one:
+                losses = torch.empty(logits.shape[0])
+                softmax_loss_(logits, wanted[part], losses, head.scale, d_hidden is not None or needs_weight)
+                total += losses.sum()
+            for block, products in () if in_one else _blocks(logits):
                 own = slice(start + block.start, start + block.stop)
                 finished, bent = _finish(products, head)
                 nats, p = _softmax_(finished, targets[own])

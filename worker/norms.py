@@ -1,7 +1,7 @@
 """Root-mean-square norm on a CPU in as few passes as its formula needs (Zhang and Sennrich 2019, equation 4).
 
 torch composes it there of single operations, each of which autograd keeps something for. Here the input and one number a row
-are kept. With r = 1 / sqrt(mean(x²) + eps) and g = dy · weight:
+are kept, and where it can be one pass is made of the formula (`_forward`, `_backward`). With r = 1 / sqrt(mean(x²) + eps) and g = dy · weight:
 
     y = x · r · weight        dx = r · g − x · r³ · mean(g · x)        d weight = Σ dy · x · r
 """
@@ -10,31 +10,101 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+
+from worker import simd
+from worker.simd import KINDS, F, addresses, kernel, narrow, row_of, rows_of, steps, wide
+
+
+@kernel
+def _forward(x, kind, weight, y, wanted, scales, rows, width, x_row, y_row, eps):
+    W, R = row_of(weight, 0, 0, width, F(0)), row_of(scales, 0, 0, rows, F(0))
+    for i in range(rows):
+        X, Y = row_of(x, i, x_row, width, kind), row_of(y, i, y_row, width, wanted)
+        squares = F(0.0)
+        for j in range(width):
+            a = wide(X[j])
+            squares += a * a
+        r = F(1.0) / np.sqrt(squares / F(width) + F(eps))
+        R[i] = r
+        for j in range(width):
+            Y[j] = narrow(wide(X[j]) * r * W[j], wanted)
+
+
+@kernel
+def _backward(x, kind, weight, scales, dy, given, dx, d_weight, rows, width, x_row, dy_row, dx_row):
+    """Either of `dx` and `d_weight` may be 0 and is left out then."""
+    W, R = row_of(weight, 0, 0, width, F(0)), row_of(scales, 0, 0, rows, F(0))
+    for i in range(rows):
+        X, DY = row_of(x, i, x_row, width, kind), row_of(dy, i, dy_row, width, given)
+        r = R[i]
+        if d_weight != 0:
+            DW = row_of(d_weight, 0, 0, width, F(0))
+            for j in range(width):
+                DW[j] += wide(DY[j]) * wide(X[j]) * r
+        if dx != 0:
+            DX = row_of(dx, i, dx_row, width, kind)
+            pull = F(0.0)
+            for j in range(width):
+                pull += wide(DY[j]) * W[j] * wide(X[j])
+            pull = pull * r * r * r / F(width)
+            for j in range(width):
+                DX[j] = narrow(wide(DY[j]) * W[j] * r - wide(X[j]) * pull, kind)
+
+
+def _in_one(x: torch.Tensor, weight: torch.Tensor, eps: float, wanted: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (…, N) normed by weight (N,): (y like x, contiguous, in the type `wanted`; r (R,) in float32)."""
+    rows, w = rows_of(x), weight.float().contiguous()
+    y, r = torch.empty(rows.shape, dtype=wanted), torch.empty(rows.shape[0])
+    x_at, w_at, y_at, r_at = addresses(rows, w, y, r)
+    _forward(x_at, KINDS[x.dtype], w_at, y_at, KINDS[wanted], r_at, *rows.shape, *steps(rows, y), eps)
+    return y.view(x.shape), r
+
+
+def _in_one_back(
+    x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(gradient of x in its type, gradient of weight (N,) in float32), either None where it is not needed."""
+    rows, given, w = rows_of(x), rows_of(dy), weight.float().contiguous()
+    dx = torch.empty(rows.shape, dtype=x.dtype) if needs_x else None
+    d_weight = torch.zeros(x.shape[-1]) if needs_weight else None
+    x_at, w_at, r_at, dy_at, *results = addresses(rows, w, r, given, dx, d_weight)
+    sizes = (*rows.shape, *steps(rows, given, rows if dx is None else dx))
+    _backward(x_at, KINDS[x.dtype], w_at, r_at, dy_at, KINDS[dy.dtype], *results, *sizes)
+    return None if dx is None else dx.view(x.shape), d_weight
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: torch.dtype) -> torch.Tensor:
-        wide = _wide(x)
-        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.in_one = simd.fits(x, weight) and kind in simd.KINDS
+        if ctx.in_one:
+            y, r = _in_one(x, weight, eps, kind)
+            ctx.save_for_backward(x, r, weight)
+            return y
+        full = _float(x)
+        r = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, r, weight)
-        return wide.mul(r).mul_(weight).to(kind)
+        return full.mul(r).mul_(weight).to(kind)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, r, weight = ctx.saved_tensors
-        wide, dx, d_weight = _wide(x), None, None
+        if ctx.in_one:
+            dx, d_weight = _in_one_back(x, weight, r, dy, *ctx.needs_input_grad[:2])
+            return dx, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        full, dx, d_weight = _float(x), None, None
         if ctx.needs_input_grad[1]:
-            d_weight = (wide * r).mul_(dy).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            d_weight = (full * r).mul_(dy).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            g = _wide(dy) * weight
-            pull = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(r.pow(3)).div_(-x.shape[-1])
-            dx = g.mul_(r).addcmul_(wide, pull).to(x.dtype)
+            g = _float(dy) * weight
+            pull = torch.linalg.vecdot(g, full).unsqueeze(-1).mul_(r.pow(3)).div_(-x.shape[-1])
+            dx = g.mul_(r).addcmul_(full, pull).to(x.dtype)
         return dx, d_weight, None, None
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _float(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -24,7 +24,7 @@ WARM_STEPS = 3
 STEPS = 3
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "attention": ("scaled_dot_product", "flash", "varlen", "fmha"),
+    "attention": ("scaled_dot_product", "flash", "varlen", "fmha", "_attention"),
     "optimizer and clipping": ("adam", "_foreach", "multi_tensor_apply", "linalg_vector_norm", "lpnorm", "clip"),
     "matrix products": ("aten::mm", "addmm", "bmm", "linear", "gemm", "cutlass", "nvjet", "matmul"),
     "cross-entropy": ("softmax", "cross_entropy", "crossentropy", "scatter_add", "exp_", "gather", "amax"),
@@ -32,7 +32,24 @@ KINDS: dict[str, tuple[str, ...]] = {
     "between processes": ("nccl", "gloo", "all_reduce", "allreduce", "all_gather", "reduce_scatter"),
     "copies and casts": ("copy", "clone", "contiguous", "cat", "memcpy", "memset", "_to_copy", "fill", "zero_"),
     "activations and other element-wise work": (
-        *("mul", "add", "silu", "sigmoid", "neg", "sub", "div", "triton", "sum", "pow", "cos", "sin", "elementwise", "reduce"),
+        *(
+            "gated",
+            "rotary",
+            "mul",
+            "add",
+            "silu",
+            "sigmoid",
+            "neg",
+            "sub",
+            "div",
+            "triton",
+            "sum",
+            "pow",
+            "cos",
+            "sin",
+            "elementwise",
+            "reduce",
+        ),
     ),
 }
 """Kinds of work by what an operation's or a GPU kernel's name contains; the first that fits counts."""

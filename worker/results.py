@@ -63,7 +63,7 @@ def _loader(job: Any) -> Loader:
     def load() -> torch.nn.Module:
         if not loaded:
             model = job.lesson.load(job.engine)
-            kernels.use_fused_norms(model)
+            kernels.use_fused_layers(model)
             loaded.append(model)
         return loaded[0]
 

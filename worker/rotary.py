@@ -1,4 +1,4 @@
-"""Rotary position embeddings on a CPU in three passes over queries and keys instead of seven, forwards and backwards.
+"""Rotary position embeddings on a CPU in one pass over queries and keys instead of seven, forwards and backwards.
 
 transformers writes x · cos + rotate_half(x) · sin, which negates, joins, multiplies twice and adds, each a pass with memory of
 its own (Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864, in the form of GPT-NeoX). On a GPU the compiler makes one
@@ -14,8 +14,49 @@ from typing import Any
 
 import torch
 
+from worker import simd
+from worker.simd import KINDS, addresses, kernel, narrow, row_of, wide
+
 NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@kernel
+def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_token, y_token, c_token, s_token, size, back):
+    """y (T, heads, D) of x (heads, T, D) with any steps. `back` turns the other way."""
+    half = dim // 2
+    for t in range(tokens):
+        C, S = row_of(cos, t, c_token, dim, angles), row_of(sin, t, s_token, dim, angles)
+        for h in range(heads):
+            from_, to = x + h * x_head + t * x_token, y + t * y_token + h * dim * size
+            X, Y = row_of(from_, 0, 0, dim, kind), row_of(to, 0, 0, dim, wanted)
+            for j in range(half):
+                a, b = wide(X[j]), wide(X[j + half])
+                if back:
+                    Y[j] = narrow(a * wide(C[j]) + b * wide(S[j + half]), wanted)
+                    Y[j + half] = narrow(b * wide(C[j + half]) - a * wide(S[j]), wanted)
+                else:
+                    Y[j] = narrow(a * wide(C[j]) - b * wide(S[j]), wanted)
+                    Y[j + half] = narrow(b * wide(C[j + half]) + a * wide(S[j + half]), wanted)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> torch.Tensor | None:
+    """x (1, heads, T, D) turned by cos and sin (1, 1, T, D), in the type `wanted`; None where no kernel takes them."""
+    plain = simd.fits(x, cos, sin) and wanted in KINDS and cos.dtype == sin.dtype and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+    if not plain or x.shape[0] != 1 or not x.stride(3) == cos.stride(3) == sin.stride(3) == 1:
+        return None
+    _, heads, tokens, dim = x.shape
+    y = torch.empty(1, tokens, heads, dim, dtype=wanted)
+    x_at, y_at, cos_at, sin_at = addresses(x, y, cos, sin)
+    strides = (
+        x.stride(1) * x.itemsize,
+        x.stride(2) * x.itemsize,
+        y.stride(1) * y.itemsize,
+        *(z.stride(2) * z.itemsize for z in (cos, sin)),
+    )
+    kinds = (KINDS[x.dtype], y_at, KINDS[wanted], cos_at, sin_at, KINDS[cos.dtype])
+    _turn(x_at, *kinds, heads, tokens, dim, *strides, y.itemsize, back)
+    return y.transpose(1, 2)
 
 
 class _Rotary(torch.autograd.Function):
@@ -25,6 +66,8 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.given = x.dtype
+        if (turned := _turned(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), back=False)) is not None:
+            return turned
         half = x.shape[-1] // 2
         y = x * cos
         y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -34,6 +77,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if (turned := _turned(dy, cos, sin, ctx.given, back=True)) is not None:
+            return turned, None, None
         half = dy.shape[-1] // 2
         dx = dy * cos
         dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])

@@ -127,7 +127,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     yield from (_log("warn", text) for text in lesson.remarks())
 
     model = lesson.load(engine)
-    kernels.use_fused_norms(model)
+    kernels.use_fused_layers(model)
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)

@@ -27,15 +27,11 @@ import torch
 import torch.nn.functional as F
 
 from app.strategies import Strategy
-from worker import processes
+from worker import processes, simd
 from worker.abreast import Abreast
 from worker.device import Engine
+from worker.gated import GATED, Gate, gate_and_up, gate_of, gated, gated_back, halves
 from worker.together import Together, siblings
-
-GATED = frozenset(
-    f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3", "Olmo2")
-)
-"""Classes whose forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
 
 MOST_LAID_BY = 2
 """Pieces of a head's gradient that a part may keep while it is not its turn."""
@@ -192,11 +188,15 @@ class WholeLinear(torch.nn.Linear):
     place = 0  # in the group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shares(x):
+            return self.group.take(self.place, x)
         if _kind(x) != self.weight.whole.kind:
             return super().forward(x)
-        if self.group is not None:
-            return self.group.take(self.place, x)
         return product(x, [self], self.weight.whole.rounded())
+
+    def shares(self, x: torch.Tensor) -> bool:
+        """Whether x is multiplied by the layers of a group together."""
+        return self.group is not None and _kind(x) == self.weight.whole.kind
 
 
 def _kind(x: torch.Tensor) -> torch.dtype:
@@ -204,17 +204,26 @@ def _kind(x: torch.Tensor) -> torch.dtype:
 
 
 class _Gated(torch.autograd.Function):
-    """(act(gate) · up) wᵀ + b of gate and up (T, I); `act` works on each number alone. The weight itself is given as in `product`."""
+    """(act(gate) · up) wᵀ + b of gate and up (T, I), or both (T, 2 I); `act` works on each number alone, and is a kernel's where there is
+    one. The weight itself is given as in `product`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Any, whole: Whole, bias: torch.Tensor | None, _: Any) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, act: Any, whole: Whole, bias: torch.Tensor | None, _: Any, *given: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*given)
         ctx.act, ctx.whole, ctx.copy = act, whole, whole.rounded()
-        return F.linear(act(gate).mul_(up), ctx.copy, bias)
+        gate, up = halves(given)
+        return F.linear(gated(gate, up, act) if isinstance(act, Gate) else act(gate).mul_(up), ctx.copy, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
+        given = ctx.saved_tensors
+        gate, up = halves(given)
+        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        if isinstance(ctx.act, Gate):
+            both, inner = gated_back(gate, up, dy @ ctx.copy, ctx.act, again=True)
+            assert inner is not None
+            ctx.whole.add(dy.t() @ inner)
+            return (None, None, d_bias, None, *((both,) if len(given) == 1 else halves([both])))
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             active = ctx.act(source)
@@ -222,21 +231,22 @@ class _Gated(torch.autograd.Function):
         ctx.whole.add(dy.t() @ (lit * up))
         d_inner = dy @ ctx.copy
         (d_gate,) = torch.autograd.grad(active, source, d_inner * up)
-        return d_gate, d_inner.mul_(lit), None, None, dy.sum(0) if ctx.needs_input_grad[4] else None, None
-
-
-def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
-    down = self.down_proj
-    if _kind(x) != down.weight.whole.kind:
-        return down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    gate, up = (layer(x).view(-1, layer.out_features) for layer in (self.gate_proj, self.up_proj))
-    bias = None if down.bias is None else down.bias.to(gate.dtype)
-    return _Gated.apply(gate, up, self.act_fn, down.weight.whole, bias, down.weight).view(*x.shape[:-1], down.out_features)
+        d_up = d_inner.mul_(lit)
+        return (None, None, d_bias, None, *((torch.cat([d_gate, d_up], 1),) if len(given) == 1 else (d_gate, d_up)))
 
 
 @functools.cache
 def _lean(kind: type) -> type:
-    return type(kind.__name__, (kind,), {"forward": _gated})
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        down = self.down_proj
+        if _kind(x) != down.weight.whole.kind:
+            return kind.forward(self, x)
+        given, kernel = gate_and_up(self, x), gate_of(self)
+        bias = None if down.bias is None else down.bias.to(given[0].dtype)
+        act = kernel if kernel is not None and simd.fits(*given) else self.act_fn
+        return _Gated.apply(act, down.weight.whole, bias, down.weight, *given).view(*x.shape[:-1], down.out_features)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 class _Rows(torch.autograd.Function):

@@ -57,7 +57,7 @@ def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, dtype=dtype)
     model.name_or_path = model.config._name_or_path = "tiny"
-    kernels.use_fused_norms(model)
+    kernels.use_fused_layers(model)
     return model
 
 
@@ -74,11 +74,13 @@ def data_for(tokenizer, strategy: Strategy) -> Tokenised:
     return tokenise(tokenizer, [Row(i, row) for i, row in enumerate(chat_rows(8), 1)], "dialogue", 96, lead)
 
 
-def learn(strategy: Strategy, model: torch.nn.Module, data: Tokenised, steps: int, precision: str = "fp32") -> list[float]:
+def learn(
+    strategy: Strategy, model: torch.nn.Module, data: Tokenised, steps: int, precision: str = "fp32", least: float = 1e-2
+) -> list[float]:
     """Some steps on the same rows, as `worker/train.py` takes them; the losses."""
     engine = choose(RunSettings(precision=precision), strategy)
     trained = optim.trained_parameters(model)
-    optimizer = optim.make_optimizer(trained, max(1e-2, type(strategy).default_learning_rate), 0.0)
+    optimizer = optim.make_optimizer(trained, max(least, type(strategy).default_learning_rate), 0.0)
     strategy.begin(model, steps)
     batch, losses = make_batch(data, list(range(len(data))), engine.device), []
     for step in range(1, steps + 1):
@@ -113,9 +115,10 @@ def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: P
         model = strategy.attach(model)
         kernels.speed_up(model, choose(RunSettings(precision=precision), strategy), 0.0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        told[precision] = learn(strategy, model, data, 8, precision)
+        # At a rate ten times as high, full tuning doubles every last digit from step to step.
+        told[precision] = learn(strategy, model, data, 8, precision, least=1e-2 if strategy.adapter else 1e-3)
     assert told["fp32"][-1] < told["fp32"][0]
-    assert told["bf16"] == pytest.approx(told["fp32"], rel=0.01)
+    assert told["bf16"] == pytest.approx(told["fp32"], rel=0.01 if strategy.adapter else 0.002)
 
 
 def test_a_norm_of_two_types_learns_in_the_wider() -> None:
@@ -256,7 +259,7 @@ def built(kind: str) -> torch.nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False))
     model.set_attn_implementation(attention.NAME)
     model.name_or_path = model.config._name_or_path = kind
-    kernels.use_fused_norms(model)
+    kernels.use_fused_layers(model)
     return model
 
 

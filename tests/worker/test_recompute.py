@@ -26,7 +26,7 @@ class Passed:
         torch.manual_seed(2)
         self.model = LlamaForCausalLM(CONFIG)
         self.model.set_attn_implementation(attention.NAME)
-        kernels.use_fused_norms(self.model)
+        kernels.use_fused_layers(self.model)
         body = STRATEGIES[name](**settings).attach(self.model).train()
         draw = torch.Generator().manual_seed(4)
         for part, p in body.named_parameters():
