@@ -17,8 +17,8 @@ from app.strategies import Strategy
 from app.strategies._base import Memory
 from app.strategies._peft import PeftStrategy
 
-FLOOR_CPU_BYTES = 556 * 2**20
-"""A trainer with its libraries loaded and no model: measured with torch 2.13 and transformers 5.23."""
+FLOOR_CPU_BYTES = 656 * 2**20
+"""A trainer with its libraries loaded and no model: measured with torch 2.13, transformers 5.23 and Numba 0.68, which takes 100 of it."""
 PEFT_CPU_BYTES = 24 * 2**20
 """The library peft, for strategies that take it: what those on an encoder of 22 M needed beyond the others."""
 PART_BYTES = 128 * 2**20
@@ -45,8 +45,8 @@ EMBEDDED_TOKENS = 4096
 """Tokens of a batch in `worker/features.py`."""
 
 
-PART_LEFT_BYTES = 32 * 2**20
-"""What such a thread's allocator keeps when all is given back: 35 to 130 MB for two on that decoder."""
+PART_LEFT_BYTES = 24 * 2**20
+"""What such a thread's allocator keeps when all is given back."""
 LEAST_PART_TOKENS, PART_TOKENS = 128, 512
 """Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/abreast.py`), and each of more than
 two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a
@@ -97,23 +97,27 @@ def learns_whole(strategy: Strategy, machine: Machine) -> bool:
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
-def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False) -> tuple[int, int]:
+def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, bytes besides).
 
     Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
-    gated feed-forward the gate, its activation and what it is multiplied with (of which the last two are made anew where
-    the `whole` layers of `worker/whole.py` learn). On a CPU attention is float32 even in bf16. What learns adds its own. Counted tensor
-    by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
+    gated feed-forward the gate, what it is multiplied with and on a GPU its activation. (Where the `whole` layers of `worker/whole.py` learn
+    their product is made anew.) On a CPU attention is float32 even in bf16, but with its matrix `units` (`worker/attention_amx.py`) it
+    is bf16. What learns adds its own. Counted tensor by tensor; `tests/worker/test_memory.py` holds it against autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
     read = compute if strategy.adapter else island  # what passes between the layers is as wide as the frozen weights
-    passing = norms * read + (2 * q + 2 * kv) * island + (3 if shape.gated else 1) * shape.intermediate * compute
-    passing += 4 * shape.heads if cuda else 0  # the logarithms of the softmax's sums, which the GPU's attention keeps
     own = strategy.kept(shape)
-    per_token = passing + own.per_token * compute - (2 * shape.intermediate * compute if whole and shape.gated else 0)
+    in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
+    # The same tensor as the next layer reads, which is counted where that learns.
+    attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * kv
+    wide = (3 if cuda else 2) if shape.gated else 1
+    passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
+    passing += 4 * shape.heads if cuda or in_tiles else 0  # the logarithms of the softmax's sums
+    per_token = passing + own.per_token * compute - (shape.intermediate * compute if whole and shape.gated else 0)
     # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
     rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter and not whole else 0
     return per_token, own.once * compute + rounded
@@ -168,7 +172,7 @@ def memory_of(
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     whole = learns_whole(strategy, machine)
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()

@@ -47,6 +47,7 @@ class Machine(BaseModel):
     memory_bytes: int
     processor: str = ""
     bf16_pays: bool = Field(False, description="bf16 products are faster than fp32 ones (matrix units, or a GPU)")
+    matrix_units: bool = Field(False, description="the processor multiplies bf16 in tiles (AMX)")
     bf16_measured: float | None = Field(None, description="how many times faster a bf16 product is than an fp32 one on this CPU")
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
@@ -100,6 +101,7 @@ def _facts() -> Machine:
         memory_bytes=usable_memory(),
         processor=processor,
         bf16_pays=memory is not None or "amx_bf16" in info or "avx512_bf16" in info,
+        matrix_units="amx_bf16" in info,
         gpu_name=name,
         gpu_memory_bytes=memory,
         gpu_capability=capability,

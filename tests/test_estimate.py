@@ -243,22 +243,22 @@ def test_what_is_measured_at_the_end_takes_time() -> None:
     assert estimate.estimate(spec(row_losses=False, forgetting=True), STATS, CPU).seconds > plain
 
 
-HERE = Machine(cores=2, memory_bytes=24 * 2**30, bf16_pays=True)
-"""Two cores with bf16, on which the peaks below were measured (`python -m benchmarks.estimates --steps 2 --no-calibration --set
+HERE = Machine(cores=2, memory_bytes=24 * 2**30, bf16_pays=True, matrix_units=True)
+"""Two cores with AMX, on which the peaks below were measured (`python -m benchmarks.estimates --steps 2 --no-calibration --set
 forgetting=false`): resident MB of jobs of 256 tokens a step, in two parts side by side."""
 
 
 @pytest.mark.parametrize(
     ("name", "measured"),
     [
-        ("lora", 1353),
-        ("full", 3511),
-        ("layer_norm", 1193),
-        ("prompt_tuning", 1162),
-        ("ia3", 1242),
-        ("adalora", 1398),
-        ("vera", 1245),
-        ("top_layers", 1164),
+        ("lora", 1397),
+        ("full", 3553),
+        ("layer_norm", 1226),
+        ("prompt_tuning", 1223),
+        ("ia3", 1306),
+        ("adalora", 1429),
+        ("vera", 1308),
+        ("top_layers", 1254),
     ],
 )
 def test_the_135_m_model_peaks_where_it_was_measured(name: str, measured: int) -> None:
@@ -271,15 +271,15 @@ def test_doras_peak_is_the_one_said_worst() -> None:
     """By 7 %, and it is not known what takes them: what its layers keep is counted (`tests/worker/test_memory.py`)."""
     rows = DatasetStats(rows=118, characters=34_000, tokens=9_000, trained_tokens=6_000, longest=150)
     said = estimate.estimate(spec("dora", max_tokens_per_step=256, max_length=256), rows, HERE).memory_bytes / 1e6
-    assert 0.9 * 1429 < said < 1429
+    assert 0.9 * 1469 < said < 1469
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "measured"),
     [
-        ("feature_extraction", SHAPE, 1425), ("lora", SHAPE, 1269), ("full", SHAPE, 3418), ("top_layers", SHAPE, 1157),
-        ("feature_extraction", ENCODER, 700), ("lora", ENCODER, 744), ("full", ENCODER, 1073), ("dense_head", ENCODER, 720),
-        ("dora", SHAPE, 1329), ("dora", ENCODER, 773), ("loha", ENCODER, 830), ("bottleneck_adapter", ENCODER, 719), ("prompt_tuning", ENCODER, 720),
+        ("feature_extraction", SHAPE, 1487), ("lora", SHAPE, 1324), ("full", SHAPE, 3370), ("top_layers", SHAPE, 1266),
+        ("feature_extraction", ENCODER, 763), ("lora", ENCODER, 853), ("full", ENCODER, 1174), ("dense_head", ENCODER, 796),
+        ("dora", SHAPE, 1398), ("dora", ENCODER, 882), ("loha", ENCODER, 896), ("bottleneck_adapter", ENCODER, 827), ("prompt_tuning", ENCODER, 820),
     ],
 )  # fmt: skip
 def test_classifiers_peak_where_they_were_measured(name: str, shape: Shape, measured: int) -> None:

@@ -5,8 +5,9 @@ called with one row of T tokens, positions that start again at 0 in each sequenc
 that transformers has no mask function for gets no mask, so no T × T mask is ever built.
 
 On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call; it knows no dropout, so an encoder's attention
-weights are not dropped there, while its states are as ever. Elsewhere each sequence is a call of its own:
-measured on two cores that equals padding the sequences to one batch for speed, and it wastes no memory.
+weights are not dropped there, while its states are as ever. A CPU with matrix units takes them in one call too
+(`worker/attention_amx.py`). Elsewhere each sequence is a call of its own: measured on two cores that equals padding the sequences to one
+batch for speed, and it wastes no memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from worker import attention_amx
 from worker.late import sent
 
 NAME = "luthier_packed"
@@ -142,6 +144,11 @@ def packed_attention(
     value = value.contiguous()  # as above
     # Under autocast rotated queries and keys may be float32 already while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
+    plain = not dropout and softcap is None and not torch.compiler.is_compiling()
+    if halves and plain and attention_amx.takes(query, key):
+        rules = attention_amx.Rules(scaling if scaling is not None else query.shape[-1] ** -0.5, causal, sliding_window or 0)
+        out = attention_amx.attention(*(x.to(torch.bfloat16) for x in (query, key, value)), lengths, rules)
+        return (out if torch.is_autocast_enabled("cpu") else out.to(given)), None
     with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():
         if halves and max(lengths) < SHORT:  # all at once: a few long copies instead of many short ones
             query, key, value = query.float(), key.float(), value.float()
