@@ -361,29 +361,9 @@ def _seen(block, padded, causal, window):
 
 @kernel
 def _forward(
-    q,
-    k,
-    v,
-    out,
-    sums,
-    ends,
-    count,
-    heads,
-    groups,
-    dim,
-    q_head,
-    q_step,
-    k_head,
-    k_step,
-    v_head,
-    v_step,
-    room,
-    config,
-    longest,
-    scale,
-    causal,
-    window,
-):
+    q, k, v, out, sums, ends, count, heads, groups, dim,
+    q_head, q_step, k_head, k_step, v_head, v_step, room, config, longest, scale, causal, window,
+):  # fmt: skip
     """out (T, heads, dim) and the logarithms of the sums (heads, T). `longest` is the longest sequence in whole blocks."""
     E, c, wide_row = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale), 4 * longest
     tokens = E[count]
@@ -436,18 +416,8 @@ def _forward(
                         shares = row_of(scores, r, wide_row, 1, F(0))
                         shares[0] = F(1.0) / mass
                     for d in range(dim // SIDE):
-                        _square(
-                            o + 128 * d,
-                            4 * dim,
-                            p + 64 * low,
-                            2 * longest,
-                            64,
-                            pairs + 128 * d + low * 64 * dim,
-                            4 * dim,
-                            64 * dim,
-                            high - low,
-                            True,
-                        )
+                        at, from_ = o + 128 * d, pairs + 128 * d + low * 64 * dim
+                        _square(at, 4 * dim, p + 64 * low, 2 * longest, 64, from_, 4 * dim, 64 * dim, high - low, True)
                     for r in range(mine):
                         share = row_of(scores, r, wide_row, 1, F(0))[0]
                         for d in range(dim // SIDE):
@@ -618,8 +588,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequen
     """Attention of each of the sequences of q (1, heads, T, D), k and v (1, groups, T, D) to itself, all in bf16: (1, T, heads, D). D is a
     multiple of 32, `lengths` are the sequences' tokens in order.
 
-    Raises ValueError when the lengths do not add up to T or a tensor is of another type.
+    Raises ValueError when the lengths do not add up to T, a tensor is of another type, or the scale is not above zero.
     """
+    if rules.scale <= 0:
+        raise ValueError(f"a scale of {rules.scale} turns the order of the scores round")
     if sum(lengths) != q.shape[2]:
         raise ValueError(f"sequences of {sum(lengths)} tokens in a pack of {q.shape[2]}")
     if any(x.dtype != torch.bfloat16 for x in (q, k, v)):

@@ -17,7 +17,7 @@ from app import workers
 from app.db import get_engine
 from app.queue import celery, get_redis
 from app.settings import get_settings
-from worker import tasks, watchdog
+from worker import ahead, tasks, watchdog
 from worker.supervise import die_with_parent
 
 app = celery
@@ -65,4 +65,6 @@ def _begin(sender: Any = None, **_: Any) -> None:
     queues = list(sender.app.amqp.queues.consume_from)
     for queue in queues:
         workers.keep_saying(queue)
+    if "train" in queues:
+        ahead.begin()
     watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)

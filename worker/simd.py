@@ -6,18 +6,14 @@ once. The kernels stand where they are used: `worker/norms.py`, `gated.py`, `rot
 
 A kernel takes addresses, sizes, bytes from one row to the next, and for each type of numbers one that is `like` them (`KINDS`). It
 holds no lock of Python's while it runs, is compiled on first use, which takes half a second, and is kept on disk (`NUMBA_CACHE_DIR`, else
-`cache/numba` in the data folder).
+`cache/numba` in the data folder; see `worker/ahead.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -27,24 +23,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from app.settings import Settings
+from worker import ahead
 
 log = logging.getLogger(__name__)
 
-
-def _cache() -> Path:
-    """Where compiled kernels are kept. A kernel is compiled anew when its own file changes; this file, of which all are made, is part of
-    the folder's name."""
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(given) if given else Settings().data_dir.expanduser() / "cache" / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="luthier-"))  # compiled again by every process
-    return folder / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-
-
-numba.config.CACHE_DIR = str(_cache())
+numba.config.CACHE_DIR = str(ahead.folder())
 
 FLOAT, INT, SHORT = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 

@@ -15,7 +15,8 @@ from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from worker import gated, norms, rotary, simd, softmax_cpu
+from tests.conftest import PROJECT
+from worker import ahead, gated, norms, rotary, simd, softmax_cpu
 from worker.loss import Head, linear_cross_entropy
 
 DIGIT = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -156,8 +157,8 @@ def everything(kind: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(1, 2, 6, 16).to(kind).requires_grad_()
     angles = torch.rand(1, 6, 16) * 6
-    turned = rotary.rotate(x, x, angles.cos().to(kind), angles.sin().to(kind))[0]
-    normed = norms.rms_norm(turned.reshape(12, 16), torch.ones(16), 1e-6, kind)
+    turned = [rotary.rotate(x, x, angles.cos().to(table), angles.sin().to(table))[0] for table in (kind, torch.float32)]
+    normed = sum(norms.rms_norm(one.reshape(12, 16), torch.ones(16), 1e-6, kind) for one in turned)
     layer = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2)).to(kind)
     gated.use_gates(torch.nn.ModuleList([layer]))
     head = Head(torch.randn(50, 16, requires_grad=True), None)
@@ -177,17 +178,29 @@ def test_without_kernels_all_is_computed_by_torch(kind: torch.dtype, monkeypatch
         assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < (1e-5 if kind == torch.float32 else 0.01)
 
 
+def run(code: str, **environment: str) -> str:
+    """What Python says to `code`, in a process whose kernels are kept in its data folder unless it is told otherwise."""
+    inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    command = [sys.executable, *(["-m", code] if " " not in code else ["-c", code])]
+    return subprocess.run(command, env={**inherited, **environment}, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+
+
 def test_kernels_are_kept_in_the_data_folder_and_compiled_again_where_it_is_closed(tmp_path: Path) -> None:
     code = "from worker import simd; import numba; print(simd.works(), numba.config.CACHE_DIR)"
-
-    def run(data: Path) -> tuple[str, Path]:
-        environment = {**os.environ, "LUTHIER_DATA_DIR": str(data)}
-        environment.pop("NUMBA_CACHE_DIR", None)
-        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
-        return told[0], Path(told[1])
-
-    works, folder = run(tmp_path / "data")
-    assert works == "True" and folder.is_relative_to(tmp_path / "data" / "cache" / "numba") and list(folder.rglob("*.nbi"))
+    works, folder = run(code, LUTHIER_DATA_DIR=str(tmp_path / "data")).split()
+    assert works == "True" and Path(folder).is_relative_to(tmp_path / "data" / "cache" / "numba") and list(Path(folder).rglob("*.nbi"))
     (tmp_path / "file").write_text("")
-    works, folder = run(tmp_path / "file")
-    assert works == "True" and not folder.is_relative_to(tmp_path)
+    works, folder = run(code, LUTHIER_DATA_DIR=str(tmp_path / "file")).split()
+    assert works == "True" and not Path(folder).is_relative_to(tmp_path)
+
+
+def test_all_that_a_job_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    monkeypatch.setenv("NUMBA_CACHE_DIR", kept["NUMBA_CACHE_DIR"])
+    begun = ahead.begin()
+    assert begun is not None and begun.wait(timeout=120) == 0
+    assert ahead.begin() is None  # once is enough
+    compiled = {path.name for path in (tmp_path / "kernels").rglob("*.nbc")}
+    use = "from tests.worker.test_simd import everything; import torch; everything(torch.float32); everything(torch.bfloat16)"
+    run(use, **kept)
+    assert len(compiled) > 10 and {path.name for path in (tmp_path / "kernels").rglob("*.nbc")} == compiled

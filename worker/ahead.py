@@ -1,0 +1,80 @@
+"""Kernels for the processor compiled before the first job asks for them, by a process of its own when a worker starts:
+
+    python -m worker.ahead
+
+Compiled they are kept on disk for all later jobs (`worker/simd.py`). It takes about ten seconds of one core, once for each version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from app.machine import this_machine
+from app.settings import PROJECT, Settings
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept, made when missing. A kernel is compiled anew when its own file changes; what all are made of,
+    `worker/simd.py`, is part of the folder's name."""
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    found = Path(given) if given else Settings().data_dir.expanduser() / "cache" / "numba"
+    try:
+        found.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        found = Path(tempfile.mkdtemp(prefix="luthier-"))  # compiled again by every process
+    return found / hashlib.sha256(Path(__file__).with_name("simd.py").read_bytes()).hexdigest()[:12]
+
+
+def begin() -> subprocess.Popen | None:
+    """Start to compile where nothing is kept yet and a processor trains; it ends with this process at the latest."""
+    from worker import exits
+    from worker.supervise import die_with_parent
+
+    if this_machine().cuda or folder().exists():
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker.ahead"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=PROJECT,
+        env=exits.trainer_environment(os.environ),
+        preexec_fn=die_with_parent(),
+    )
+
+
+def compile_all() -> None:
+    """Use every kernel once, forwards and backwards, with each type of numbers that a job gives it."""
+    import torch
+
+    from worker import attention_amx, simd
+    from worker.gated import SILU, gated, gated_back
+    from worker.norms import rms_norm
+    from worker.rotary import rotate
+    from worker.softmax_cpu import softmax_loss_
+
+    if not simd.works():
+        return
+    attention_amx.works()
+    half, full = torch.bfloat16, torch.float32
+    for given, wanted in ((half, half), (full, half), (full, full)):
+        x = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True)
+        rms_norm(x, torch.ones(32), 1e-6, wanted).square().sum().backward()
+        angles = torch.ones(1, 4, 32, dtype=full if given != wanted else given)
+        rotate(x.detach().to(wanted).requires_grad_(), x, angles, angles)[0].square().sum().backward()  # not of ones that are there once
+    for kind in (half, full):
+        x = torch.ones(4, 32, dtype=kind)
+        gated_back(x, x, gated(x, x, SILU), SILU, again=True)
+        softmax_loss_(x, torch.zeros(4, dtype=torch.long), torch.empty(4))
+    if attention_amx.works():
+        q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
+        attention_amx.attention(q, q, q, [4], attention_amx.Rules(1.0, True, 0)).sum().backward()
+
+
+if __name__ == "__main__":
+    os.nice(10)
+    compile_all()
