@@ -74,6 +74,8 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     if not options.model:
         code = f"from benchmarks.shapes import write_model; from pathlib import Path; write_model({options.shape!r}, Path({str(model)!r}), {options.device!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
+    if not cuda:  # as a worker does when it starts
+        subprocess.run([sys.executable, "-m", "worker.ahead"], env={**os.environ, "NUMBA_CACHE_DIR": str(work / "numba")}, check=True)
     tokens = options.tokens or (16_384 if cuda else 1024)
     lengths = (1500.0, 0.6, 64, 4096) if options.long else (180.0, 0.8, 16, 1024) if cuda else (75.0, 0.5, 30, 200)
     mean = lengths[0] * 2.718281828 ** (lengths[1] ** 2 / 2)
@@ -114,7 +116,7 @@ def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> di
     path = work / f"plan-{plan['engine']}.json"
     path.write_text(json.dumps(plan))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "LUTHIER_DATA_DIR": str(work)}
-    environment |= {**CUDA_ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    environment |= {**CUDA_ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "NUMBA_CACHE_DIR": str(work / "numba")}
     if plan["engine"].startswith("luthier") or plan["same_allocator"]:
         environment |= ALLOCATOR
     if plan["engine"].startswith("luthier"):
