@@ -19,15 +19,16 @@ from app.settings import PROJECT, Settings
 
 
 def folder() -> Path:
-    """Where compiled kernels are kept, made when missing. A kernel is compiled anew when its own file changes; what all are made of,
-    `worker/simd.py`, is part of the folder's name."""
+    """Where compiled kernels are kept, made when missing. A kernel is compiled anew when its own file changes; what they are made of,
+    `worker/simd.py` and `tiles.py`, is part of the folder's name."""
     given = os.environ.get("NUMBA_CACHE_DIR")
     found = Path(given) if given else Settings().data_dir.expanduser() / "cache" / "numba"
     try:
         found.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         found = Path(tempfile.mkdtemp(prefix="luthier-"))  # compiled again by every process
-    return found / hashlib.sha256(Path(__file__).with_name("simd.py").read_bytes()).hexdigest()[:12]
+    made_of = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "tiles.py"))
+    return found / hashlib.sha256(made_of).hexdigest()[:12]
 
 
 def begin() -> subprocess.Popen | None:

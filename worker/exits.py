@@ -44,22 +44,10 @@ _HANDED_ON = {
     "LUTHIER_KEEP_CHECKPOINTS",
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
-# fmt: on
 _HANDED_ON_PREFIXES = (
-    "CUDA_",
-    "NVIDIA_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH",
-    "PYTORCH_",
-    "TRITON_",
-    "OMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "KMP_",
-    "GOMP_",
-    "NUMBA_",
+    "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "NUMBA_",
 )
+# fmt: on
 
 
 def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:

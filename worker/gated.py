@@ -72,6 +72,8 @@ def _backward(gate, up, dy, d_gate, d_up, y, kind, rows, width, gate_row, up_row
 
 def gated(gate: torch.Tensor, up: torch.Tensor, act: Gate) -> torch.Tensor:
     """act(gate) · up of two (…, I) of one type: one (R, I)."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"a gate of {tuple(gate.shape)} in {gate.dtype} for {tuple(up.shape)} in {up.dtype}")
     gate, up = rows_of(gate), rows_of(up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
     _forward(*addresses(gate, up, y), KINDS[gate.dtype], *gate.shape, *steps(gate, up, y), *act)

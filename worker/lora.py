@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
 from worker import dora, fp8
-from worker.together import Together, siblings
+from worker.together import InGroup, Together, siblings
 
 ADAPTER = "default"
 
@@ -226,21 +226,15 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-class Fused:
+class Fused(InGroup):
     """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
 
-    group: _Group | None = None
-    place = 0  # in the group
     kept: tuple[tuple, _Rounded] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         return self.group.take(self.place, x) if self.shares(x) else product(x, [self])
-
-    def shares(self, x: torch.Tensor) -> bool:
-        """Whether x is multiplied by the layers of a group together."""
-        return self.group is not None and not (self.disable_adapters or self.merged)
 
 
 class FusedLora(Fused, PeftLinear):

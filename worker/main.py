@@ -65,6 +65,6 @@ def _begin(sender: Any = None, **_: Any) -> None:
     queues = list(sender.app.amqp.queues.consume_from)
     for queue in queues:
         workers.keep_saying(queue)
+    watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)
     if "train" in queues:
         ahead.begin()
-    watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)

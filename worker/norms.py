@@ -78,7 +78,7 @@ def _in_one_back(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: torch.dtype) -> torch.Tensor:
-        ctx.in_one = simd.fits(x, weight) and kind in simd.KINDS
+        ctx.in_one = simd.fits(x, weight) and kind in KINDS and weight.shape == x.shape[-1:]
         if ctx.in_one:
             y, r = _in_one(x, weight, eps, kind)
             ctx.save_for_backward(x, r, weight)

@@ -32,24 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "between processes": ("nccl", "gloo", "all_reduce", "allreduce", "all_gather", "reduce_scatter"),
     "copies and casts": ("copy", "clone", "contiguous", "cat", "memcpy", "memset", "_to_copy", "fill", "zero_"),
     "activations and other element-wise work": (
-        *(
-            "gated",
-            "rotary",
-            "mul",
-            "add",
-            "silu",
-            "sigmoid",
-            "neg",
-            "sub",
-            "div",
-            "triton",
-            "sum",
-            "pow",
-            "cos",
-            "sin",
-            "elementwise",
-            "reduce",
-        ),
+        *("gated", "rotary"),
+        *("mul", "add", "silu", "sigmoid", "neg", "sub", "div", "triton", "sum", "pow", "cos", "sin", "elementwise", "reduce"),
     ),
 }
 """Kinds of work by what an operation's or a GPU kernel's name contains; the first that fits counts."""

@@ -42,11 +42,13 @@ def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
     """Fill `losses` (R,), float32, with the cross-entropy of softmax(scale · logits), (R, V), against `targets` (R,), int64; where it
     `learns`, the logits become the gradient. A row with a target below 0 has no loss and a gradient of zeros.
 
-    Raises ValueError for a scale of zero or less, and IndexError for a target beyond the logits.
+    Raises ValueError for a scale of zero or less or targets of another number or type, and IndexError for one beyond the logits.
     """
+    if targets.dtype != torch.long or not targets.shape == losses.shape == logits.shape[:1]:
+        raise ValueError(f"{tuple(targets.shape)} targets in {targets.dtype} for {logits.shape[0]} rows")
     if scale <= 0:
         raise ValueError("the logits' scale has to be above zero")
     if int(targets.max()) >= logits.shape[1]:
         raise IndexError(f"a target is {int(targets.max())}, of {logits.shape[1]} logits")
-    x_at, targets_at, losses_at = addresses(logits, targets, losses)
+    x_at, targets_at, losses_at = addresses(logits, targets := targets.contiguous(), losses)
     _softmax_loss(x_at, KINDS[logits.dtype], targets_at, losses_at, *logits.shape, *steps(logits), scale, learns)

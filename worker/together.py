@@ -46,3 +46,14 @@ class Together(ABC):
         if all(part is None for part in kept.parts):
             kept.source = None
         return result
+
+
+class InGroup:
+    """What a layer of peft's that may be in a group has for it."""
+
+    group: Any = None
+    place = 0  # in the group
+
+    def shares(self: Any, x: torch.Tensor) -> bool:
+        """Whether x is multiplied by the layers of a group together."""
+        return self.group is not None and not (self.disable_adapters or self.merged)

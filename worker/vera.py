@@ -18,7 +18,7 @@ import torch
 from peft.tuners.vera.layer import Linear as PeftVera
 
 from worker.lora import ADAPTER, compute_type, joined_weight, plain_linear
-from worker.together import Together, siblings
+from worker.together import InGroup, Together, siblings
 
 
 class _Product(torch.autograd.Function):
@@ -95,20 +95,13 @@ class _Group(Together):
         return product(x, self.layers, self.joined)
 
 
-class FusedVera(PeftVera):
+class FusedVera(InGroup, PeftVera):
     """The forward that takes the place of peft's; all else stays peft's."""
-
-    group: _Group | None = None
-    place = 0  # in the group
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         return self.group.take(self.place, x) if self.shares(x) else product(x, [self])
-
-    def shares(self, x: torch.Tensor) -> bool:
-        """Whether x is multiplied by the layers of a group together."""
-        return self.group is not None and not (self.disable_adapters or self.merged)
 
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:

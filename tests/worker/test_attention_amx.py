@@ -143,3 +143,5 @@ def test_bad_input_is_refused() -> None:
         attention_amx.attention(q.float(), k, v, [40], Rules(0.2, True, 0))
     with pytest.raises(ValueError, match="scale of 0"):
         attention_amx.attention(q, k, v, [40], Rules(0, True, 0))
+    with pytest.raises(ValueError, match="do not fit together"):
+        attention_amx.attention(q, k, v[:, :, :39], [40], Rules(0.2, True, 0))

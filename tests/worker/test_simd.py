@@ -148,6 +148,14 @@ def test_bad_input_is_refused() -> None:
     logits, losses = torch.zeros(2, 8), torch.empty(2)
     with pytest.raises(IndexError, match="a target is 8, of 8 logits"):
         softmax_cpu.softmax_loss_(logits, torch.tensor([0, 8]), losses)
+    with pytest.raises(ValueError, match=r"targets in torch\.int32 for 2 rows"):
+        softmax_cpu.softmax_loss_(logits, torch.tensor([0, 1], dtype=torch.int32), losses)
+    with pytest.raises(ValueError, match=r"3,\) targets"):
+        softmax_cpu.softmax_loss_(logits, torch.tensor([0, 1, 2]), losses)
+    with pytest.raises(ValueError, match="a gate of"):
+        gated.gated(logits, logits[:, :4], gated.SILU)
+    with pytest.raises(RuntimeError):  # as torch says it
+        norms.rms_norm(logits, torch.ones(4), 1e-6, torch.float32)
     with pytest.raises(ValueError, match="scale"):
         softmax_cpu.softmax_loss_(logits, torch.tensor([0, 1]), losses, scale=0.0)
 
