@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, delete, func, select, update
+from sqlalchemy import ColumnElement, DateTime, delete, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -77,10 +77,25 @@ def _lease() -> ColumnElement[datetime]:
     return now() + timedelta(seconds=get_settings().lease_seconds)
 
 
+def answering_since() -> ColumnElement[datetime]:
+    """When the database began to let anybody in.
+
+    A server that recovers from a crash runs for as long as that takes before it lets anybody in; its launchers start when it does
+    (`src/backend/postmaster/postmaster.c`, PM_RUN). Where this role may not see when that was, the server's start is taken.
+    """
+    launchers = (
+        "SELECT max(backend_start) FROM pg_stat_activity WHERE backend_type IN ('autovacuum launcher', 'logical replication launcher')"
+    )
+    return literal_column(f"coalesce(({launchers}), pg_postmaster_start_time())", DateTime(timezone=True))
+
+
+def could_beat() -> ColumnElement[bool]:
+    """The database has answered for a whole lease, long enough for every healthy worker to have renewed its own."""
+    return answering_since() < now() - timedelta(seconds=get_settings().lease_seconds)
+
+
 def _lapsed() -> ColumnElement[bool]:
-    """The lease has passed, and the database has been up long enough for a healthy worker to have renewed it."""
-    up_since = func.pg_postmaster_start_time(type_=DateTime(timezone=True))
-    return (Job.lease_until < now()) & (up_since < now() - timedelta(seconds=get_settings().lease_seconds))
+    return (Job.lease_until < now()) & could_beat()
 
 
 def _held(claim: Claim) -> ColumnElement[bool]:

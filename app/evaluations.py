@@ -20,11 +20,11 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy import ColumnElement, DateTime, Select, func, select, update
+from sqlalchemy import ColumnElement, Select, select, update
 from sqlalchemy.orm import Session
 
 from app import blend, datasets, ids, jobs, models, queue
-from app.claims import BEHIND_A_BACKLOG, now, storable
+from app.claims import BEHIND_A_BACKLOG, could_beat, now, storable
 from app.errors import BadField, Conflict, NotFound
 from app.orders import bad_field
 from app.settings import get_settings
@@ -378,9 +378,7 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
 
 def lapse(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
     """Give back those whose runner was not heard of for a lease: all, or one. Returns how many."""
-    up_since = func.pg_postmaster_start_time(type_=DateTime(timezone=True))  # nobody can beat while the database is down
-    settled = up_since < now() - timedelta(seconds=get_settings().lease_seconds)
-    wanted = select(Evaluation).where(Evaluation.status == "running", Evaluation.lease_until < now(), settled)
+    wanted = select(Evaluation).where(Evaluation.status == "running", Evaluation.lease_until < now(), could_beat())
     wanted = wanted.where(Evaluation.deleted_at.is_(None))
     if evaluation_id is not None:
         wanted = wanted.where(Evaluation.id == evaluation_id)

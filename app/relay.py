@@ -20,11 +20,10 @@ import psycopg
 import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import func, select, update
-from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import logs, queue, workers
+from app import claims, logs, queue, workers
 from app.db import transaction
 from app.settings import get_settings
 from app.tables import Outbox
@@ -59,13 +58,12 @@ def send_batch(session: Session) -> int:
 
 
 def database_is_settled(session: Session) -> bool:
-    """Whether the database has been up for one whole lease.
+    """Whether the database has answered for one whole lease.
 
     While it was away nobody could beat, so just after a restart every running job looks dead; each gets the time to
     beat once before the reaper judges.
     """
-    age = session.scalar(sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"))
-    return float(age or 0.0) > get_settings().lease_seconds
+    return bool(session.scalar(select(claims.could_beat())))
 
 
 def reap(session: Session) -> None:

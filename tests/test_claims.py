@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 
 from app import claims, events, files, jobs
 from app.db import transaction
@@ -247,6 +247,13 @@ def test_lost_messages_are_announced_again_and_a_long_queue_is_not_flooded(job):
     assert announce(backlog=3) == 0
     assert announce() == 1
     assert announce() == 0
+
+
+def test_the_database_says_since_when_it_lets_anybody_in(session):
+    started, launched = session.execute(
+        text("SELECT pg_postmaster_start_time(), max(backend_start) FROM pg_stat_activity WHERE backend_type LIKE '%launcher'")
+    ).one()
+    assert started < launched == session.scalar(select(claims.answering_since()))
 
 
 def test_the_reaper_waits_for_a_database_that_just_started(job):

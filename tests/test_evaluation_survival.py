@@ -33,7 +33,7 @@ def submit(client: Client, order: dict) -> str:
 def follow(client: Client, key: str, until) -> dict:
     deadline = time.monotonic() + 300
     while not until(told := client.ask("GET", f"/evaluations/{key}")):
-        assert told["status"] in ("queued", "running"), told
+        assert told["status"] in ("queued", "running"), (told["status"], told["error"])
         assert time.monotonic() < deadline, told
         time.sleep(0.1)
     return told

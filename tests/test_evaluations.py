@@ -7,7 +7,7 @@ import threading
 
 import psutil
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from app import evaluations, ids, models, queue
 from app.db import transaction
@@ -145,6 +145,20 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     lost = order(session, user, tiny_registered, data)
     session.execute(text("DELETE FROM outbox"))
     assert evaluations.announce_again(session) == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
+
+
+def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(session, user, data_dir, tiny_registered, data):
+    get_settings().beat_seconds = 100.0  # it beats at its start, and learns only at its end that it was taken over
+    made = order(session, user, tiny_registered, data, rows=5, answers=0)
+    thread = in_thread(made)
+    wait_until(lambda: now_of(made).fence == 1, what="its claim")
+    with transaction() as other:
+        other.execute(update(Evaluation).where(Evaluation.id == made.id).values(fence=2))
+    next_try = data_dir / "evaluations" / str(made.id) / "a2"
+    next_try.mkdir(parents=True)
+    thread.join(60)
+    assert not thread.is_alive() and now_of(made).status == "running" and now_of(made).result is None
+    assert next_try.is_dir() and not next_try.with_name("a1").exists()
 
 
 def _lapsed(session) -> bool:

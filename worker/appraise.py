@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from app import evaluations, events
 from app.db import transaction
@@ -63,7 +64,7 @@ class Run:
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
         self.heard_at = time.monotonic()
-        self.lost = self.leaving = self.hung = False
+        self.lost = self.leaving = self.hung = self.ended = False
 
     def run(self) -> None:
         memory = exits.Memory()
@@ -73,9 +74,9 @@ class Run:
                 self._conclude(code, memory.killed_since())
         except OSError as error:
             failed = exits.of_os_error(error)
-            self._record(lambda session: evaluations.finish(session, self.held, error=_error(failed, failed.message)))
+            self._finish(error=_error(failed, failed.message))
         finally:
-            shutil.rmtree(self.folder.parent if self.result is not None else self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent if self.ended else self.folder, ignore_errors=True)
 
     def _assess(self) -> int:
         """Start the child and watch over it to its end; its exit code, negative for a signal."""
@@ -147,9 +148,9 @@ class Run:
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
         if self.result is not None and code == 0:
-            return self._record(lambda session: evaluations.finish(session, held, result=self.result))
+            return self._finish(result=self.result)
         if self.error is not None:
-            return self._record(lambda session: evaluations.finish(session, held, error=self.error))
+            return self._finish(error=self.error)
         if self.leaving:
             return self._record(lambda session: evaluations.release(session, held))
         if self.hung:
@@ -159,7 +160,15 @@ class Run:
         log.error("Evaluation %s: %s", held.id, message)
         if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):
             return self._record(lambda session: evaluations.release(session, held, message))
-        return self._record(lambda session: evaluations.finish(session, held, error=_error(failed, message)))
+        return self._finish(error=_error(failed, message))
+
+    def _finish(self, **outcome: Any) -> None:
+        """Record how it ended. Only then may the folders of all its tries go: when it is no longer ours, another try works in one."""
+
+        def move(session: Session) -> None:
+            self.ended = evaluations.finish(session, self.held, **outcome)
+
+        self._record(move)
 
     def _record(self, move: Callable[..., Any]) -> None:
         def once() -> None:
