@@ -52,7 +52,7 @@ def compile_all() -> None:
     """Use every kernel once, forwards and backwards, with each type of numbers that a job gives it."""
     import torch
 
-    from worker import attention_amx, simd
+    from worker import adamw_cpu, attention_amx, low_rank_amx, simd
     from worker.gated import SILU, gated, gated_back
     from worker.norms import rms_norm
     from worker.rotary import rotate
@@ -60,7 +60,7 @@ def compile_all() -> None:
 
     if not simd.works():
         return
-    attention_amx.works()
+    low_rank_amx.works()
     half, full = torch.bfloat16, torch.float32
     for given, wanted in ((half, half), (full, half), (full, full)):
         x = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True)
@@ -71,6 +71,10 @@ def compile_all() -> None:
         x = torch.ones(4, 32, dtype=kind)
         gated_back(x, x, gated(x, x, SILU), SILU, again=True)
         softmax_loss_(x, torch.zeros(4, dtype=torch.long), torch.empty(4))
+    weight, moments, room = torch.ones(1, 32), torch.zeros(2, 1, 32), torch.zeros(1, 32, dtype=half)
+    pieces = adamw_cpu.Pieces(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
+    adamw_cpu.squares(pieces, 0, 1)
+    adamw_cpu.move_(adamw_cpu.Moments(weight, *moments, room), pieces, adamw_cpu.Rule(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1)
     if attention_amx.works():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
         attention_amx.attention(q, q, q, [4], attention_amx.Rules(1.0, True, 0)).sum().backward()

@@ -23,7 +23,7 @@ import torch
 
 from worker import simd
 from worker.simd import F, addresses, inlined, kernel, row_of, wide
-from worker.tiles import SIDE, configure, exponentials, gradients, hide, raise_to, release, rounded, square, top_of, turn
+from worker.tiles import SIDE, configure, exponentials, gradients, hide, raise_to, release, rounded, shapes, square, top_of, turn
 
 log = logging.getLogger(__name__)
 
@@ -245,16 +245,6 @@ class Rules(NamedTuple):
     window: int  # a token sees others less than so many places away; 0: all of them
 
 
-@functools.cache
-def _shapes() -> torch.Tensor:
-    """The configuration of eight tiles of 16 rows of 64 bytes."""
-    told = np.zeros(64, np.uint8)
-    told[0] = 1
-    told[16:32].view(np.uint16)[:] = 64
-    told[48:56] = 16
-    return torch.from_numpy(told)
-
-
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Bytes from a head to the next, and from a token to the next, of each (1, heads, T, D)."""
     return tuple(x.stride(axis) * x.itemsize for x in tensors for axis in (1, 2))
@@ -272,7 +262,7 @@ class _Attention(torch.autograd.Function):
         out, sums, longest = torch.empty(1, tokens, heads, dim, dtype=q.dtype), torch.empty(heads, tokens), _whole(lengths)
         room = torch.empty(6 * longest * dim + 192 * (longest + dim) + 128, dtype=torch.uint8)
         sizes = (len(lengths), heads, k.shape[1], dim, *_strides(q, k, v))
-        _forward(*addresses(q, k, v, out, sums, ends), *sizes, *addresses(room, _shapes()), longest, *rules)
+        _forward(*addresses(q, k, v, out, sums, ends), *sizes, *addresses(room, shapes()), longest, *rules)
         ctx.save_for_backward(q, k, v, out, sums, ends)
         ctx.rules, ctx.longest = rules, longest
         return out
@@ -287,7 +277,7 @@ class _Attention(torch.autograd.Function):
         room = torch.empty(14 * ctx.longest * dim + 20 * SIDE * dim + 14592, dtype=torch.uint8)
         sizes = (len(ends) - 1, heads, k.shape[1], dim, *_strides(q, k, v, given))
         at = addresses(q, k, v, out, given, sums, ends, *found)
-        _backward(*at, *sizes, *addresses(room, _shapes()), ctx.longest, *ctx.rules)
+        _backward(*at, *sizes, *addresses(room, shapes()), ctx.longest, *ctx.rules)
         return *(x.transpose(1, 2) for x in found), None, None
 
 

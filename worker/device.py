@@ -30,6 +30,9 @@ from app.strategies import Strategy
 from worker import fp8, processes
 from worker.abreast import Abreast
 
+ARITHMETIC = 2
+"""Raised when a step is computed otherwise for many strategies, so that its last digits differ: a job begun before goes on, and is told."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -73,6 +76,7 @@ class Engine:
             "precision": self.precision,
             "threads": self.threads,
             "world_size": processes.size(),
+            "engine": ARITHMETIC,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         }

@@ -30,7 +30,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
-from worker import dora, fp8
+from worker import dora, fp8, low_rank_amx
 from worker.together import InGroup, Together, siblings
 
 ADAPTER = "default"
@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
-        low = x @ rounded.down.t()  # (T, Σr)
+        low = low_rank_amx.project(x, rounded.down) if low_rank_amx.fits(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
         lift = [up.t() for up in rounded.ups]
         lifts = lift[0] if len(lift) == 1 else torch.block_diag(*lift)  # (Σr, ΣN)
         y = low @ lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, lifts)
@@ -89,8 +89,15 @@ class _Product(torch.autograd.Function):
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
         rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
-        back = [part @ up for part, up in zip(parts, rounded.ups, strict=True)]
-        joined = back[0] if count == 1 else torch.cat(back, 1)  # (T, Σr)
+        in_tiles = low_rank_amx.fits(x, *parts)
+        if in_tiles:  # what came back of each, (T, Σr), and the gradients of B but for s
+            joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
+            backs = joined.split([up.shape[1] for up in ups], 1)
+            d_ups = [low_rank_amx.both(*given) for given in zip(parts, rounded.ups, lows, backs, strict=True)]
+        else:
+            back = [part @ up for part, up in zip(parts, rounded.ups, strict=True)]
+            joined = back[0] if count == 1 else torch.cat(back, 1)
+            d_ups = [(own.t() @ part).t() for own, part in zip(lows, parts, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = joined @ rounded.down
@@ -101,10 +108,11 @@ class _Product(torch.autograd.Function):
             else:
                 for part, weight, state in zip(parts, weights, ctx.states, strict=True):
                     dx.addmm_(part, _dense(weight, state, dy.dtype))
-        d_downs = (joined.t() @ x).split([down.shape[0] for down in downs])
+        d_down_all = low_rank_amx.gather(x, joined) if in_tiles else joined.t() @ x
         found: list[Any] = []
-        for part, own, up, down, d_down, scale in zip(parts, lows, ups, downs, d_downs, ctx.scales, strict=True):
-            d_up = (own.t() @ part).t().to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
+        d_downs = d_down_all.split([down.shape[0] for down in downs])
+        for up, down, d_up, d_down, scale in zip(ups, downs, d_ups, d_downs, ctx.scales, strict=True):
+            d_up = d_up.to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
             found += [None, None, d_down.to(down.dtype), d_up]
         return dx, None, None, None, None, *found
 
@@ -124,7 +132,7 @@ def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.
 
 def _round(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
     down = downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
-    return _Rounded(down, tuple((up * scale).to(dtype) for up, scale in zip(ups, scales, strict=True)))
+    return _Rounded(down.contiguous(), tuple((up * scale).to(dtype).contiguous() for up, scale in zip(ups, scales, strict=True)))
 
 
 _steps = 0

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from worker import simd
 from worker.attention import MULTIPLE
 from worker.softmax_cpu import softmax_loss_
-from worker.whole import rounded
+from worker.whole import Whole, rounded
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +173,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         d_hidden, d_weight, d_bias, *parts = ctx.saved_tensors
         if ctx.whole is not None:
-            ctx.whole.add_rows(_head_products(d_weight, parts), float(grad))
+            _give(ctx.whole, d_weight, parts, float(grad))
             d_weight = None
         elif parts:
             d_weight = torch.cat([product for _, product in _head_products(None, parts)]).float()
         d_hidden, d_weight, d_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias))
         return d_hidden, d_weight, d_bias, None, None
+
+
+def _give(whole: Whole, d_weight: torch.Tensor | None, parts: Sequence[torch.Tensor], scale: float) -> None:
+    """Hand the head's gradient to what keeps its weight."""
+    room = whole.rooms.enter(scale)
+    if room is None:
+        whole.add_rows(_head_products(d_weight, parts), scale)
+    elif d_weight is None and len(parts) == 2:
+        torch.mm(parts[0].t(), parts[1], out=room)
+    else:
+        for rows, gradient in _head_products(d_weight, parts):
+            room[rows] = gradient
 
 
 def _head_products(whole: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:

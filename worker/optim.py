@@ -70,17 +70,24 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["scale"]
 
 
-def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None) -> torch.Tensor:
+def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None, beside: float = 0.0) -> torch.Tensor:
     """The length of the whole gradient, before it is shortened to `longest` (0: left as it is). Makes no device wait.
-    `norm` is that length where these are not all of its parts.
+    `norm` is that length where these are not all of its parts, and `beside` the square of what lies elsewhere on a CPU.
 
     A gradient that is not finite is left alone; `advance` keeps it from the weights.
     """
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
+    if beside:
+        norm = norm.square().add(beside).sqrt()
     if longest > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), longest, norm)
     return norm
+
+
+def shortening(norm: torch.Tensor, longest: float) -> float:
+    """What `clip` multiplies a gradient of this length by."""
+    return min(1.0, longest / (float(norm) + 1e-6)) if longest > 0 else 1.0
 
 
 LEAST_TO_SHARE = 2**17

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -30,7 +30,28 @@ log = logging.getLogger(__name__)
 
 numba.config.CACHE_DIR = str(ahead.folder())
 
-FLOAT, INT, SHORT = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+FEATURES = binding.get_host_cpu_features().flatten()
+ROUNDS = "+avx512bf16" in FEATURES.split(",")
+"""Whether the processor has an instruction that rounds to bf16. Those that have it lose nothing by vectors of 512 bits, which LLVM
+avoids on some for the sake of older ones: a chunk of the head's loss took 16.9 instead of 22.2 ms."""
+if ROUNDS:
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = binding.get_host_cpu_name(), FEATURES + ",-prefer-256-bit"
+
+
+class _Half(ir.Type):
+    """LLVM's type of bf16, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Half)
+
+    def __hash__(self) -> int:
+        return hash(_Half)
+
+
+FLOAT, INT, SHORT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), _Half()
 
 
 # Formulas of float32, of one number or of a vector of them -------------------------------------------------------------
@@ -56,6 +77,8 @@ def _call(b: Any, name: str, *given: Any) -> Any:
 def build_narrow(b: Any, x: Any) -> Any:
     """The bits of x rounded to bf16, to nearest even."""
     ints, shorts = _integers(x.type, 32), _integers(x.type, 16)
+    if ROUNDS:
+        return b.bitcast(b.fptrunc(x, ir.VectorType(HALF, x.type.count) if isinstance(x.type, ir.VectorType) else HALF), shorts)
     bits, half = b.bitcast(x, ints), constant(ints, 16)
     odd = b.and_(b.lshr(bits, half), constant(ints, 1))
     rounded = b.trunc(b.lshr(b.add(b.add(bits, constant(ints, 0x7FFF)), odd), half), shorts)

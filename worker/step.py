@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from app.spec import JobSpec
-from worker import optim, processes, whole
+from worker import optim, processes, rooms, whole
 from worker.course import Course
 from worker.device import Engine
 from worker.lesson import Lesson, Passed, body_of
@@ -99,11 +100,18 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     extra = job.spec.strategy.regulariser(body_of(job.model))
     if extra is not None:
         extra.backward()
-    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None)
+        whole.settle(job.wholes)
+    abreast = job.engine.abreast
+    apart = rooms.shares(job.wholes, abreast.threads)
+    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast))
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
     optim.advance(job.optimizer, norm + total)
-    whole.move(job.wholes, job.engine.abreast)
+    if job.wholes:
+        whole.move(job.wholes, abreast)
+        if math.isfinite(norm + total):
+            rooms.move(apart, abreast, job.optimizer, optim.shortening(norm, run.max_grad_norm))
+        rooms.leave(job.wholes)
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return [total, norm, *measured]

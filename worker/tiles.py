@@ -6,10 +6,13 @@ IA-32 Architectures Software Developer's Manual, volume 1, chapter 18; `TDPBF16P
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -33,6 +36,16 @@ def _instruction(builder: Any, name: str, *given: tuple[Any, Any]) -> None:
     name = f"llvm.x86.{name}"
     known = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_NONE, kinds), name)
     builder.call(known, values)
+
+
+@functools.cache
+def shapes() -> torch.Tensor:
+    """The configuration of eight tiles of 16 rows of 64 bytes."""
+    told = np.zeros(64, np.uint8)
+    told[0] = 1
+    told[16:32].view(np.uint16)[:] = 64
+    told[48:56] = 16
+    return torch.from_numpy(told)
 
 
 @intrinsic
@@ -60,7 +73,7 @@ def _number(tile: types.Literal) -> tuple[Any, Any]:
 
 
 @intrinsic(prefer_literal=True)
-def _zero(context: Any, tile: Any) -> Any:
+def zero(context: Any, tile: Any) -> Any:
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         _instruction(b, "tilezero", _number(tile))
         return c.get_dummy_value()
@@ -79,17 +92,17 @@ def _moving(name: str, tile: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _load(context: Any, tile: Any, address: Any, step: Any) -> Any:
+def load(context: Any, tile: Any, address: Any, step: Any) -> Any:
     return _moving("tileloadd64", tile)
 
 
 @intrinsic(prefer_literal=True)
-def _store(context: Any, tile: Any, address: Any, step: Any) -> Any:
+def store(context: Any, tile: Any, address: Any, step: Any) -> Any:
     return _moving("tilestored64", tile)
 
 
 @intrinsic(prefer_literal=True)
-def _dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
+def dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
     """`sums` += left · right."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
@@ -104,29 +117,29 @@ def square(to, to_row, left, left_row, left_step, right, right_row, right_step, 
     """A block of 32 × 32 float32 at `to` (+)= a sum over `times` of left (32 × 32, bf16) · right (16 pairs of rows × 32). From one of the
     `times` to the next both go on by so many bytes."""
     if fresh:
-        _zero(0)
-        _zero(1)
-        _zero(2)
-        _zero(3)
+        zero(0)
+        zero(1)
+        zero(2)
+        zero(3)
     else:
-        _load(0, to, to_row)
-        _load(1, to + 64, to_row)
-        _load(2, to + 16 * to_row, to_row)
-        _load(3, to + 16 * to_row + 64, to_row)
+        load(0, to, to_row)
+        load(1, to + 64, to_row)
+        load(2, to + 16 * to_row, to_row)
+        load(3, to + 16 * to_row + 64, to_row)
     for t in range(times):
         a, b = left + t * left_step, right + t * right_step
-        _load(4, a, left_row)
-        _load(5, a + 16 * left_row, left_row)
-        _load(6, b, right_row)
-        _load(7, b + 64, right_row)
-        _dot(0, 4, 6)
-        _dot(1, 4, 7)
-        _dot(2, 5, 6)
-        _dot(3, 5, 7)
-    _store(0, to, to_row)
-    _store(1, to + 64, to_row)
-    _store(2, to + 16 * to_row, to_row)
-    _store(3, to + 16 * to_row + 64, to_row)
+        load(4, a, left_row)
+        load(5, a + 16 * left_row, left_row)
+        load(6, b, right_row)
+        load(7, b + 64, right_row)
+        dot(0, 4, 6)
+        dot(1, 4, 7)
+        dot(2, 5, 6)
+        dot(3, 5, 7)
+    store(0, to, to_row)
+    store(1, to + 64, to_row)
+    store(2, to + 16 * to_row, to_row)
+    store(3, to + 16 * to_row + 64, to_row)
 
 
 # Rows of a block, 32 numbers ------------------------------------------------------------------------------------------
@@ -188,6 +201,28 @@ def rounded(context: Any, row: Any, factor: Any, to: Any) -> Any:
         return c.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), build
+
+
+_SHORTS = ir.VectorType(ir.IntType(16), SIDE)
+
+
+def _shorts(b: Any, address: Any) -> Any:
+    return b.inttoptr(address, _SHORTS.as_pointer())
+
+
+@intrinsic
+def pair_rows(context: Any, upper: Any, lower: Any, to: Any) -> Any:
+    """Two rows of 32 numbers of bf16 as 32 pairs."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        rows = [b.load(_shorts(b, a[i]), align=2) for i in (0, 1)]
+        for half in (0, 1):
+            chosen = [16 * half + j // 2 + (SIDE if j % 2 else 0) for j in range(SIDE)]
+            mixed = b.shuffle_vector(*rows, ir.Constant(ir.VectorType(ir.IntType(32), SIDE), chosen))
+            b.store(mixed, _shorts(b, b.add(a[2], _LONG(64 * half))), align=2)
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 @intrinsic

@@ -24,7 +24,7 @@ from app.errors import StudioError
 from app.estimate_memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker import attention, checkpoint, kernels, optim, processes, results
+from worker import attention, checkpoint, kernels, optim, processes, results, rooms
 from worker.checkpoint import State, relative
 from worker.classifier import plain
 from worker.course import Course, course_of, seconds_expected
@@ -146,7 +146,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     strategy.begin(body_of(model), course.total_steps)
 
     parts = parts_of(lesson, model, engine, course)
-    facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256, **({"whole": True} if wholes else {})}
+    facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
+    if wholes:
+        facts["whole"] = "apart" if rooms.keep(wholes, parts, run.accumulation, optimizer) else True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order

@@ -11,8 +11,9 @@ the table of words only the rows that were read have a gradient: it is kept as i
 a matrix as large as the table for each part. A gated feed-forward layer, down(act(gate) · up), keeps gate and up alone and makes what
 it multiplies anew (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174).
 
-Every gradient is added in the order of the parts (`worker/abreast.py`), so a step is the same to the bit each time. (Weights in float32
-beside rounded copies: Micikevicius et al. 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740, section 3.1.)
+Gradients are kept apart by part (`worker/rooms.py`), or else added in the order of the parts (`worker/abreast.py`), so a step is the same
+to the bit each time. (Weights in float32 beside rounded copies: Micikevicius et al. 2018, Mixed Precision Training,
+https://arxiv.org/abs/1710.03740, section 3.1.)
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import torch.nn.functional as F
 from app.strategies import Strategy
 from worker import processes, simd
 from worker.abreast import Abreast
+from worker.adamw_cpu import Pieces
 from worker.device import Engine
 from worker.gated import GATED, Gate, gate_and_up, gate_of, gated, gated_back, halves
+from worker.rooms import Rooms, leave
 from worker.together import Together, siblings
 
 MOST_LAID_BY = 2
@@ -45,6 +48,10 @@ class Whole:
         self.weight, self.kind, self.abreast = weight, kind, abreast
         self.copy: torch.Tensor | None = None
         self.room: torch.Tensor | None = None  # where the gradient is put in every step, so that it leaves no holes in a thread's memory
+        self.multiplies = False  # or is read row by row alone
+        self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and what it is yet to be multiplied by
+        self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of a table, and what they add to what is kept
+        self.rooms = Rooms([self])
         self.rounded_at: tuple[int, int] | None = None
         self.lock = threading.Lock()
         self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, rows of a table, their gradients), not yet added
@@ -68,6 +75,10 @@ class Whole:
     def moved(self) -> None:
         """Tell that the weight has other values: torch's fused optimizer does not count as a change of a tensor."""
         self.rounded_at = None
+
+    def follows(self) -> None:
+        """Tell that the weight has other values and the rounded ones are theirs already."""
+        self.rounded_at = (self.weight.data_ptr(), self.weight._version)
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add a part's gradient in its turn."""
@@ -102,18 +113,49 @@ class Whole:
         return self.room
 
     def settle(self) -> None:
-        """Add what the parts kept for the rows of a table."""
-        if self.read and self.weight.grad is None:
-            self.weight.grad = self._room().zero_()
-        for _, rows, gradients in sorted(self.read, key=lambda kept: kept[0]):
-            self.weight.grad.index_add_(0, rows, gradients)
+        """Add what the parts kept for the rows of a table, and what they kept apart where it cannot stay so."""
+        read = sorted(self.read, key=lambda kept: kept[0])
         self.read.clear()
+        if self.kept and self.weight.grad is None:
+            self.sparse = _sum_of_rows(read) if read else None
+            return
+        if (read or self.kept) and self.weight.grad is None:
+            self.weight.grad = self._room().zero_()
+        for _, (gradient, scale) in sorted(self.kept.items()):
+            self.weight.grad.add_(gradient, alpha=scale)
+        self.kept.clear()
+        if self.sparse is not None:
+            self.weight.grad.index_add_(0, *self.sparse)
+            self.sparse = None
+        for _, rows, gradients in read:
+            self.weight.grad.index_add_(0, rows, gradients)
+
+    def pieces(self) -> Pieces:
+        """The gradient as it is kept."""
+        first, *more = (self.kept[place] for place in sorted(self.kept))
+        second = more[0] if more else (first[0], 0.0)
+        height, width = self.weight.shape
+        if self.sparse is None:
+            return Pieces(first[0], second[0], (first[1], second[1]), torch.zeros(1, width), None)
+        rows, gradients = self.sparse
+        place = torch.full((height,), len(rows), dtype=torch.int32)
+        place[rows] = torch.arange(len(rows), dtype=torch.int32)
+        return Pieces(first[0], second[0], (first[1], second[1]), F.pad(gradients, (0, 0, 0, 1)), place)
+
+
+def _sum_of_rows(read: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (R,) that were read, and the sums of their gradients (R, K)."""
+    rows, which = torch.cat([rows for _, rows, _ in read]).unique(return_inverse=True)
+    gradients = torch.cat([gradients for *_, gradients in read]).float()
+    return rows, torch.zeros(len(rows), gradients.shape[1]).index_add_(0, which, gradients)
 
 
 def give_back(wholes: Sequence[Whole]) -> None:
     """Let go of the gradients' places, when no step follows."""
     for whole in wholes:
         whole.weight.grad = whole.room = None
+        whole.rooms.rooms = []
+    leave(wholes)
 
 
 def settle(wholes: Sequence[Whole]) -> None:
@@ -123,10 +165,10 @@ def settle(wholes: Sequence[Whole]) -> None:
 
 
 def move(wholes: Sequence[Whole], abreast: Abreast) -> None:
-    """Round the weights anew after an optimizer step, side by side."""
-    for whole in wholes:
+    """Round the weights that the optimizer moved by `weight.grad` anew, side by side."""
+    used = [whole for whole in wholes if whole.copy is not None and whole.weight.grad is not None]
+    for whole in used:
         whole.moved()
-    used = [whole for whole in wholes if whole.copy is not None]
     abreast.map(lambda own: [whole.rounded() for whole in own], [used[i :: abreast.threads] for i in range(abreast.threads)])
 
 
@@ -140,19 +182,17 @@ class _Product(torch.autograd.Function):
     """x (T, K) times the weights of n layers, (ΣN, K) in `joined`, and their biases: one (T, ΣN)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, wholes: tuple[Whole, ...], bias: torch.Tensor | None, *_: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: Rooms, bias: torch.Tensor | None, *weights: Any) -> Any:
         ctx.save_for_backward(x)
-        ctx.joined, ctx.wholes = joined, wholes
+        ctx.joined, ctx.rooms, ctx.count = joined, rooms, len(weights)
         return F.linear(x, joined, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         dx = dy @ ctx.joined if ctx.needs_input_grad[0] else None
-        gradient = dy.t() @ x
-        for whole, part in zip(ctx.wholes, gradient.split([whole.weight.shape[0] for whole in ctx.wholes]), strict=True):
-            whole.add(part)
-        return (dx, None, None, dy.sum(0) if ctx.needs_input_grad[3] else None, *(None for _ in ctx.wholes))
+        ctx.rooms.take(dy, x)
+        return (dx, None, None, dy.sum(0) if ctx.needs_input_grad[3] else None, *[None] * ctx.count)
 
 
 class _Group(Together):
@@ -164,6 +204,7 @@ class _Group(Together):
         self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
         for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
             whole.copy = part
+        Rooms(self.wholes)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         for whole in self.wholes:
@@ -177,7 +218,7 @@ def product(x: torch.Tensor, layers: Sequence[WholeLinear], joined: torch.Tensor
     biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     # The weights themselves are given so that a gradient is made also where x needs none.
-    y = _Product.apply(flat, joined, tuple(layer.weight.whole for layer in layers), bias, *(layer.weight for layer in layers))
+    y = _Product.apply(flat, joined, layers[0].weight.whole.rooms, bias, *(layer.weight for layer in layers))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -222,13 +263,13 @@ class _Gated(torch.autograd.Function):
         if isinstance(ctx.act, Gate):
             both, inner = gated_back(gate, up, dy @ ctx.copy, ctx.act, again=True)
             assert inner is not None
-            ctx.whole.add(dy.t() @ inner)
+            ctx.whole.rooms.take(dy, inner)
             return (None, None, d_bias, None, *((both,) if len(given) == 1 else halves([both])))
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             active = ctx.act(source)
         lit = active.detach()
-        ctx.whole.add(dy.t() @ (lit * up))
+        ctx.whole.rooms.take(dy, lit * up)
         d_inner = dy @ ctx.copy
         (d_gate,) = torch.autograd.grad(active, source, d_inner * up)
         d_up = d_inner.mul_(lit)
@@ -295,10 +336,12 @@ def use_whole(model: torch.nn.Module, engine: Engine) -> list[Whole]:
     for module in ours:
         if id(module.weight) not in wholes:
             wholes[id(module.weight)] = Whole(module.weight, engine.compute, engine.abreast)
+        wholes[id(module.weight)].multiplies |= isinstance(module, torch.nn.Linear)
         module.__class__ = WholeTable if isinstance(module, torch.nn.Embedding) else WholeLinear
     if engine.compute != torch.float32:
         for layers in siblings(model, WholeLinear):
-            _Group(layers)
+            if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded weight lies in one place
+                _Group(layers)
     for module in list(model.modules()):
         if type(module).__name__ in GATED and type(module.down_proj) is WholeLinear and not module.down_proj._forward_hooks:
             module.__class__ = _lean(type(module))

@@ -57,6 +57,13 @@ def test_a_stream_goes_on_from_any_place() -> None:
         assert list(itertools.islice(stream(sizes, 64, seed=3, start=start), 60 - start)) == whole[start:]
 
 
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=11))
+def test_two_parts_are_as_even_as_can_be(lengths: list[int]) -> None:
+    nearest = min(abs(sum(lengths) - 2 * sum(chosen)) for n in range(len(lengths)) for chosen in itertools.combinations(lengths, n))
+    found = [sum(lengths[r] for r in part) for part in divide(range(len(lengths)), lengths, 2)]
+    assert found == [sum(lengths)] or abs(found[0] - found[1]) == nearest
+
+
 @given(lengths=lengths, parts=st.integers(1, 8))
 @example(lengths=[5, *[6] * 6], parts=6)  # in six parts one would have two rows
 def test_parts_of_a_pack_are_even_or_it_stays_whole(lengths: list[int], parts: int) -> None:

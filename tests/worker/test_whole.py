@@ -105,6 +105,19 @@ def test_gradients_are_those_of_autograd(family: str, precision: str, tokens: in
     assert all(torch.equal(found[name], again[name]) for name in found), "the same to the bit"
 
 
+def test_weights_that_layers_share_learn_from_all_of_them() -> None:
+    model, engine, packs = model_of("tied"), engine_of("bf16"), [[0, 1], [2, 3]]
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight, second.v_proj.weight = first.q_proj.weight, first.k_proj.weight
+    loss, expected = gradients(model, engine, packs, 9)
+    wholes = use_whole(model, engine)
+    assert first.q_proj.group is None and first.o_proj.group is None and model.model.layers[1].mlp.up_proj.group is not None
+    ours, found = gradients(model, engine, packs, 9, wholes)
+    assert ours == pytest.approx(loss, rel=2e-3) and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 2e-2 * gradient.norm(), name
+
+
 def test_rounded_weights_follow_the_optimizer_and_whatever_else_moves_them() -> None:
     model, engine = model_of("tied"), engine_of("bf16")
     wholes = use_whole(model, engine)

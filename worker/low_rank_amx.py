@@ -1,0 +1,246 @@
+"""The small products of LoRA's layers by a CPU's matrix units (AMX): what a core has to wait for is x and dy, so each is read once.
+
+    project    x (T, K) · A ᵀ            with A (r, K):      (T, r)
+    both       dy (T, N) · B             with B (N, r):      (T, r)
+               lowᵀ · dy, turned         with low (T, r):    (N, r), float32
+    gather     lowᵀ · x                  with low (T, r):    (r, K), float32
+
+T, K and N are whole thirty-twos, r is any. As products of their own these took a seventh of a step: with a rank of 16 a product of oneDNN
+reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. (The units' layouts: `worker/tiles.py`.)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import numpy as np
+import torch
+
+from worker import attention_amx
+from worker.simd import F, addresses, inlined, kernel, narrow, row_of
+from worker.tiles import SIDE, configure, dot, load, pair_rows, release, shapes, store, turn, zero
+
+log = logging.getLogger(__name__)
+
+HALF, WORD = np.uint16(0), np.uint32(0)
+LANE = 16
+"""Ranks that are computed at once: the columns of a tile."""
+TILE = 1024
+"""Bytes of a tile."""
+
+
+@kernel
+def _lay_rows(x, step, rows, columns, y):
+    """x (rows, columns) as tiles of 32 rows of 16 columns in pairs of rows: for each sixteen columns all of them, zeros beyond `columns`."""
+    lanes = (columns + LANE - 1) // LANE
+    for lane in range(lanes):
+        width = min(LANE, columns - lane * LANE)
+        for i in range(rows // 2):
+            A, B = row_of(x + 2 * LANE * lane, 2 * i, step, width, HALF), row_of(x + 2 * LANE * lane, 2 * i + 1, step, width, HALF)
+            Y = row_of(y + lane * (rows // SIDE) * TILE, i, 64, LANE, WORD)
+            for j in range(width):
+                Y[j] = np.uint32(A[j]) | (np.uint32(B[j]) << np.uint32(16))
+            for j in range(width, LANE):
+                Y[j] = WORD
+
+
+@kernel
+def _lay_turned(x, step, columns, rows, room, y):
+    """The same of what lies turned, x (columns, rows)."""
+    lanes = (columns + LANE - 1) // LANE
+    for lane in range(lanes):
+        height = min(LANE, columns - lane * LANE)
+        for s in range(rows // SIDE):
+            source, line = x + lane * LANE * step + 64 * s, step
+            if height < LANE:
+                for j in range(LANE):
+                    Y = row_of(room, j, 64, LANE, WORD)
+                    for i in range(LANE):
+                        Y[i] = WORD
+                    if j < height:
+                        X = row_of(source, j, step, LANE, WORD)
+                        for i in range(LANE):
+                            Y[i] = X[i]
+                source, line = room, 64
+            turn(source, line, y + (lane * (rows // SIDE) + s) * TILE, 64)
+
+
+@inlined
+def _put(tile_at, out, out_row, lane, rank, rows):
+    """Rows of a tile of float32, rounded, in their lane of `out`."""
+    width = min(LANE, rank - lane * LANE)
+    for i in range(rows):
+        S, Y = row_of(tile_at, i, 64, LANE, F(0)), row_of(out + 2 * LANE * lane, i, out_row, width, HALF)
+        for j in range(width):
+            Y[j] = narrow(S[j], HALF)
+
+
+@kernel
+def _project(x, step, rows, width, right, rank, out, out_row, room, config):
+    steps, lanes = width // SIDE, (rank + LANE - 1) // LANE
+    configure(config)
+    for first in range(0, rows, SIDE):
+        for lane in range(lanes):
+            zero(0)
+            zero(1)
+            for s in range(steps):
+                at = x + first * step + 64 * s
+                load(6, right + (lane * steps + s) * TILE, 64)
+                load(4, at, step)
+                dot(0, 4, 6)
+                load(5, at + LANE * step, step)
+                dot(1, 5, 6)
+            store(0, room, 64)
+            store(1, room + TILE, 64)
+            _put(room, out + first * out_row, out_row, lane, rank, SIDE)
+    release()
+
+
+@kernel
+def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config):
+    """`sums` (16 ⌈rank / 16⌉, width) = lowᵀ x, and where `right` is not 0 `back` (rows, rank) = x times it. 64 rows at a time, so that the
+    sums are fetched half as often."""
+    steps, lanes, sums_row = width // SIDE, (rank + LANE - 1) // LANE, 4 * width
+    turned, pairs = room, room + 2 * TILE
+    found = pairs + 2 * TILE
+    configure(config)
+    for lane in range(lanes):
+        for first in range(0, rows, 2 * SIDE):
+            halves = min(2, (rows - first) // SIDE)
+            for h in range(halves):
+                _lay_rows(low + (first + SIDE * h) * low_row + 2 * LANE * lane, low_row, SIDE, min(LANE, rank - lane * LANE), pairs)
+                turn(pairs, 64, turned + h * TILE, 64)
+            zero(0)
+            zero(1)
+            zero(2)
+            zero(3)
+            for s in range(steps):
+                at, to = x + first * step + 64 * s, sums + lane * LANE * sums_row + 128 * s
+                if right:
+                    load(6, right + (lane * steps + s) * TILE, 64)
+                    load(7, at, step)
+                    dot(0, 7, 6)
+                    load(7, at + LANE * step, step)
+                    dot(1, 7, 6)
+                    if halves == 2:
+                        load(7, at + SIDE * step, step)
+                        dot(2, 7, 6)
+                        load(7, at + (SIDE + LANE) * step, step)
+                        dot(3, 7, 6)
+                if first:
+                    load(4, to, sums_row)
+                    load(5, to + 64, sums_row)
+                else:
+                    zero(4)
+                    zero(5)
+                for h in range(halves):
+                    for i in range(LANE):
+                        pair = at + (SIDE * h + 2 * i) * step
+                        pair_rows(pair, pair + step, pairs + 128 * i)
+                    load(6, turned + h * TILE, 64)
+                    load(7, pairs, 128)
+                    dot(4, 6, 7)
+                    load(7, pairs + 64, 128)
+                    dot(5, 6, 7)
+                store(4, to, sums_row)
+                store(5, to + 64, sums_row)
+            if right:
+                store(0, found, 64)
+                store(1, found + TILE, 64)
+                store(2, found + 2 * TILE, 64)
+                store(3, found + 3 * TILE, 64)
+                _put(found, back + first * back_row, back_row, lane, rank, halves * SIDE)
+    release()
+
+
+@kernel
+def _turn_sums(sums, lanes, width, out, out_row):
+    """float32 (16 lanes, width) as (width, 16 lanes)."""
+    for lane in range(lanes):
+        for s in range(width // LANE):
+            turn(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + s * LANE * out_row + 64 * lane, out_row)
+
+
+def _row(x: torch.Tensor) -> int:
+    return x.stride(0) * x.itemsize
+
+
+def _lanes(rank: int) -> int:
+    return -(-rank // LANE)
+
+
+def fits(*wide: torch.Tensor) -> bool:
+    """Whether the units take matrices (…, K): bf16, whole thirty-twos, their rows' numbers side by side, and one thread for them. A
+    product of several threads would have to be cut for them."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x.dtype == torch.bfloat16 and x.shape[1] % SIDE == 0 and x.stride(1) == 1 and x.device.type == "cpu" for x in wide)
+        and wide[0].shape[0] % SIDE == 0
+        and torch.get_num_threads() == 1
+        and works()
+    )
+
+
+@functools.cache
+def works() -> bool:
+    """Whether this processor has the units and the kernels give with them what they should, tried once."""
+    if not attention_amx.works():
+        return False
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            x, low = (torch.linspace(-2, 2, 32 * n).sin().bfloat16().view(32, n) for n in (32, 3))
+            back = torch.empty_like(low)
+            found = [project(x, low.t().contiguous()), both(x, low, low, back), back, gather(x, low)]
+            wanted = [x.float() @ low.float(), x.float().t() @ low.float(), x.float() @ low.float(), low.float().t() @ x.float()]
+            return all(torch.allclose(a.float(), b, rtol=0.02, atol=0.02) for a, b in zip(found, wanted, strict=True))
+    except Exception as error:
+        log.warning("The matrix units cannot be used for LoRA's small products: %s: %s", type(error).__name__, error)
+        return False
+
+
+def _room(tiles: int) -> torch.Tensor:
+    return torch.empty(tiles * TILE, dtype=torch.uint8)
+
+
+def _check(wide: torch.Tensor, *narrow: tuple[torch.Tensor, tuple[int, int]]) -> None:
+    """Raise ValueError for what would be read or written beyond its end."""
+    if wide.shape[0] % SIDE or wide.shape[1] % SIDE:
+        raise ValueError(f"the units take whole thirty-twos, not {tuple(wide.shape)}")
+    for x, shape in ((wide, tuple(wide.shape)), *narrow):
+        if tuple(x.shape) != shape or x.dtype != torch.bfloat16 or x.stride(1) != 1:
+            raise ValueError(f"{tuple(x.shape)} in {x.dtype} with strides {x.stride()} where rows of {shape} in bf16 are needed")
+
+
+def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x (T, K) · downᵀ with down (r, K), bf16: (T, r). Raises ValueError for what does not fit, as the others do."""
+    (rows, width), rank = x.shape, down.shape[0]
+    _check(x, (down, (rank, width)))
+    out, room, right = torch.empty(rows, rank, dtype=x.dtype), _room(2), _room(_lanes(rank) * (width // SIDE))
+    x_at, down_at, out_at, right_at, own = addresses(x, down, out, right, room)
+    _lay_turned(down_at, _row(down), rank, width, own, right_at)
+    _project(x_at, _row(x), rows, width, right_at, rank, out_at, _row(out), own, *addresses(shapes()))
+    return out
+
+
+def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """dy (T, N) · up (N, r) into `back` (T, r), all bf16; returns dyᵀ · low (T, r), (N, r) in float32."""
+    (rows, width), rank = dy.shape, up.shape[1]
+    _check(dy, (up, (width, rank)), (low, (rows, rank)), (back, (rows, rank)))
+    lanes, right, room = _lanes(rank), _room(_lanes(rank) * (width // SIDE)), _room(8)
+    sums, out = torch.empty(lanes * LANE, width), torch.empty(width, lanes * LANE)
+    dy_at, up_at, low_at, back_at, sums_at, right_at, own = addresses(dy, up, low, back, sums, right, room)
+    _lay_rows(up_at, _row(up), width, rank, right_at)
+    _pass(dy_at, _row(dy), rows, width, low_at, _row(low), rank, right_at, back_at, _row(back), sums_at, own, *addresses(shapes()))
+    _turn_sums(sums_at, lanes, width, *addresses(out), _row(out))
+    return out if lanes * LANE == rank else out[:, :rank]
+
+
+def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """lowᵀ · x with low (T, r) and x (T, K), bf16: (r, K) in float32."""
+    (rows, width), rank = x.shape, low.shape[1]
+    _check(x, (low, (rows, rank)))
+    sums, room = torch.empty(_lanes(rank) * LANE, width), _room(8)
+    x_at, low_at, sums_at, own = addresses(x, low, sums, room)
+    _pass(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, own, *addresses(shapes()))
+    return sums[:rank]
