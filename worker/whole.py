@@ -204,7 +204,7 @@ class _Group(Together):
         self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
         for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
             whole.copy = part
-        Rooms(self.wholes)
+        Rooms(self.wholes)  # they know it as theirs
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         for whole in self.wholes:
