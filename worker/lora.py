@@ -48,6 +48,7 @@ class _Rounded(NamedTuple):
 
     down: torch.Tensor
     ups: tuple[torch.Tensor, ...]
+    lifts: torch.Tensor | None  # all s B, turned, each beside and below the one before: (Σr, ΣN); not for the way back
 
 
 class _Product(torch.autograd.Function):
@@ -66,9 +67,7 @@ class _Product(torch.autograd.Function):
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
         low = low_rank_amx.project(x, rounded.down) if low_rank_amx.fits(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
-        lift = [up.t() for up in rounded.ups]
-        lifts = lift[0] if len(lift) == 1 else torch.block_diag(*lift)  # (Σr, ΣN)
-        y = low @ lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, lifts)
+        y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
         if isinstance(joined, Fp8Weight):
             y += fp8.product(x, *joined)
         elif joined is not None:
@@ -87,17 +86,21 @@ class _Product(torch.autograd.Function):
         x, low, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype)
+        rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
         in_tiles = low_rank_amx.fits(x, *parts)
         if in_tiles:  # what came back of each, (T, Σr), and the gradients of B but for s
             joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
             backs = joined.split([up.shape[1] for up in ups], 1)
-            d_ups = [low_rank_amx.both(*given) for given in zip(parts, rounded.ups, lows, backs, strict=True)]
+            d_ups = [low_rank_amx.both(*given) for given in zip(parts, rounded.ups, lows, backs, ctx.scales, strict=True)]
         else:
             back = [part @ up for part, up in zip(parts, rounded.ups, strict=True)]
             joined = back[0] if count == 1 else torch.cat(back, 1)
-            d_ups = [(own.t() @ part).t() for own, part in zip(lows, parts, strict=True)]
+            turned = [own.t() @ part for own, part in zip(lows, parts, strict=True)]
+            d_ups = [
+                d_up.t().to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
+                for d_up, up, scale in zip(turned, ups, ctx.scales, strict=True)
+            ]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = joined @ rounded.down
@@ -111,10 +114,14 @@ class _Product(torch.autograd.Function):
         d_down_all = low_rank_amx.gather(x, joined) if in_tiles else joined.t() @ x
         found: list[Any] = []
         d_downs = d_down_all.split([down.shape[0] for down in downs])
-        for up, down, d_up, d_down, scale in zip(ups, downs, d_ups, d_downs, ctx.scales, strict=True):
-            d_up = d_up.to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
-            found += [None, None, d_down.to(down.dtype), d_up]
+        for up, down, d_up, d_down in zip(ups, downs, d_ups, d_downs, strict=True):
+            found += [None, None, _as(d_down, down.dtype), _as(d_up, up.dtype)]
         return dx, None, None, None, None, *found
+
+
+def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a type. Where it is of that type torch is not asked: each call hands the interpreter to another part's thread."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -130,9 +137,15 @@ def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.
     return biases[0].to(dtype) if len(biases) == 1 else torch.cat([bias.to(dtype) for bias in biases])
 
 
-def _round(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
+def _round(
+    downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype, back: bool = False
+) -> _Rounded:
     down = downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
-    return _Rounded(down.contiguous(), tuple((up * scale).to(dtype).contiguous() for up, scale in zip(ups, scales, strict=True)))
+    found = tuple((up * scale).to(dtype).contiguous() for up, scale in zip(ups, scales, strict=True))
+    if back:
+        return _Rounded(down.contiguous(), found, None)
+    turned = [up.t() for up in found]
+    return _Rounded(down.contiguous(), found, turned[0] if len(turned) == 1 else torch.block_diag(*turned))
 
 
 _steps = 0
@@ -184,7 +197,7 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
 def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`."""
     compute = compute_type(x)
-    flat = x.reshape(-1, x.shape[-1]).to(compute)
+    flat = _as(x.reshape(-1, x.shape[-1]), compute)
     stretched = hasattr(layers[0], "squares")  # DoRA, whose lengths leave a bias as it is
     tensors: list[Any] = []
     scales: list[float] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 
 import numpy as np
 import torch
@@ -77,8 +78,9 @@ def _put(tile_at, out, out_row, lane, rank, rows):
 
 
 @kernel
-def _project(x, step, rows, width, right, rank, out, out_row, room, config):
-    steps, lanes = width // SIDE, (rank + LANE - 1) // LANE
+def _project(x, step, rows, width, down, down_row, rank, out, out_row, room, config):
+    steps, lanes, right = width // SIDE, (rank + LANE - 1) // LANE, room + 2 * TILE
+    _lay_turned(down, down_row, rank, width, room, right)
     configure(config)
     for first in range(0, rows, SIDE):
         for lane in range(lanes):
@@ -155,11 +157,18 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
 
 
 @kernel
-def _turn_sums(sums, lanes, width, out, out_row):
-    """float32 (16 lanes, width) as (width, 16 lanes)."""
+def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row, out, scale, room, config):
+    lanes, c = (rank + LANE - 1) // LANE, F(scale)
+    sums = room + 8 * TILE
+    right = sums + lanes * LANE * 4 * width
+    _lay_rows(up, up_row, width, rank, right)
+    _pass(dy, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config)
+    S = row_of(sums, 0, 0, lanes * LANE * width, F(0))
+    for i in range(lanes * LANE * width):
+        S[i] *= c
     for lane in range(lanes):
         for s in range(width // LANE):
-            turn(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + s * LANE * out_row + 64 * lane, out_row)
+            turn(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + 4 * LANE * (s * LANE * lanes + lane), 4 * LANE * lanes)
 
 
 def _row(x: torch.Tensor) -> int:
@@ -199,8 +208,16 @@ def works() -> bool:
         return False
 
 
-def _room(tiles: int) -> torch.Tensor:
-    return torch.empty(tiles * TILE, dtype=torch.uint8)
+_here = threading.local()  # .room: what this thread's kernels work in
+
+
+def _room(size: int) -> int:
+    """Where so many bytes lie that are this thread's own. A tensor of its own for each call would be one more call of torch's, and each of
+    these hands the interpreter to a thread that waits for it, which a virtual machine wakes slowly."""
+    room = getattr(_here, "room", None)
+    if room is None or room.nbytes < size:
+        room = _here.room = torch.empty(size, dtype=torch.uint8)
+    return room.data_ptr()
 
 
 def _check(wide: torch.Tensor, *narrow: tuple[torch.Tensor, tuple[int, int]]) -> None:
@@ -216,31 +233,29 @@ def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """x (T, K) · downᵀ with down (r, K), bf16: (T, r). Raises ValueError for what does not fit, as the others do."""
     (rows, width), rank = x.shape, down.shape[0]
     _check(x, (down, (rank, width)))
-    out, room, right = torch.empty(rows, rank, dtype=x.dtype), _room(2), _room(_lanes(rank) * (width // SIDE))
-    x_at, down_at, out_at, right_at, own = addresses(x, down, out, right, room)
-    _lay_turned(down_at, _row(down), rank, width, own, right_at)
-    _project(x_at, _row(x), rows, width, right_at, rank, out_at, _row(out), own, *addresses(shapes()))
+    out, room = torch.empty(rows, rank, dtype=x.dtype), _room(TILE * (2 + _lanes(rank) * width // SIDE))
+    x_at, down_at, out_at, config = addresses(x, down, out, shapes())
+    _project(x_at, _row(x), rows, width, down_at, _row(down), rank, out_at, 2 * rank, room, config)
     return out
 
 
-def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """dy (T, N) · up (N, r) into `back` (T, r), all bf16; returns dyᵀ · low (T, r), (N, r) in float32."""
+def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """dy (T, N) · up (N, r) into `back` (T, r), all bf16; returns `scale` · dyᵀ · low (T, r), (N, r) in float32."""
     (rows, width), rank = dy.shape, up.shape[1]
     _check(dy, (up, (width, rank)), (low, (rows, rank)), (back, (rows, rank)))
-    lanes, right, room = _lanes(rank), _room(_lanes(rank) * (width // SIDE)), _room(8)
-    sums, out = torch.empty(lanes * LANE, width), torch.empty(width, lanes * LANE)
-    dy_at, up_at, low_at, back_at, sums_at, right_at, own = addresses(dy, up, low, back, sums, right, room)
-    _lay_rows(up_at, _row(up), width, rank, right_at)
-    _pass(dy_at, _row(dy), rows, width, low_at, _row(low), rank, right_at, back_at, _row(back), sums_at, own, *addresses(shapes()))
-    _turn_sums(sums_at, lanes, width, *addresses(out), _row(out))
-    return out if lanes * LANE == rank else out[:, :rank]
+    lanes = _lanes(rank)
+    out, room = torch.empty(width, lanes * LANE), _room(TILE * (8 + lanes * width // SIDE) + lanes * LANE * 4 * width)
+    dy_at, up_at, low_at, back_at, out_at, config = addresses(dy, up, low, back, out, shapes())
+    sides = dy_at, _row(dy), rows, width, up_at, _row(up), low_at, _row(low), rank
+    _both(*sides, back_at, _row(back), out_at, scale, room, config)
+    return out if lanes * LANE == rank else out[:, :rank].contiguous()
 
 
 def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """lowᵀ · x with low (T, r) and x (T, K), bf16: (r, K) in float32."""
     (rows, width), rank = x.shape, low.shape[1]
     _check(x, (low, (rows, rank)))
-    sums, room = torch.empty(_lanes(rank) * LANE, width), _room(8)
-    x_at, low_at, sums_at, own = addresses(x, low, sums, room)
-    _pass(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, own, *addresses(shapes()))
-    return sums[:rank]
+    sums, room = torch.empty(_lanes(rank) * LANE, width), _room(8 * TILE)
+    x_at, low_at, sums_at, config = addresses(x, low, sums, shapes())
+    _pass(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, room, config)
+    return sums if sums.shape[0] == rank else sums[:rank]
