@@ -55,7 +55,7 @@ def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
         openai_client.chat.completions.create(model="tiny", **ASK)
     assert caught.value.status_code == 503 and caught.value.code == "training_needs_memory"
     standby.give_room_back(job)
-    wait_until(lambda: not standby.everyone()[0].training_bytes, what="the end of training", seconds=10)
+    wait_until(lambda: not any(one.training_bytes for one in standby.everyone()), what="the end of training", seconds=10)
     openai_client.chat.completions.create(model="tiny", **ASK)
     wait_until(lambda: "models/tiny" in loaded(), what="the model standing ready again", seconds=10)
     wait_until(lambda: "models/tiny" not in loaded(), what="an idle model put away", seconds=10)
