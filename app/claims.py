@@ -21,14 +21,15 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, delete, func, literal_column, select, update
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, queue
+from app.leases import could_beat, lease, now
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Event, Job, Outbox
@@ -67,31 +68,6 @@ class Wishes:
 
 class FenceLost(Exception):
     """Another attempt holds the job, or it was ended: this one must stop its trainer and write nothing more."""
-
-
-def now() -> ColumnElement[datetime]:
-    return func.clock_timestamp(type_=DateTime(timezone=True))
-
-
-def _lease() -> ColumnElement[datetime]:
-    return now() + timedelta(seconds=get_settings().lease_seconds)
-
-
-def answering_since() -> ColumnElement[datetime]:
-    """When the database began to let anybody in.
-
-    A server that recovers from a crash runs for as long as that takes before it lets anybody in; its launchers start when it does
-    (`src/backend/postmaster/postmaster.c`, PM_RUN). Where this role may not see when that was, the server's start is taken.
-    """
-    launchers = (
-        "SELECT max(backend_start) FROM pg_stat_activity WHERE backend_type IN ('autovacuum launcher', 'logical replication launcher')"
-    )
-    return literal_column(f"coalesce(({launchers}), pg_postmaster_start_time())", DateTime(timezone=True))
-
-
-def could_beat() -> ColumnElement[bool]:
-    """The database has answered for a whole lease, long enough for every healthy worker to have renewed its own."""
-    return answering_since() < now() - timedelta(seconds=get_settings().lease_seconds)
 
 
 def _lapsed() -> ColumnElement[bool]:
@@ -163,7 +139,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
             status="running",
             fence=Job.fence + 1,
             attempt=Job.attempt + 1,
-            lease_until=_lease(),
+            lease_until=lease(),
             worker=worker,
             started_at=func.coalesce(Job.started_at, now()),
             save_requested=False,
@@ -180,7 +156,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
 def beat(session: Session, held: Claim) -> Wishes:
     """Renew the lease and hear what people want. Raises FenceLost."""
     row = session.execute(
-        update(Job).where(_held(held)).values(lease_until=_lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
+        update(Job).where(_held(held)).values(lease_until=lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
     ).one_or_none()
     if row is None:
         raise FenceLost
@@ -206,7 +182,7 @@ def _key(held: Claim, number: int) -> uuid.UUID:
 
 def _changes(said: Sequence[events.TrainerEvent]) -> dict[str, Any]:
     """The columns of the job that these events move."""
-    changes: dict[str, Any] = {"lease_until": _lease()}
+    changes: dict[str, Any] = {"lease_until": lease()}
     for event in said:
         if isinstance(event, events.Started):
             changes |= {"total_steps": event.total_steps, "step": event.resumed_from or 0}

@@ -24,8 +24,9 @@ from sqlalchemy import ColumnElement, Select, select, update
 from sqlalchemy.orm import Session
 
 from app import blend, datasets, ids, jobs, models, queue
-from app.claims import BEHIND_A_BACKLOG, could_beat, now, storable
+from app.claims import BEHIND_A_BACKLOG, storable
 from app.errors import BadField, Conflict, NotFound
+from app.leases import could_beat, lease, now
 from app.orders import bad_field
 from app.settings import get_settings
 from app.spec import DatasetRef, ModelRef, Split, Task
@@ -313,10 +314,6 @@ class Claim:
     spec: EvaluationSpec
 
 
-def _lease() -> ColumnElement[Any]:
-    return now() + timedelta(seconds=get_settings().lease_seconds)
-
-
 def _held(claim: Claim) -> ColumnElement[bool]:
     e = Evaluation
     return (e.id == claim.id) & (e.fence == claim.fence) & (e.status == "running") & e.deleted_at.is_(None)
@@ -328,7 +325,7 @@ def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
     row = session.execute(
         update(Evaluation)
         .where(Evaluation.id == evaluation_id, Evaluation.deleted_at.is_(None), Evaluation.status == "queued")
-        .values(status="running", fence=Evaluation.fence + 1, lease_until=_lease(), progress=0.0, stage=None)
+        .values(status="running", fence=Evaluation.fence + 1, lease_until=lease(), progress=0.0, stage=None)
         .returning(Evaluation.fence, Evaluation.deaths, Evaluation.spec)
     ).one_or_none()
     return None if row is None else Claim(evaluation_id, row.fence, row.deaths, EvaluationSpec.model_validate(row.spec))
@@ -336,7 +333,7 @@ def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
 
 def beat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
     """Keep the lease; False when it is no longer ours: taken over, cancelled or deleted."""
-    values = {"lease_until": _lease(), "progress": progress, "stage": storable(stage)}
+    values = {"lease_until": lease(), "progress": progress, "stage": storable(stage)}
     return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
 
 

@@ -11,15 +11,16 @@ import shutil
 import tempfile
 import time
 import uuid
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, func, or_, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import checks, db, hub, manifest, queue, starters
 from app.errors import BadField, Conflict, Forbidden, StudioError
+from app.leases import lease, now
 from app.settings import get_settings
 from app.tables import Model, Outbox, User
 
@@ -267,18 +268,14 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     return {"kind": facts["kind"], "license": facts.get("license"), "source": facts["source"]}
 
 
-def _now() -> ColumnElement[datetime]:
-    return func.clock_timestamp(type_=DateTime(timezone=True))
-
-
 def _claim(model_id: uuid.UUID) -> int | None:
     """Take the fetch; its new fence, or None when there is nothing to do."""
     with db.transaction() as session:
-        free = or_(Model.lease_until.is_(None), Model.lease_until < _now())
+        free = or_(Model.lease_until.is_(None), Model.lease_until < now())
         return session.scalar(
             update(Model)
             .where(Model.id == model_id, Model.status == "fetching", Model.deleted_at.is_(None), free)
-            .values(fence=Model.fence + 1, lease_until=_now() + timedelta(seconds=get_settings().lease_seconds))
+            .values(fence=Model.fence + 1, lease_until=lease())
             .returning(Model.fence)
         )
 
@@ -293,11 +290,10 @@ class _Beat:
         if time.monotonic() - self.said < 1:
             return
         self.said = time.monotonic()
-        lease = _now() + timedelta(seconds=get_settings().lease_seconds)
         with db.transaction() as session:
             held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == "fetching") & Model.deleted_at.is_(None)
             progress = func.greatest(Model.progress, share)
-            if not session.execute(update(Model).where(held).values(lease_until=lease, progress=progress)).rowcount:
+            if not session.execute(update(Model).where(held).values(lease_until=lease(), progress=progress)).rowcount:
                 raise FetchLost
 
 
@@ -314,8 +310,8 @@ def reap(session: Session) -> None:
     """Announce fetches nobody holds once more, give up those whose workers keep dying, adopt starters that were fetched
     by hand, and sweep the folders of deleted models."""
     waiting = timedelta(seconds=get_settings().announce_again_seconds)
-    announced = select(Outbox.id).where(Outbox.key == Model.id, Outbox.created_at > _now() - waiting)
-    stale = or_(Model.lease_until.is_(None), Model.lease_until < _now())
+    announced = select(Outbox.id).where(Outbox.key == Model.id, Outbox.created_at > now() - waiting)
+    stale = or_(Model.lease_until.is_(None), Model.lease_until < now())
     query = select(Model).where(Model.status == "fetching", Model.deleted_at.is_(None), stale, ~announced.exists())
     for model in session.scalars(query.with_for_update(skip_locked=True)):
         if model.fence >= MOST_CLAIMS:
@@ -333,7 +329,7 @@ def reap(session: Session) -> None:
 
 def _sweep(session: Session) -> None:
     """Remove folders that a crash left behind after a model was deleted, an hour later, when nobody reads them."""
-    gone = select(Model).where(Model.deleted_at < _now() - timedelta(hours=1), Model.path.is_not(None)).limit(20)
+    gone = select(Model).where(Model.deleted_at < now() - timedelta(hours=1), Model.path.is_not(None)).limit(20)
     for model in session.scalars(gone.with_for_update(skip_locked=True)):
         root = get_settings().data_dir.resolve()
         folder = (root / str(model.path)).resolve()

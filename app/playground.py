@@ -300,7 +300,7 @@ def proof_line(
     adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int, engine: str | None = None
 ) -> str:
     """One line that says which weights spoke: what stands under an answer. Of an engine outside it says what was asked for."""
-    parts = [f"adapter {adapter_sha256[:6]} on revision" if adapter_sha256 else "base · revision", f" {(revision or '')[:6]}"]
+    parts = [f"adapter {adapter_sha256[:6]} on " if adapter_sha256 else "", f"revision {(revision or '')[:6]}"]
     speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
     return "".join(parts) + speed + f" · seed {seed}" + (f" · through {engine}" if engine else "")
 

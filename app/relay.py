@@ -23,7 +23,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import claims, logs, queue, workers
+from app import leases, logs, queue, workers
 from app.db import transaction
 from app.settings import get_settings
 from app.tables import Outbox
@@ -63,7 +63,7 @@ def database_is_settled(session: Session) -> bool:
     While it was away nobody could beat, so just after a restart every running job looks dead; each gets the time to
     beat once before the reaper judges.
     """
-    return bool(session.scalar(select(claims.could_beat())))
+    return bool(session.scalar(select(leases.could_beat())))
 
 
 def reap(session: Session) -> None:

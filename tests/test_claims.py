@@ -14,6 +14,7 @@ from sqlalchemy import func, select, text, update
 
 from app import claims, events, files, jobs
 from app.db import transaction
+from app.leases import answering_since
 from app.settings import get_settings
 from app.tables import Checkpoint, Event, File, Job, Model, Outbox
 from tests.orders import make_dataset, make_job
@@ -53,7 +54,7 @@ def leases(session, monkeypatch):
     """Leases pass only when a test says so, however slow the machine. The database of the tests has been up for longer
     than the lease that the reaper waits out after a restart."""
     get_settings().lease_seconds = 0.2
-    monkeypatch.setattr(claims, "_lease", lambda: claims.now() + timedelta(hours=1))
+    monkeypatch.setattr(claims, "lease", lambda: claims.now() + timedelta(hours=1))
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_the_database_says_since_when_it_lets_anybody_in(session):
     started, launched = session.execute(
         text("SELECT pg_postmaster_start_time(), max(backend_start) FROM pg_stat_activity WHERE backend_type LIKE '%launcher'")
     ).one()
-    assert started < launched == session.scalar(select(claims.answering_since()))
+    assert started < launched == session.scalar(select(answering_since()))
 
 
 def test_the_reaper_waits_for_a_database_that_just_started(job):

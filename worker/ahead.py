@@ -17,17 +17,22 @@ from pathlib import Path
 from app.machine import this_machine
 from app.settings import PROJECT, Settings
 
+MADE_OF = (
+    "simd.py", "tiles.py", "norms.py", "gated.py", "rotary.py", "softmax_cpu.py", "attention_amx.py", "low_rank_amx.py", "adamw_cpu.py",
+)  # fmt: skip
+"""Files in which kernels, or what they are written with, stand."""
+
 
 def folder() -> Path:
-    """Where compiled kernels are kept, made when missing. A kernel is compiled anew when its own file changes; what they are made of,
-    `worker/simd.py` and `tiles.py`, is part of the folder's name."""
+    """Where compiled kernels are kept, made when missing. A file of kernels that has changed, or what they are made of, has another
+    folder, so that `begin` sees that something is to be compiled."""
     given = os.environ.get("NUMBA_CACHE_DIR")
     found = Path(given) if given else Settings().data_dir.expanduser() / "cache" / "numba"
     try:
         found.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         found = Path(tempfile.mkdtemp(prefix="luthier-"))  # compiled again by every process
-    made_of = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "tiles.py"))
+    made_of = b"".join(Path(__file__).with_name(name).read_bytes() for name in MADE_OF)
     return found / hashlib.sha256(made_of).hexdigest()[:12]
 
 

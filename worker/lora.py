@@ -89,7 +89,7 @@ class _Product(torch.autograd.Function):
         rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
         in_tiles = low_rank_amx.fits(x, *parts)
-        if in_tiles:  # what came back of each, (T, Σr), and the gradients of B but for s
+        if in_tiles:  # what comes back of each, (T, Σr), and the gradients of B
             joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
             backs = joined.split([up.shape[1] for up in ups], 1)
             d_ups = [low_rank_amx.both(*given) for given in zip(parts, rounded.ups, lows, backs, ctx.scales, strict=True)]

@@ -27,14 +27,14 @@ class Rooms:
     """For weights (N, K) that share a product, (ΣN, K) for each part of a pack."""
 
     def __init__(self, wholes: Sequence[Whole]) -> None:
-        self.wholes = wholes
+        self.wholes, self.heights = wholes, [whole.weight.shape[0] for whole in wholes]
         self.rooms: list[torch.Tensor] = []
         for whole in wholes:
             whole.rooms = self
 
     def make(self, parts: int) -> None:
-        height, width = sum(whole.weight.shape[0] for whole in self.wholes), self.wholes[0].weight.shape[1]
-        self.rooms = [torch.empty(height, width, dtype=self.wholes[0].kind) for _ in range(parts)]
+        size = sum(self.heights), self.wholes[0].weight.shape[1]
+        self.rooms = [torch.empty(size, dtype=self.wholes[0].kind) for _ in range(parts)]
 
     def enter(self, scale: float = 1.0) -> torch.Tensor | None:
         """The place that this thread's part fills now, its numbers yet to be multiplied by `scale`; None where there is none, or where
@@ -42,7 +42,7 @@ class Rooms:
         place = self.wholes[0].abreast.place()
         if place >= len(self.rooms) or any(place in whole.kept for whole in self.wholes):
             return None
-        for whole, own in zip(self.wholes, self.rooms[place].split([whole.weight.shape[0] for whole in self.wholes]), strict=True):
+        for whole, own in zip(self.wholes, self.rooms[place].split(self.heights), strict=True):
             whole.kept[place] = own, scale
         return self.rooms[place]
 
@@ -52,7 +52,7 @@ class Rooms:
         if room is not None:
             torch.mm(dy.t(), x, out=room)
             return
-        for whole, own in zip(self.wholes, (dy.t() @ x).split([whole.weight.shape[0] for whole in self.wholes]), strict=True):
+        for whole, own in zip(self.wholes, (dy.t() @ x).split(self.heights), strict=True):
             whole.add(own)
 
 

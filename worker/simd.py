@@ -2,8 +2,8 @@
 
 torch has one kernel for each single operation: a norm or a gated activation reads and writes its rows five to nine times, and on a CPU
 with matrix units that takes half as long as all matrix products. A kernel here does a whole formula in one pass, in float32, and rounds
-once. The kernels stand where they are used: `worker/norms.py`, `gated.py`, `rotary.py`, `softmax_cpu.py` and
-`attention_amx.py`.
+once. The kernels stand where they are used: `worker/norms.py`, `gated.py`, `rotary.py`, `softmax_cpu.py`, `attention_amx.py`,
+`low_rank_amx.py` and `adamw_cpu.py`.
 
 A kernel takes addresses, sizes, bytes from one row to the next, and for each type of numbers one that is `like` them (`KINDS`). It
 holds no lock of Python's while it runs, is compiled on first use, which takes half a second, and is kept on disk (`NUMBA_CACHE_DIR`, else
@@ -38,20 +38,20 @@ if ROUNDS:
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = binding.get_host_cpu_name(), FEATURES + ",-prefer-256-bit"
 
 
-class _Half(ir.Type):
+class _Bf16(ir.Type):
     """LLVM's type of bf16, which llvmlite does not name."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Half)
+        return isinstance(other, _Bf16)
 
     def __hash__(self) -> int:
-        return hash(_Half)
+        return hash(_Bf16)
 
 
-FLOAT, INT, SHORT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), _Half()
+FLOAT, INT, SHORT, BF16 = ir.FloatType(), ir.IntType(32), ir.IntType(16), _Bf16()
 
 
 # Formulas of float32, of one number or of a vector of them -------------------------------------------------------------
@@ -78,7 +78,7 @@ def build_narrow(b: Any, x: Any) -> Any:
     """The bits of x rounded to bf16, to nearest even."""
     ints, shorts = _integers(x.type, 32), _integers(x.type, 16)
     if ROUNDS:
-        return b.bitcast(b.fptrunc(x, ir.VectorType(HALF, x.type.count) if isinstance(x.type, ir.VectorType) else HALF), shorts)
+        return b.bitcast(b.fptrunc(x, ir.VectorType(BF16, x.type.count) if isinstance(x.type, ir.VectorType) else BF16), shorts)
     bits, half = b.bitcast(x, ints), constant(ints, 16)
     odd = b.and_(b.lshr(bits, half), constant(ints, 1))
     rounded = b.trunc(b.lshr(b.add(b.add(bits, constant(ints, 0x7FFF)), odd), half), shorts)

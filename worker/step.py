@@ -78,12 +78,12 @@ def _add(job: Any, gradients: Sequence[torch.Tensor | None]) -> None:
 def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     """One optimizer step over the packs of `window`. Returns its loss (nats per trained token), the gradient's length, and the sums
     of what else the lesson measures, still on the device."""
-    run, state, device = job.spec.run, job.state, job.engine.device
+    run, state, device, abreast = job.spec.run, job.state, job.engine.device, job.engine.abreast
     total = torch.zeros((), device=device)
     measured = [torch.zeros(job.lesson.measures, dtype=torch.float64, device=device)] if job.lesson.measures else []
     tokens_here, trained_here = 0, 0
     for parts in window.batches:
-        for found, gradients in job.engine.abreast.map(functools.partial(_pass, job, window.learnt), parts):
+        for found, gradients in abreast.map(functools.partial(_pass, job, window.learnt), parts):
             _add(job, gradients)
             total += found.loss
             tokens_here, trained_here = tokens_here + found.tokens, trained_here + found.losses
@@ -101,7 +101,6 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     if extra is not None:
         extra.backward()
         whole.settle(job.wholes)
-    abreast = job.engine.abreast
     apart = rooms.shares(job.wholes, abreast.threads)
     norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast))
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)

@@ -10,16 +10,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from worker.simd import build_exp, constant, inlined
-
-llvmlite.binding.initialize_native_asmparser()  # for the one instruction that llvmlite has no type for
+from worker.simd import build_exp, build_narrow, constant, inlined
 
 SIDE = 32
 """Rows and columns of a block of four tiles of float32."""
@@ -153,15 +150,11 @@ def _get(b: Any, address: Any, half: int) -> Any:
     return b.load(place, align=4)
 
 
-def _round(b: Any, vector: Any) -> Any:
-    """A vector in bf16, to nearest even: an instruction that every processor with these units has."""
-    shape = ir.FunctionType(ir.VectorType(ir.IntType(16), 16), [_VECTOR])
-    return b.asm(shape, "vcvtneps2bf16 $1, $0", "=v,v", [vector], False)
-
-
 def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
     """A row rounded to bf16 and stored at once: a tile loads its 64 bytes sooner than those of two stores."""
-    whole = b.shuffle_vector(*(_round(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE))))
+    whole = b.shuffle_vector(
+        *(build_narrow(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
+    )
     b.store(whole, b.inttoptr(address, whole.type.as_pointer()), align=2)
 
 

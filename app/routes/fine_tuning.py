@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import claims, events, ids, jobs, models, watch
+from app import events, ids, jobs, leases, models, watch
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, NotFound
@@ -321,7 +321,7 @@ def seconds(at: datetime | None) -> int | None:
 def _estimated_finish(session: Session, job: Job) -> int | None:
     if job.status != "running" or job.seconds_left is None:
         return None
-    return int(session.scalar(select(claims.now())).timestamp() + job.seconds_left)
+    return int(session.scalar(select(leases.now())).timestamp() + job.seconds_left)
 
 
 def _file_of(session: Session, dataset_id: uuid.UUID) -> str:
