@@ -7,7 +7,7 @@ used where they are read, and the weight is rounded where it is written: 34 byte
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,25 @@ class Rule(NamedTuple):
     decay: float
     betas: tuple[float, float]
     eps: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Rule:
+        """That of a group of torch's optimizer."""
+        return cls(group["lr"], group["weight_decay"], group["betas"], group["eps"])
+
+    def at(self, step: int) -> tuple[float, float, float, float, float, float]:
+        """What a kernel is told of it in step number `step`, from 1: what is kept of a weight, both betas, the rate and the root of the mean
+        square, each made up for a mean that began at zero, and eps."""
+        b1, b2 = self.betas
+        return 1 - self.rate * self.decay, b1, b2, self.rate / (1 - b1**step), (1 - b2**step) ** -0.5, self.eps
+
+
+def state_of(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What torch's AdamW keeps of a weight, as it would have made it."""
+    state = optimizer.state[weight]
+    if not state:
+        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+    return state
 
 
 @inlined
@@ -116,7 +135,4 @@ def move_(moved: Moments, gradient: Pieces, rule: Rule, step: int, shorten: floa
     for kind, ones in ((torch.float32, moved[:3]), (torch.bfloat16, [moved.copy])):
         if any(x.shape != gradient.first.shape or x.dtype != kind or not x.is_contiguous() for x in ones):
             raise ValueError(f"{[(tuple(x.shape), x.dtype) for x in ones]} to move by a gradient of {tuple(gradient.first.shape)}")
-    b1, b2 = rule.betas
-    root, rate = (1 - b2**step) ** -0.5, rule.rate / (1 - b1**step)
-    keep = 1 - rule.rate * rule.decay
-    _move(*gradient.read_by(), start, stop, shorten, *addresses(*moved), keep, b1, b2, rate, root, rule.eps)
+    _move(*gradient.read_by(), start, stop, shorten, *addresses(*moved), *rule.at(step))

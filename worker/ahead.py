@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from app.machine import this_machine
 from app.settings import PROJECT, Settings
 
 MADE_OF = (
     "simd.py", "tiles.py", "norms.py", "gated.py", "rotary.py", "softmax_cpu.py", "attention_amx.py", "low_rank_amx.py", "adamw_cpu.py",
+    "factors.py",
 )  # fmt: skip
 """Files in which kernels, or what they are written with, stand."""
 
@@ -57,7 +59,8 @@ def compile_all() -> None:
     """Use every kernel once, forwards and backwards, with each type of numbers that a job gives it."""
     import torch
 
-    from worker import adamw_cpu, attention_amx, low_rank_amx, simd
+    from worker import adamw_cpu, attention_amx, factors, low_rank_amx, simd
+    from worker.abreast import Abreast
     from worker.gated import SILU, gated, gated_back
     from worker.norms import rms_norm
     from worker.rotary import rotate
@@ -65,13 +68,15 @@ def compile_all() -> None:
 
     if not simd.works():
         return
-    low_rank_amx.works()
     half, full = torch.bfloat16, torch.float32
-    for given, wanted in ((half, half), (full, half), (full, full)):
+    for given, weight, wanted in ((half, half, half), (half, full, half), (full, full, half), (full, full, full)):
         x = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True)
-        rms_norm(x, torch.ones(32), 1e-6, wanted).square().sum().backward()
-        angles = torch.ones(1, 4, 32, dtype=full if given != wanted else given)
-        rotate(x.detach().to(wanted).requires_grad_(), x, angles, angles)[0].square().sum().backward()  # not of ones that are there once
+        rms_norm(x, torch.ones(32, dtype=weight), 1e-6, wanted).square().sum().backward()
+    for given, table, rounds in ((half, half, False), (half, full, False), (half, full, True), (full, full, False)):
+        q, angles = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True), torch.ones(1, 4, 32, dtype=table)
+        with torch.autocast("cpu", half, enabled=rounds):
+            turned = rotate(q, q, angles, angles)[0]
+        turned.square().sum().backward()  # not of ones that are there once
     for kind in (half, full):
         x = torch.ones(4, 32, dtype=kind)
         gated_back(x, x, gated(x, x, SILU), SILU, again=True)
@@ -83,6 +88,13 @@ def compile_all() -> None:
     if attention_amx.works():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
         attention_amx.attention(q, q, q, [4], attention_amx.Rules(1.0, True, 0)).sum().backward()
+    if low_rank_amx.works():
+        down, up, x = (torch.nn.Parameter(torch.ones(size, 32)[:, :width]) for size, width in ((1, 32), (32, 1), (32, 32)))
+        own = factors.Factors([down], [up], [1.0], x.detach().to(half), None, Abreast(1), 1)
+        factors.Product.apply(x.to(half), own, down).float().sum().backward()
+        learnt = factors.Learnt([SimpleNamespace(own=own)], torch.optim.AdamW([down, up]), own.abreast)
+        learnt.squares()
+        learnt.move(1.0)
 
 
 if __name__ == "__main__":

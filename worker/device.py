@@ -30,7 +30,7 @@ from app.strategies import Strategy
 from worker import fp8, processes
 from worker.abreast import Abreast
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Raised when a step is computed otherwise for many strategies, so that its last digits differ: a job begun before goes on, and is told."""
 
 

@@ -87,7 +87,7 @@ def gated_back(
     gate, up, dy = rows_of(gate), rows_of(up), rows_of(dy)
     rows, width = gate.shape
     found = torch.empty(rows, 2 * width, dtype=gate.dtype)
-    d_gate, d_up = found.split(width, 1)
+    d_gate, d_up = found.chunk(2, 1)
     y = torch.empty(rows, width, dtype=gate.dtype) if again else None
     sizes = (rows, width, *steps(gate, up, dy, found, dy if y is None else y))
     _backward(*addresses(gate, up, dy, d_gate, d_up, y), KINDS[gate.dtype], *sizes, *act)
@@ -111,7 +111,7 @@ class _GatedActivation(torch.autograd.Function):
 
 
 def halves(given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(given) if len(given) == 2 else tuple(given[0].split(given[0].shape[1] // 2, 1))
+    return tuple(given) if len(given) == 2 else given[0].chunk(2, 1)
 
 
 def gate_and_up(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:

@@ -30,7 +30,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
-from worker import dora, fp8, low_rank_amx
+from worker import dora, fp8, low_rank_amx, processes
+from worker.device import Engine
+from worker.factors import Factors, Learnt
+from worker.factors import Product as FactorProduct
 from worker.together import InGroup, Together, siblings
 
 ADAPTER = "default"
@@ -176,12 +179,13 @@ class _Group(Together):
     def __init__(self, layers: list[Any]) -> None:
         weights = [layer.base_layer.weight for layer in layers]
         super().__init__(layers, weights[0].device)
+        self.own: Factors | None = None
         self.joined: torch.Tensor | Fp8Weight | None = joined_weight(weights)
         if self.joined is not None and weights[0].dtype == fp8.KIND:
             self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return product(x, self.layers, self.joined)
+        return product(x, self.layers, self.joined, self.own)
 
 
 def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
@@ -194,34 +198,38 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
     return joined
 
 
-def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None) -> torch.Tensor:
-    """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`."""
+def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: Factors | None = None) -> torch.Tensor:
+    """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
+    where they are kept (`keep`)."""
     compute = compute_type(x)
-    flat = _as(x.reshape(-1, x.shape[-1]), compute)
-    stretched = hasattr(layers[0], "squares")  # DoRA, whose lengths leave a bias as it is
+    x = _as(x, compute)
+    y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.takes(x) else _product(x, layers, joined)
+    if hasattr(layers[0], "squares"):  # DoRA, whose lengths leave a bias as it is
+        rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
+        y = dora.stretch(y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows).view(y.shape)
+        if layers[0].base_layer.bias is not None:
+            y = y + _joined_bias(tuple(layer.base_layer.bias for layer in layers), compute)
+    return y
+
+
+def _product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
+    compute, stretched = x.dtype, hasattr(layers[0], "squares")
     tensors: list[Any] = []
     scales: list[float] = []
-    rows: list[torch.Tensor] = []
     for layer in layers:
         down, up, scale = _correction(layer, compute)
         base = layer.base_layer
         tensors += [base.weight, None if stretched else base.bias, down, up]
         scales.append(scale)
-        if stretched:
-            rows.append(layer.lengths(down, up, scale))
     if layers[0].base_layer.weight.dtype == fp8.KIND:
         joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
     elif joined is not None and joined.dtype != compute:
         joined = None
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
     kept = None
-    if flat.device.type == "cpu" and not _made_anew(layers[0]) and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not _made_anew(layers[0]) and not torch.compiler.is_compiling():
         kept = _kept(layers[0], tensors[2::4], tensors[3::4], scales, compute)
-    y = _Product.apply(flat, joined, tuple(scales), states, kept, *tensors)
-    if stretched:
-        y = dora.stretch(y, [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows)
-        if layers[0].base_layer.bias is not None:
-            y = y + _joined_bias(tuple(layer.base_layer.bias for layer in layers), compute)
+    y = _Product.apply(x.reshape(-1, x.shape[-1]), joined, tuple(scales), states, kept, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -251,11 +259,12 @@ class Fused(InGroup):
     """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
 
     kept: tuple[tuple, _Rounded] | None = None
+    own: Factors | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return self.group.take(self.place, x) if self.shares(x) else product(x, [self])
+        return self.group.take(self.place, x) if self.shares(x) else product(x, [self], None, self.own)
 
 
 class FusedLora(Fused, PeftLinear):
@@ -310,6 +319,32 @@ def _take(layers: list[Any]) -> list[Any]:
             layer.register_buffer("squares", dora.squares(layer.base_layer.weight), persistent=False)
         layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
     return layers
+
+
+def keep(model: torch.nn.Module, parts: int, engine: Engine, optimizer: torch.optim.Optimizer) -> Learnt | None:
+    """Have the layers of a model that trains with packs in `parts` parts computed as `worker/factors.py` says, where they can be; None
+    where none can. Until `Learnt.give_back` nothing else may change their A and B."""
+    alone = engine.device.type == "cpu" and processes.size() == 1 and type(optimizer) is torch.optim.AdamW
+    if not alone or engine.compute != torch.bfloat16 or not low_rank_amx.works():
+        return None
+    layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
+    places = {id(place): place for place in (layer.group or layer for layer in layers)}
+    found = [place for place in places.values() if _keep(place, engine, parts)]
+    return Learnt(found, optimizer, engine.abreast) if found else None
+
+
+def _keep(place: _Group | FusedLora, engine: Engine, parts: int) -> bool:
+    layers = place.layers if isinstance(place, _Group) else [place]
+    weight = place.joined if isinstance(place, _Group) else place.base_layer.weight
+    downs, ups, scales = zip(*(_correction(layer, engine.compute) for layer in layers), strict=True)
+    learns = all(x.requires_grad and x.dtype == torch.float32 and x.is_contiguous() for x in (*downs, *ups))
+    if not learns or not isinstance(weight, torch.Tensor) or weight.dtype != engine.compute:
+        return False
+    biases = tuple(layer.base_layer.bias for layer in layers)
+    bias = None if biases[0] is None or hasattr(layers[0], "squares") else _joined_bias(biases, engine.compute)
+    if low_rank_amx.lays(weight.shape[1], [up.shape[0] for up in ups]):
+        place.own = Factors(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
+    return place.own is not None
 
 
 def _plain(layer: torch.nn.Module) -> bool:

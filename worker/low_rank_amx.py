@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from worker.tiles import SIDE, configure, dot, load, pair_rows, release, shapes,
 
 log = logging.getLogger(__name__)
 
-HALF, WORD = np.uint16(0), np.uint32(0)
+HALF, WORD, LONG = np.uint16(0), np.uint32(0), np.int64(0)
 LANE = 16
 """Ranks that are computed at once: the columns of a tile."""
 TILE = 1024
@@ -171,6 +172,20 @@ def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row,
             turn(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + 4 * LANE * (s * LANE * lanes + lane), 4 * LANE * lanes)
 
 
+@kernel
+def _back(dy, dy_row, rows, x, x_row, width, low, rank, layers, scales, count, back, d_down, room, config):
+    """`both` for each of the layers of a product, their dy side by side, and `gather` of what came back of all."""
+    L, S = row_of(layers, 0, 0, 4 * count, LONG), row_of(scales, 0, 0, count, np.float64(0))
+    column, before = 0, 0
+    for i in range(count):
+        height, own, up, d_up = L[4 * i], L[4 * i + 1], L[4 * i + 2], L[4 * i + 3]
+        sides = low + 2 * before, 2 * rank, own, back + 2 * before, 2 * rank
+        _both(dy + 2 * column, dy_row, rows, height, up, 2 * own, *sides, d_up, S[i], room, config)
+        column += height
+        before += own
+    _pass(x, x_row, rows, width, back, 2 * rank, rank, 0, 0, 0, d_down, room, config)
+
+
 def _row(x: torch.Tensor) -> int:
     return x.stride(0) * x.itemsize
 
@@ -259,3 +274,53 @@ def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     x_at, low_at, sums_at, config = addresses(x, low, sums, shapes())
     _pass(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, room, config)
     return sums if sums.shape[0] == rank else sums[:rank]
+
+
+# All of the layers of one product at once ---------------------------------------------------------------------------
+
+
+def lays(width: int, heights: Sequence[int]) -> bool:
+    """Whether the units take layers of these sizes: whole thirty-twos."""
+    return not any(size % SIDE for size in (width, *heights))
+
+
+class Layers:
+    """Layers that read the same x (T, K): their B (N, r) in bf16, and what dB is multiplied by. Raises ValueError for what does not fit."""
+
+    def __init__(self, ups: Sequence[torch.Tensor], scales: Sequence[float], width: int) -> None:
+        if any(up.dtype != torch.bfloat16 or not up.is_contiguous() for up in ups) or not lays(width, [up.shape[0] for up in ups]):
+            raise ValueError(f"the units take whole thirty-twos in bf16, not {[(tuple(up.shape), up.dtype) for up in ups]} and {width}")
+        self.ups, self.width, self.rank, self.height = ups, width, sum(up.shape[1] for up in ups), sum(up.shape[0] for up in ups)
+        self.scales = torch.tensor(scales, dtype=torch.float64)
+        self.work = max(8 * TILE, *(TILE * (8 + lanes * n // SIDE) + lanes * LANE * 4 * n for n, lanes in self.sizes()))
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """N and lanes of each."""
+        return [(up.shape[0], _lanes(up.shape[1])) for up in self.ups]
+
+
+class Room:
+    """Where the gradients of the layers' A and B are put, float32: `down` (Σr, K) and `ups` (N, r), parts of what has room for whole lanes."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers, self.down = layers, torch.empty(_lanes(layers.rank) * LANE, layers.width)[: layers.rank]
+        wide = [torch.empty(height, lanes * LANE) for height, lanes in layers.sizes()]
+        self.ups = [room[:, : up.shape[1]] for room, up in zip(wide, layers.ups, strict=True)]
+        told = [[*up.shape, up.data_ptr(), own.data_ptr()] for up, own in zip(layers.ups, wide, strict=True)]
+        self.told = torch.tensor(told, dtype=torch.int64)
+        self.fixed = self.told.data_ptr(), layers.scales.data_ptr(), len(told)
+
+    def all(self) -> list[torch.Tensor]:
+        """`down`, then `ups`."""
+        return [self.down, *self.ups]
+
+    def take(self, dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Put the gradients that dy (T, ΣN), x (T, K) and x Aᵀ (T, Σr) give in their places; returns dy B of each side by side, (T, Σr)."""
+        layers, rows = self.layers, dy.shape[0]
+        _check(x, (low, (rows, layers.rank)))
+        if dy.shape != (rows, layers.height) or x.shape != (rows, layers.width) or dy.dtype != low.dtype or dy.stride(1) != 1:
+            raise ValueError(f"{tuple(dy.shape)} in {dy.dtype} and {tuple(x.shape)} for layers of {layers.height} by {layers.width}")
+        back = torch.empty(rows, layers.rank, dtype=low.dtype)
+        sides = dy.data_ptr(), 2 * dy.stride(0), rows, x.data_ptr(), 2 * x.stride(0), layers.width, low.data_ptr(), layers.rank
+        _back(*sides, *self.fixed, back.data_ptr(), self.down.data_ptr(), _room(layers.work), shapes().data_ptr())
+        return back

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from worker import simd
-from worker.simd import KINDS, F, addresses, kernel, narrow, row_of, rows_of, steps, wide
+from worker.simd import KINDS, F, addresses, kernel, laid, narrow, row_of, wide
 
 
 @kernel
-def _forward(x, kind, weight, y, wanted, scales, rows, width, x_row, y_row, eps):
-    W, R = row_of(weight, 0, 0, width, F(0)), row_of(scales, 0, 0, rows, F(0))
+def _forward(x, kind, weight, own, y, wanted, scales, rows, width, x_row, y_row, eps):
+    W, R = row_of(weight, 0, 0, width, own), row_of(scales, 0, 0, rows, F(0))
     for i in range(rows):
         X, Y = row_of(x, i, x_row, width, kind), row_of(y, i, y_row, width, wanted)
         squares = F(0.0)
@@ -29,13 +29,13 @@ def _forward(x, kind, weight, y, wanted, scales, rows, width, x_row, y_row, eps)
         r = F(1.0) / np.sqrt(squares / F(width) + F(eps))
         R[i] = r
         for j in range(width):
-            Y[j] = narrow(wide(X[j]) * r * W[j], wanted)
+            Y[j] = narrow(wide(X[j]) * r * wide(W[j]), wanted)
 
 
 @kernel
-def _backward(x, kind, weight, scales, dy, given, dx, d_weight, rows, width, x_row, dy_row, dx_row):
+def _backward(x, kind, weight, own, scales, dy, given, dx, d_weight, rows, width, x_row, dy_row, dx_row):
     """Either of `dx` and `d_weight` may be 0 and is left out then."""
-    W, R = row_of(weight, 0, 0, width, F(0)), row_of(scales, 0, 0, rows, F(0))
+    W, R = row_of(weight, 0, 0, width, own), row_of(scales, 0, 0, rows, F(0))
     for i in range(rows):
         X, DY = row_of(x, i, x_row, width, kind), row_of(dy, i, dy_row, width, given)
         r = R[i]
@@ -47,38 +47,38 @@ def _backward(x, kind, weight, scales, dy, given, dx, d_weight, rows, width, x_r
             DX = row_of(dx, i, dx_row, width, kind)
             pull = F(0.0)
             for j in range(width):
-                pull += wide(DY[j]) * W[j] * wide(X[j])
+                pull += wide(DY[j]) * wide(W[j]) * wide(X[j])
             pull = pull * r * r * r / F(width)
             for j in range(width):
-                DX[j] = narrow(wide(DY[j]) * W[j] * r - wide(X[j]) * pull, kind)
+                DX[j] = narrow(wide(DY[j]) * wide(W[j]) * r - wide(X[j]) * pull, kind)
 
 
 def _in_one(x: torch.Tensor, weight: torch.Tensor, eps: float, wanted: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, N) normed by weight (N,): (y like x, contiguous, in the type `wanted`; r (R,) in float32)."""
-    rows, w = rows_of(x), weight.float().contiguous()
-    y, r = torch.empty(rows.shape, dtype=wanted), torch.empty(rows.shape[0])
-    x_at, w_at, y_at, r_at = addresses(rows, w, y, r)
-    _forward(x_at, KINDS[x.dtype], w_at, y_at, KINDS[wanted], r_at, *rows.shape, *steps(rows, y), eps)
-    return y.view(x.shape), r
+    (rows, count, x_row), width = laid(x), x.shape[-1]
+    y, r = torch.empty(x.shape, dtype=wanted), torch.empty(count)
+    x_at, w_at, y_at, r_at = addresses(rows, weight, y, r)
+    _forward(x_at, KINDS[x.dtype], w_at, KINDS[weight.dtype], y_at, KINDS[wanted], r_at, count, width, x_row, width * y.itemsize, eps)
+    return y, r
 
 
 def _in_one_back(
     x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(gradient of x in its type, gradient of weight (N,) in float32), either None where it is not needed."""
-    rows, given, w = rows_of(x), rows_of(dy), weight.float().contiguous()
-    dx = torch.empty(rows.shape, dtype=x.dtype) if needs_x else None
-    d_weight = torch.zeros(x.shape[-1]) if needs_weight else None
-    x_at, w_at, r_at, dy_at, *results = addresses(rows, w, r, given, dx, d_weight)
-    sizes = (*rows.shape, *steps(rows, given, rows if dx is None else dx))
-    _backward(x_at, KINDS[x.dtype], w_at, r_at, dy_at, KINDS[dy.dtype], *results, *sizes)
-    return None if dx is None else dx.view(x.shape), d_weight
+    (rows, count, x_row), (given, _, dy_row), width = laid(x), laid(dy), x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs_x else None
+    d_weight = torch.zeros(width) if needs_weight else None
+    x_at, w_at, r_at, dy_at, *results = addresses(rows, weight, r, given, dx, d_weight)
+    kinds = KINDS[x.dtype], w_at, KINDS[weight.dtype], r_at, dy_at, KINDS[dy.dtype]
+    _backward(x_at, *kinds, *results, count, width, x_row, dy_row, width * x.itemsize)
+    return dx, d_weight
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: torch.dtype) -> torch.Tensor:
-        ctx.in_one = simd.fits(x, weight) and kind in KINDS and weight.shape == x.shape[-1:]
+        ctx.in_one = simd.fits(x, weight) and kind in KINDS and weight.shape == x.shape[-1:] and weight.is_contiguous()
         if ctx.in_one:
             y, r = _in_one(x, weight, eps, kind)
             ctx.save_for_backward(x, r, weight)

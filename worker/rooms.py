@@ -106,8 +106,7 @@ def move(cut: Sequence[Sequence[Share]], abreast: Abreast, optimizer: torch.opti
 
     def work(own: Sequence[Share]) -> None:
         for share in own:
-            group, state = groups[id(share.whole.weight)], optimizer.state[share.whole.weight]
-            rule = Rule(group["lr"], group["weight_decay"], group["betas"], group["eps"])
+            rule, state = Rule.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
             adamw_cpu.move_(moments[id(share.whole)], share.pieces, rule, int(state["step"]), shorten, share.start, share.stop)
 
     abreast.map(work, cut)
@@ -127,9 +126,7 @@ def _each(cut: Sequence[Sequence[Share]]) -> Iterator[Whole]:
 
 
 def _moments(whole: Whole, optimizer: torch.optim.Optimizer) -> Moments:
-    weight, state = whole.weight, optimizer.state[whole.weight]
-    if not state:
-        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+    weight, state = whole.weight, adamw_cpu.state_of(whole.weight, optimizer)
     state["step"] += 1
     assert whole.copy is not None, "a product made the gradient, of the rounded weight"
     return Moments(weight.detach(), state["exp_avg"], state["exp_avg_sq"], whole.copy)

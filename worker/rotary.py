@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from worker import simd
+from worker import attention_amx, simd
 from worker.simd import KINDS, addresses, kernel, narrow, row_of, wide
 
 NAME = "apply_rotary_pos_emb"
@@ -40,23 +40,35 @@ def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_to
                     Y[j + half] = narrow(b * wide(C[j + half]) + a * wide(S[j + half]), wanted)
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> torch.Tensor | None:
-    """x (1, heads, T, D) turned by cos and sin (1, 1, T, D), in the type `wanted`; None where no kernel takes them."""
-    plain = simd.fits(x, cos, sin) and wanted in KINDS and cos.dtype == sin.dtype and cos.shape == sin.shape == (1, 1, *x.shape[2:])
-    if not plain or x.shape[0] != 1 or not x.stride(3) == cos.stride(3) == sin.stride(3) == 1:
-        return None
-    _, heads, tokens, dim = x.shape
-    y = torch.empty(1, tokens, heads, dim, dtype=wanted)
-    x_at, y_at, cos_at, sin_at = addresses(x, y, cos, sin)
-    strides = (
-        x.stride(1) * x.itemsize,
-        x.stride(2) * x.itemsize,
-        y.stride(1) * y.itemsize,
-        *(z.stride(2) * z.itemsize for z in (cos, sin)),
-    )
-    kinds = (KINDS[x.dtype], y_at, KINDS[wanted], cos_at, sin_at, KINDS[cos.dtype])
-    _turn(x_at, *kinds, heads, tokens, dim, *strides, y.itemsize, back)
-    return y.transpose(1, 2)
+def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> list[torch.Tensor]:
+    """Each x (1, heads, T, D) turned by cos and sin (1, T, D), in the type `wanted`."""
+    _, _, tokens, dim = given[0].shape
+    found = []
+    angles = KINDS[cos.dtype], *(z.stride(1) * z.itemsize for z in (cos, sin))
+    for x in given:
+        x = x if x.stride(3) == 1 else x.contiguous()
+        heads = x.shape[1]
+        y = torch.empty(1, tokens, heads, dim, dtype=wanted)
+        x_at, y_at, cos_at, sin_at = addresses(x, y, cos, sin)
+        strides = x.stride(1) * x.itemsize, x.stride(2) * x.itemsize, heads * dim * y.itemsize, *angles[1:]
+        kinds = KINDS[x.dtype], y_at, KINDS[wanted], cos_at, sin_at, angles[0]
+        _turn(x_at, *kinds, heads, tokens, dim, *strides, y.itemsize, back)
+        found.append(y.transpose(1, 2))
+    return found
+
+
+class _InOnePass(torch.autograd.Function):
+    """Queries and keys (1, heads, T, D) of one type turned by cos and sin (1, T, D), in the type `wanted`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype) -> Any:
+        ctx.save_for_backward(cos, sin)
+        ctx.given = q.dtype
+        return tuple(_turned((q, k), cos, sin, wanted, back=False))
+
+    @staticmethod
+    def backward(ctx: Any, *given: torch.Tensor) -> Any:
+        return *_turned(given, *ctx.saved_tensors, ctx.given, back=True), None, None, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -66,8 +78,6 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.given = x.dtype
-        if (turned := _turned(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), back=False)) is not None:
-            return turned
         half = x.shape[-1] // 2
         y = x * cos
         y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -77,8 +87,6 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        if (turned := _turned(dy, cos, sin, ctx.given, back=True)) is not None:
-            return turned, None, None
         half = dy.shape[-1] // 2
         dx = dy * cos
         dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
@@ -90,8 +98,27 @@ def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, (B, heads, T, D), turned by `cos` and `sin`, (B, T, D)."""
+    if unsqueeze_dim == 1 and _in_one_pass(q, k, cos, sin):
+        wanted = torch.promote_types(q.dtype, cos.dtype)
+        if q.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu") and attention_amx.takes(q, k):
+            wanted = q.dtype  # which attention would round them to
+        return _InOnePass.apply(q, k, cos, sin, wanted)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+
+
+def _in_one_pass(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether a kernel takes these, of one sequence or pack."""
+    return (
+        q.shape[0] == k.shape[0] == 1
+        and q.shape[2:] == k.shape[2:]
+        and cos.shape == sin.shape == (1, *q.shape[2:])
+        and q.dtype == k.dtype
+        and cos.dtype == sin.dtype
+        and not (cos.requires_grad or sin.requires_grad)
+        and cos.stride(2) == sin.stride(2) == 1
+        and simd.fits(q, k, cos, sin)
+    )
 
 
 def use_fused_rotary(model: torch.nn.Module, device: torch.device) -> int:

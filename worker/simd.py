@@ -3,7 +3,7 @@
 torch has one kernel for each single operation: a norm or a gated activation reads and writes its rows five to nine times, and on a CPU
 with matrix units that takes half as long as all matrix products. A kernel here does a whole formula in one pass, in float32, and rounds
 once. The kernels stand where they are used: `worker/norms.py`, `gated.py`, `rotary.py`, `softmax_cpu.py`, `attention_amx.py`,
-`low_rank_amx.py` and `adamw_cpu.py`.
+`low_rank_amx.py`, `factors.py` and `adamw_cpu.py`.
 
 A kernel takes addresses, sizes, bytes from one row to the next, and for each type of numbers one that is `like` them (`KINDS`). It
 holds no lock of Python's while it runs, is compiled on first use, which takes half a second, and is kept on disk (`NUMBA_CACHE_DIR`, else
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -216,20 +216,32 @@ KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 def fits(*tensors: torch.Tensor) -> bool:
     """Whether kernels can be had and take these tensors: bf16 or float32, on a CPU, and there in fact, not for a compiler alone."""
-    return not torch.compiler.is_compiling() and all(x.dtype in KINDS and x.device.type == "cpu" for x in tensors) and works()
+    for x in tensors:  # a loop, since this is asked for each piece of each layer
+        if x.dtype not in KINDS or not x.is_cpu:
+            return False
+    return not torch.compiler.is_compiling() and works()
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x (…, N) as rows (R, N) whose numbers lie side by side; copied where they do not."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def steps(*tensors: torch.Tensor) -> Iterator[int]:
+def laid(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x (…, N) as it is, where its rows lie one after the other, or as `rows_of` gives it; how many rows; bytes from one to the next."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x, x.numel() // width, width * x.itemsize
+    rows = rows_of(x)
+    return rows, rows.shape[0], rows.stride(0) * x.itemsize
+
+
+def steps(*tensors: torch.Tensor) -> list[int]:
     """Bytes from a row to the next."""
-    return (x.stride(0) * x.itemsize for x in tensors)
+    return [x.stride(0) * x.itemsize for x in tensors]
 
 
-def addresses(*tensors: torch.Tensor | None) -> Iterator[int]:
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
     """Where tensors lie; 0 for one that is not there."""
-    return (0 if x is None else x.data_ptr() for x in tensors)
+    return [0 if x is None else x.data_ptr() for x in tensors]

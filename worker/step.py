@@ -102,7 +102,8 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
         extra.backward()
         whole.settle(job.wholes)
     apart = rooms.shares(job.wholes, abreast.threads)
-    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast))
+    beside = job.factors.squares() if job.factors else 0.0
+    norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast) + beside)
     rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
     optim.set_rate(job.optimizer, rate)
     optim.advance(job.optimizer, norm + total)
@@ -111,6 +112,8 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
         if math.isfinite(norm + total):
             rooms.move(apart, abreast, job.optimizer, optim.shortening(norm, run.max_grad_norm))
         rooms.leave(job.wholes)
+    if job.factors and math.isfinite(norm + total):
+        job.factors.move(optim.shortening(norm, run.max_grad_norm))
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return [total, norm, *measured]

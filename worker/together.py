@@ -41,7 +41,7 @@ class Together(ABC):
         """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
         kept = self.kept
         if getattr(kept, "source", None) is not x or kept.parts[place] is None:
-            kept.source, kept.parts = x, list(self.product(x).split(self.widths, -1))
+            kept.source, kept.parts = x, list(self.product(x).split_with_sizes(self.widths, -1))
         result, kept.parts[place] = kept.parts[place], None
         if all(part is None for part in kept.parts):
             kept.source = None

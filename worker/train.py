@@ -77,6 +77,7 @@ class Trainee:
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
     world: processes.World = field(default_factory=processes.World)
+    factors: Any = None  # worker.factors.Learnt, for LoRA on a CPU with matrix units
     shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
     pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
@@ -161,6 +162,10 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         yield from _differences(state.facts, facts)
     state.facts = facts
     job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
+    if hasattr(body_of(model), "peft_config"):
+        from worker import lora
+
+        job.factors = lora.keep(body_of(model), parts, engine, optimizer)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
 
@@ -363,6 +368,9 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
     """Write the result: the best checkpoint's weights where rows were held out, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson
+    if job.factors:
+        job.factors.give_back()
+        job.factors = None
     if state.best_path and state.best_step != state.step:
         best = get_settings().data_dir / state.best_path
         checkpoint.load_weights(best, job.trained)

@@ -99,7 +99,7 @@ class Job:
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=strategy), SimpleNamespace(total_steps=9)
         self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
-        self.shards, self.apart, self.more = None, False, 0.0
+        self.shards, self.factors, self.apart, self.more = None, None, False, 0.0
         self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * accumulation)
         self.kept = apart and rooms.keep(self.wholes, parts, accumulation, self.optimizer)
 

@@ -211,4 +211,6 @@ def test_all_that_a_job_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pyt
     compiled = {path.name for path in (tmp_path / "kernels").rglob("*.nbc")}
     use = "from tests.worker.test_simd import everything; import torch; everything(torch.float32); everything(torch.bfloat16)"
     run(use, **kept)
+    for job in ("factors", "rooms"):
+        run(f"from tests.worker.test_{job} import Job; Job().go()", **kept)
     assert len(compiled) > 10 and {path.name for path in (tmp_path / "kernels").rglob("*.nbc")} == compiled
