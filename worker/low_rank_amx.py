@@ -6,7 +6,8 @@
     gather     lowᵀ · x                  with low (T, r):    (r, K), float32
 
 T, K and N are whole thirty-twos, r is any. As products of their own these took a seventh of a step: with a rank of 16 a product of oneDNN
-reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. (The units' layouts: `worker/tiles.py`.)
+reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. A `Room` takes what goes back through all layers
+of one product in one call. (The units' layouts: `worker/tiles.py`.)
 """
 
 from __future__ import annotations

@@ -183,22 +183,25 @@ def plenty(data_dir: Path, tiny_model: Path, strategy: str = "lora", settings: d
     return order(put_model(tiny_model), put_dataset(chat_rows(96)), strategy, settings, **{"max_tokens_per_step": 600, "epochs": 3} | run)
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])  # gradients of their own, and added in order
-def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(data_dir: Path, tiny_model: Path, strategy: str) -> None:
+# Gradients of their own, past autograd where the units are, and added in order.
+@pytest.mark.parametrize(("strategy", "threads"), [("lora", 4), ("lora", 2), ("full", 4)])
+def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(
+    data_dir: Path, tiny_model: Path, strategy: str, threads: int
+) -> None:
     spec = plenty(data_dir, tiny_model, strategy, accumulation=2, max_tokens_per_step=1200, evaluations_per_epoch=2)
-    threads = {"OMP_NUM_THREADS": "4"}
-    whole, code = Trainer(spec, "whole", 1, threads).run()
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    whole, code = Trainer(spec, "whole", 1, environment).run()
     assert code == 0
     started = next(e for e in whole if isinstance(e, events.Started))
-    assert started.details["parts"] == 2, "with two threads each"
+    assert started.details["parts"] == 2
     assert started.details.get("whole", False) == (strategy == "full"), "one saved before there were such layers is not called exact"
-    killed = Trainer(spec, "killed", 1, threads)
+    killed = Trainer(spec, "killed", 1, environment)
     for event in killed:
         if isinstance(event, events.Saved):
             killed.process.kill()
             break
     killed.wait()
-    again, code = Trainer(spec, "killed", 2, threads).run()
+    again, code = Trainer(spec, "killed", 2, environment).run()
     assert code == 0
     resumed = next(e for e in again if isinstance(e, events.Started))
     assert resumed.exact and resumed.resumed_from
