@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,27 +10,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from app.strategies import STRATEGIES
-from tests.worker.test_rooms import PACKS
-from tests.worker.test_whole import CPU, WIDTHS, data_of, engine_of
-from worker import attention, evaluate, factors, kernels, lora, low_rank_amx, optim, processes, step
-from worker.batches import make_batch
-from worker.checkpoint import State
+from tests.worker import test_rooms
+from tests.worker.test_rooms import between, equal, one_thread  # noqa: F401
+from tests.worker.test_whole import WIDTHS, engine_of
+from worker import attention, factors, kernels, lora, low_rank_amx, optim
 from worker.lesson import Passed
-from worker.loss import head_of, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not low_rank_amx.works(), reason="the processor has no matrix units")
 FITTING = {**WIDTHS, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 PRODUCTS = 8  # of two blocks: q, k and v together; o; gate and up together; down
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each part's products have one thread, without which the units are not asked."""
-    threads, change = torch.get_num_threads(), torch.set_num_threads
-    change(1)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    yield
-    change(threads)
 
 
 def tuned(biases: bool = False, sizes: dict | None = None, **config) -> torch.nn.Module:
@@ -52,56 +38,25 @@ def tuned(biases: bool = False, sizes: dict | None = None, **config) -> torch.nn
     return model.train()
 
 
-class Job:
-    """A job as far as `step.take_step` reads it, its gradients past autograd where `past`."""
+class Job(test_rooms.Job):
+    """The same of a job with LoRA, its gradients past autograd where `past`."""
 
     def __init__(
         self, parts=2, threads=2, past=True, longest=1.0, tokens=32, accumulation=1, recomputed=0, precision="bf16", **model
     ) -> None:
-        self.model, self.engine = tuned(**model), engine_of(precision, threads)
+        self.model, self.engine, self.wholes, self.apart = tuned(**model), engine_of(precision, threads), [], parts > 1
         kernels.recompute_layers(self.model.get_base_model(), recomputed)
-        self.trained, self.wholes, self.shards, self.apart = optim.trained_parameters(self.model), [], None, parts > 1
-        self.began = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.optimizer = optim.make_optimizer(self.trained, 1e-2, 0.1)
-        run = SimpleNamespace(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
-        strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
-        self.spec, self.course = SimpleNamespace(run=run, strategy=strategy), SimpleNamespace(total_steps=9)
-        self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
-        packs = [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * accumulation
-        self.window, self.more = step.Window(30 * tokens * accumulation, packs), 0.0
+        self.order(parts, longest, tokens, accumulation)
         self.factors = lora.keep(self.model, parts, self.engine, self.optimizer) if past else None
 
     def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
-        inner = model.get_base_model()
-        hidden = evaluate.hidden_states(inner, batch, engine)
-        loss = linear_cross_entropy(hidden, head_of(inner), batch.targets, engine.compute)
-        return Passed(loss + self.more, batch.tokens, batch.trained)
-
-    def note(self, *_: object) -> None:
-        self.in_grad = {name for name, p in self.trained.items() if p.grad is not None}  # while gradients still stand
-
-    def go(self) -> tuple[float, float]:
-        """The loss and the gradient's length of a step."""
-        with self.engine.abreast.in_order([] if self.apart else self.trained.values()):
-            loss, norm = step.take_step(self, self.window)
-        return float(loss), float(norm)
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps, the weights, and how far they moved."""
-        moved = {f"moved/{name}": p.detach() - self.began[name] for name, p in self.trained.items()}
-        weights = {f"weight/{name}": p.detach().clone() for name, p in self.trained.items()}
-        return optim.state_tensors(self.optimizer, self.trained) | weights | moved
+        return super().loss(model.get_base_model(), batch, engine)
 
 
 def near(ours: Job, theirs: Job, digits: float) -> bool:
     """Whether two jobs stand at the same weights and moments, as shares of how long all of a kind are together."""
-    a, b = ours.values(), theirs.values()
-    assert a.keys() == b.keys()
-    for start in ("moved/", "exp_avg/", "exp_avg_sq/", "step/"):
-        mine, other = (torch.cat([x[key].flatten() for key in sorted(x) if key.startswith(start)]) for x in (a, b))
-        if not float((mine - other).norm()) <= digits * float(other.norm()):
-            return False
-    return True
+    assert ours.values().keys() == theirs.values().keys()
+    return all(between(ours, theirs, start) <= digits for start in ("moved/", "exp_avg/", "exp_avg_sq/", "step/"))
 
 
 def stands(job: Job) -> bool:
@@ -129,9 +84,9 @@ def test_a_step_is_the_one_that_torch_takes(given: dict, model: dict) -> None:
     learnt = {id(factor.parameter) for own in ours.factors.every for factor in own}
     assert learnt == {id(p) for name, p in ours.trained.items() if ".lora_A." in name or ".lora_B." in name}
     for number in range(1, 4):
-        (loss, norm), (wanted, length) = ours.go(), theirs.go()
-        assert again.go() == (loss, norm) and all(map(torch.equal, again.values().values(), ours.values().values()))
-        assert not ours.in_grad & {name for name, p in ours.trained.items() if id(p) in learnt} and stands(ours)
+        ((loss, norm),), ((wanted, length),) = ours.go(), theirs.go()
+        assert again.go() == [[loss, norm]] and equal(again, ours)
+        assert not ours.summed & {name for name, p in ours.trained.items() if id(p) in learnt} and stands(ours)
         assert norm > (given.get("longest") or 0), "so that it is shortened, where it is to be"
         # First the order of sums differs alone, later here and there a digit of bf16.
         share = 1 if number == 1 else 1000
@@ -165,8 +120,8 @@ def test_a_part_that_does_not_fit_is_added_to_those_that_do(reached: tuple[bool,
     ours, theirs, takes = Job(), Job(past=False), factors.Factors.takes
     monkeypatch.setattr(factors.Factors, "takes", lambda own, x: reached[own.abreast.place()] and takes(own, x))
     for number in (1, 2):
-        (loss, norm), (wanted, length) = ours.go(), theirs.go()
-        assert ours.in_grad == set(ours.trained) and stands(ours)
+        ((loss, norm),), ((wanted, length),) = ours.go(), theirs.go()
+        assert ours.summed == set(ours.trained) and stands(ours)
         assert loss == pytest.approx(wanted, rel=1e-3) and norm == pytest.approx(length, rel=1e-5 if number == 1 else 1e-2)
         assert near(ours, theirs, 2e-5 if number == 1 else 2e-2)
 
@@ -182,7 +137,7 @@ def test_a_part_without_a_gradient_adds_nothing(monkeypatch: pytest.MonkeyPatch)
             if one.engine.abreast.place() == 0
             else Passed(next(iter(one.trained.values())).sum() * 0.0, batch.tokens, batch.trained)
         )
-    (_, norm), (_, length) = ours.go(), theirs.go()
+    ((_, norm),), ((_, length),) = ours.go(), theirs.go()
     assert norm == pytest.approx(length, rel=1e-2) and near(ours, theirs, 0.02)
 
 
@@ -196,7 +151,7 @@ def test_a_layer_that_is_used_twice_has_both_gradients() -> None:
             return first._replace(loss=first.loss + 0.5 * second.loss)
 
         one.lesson.loss = twice
-    (_, norm), (_, length) = ours.go(), theirs.go()
+    ((_, norm),), ((_, length),) = ours.go(), theirs.go()
     assert norm == pytest.approx(length, rel=1e-5) and near(ours, theirs, 2e-5)
 
 

@@ -90,18 +90,24 @@ def test_what_does_not_fit_a_weight_is_refused() -> None:
 class Job:
     """A job as far as `step.take_step` reads it."""
 
+    apart, factors, more = False, None, 0.0
+
     def __init__(self, family="tied", parts=2, threads=2, apart=True, longest=1.0, tokens=9, precision="bf16", accumulation=1) -> None:
         self.model, self.engine = model_of(family), engine_of(precision, threads)
-        self.wholes, self.trained = use_whole(self.model, self.engine), optim.trained_parameters(self.model)
+        self.wholes = use_whole(self.model, self.engine)
+        self.order(parts, longest, tokens, accumulation)
+        self.kept = apart and rooms.keep(self.wholes, parts, accumulation, self.optimizer)
+
+    def order(self, parts: int, longest: float, tokens: int, accumulation: int) -> None:
+        """What is asked of it, and what it begins with."""
+        self.trained, self.shards = optim.trained_parameters(self.model), None
         self.began = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizer = optim.make_optimizer(self.trained, 1e-2, 0.1)
         run = SimpleNamespace(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=strategy), SimpleNamespace(total_steps=9)
         self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
-        self.shards, self.factors, self.apart, self.more = None, None, False, 0.0
         self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * accumulation)
-        self.kept = apart and rooms.keep(self.wholes, parts, accumulation, self.optimizer)
 
     def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
         loss = linear_cross_entropy(evaluate.hidden_states(model, batch, engine), head_of(model), batch.targets, engine.compute)
@@ -112,13 +118,13 @@ class Job:
 
     def go(self, steps: int = 1) -> list[list[float]]:
         """The loss and the gradient's length of each step."""
-        with self.engine.abreast.in_order(self.trained.values()):
+        with self.engine.abreast.in_order([] if self.apart else self.trained.values()):
             return [[float(x) for x in step.take_step(self, self.window)] for _ in range(steps)]
 
     def values(self) -> dict[str, torch.Tensor]:
         """What the optimizer keeps, the weights, and how far they moved."""
         moved = {f"moved/{name}": p.detach() - self.began[name] for name, p in self.trained.items()}
-        weights = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
+        weights = {f"weight/{name}": p.detach().clone() for name, p in self.trained.items()}
         return optim.state_tensors(self.optimizer, self.trained) | weights | moved
 
 
