@@ -18,8 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.settings import get_settings
 
-CALIBRATION = "calibration.json"
-ARITHMETIC = "arithmetic.json"
+MEASURED = "measured"
+"""The folder of what trainers measured of this machine, the one thing beside their own work that they write down for all."""
+CALIBRATION = f"{MEASURED}/calibration.json"
+ARITHMETIC = f"{MEASURED}/arithmetic.json"
 
 
 class Pace(BaseModel):
@@ -152,10 +154,7 @@ def read_bf16() -> float | None:
 
 def note_bf16(gain: float) -> None:
     """Keep that measurement for this processor."""
-    path = get_settings().folder() / ARITHMETIC
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({_facts().processor: round(gain, 3)}))
-    os.replace(temporary, path)
+    _write(ARITHMETIC, {_facts().processor: round(gain, 3)})
 
 
 def kind_of_work(strategy: str, architecture: str, recipe: str, precision: str) -> str:
@@ -180,9 +179,14 @@ def calibrate(work: str, new: Pace) -> None:
     """Note how fast a finished job was; each new figure moves the kept one half of the way."""
     paces, key = read_calibration(), f"{this_machine().device} · {work}"
     paces[key] = _middle([paces.get(key, new), new], statistics.fmean)
-    path = get_settings().data_dir / CALIBRATION
+    _write(CALIBRATION, {name: pace.model_dump() for name, pace in paces.items()})
+
+
+def _write(name: str, value: object) -> None:
+    get_settings().folder(MEASURED)
+    path = get_settings().data_dir / name
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({name: pace.model_dump() for name, pace in paces.items()}))
+    temporary.write_text(json.dumps(value))
     os.replace(temporary, path)
 
 

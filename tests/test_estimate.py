@@ -189,6 +189,7 @@ def test_paces_are_kept_by_device_and_kind_of_work(data_dir) -> None:
 
 @pytest.mark.parametrize("torn", ['{"lora": "fast"', "[]", '{"lora": 3e9}', '{"a": {"operations_per_second": -1, "fixed_seconds": 1}}'])
 def test_a_torn_calibration_is_no_calibration(data_dir, torn) -> None:
+    (data_dir / machine.MEASURED).mkdir(exist_ok=True)
     (data_dir / machine.CALIBRATION).write_text(torn)
     assert machine.read_calibration() == {}
 

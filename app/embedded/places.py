@@ -75,14 +75,26 @@ def secret(data_dir: Path, name: str) -> str:
     try:
         return path.read_text()
     except FileNotFoundError:
-        value = secrets.token_urlsafe(32)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(value)
-            os.fsync(file.fileno())
-        partial.rename(path)
+        _write_secret(path, value := secrets.token_urlsafe(32))
         return value
+
+
+def password_file(data_dir: Path, name: str, role: str) -> Path:
+    """A file in libpq's form with the password of `role`, so that no process has it in its environment or its arguments."""
+    line, path = f"*:*:*:{role}:{secret(data_dir, name)}\n", data_dir / "secrets" / f"{name}.pgpass"
+    if not path.exists() or path.read_text() != line:
+        _write_secret(path, line)
+    return path
+
+
+def _write_secret(path: Path, value: str) -> None:
+    """Whole or not at all, and never open to others."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(value)
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 class Lock:

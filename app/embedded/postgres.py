@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
-from app.embedded.places import make_data_dir, secret, socket_folder
+from app.embedded.places import make_data_dir, password_file, secret, socket_folder
 from app.errors import StudioError, Unavailable
 
 LAUNCH = str(Path(__file__).with_name("launch.py"))
@@ -75,12 +75,12 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """The SQLAlchemy URL, with the password in it."""
+        """The SQLAlchemy URL. It names the file of the password, since whoever may look at a process may read its environment."""
         return self.url_of(DATABASE)
 
     def url_of(self, database: str) -> str:
-        password = quote(secret(self.data_dir, "postgres"), safe="")
-        return f"postgresql+psycopg://{ROLE}:{password}@/{database}?host={quote(str(self.sockets), safe='')}"
+        host, passfile = (quote(str(path), safe="") for path in (self.sockets, password_file(self.data_dir, "postgres", ROLE)))
+        return f"postgresql+psycopg://{ROLE}@/{database}?host={host}&passfile={passfile}"
 
     def command(self) -> list[str]:
         """What starts the server. SIGINT is PostgreSQL's fast shutdown: it is also what the parent's death brings."""
