@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
+    confinement: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="Walls around what opens foreign data (trainers, evaluations, readers, converters). auto takes all that this machine "
+        "allows, see `luthier doctor`; required starts nothing where files, network, privileges or memory would stay open.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."

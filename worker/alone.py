@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
+from app.confinement import confined
 from app.settings import get_settings
+from app.spec import JobSpec
+from worker import walls
 from worker.exits import launcher, trainer_environment
 
 
@@ -14,7 +18,11 @@ def main() -> None:
     command = [sys.executable, "-m", "worker.run", *sys.argv[1:]]
     if (processes := get_settings().gpus_per_job) > 1:
         command[1:1] = launcher(processes)
-    os.execve(sys.executable, command, trainer_environment(os.environ))  # noqa: S606  # a list of words needs no shell
+    spec = Path(sys.argv[sys.argv.index("--spec") + 1])
+    environment = trainer_environment(os.environ, spec.parent)
+    room = walls.room_of(JobSpec.model_validate_json(spec.read_bytes()), spec.parent, environment)
+    command = confined(command, room, parent=0)  # Ctrl-C reaches it as it does the command that a person typed
+    os.execve(sys.executable, command, environment)  # noqa: S606  # a list of words needs no shell
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import evaluations, events
+from app.confinement import confined
 from app.db import transaction
 from app.evaluations import Claim
 from app.files import write_atomically
 from app.settings import PROJECT, get_settings
-from worker import exits
+from worker import exits, walls
 from worker.supervise import _insist as insist
-from worker.supervise import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Run:
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
         self.heard_at = time.monotonic()
+        self.space: int | None = None  # see `walls.space_of`
         self.lost = self.leaving = self.hung = self.ended = False
 
     def run(self) -> None:
@@ -83,19 +84,20 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
+        environment = exits.trainer_environment(os.environ, self.folder)
+        room = walls.room_of(self.held.spec, self.folder, environment)
         read_end, write_end = os.pipe()
         try:
             with (self.folder / "log").open("ab") as out:
                 child = subprocess.Popen(
-                    assess_command(spec, write_end),
+                    confined(assess_command(spec, write_end), room),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=PROJECT,
-                    env=exits.trainer_environment(os.environ),
+                    env=environment,
                     pass_fds=[write_end],
                     start_new_session=True,
-                    preexec_fn=die_with_parent(),
                 )
         except BaseException:
             os.close(read_end)
@@ -108,6 +110,7 @@ class Run:
             self._watch(child)
         finally:
             exits.kill_group(child.pid)  # not yet reaped, so the number is still the child's
+            walls.end_all(self.space)
             code = child.wait()
         reader.join(timeout=10)  # the pipe's last line
         return code
@@ -119,6 +122,7 @@ class Run:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + get_settings().beat_seconds
                 self.lost = not self._beat()
+                self.space = self.space or walls.space_of(child.pid)
             self.leaving = self.going_down()
             self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
             if self.lost or self.leaving or self.hung:

@@ -16,10 +16,10 @@ from pathlib import Path
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from app import events, manifest
-from app.errors import StudioError
+from app.errors import BadData, StudioError
 from app.machine import this_machine
 from app.settings import get_settings
-from worker import faults
+from worker import faults, walls
 
 STOPPED = 75
 """Exit of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
@@ -39,7 +39,7 @@ playground, another job) spinning threads take the time of those they wait for: 
 
 # fmt: off
 _HANDED_ON = {
-    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HF_HOME", "XDG_CACHE_HOME",
+    "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
     "CC", "CXX",  # what Triton and torch's compiler build with
     "LUTHIER_KEEP_CHECKPOINTS",
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
@@ -50,12 +50,13 @@ _HANDED_ON_PREFIXES = (
 # fmt: on
 
 
-def trainer_environment(ours: Mapping[str, str]) -> dict[str, str]:
+def trainer_environment(ours: Mapping[str, str], folder: Path | None = None) -> dict[str, str]:
     """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
-    a secret that is added later."""
+    a secret that is added later. `folder` is the attempt's own, where it keeps what is passing; None for what has no attempt."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
     cuda = CUDA_ALLOCATOR if this_machine().cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
-    return ALLOCATOR | THREADS | cuda | kept | {
+    own = walls.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
+    return ALLOCATOR | THREADS | cuda | own | kept | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -166,8 +167,8 @@ def _read(path: str | Path) -> str:
 
 def tail(path: Path, most: int = 4000) -> str:
     """The end of a log, in whole lines."""
-    try:
-        with path.open("rb") as file:
+    try:  # no link and no pipe: whoever writes the log could have put one there
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most))
             text = file.read().decode(errors="replace")
@@ -218,6 +219,8 @@ def _last_words(said: str, lines: int = 12) -> str:
 def check_result(folder: Path) -> events.Failed | None:
     """None when the result's folder is whole. A trainer that says it finished is believed only with its manifest."""
     try:
+        if (odd := walls.foreign(folder)) is not None:
+            raise BadData(f"{odd.name} is no plain file.")
         manifest.verify(folder)
     except (StudioError, OSError) as error:
         return events.Failed(

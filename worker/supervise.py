@@ -31,10 +31,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from app import claims, events, standby
 from app.claims import Claim, FenceLost
+from app.confinement import confined
 from app.db import transaction
 from app.files import write_atomically
 from app.settings import PROJECT, get_settings
-from worker import exits
+from worker import exits, walls
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class Attempt:
         self.woken = threading.Event()  # something was said, wished or lost
         self.fence_lost = threading.Event()
         self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
+        self.space: int | None = None  # of mounts: what the trainer alone sees, see `walls.space_of`
         self.wishes = claims.Wishes(False, False, False)
         self.stop_at: float | None = None  # when the trainer was asked to stop
         self.stop_reason = ""
@@ -147,7 +149,9 @@ class Attempt:
             self._watch()
         finally:
             exits.kill_group(self.trainer.pid)  # also what the trainer itself started
+            walls.end_all(self.space)
             code = self.trainer.wait()
+            walls.clean(self.folder)
         threads[0].join(timeout=10)  # the pipe's last lines
         return code
 
@@ -157,7 +161,8 @@ class Attempt:
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         read_end, write_end = os.pipe()
-        command = trainer_command(self.held, spec, write_end)
+        environment = exits.trainer_environment(os.environ, self.folder)
+        command = confined(trainer_command(self.held, spec, write_end), walls.room_of(self.held.spec, self.folder, environment))
         try:
             with (self.folder / "trainer.log").open("ab") as out:
                 self.trainer = subprocess.Popen(
@@ -166,10 +171,9 @@ class Attempt:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=PROJECT,
-                    env=exits.trainer_environment(os.environ),
+                    env=environment,
                     pass_fds=[write_end],
                     start_new_session=True,
-                    preexec_fn=die_with_parent(),  # no thread of ours runs yet that could hold a lock over the fork
                 )
         except BaseException:
             os.close(read_end)
@@ -184,6 +188,7 @@ class Attempt:
         while os.waitid(os.P_PID, self.trainer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if self.fence_lost.is_set():
                 raise FenceLost
+            self.space = self.space or walls.space_of(self.trainer.pid)
             self._hear_wishes()
             self._look_for_hang()
             self._record_some()
@@ -200,7 +205,7 @@ class Attempt:
                 while len(self.heard) > MOST_HELD_EVENTS and not self.over.is_set():
                     time.sleep(0.5)
                 try:
-                    event = events.read_line(line)
+                    event = walls.believed(events.read_line(line), self.held.folder)
                 except ValidationError as error:
                     event = events.Log(
                         level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})"
