@@ -82,7 +82,7 @@ def bring(origin: dict[str, Any], folder: Path, limits: sandbox.Limits, keep_goi
         return folder / names[0], Path(names[0]).name, pinned
     out = folder / "rows.jsonl"
     payload = {"paths": [str(folder / name) for name in names], "out": str(out)}
-    sandbox.run("app.hub_datasets:put_together", payload, limits, folder=folder, keep_going=keep_going)
+    sandbox.run("app.hub_datasets:put_together", payload, limits, folder=folder, write=[folder], keep_going=keep_going)
     return out, f"{origin['split']}.jsonl", pinned
 
 

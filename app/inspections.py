@@ -113,6 +113,7 @@ def answer(inspection_id: uuid.UUID) -> None:
                 payload,
                 LIMITS,
                 folder=get_settings().folder("tmp"),
+                read=[payload[name] for name in ("rows", "validation", "path", "tokenizer") if name in payload],
                 keep_going=lambda: _beat(inspection_id),
             ),
             None,

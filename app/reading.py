@@ -198,6 +198,8 @@ def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any
         {**origin, "sources": sources, "out": str(out)},
         LIMITS,
         folder=out.parent,
+        read=[source["path"] for source in sources],
+        write=[out.parent],
         on_message=reading.on_message,
         keep_going=reading.keep_going,
     )
@@ -215,6 +217,8 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
             job,
             LIMITS,
             folder=get_settings().folder("tmp"),
+            read=[path, *(counter["tokenizer"] for counter in payload["counters"].values())],
+            write=[rows.parent],
             on_message=reading.on_message,
             keep_going=reading.keep_going,
         )

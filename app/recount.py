@@ -94,6 +94,7 @@ def count(dataset_id: uuid.UUID) -> None:
             payload,
             limits,
             folder=get_settings().folder("tmp"),
+            read=[payload["rows"], payload["tokenizer"]],
             on_message=lambda message: said.append(message["finding"]) if "finding" in message else None,
         )
     except (sandbox.Killed, sandbox.Refused) as error:

@@ -2,8 +2,8 @@
 
     run("app.intake:read", {…}, Limits(…), on_message=…)
 
-The child sets its own limits before it imports anything else, sees an almost empty environment and a temporary folder
-of its own, and speaks JSON lines on its standard output: any number of messages, then what it spent (`{"peak_bytes",
+The child starts behind the walls of `app.confinement`, sets its own limits before it imports anything else, sees an almost empty
+environment, a temporary folder of its own and the files that it was given, and speaks JSON lines on its standard output: any number of messages, then what it spent (`{"peak_bytes",
 "cpu_seconds"}`), and that its result lies in a file of its folder, or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that
 says which; the caller is never harmed.
 """
@@ -11,7 +11,6 @@ says which; the caller is never harmed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
@@ -24,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from app.confinement import Room, confined
 
 Message = dict[str, Any]
 Say = Callable[[Message], None]
@@ -73,17 +74,21 @@ def run(
     limits: Limits | None = None,
     *,
     folder: Path,
+    read: Iterable[Path | str] = (),
+    write: Iterable[Path | str] = (),
     on_message: Callable[[Message], None] = lambda message: None,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Any:
-    """The result of `module:function(payload, say)` run in a child whose temporary folder is made in `folder`.
+    """The result of `module:function(payload, say)` run in a child whose temporary folder is made in `folder`. Besides that it
+    sees the files and folders of `read`, and those of `write`, which it may change; no others of the data folder.
 
     `on_message` gets what the child says on the way; `keep_going` is asked about once a second, and False ends the child.
     Raises Refused or Killed.
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="child-", dir=folder) as own, tempfile.TemporaryFile(dir=own) as stderr:
-        command = [sys.executable, "-m", "app.sandbox", function]
+        room = Room(read=[Path(path) for path in read], write=[Path(own), *(Path(path) for path in write)])
+        command = confined([sys.executable, "-m", "app.sandbox", function], room)
         process = subprocess.Popen(
             command, cwd=own, env=_environment(own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
         )
@@ -117,6 +122,7 @@ def _environment(folder: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "true",
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "HF_HUB_OFFLINE": "1",
+        **{name: os.environ[name] for name in ("LUTHIER_STUDIO",) if name in os.environ},  # by which the warden finds it
     }
 
 
@@ -213,8 +219,6 @@ def _limit(limits: Limits) -> None:
         # At the hard limit of CPU time the kernel sends SIGKILL, which would look like a lack of memory.
         resource.setrlimit(what, (value, value + 5 if what == resource.RLIMIT_CPU and hard == resource.RLIM_INFINITY else value))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and a write would merely fail
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
 
 
 def main() -> int:

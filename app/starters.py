@@ -17,12 +17,13 @@ import sys
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from app import checks, gguf_header, manifest
+from app.confinement import Room, confined
 from app.errors import BadData, Conflict, DiskFull, NotFound, StudioError, Unavailable
 from app.settings import PROJECT, get_settings
 from app.terms import text_of
@@ -403,15 +404,21 @@ def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: No
     """Fold the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
     order = into.parent / "ref.json"
     order.write_text(json.dumps(ref))
-    return _ask_child("worker.merge", [str(order), str(into)], [], into, beat)
+    data = get_settings().data_dir
+    read = [data / ref["path"], *(data / adapter["path"] for adapter in ref.get("adapters", ()))]
+    return _ask_child("worker.merge", [str(order), str(into)], [], into, beat, read)
 
 
-def _ask_child(module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None]) -> dict[str, Any]:
+def _ask_child(
+    module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None], read: Sequence[Path] = ()
+) -> dict[str, Any]:
     answer = into.parent / "answer.json"
     command = [sys.executable, "-m", module, *first, str(answer), *rest]
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH")}
     environment = kept | {"HOME": str(into.parent), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
+    given = [Path(word) for word in first if os.path.isabs(word)]
+    command = confined(command, Room(read=[*given, *read], write=[into.parent]))
     code, said = run_child(command, environment, beat, seconds=1800)
     try:
         facts = json.loads(answer.read_text())

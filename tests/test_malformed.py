@@ -64,6 +64,7 @@ def test_each_says_what_is_wrong_where_and_what_to_do(tmp_path, batch):
         "tests.test_malformed:read_many",
         {"names": names, "folder": str(tmp_path)},
         folder=tmp_path,
+        write=[tmp_path],
         on_message=lambda message: said.append(message),
     )
     outcomes = [message["outcome"] for message in said if "outcome" in message]

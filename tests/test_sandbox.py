@@ -6,6 +6,7 @@ import time
 import pytest
 
 from app import sandbox
+from app.embedded import sweep
 from app.errors import BadData
 from app.sandbox import Killed, Limits, Refused
 
@@ -58,12 +59,14 @@ def run(function, tmp_path, limits=None, **rest):
 
 def test_messages_then_a_result_with_an_empty_environment_and_no_trace_left(tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_DATABASE_URL", "postgresql://secret")
+    monkeypatch.setenv(sweep.MARK, "here:1")
     messages = []
     result = run("double", tmp_path, on_message=messages.append)
     assert result["twice"] == 42
     *said, last = messages
     assert said == [{"part": 0}, {"part": 1}, {"part": 2}] and 10 << 20 < last["peak_bytes"] < 200 << 20
-    assert not any("LUTHIER" in name for name in result["environment"])
+    assert {name for name in result["environment"] if "LUTHIER" in name} == {sweep.MARK, "LUTHIER_CONFINED"}
+    assert result["environment"][sweep.MARK] == "here:1", "the warden would not know it"
     assert result["folder"].startswith(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

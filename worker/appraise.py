@@ -64,7 +64,7 @@ class Run:
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
         self.heard_at = time.monotonic()
-        self.space: int | None = None  # see `walls.space_of`
+        self.space = walls.Space()  # what the child alone sees
         self.lost = self.leaving = self.hung = self.ended = False
 
     def run(self) -> None:
@@ -110,7 +110,7 @@ class Run:
             self._watch(child)
         finally:
             exits.kill_group(child.pid)  # not yet reaped, so the number is still the child's
-            walls.end_all(self.space)
+            self.space.end()
             code = child.wait()
         reader.join(timeout=10)  # the pipe's last line
         return code
@@ -122,7 +122,7 @@ class Run:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + get_settings().beat_seconds
                 self.lost = not self._beat()
-                self.space = self.space or walls.space_of(child.pid)
+                self.space.look(child.pid)
             self.leaving = self.going_down()
             self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
             if self.lost or self.leaving or self.hung:

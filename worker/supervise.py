@@ -105,7 +105,7 @@ class Attempt:
         self.woken = threading.Event()  # something was said, wished or lost
         self.fence_lost = threading.Event()
         self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
-        self.space: int | None = None  # of mounts: what the trainer alone sees, see `walls.space_of`
+        self.space = walls.Space()  # what the trainer alone sees
         self.wishes = claims.Wishes(False, False, False)
         self.stop_at: float | None = None  # when the trainer was asked to stop
         self.stop_reason = ""
@@ -149,7 +149,7 @@ class Attempt:
             self._watch()
         finally:
             exits.kill_group(self.trainer.pid)  # also what the trainer itself started
-            walls.end_all(self.space)
+            self.space.end()
             code = self.trainer.wait()
             walls.clean(self.folder)
         threads[0].join(timeout=10)  # the pipe's last lines
@@ -188,7 +188,7 @@ class Attempt:
         while os.waitid(os.P_PID, self.trainer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if self.fence_lost.is_set():
                 raise FenceLost
-            self.space = self.space or walls.space_of(self.trainer.pid)
+            self.space.look(self.trainer.pid)
             self._hear_wishes()
             self._look_for_hang()
             self._record_some()

@@ -75,25 +75,44 @@ def clean(folder: Path) -> None:
 # Its end ------------------------------------------------------------------------------------------------------------------
 
 
-def space_of(pid: int) -> int | None:
-    """The number of the mounts that a process alone sees, by which all that it started is found; None before it is confined, or
-    where it is not."""
-    with contextlib.suppress(OSError):
-        if (found := os.stat(f"/proc/{pid}/ns/mnt").st_ino) != os.stat("/proc/self/ns/mnt").st_ino:
-            return found
-    return None
+class Space:
+    """The mounts that a confined process alone sees, by which all that it started is found: a child can leave its parent's process
+    group and session, but no mounts. Held open, so that their number cannot become another's."""
 
+    def __init__(self) -> None:
+        self._handle: int | None = None
 
-def end_all(space: int | None) -> None:
-    """Kill what is left of a confined process's children: they can leave its process group, but not its view of the mounts."""
-    for _ in range(50):
-        left = [int(name) for name in os.listdir("/proc") if name.isdigit() and space is not None and space_of(int(name)) == space]
-        if not left:
-            return
-        for pid in left:
+    def look(self, pid: int) -> None:
+        """Take hold of it, once the process is confined; nothing where it has no mounts of its own."""
+        if self._handle is None:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+                handle = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+                if _number(handle) == _number("/proc/self/ns/mnt"):
+                    os.close(handle)
+                else:
+                    self._handle = handle
+
+    def end(self) -> None:
+        """Kill who is left in it, and let go."""
+        if self._handle is None:
+            return
+        number = _number(self._handle)
+        for _ in range(50):
+            left = [int(name) for name in os.listdir("/proc") if name.isdigit() and _number(f"/proc/{name}/ns/mnt") == number]
+            if not left:
+                break
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        os.close(self._handle)
+        self._handle = None
+
+
+def _number(space: int | str) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(space).st_ino
+    return None
 
 
 # Its word -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A trainer that misbehaves on purpose: `python odd_trainer.py HOW FD`. Real processes, signals, pipes and exits; only the
+"""A trainer that misbehaves on purpose: `python odd_trainer.py HOW FD FOLDER`. Real processes, signals, pipes and exits; only the
 learning is left out, since no real trainer can be made to fail in these ways at will."""
 
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-how, fd = sys.argv[1], int(sys.argv[2])
+how, fd, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 pipe = os.fdopen(fd, "w", buffering=1)
 
 
@@ -37,7 +37,7 @@ if how == "memory":
     sys.exit("MemoryError")
 if how == "liar":  # says it finished, with no result on disk
     measured = {"peak_memory_bytes": 1, "seconds": 1, "tokens_per_second": 1, "tokens": 1, "trained_tokens": 1, "steps": 1, "device": "cpu"}
-    say(type="finished", reason="completed", step=10, path="runs/nowhere/final", bytes=1, revision="r", adapter_sha256=None, kind="dialogue",
+    say(type="finished", reason="completed", step=10, path=f"{folder}/final", bytes=1, revision="r", adapter_sha256=None, kind="dialogue",
         measured=measured)  # fmt: skip
     sys.exit(0)
 if how == "garbage":
@@ -57,7 +57,7 @@ if how == "stubborn":
     say(type="log", message="deaf")
 if how == "polite":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    signal.signal(signal.SIGUSR1, lambda *_: say(type="saved", step=1, path="runs/x", bytes=1, manifest_sha256="0" * 64))
+    signal.signal(signal.SIGUSR1, lambda *_: say(type="saved", step=1, path=f"{folder}/x", bytes=1, manifest_sha256="0" * 64))
     say(type="log", message="ready")
     for n in range(2, 100_000):
         step(n)

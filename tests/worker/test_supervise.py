@@ -43,7 +43,7 @@ def odd(new_job, monkeypatch):
     """Start a job whose trainer behaves oddly; gives the job and the thread that supervises it."""
 
     def start(how: str) -> tuple[Job, threading.Thread]:
-        monkeypatch.setattr(supervise, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), how, str(fd)])
+        monkeypatch.setattr(supervise, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), how, str(fd), held.folder])
         job = new_job()
         thread = threading.Thread(target=supervise.work, args=(job.id,), daemon=True)
         thread.start()
@@ -250,7 +250,7 @@ def test_a_save_is_asked_for_once(odd, user):
 
 
 def test_a_worker_that_goes_down_gives_the_job_back(new_job, monkeypatch):
-    monkeypatch.setattr(supervise, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), "polite", str(fd)])
+    monkeypatch.setattr(supervise, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), "polite", str(fd), held.folder])
     job, leaving = new_job(), threading.Event()
     thread = threading.Thread(target=supervise.work, args=(job.id, leaving.is_set), daemon=True)
     thread.start()
