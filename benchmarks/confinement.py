@@ -49,7 +49,7 @@ def house() -> Iterator[dict[str, Any]]:
         for folder in (own, own / "tmp", broker.parent):
             folder.mkdir(parents=True, mode=0o700)
         abstract = f"\0luthier-walls-{os.getpid()}"
-        for family, address in ((socket.AF_UNIX, str(broker)), (socket.AF_UNIX, abstract), (socket.AF_INET, ("0.0.0.0", 0))):  # noqa: S104
+        for family, address in ((socket.AF_UNIX, str(broker)), (socket.AF_UNIX, abstract), (socket.AF_INET, ("0.0.0.0", 0))):
             listener = stack.enter_context(socket.socket(family))
             listener.bind(address)
             listener.listen(64)

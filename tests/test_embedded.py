@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ import pytest
 
 from app.embedded import sweep
 from app.embedded.places import LONGEST_SOCKET_PATH_BYTES, Lock, secret, socket_folder
-from app.embedded.postgres import Postgres, launched
+from app.embedded.postgres import Postgres, give, launched
 from app.embedded.supervisor import Child, Supervisor
 from app.errors import Conflict, Forbidden, Unavailable
 from app.settings import PROJECT
@@ -84,6 +85,15 @@ def test_secrets_and_sockets_are_closed_to_others(running):
     for log in (running.data_dir / "logs").iterdir():
         assert password not in log.read_text(errors="replace"), log
     assert running.link.rpartition("/")[2] not in "".join(log.read_text(errors="replace") for log in (running.data_dir / "logs").iterdir())
+
+
+def test_no_process_has_the_password_in_its_environment_or_its_arguments(running):
+    wait_until(lambda: exists(running.data_dir, "-Q train"), what="the train worker", seconds=30)
+    password = (running.data_dir / "secrets" / "postgres").read_bytes()
+    for pid in processes_of(running.data_dir):
+        with contextlib.suppress(OSError):
+            for name in ("environ", "cmdline"):
+                assert password not in Path(f"/proc/{pid}/{name}").read_bytes(), f"{name} of {pid}"
 
 
 def test_a_second_start_says_who_holds_the_folder(running):
@@ -196,13 +206,16 @@ def plain_user(folder: Path) -> tuple[str, ...]:
 @pytest.mark.skipif(not AS_ROOT, reason="only root needs another user for the database")
 @pytest.mark.parametrize("mode", [0o711, 0o700])
 def test_as_root_the_database_runs_as_somebody_else(mode):
-    """`nobody` where that user can pass through the folders above; else in a user namespace, with root's own files."""
+    """A number of its own where that can pass through the folders above; else in a user namespace, with root's own files."""
     above = Path(tempfile.mkdtemp(prefix="luthier-root-"))
     above.chmod(mode)
     try:
         database = Postgres(above / "data", fast=True)
         if mode == 0o700:
             assert database.identity.startswith("namespace:")
+        else:
+            with pytest.raises(KeyError):
+                pwd.getpwuid(database.owner[0])
         assert database.prepare()
         server = subprocess.Popen(database.command(), cwd="/", stderr=subprocess.DEVNULL)
         from app.embedded.up import is_open
@@ -213,6 +226,34 @@ def test_as_root_the_database_runs_as_somebody_else(mode):
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
         assert Postgres(above / "data").identity == database.identity
+    finally:
+        shutil.rmtree(above, ignore_errors=True)
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root needs another user for the database")
+def test_a_database_of_nobody_is_taken_over(tmp_path):
+    """Other services run as `nobody` too, and could read it. A start that was cut off half way is made up for."""
+    above = Path(tempfile.mkdtemp(prefix="luthier-nobody-"))
+    above.chmod(0o711)
+    nobody = pwd.getpwnam("nobody")
+    try:
+        first = Postgres(above / "data", fast=True)
+        if first.owner is None:
+            pytest.skip("here the database runs in a namespace")
+        first.prepare()
+        give(first.folder, (nobody.pw_uid, nobody.pw_gid))
+        os.chown(first.folder / "base", *first.owner)  # as where the giving over was cut off
+        database = Postgres(above / "data", fast=True)
+        assert database.identity == f"{nobody.pw_uid}:{nobody.pw_gid}", "only a start may change who owns it"
+        assert not database.prepare()
+        assert {path.lstat().st_uid for path in (database.folder, *database.folder.rglob("*"))} == {first.owner[0]}
+        with subprocess.Popen(database.command(), cwd="/", stderr=subprocess.DEVNULL) as server:
+            from app.embedded.up import is_open
+
+            wait_until(lambda: is_open(database), what="the database", seconds=20)
+            as_nobody = ["setpriv", "--reuid", str(nobody.pw_uid), "--clear-groups", "ls", str(database.folder / "base")]
+            assert subprocess.run(as_nobody, capture_output=True, check=False).returncode != 0
+            server.send_signal(signal.SIGINT)
     finally:
         shutil.rmtree(above, ignore_errors=True)
 

@@ -77,7 +77,7 @@ def confined(command: Sequence[str], room: Room, *, parent: int | None = None, r
         "devices": _devices(room.gpu),
         "sockets": room.sockets,
         "limits": _limits(room.memory_bytes),
-        "uid": spare_uid("trainer") if os.geteuid() == 0 else 0,
+        "uid": spare_uid("trainer", settings.data_dir) if os.geteuid() == 0 else 0,
         "parent": os.getpid() if parent is None else parent,
         "layers": [] if settings.confinement == "off" else list(room.layers),
         "required": settings.confinement == "required",
@@ -96,12 +96,12 @@ def report(room: Room | None = None) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def spare_uid(purpose: str) -> int:
+def spare_uid(purpose: str, data_dir: Path) -> int:
     """A user number of this data folder's own that names nobody, so that files and processes are shared with nothing else.
 
     High above what people, services and containers are given; below 65,536 where a container knows no other.
     """
-    digest = int.from_bytes(hashlib.sha256(f"{get_settings().data_dir}:{purpose}".encode()).digest()[:4])
+    digest = int.from_bytes(hashlib.sha256(f"{data_dir}:{purpose}".encode()).digest()[:4])
     known = _mapped()
     for uid in (1_900_000_000 + digest % 100_000_000, *(61_184 + (digest + step) % 4_000 for step in range(20))):
         if any(uid in numbers for numbers in known) and not _names_somebody(uid):

