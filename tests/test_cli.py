@@ -143,7 +143,7 @@ def test_doctor_looks_at_everything(data_dir):
         "disk",
         "database",
         "redis",
-        "user namespaces",
+        "wall: no network",
         "chromium",
         "models",
         "hub",

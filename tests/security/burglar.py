@@ -155,7 +155,7 @@ def attempts(given: dict[str, Any]) -> dict[str, Callable[[], bool]]:
         "mount": lambda: in_child(lambda: mounts(f"{given['own']}/tmp")),
         "make a user namespace": lambda: in_child(lambda: calls("unshare", 0x10000000)),
         "become root": lambda: in_child(lambda: os.getuid() != 0 and os.setuid(0) is None),
-        "have capabilities": lambda: any(int(status(name), 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")),
+        "have capabilities": lambda: any(int(status(name), 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")),
         "gain privileges": lambda: status("NoNewPrivs") != "1",
         "dump its memory": lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0,
         "take more memory": lambda: in_child(lambda: allocates(given["mebibytes"])),

@@ -49,6 +49,32 @@ if how == "family":  # leaves a child behind that holds the pipe
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[fd])
     print("child", child.pid, flush=True)
     sys.exit(3)
+if how == "thief":  # as the code of a hostile model
+
+    def can(path, mode="rb"):
+        try:
+            with open(path, mode):
+                return True
+        except OSError:
+            return False
+
+    data = os.environ["LUTHIER_DATA_DIR"]
+    found = {
+        "secret": can(f"{data}/secrets/postgres"),
+        "parent": can(f"/proc/{os.getppid()}/environ"),
+        "own": can(f"{data}/{folder}/x", "wb"),
+    }
+    say(type="log", message=json.dumps(found | {"held": os.environ["LUTHIER_CONFINED"].split(",")}))
+    sys.exit(3)
+if how == "runaway":  # its grandchild leaves the process group, the session and its parent
+    code = "import os, subprocess; print('runaway', subprocess.Popen(['sleep', '600'], start_new_session=True).pid, os.environ['LUTHIER_CONFINED'])"
+    subprocess.run([sys.executable, "-c", code], start_new_session=True)
+    time.sleep(2)  # a supervisor looks several times a second
+    sys.exit(3)
+if how == "liar-of-checkpoints":
+    for n in range(1, 6):
+        say(type="saved", step=n, path="models/victim", bytes=1, manifest_sha256="0" * 64)
+    sys.exit(3)
 if how == "environment":
     say(type="log", message=json.dumps(dict(os.environ)))
     sys.exit(75)
