@@ -222,15 +222,9 @@ def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
 # How an attempt ends ------------------------------------------------------------------------------------------------
 
 
-def _end(session: Session, held: Claim, status: str, **values: Any) -> bool:
-    """Move the held job to `status`. False when this very attempt did so before and the answer was lost. Raises
-    FenceLost when the job is no longer this attempt's."""
-    moved = session.execute(update(Job).where(_held(held)).values(status=status, lease_until=None, seconds_left=None, **values)).rowcount
-    if moved:
-        return True
-    if session.execute(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status == status)).first():
-        return False
-    raise FenceLost
+def _end(session: Session, held: Claim, status: str, **values: Any) -> None:
+    """Move the held job, whose row the caller has locked, to `status`."""
+    session.execute(update(Job).where(_held(held)).values(status=status, lease_until=None, seconds_left=None, **values))
 
 
 def _mine(session: Session, held: Claim) -> Job | None:
@@ -243,9 +237,21 @@ def _mine(session: Session, held: Claim) -> Job | None:
 
 
 def finish(session: Session, held: Claim, finished: events.Finished) -> None:
-    """The job succeeded: its state, its model and its metrics file in one transaction. Raises FenceLost."""
+    """The job succeeded: its state, its model and its metrics file in one transaction. Raises FenceLost.
+
+    A cancel that was accepted before this wins: the job ends as cancelled and its result goes. A pause does not: nothing is
+    left to go on with, and the machine is free all the same.
+    """
     from app import jobs, models
 
+    job = _mine(session, held)
+    if job is None:
+        return
+    if job.cancel_requested:
+        folder = get_settings().data_dir / finished.path
+        db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+        _settle_wish(session, job, finished.step, "asked for")
+        return
     values = _QUIET | {
         "finished_at": now(),
         "error": None,
@@ -255,9 +261,8 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
         "evaluation": storable(finished.evaluation) or None,
         "forgetting": storable(finished.forgetting),
     }
-    if not _end(session, held, "succeeded", **values):
-        return
-    job = session.get_one(Job, held.job_id, populate_existing=True)
+    _end(session, held, "succeeded", **values)
+    session.refresh(job)
     models.register_tuned(session, job, finished)
     say(session, held.job_id, held.attempt, finished)
     session.flush()
@@ -272,15 +277,17 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
 
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     """The attempt failed. What another attempt may survive is queued again; a full disk pauses the job, since nothing
-    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a way out. Raises FenceLost."""
+    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a way out. A job that was to be cancelled
+    is cancelled, whatever it failed of. Raises FenceLost."""
     job = _mine(session, held)
     if job is None:
         return None
     if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
         return _bury(session, job, failed)
+    if job.cancel_requested:
+        _settle_wish(session, job, failed.step, failed.message)
+        return None
     if failed.kind == "disk_full":
-        if job.cancel_requested:
-            return stopped(session, held, failed.step, failed.message)
         _end(session, held, "paused", error=_error(failed), **_QUIET)
         return say(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
     _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET)

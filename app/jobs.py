@@ -154,12 +154,14 @@ def reading(session: Session, job: Job) -> bool:
 
 
 def cancel(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """End the job: at once when nobody runs it, else at the next step boundary. Raises NotFound, Conflict."""
+    """End the job: at once when nobody runs it, else at the next step boundary. It ends as cancelled and leaves no model, also
+    when it reaches its end before it hears of this. Raises NotFound, Conflict."""
     return _stop(session, get(session, user, job_id), "cancelled", ("queued", "paused"))
 
 
 def pause(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """Let the job save and leave the machine; `resume` goes on from there. Raises NotFound, Conflict."""
+    """Let the job save and leave the machine; `resume` goes on from there. One that reaches its end before it hears of this
+    ends as succeeded, since nothing is left to go on with. Raises NotFound, Conflict."""
     return _stop(session, get(session, user, job_id), "paused", ("queued",))
 
 
@@ -231,6 +233,12 @@ def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
         db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
     else:
         db.on_commit(session, lambda: [shutil.rmtree(old, ignore_errors=True) for old in folder.glob("a*/checkpoint-*")])
+
+
+def refuse_cancelled(job: Job) -> None:
+    """For the API, which answers a second cancel as OpenAI does; a second click on a page is no fault. Raises Conflict."""
+    if job.status == "cancelled":
+        raise _state(job, "cancelled again")
 
 
 def _state(job: Job, what: str, way_out: str = "") -> Conflict:

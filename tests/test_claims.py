@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import func, select, text, update
 
 from app import claims, events, files, jobs
-from app.db import transaction
+from app.db import get_engine, transaction
 from app.leases import answering_since
 from app.settings import get_settings
 from app.tables import Checkpoint, Event, File, Job, Model, Outbox
+from tests.conftest import wait_until
 from tests.orders import make_dataset, make_job
 
 
@@ -278,6 +280,69 @@ def test_checkpoints_are_swept_but_for_the_newest_and_the_best(job, data_dir):
     assert sorted(p.name for p in (data_dir / "runs/x/a1").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
+# An end that a person asked for at the same moment ------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(job, user, postgres):
+    """Two moves on the job at the same moment, the first of them holding its row until the second waits for it."""
+
+    def run(first, second) -> None:
+        faults: list[Exception] = []
+
+        def later() -> None:
+            try:
+                with transaction() as session:
+                    second(session)
+            except Exception as error:
+                faults.append(error)
+
+        with transaction() as session:
+            first(session)
+            session.flush()
+            thread = threading.Thread(target=later, daemon=True)
+            thread.start()
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            with get_engine().connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
+                wait_until(lambda: watching.scalar(text(waits)), what="the second move, waiting for the row")
+        thread.join(20)
+        if faults:
+            raise faults[0]
+
+    return run
+
+
+@pytest.mark.parametrize("failed", [None, events.Failed(kind="bad_data", message="It did.")])
+def test_a_cancel_that_was_accepted_wins_over_an_end(job, user, data_dir, at_once, failed):
+    held = take(job.id)
+    final = data_dir / FINISHED.path
+    final.mkdir(parents=True)
+    end = (lambda s: claims.fail(s, held, failed)) if failed else (lambda s: claims.finish(s, held, FINISHED))
+    at_once(lambda s: jobs.cancel(s, user, job.id), end)
+    with transaction() as session:
+        end(session)  # once more, as after an answer that was lost
+        row = session.get_one(Job, job.id)
+        assert (row.status, row.error, row.cancel_requested) == ("cancelled", None, False) and row.finished_at
+        assert jobs.tuned_model(session, row) is None and row.result_file_id is None
+    assert said(job.id)[-1] == "stopped" and said(job.id).count("stopped") == 1
+    assert final.exists() == bool(failed), "a result that is no model is left on the disk"
+
+
+def test_a_cancel_that_came_after_the_end_is_refused(job, user, at_once):
+    held = take(job.id)
+    with pytest.raises(jobs.Conflict, match="succeeded"):
+        at_once(lambda s: claims.finish(s, held, FINISHED), lambda s: jobs.cancel(s, user, job.id))
+    row = now_of(job.id)
+    assert (row.status, row.cancel_requested) == ("succeeded", False)
+
+
+def test_a_pause_that_meets_the_end_leaves_the_result(job, user, at_once):
+    held = take(job.id)
+    at_once(lambda s: jobs.pause(s, user, job.id), lambda s: claims.finish(s, held, FINISHED))
+    row = now_of(job.id)
+    assert (row.status, row.pause_requested) == ("succeeded", False)
+
+
 # Every order of moves -----------------------------------------------------------------------------------------------
 
 
@@ -368,7 +433,7 @@ class JobMachine(RuleBasedStateMachine):
         if kind in events.TRANSIENT or (kind == "out_of_memory" and deaths == 0):
             self.die()
         else:
-            self.end("failed")
+            self.end("cancelled" if self.now.cancel else "failed")
 
     @precondition(lambda self: self.held)
     @rule(again=st.booleans())
@@ -376,8 +441,8 @@ class JobMachine(RuleBasedStateMachine):
         for _ in range(1 + again):
             with transaction() as session:
                 claims.finish(session, self.held, FINISHED)
-        self.end("succeeded")
-        self.now.results = 1
+        self.now.results = int(not self.now.cancel)
+        self.end("cancelled" if self.now.cancel else "succeeded")
 
     @precondition(lambda self: self.held)
     @rule()

@@ -55,11 +55,16 @@ def retrieve(session: Db, user: CurrentUser, job_id: str) -> Json:
 
 @api.post("/jobs/{job_id}/cancel")
 def cancel(session: Db, user: CurrentUser, job_id: str) -> Json:
+    """End a job. A running one stops at its next step, until when its `progress.asked` is `cancelling`; whatever it reaches
+    before that, it ends as `cancelled` and leaves no model."""
+    jobs.refuse_cancelled(jobs.get(session, user, job_key(job_id)))
     return job_json(session, jobs.cancel(session, user, job_key(job_id)))
 
 
 @api.post("/jobs/{job_id}/pause")
 def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
+    """Let a job save and leave the machine. A running one does so at its next step, until when its `progress.asked` is
+    `pausing`; one that reaches its end before that ends as `succeeded`, since nothing is left to go on with."""
     return job_json(session, jobs.pause(session, user, job_key(job_id)))
 
 

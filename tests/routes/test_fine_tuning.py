@@ -127,9 +127,10 @@ def test_pause_resume_cancel_without_a_body(ai, file_id):
     assert ai.fine_tuning.jobs.pause(job.id).status == "paused"
     assert ai.fine_tuning.jobs.resume(job.id).status == "queued"
     assert ai.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    with pytest.raises(openai.ConflictError) as caught:
-        ai.fine_tuning.jobs.resume(job.id)
-    assert caught.value.code == "wrong_state" and caught.value.response.headers["x-should-retry"] == "false"
+    for ask in (ai.fine_tuning.jobs.resume, ai.fine_tuning.jobs.cancel):
+        with pytest.raises(openai.ConflictError) as caught:
+            ask(job.id)
+        assert caught.value.code == "wrong_state" and caught.value.response.headers["x-should-retry"] == "false"
 
 
 PAIRS = [
