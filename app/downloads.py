@@ -11,7 +11,7 @@ from app import manifest
 
 _PIECE = 2**20
 _DATE = (1980, 1, 1, 0, 0, 0)  # equal folders give equal archives
-_LEFT_OUT = (manifest.NAME, "README.md", "adapter_config.json")
+_LEFT_OUT = (manifest.NAME, manifest.SEEN, "README.md", "adapter_config.json")
 
 
 class _Pipe:

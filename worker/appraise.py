@@ -23,11 +23,12 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app import evaluations, events
+from app import evaluations, events, integrity
 from app.confinement import confined
 from app.db import transaction
 from app.evaluations import Claim
 from app.files import write_atomically
+from app.integrity import BadModel
 from app.settings import PROJECT, get_settings
 from worker import exits, walls
 from worker.supervise import _insist as insist
@@ -63,8 +64,8 @@ class Run:
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
-        self.heard_at = time.monotonic()
         self.space = walls.Space()  # what the child alone sees
+        self.heard_at, self.next_beat = time.monotonic(), 0.0
         self.lost = self.leaving = self.hung = self.ended = False
 
     def run(self) -> None:
@@ -73,6 +74,9 @@ class Run:
             code = self._assess()
             if not self.lost:
                 self._conclude(code, memory.killed_since())
+        except BadModel as error:
+            integrity.tell(error)
+            self._finish(error={"code": error.code, "message": error.message, "way_out": error.way_out})
         except OSError as error:
             failed = exits.of_os_error(error)
             self._finish(error=_error(failed, failed.message))
@@ -81,6 +85,9 @@ class Run:
 
     def _assess(self) -> int:
         """Start the child and watch over it to its end; its exit code, negative for a signal."""
+        for ref in (self.held.spec.model, self.held.spec.base):
+            if ref is not None:
+                integrity.check_model(ref, self._beat_when_due)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
@@ -117,17 +124,19 @@ class Run:
 
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
         """Beat until the child is gone, or until there is a reason to end it."""
-        next_beat = 0.0
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + get_settings().beat_seconds
-                self.lost = not self._beat()
-                self.space.look(child.pid)
+            self._beat_when_due()
+            self.space.look(child.pid)
             self.leaving = self.going_down()
             self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
             if self.lost or self.leaving or self.hung:
                 return
             time.sleep(0.1)
+
+    def _beat_when_due(self) -> None:
+        if time.monotonic() >= self.next_beat:
+            self.next_beat = time.monotonic() + get_settings().beat_seconds
+            self.lost = not self._beat()
 
     def _beat(self) -> bool:
         try:

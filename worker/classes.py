@@ -8,6 +8,7 @@ import torch
 
 from app.errors import BadData, BadRequest
 from app.generation import Classified
+from app.integrity import check
 from app.spec import ModelRef, RunSettings
 from worker import attention
 from worker.batches import BadRow, Row
@@ -15,7 +16,6 @@ from worker.classifier import Classifier, load_classifier
 from worker.classify import probabilities, tokenise_texts
 from worker.device import Engine, choose
 from worker.kept import Kept
-from worker.lanes import check_folder
 from worker.load import folder_of, load_strategy, load_tokenizer
 
 MOST_LOADED = 2
@@ -52,9 +52,9 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
 
 
 def _load(ref: ModelRef) -> _Loaded:
-    check_folder(ref.path, ref.revision, ref.name)
+    check(ref.path, ref.name, ref.revision, may_be_plain=True)
     for adapter in ref.adapters:
-        check_folder(adapter.path, None, ref.name)
+        check(adapter.path, ref.name, may_be_plain=True)
     strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
     # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
     run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")

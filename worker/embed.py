@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from app.errors import BadRequest
 from app.generation import Embedded
+from app.integrity import check
 from app.spec import ModelRef
 from worker.kept import Kept
-from worker.lanes import check_folder
 from worker.load import LOADING, BadModel, folder_of
 
 MOST_LOADED = 2
@@ -59,7 +59,7 @@ def _groups(lengths: list[int]) -> list[list[int]]:
 
 
 def _load(ref: ModelRef) -> tuple[Any, Any]:
-    check_folder(ref.path, ref.revision, ref.name)
+    check(ref.path, ref.name, ref.revision, may_be_plain=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = folder_of(ref.path)
     try:

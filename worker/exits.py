@@ -221,7 +221,7 @@ def check_result(folder: Path) -> events.Failed | None:
     try:
         if (odd := walls.foreign(folder)) is not None:
             raise BadData(f"{odd.name} is no plain file.")
-        manifest.verify(folder)
+        manifest.check(folder)
     except (StudioError, OSError) as error:
         return events.Failed(
             kind="crashed", message=f"The trainer finished, but its result is not whole: {error}", way_out="Resume the job."

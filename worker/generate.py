@@ -31,6 +31,7 @@ from app.generation import (
     stream_key,
     worker_key,
 )
+from app.integrity import BadModel, tell
 from app.queue import get_redis
 from worker.importing import importing
 
@@ -94,6 +95,8 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
         log.warning("Answer %s was given up: Redis is away (%s).", request.id, error)
     except Exception as error:
         log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "way_out"))
+        if isinstance(error, BadModel):
+            tell(error)
         publisher.say([broke(error)])
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from app import manifest
-from app.errors import DoesNotFit, StudioError, Unavailable
+from app.errors import DoesNotFit, Unavailable
+from app.integrity import check
 from app.machine import usable_memory
 from app.settings import get_settings
 from app.spec import ModelRef
@@ -28,7 +28,7 @@ from worker import kept, prompts
 from worker.adapters import AdapterStack, LoraWeights, read_lora
 from worker.cache import ATTENTION, Cache, Step, running
 from worker.few_rows import use_few_rows
-from worker.load import LOADING, BadModel, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.load import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
 @dataclass(eq=False)
@@ -236,7 +236,7 @@ class Shelf:
         raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
 
     def _load_base(self, ref: ModelRef) -> Lane:
-        check_folder(ref.path, ref.revision, ref.name)
+        check(ref.path, ref.name, ref.revision, may_be_plain=True)
         model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
         lane = self._as_lane((ref.path, ref.revision), ref, model)
         lane.source = share_weights(model)
@@ -247,7 +247,7 @@ class Shelf:
     def _load_adapted(self, ref: ModelRef, base: Lane) -> Lane:
         """A tree of its own for adapters that cannot stand side by side, on the base's tensors where that is safe."""
         for adapter in ref.adapters:
-            check_folder(adapter.path, None, ref.name)
+            check(adapter.path, ref.name, may_be_plain=True)
         if len(ref.adapters) == 1 and STRATEGIES[ref.adapters[0].strategy].switchable and base.source is not None:
             tree = share_weights(base.source)
             before = {id(p): p._version for p in base.source.parameters()}
@@ -294,7 +294,7 @@ class Shelf:
             if weights is None:
                 if base.stack is None or not STRATEGIES[adapter.strategy].adapter:
                     return None
-                check_folder(adapter.path, None, ref.name)
+                check(adapter.path, ref.name, may_be_plain=True)
                 weights = read_lora(folder_of(adapter.path), base.stack.linears, self.dtype, self.device, adapter.blend)
                 if weights is None:
                     return None
@@ -332,20 +332,6 @@ def share_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the tree of modules over the same tensors: a change of structure in one leaves the other as it is."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(t): t for t in tensors})
-
-
-def check_folder(path: str, revision: str | None, name: str) -> None:
-    """Raises BadModel when the files of a folder are not those that were registered. A checkpoint's manifest stands above."""
-    folder = folder_of(path)
-    home = next((f for f in (folder, folder.parent) if (f / manifest.NAME).is_file()), None)
-    if home is None:
-        return
-    try:
-        found = manifest.verify(home)
-    except StudioError as error:
-        raise BadModel(f"The files of {name} are not what was saved. {error.message}", way_out=error.way_out) from error
-    if revision and home == folder and revision not in (found["revision"], manifest.sha256_of(home / manifest.NAME)):
-        raise BadModel(f"The files of {name} are not those of revision {revision[:12]}.", way_out="Add the model again.")
 
 
 def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:

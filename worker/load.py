@@ -13,7 +13,9 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from app.errors import BadData, DoesNotFit
+from app import integrity
+from app.errors import DoesNotFit
+from app.integrity import BadModel
 from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
@@ -36,18 +38,11 @@ STRATEGY_FILE = "strategy.json"
 """The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""
 
 
-class BadModel(BadData):
-    """The model's folder cannot be loaded, or cannot do what is asked of it."""
-
-    code = "bad_model"
-
-
 def folder_of(path: str) -> Path:
-    """A folder named by a path relative to the data folder. Raises BadModel when it is not there."""
-    folder = get_settings().data_dir / path
-    if not folder.is_dir():
-        raise BadModel(f"The model's folder {path} is gone.", way_out="Add the model again, or choose another.")
-    return folder
+    """A folder named by a path relative to the data folder. Raises BadModel when it is not there, or when a file of it differs
+    from its manifest."""
+    integrity.check(path, "the model", may_be_plain=True)
+    return get_settings().data_dir / path
 
 
 def load_tokenizer(ref: ModelRef) -> Any:

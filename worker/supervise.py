@@ -29,11 +29,12 @@ from typing import TypeVar
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from app import claims, events, standby
+from app import claims, events, integrity, standby
 from app.claims import Claim, FenceLost
 from app.confinement import confined
 from app.db import transaction
 from app.files import write_atomically
+from app.integrity import BadModel
 from app.settings import PROJECT, get_settings
 from worker import exits, walls
 
@@ -123,6 +124,10 @@ class Attempt:
             self._conclude(code, memory)
         except FenceLost:
             raise
+        except BadModel as error:
+            integrity.tell(error)
+            fault = events.Failed(kind="bad_model", message=error.message, way_out=error.way_out)
+            self._insist(lambda session: claims.fail(session, self.held, fault))
         except OSError as error:
             fault = exits.of_os_error(error)
             self._insist(lambda session: claims.fail(session, self.held, fault))
@@ -138,13 +143,11 @@ class Attempt:
     def _train(self) -> int:
         """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
         standby.ask_room(self.held.job_id, self.held.memory_bytes)
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        integrity.check_model(self.held.spec.model)  # reading all of a large model takes longer than a lease
         read_end = self._start()
-        threads = [
-            threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
-            threading.Thread(target=self._beat, name="beat", daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
+        reader = threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True)
+        reader.start()
         try:
             self._watch()
         finally:
@@ -152,7 +155,7 @@ class Attempt:
             self.space.end()
             code = self.trainer.wait()
             walls.clean(self.folder)
-        threads[0].join(timeout=10)  # the pipe's last lines
+        reader.join(timeout=10)  # the pipe's last lines
         return code
 
     def _start(self) -> int:

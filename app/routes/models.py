@@ -11,10 +11,11 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, engines, evaluations, fetching, ids, models, outside, standby, starters
+from app import cards, downloads, engines, evaluations, fetching, ids, integrity, models, outside, standby, starters
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
+from app.integrity import BadModel
 from app.routes.accounts import safe_next
 from app.settings import get_settings
 from app.shapes import Shape
@@ -290,12 +291,18 @@ def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Respons
 
 @pages.get("/models/{key}/download")
 def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
-    """The model's folder as a zip: an adapter in the layout `PeftModel.from_pretrained` loads, or whole weights."""
+    """The model's folder as a zip: an adapter in the layout `PeftModel.from_pretrained` loads, or whole weights. Raises BadModel
+    when a file of it is not what was saved."""
     model = models.get(session, user, key)
     models.reference(session, model)  # refuses what is not ready
     folder = models.own_folder(model)
-    if folder is None or not folder.is_dir():
+    if folder is None:
         raise Conflict(f"The files of {model.name} are not there.", way_out="Add the model again.")
+    try:
+        integrity.check(str(model.path), model.name, model.revision)
+    except BadModel as damaged:
+        integrity.tell(damaged)
+        raise
     chain = models.lineage(session, model)
     job = session.get(Job, model.job_id) if model.job_id else None
     made_of = models.made_of(session, model)

@@ -13,7 +13,7 @@ import openai
 import pytest
 from sqlalchemy import text
 
-from app import ids, models, starters
+from app import ids, manifest, models, starters
 from app.events import Finished, Measured
 from app.shapes import Shape
 from app.tables import Job, Model
@@ -29,7 +29,7 @@ def tuned(session, user, tiny_registered, tiny_model, data_dir) -> Model:
     """An adapter on the tiny model, its name with a slash."""
     tiny_registered.name = "lab/tiny"
     session.flush()
-    tune_by_hand(data_dir / "runs" / "1" / "final", tiny_model)
+    folder = tune_by_hand(data_dir / "runs" / "1" / "final", tiny_model)
     dataset = make_dataset(session, user, data_dir)
     job = Job(
         owner_id=user.id, name="Letters", status="succeeded", spec=make_spec(tiny_registered, dataset).model_dump(mode="json"),
@@ -42,7 +42,7 @@ def tuned(session, user, tiny_registered, tiny_model, data_dir) -> Model:
         step=1,
         path="runs/1/final",
         bytes=9,
-        revision="ab" * 32,
+        revision=manifest.read(folder)["revision"],
         adapter_sha256="cd" * 32,
         kind="dialogue",
         measured=MEASURED,
