@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, queue
-from app.leases import could_beat, lease, now
+from app.leases import OVER, lapsed, lease, now
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Event, Job, Outbox
@@ -68,10 +68,6 @@ class Wishes:
 
 class FenceLost(Exception):
     """Another attempt holds the job, or it was ended: this one must stop its trainer and write nothing more."""
-
-
-def _lapsed() -> ColumnElement[bool]:
-    return (Job.lease_until < now()) & could_beat()
 
 
 def _held(claim: Claim) -> ColumnElement[bool]:
@@ -368,13 +364,14 @@ def _bury(session: Session, job: Job, failed: events.Failed) -> None:
 
 def lapse(session: Session, job_id: uuid.UUID | None = None) -> int:
     """Bury the attempts whose lease has passed: all of them, or one job's. Returns how many."""
-    wanted = select(Job).where(Job.status == "running", _lapsed()).order_by(Job.id).limit(100)
+    wanted = select(Job).where(Job.status == "running", lapsed(Job.lease_until)).order_by(Job.id).limit(100)
     if job_id is not None:
         wanted = wanted.where(Job.id == job_id)
     dead = session.scalars(wanted.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
     for job in dead:
         log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
-        message = f"Worker {job.worker} was not heard of for {get_settings().lease_seconds:g} seconds."
+        silent = f"Worker {job.worker} was not heard of for {get_settings().lease_seconds:g} seconds."
+        message = f"Worker {job.worker} died with the studio." if job.lease_until == OVER else silent
         _bury(session, job, events.Failed(kind="worker_lost", message=message))
     return len(dead)
 

@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from app import blend, datasets, ids, jobs, models, queue
 from app.claims import BEHIND_A_BACKLOG, storable
 from app.errors import BadField, Conflict, NotFound
-from app.leases import could_beat, lease, now
+from app.leases import OVER, lapsed, lease, now
 from app.orders import bad_field
 from app.settings import get_settings
 from app.spec import DatasetRef, ModelRef, Split, Task
@@ -375,13 +375,14 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
 
 def lapse(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
     """Give back those whose runner was not heard of for a lease: all, or one. Returns how many."""
-    wanted = select(Evaluation).where(Evaluation.status == "running", Evaluation.lease_until < now(), could_beat())
+    wanted = select(Evaluation).where(Evaluation.status == "running", lapsed(Evaluation.lease_until))
     wanted = wanted.where(Evaluation.deleted_at.is_(None))
     if evaluation_id is not None:
         wanted = wanted.where(Evaluation.id == evaluation_id)
     dead = session.scalars(wanted.limit(50).with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
     for evaluation in dead:
-        _again(session, evaluation, f"Its worker was not heard of for {get_settings().lease_seconds:g} seconds.")
+        silent = f"Its worker was not heard of for {get_settings().lease_seconds:g} seconds."
+        _again(session, evaluation, "Its worker died with the studio." if evaluation.lease_until == OVER else silent)
     return len(dead)
 
 

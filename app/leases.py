@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from sqlalchemy import ColumnElement, DateTime, func, literal_column
 
 from app.settings import get_settings
+
+OVER = datetime(1970, 1, 1, tzinfo=UTC)
+"""Until when a lease holds whose holder is known to be dead, so that nobody need wait for it to pass."""
 
 
 def now() -> ColumnElement[datetime]:
@@ -33,3 +37,8 @@ def answering_since() -> ColumnElement[datetime]:
 def could_beat() -> ColumnElement[bool]:
     """The database has answered for a whole lease, long enough for every healthy worker to have renewed its own."""
     return answering_since() < now() - timedelta(seconds=get_settings().lease_seconds)
+
+
+def lapsed(lease_until: Any) -> ColumnElement[bool]:
+    """Whether the holder of a lease is dead: known to be, or not heard of for a whole lease in which it could have beaten."""
+    return (lease_until == OVER) | ((lease_until < now()) & could_beat())

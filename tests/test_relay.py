@@ -16,14 +16,15 @@ import kombu.pools
 import pytest
 import redis
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 
-from app import queue
+from app import claims, datasets, evaluations, fetching, files, ids, models, prompt_runs, prompts, queue
 from app.db import transaction
-from app.relay import database_is_settled, relay, send_batch
+from app.relay import database_is_settled, reap, relay, send_batch, take_over
 from app.settings import PROJECT, get_settings
-from app.tables import Outbox
+from app.tables import Evaluation, Event, Job, Outbox, PromptRun
 from tests.conftest import wait_until
+from tests.orders import make_dataset, make_job
 
 
 def order(count: int = 1, task: str = queue.TRAIN) -> list[uuid.UUID]:
@@ -118,6 +119,47 @@ def test_the_reaper_waits_a_lease_after_the_database_restarted(session, monkeypa
     monkeypatch.setenv("LUTHIER_LEASE_SECONDS", "0.001")
     get_settings.cache_clear()
     assert database_is_settled(session)
+
+
+def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, tiny_registered, tiny_model, data_dir):
+    """Everything that has a lease, while no lease has passed and the database has just come up."""
+    get_settings().lease_seconds = 100_000
+    data = make_dataset(session, user, data_dir)
+    job = make_job(session, user, tiny_registered, data)
+    ordered = evaluations.read_order({"model": "tiny", "dataset_id": ids.public(ids.DATASET, data.id)})
+    evaluation = evaluations.create(session, user, ordered)
+    file = files.add_bytes(session, user, b'{"prompt": "a", "completion": "b"}', "x.jsonl", "fine-tune")
+    reading = datasets.create(session, user, file)
+    fetch = models.add_folder(session, user, str(tiny_model), "another", anywhere=True)
+    _, version = prompts.create(session, user, "a prompt", prompts.read_body({"max_tokens": 2}))
+    run = prompt_runs.create(session, user, version, "tiny", data, prompt_runs.RunOrder())
+    session.commit()
+    with transaction() as s:
+        held = claims.claim(s, job.id, "w1")
+        assert held and evaluations.claim(s, evaluation.id) and datasets.claim(s, reading.id) and prompt_runs.claim(s, run.id)
+    assert fetching._claim(fetch.id)
+    session.execute(update(Outbox).values(sent_at=func.clock_timestamp()))
+    session.commit()
+    with transaction() as s:
+        reap(s)
+    assert unsent() == 0
+
+    with transaction() as s:
+        take_over(s)
+    with transaction() as s:
+        ordered_again = set(s.scalars(select(Outbox.key).where(Outbox.sent_at.is_(None))))
+        assert ordered_again >= {job.id, evaluation.id, reading.id, fetch.id, run.id}
+        found = [s.get_one(Job, job.id), s.get_one(Evaluation, evaluation.id), s.get_one(PromptRun, run.id)]
+        assert [row.status for row in found] == ["queued"] * 3
+        lost = s.scalars(select(Event).where(Event.job_id == job.id, Event.type == "lost")).one()
+        assert lost.data["message"] == "Worker w1 died with the studio."
+        assert claims.claim(s, job.id, "w2").fence == held.fence + 1 and datasets.claim(s, reading.id)
+    assert fetching._claim(fetch.id)
+    with pytest.raises(claims.FenceLost), transaction() as s:
+        claims.beat(s, held)
+    with transaction() as s:
+        take_over(s)
+        assert s.scalar(select(Evaluation.deaths)) == 1, "what nobody held has lost nobody"
 
 
 def test_the_process_outlives_its_database_connection_and_stops_when_told(session):

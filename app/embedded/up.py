@@ -56,6 +56,8 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
     try:
         supervisor.start(warden(settings.data_dir, run))
         start_servers(supervisor, settings)
+        if not settings.database_url:  # workers of other machines may hold what they do in another database
+            free_what_was_held()
         web, *others = processes(settings)
         supervisor.start(web)
         url = studio_url(settings)
@@ -168,6 +170,15 @@ def migrate() -> None:
     url = get_settings().database_url
     assert url is not None
     upgrade(url)
+
+
+def free_what_was_held() -> None:
+    """The lock is held and what was left is ended, so whatever a worker holds in this studio's own database, it is dead."""
+    from app import relay
+    from app.db import transaction
+
+    with transaction() as session:
+        relay.take_over(session)
 
 
 def listens(path: Path) -> bool:
