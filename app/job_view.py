@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, workers
+from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, studio, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
@@ -141,6 +141,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "ends_at": datetime.now(UTC) + timedelta(seconds=progress.seconds_left or 0),
         "actions": actions(job, saved=bool(progress.checkpoints)),
         "waiting": _waiting(session, job) if job.status == "queued" else "",
+        "no_room": studio.MAKE_ROOM if job.status in ("queued", "running") and studio.no_room() else "",
         "failure": failure(job, progress),
         "suggestion": suggestion,
         "suggestion_text": ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in (suggestion or {}).items()),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -59,3 +61,25 @@ def configure() -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def turn_over(path: Path, limit_bytes: int) -> None:
+    """Where a log has grown beyond the limit, keep its end in a file beside it (`train-1.log.1`) and begin it anew.
+
+    Whoever writes it may go on: it was opened to append, so the next line stands at the new beginning. What is written between
+    the last byte that was copied and the cut, some microseconds, is lost. Where there is no room for the copy nothing is done, since a
+    log does not grow there either.
+    """
+    try:
+        with path.open("r+b") as log:
+            size = os.fstat(log.fileno()).st_size
+            if size <= limit_bytes:
+                return
+            log.seek(size - limit_bytes)
+            with path.with_suffix(".log.1").open("wb", buffering=0) as kept:
+                # To the end, which moves on meanwhile; one who writes faster than this reads loses the rest.
+                while kept.tell() < 2 * limit_bytes and (piece := log.read(2**20)):
+                    kept.write(piece)
+                log.truncate(0)
+    except OSError:
+        return

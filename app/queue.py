@@ -65,6 +65,7 @@ def make_celery() -> Celery:
         accept_content=["json"],
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
+        broker_channel_error_retry=True,  # a refusal too: a broker whose disk is full takes orders again once there is room
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
             "global_keyprefix": PREFIX,

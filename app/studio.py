@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.db import get_engine
 from app.migrate import is_current
-from app.queue import get_redis
+from app.queue import cannot_write, get_redis
 from app.settings import get_settings
 from app.tables import Answer, Dataset, Exchange, Job, Model, User
 from app.workers import Worker, alive
@@ -59,9 +59,22 @@ def _database(session: Session | None) -> list[Check]:
 def _broker() -> Check:
     try:
         get_redis().ping()
-    except (redis.RedisError, RuntimeError):
+    except redis.RedisError as error:
+        if cannot_write(error):
+            return Check(name="redis", good=False, message="answers, and takes no orders: its disk is full", way_out=MAKE_ROOM)
+        return Check(name="redis", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
+    except RuntimeError:
         return Check(name="redis", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
     return Check(name="redis", good=True, message="answers")
+
+
+MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."
+
+
+def no_room() -> bool:
+    """Whether the disk of the data folder has no room for a page of the database, which then cannot record what goes on."""
+    disk = os.statvfs(get_settings().data_dir)
+    return disk.f_bavail * disk.f_frsize < 2**20
 
 
 class Duty(BaseModel):

@@ -362,6 +362,35 @@ def test_a_child_that_cannot_be_started_again_is_put_off(tmp_path):
     supervisor.stop(["one"])
 
 
+def test_the_log_of_a_child_that_never_ends_stays_within_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.embedded.supervisor.LOG_LIMIT_BYTES", 200_000)
+    supervisor = Supervisor(tmp_path, lambda _: None)
+    script = "import time\nn = 0\nwhile True:\n    print(f'{n:099}', flush=True)\n    n += 1\n    time.sleep(0.0001)"
+    child = supervisor.start(Child("endless", [sys.executable, "-c", script]))
+    log, kept = tmp_path / "endless.log", tmp_path / "endless.log.1"
+    try:
+        wait_until(lambda: supervisor.turn(0.03) or kept.exists(), what="a turn of the log", seconds=60)
+        at = kept.stat().st_mtime_ns
+        wait_until(lambda: supervisor.turn(0.03) or kept.stat().st_mtime_ns > at, what="another", seconds=60)
+        wait_until(lambda: log.stat().st_size > 1000, what="lines after it", seconds=20)
+        os.kill(child.process.pid, signal.SIGSTOP)
+        before, after = numbers(kept), numbers(log)
+    finally:
+        supervisor.stopping = 1
+        supervisor.kill_group(child)
+        supervisor.stop(["endless"])
+    assert kept.stat().st_size <= 400_000 and len(after) < len(before)
+    for lines in (before, after):
+        assert lines == list(range(lines[0], lines[-1] + 1)), "a line is missing or torn"
+    assert 0 < after[0] - before[-1] < 100, "more was lost between the two than what fell between copy and cut"
+
+
+def numbers(log: Path) -> list[int]:
+    """Of the whole lines; the copy begins in the middle of one."""
+    lines = log.read_bytes().split(b"\n")
+    return [int(line) for line in lines if len(line) == 99]
+
+
 def test_a_child_that_will_not_stop_is_killed_with_its_helpers(tmp_path):
     said: list[str] = []
     supervisor = Supervisor(tmp_path, said.append)

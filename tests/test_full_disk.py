@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sqlalchemy import select, text
 from app import accounts, claims, datasets, db, files, ids, jobs, queue, workers
 from app.answers import fault_of
 from app.errors import DiskFull
-from app.settings import get_settings
+from app.settings import PROJECT, get_settings
 from app.tables import Dataset, Event, Job, Model
 from tests import lives
 from tests.conftest import forget_settings, wait_until
@@ -232,6 +233,44 @@ def test_a_broker_whose_disk_is_full_is_named_and_workers_are_seen_again_afterwa
         wait_until(lambda: [w for w in workers.alive() if w.queue == "train"], what="the worker's word", seconds=30)
     finally:
         talking.set()
+
+
+def test_readiness_says_what_is_wrong_with_a_broker_whose_disk_is_full(api, full_broker):
+    def broker() -> dict:
+        return api.get("/readyz").json()["checks"]["redis"]
+
+    found = broker()
+    assert not found["good"] and "disk is full" in found["message"] and "Make room" in found["way_out"]
+    full_broker()
+    wait_until(lambda: broker()["good"], what="the broker", seconds=30)
+
+
+def test_a_worker_waits_for_a_broker_whose_disk_is_full(session, full_broker, tmp_path):
+    """The real process, which ended at the first refusal."""
+    command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-Q", "data", "--pool=threads", "-c", "1"]
+    with (tmp_path / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(
+            [*command, "--without-gossip", "--without-mingle", "--without-heartbeat"], cwd=PROJECT, stdout=log, stderr=log
+        )
+    try:
+        said = tmp_path / "worker.log"
+        wait_until(lambda: "MISCONF" in said.read_text() or worker.poll() is not None, what="a refusal", log=said, seconds=60)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(3)
+        full_broker()
+        wait_until(lambda: [w for w in workers.alive() if w.queue == "data"], what="the worker", log=said, seconds=60)
+    finally:
+        worker.terminate()
+        worker.wait(30)
+
+
+def test_the_page_of_a_job_says_that_nothing_can_be_recorded(small_disk, session, user, client, tiny_registered):
+    life = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 5))
+    address = f"/jobs/{ids.public(ids.JOB, life.job_id)}"
+    assert "nothing more can be recorded" not in client.get(address).text
+    small_disk.fill()
+    page = client.get(address).text
+    assert "nothing more can be recorded" in page and "Make room" in page
 
 
 def test_every_page_of_an_error_is_readable(small_disk, client, user, session):

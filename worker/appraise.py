@@ -29,8 +29,10 @@ from app.db import transaction
 from app.evaluations import Claim
 from app.files import write_atomically
 from app.integrity import BadModel
+from app.logs import turn_over
 from app.settings import PROJECT, get_settings
 from worker import exits, walls
+from worker.supervise import LOG_LIMIT_BYTES
 from worker.supervise import _insist as insist
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Run:
         room = walls.room_of(self.held.spec, self.folder, environment)
         read_end, write_end = os.pipe()
         try:
-            with (self.folder / "log").open("ab") as out:
+            with (self.folder / "assess.log").open("ab") as out:
                 child = subprocess.Popen(
                     confined(assess_command(spec, write_end), room),
                     stdin=subprocess.DEVNULL,
@@ -127,6 +129,7 @@ class Run:
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             self._beat_when_due()
             self.space.look(child.pid)
+            turn_over(self.folder / "assess.log", LOG_LIMIT_BYTES)
             self.leaving = self.going_down()
             self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
             if self.lost or self.leaving or self.hung:
@@ -168,7 +171,7 @@ class Run:
             return self._record(lambda session: evaluations.release(session, held))
         if self.hung:
             return self._record(lambda session: evaluations.release(session, held, "Nothing was heard of its process for half an hour."))
-        failed = exits.classify(code, exits.tail(self.folder / "log"), out_of_memory)
+        failed = exits.classify(code, exits.tail(self.folder / "assess.log"), out_of_memory)
         message = failed.message.replace("The trainer", "Its process").replace("the trainer", "its process")
         log.error("Evaluation %s: %s", held.id, message)
         if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):

@@ -35,6 +35,7 @@ from app.confinement import confined
 from app.db import transaction
 from app.files import write_atomically
 from app.integrity import BadModel
+from app.logs import turn_over
 from app.settings import PROJECT, get_settings
 from worker import exits, walls
 
@@ -54,6 +55,9 @@ BATCH = 500
 
 LOOK_SECONDS = 0.5
 """Pause between two looks at a trainer that says nothing."""
+
+LOG_LIMIT_BYTES = 32 * 2**20
+"""Of a trainer's log; as much of what stood before is kept beside it."""
 
 GATHER_SECONDS = 0.1
 """What is said within this time is recorded together."""
@@ -195,6 +199,7 @@ class Attempt:
             self._hear_wishes()
             self._look_for_hang()
             self._record_some()
+            turn_over(self.folder / "trainer.log", LOG_LIMIT_BYTES)
             self.woken.wait(LOOK_SECONDS)
             self.woken.clear()
             time.sleep(GATHER_SECONDS)

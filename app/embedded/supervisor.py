@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.errors import Unavailable
+from app.logs import turn_over
 from app.settings import PROJECT
 
 LONGEST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 LOG_LIMIT_BYTES = 10 * 2**20
+"""Of one child's log; as much of what stood before is kept beside it."""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Supervisor:
         self.children: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.stopping = 0
+        self.bounded_at = 0.0
         self.wake_reader, self.wake_writer = os.pipe()
         for end in (self.wake_reader, self.wake_writer):
             os.set_blocking(end, False)
@@ -77,7 +80,7 @@ class Supervisor:
             self.children.append(child)
         if child.before:
             child.before()
-        with self.open_log(child.name) as log:
+        with self.log_path(child.name).open("ab") as log:
             child.process = subprocess.Popen(
                 child.command,
                 cwd=child.cwd,
@@ -92,11 +95,12 @@ class Supervisor:
         self.selector.register(child.pidfd, selectors.EVENT_READ, child)
         return child
 
-    def open_log(self, name: str):
-        path = self.log_path(name)
-        if path.exists() and path.stat().st_size > LOG_LIMIT_BYTES:
-            path.rename(path.with_suffix(".log.1"))
-        return path.open("ab")
+    def bound_logs(self) -> None:
+        """At most once a second: a child that runs for months is never started again."""
+        if time.monotonic() > self.bounded_at + 1:
+            self.bounded_at = time.monotonic()
+            for child in self.children:
+                turn_over(self.log_path(child.name), LOG_LIMIT_BYTES)
 
     def log_path(self, name: str) -> Path:
         return self.logs / f"{name}.log"
@@ -137,6 +141,7 @@ class Supervisor:
                     os.read(self.wake_reader, 512)
             else:
                 self.ended(key.data)
+        self.bound_logs()
         if self.stopping:
             return
         for child in self.children:

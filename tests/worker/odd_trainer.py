@@ -78,6 +78,11 @@ if how == "liar-of-checkpoints":
 if how == "environment":
     say(type="log", message=json.dumps(dict(os.environ)))
     sys.exit(75)
+if how == "chatty":
+    for n in range(400):
+        print(f"{n:9999}", flush=True)
+        time.sleep(0.005)
+    sys.exit("Traceback: the reason is here")
 if how == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(type="log", message="deaf")

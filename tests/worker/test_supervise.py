@@ -171,6 +171,16 @@ def test_every_exit_has_its_class(odd, how, status, code, words):
         assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, "its child trains on"
 
 
+def test_the_log_of_a_trainer_that_writes_without_end_stays_within_its_limit(odd, monkeypatch):
+    monkeypatch.setattr(supervise, "LOG_LIMIT_BYTES", 100_000)
+    job, thread = odd("chatty")
+    row = ended(job, thread)
+    assert row.error["code"] == "crashed" and "the reason is here" in row.error["message"]
+    logs = list((get_settings().data_dir / f"runs/{job.id}/a1").glob("trainer.log*"))
+    written, kept = 400 * 10_000, sum(log.stat().st_size for log in logs)
+    assert len(logs) == 2 and kept < written / 2, kept
+
+
 def test_the_trainer_knows_no_secret(odd, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "canary-1")
     monkeypatch.setenv("LUTHIER_ADMIN_PASSWORD", "canary-2")
