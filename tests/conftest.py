@@ -256,17 +256,20 @@ def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     key = uuid.uuid4()
     folder = data_dir / "models" / str(key)
     shutil.copytree(tiny_model, folder)
+    shape = shape_of(json.loads((folder / "config.json").read_text())).model_dump()
+    source = {"from": "folder", "path": str(tiny_model)}
+    made = manifest.write(folder, source=source, license="apache-2.0", kind="dialogue", shape=shape)
     model = Model(
         id=key,
         name="tiny",
         title="Tiny",
         kind="dialogue",
         path=folder.relative_to(data_dir).as_posix(),
-        revision=manifest.write(folder)["revision"],
-        source={"from": "folder", "path": str(tiny_model)},
+        revision=made["revision"],
+        source=source,
         license="apache-2.0",
-        shape=shape_of(json.loads((folder / "config.json").read_text())).model_dump(),
-        bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        shape=shape,
+        bytes=made["bytes"],
     )
     session.add(model)
     session.commit()
