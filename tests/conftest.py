@@ -194,7 +194,9 @@ def web(session: Session) -> Iterator:
     from starlette.testclient import TestClient
 
     from app.main import create_app
+    from tests import documented
 
+    documented.install()
     with TestClient(create_app(), base_url=ORIGIN) as started:
         yield started
 

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Body, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app import advice, datasets, evaluations, ids, models
+from app import advice, datasets, evaluations, ids, models, schemas
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import StudioError
+from app.openapi import answers, takes
 from app.orders import bad_field
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
@@ -35,8 +36,9 @@ class AdviceOrder(BaseModel):
     run: dict[str, Any] = Field(default_factory=dict, description="Run settings the costs are estimated with.")
 
 
-@api.post("/advice")
+@api.post("/advice", operation_id="create_advice", responses=answers(schemas.StrategyAdvice, 404, 409), openapi_extra=takes(AdviceOrder))
 def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    """Which strategy to pick for this model and data on this machine, and whether to tune at all."""
     try:
         order = AdviceOrder.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:

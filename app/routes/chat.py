@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app import answers as errors_as_json
-from app import playground
+from app import playground, schemas
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField
@@ -37,6 +37,7 @@ from app.generation import (
     TextPart,
 )
 from app.listening import listen
+from app.openapi import answers
 from app.playground import Asked, Heard
 from app.streams import Stream, collect, later, left, merge, while_connected
 from app.tables import User
@@ -124,8 +125,13 @@ class CompletionBody(_Body):
     echo: bool | None = False
 
 
-@api.post("/chat/completions")
+@api.post(
+    "/chat/completions",
+    operation_id="create_chat_completion",
+    responses=answers(schemas.ChatCompletion, 404, 409, events=schemas.ChatCompletionChunk),
+)
 async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
+    """The next message of a conversation, whole or as a stream of events."""
     if body.top_logprobs and not body.logprobs:
         raise BadField("top_logprobs needs logprobs to be true.", param="top_logprobs")
     sampling = body.sampling(
@@ -136,8 +142,9 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     return await call.respond(request, body)
 
 
-@api.post("/completions")
+@api.post("/completions", operation_id="create_completion", responses=answers(schemas.Completion, 404, 409, events=schemas.CompletionChunk))
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
+    """What follows one or several texts, whole or as a stream of events."""
     if body.max_tokens == 0 and not body.echo:
         raise BadField(
             "max_tokens 0 writes nothing.", way_out="Ask for at least one token, or for the prompt with echo.", param="max_tokens"

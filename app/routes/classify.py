@@ -9,13 +9,14 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import classify, web
+from app import classify, schemas, web
 from app.accounts import CurrentUser
 from app.classify import Sorting
 from app.db import transaction
 from app.errors import StudioError
 from app.generation import GenerateRequest
 from app.listening import listen, listen_calmly
+from app.openapi import answers
 from app.playground import MOST_PANES
 from app.streams import collect, left
 from app.tables import User
@@ -33,7 +34,7 @@ class ClassifyBody(BaseModel):
     input: str | list[str]
 
 
-@api.post("/classify", response_model=None)
+@api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409))
 async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Probabilities of every label for each text. A text longer than the model reads is cut, and says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input

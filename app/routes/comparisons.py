@@ -10,11 +10,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import compare_form, comparison_table, comparison_view, comparisons, ids
+from app import compare_form, comparison_table, comparison_view, comparisons, ids, schemas
 from app.accounts import CurrentUser
 from app.comparisons import ComparisonOrder
 from app.db import Db
 from app.errors import Conflict, StudioError
+from app.openapi import answers, takes
 from app.pages import After, Limit, page
 from app.tables import Comparison
 from app.web import flash, render
@@ -34,14 +35,25 @@ def key(text: str) -> uuid.UUID:
 # JSON ---------------------------------------------------------------------------------------------------------------
 
 
-@api.post("/comparisons")
+@api.post(
+    "/comparisons",
+    operation_id="create_comparison",
+    responses=answers(schemas.Comparison, 404, 409),
+    openapi_extra=takes(schemas.CreateComparison),
+)
 def create(
     session: Db, user: CurrentUser, body: Annotated[Json, Body()], idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Json:
+    """Queue one job for each strategy, or for each share of the data."""
     return comparison_table.to_json(session, comparisons.create(session, user, comparisons.read_order(body), idempotency_key))
 
 
-@api.post("/comparisons/plan")
+@api.post(
+    "/comparisons/plan",
+    operation_id="plan_comparison",
+    responses=answers(schemas.ComparisonPlan, 404, 409),
+    openapi_extra=takes(schemas.CreateComparison),
+)
 def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """What such an order would queue and refuse, and the time of all its jobs one after the other. Nothing is queued."""
     found = comparisons.planned(session, user, comparisons.read_order(body))
@@ -49,24 +61,27 @@ def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}
 
 
-@api.get("/comparisons")
+@api.get("/comparisons", operation_id="list_comparisons", responses=answers(schemas.page_of(schemas.Comparison)))
 def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Comparisons, newest first."""
     return page(comparisons.mine(user), after, limit, "desc", lambda row: comparison_table.to_json(session, row), session=session, key=key)
 
 
-@api.get("/comparisons/{comparison_id}")
+@api.get("/comparisons/{comparison_id}", operation_id="retrieve_comparison", responses=answers(schemas.Comparison))
 def retrieve(session: Db, user: CurrentUser, comparison_id: str) -> Json:
+    """The table of a comparison, as far as its jobs have got."""
     return comparison_table.to_json(session, comparisons.get(session, user, key(comparison_id)))
 
 
-@api.post("/comparisons/{comparison_id}/cancel")
+@api.post("/comparisons/{comparison_id}/cancel", operation_id="cancel_comparison", responses=answers(schemas.Comparison, 409))
 def cancel(session: Db, user: CurrentUser, comparison_id: str) -> Json:
+    """Stop every job of it that has not ended."""
     return comparison_table.to_json(session, comparisons.cancel(session, user, key(comparison_id)))
 
 
-@api.delete("/comparisons/{comparison_id}")
+@api.delete("/comparisons/{comparison_id}", operation_id="delete_comparison", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
-    """Its jobs stay. Refused while one of them has not ended."""
+    """Delete a comparison. Its jobs stay. Refused while one of them has not ended."""
     comparisons.delete(session, user, key(comparison_id))
     return {"id": comparison_id, "object": "comparison", "deleted": True}
 

@@ -9,13 +9,14 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, readers, samples, versions
+from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, readers, samples, schemas, versions
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.multipart import Form as StreamedForm
 from app.multipart import read_form
+from app.openapi import answers
 from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.settings import get_settings
@@ -292,7 +293,7 @@ def _get(session: Db, user: User, key: str) -> Dataset:
 # The same for programs --------------------------------------------------------------------------------------------------
 
 
-@api.get("/datasets")
+@api.get("/datasets", operation_id="list_datasets", responses=answers(schemas.page_of(schemas.Dataset)))
 def list_json(
     user: CurrentUser, session: Db, after: cursor.After = None, limit: cursor.Limit = 20, order: cursor.Order = "desc"
 ) -> dict[str, Any]:
@@ -300,13 +301,14 @@ def list_json(
     return cursor.page(datasets.list_(session, user), after, limit, order, to_json)
 
 
-@api.get("/datasets/{key}")
+@api.get("/datasets/{key}", operation_id="retrieve_dataset", responses=answers(schemas.DatasetWithVersions))
 def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    """One version of a dataset, with the ids of all its versions."""
     dataset = _get(session, user, key)
     return to_json(dataset) | {"versions": [ids.public(ids.DATASET, version.id) for version in datasets.versions(session, dataset)]}
 
 
-@api.post("/datasets/{key}/again")
+@api.post("/datasets/{key}/again", operation_id="retry_dataset", responses=answers(schemas.Dataset, 409))
 def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """Read it once more as it is, after a fault such as a full disk."""
     dataset = _get(session, user, key)
@@ -314,13 +316,14 @@ def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     return to_json(dataset)
 
 
-@api.delete("/datasets/{key}")
+@api.delete("/datasets/{key}", operation_id="delete_dataset", responses=answers(schemas.Deleted, 409))
 def delete_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+    """Delete one version. Refused while something needs it."""
     datasets.delete(session, user, _get(session, user, key))
     return {"id": key, "object": "dataset", "deleted": True}
 
 
-@api.get("/datasets/{key}/report")
+@api.get("/datasets/{key}/report", operation_id="retrieve_dataset_report", responses=answers(schemas.DatasetReport))
 def report(
     user: CurrentUser,
     session: Db,

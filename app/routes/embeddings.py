@@ -13,12 +13,13 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import models, playground
+from app import models, playground, schemas
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, Unavailable
 from app.generation import MOST_TEXTS, Embedded, GenerateRequest, Sampling
 from app.listening import listen
+from app.openapi import answers
 from app.streams import collect, left
 from app.tables import User
 
@@ -35,8 +36,9 @@ class EmbeddingsBody(BaseModel):
     dimensions: int | None = Field(None, ge=1, description="Only the model's own size can be given.")
 
 
-@api.post("/embeddings", response_model=None)
+@api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409))
 async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
+    """Vectors of one or several texts, from an encoder."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
         raise BadField(f"input takes 1 to {MOST_TEXTS} texts, none of them empty.", param="input")

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 
-from app import engines, models, outside
+from app import engines, models, outside, schemas
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import Forbidden, StudioError
+from app.openapi import answers
 from app.tables import JSON, Model, User
 from app.web import flash
 
@@ -32,7 +33,7 @@ def _may_change(user: User) -> None:
         raise Forbidden("Only an admin may choose the engine of a model.", way_out="Ask an admin.", param="model")
 
 
-@api.get("/engines")
+@api.get("/engines", operation_id="list_engines", responses=answers(schemas.list_of(schemas.Engine), 403))
 def list_engines(user: CurrentUser) -> dict[str, Any]:
     """Every engine of the settings with what it serves, or why it cannot be asked."""
     _may_change(user)
@@ -46,16 +47,18 @@ def look(address: outside.Address) -> JSON:
         return {"url": address.url, "object": "engine", "models": [], "error": {"code": error.code, "message": error.message}}
 
 
-@api.post("/engines")
+@api.post("/engines", operation_id="register_engine", responses=answers(schemas.EngineOfModel, 404, 409))
 def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, Any]:
+    """Let a server of the settings answer for a model."""
     _may_change(user)
     model = models.get(session, user, order.model)
     engines.register(model, order.url, order.engine_model, order.via)
     return _said(model)
 
 
-@api.delete("/engines/{model:path}")
+@api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))
 def remove(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    """Go back to the studio's own engine for a model."""
     _may_change(user)
     row = models.get(session, user, model)
     engines.remove(row)

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
-from app import inspections, orders, overlap
+from app import inspections, orders, overlap, schemas
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import Conflict
+from app.openapi import answers, takes
 
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
@@ -17,8 +18,11 @@ WAIT_SECONDS = 2.0
 """How long an answer waits for the comparison of both sides of the split. No connection is held meanwhile."""
 
 
-@api.post("/estimates")
+@api.post(
+    "/estimates", operation_id="create_estimate", responses=answers(schemas.JobEstimate, 404, 409), openapi_extra=takes(schemas.CreateJob)
+)
 def estimate(user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    """What a job would take on this machine, from the body that would create it."""
     with transaction() as session:
         spec = orders.build_spec(session, user, orders.read_order(body))
         asked = overlap.ask(session, spec)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import blend, datasets, evaluation_view, evaluations, ids, models, score_view
+from app import blend, datasets, evaluation_view, evaluations, ids, models, schemas, score_view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, StudioError
+from app.openapi import answers, takes
 from app.pages import After, Limit, page
 from app.tables import Evaluation
 from app.web import flash, render
@@ -30,28 +31,35 @@ def key_of(text: str) -> uuid.UUID:
 # The API --------------------------------------------------------------------------------------------------------------
 
 
-@api.post("")
+@api.post(
+    "", operation_id="create_evaluation", responses=answers(schemas.Evaluation, 404, 409), openapi_extra=takes(evaluations.EvaluationOrder)
+)
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    """Queue the scoring of a model on a dataset. An equal one that has not ended is given instead of a second."""
     return evaluations.to_json(evaluations.create(session, user, evaluations.read_order(body)))
 
 
-@api.get("")
+@api.get("", operation_id="list_evaluations", responses=answers(schemas.page_of(schemas.Evaluation)))
 def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Evaluations, newest first."""
     return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=key_of)
 
 
-@api.get("/{evaluation_id}")
+@api.get("/{evaluation_id}", operation_id="retrieve_evaluation", responses=answers(schemas.Evaluation))
 def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    """One evaluation, with its result once there is one."""
     return evaluations.to_json(evaluations.get(session, user, key_of(evaluation_id)))
 
 
-@api.post("/{evaluation_id}/cancel")
+@api.post("/{evaluation_id}/cancel", operation_id="cancel_evaluation", responses=answers(schemas.Evaluation, 409))
 def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    """Stop an evaluation. One that has ended stays as it is."""
     return evaluations.to_json(evaluations.cancel(session, user, key_of(evaluation_id)))
 
 
-@api.delete("/{evaluation_id}")
+@api.delete("/{evaluation_id}", operation_id="delete_evaluation", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
+    """Delete an evaluation. Refused while it has not ended."""
     evaluations.delete(session, user, key_of(evaluation_id))
     return {"id": evaluation_id, "object": "evaluation", "deleted": True}
 

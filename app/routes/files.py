@@ -8,16 +8,22 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, ids, readers
+from app import datasets, files, ids, readers, schemas
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.multipart import Form, read_form
+from app.openapi import BYTES, answers, takes
 from app.settings import get_settings
 from app.tables import Dataset, File, Finding, User
 
 api = APIRouter(prefix="/v1")
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The bytes.", "content": {"application/octet-stream": {"schema": BYTES}}},
+    206: {"description": "The bytes that a Range header asked for.", "content": {"application/octet-stream": {"schema": BYTES}}},
+    416: {"description": "The file has no such range."},
+}
 
 
 def to_json(file: File) -> dict[str, Any]:
@@ -34,9 +40,14 @@ def to_json(file: File) -> dict[str, Any]:
     }
 
 
-@api.post("/files")
+@api.post(
+    "/files",
+    operation_id="create_file",
+    responses=answers(schemas.UploadedFile),
+    openapi_extra=takes(schemas.CreateFile, "multipart/form-data"),
+)
 async def create(request: Request, user: CurrentUser) -> dict[str, Any]:
-    """The body is read as a stream, and no database connection is held while it comes in."""
+    """Upload a file; with the purpose fine-tune it becomes a dataset. The body is read as a stream, and no database connection is held while it comes in."""
     form = await read_form(request, get_settings().upload_limit_bytes)
     return await run_in_threadpool(_create, user, form)
 
@@ -82,7 +93,7 @@ def _expires_after(fields: dict[str, str]) -> int | None:
         ) from None
 
 
-@api.get("/files")
+@api.get("/files", operation_id="list_files", responses=answers(schemas.page_of(schemas.UploadedFile)))
 def list_(
     user: CurrentUser,
     session: Db,
@@ -91,22 +102,25 @@ def list_(
     order: cursor.Order = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
+    """Files, newest first."""
     return cursor.page(files.list_(session, user, purpose), after, limit, order, to_json)
 
 
-@api.get("/files/{file_id}")
+@api.get("/files/{file_id}", operation_id="retrieve_file", responses=answers(schemas.UploadedFile))
 def retrieve(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
+    """What is known of a file."""
     return to_json(files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id")))
 
 
-@api.delete("/files/{file_id}")
+@api.delete("/files/{file_id}", operation_id="delete_file", responses=answers(schemas.Deleted, 409))
 def delete(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
+    """Delete a file and the datasets that were read from it. Refused while a job needs one."""
     file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     datasets.delete_file(session, user, file.id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@api.get("/files/{file_id}/content")
+@api.get("/files/{file_id}/content", operation_id="retrieve_file_content", responses=CONTENT)
 def content(user: CurrentUser, session: Db, file_id: str) -> Response:
     """The bytes as they came. Always sent as a download, so that a browser never shows them as a page of ours."""
     file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
@@ -114,7 +128,7 @@ def content(user: CurrentUser, session: Db, file_id: str) -> Response:
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
-@api.get("/files/{file_id}/report")
+@api.get("/files/{file_id}/report", operation_id="retrieve_file_report", responses=answers(schemas.DatasetReport))
 def report(
     user: CurrentUser,
     session: Db,

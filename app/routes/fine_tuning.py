@@ -11,34 +11,45 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import events, ids, jobs, leases, models, watch
+from app import events, ids, jobs, leases, models, schemas, watch
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, NotFound
+from app.openapi import answers, takes
 from app.orders import Hyperparameters, JobOrder, read_order
 from app.pages import After, Limit, page
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
+METADATA: Json = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "description": "Pairs that a job must carry.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
 
-@api.post("/jobs")
+@api.post("/jobs", operation_id="create_job", responses=answers(schemas.FineTuningJob, 404, 409), openapi_extra=takes(schemas.CreateJob))
 def create(
     session: Db,
     user: CurrentUser,
     body: Annotated[Json, Body()],
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Json:
+    """Queue a fine-tuning job. With an `Idempotency-Key` the same request creates it once."""
     return job_json(session, jobs.create(session, user, read_order(body), idempotency_key))
 
 
-@api.get("/jobs")
+@api.get(
+    "/jobs", operation_id="list_jobs", responses=answers(schemas.page_of(schemas.FineTuningJob)), openapi_extra={"parameters": [METADATA]}
+)
 def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = None, limit: Limit = 20) -> Json:
-    """`metadata[key]=value` keeps the jobs that carry all these pairs, `metadata=null` those without metadata."""
+    """Jobs, newest first. `metadata[key]=value` keeps the jobs that carry all these pairs, `metadata=null` those without metadata."""
     query = jobs.mine(user)
     if request.query_params.get("metadata") == "null":
         query = query.where(Job.user_metadata.is_(None))
@@ -48,12 +59,13 @@ def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = N
     return page(query, after, limit, "desc", lambda job: job_json(session, job), session=session, key=job_key)
 
 
-@api.get("/jobs/{job_id}")
+@api.get("/jobs/{job_id}", operation_id="retrieve_job", responses=answers(schemas.FineTuningJob))
 def retrieve(session: Db, user: CurrentUser, job_id: str) -> Json:
+    """One job, as far as it has got."""
     return job_json(session, jobs.get(session, user, job_key(job_id)))
 
 
-@api.post("/jobs/{job_id}/cancel")
+@api.post("/jobs/{job_id}/cancel", operation_id="cancel_job", responses=answers(schemas.FineTuningJob, 409))
 def cancel(session: Db, user: CurrentUser, job_id: str) -> Json:
     """End a job. A running one stops at its next step, until when its `progress.asked` is `cancelling`; whatever it reaches
     before that, it ends as `cancelled` and leaves no model."""
@@ -61,20 +73,22 @@ def cancel(session: Db, user: CurrentUser, job_id: str) -> Json:
     return job_json(session, jobs.cancel(session, user, job_key(job_id)))
 
 
-@api.post("/jobs/{job_id}/pause")
+@api.post("/jobs/{job_id}/pause", operation_id="pause_job", responses=answers(schemas.FineTuningJob, 409))
 def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
     """Let a job save and leave the machine. A running one does so at its next step, until when its `progress.asked` is
     `pausing`; one that reaches its end before that ends as `succeeded`, since nothing is left to go on with."""
     return job_json(session, jobs.pause(session, user, job_key(job_id)))
 
 
-@api.post("/jobs/{job_id}/resume")
+@api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
 def resume(session: Db, user: CurrentUser, job_id: str) -> Json:
+    """Queue a paused job again, from its newest checkpoint."""
     return job_json(session, jobs.resume(session, user, job_key(job_id)))
 
 
-@api.get("/jobs/{job_id}/events")
+@api.get("/jobs/{job_id}/events", operation_id="list_job_events", responses=answers(schemas.page_of(schemas.FineTuningJobEvent)))
 def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None, limit: Limit = 20) -> Json:
+    """What happened in a job, newest first."""
     job = jobs.get(session, user, job_key(job_id))
     names = _Names(session, job)
     query = select(Event).where(Event.job_id == job.id)
@@ -83,11 +97,15 @@ def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None
     )
 
 
-@api.get("/jobs/{job_id}/stream")
+@api.get(
+    "/jobs/{job_id}/stream",
+    operation_id="stream_job_events",
+    responses=answers(None, events=schemas.StreamedJobEvent, description="Events as they happen, until the job has ended."),
+)
 def stream(
     session: Db, user: CurrentUser, job_id: str, after: int = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> watch.EventStream:
-    """Server-sent events. The session of this request ends before the stream begins."""
+    """Server-sent events, from after `Last-Event-ID` or `after`. The session of this request ends before the stream begins."""
     job = jobs.get(session, user, job_key(job_id))
     return watch.EventStream(job.id, watch.after_id(last_event_id, after))
 
@@ -95,15 +113,24 @@ def stream(
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
-@api.get("/jobs/{job_id}/checkpoints")
+@api.get(
+    "/jobs/{job_id}/checkpoints", operation_id="list_job_checkpoints", responses=answers(schemas.page_of(schemas.FineTuningCheckpoint))
+)
 def list_checkpoints(session: Db, user: CurrentUser, job_id: str, after: After = None, limit: Limit = 10) -> Json:
+    """Checkpoints of a job, newest first."""
     job = jobs.get(session, user, job_key(job_id))
     losses = _step_losses(session, job)
     return page(jobs.checkpoints(session, job), after, limit, "desc", lambda row: checkpoint_json(session, job, row, losses))
 
 
-@api.post("/checkpoints/{checkpoint:path}/permissions")
+@api.post(
+    "/checkpoints/{checkpoint:path}/permissions",
+    operation_id="create_checkpoint_permissions",
+    responses=answers(schemas.page_of(schemas.CheckpointPermission)),
+    openapi_extra=takes(schemas.CreateCheckpointPermissions),
+)
 def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json, Body()]) -> Json:
+    """Note the projects that may use a checkpoint."""
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
@@ -114,7 +141,11 @@ def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json,
     return page(kept, None, len(rows), "desc", permission_json, session=session)
 
 
-@api.get("/checkpoints/{checkpoint:path}/permissions")
+@api.get(
+    "/checkpoints/{checkpoint:path}/permissions",
+    operation_id="list_checkpoint_permissions",
+    responses=answers(schemas.page_of(schemas.CheckpointPermission)),
+)
 def list_permissions(
     session: Db,
     user: CurrentUser,
@@ -124,6 +155,7 @@ def list_permissions(
     order: str = "descending",
     project_id: str | None = None,
 ) -> Json:
+    """The projects that may use a checkpoint."""
     _job_of_checkpoint(session, user, checkpoint)
     query = select(CheckpointPermission).where(CheckpointPermission.checkpoint == checkpoint)
     if project_id is not None:
@@ -132,8 +164,13 @@ def list_permissions(
     return page(query, after, limit, direction, permission_json, session=session, key=_permission_key)
 
 
-@api.delete("/checkpoints/{checkpoint:path}/permissions/{permission_id}")
+@api.delete(
+    "/checkpoints/{checkpoint:path}/permissions/{permission_id}",
+    operation_id="delete_checkpoint_permission",
+    responses=answers(schemas.Deleted),
+)
 def forbid(session: Db, user: CurrentUser, checkpoint: str, permission_id: str) -> Json:
+    """Take a permission back."""
     _job_of_checkpoint(session, user, checkpoint)
     row = session.get(CheckpointPermission, _permission_key(permission_id))
     if row is None or row.checkpoint != checkpoint:

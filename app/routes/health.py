@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import accounts, measures, studio
+from app import accounts, measures, schemas, studio
 from app.accounts import CurrentUser
 from app.errors import NotSignedIn
+from app.openapi import answers, document
 from app.workers import alive
 
 pages = APIRouter()
@@ -56,7 +57,7 @@ def _local(request: Request) -> bool:
         return False
 
 
-@api.get("/studio")
+@api.get("/studio", operation_id="retrieve_studio", responses=answers(schemas.Studio))
 def state(user: CurrentUser) -> dict[str, Any]:
     """The health of every part: what the Overview and the Settings show."""
     return {
@@ -67,7 +68,7 @@ def state(user: CurrentUser) -> dict[str, Any]:
     }
 
 
-@api.get("/openapi.json", include_in_schema=False)
+@api.get("/openapi.json", operation_id="retrieve_openapi", responses=answers(schemas.OpenAPIDocument))
 def openapi(request: Request, user: CurrentUser) -> dict[str, Any]:
     """The description of everything under /v1."""
-    return request.app.openapi()
+    return document(request.app)

@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, engines, evaluations, fetching, ids, integrity, models, outside, standby, starters
+from app import cards, downloads, engines, evaluations, fetching, ids, integrity, models, outside, schemas, standby, starters
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
 from app.integrity import BadModel
+from app.openapi import answers
 from app.routes.accounts import safe_next
 from app.settings import get_settings
 from app.shapes import Shape
@@ -86,28 +87,31 @@ def parameters(model: Model) -> int | None:
     return Shape.model_validate(model.shape).parameters() if model.shape else None
 
 
-@api.get("/models")
+@api.get("/models", operation_id="list_models", responses=answers(schemas.list_of(schemas.Model)))
 def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
+    """Every model that can be used or is being fetched."""
     rows = [to_json(session, model) for model in models.list_(session, user)]
     return {"object": "list", "data": rows, "has_more": False}
 
 
-@api.post("/models")
+@api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409))
 def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
     """Order a model. The answer comes at once with the status `fetching`."""
     return to_json(session, add(session, user, order))
 
 
-@api.get("/models/{model:path}")
+@api.get("/models/{model:path}", operation_id="retrieve_model", responses=answers(schemas.Model))
 def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    """A model by its name or id, or a checkpoint as a model."""
     if ":ckpt-step-" in model or model.startswith("ftckpt_"):
         found = models.resolve(session, user, model)
         return to_json(session, found.model, name=found.ref.name)
     return to_json(session, models.get(session, user, model))
 
 
-@api.delete("/models/{model:path}")
+@api.delete("/models/{model:path}", operation_id="delete_model", responses=answers(schemas.Deleted, 409))
 def delete_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    """Delete a model. Refused while something needs it."""
     row = models.get(session, user, model)
     _may_change(user, row)
     models.delete(session, user, row)

@@ -9,13 +9,14 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import next_tokens, playground, web
+from app import next_tokens, playground, schemas, web
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import StudioError
 from app.generation import MOST_NEXT
 from app.listening import listen, listen_calmly
 from app.next_tokens import View
+from app.openapi import answers
 from app.playground import MOST_PANES, Asked
 from app.streams import collect, left
 from app.tables import User
@@ -37,8 +38,9 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
         return next_tokens.ask(session, user, models, prompt, top_k)
 
 
-@api.post("/next_tokens", response_model=None)
+@api.post("/next_tokens", response_model=None, operation_id="predict_next_tokens", responses=answers(schemas.NextTokensOfModels, 404, 409))
 async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
+    """The likeliest next tokens by several models, and how likely each token of the text was."""
     asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)
     heard = await collect(request, [listen(one.request) for one in asked])
     if heard is None:

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, enough, forms, ids, playground, prompt_runs, prompts, web
+from app import datasets, enough, forms, ids, playground, prompt_runs, prompts, schemas, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
+from app.openapi import answers, takes
 from app.orders import bad_field
 from app.pages import After, Limit, page
 from app.prompt_runs import RUN, RunOrder
@@ -39,9 +40,9 @@ def run_key(text: str) -> uuid.UUID:
 # The API --------------------------------------------------------------------------------------------------------------
 
 
-@api.post("")
+@api.post("", operation_id="create_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.CreatePrompt))
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """`{"name", …PromptBody}`: a new prompt with its first version."""
+    """A new prompt with its first version: `{"name", …PromptBody}`."""
     given = dict(body)
     name = given.pop("name", None)
     if not isinstance(name, str):
@@ -49,17 +50,19 @@ def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Jso
     return prompts.to_json(session, prompts.create(session, user, name, prompts.read_body(given))[0])
 
 
-@api.get("")
+@api.get("", operation_id="list_prompts", responses=answers(schemas.page_of(schemas.Prompt)))
 def list_prompts(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Prompts, newest first."""
     return page(prompts.mine(user), after, limit, "desc", lambda p: prompts.to_json(session, p), session=session, key=key_of)
 
 
-@api.get("/runs/{run_id}")
+@api.get("/runs/{run_id}", operation_id="retrieve_prompt_run", responses=answers(schemas.PromptRun))
 def retrieve_run(session: Db, user: CurrentUser, run_id: str) -> Json:
+    """One run, as far as it has got."""
     return prompt_runs.to_json(prompt_runs.get(session, user, run_key(run_id)))
 
 
-@api.get("/runs/{run_id}/results")
+@api.get("/runs/{run_id}/results", operation_id="list_prompt_run_results", responses=answers(schemas.PromptRunRows))
 def results(
     session: Db, user: CurrentUser, run_id: str, after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> Json:
@@ -69,17 +72,19 @@ def results(
     return {"object": "list", "data": [prompt_runs.result_json(r) for r in found[:limit]], "has_more": len(found) > limit}
 
 
-@api.post("/runs/{run_id}/cancel")
+@api.post("/runs/{run_id}/cancel", operation_id="cancel_prompt_run", responses=answers(schemas.PromptRun))
 def cancel_run(session: Db, user: CurrentUser, run_id: str) -> Json:
+    """Stop a run. What was scored so far is kept."""
     return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, run_key(run_id))))
 
 
-@api.get("/{prompt_id}")
+@api.get("/{prompt_id}", operation_id="retrieve_prompt", responses=answers(schemas.Prompt))
 def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
+    """A prompt in all its versions."""
     return prompts.to_json(session, prompts.get(session, user, key_of(prompt_id)))
 
 
-@api.post("/{prompt_id}")
+@api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
     """A new version; what is left out is as in the newest."""
     prompt = prompts.get(session, user, key_of(prompt_id))
@@ -87,21 +92,28 @@ def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json,
     return prompts.to_json(session, prompt)
 
 
-@api.delete("/{prompt_id}")
+@api.delete("/{prompt_id}", operation_id="delete_prompt", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, prompt_id: str) -> Json:
+    """Delete a prompt with its versions. Refused while a run of it has not ended."""
     prompts.delete(session, user, prompts.get(session, user, key_of(prompt_id)))
     return {"id": prompt_id, "object": "prompt", "deleted": True}
 
 
-@api.get("/{prompt_id}/runs")
+@api.get("/{prompt_id}/runs", operation_id="list_prompt_runs", responses=answers(schemas.page_of(schemas.PromptRun)))
 def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = None, limit: Limit = 20) -> Json:
+    """Runs of a prompt, newest first."""
     prompt = prompts.get(session, user, key_of(prompt_id))
     return page(prompt_runs.of_prompt(session, user, prompt), after, limit, "desc", prompt_runs.to_json, session=session, key=run_key)
 
 
-@api.post("/{prompt_id}/runs")
+@api.post(
+    "/{prompt_id}/runs",
+    operation_id="create_prompt_run",
+    responses=answers(schemas.PromptRun, 409),
+    openapi_extra=takes(schemas.CreatePromptRun),
+)
 def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """`{"model", "dataset_id" | "file", "version"?, "part"?, "rows"?, "validation_fraction"?, "split_seed"?, "beside"?}`."""
+    """Put a prompt to a model, over rows of a dataset."""
     given = dict(body)
     model, number = given.pop("model", None), given.pop("version", None)
     dataset_id, file = given.pop("dataset_id", None), given.pop("file", None)

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, ids, inspections, ledger, rowedit, rowview, versions
+from app import datasets, ids, inspections, ledger, rowedit, rowview, schemas, versions
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, NotFound
+from app.openapi import answers
 from app.routes.versions import dataset_of, path_of
 from app.tables import Dataset, Job, Model, User
 from app.web import flash, render
@@ -218,7 +219,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
     return dataset, found.result["rows"][0]["row"] if found.result["rows"] else None
 
 
-@api.get("/datasets/{key}/lines/{line}")
+@api.get("/datasets/{key}/lines/{line}", operation_id="retrieve_dataset_line", responses=answers(schemas.DatasetLine, 409))
 def line_json(user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> dict[str, Any]:
     """One line as it stands in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
     with transaction() as session:
@@ -233,7 +234,7 @@ def line_json(user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 
     }
 
 
-@api.get("/datasets/{key}/rows")
+@api.get("/datasets/{key}/rows", operation_id="list_dataset_rows", responses=answers(schemas.DatasetRows, 409))
 def rows_json(user: CurrentUser, key: str, want: Wanted) -> dict[str, Any]:
     """The same rows for programs, each with its losses where a job wrote them down; `status` is waiting until the data worker has
     answered."""

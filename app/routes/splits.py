@@ -8,10 +8,11 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import datasets, ids, inspections, versions
+from app import datasets, ids, inspections, schemas, versions
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, Conflict
+from app.openapi import answers
 from app.routes.versions import dataset_of, path_of
 from app.spec import RunSettings
 from app.web import flash, render
@@ -101,7 +102,7 @@ def drop(
     return RedirectResponse(f"{path_of(new)}/split?{urlencode(query)}", 303)
 
 
-@api.get("/datasets/{key}/split")
+@api.get("/datasets/{key}/split", operation_id="preview_dataset_split", responses=answers(schemas.DatasetSplit))
 def show_json(
     user: CurrentUser,
     key: str,
@@ -111,7 +112,7 @@ def show_json(
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
 ) -> dict[str, Any]:
-    """The same for programs; `status` is waiting until the data worker has answered."""
+    """Both sides of a split before it is used, and what stands on both. `status` is waiting until the data worker has answered."""
     _, asked, _ = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     return {

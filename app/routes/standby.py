@@ -7,16 +7,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from app import standby
+from app import schemas, standby
 from app.accounts import CurrentUser
 from app.db import Db
+from app.openapi import answers
 from app.web import render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
 
 
-@api.get("/standby")
+@api.get("/standby", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
 def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
     """What every generate worker has loaded, and the rule by which it is put away."""
     rows = [standby.to_json(session, user, one) for one in standby.everyone()]

@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app import advice, datasets, ids, models, order_checks, orders
+from app import advice, datasets, ids, models, order_checks, orders, schemas
 from app.accounts import CurrentUser
 from app.advisor import Advice
 from app.db import Db
+from app.openapi import answers
 from app.spec import ModelRef
 from app.strategies import STRATEGIES, Strategy
 
@@ -17,9 +18,9 @@ api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 
 
-@api.get("/strategies")
+@api.get("/strategies", operation_id="list_strategies", responses=answers(schemas.list_of(schemas.Strategy), 404, 409))
 def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: str | None = None) -> Json:
-    """With `model`, `available` and `reason` say whether that model can be tuned so; with `task`, for that task; with
+    """Every strategy with its settings. With `model`, `available` and `reason` say whether that model can be tuned so; with `task`, for that task; with
     `dataset` (its id) besides, for its task, and whether it would fit into this machine's memory, with the cost and which one is advised."""
     chosen = models.resolve(session, user, model) if model else None
     data = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset else None

@@ -19,6 +19,7 @@ from app import uploads
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, NotFound, StudioError, Unsupported
+from app.openapi import BYTES, answers, header
 from app.settings import get_settings
 from app.tables import Upload, User
 
@@ -52,6 +53,33 @@ class TusRoute(APIRoute):
 api = APIRouter(prefix="/v1", route_class=TusRoute)
 
 
+# What the document says of the headers, in which all of tus is spoken ---------------------------------------------------
+
+SPEAKS = header("Tus-Resumable", "1.0.0, the version of the protocol.")
+LENGTH = header("Upload-Length", "Bytes of the whole file.", "integer")
+OFFSET = header("Upload-Offset", "Bytes that are here already.", "integer")
+METADATA = header("Upload-Metadata", "Pairs of a key and its value in Base64: filename, purpose, name and format.", required=False)
+
+
+def _sends(**headers: str) -> dict[str, Any]:
+    said = {"Tus-Resumable": "1.0.0"} | {name.replace("_", "-"): text for name, text in headers.items()}
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in said.items()}
+
+
+EXPIRES, DATASET = "When the upload is forgotten.", "Id of the dataset that the file became."
+ABILITIES = answers(None, status=204, headers=_sends(Tus_Version="1.0.0", Tus_Extension="What is spoken.", Tus_Max_Size="Bytes."))
+BEGUN = answers(None, 412, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
+HELD = answers(
+    None,
+    412,
+    description="How far the upload is.",
+    headers=_sends(Upload_Offset="Bytes.", Upload_Length="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET),
+)
+APPENDED = answers(None, 409, 412, 415, status=204, headers=_sends(Upload_Offset="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET))
+STOPPED = answers(None, 412, status=204, headers=_sends())
+BODY = {"required": True, "content": {"application/offset+octet-stream": {"schema": BYTES}}}
+
+
 def _answer(status: int, **headers: str) -> Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Response(status_code=status, headers={**ALWAYS, **named})
@@ -83,14 +111,14 @@ def _metadata(request: Request) -> dict[str, str]:
     return found
 
 
-@api.options("/tus", include_in_schema=False)
+@api.options("/tus", operation_id="retrieve_upload_abilities", responses=ABILITIES)
 def abilities(user: CurrentUser) -> Response:
     """What this server can do."""
     limit = str(get_settings().upload_limit_bytes)
     return _answer(204, Tus_Version=VERSION, Tus_Extension="creation,expiration,termination", Tus_Max_Size=limit)
 
 
-@api.post("/tus", status_code=201)
+@api.post("/tus", status_code=201, operation_id="create_upload", responses=BEGUN, openapi_extra={"parameters": [SPEAKS, LENGTH, METADATA]})
 def create(request: Request, user: CurrentUser) -> Response:
     """Begin an upload. `Upload-Metadata` names filename and, if wished, purpose, name and format."""
     _check_version(request)
@@ -116,7 +144,7 @@ def _find(user: User, key: str) -> tuple[uploads.Ticket, str]:
         return uploads.ticket(upload), _when(upload)
 
 
-@api.head("/tus/{key}", include_in_schema=False)
+@api.head("/tus/{key}", operation_id="retrieve_upload", responses=HELD, openapi_extra={"parameters": [SPEAKS]})
 def offset(request: Request, user: CurrentUser, key: str) -> Response:
     """How many bytes are here: where to go on."""
     _check_version(request)
@@ -128,7 +156,13 @@ def _became(dataset: str | None) -> dict[str, str]:
     return {"Luthier_Dataset": dataset} if dataset else {}
 
 
-@api.patch("/tus/{key}", status_code=204)
+@api.patch(
+    "/tus/{key}",
+    status_code=204,
+    operation_id="append_upload",
+    responses=APPENDED,
+    openapi_extra={"parameters": [SPEAKS, OFFSET], "requestBody": BODY},
+)
 async def append(request: Request, user: CurrentUser, key: str) -> Response:
     """More bytes. The request that brings the last one is answered when the file is a dataset, named by Luthier-Dataset."""
     _check_version(request)
@@ -155,7 +189,7 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
         return
 
 
-@api.delete("/tus/{key}", status_code=204)
+@api.delete("/tus/{key}", status_code=204, operation_id="delete_upload", responses=STOPPED, openapi_extra={"parameters": [SPEAKS]})
 def stop(request: Request, user: CurrentUser, key: str) -> Response:
     """Take the upload back."""
     _check_version(request)

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, findings, hub_datasets, ids, joining, versions
+from app import datasets, findings, hub_datasets, ids, joining, schemas, versions
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField
+from app.openapi import answers
 from app.tables import Dataset, User
 from app.web import flash
 
@@ -139,19 +140,19 @@ class Reading(BaseModel):
     mapping: dict[str, str] = Field(default_factory=dict)
 
 
-@api.post("/datasets")
+@api.post("/datasets", operation_id="create_dataset", responses=answers(schemas.Dataset, 404, 409))
 def join_json(user: CurrentUser, session: Db, order: joining.JoinOrder) -> dict[str, Any]:
     """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
     return to_json(joining.order(session, user, order))
 
 
-@api.post("/datasets/hub")
+@api.post("/datasets/hub", operation_id="import_hub_dataset", responses=answers(schemas.Dataset))
 def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> dict[str, Any]:
     """A split of a dataset on the Hugging Face hub."""
     return to_json(hub_datasets.order(session, user, order))
 
 
-@api.post("/datasets/{key}/fixes")
+@api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.Dataset, 409))
 def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
     """The next version, with the fixes of some findings or of all under a rule."""
     dataset = dataset_of(session, user, key)
@@ -165,7 +166,7 @@ def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, 
     raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
 
 
-@api.post("/datasets/{key}/edits")
+@api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))
 def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
     """The next version, with one row replaced or some left out."""
     dataset = dataset_of(session, user, key)
@@ -178,7 +179,7 @@ def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str
     raise BadField("No change was named.", way_out="Send line and row (or raw), or drop with the lines to leave out.", param="line")
 
 
-@api.post("/datasets/{key}/readings")
+@api.post("/datasets/{key}/readings", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
 def read_json(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
     """The next version: the same file, read as another format or with another mapping of columns."""
     return to_json(datasets.read_as(session, user, dataset_of(session, user, key), order.format, order.mapping))

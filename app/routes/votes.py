@@ -10,12 +10,13 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, ids, playground, votes, web
+from app import datasets, ids, playground, schemas, votes, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.generation import Sampling
 from app.listening import listen_calmly
+from app.openapi import answers
 from app.pages import After, Limit, page
 from app.playground import Heard
 from app.routes.chat import Message
@@ -41,19 +42,22 @@ class NewVote(BaseModel):
     edited: str | None = Field(None, max_length=votes.LONGEST_EDIT)
 
 
-@api.post("")
+@api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
 def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
+    """Store a vote that was given elsewhere."""
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
     return votes.to_json(votes.add(session, user, body.models, messages, body.answers, body.choice, body.edited))
 
 
-@api.get("")
+@api.get("", operation_id="list_votes", responses=answers(schemas.page_of(schemas.Vote)))
 def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Votes, newest first."""
     return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=key_of)
 
 
-@api.get("/scores")
+@api.get("/scores", operation_id="list_vote_scores", responses=answers(schemas.VoteScores))
 def scores(session: Db, user: CurrentUser) -> Json:
+    """Every pair of models that was voted on, and whether one is better by more than chance."""
     found = votes.scores(session, user)
     return {"object": "list", "data": [_score(s) for s in found]}
 
@@ -67,8 +71,9 @@ class NewDataset(BaseModel):
     kind: str = Field("preference", pattern="^(preference|chat)$")
 
 
-@api.post("/dataset")
+@api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409))
 def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
+    """Make a dataset of the votes, to tune on."""
     dataset = votes.make_dataset(session, user, body.kind)
     return {"id": ids.public(ids.DATASET, dataset.id), "object": "dataset", "name": dataset.name, "status": dataset.status}
 

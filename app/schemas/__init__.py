@@ -1,0 +1,84 @@
+"""What the API takes and answers, one file per noun: pydantic models that describe the JSON, and are never put in its way.
+
+An answer is made by the function that knows the object and is sent as it is. These models say its shape in the OpenAPI document
+(`app.openapi`), and the tests check every answer that they get against that document. A field with a default may be absent.
+"""
+
+from app.schemas.answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Classifications,
+    Completion,
+    CompletionChunk,
+    Embeddings,
+    NextTokensOfModels,
+)
+from app.schemas.base import Deleted, list_of, page_of
+from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
+from app.schemas.datasets import Dataset, DatasetLine, DatasetReport, DatasetRows, DatasetSplit, DatasetWithVersions, VoteDataset
+from app.schemas.evaluations import Evaluation
+from app.schemas.files import CreateFile, UploadedFile
+from app.schemas.fine_tuning import (
+    CheckpointPermission,
+    CreateCheckpointPermissions,
+    CreateJob,
+    FineTuningCheckpoint,
+    FineTuningJob,
+    FineTuningJobEvent,
+    JobEstimate,
+    StreamedJobEvent,
+)
+from app.schemas.models import Engine, EngineOfModel, LoadedModels, Model
+from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
+from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
+from app.schemas.votes import Vote, VoteScores
+
+__all__ = [
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "CheckpointPermission",
+    "Classifications",
+    "Comparison",
+    "ComparisonPlan",
+    "Completion",
+    "CompletionChunk",
+    "CreateCheckpointPermissions",
+    "CreateComparison",
+    "CreateFile",
+    "CreateJob",
+    "CreatePrompt",
+    "CreatePromptRun",
+    "Dataset",
+    "DatasetLine",
+    "DatasetReport",
+    "DatasetRows",
+    "DatasetSplit",
+    "DatasetWithVersions",
+    "Deleted",
+    "Embeddings",
+    "Engine",
+    "EngineOfModel",
+    "Evaluation",
+    "FineTuningCheckpoint",
+    "FineTuningJob",
+    "FineTuningJobEvent",
+    "JobEstimate",
+    "LoadedModels",
+    "Model",
+    "NextTokensOfModels",
+    "OpenAPIDocument",
+    "Prompt",
+    "PromptRun",
+    "PromptRunRows",
+    "RevisePrompt",
+    "Strategy",
+    "StrategyAdvice",
+    "StreamedJobEvent",
+    "Studio",
+    "UploadedFile",
+    "Vote",
+    "VoteDataset",
+    "VoteScores",
+    "list_of",
+    "page_of",
+]

@@ -1,0 +1,115 @@
+"""Comparisons: the same data under several strategies, or under more and more of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.comparison_table import Unit
+from app.comparisons import ComparisonOrder, Kind
+from app.schemas.base import Problem, Schema
+from app.schemas.fine_tuning import JobEstimate
+from app.spec import PreferenceSettings, RunSettings
+from app.strategies import AnyStrategy
+
+
+class CreateComparison(ComparisonOrder):
+    """What is compared. `run` and `preference` hold for all of the jobs."""
+
+    strategies: list[str | AnyStrategy] = Field(  # type: ignore[assignment]
+        min_length=1, max_length=40, description="Names, or strategies with their settings as a job takes them."
+    )
+    run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[assignment]
+    preference: PreferenceSettings | None = None  # type: ignore[assignment]
+
+
+class RefusedStrategy(Schema):
+    """A strategy that this model or machine cannot run."""
+
+    strategy: str
+    title: str
+    reason: str
+
+
+class PlannedJob(Schema):
+    """A job that would be queued, and what it would take."""
+
+    strategy: str
+    title: str
+    estimate: JobEstimate | None
+
+
+class ComparisonPlan(Schema):
+    """What an order would queue and refuse. Nothing was queued."""
+
+    object: Literal["comparison.plan"]
+    data: list[PlannedJob]
+    refused: list[RefusedStrategy]
+    seconds: float = Field(description="Of all jobs, one after the other.")
+
+
+class ComparisonColumn(Schema):
+    """One figure of the table: its key in a row, and whether less is better."""
+
+    key: str
+    title: str
+    unit: Unit
+    less: bool
+    predicted: str | None = Field(description="The key of the figure that was predicted for it.")
+
+
+class ComparisonRow(Schema):
+    """One job. A figure is null where the job has not got so far; memory is bytes, losses nats per learned token."""
+
+    job: str
+    name: str
+    status: str
+    strategy: str
+    title: str
+    data_fraction: float
+    step: int
+    total_steps: int | None
+    seconds_left: float | None
+    loss: float | None
+    accuracy: float | None
+    macro_f1: float | None
+    reward_accuracy: float | None
+    rows: int | None
+    forgetting: float | None
+    interval: tuple[float, float] | None
+    verdict: str | None
+    trainable_parameters: int | None
+    predicted_trainable_parameters: int | None
+    peak_memory_bytes: int | None
+    predicted_memory_bytes: int | None
+    seconds: float | None
+    predicted_seconds: float | None
+    bytes: int | None
+    error: Problem | None
+
+
+class MoreData(Schema):
+    """Whether more data would help, and why one may think so."""
+
+    answer: Literal["more", "enough", "unclear"]
+    sentence: str
+
+
+class Comparison(Schema):
+    """Figures of several jobs beside each other."""
+
+    id: str
+    object: Literal["comparison"]
+    created_at: int = Field(description="Seconds since 1970.")
+    name: str
+    kind: Kind
+    status: Literal["queued", "running", "paused", "ended"]
+    model: str
+    score: str = Field(description="Key of the column the jobs are judged by.")
+    columns: list[ComparisonColumn]
+    data: list[ComparisonRow]
+    base: dict[str, float] = Field(description="The scores before tuning, by column.")
+    winners: dict[str, list[str]] = Field(description="Ids of the jobs that are best, by column.")
+    refused: list[RefusedStrategy]
+    says: MoreData | None

@@ -1,0 +1,201 @@
+"""Datasets: their versions, reports, rows and splits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.schemas.base import Problem, Schema
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Dataset(Schema):
+    """One version of a dataset. `origin` says how it was made, and of what."""
+
+    id: str
+    object: Literal["dataset"]
+    created_at: int = Field(description="Seconds since 1970.")
+    name: str
+    version: int
+    status: Literal["reading", "ready", "error"]
+    progress: float | None = Field(description="Of reading, 0 to 1.")
+    error: Problem | None
+    format: str | None = Field(description="Null while the file has not been recognized.")
+    task: Literal["generation", "classification", "preference"] | None
+    mapping: dict[str, str | None] = Field(description="Field of the format to column of the file.")
+    rows: int | None
+    good_rows: int | None
+    tokens: int | None
+    trained_tokens: int | None
+    longest: int | None = Field(description="Tokens of the longest row.")
+    file_id: str | None
+    parent: str | None = Field(description="The version this one was made from.")
+    origin: dict[str, Any]
+
+
+class DatasetWithVersions(Dataset):
+    """A dataset with the ids of all its versions."""
+
+    versions: list[str]
+
+
+class VoteDataset(Schema):
+    """A dataset that was just made from votes."""
+
+    id: str
+    object: Literal["dataset"]
+    name: str
+    status: Literal["reading", "ready", "error"]
+
+
+class FindingFix(Schema):
+    """How a finding can be mended by one click or call."""
+
+    label: str
+    operation: str
+    arguments: dict[str, Any]
+
+
+class Finding(Schema):
+    """One thing about one row. An error leaves the row out; a warning or note keeps it."""
+
+    id: int
+    line: int | None
+    column: str | None = Field(description="A path into the row, as messages[2].content.")
+    rule: str
+    severity: Severity
+    value: str | None
+    message: str
+    fix: FindingFix | None
+
+
+class RuleCount(Schema):
+    """How often a rule was broken, with an example."""
+
+    rule: str
+    severity: Severity
+    count: int
+    message: str
+
+
+class DatasetReport(Schema):
+    """What was found in a version, one page of findings at a time."""
+
+    object: Literal["dataset.report"]
+    dataset: str
+    status: Literal["reading", "ready", "error"]
+    progress: float | None
+    error: Problem | None
+    format: str | None
+    task: str | None
+    mapping: dict[str, str | None]
+    reason: str | None = Field(description="Why the file was taken for this format.")
+    rows: int | None
+    good_rows: int | None
+    characters: int
+    tokens: int | None
+    trained_tokens: int | None
+    longest: int | None
+    rules: list[RuleCount]
+    findings: list[Finding]
+    has_more: bool
+
+
+Inspected = Literal["waiting", "running", "ready", "error"]
+
+
+class LineProblem(Schema):
+    """A finding about a line as it stands in the file."""
+
+    rule: str
+    message: str
+    column: str | None
+    value: str | None
+    severity: Severity
+    fix: FindingFix | None
+
+
+class DatasetLine(Schema):
+    """A line as it stands in the file. Ask again while `status` is waiting or running."""
+
+    object: Literal["dataset.line"]
+    line: int
+    status: Inspected
+    error: Problem | None
+    text: str | None = Field(description="Null where the file has no such line, or where it is too long to be shown.")
+    problems: list[LineProblem]
+
+
+class Tokens(Schema):
+    """A sequence as a model reads it. A token is [text, state]: 0 masked, 1 learned, 2 cut off, 3 learned to be avoided."""
+
+    tokens: list[tuple[str, int]]
+    total: int
+    trained: int
+    cut: int
+
+
+class RowLoss(Schema):
+    """Mean loss in nats per learned token before training and at its end."""
+
+    line: int
+    before: float
+    after: float
+    tokens: int
+    held_out: bool
+
+
+class DatasetRow(Schema):
+    """A row, with its tokens where a model was named. `refused` says why the model's template does not take it."""
+
+    line: int
+    row: dict[str, Any]
+    loss: RowLoss | None
+    cut_for_show: bool = False
+    tokens: list[tuple[str, int]] | None = None
+    total: int | None = None
+    trained: int | None = None
+    cut: int | None = None
+    worse: Tokens | None = None
+    refused: str | None = None
+
+
+class DatasetRows(Schema):
+    """One page of rows as the trainer sees them. Ask again while `status` is waiting or running."""
+
+    object: Literal["dataset.rows"]
+    dataset: str
+    model: str | None
+    cutoff: int = Field(description="Tokens after which a row is cut.")
+    job: str | None = Field(description="The job whose losses are shown.")
+    status: Inspected
+    data: list[DatasetRow]
+    matches: int | None
+    has_more: bool
+    lengths: dict[str, Any] | None = Field(description="How long the rows are in tokens, once they are counted.")
+
+
+class Overlap(Schema):
+    """A held-out line, and the line to learn from that says the same."""
+
+    line: int
+    train_line: int
+    how: Literal["row", "prompt"]
+
+
+class DatasetSplit(Schema):
+    """Both sides of a split, and what stands on both. Ask again while `status` is waiting or running."""
+
+    object: Literal["dataset.split"]
+    status: Literal["reading", "waiting", "running", "ready", "error"]
+    error: Problem | None
+    train: int | None = None
+    validation: int | None = None
+    labels: list[tuple[str, int, int]] | None = Field(None, description="[label, rows to learn from, held-out rows], the commonest first.")
+    overlap: int | None = Field(None, description="Held-out rows that are learned from too.")
+    whole: int | None = Field(None, description="Of these, rows that are the same as a whole.")
+    examples: list[Overlap] | None = None
+    drop: list[int] | None = Field(None, description="Lines to leave out, so that nothing stands on both sides.")
+    lines: list[int] | None = Field(None, description="The first held-out lines.")

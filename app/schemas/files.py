@@ -1,0 +1,35 @@
+"""Uploaded files and the forms that bring them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, WithJsonSchema
+
+from app.files import UPLOAD_PURPOSES
+from app.schemas.base import Schema
+
+Bytes = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
+
+
+class UploadedFile(Schema):
+    """A `file`, as the OpenAI API has it."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int = Field(description="Seconds since 1970.")
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+    expires_at: int | None
+
+
+class CreateFile(Schema):
+    """The parts of the form."""
+
+    file: Bytes
+    purpose: Annotated[str, Field(json_schema_extra={"enum": sorted(UPLOAD_PURPOSES)})]
+    expires_after_anchor: Literal["created_at"] = Field("created_at", alias="expires_after[anchor]")
+    expires_after_seconds: int | None = Field(None, alias="expires_after[seconds]", ge=3600, le=2_592_000)

@@ -1,0 +1,215 @@
+"""Fine-tuning jobs: the order, the job, its events, its checkpoints and what it will take."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, Field, RootModel, create_model
+
+from app import events
+from app.estimate import Estimate
+from app.events import Measured
+from app.forgetting import Forgetting, WithoutMeasuring
+from app.orders import JobOrder
+from app.schemas.base import Problem, Schema
+from app.spec import PreferenceSettings, RunSettings, Task
+from app.strategies import AnyStrategy
+
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+
+class CreateJob(JobOrder):
+    """What is tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
+    are ignored, as OpenAI's clients need."""
+
+    run: RunSettings = Field(default_factory=RunSettings)
+    strategy: AnyStrategy = Field(default_factory=dict)  # type: ignore[assignment]
+    preference: PreferenceSettings | None = None
+    comparison_id: None = Field(None, exclude=True, description="Not taken from requests.")
+
+
+class SplitOverlap(Schema):
+    """Held-out rows that are learned from too, once they are counted, and the page that lists them."""
+
+    status: Literal["none", "waiting", "ready", "error"]
+    rows: int | None
+    page: str | None = None
+    held_out: int | None = None
+
+
+class JobEstimate(Estimate):
+    """What an order will take on this machine, and what is odd about its data."""
+
+    warnings: list[str]
+    overlap: SplitOverlap
+
+
+class JobHyperparameters(Schema):
+    """OpenAI's own settings. "auto" left the choice to the studio."""
+
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    learning_rate_multiplier: float | Literal["auto"]
+    beta: float | Literal["auto"] = "auto"
+
+
+class MethodSettings(Schema):
+    """The settings of one method."""
+
+    hyperparameters: JobHyperparameters
+
+
+class JobMethod(Schema):
+    """How the data teaches: by right answers, or by pairs of a better and a worse one."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: MethodSettings | None = None
+    dpo: MethodSettings | None = None
+
+
+class JobProgress(Schema):
+    """How far a job is."""
+
+    step: int
+    total_steps: int | None
+    fraction: float
+    seconds_left: float | None
+    attempt: int
+    asked: Literal["cancelling", "pausing"] | None = Field(description="What was asked of it and has not happened yet.")
+
+
+class ListedRow(Schema):
+    """A held-out row that stands out, with the losses of base and tuned model and what they answer."""
+
+    line: int | None = None
+    prompt: str
+    reference: str | None = None
+    base_loss: float | None = None
+    tuned_loss: float | None = None
+    base_answer: str | None = None
+    tuned_answer: str | None = None
+    probability: float | None = None
+
+
+class JobEvaluation(Schema):
+    """Base and tuned model on the same held-out rows, by name of the score. Empty where nothing was held out."""
+
+    rows: int | None = None
+    answers: int | None = None
+    unanswered: int | None = None
+    difference: Any = None
+    base: dict[str, Any] | None = None
+    tuned: dict[str, Any] | None = None
+    worst: list[ListedRow] | None = None
+    best: list[ListedRow] | None = None
+
+
+class FineTuningJob(Schema):
+    """A `fine_tuning.job` as the OpenAI API has it; what is ours stands below `user_provided_suffix`."""
+
+    object: Literal["fine_tuning.job"]
+    id: str
+    created_at: int = Field(description="Seconds since 1970.")
+    finished_at: int | None
+    estimated_finish: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: JobStatus
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    seed: int
+    hyperparameters: JobHyperparameters
+    method: JobMethod
+    integrations: list[dict[str, Any]]
+    metadata: dict[str, str] | None
+    error: Problem | None
+    user_provided_suffix: str | None
+    name: str
+    task: Task
+    strategy: AnyStrategy
+    run: RunSettings
+    preference: PreferenceSettings | None
+    dataset: str
+    estimate: JobEstimate | None
+    measured: Measured | None
+    evaluation: JobEvaluation | None
+    forgetting: Forgetting | WithoutMeasuring | None
+    progress: JobProgress
+
+
+class FineTuningJobEvent(Schema):
+    """A `fine_tuning.job.event`: the sentence people read, and all that was said as `data`."""
+
+    object: Literal["fine_tuning.job.event"]
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any]
+
+
+def _streamed(kind: type[BaseModel]) -> type[BaseModel]:
+    """An event as a stream says it: with its number, its attempt and its time beside its own fields."""
+    return create_model(
+        f"{kind.__name__}Event",
+        __base__=kind,
+        __doc__=kind.__doc__,
+        id=(int, Field(description="For Last-Event-ID, when the stream is opened again.")),
+        attempt=(int, ...),
+        at=(float, Field(description="Seconds since 1970.")),
+    )
+
+
+_EVENTS = map(_streamed, get_args(get_args(events.JobEvent)[0]))
+
+
+class StreamedJobEvent(RootModel[Annotated[functools.reduce(operator.or_, _EVENTS), Field(discriminator="type")]]):  # type: ignore[misc]
+    """The data of one server-sent event of a job."""
+
+
+class CheckpointMetrics(Schema):
+    """The client's own names. Null is what was not measured."""
+
+    step: int
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
+    valid_loss: float | None
+    valid_mean_token_accuracy: float | None
+    full_valid_loss: float | None
+    full_valid_mean_token_accuracy: float | None
+
+
+class FineTuningCheckpoint(Schema):
+    """A `fine_tuning.job.checkpoint`. Everything that was measured stands under `scores`."""
+
+    object: Literal["fine_tuning.job.checkpoint"]
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str = Field(description="The name under which it can be asked.")
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+    scores: dict[str, Any]
+    best: bool
+    bytes: int
+
+
+class CreateCheckpointPermissions(Schema):
+    """The projects that may use a checkpoint."""
+
+    project_ids: list[str] = Field(min_length=1)
+
+
+class CheckpointPermission(Schema):
+    """A `checkpoint.permission`."""
+
+    object: Literal["checkpoint.permission"]
+    id: str
+    created_at: int
+    project_id: str

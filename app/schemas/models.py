@@ -1,0 +1,100 @@
+"""Models, the engines that answer for them, and those that are loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.schemas.base import Listing, Problem, Schema
+from app.shapes import Shape
+from app.spec import Kind
+
+
+class ModelEngine(Schema):
+    """The server that answers for a model, and what it calls it there."""
+
+    url: str
+    model: str
+    via: Literal["tokens", "chat"]
+
+
+class Model(Schema):
+    """A `model` as the OpenAI API has it; what is ours stands below `owned_by`."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="Seconds since 1970.")
+    owned_by: Literal["luthier", "user"]
+    key: str
+    title: str
+    kind: Kind
+    status: Literal["fetching", "ready", "error"]
+    progress: float | None = Field(description="Of fetching, 0 to 1.")
+    error: Problem | None
+    base: str | None = Field(description="The model at the bottom of the lineage, where this one was tuned.")
+    lineage: list[str]
+    job: str | None
+    strategy: str | None
+    adapter: bool
+    shape: Shape | None
+    parameters: int | None
+    bytes: int | None
+    license: str | None
+    labels: list[str] | None
+    engine: ModelEngine | None
+    revision: str | None
+    adapter_sha256: str | None
+
+
+class EngineError(Schema):
+    """Why an engine cannot be asked."""
+
+    code: str
+    message: str
+
+
+class Engine(Schema):
+    """A server of the settings, and the models it serves."""
+
+    url: str
+    object: Literal["engine"]
+    models: list[str]
+    error: EngineError | None
+
+
+class EngineOfModel(Schema):
+    """Which server answers for a model now; null is the studio's own engine."""
+
+    object: Literal["model.engine"]
+    id: str
+    engine: ModelEngine | None
+    deleted: bool = False
+
+
+class LoadedModel(Schema):
+    """A loaded model. Its name is null where it is another person's."""
+
+    model: str | None
+    tuned: list[str]
+    bytes: int
+    answering: int
+    idle_seconds: float
+
+
+class Generator(Schema):
+    """What one generate worker has loaded, and the memory it may take."""
+
+    object: Literal["generator"]
+    device: str
+    used_bytes: int
+    limit_bytes: int
+    training_bytes: int
+    models: list[LoadedModel]
+
+
+class LoadedModels(Listing):
+    """What every generate worker has loaded."""
+
+    data: list[Generator]
+    rule: str = Field(description="When a model is loaded and put away, in words.")

@@ -1,0 +1,108 @@
+"""Prompts in versions, and their runs over the rows of a dataset."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.prompt_runs import RunOrder
+from app.prompts import PromptBody
+from app.schemas.base import Problem, Schema
+
+
+class CreatePrompt(PromptBody):
+    """A new prompt: its name, and what its first version says."""
+
+    name: str
+
+
+class RevisePrompt(PromptBody):
+    """What the next version says; what is left out is as in the newest."""
+
+
+class PromptVersion(Schema):
+    """One version of a prompt."""
+
+    version: int
+    body: PromptBody
+    created_at: int
+
+
+class Prompt(Schema):
+    """A prompt in all its versions; `body` is the newest."""
+
+    id: str
+    object: Literal["prompt"]
+    name: str
+    version: int
+    body: PromptBody
+    versions: list[PromptVersion]
+    created_at: int = Field(description="Seconds since 1970.")
+
+
+class CreatePromptRun(RunOrder):
+    """Which model is asked, with which version, about which rows: of a dataset by its id, or by the file it was made from."""
+
+    model: str
+    dataset_id: str | None = None
+    file: str | None = None
+    version: int | None = Field(None, description="The newest where it is left out.")
+
+
+class PromptRunResult(Schema):
+    """The mean score with its 95 % interval, and what the rows took."""
+
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rows: int | None = None
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    unanswered: int | None = None
+    unanswered_lines: list[int] | None = None
+    asked_of: int | None = None
+    deaths: int | None = None
+    rows_at_death: int | None = None
+
+
+class PromptRun(Schema):
+    """A prompt put to a model, row by row."""
+
+    id: str
+    object: Literal["prompt.run"]
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    model: str
+    revision: str
+    dataset: str
+    dataset_id: str
+    part: Literal["validation", "all"]
+    validation_fraction: float | None
+    split_seed: int | None
+    score_rule: str
+    progress: float | None
+    result: PromptRunResult | None
+    error: Problem | None
+    created_at: int
+    finished_at: int | None
+
+
+class PromptRunRow(Schema):
+    """One row that was asked."""
+
+    line: int
+    input: str
+    rendered_prompt: str
+    expected: str
+    said: list[str]
+    answer: str
+    score: float
+
+
+class PromptRunRows(Schema):
+    """One page of rows in the dataset's order; `after` is the line of the last row."""
+
+    object: Literal["list"]
+    data: list[PromptRunRow]
+    has_more: bool

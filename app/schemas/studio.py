@@ -1,0 +1,80 @@
+"""The studio itself: its health, its strategies, and what it advises."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.advice import Tune
+from app.advisor import Advice, Cost, Facts
+from app.schemas.base import Schema
+from app.schemas.evaluations import Evaluation
+from app.strategies._base import Family
+from app.studio import Check, Duty
+
+
+class Studio(Schema):
+    """The health of every part."""
+
+    object: Literal["studio"]
+    checks: list[Check]
+    workers: list[Duty]
+    versions: dict[str, str]
+
+
+class Paper(Schema):
+    """Where a strategy was published."""
+
+    citation: str
+    url: str
+
+
+class Strategy(Schema):
+    """A way to tune a model. With a model or a task in the question, `available` and `reason` are about these; with a dataset
+    besides, `advised` and `cost` are there too."""
+
+    object: Literal["strategy"]
+    name: str
+    title: str
+    family: Family
+    tasks: list[Literal["generation", "classification", "preference"]]
+    summary: str
+    when_to_use: str
+    forgets: Literal["little", "some", "much"]
+    adapter: bool
+    merges: bool
+    default_learning_rate: float
+    preference_learning_rate: float | None
+    paper: Paper | None
+    settings: dict[str, Any] = Field(alias="schema", description="JSON schema of its settings.")
+    available: bool
+    reason: str | None
+    advised: bool = False
+    cost: Cost | None = None
+
+
+class StrategyAdvice(Schema):
+    """Whether to tune at all, and how, with what the advice stands on."""
+
+    object: Literal["advice"]
+    model: str
+    dataset: str
+    dataset_id: str
+    facts: Facts
+    tune: Tune
+    ranking: list[Advice]
+    evaluation: Evaluation | None
+    how_to_measure: str | None
+
+
+class OpenAPIDocument(Schema):
+    """A document of OpenAPI 3.1."""
+
+    openapi: str
+    info: dict[str, Any]
+    paths: dict[str, Any]
+    components: dict[str, Any]
+    servers: list[dict[str, Any]]
+    security: list[dict[str, Any]]
+    tags: list[dict[str, Any]]
