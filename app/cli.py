@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import sys
 import threading
@@ -226,6 +227,18 @@ def doctor(data_dir: DataDir = None) -> None:
     out.print(table)
     if bad:
         raise typer.Exit(1)
+
+
+@app.command()
+@plainly
+def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, which is docs/api.md.")] = False) -> None:
+    """Print what the API takes and answers, as an OpenAPI document in JSON. No studio need run."""
+    from app import api_reference
+    from app.main import create_app
+    from app.openapi import document
+
+    found = document(create_app())
+    typer.echo(api_reference.markdown(found) if markdown else json.dumps(found, indent=1), nl=not markdown)
 
 
 # Under the commands -----------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
-from app import accounts, answers, logs, middleware, outside, routes, shell, web
+from app import accounts, answers, logs, middleware, openapi, outside, routes, shell, web
 from app.db import get_engine, transaction
 from app.errors import Forbidden
 from app.settings import get_settings
@@ -41,6 +42,7 @@ def create_app() -> FastAPI:
     )
     for module in _route_modules():
         if isinstance(getattr(module, "api", None), APIRouter):
+            _answer_head(module.api)
             app.include_router(module.api)
         if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
@@ -55,6 +57,13 @@ def create_app() -> FastAPI:
 def _route_modules() -> list[Any]:
     names = sorted(info.name for info in pkgutil.iter_modules(routes.__path__))
     return [importlib.import_module(f"app.routes.{name}") for name in names]
+
+
+def _answer_head(api: APIRouter) -> None:
+    """HEAD beside every GET of the API, but for streams of events, which have no end to tell the length of."""
+    for route in api.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
+            route.methods.add("HEAD")
 
 
 def _refuse_open_door() -> None:
@@ -81,7 +90,10 @@ def _handled() -> list[Any]:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return await run_in_threadpool(answers.answer, request, answers.fault_of(error))
+    fault = answers.fault_of(error)
+    if fault.status == 405:  # the router has asked one route of the path, and others may take other methods
+        fault.headers = {"allow": ", ".join(shell.methods(request.app, request.url.path))}  # type: ignore[attr-defined]
+    return await run_in_threadpool(answers.answer, request, fault)
 
 
 @contextlib.asynccontextmanager

@@ -33,14 +33,14 @@ class Hyperparameters(BaseModel):
     beta: Annotated[Number, Field(description="Strength of preference tuning's pull to the base model.")] = "auto"
 
 
-class _Supervised(BaseModel):
+class MethodOrder(BaseModel):
     hyperparameters: Hyperparameters | None = None
 
 
 class Method(BaseModel):
     type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: _Supervised | None = None
-    dpo: _Supervised | None = None
+    supervised: MethodOrder | None = None
+    dpo: MethodOrder | None = None
 
     def hyperparameters(self) -> Hyperparameters | None:
         named = self.supervised if self.type == "supervised" else self.dpo
@@ -56,7 +56,7 @@ def _dataset_key(value: Any) -> Any:
     return value.removeprefix(f"{ids.DATASET}-") if isinstance(value, str) else value
 
 
-DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key)]
+DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key, json_schema_input_type=str)]
 """A dataset as `ds-…`, which is what answers call it, or as its plain UUID."""
 
 

@@ -33,6 +33,15 @@ def paths(app: Any) -> set[str]:
     return {path for path, _ in each_route(app.router)}
 
 
+def methods(app: Any, address: str) -> list[str]:
+    """Every method that some route takes at this address, in alphabetical order. Mounted files take GET and HEAD."""
+    found: set[str] = set()
+    for _, route in each_route(app.router):
+        if route.path_regex.match(address):
+            found |= getattr(route, "methods", {"GET", "HEAD"})
+    return sorted(found)
+
+
 def each_route(router: Any) -> Iterator[tuple[str, Any]]:
     for route in router.routes:
         inner = getattr(route, "original_router", None)

@@ -1,4 +1,5 @@
 """Every answer under /v1 that a test gets is checked against the API's document: its status, its type, and each field of its body.
+So is every JSON body that was accepted.
 
 `install` puts the check into Starlette's test client, so the whole test suite drives it. Objects are closed for the check: a field
 that is sent and not described fails, as does one that is described and not sent.
@@ -29,6 +30,8 @@ def install() -> None:
         if request.url.path.startswith("/v1/"):
             response.read()
             contract().check(request.method, request.url.path, response)
+            if response.is_success and request.headers.get("content-type") == "application/json":
+                contract().check_request(request.method, request.url.path, json.loads(request.read()))
         return response
 
     checking.checks = True  # type: ignore[attr-defined]
@@ -68,8 +71,8 @@ class Contract:
     def check(self, method: str, path: str, response: Any) -> None:
         """Raises AssertionError for an answer that is not as the document says."""
         operation = self.operation("GET" if method == "HEAD" and self.operation(method, path) is None else method, path)
-        if operation is None:
-            return  # an address that is not there, or one that the test itself has put there
+        if operation is None or response.status_code == 405:
+            return  # an address or method that is not there, or one that the test itself has put there
         where = f"{method} {path} answered {response.status_code}"
         name = operation["operationId"]
         said = operation["responses"].get(str(response.status_code))
@@ -85,6 +88,16 @@ class Contract:
         assert content is not None, f"{where} with {kind or 'no type'}, which {name} does not document"
         for value in _values(kind, response):
             self._validate(content["schema"], value, f"{where} ({name})")
+
+    def check_request(self, method: str, path: str, body: Any) -> None:
+        """Raises AssertionError for a body that was accepted although the document knows no such body. Null is as good as absent."""
+        operation = self.operation(method, path)
+        if operation is None or not body:
+            return
+        where = f"{method} {path} ({operation['operationId']}) took a body"
+        assert "requestBody" in operation, where
+        given = {name: value for name, value in body.items() if value is not None}
+        self._validate(operation["requestBody"]["content"]["application/json"]["schema"], given, f"{where}, wrong by the document")
 
     def _validate(self, schema: dict[str, Any], value: Any, where: str) -> None:
         from jsonschema import Draft202012Validator

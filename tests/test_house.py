@@ -20,7 +20,7 @@ WEB_IMPORT_LIMIT_SECONDS = 1.0
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
 PURE = {"spec", "estimate", "estimate_memory", "advisor", "progress"}
-HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "streams", "watch"}
+HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "streams", "watch", "openapi"}
 TOP = {"main", "routes", "cli", "embedded", "relay", "doctor"}
 
 

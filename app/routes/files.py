@@ -43,11 +43,12 @@ def to_json(file: File) -> dict[str, Any]:
 @api.post(
     "/files",
     operation_id="create_file",
-    responses=answers(schemas.UploadedFile),
+    responses=answers(schemas.UploadedFile, 415),
     openapi_extra=takes(schemas.CreateFile, "multipart/form-data"),
 )
 async def create(request: Request, user: CurrentUser) -> dict[str, Any]:
-    """Upload a file; with the purpose fine-tune it becomes a dataset. The body is read as a stream, and no database connection is held while it comes in."""
+    """Upload a file; with the purpose fine-tune it becomes a dataset. The body is read as a stream, and no database connection is
+    held while it comes in."""
     form = await read_form(request, get_settings().upload_limit_bytes)
     return await run_in_threadpool(_create, user, form)
 

@@ -68,7 +68,7 @@ def _sends(**headers: str) -> dict[str, Any]:
 
 EXPIRES, DATASET = "When the upload is forgotten.", "Id of the dataset that the file became."
 ABILITIES = answers(None, status=204, headers=_sends(Tus_Version="1.0.0", Tus_Extension="What is spoken.", Tus_Max_Size="Bytes."))
-BEGUN = answers(None, 412, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
+BEGUN = answers(None, 412, 415, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
 HELD = answers(
     None,
     412,

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.comparison_table import Unit
 from app.comparisons import ComparisonOrder, Kind
-from app.schemas.base import Problem, Schema
+from app.schemas.base import UNBUILT, Problem, Schema
 from app.schemas.fine_tuning import JobEstimate
 from app.spec import PreferenceSettings, RunSettings
 from app.strategies import AnyStrategy
@@ -16,6 +16,8 @@ from app.strategies import AnyStrategy
 
 class CreateComparison(ComparisonOrder):
     """What is compared. `run` and `preference` hold for all of the jobs."""
+
+    model_config = UNBUILT
 
     strategies: list[str | AnyStrategy] = Field(  # type: ignore[assignment]
         min_length=1, max_length=40, description="Names, or strategies with their settings as a job takes them."

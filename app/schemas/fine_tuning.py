@@ -7,13 +7,14 @@ import operator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, RootModel, create_model
+from pydantic.json_schema import SkipJsonSchema
 
 from app import events
 from app.estimate import Estimate
 from app.events import Measured
 from app.forgetting import Forgetting, WithoutMeasuring
 from app.orders import JobOrder
-from app.schemas.base import Problem, Schema
+from app.schemas.base import UNBUILT, Problem, Schema
 from app.spec import PreferenceSettings, RunSettings, Task
 from app.strategies import AnyStrategy
 
@@ -24,10 +25,12 @@ class CreateJob(JobOrder):
     """What is tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
     are ignored, as OpenAI's clients need."""
 
+    model_config = UNBUILT
+
     run: RunSettings = Field(default_factory=RunSettings)
     strategy: AnyStrategy = Field(default_factory=dict)  # type: ignore[assignment]
     preference: PreferenceSettings | None = None
-    comparison_id: None = Field(None, exclude=True, description="Not taken from requests.")
+    comparison_id: SkipJsonSchema[None] = None
 
 
 class SplitOverlap(Schema):
@@ -41,6 +44,8 @@ class SplitOverlap(Schema):
 
 class JobEstimate(Estimate):
     """What an order will take on this machine, and what is odd about its data."""
+
+    model_config = UNBUILT
 
     warnings: list[str]
     overlap: SplitOverlap
@@ -158,7 +163,7 @@ def _streamed(kind: type[BaseModel]) -> type[BaseModel]:
     """An event as a stream says it: with its number, its attempt and its time beside its own fields."""
     return create_model(
         f"{kind.__name__}Event",
-        __base__=kind,
+        __base__=(kind, Schema),
         __doc__=kind.__doc__,
         id=(int, Field(description="For Last-Event-ID, when the stream is opened again.")),
         attempt=(int, ...),
@@ -171,6 +176,8 @@ _EVENTS = map(_streamed, get_args(get_args(events.JobEvent)[0]))
 
 class StreamedJobEvent(RootModel[Annotated[functools.reduce(operator.or_, _EVENTS), Field(discriminator="type")]]):  # type: ignore[misc]
     """The data of one server-sent event of a job."""
+
+    model_config = UNBUILT
 
 
 class CheckpointMetrics(Schema):

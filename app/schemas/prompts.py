@@ -8,17 +8,21 @@ from pydantic import Field
 
 from app.prompt_runs import RunOrder
 from app.prompts import PromptBody
-from app.schemas.base import Problem, Schema
+from app.schemas.base import UNBUILT, Problem, Schema
 
 
 class CreatePrompt(PromptBody):
     """A new prompt: its name, and what its first version says."""
+
+    model_config = UNBUILT
 
     name: str
 
 
 class RevisePrompt(PromptBody):
     """What the next version says; what is left out is as in the newest."""
+
+    model_config = UNBUILT
 
 
 class PromptVersion(Schema):
@@ -43,6 +47,8 @@ class Prompt(Schema):
 
 class CreatePromptRun(RunOrder):
     """Which model is asked, with which version, about which rows: of a dataset by its id, or by the file it was made from."""
+
+    model_config = UNBUILT
 
     model: str
     dataset_id: str | None = None
