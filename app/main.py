@@ -18,7 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
-from app import accounts, answers, logs, middleware, openapi, outside, routes, shell, web
+from app import accounts, answers, logs, middleware, outside, routes, shell, web
 from app.db import get_engine, transaction
 from app.errors import Forbidden
 from app.settings import get_settings
@@ -61,6 +61,8 @@ def _route_modules() -> list[Any]:
 
 def _answer_head(api: APIRouter) -> None:
     """HEAD beside every GET of the API, but for streams of events, which have no end to tell the length of."""
+    from app import openapi  # the routes need it, and the web's import need not wait for them
+
     for route in api.routes:
         if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
             route.methods.add("HEAD")

@@ -71,12 +71,15 @@ ABILITIES = answers(None, status=204, headers=_sends(Tus_Version="1.0.0", Tus_Ex
 BEGUN = answers(None, 412, 415, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
 HELD = answers(
     None,
+    410,
     412,
     description="How far the upload is.",
     headers=_sends(Upload_Offset="Bytes.", Upload_Length="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET),
 )
-APPENDED = answers(None, 409, 412, 415, status=204, headers=_sends(Upload_Offset="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET))
-STOPPED = answers(None, 412, status=204, headers=_sends())
+APPENDED = answers(
+    None, 409, 410, 412, 415, 423, status=204, headers=_sends(Upload_Offset="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET)
+)
+STOPPED = answers(None, 410, 412, status=204, headers=_sends())
 BODY = {"required": True, "content": {"application/offset+octet-stream": {"schema": BYTES}}}
 
 
