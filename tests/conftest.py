@@ -142,9 +142,23 @@ def forget_settings() -> None:
         sys.modules["app.accounts"].secret.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def answers_are_documented() -> Iterator[None]:
+    """Whatever the API has answered in a test is as its document says."""
+    yield
+    documented = sys.modules.get("tests.documented")
+    if documented is not None and documented.violations:
+        found = list(documented.violations)
+        documented.violations.clear()
+        pytest.fail("not as the API's document says:\n" + "\n".join(found), pytrace=False)
+
+
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty data folder of this test's own; `LUTHIER_DATA_DIR` points at it."""
+    """An empty data folder of this test's own; `LUTHIER_DATA_DIR` points at it. Applications are only made beside one."""
+    from tests import documented
+
+    documented.install()
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.setenv("LUTHIER_DATA_DIR", str(folder))
@@ -194,9 +208,7 @@ def web(session: Session) -> Iterator:
     from starlette.testclient import TestClient
 
     from app.main import create_app
-    from tests import documented
 
-    documented.install()
     with TestClient(create_app(), base_url=ORIGIN) as started:
         yield started
 

@@ -1,41 +1,83 @@
 """Every answer under /v1 that a test gets is checked against the API's document: its status, its type, and each field of its body.
 So is every JSON body that was accepted.
 
-`install` puts the check into Starlette's test client, so the whole test suite drives it. Objects are closed for the check: a field
-that is sent and not described fails, as does one that is described and not sent.
+`install` puts a layer round every application that is made in this process, so the whole test suite drives the check, whatever
+client it uses. Objects are closed for it: a field that is sent and not described is a violation, as is one that is described and
+not sent.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 DOCUMENT = "urn:openapi"
 checked: Counter[str] = Counter()
 """Answers that were checked, by operation and status."""
+violations: list[str] = []
+"""What was not as documented. A fixture of `tests/conftest.py` fails the test that finds any."""
+
+
+class Answer(NamedTuple):
+    status: int
+    kind: str
+    body: bytes
 
 
 def install() -> None:
-    """From now on every `TestClient` of this process checks what it gets."""
-    from starlette.testclient import TestClient
+    """From now on every application checks what it answers."""
+    from app import middleware
 
-    if getattr(TestClient.send, "checks", False):
-        return
-    send = TestClient.send
+    plain = middleware.install
+    if not hasattr(plain, "checks"):
 
-    def checking(self: Any, request: Any, **options: Any) -> Any:
-        response = send(self, request, **options)
-        if request.url.path.startswith("/v1/"):
-            response.read()
-            contract().check(request.method, request.url.path, response)
-            if response.is_success and request.headers.get("content-type") == "application/json":
-                contract().check_request(request.method, request.url.path, json.loads(request.read()))
-        return response
+        def install_and_check(app: Any) -> None:
+            plain(app)
+            app.add_middleware(Checked)
 
-    checking.checks = True  # type: ignore[attr-defined]
-    TestClient.send = checking  # type: ignore[method-assign]
+        install_and_check.checks = True  # type: ignore[attr-defined]
+        middleware.install = install_and_check
+
+
+class Checked:
+    """The outermost layer: it sees what the client sees."""
+
+    def __init__(self, app: Any) -> None:
+        self.app, self.contract = app, contract()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        asked, said, start, ended = bytearray(), bytearray(), {}, False
+
+        async def hear() -> Any:
+            message = await receive()
+            asked.extend(message.get("body", b"") if len(asked) < 1_000_000 else b"")
+            return message
+
+        async def tell(message: Any) -> None:
+            nonlocal ended
+            start.update(message if message["type"] == "http.response.start" else {})
+            said.extend(message.get("body", b""))
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        await self.app(scope, hear, tell)
+        if not ended:
+            return  # the client left in the middle
+        headers = {name.decode().lower(): value.decode("latin-1") for name, value in start["headers"]}
+        body = zlib.decompress(said, 31) if headers.get("content-encoding") == "gzip" else bytes(said)
+        answer = Answer(start["status"], headers.get("content-type", "").partition(";")[0], body)
+        try:
+            self.contract.check(scope["method"], scope["path"], answer)
+            if answer.status < 300 and (b"content-type", b"application/json") in scope["headers"]:
+                self.contract.check_request(scope["method"], scope["path"], json.loads(asked))
+        except AssertionError as violation:
+            violations.append(str(violation))
 
 
 @cache
@@ -68,25 +110,23 @@ class Contract:
                 return found
         return None
 
-    def check(self, method: str, path: str, response: Any) -> None:
+    def check(self, method: str, path: str, answer: Answer) -> None:
         """Raises AssertionError for an answer that is not as the document says."""
         operation = self.operation("GET" if method == "HEAD" and self.operation(method, path) is None else method, path)
-        if operation is None or response.status_code == 405:
-            return  # an address or method that is not there, or one that the test itself has put there
-        where = f"{method} {path} answered {response.status_code}"
-        name = operation["operationId"]
-        said = operation["responses"].get(str(response.status_code))
-        assert said is not None, f"{where}, which {name} does not document: {response.text[:500]}"
+        if operation is None or answer.status in (405, 499):
+            return  # nobody is there, at this address or at the other end; or the test itself has put a route there
+        name, where = operation["operationId"], f"{method} {path} answered {answer.status}"
+        said = operation["responses"].get(str(answer.status))
+        assert said is not None, f"{where}, which {name} does not document: {answer.body[:500]!r}"
         if "$ref" in said:
             said = self.document["components"]["responses"][said["$ref"].rsplit("/", 1)[-1]]
-        checked[f"{name} {response.status_code}"] += 1
-        if method == "HEAD" or not response.content:
+        checked[f"{name} {answer.status}"] += 1
+        if method == "HEAD" or not answer.body:
             assert method == "HEAD" or not said.get("content"), f"{where} without a body"
             return
-        kind = response.headers.get("content-type", "").partition(";")[0]
-        content = said.get("content", {"text/plain": {}}).get(kind)
-        assert content is not None, f"{where} with {kind or 'no type'}, which {name} does not document"
-        for value in _values(kind, response):
+        content = said.get("content", {"text/plain": {}}).get(answer.kind)
+        assert content is not None, f"{where} with {answer.kind or 'no type'}, which {name} does not document"
+        for value in _values(answer):
             self._validate(content["schema"], value, f"{where} ({name})")
 
     def check_request(self, method: str, path: str, body: Any) -> None:
@@ -113,12 +153,12 @@ class Contract:
             raise AssertionError(f"{where}: {shown or 'the body'}: {error.message[:1500]}")
 
 
-def _values(kind: str, response: Any) -> list[Any]:
+def _values(answer: Answer) -> list[Any]:
     """The JSON of a body, or of each event of a stream."""
-    if kind == "application/json":
-        return [json.loads(response.content)]
-    if kind == "text/event-stream":
-        said = [line[5:].strip() for line in response.text.splitlines() if line.startswith("data:")]
+    if answer.kind == "application/json":
+        return [json.loads(answer.body)]
+    if answer.kind == "text/event-stream":
+        said = [line[5:].strip() for line in answer.body.decode().splitlines() if line.startswith("data:")]
         return [json.loads(text) for text in said if text != "[DONE]"]
     return []
 

@@ -8,14 +8,15 @@ from collections import Counter
 
 import pytest
 from jsonschema import Draft202012Validator
+from starlette.testclient import TestClient
 
 from app import api_reference, openapi
 from app.main import create_app
 from app.settings import get_settings
 from app.shell import each_route
 from tests import documented
-from tests.conftest import PROJECT
-from tests.documented import Contract
+from tests.conftest import ORIGIN, PROJECT
+from tests.documented import Answer
 
 NAME = re.compile(r"(list|retrieve|create|delete|cancel|pause|resume|retry|revise|stream|[a-z]+)_[a-z0-9_]+")
 
@@ -96,7 +97,6 @@ def test_a_key_is_needed_everywhere_and_refusals_have_one_shape(document):
     for status, refusal in document["components"]["responses"].items():
         assert refusal["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}, status
     assert "HTTPValidationError" not in json.dumps(document), "a wrong field is a 400 of our own shape"
-    assert document["servers"][0]["url"] == "/"
 
 
 def test_every_reference_leads_somewhere(document):
@@ -128,6 +128,7 @@ def test_the_command_prints_both(data_dir, document):
 
 
 def test_it_is_served_with_the_public_address_where_there_is_one(api, document, monkeypatch):
+    assert openapi.document(create_app())["servers"][0]["url"] == "/"
     monkeypatch.setattr(get_settings(), "public_url", "https://studio.example")
     served = api.get("/v1/openapi.json").json()
     assert served["servers"][0]["url"] == "https://studio.example"
@@ -137,11 +138,8 @@ def test_it_is_served_with_the_public_address_where_there_is_one(api, document, 
 # The check itself -----------------------------------------------------------------------------------------------------
 
 
-class Answer:
-    def __init__(self, value, status=200, kind="application/json"):
-        self.status_code, self.headers = status, {"content-type": kind}
-        self.text = value if isinstance(value, str) else json.dumps(value)
-        self.content = self.text.encode()
+def answer(value, status=200, kind="application/json"):
+    return Answer(status, kind, (value if isinstance(value, str) else json.dumps(value)).encode())
 
 
 FILE = {
@@ -151,40 +149,48 @@ FILE = {
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "wrong",
     [
-        Answer({**FILE, "secret": 1}),
-        Answer({name: value for name, value in FILE.items() if name != "bytes"}),
-        Answer({**FILE, "bytes": "1"}),
-        Answer({**FILE, "status": "eaten"}),
-        Answer({"error": {"message": "No."}}, 404),
-        Answer({"detail": []}, 422),
-        Answer({"error": {"message": "", "type": "server_error", "param": None, "code": "x"}}, 418),
-        Answer("<p>no</p>", 200, "text/html"),
+        answer({**FILE, "secret": 1}),
+        answer({name: value for name, value in FILE.items() if name != "bytes"}),
+        answer({**FILE, "bytes": "1"}),
+        answer({**FILE, "status": "eaten"}),
+        answer({"error": {"message": "No."}}, 404),
+        answer({"detail": []}, 422),
+        answer({"error": {"message": "", "type": "server_error", "param": None, "code": "x"}}, 418),
+        answer("<p>no</p>", 200, "text/html"),
     ],
 )
-def test_an_answer_that_is_not_as_documented_is_seen(contract: Contract, answer):
-    contract.check("GET", "/v1/files/file-1", Answer(FILE))
+def test_an_answer_that_is_not_as_documented_is_seen(contract, wrong):
+    contract.check("GET", "/v1/files/file-1", answer(FILE))
     with pytest.raises(AssertionError):
-        contract.check("GET", "/v1/files/file-1", answer)
+        contract.check("GET", "/v1/files/file-1", wrong)
 
 
-def test_the_events_of_a_stream_are_seen(contract: Contract):
+def test_the_events_of_a_stream_are_seen(contract):
     good = {"type": "log", "level": "info", "message": "x", "id": 1, "attempt": 1, "at": 1.0}
     path = "/v1/fine_tuning/jobs/ftjob-1/stream"
-    contract.check("GET", path, Answer(f"id: 1\ndata: {json.dumps(good)}\n\n", kind="text/event-stream"))
+    contract.check("GET", path, answer(f"id: 1\ndata: {json.dumps(good)}\n\n", kind="text/event-stream"))
     for bad in ({**good, "type": "yawn"}, {**good, "at": "now"}, {**good, "more": 1}):
         with pytest.raises(AssertionError):
-            contract.check("GET", path, Answer(f"data: {json.dumps(bad)}\n\n", kind="text/event-stream"))
+            contract.check("GET", path, answer(f"data: {json.dumps(bad)}\n\n", kind="text/event-stream"))
 
 
-def test_what_a_client_of_the_tests_gets_is_checked(api, monkeypatch):
+def test_what_the_tests_ask_is_checked(api, monkeypatch):
     before = documented.checked["list_files 200"]
     assert api.get("/v1/files").status_code == 200
-    assert documented.checked["list_files 200"] == before + 1
+    assert documented.checked["list_files 200"] == before + 1 and not documented.violations
     monkeypatch.setattr("app.routes.files.to_json", lambda file: {"id": "file-1", "object": "file"})
-    with pytest.raises(AssertionError, match="create_file"):
-        api.post("/v1/files", files={"file": ("a.txt", b"x")}, data={"purpose": "user_data"})
+    api.post("/v1/files", files={"file": ("a.txt", b"x")}, data={"purpose": "user_data"})
+    assert len(documented.violations) == 1 and "create_file" in documented.violations.pop()
+
+
+def test_a_body_that_was_accepted_is_checked(contract):
+    contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "rule": None})
+    with pytest.raises(AssertionError, match="fix_dataset"):
+        contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "mood": "good"})
+    with pytest.raises(AssertionError, match="cancel_job"):
+        contract.check_request("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {"reason": "dear"})
 
 
 # Methods --------------------------------------------------------------------------------------------------------------
@@ -202,9 +208,9 @@ def test_a_method_that_is_not_taken_is_told_all_that_are(api, client):
         here = address(path)
         taken = set().union(*(route.methods for _, route in routes if route.path_regex.match(here)))
         for method in {"PUT", "TRACE"} - taken:
-            answer = asker.request(method, here)
-            assert answer.status_code == 405, f"{method} {here}: {answer.status_code}"
-            assert set(answer.headers["allow"].split(", ")) == taken, f"{here} says {answer.headers['allow']}"
+            said = asker.request(method, here)
+            assert said.status_code == 405, f"{method} {here}: {said.status_code}"
+            assert set(said.headers["allow"].split(", ")) == taken, f"{here} says {said.headers['allow']}"
     assert api.put("/v1/comparisons").headers["allow"] == "GET, HEAD, POST"
     assert client.put("/static/luthier.css").headers["allow"] == "GET, HEAD"
 
@@ -217,5 +223,6 @@ def test_head_says_what_get_would(api):
         assert head.headers.get("content-length") == get.headers.get("content-length"), path
         assert head.headers["content-type"] == get.headers["content-type"]
     assert api.head(f"/v1/files/{made['id']}x").status_code == 404
+    assert TestClient(api.app, base_url=ORIGIN).head("/v1/files").status_code == 401
     stream = "/v1/fine_tuning/jobs/ftjob-1/stream"
     assert api.head(stream).status_code == 405 and api.head(stream).headers["allow"] == "GET"
