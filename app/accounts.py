@@ -11,21 +11,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import os
 import secrets
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
-from sqlalchemy import delete, func, select, update
+from itsdangerous import BadData, URLSafeSerializer
+from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
+from app import passwords
 from app.db import transaction
-from app.errors import Forbidden, NotFound, NotSignedIn, TooMany
+from app.errors import Forbidden, NotFound, NotSignedIn
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, SignInLink, User
 
@@ -34,9 +37,8 @@ PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{to
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION_DAYS = 30
+KNOWN_DAYS = 400
 LINK_MINUTES = 60
-FREE_TRIES = 5
-LONGEST_WAIT_SECONDS = 900
 
 
 # Secrets --------------------------------------------------------------------------------------------------------------
@@ -61,16 +63,10 @@ def secret(name: str = "session") -> bytes:
     return path.read_bytes()
 
 
-def _hasher() -> Any:
-    from pwdlib import PasswordHash  # argon2 is only loaded by those who sign in with a password
-
-    return PasswordHash.recommended()
-
-
-@cache
-def _nobody() -> str:
-    """A hash that no password matches, checked for unknown names so that they take as long as known ones."""
-    return str(_hasher().hash(secrets.token_hex(16)))
+def studio_mark() -> str:
+    """8 hex digits in the names of this studio's cookies. Browsers know no ports, so two studios at one host name, as at the
+    ends of two tunnels, would otherwise take each other's cookies away. The secret tells them apart where the folder cannot."""
+    return hmac.new(secret(), b"cookies", "sha256").hexdigest()[:8]
 
 
 # People ---------------------------------------------------------------------------------------------------------------
@@ -82,8 +78,8 @@ def first_user(session: Session) -> User:
     session.execute(insert(User).values(id=uuid.uuid4(), name=settings.admin_name).on_conflict_do_nothing(index_elements=["name"]))
     user = session.scalars(select(User).where(User.name == settings.admin_name)).one()
     password = settings.admin_password
-    if password and not (user.password_hash and _hasher().verify(password, user.password_hash)):
-        user.password_hash = _hasher().hash(password)
+    if password and not passwords.matches(password, user.password_hash):
+        user.password_hash = passwords.hash_of(password)
     return user
 
 
@@ -110,60 +106,26 @@ def use_link(session: Session, token: str) -> User:
     return session.get_one(User, user_id)
 
 
-def check_password(session: Session, name: str, password: str, address: str) -> User:
-    """The user with this name and password. Raises NotSignedIn, or TooMany after five failures from one address."""
-    tries = _Tries(name, address)
-    tries.refuse_if_too_many()
-    user = session.scalars(select(User).where(User.name == name)).one_or_none()
-    known = user.password_hash if user and user.password_hash else None
-    right = _hasher().verify(password, known or _nobody())
-    if user is None or known is None or not right:
-        tries.failed()
-        raise NotSignedIn("That name and password do not match.", way_out="Try again, or use a sign-in link from `luthier link`.")
-    tries.forget()
-    return user
+async def check_password(name: str, password: str, address: str, browser: str | None = None) -> uuid.UUID:
+    """The id of the user with this name and password. `browser` is the cookie of `known_browser`.
 
-
-class _Tries:
-    """Failed sign-ins of one account from one address, counted in Redis so that every web process sees them.
-
-    Five are free; each further one doubles the wait, from 30 seconds to a quarter of an hour.
+    Raises NotSignedIn, or TooMany where too many tries were made before or are being judged.
     """
-
-    def __init__(self, name: str, address: str) -> None:
-        from app.queue import PREFIX, get_redis
-
-        self.redis = get_redis()
-        self.key = f"{PREFIX}tries:{sha256(f'{name}|{_network(address)}')}"
-
-    def refuse_if_too_many(self) -> None:
-        wait = self.redis.pttl(f"{self.key}:wait")
-        if wait > 0:
-            seconds = -(-wait // 1000)
-            raise TooMany(
-                "Too many failed sign-ins.",
-                way_out=f"Wait {seconds} seconds, or use a sign-in link from `luthier link`.",
-                retry_after_seconds=float(seconds),
-            )
-
-    def failed(self) -> None:
-        with self.redis.pipeline() as pipe:
-            count = pipe.incr(self.key).expire(self.key, 86_400).execute()[0]
-        if count >= FREE_TRIES:
-            wait = min(30 * 2 ** min(count - FREE_TRIES, 10), LONGEST_WAIT_SECONDS)
-            self.redis.set(f"{self.key}:wait", 1, ex=wait)
-
-    def forget(self) -> None:
-        self.redis.delete(self.key, f"{self.key}:wait")
+    tries, user_id, known = await run_in_threadpool(_begin_try, name, address, browser)
+    if not await passwords.judge(password, known) or user_id is None:
+        raise NotSignedIn("That name and password do not match.", way_out="Try again, or use a sign-in link from `luthier link`.")
+    await run_in_threadpool(tries.forget)
+    return user_id
 
 
-def _network(address: str) -> str:
-    """An IPv4 address itself, or the /64 an IPv6 address lies in, since one person owns all of that."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
+def _begin_try(name: str, address: str, browser: str | None) -> tuple[passwords.Tries, uuid.UUID | None, str | None]:
+    """The counts of one try, from which it is taken, and whose password must match which hash."""
+    with transaction() as session:
+        found = session.execute(select(User.id, User.password_hash).where(User.name == name)).one_or_none()
+    user_id, known = found or (None, None)
+    tries = passwords.Tries(name, address, _known_to(user_id, browser) if user_id and browser else None)
+    tries.take()
+    return tries, user_id, known
 
 
 # Browser sessions -----------------------------------------------------------------------------------------------------
@@ -174,9 +136,27 @@ def secure(request: Request) -> bool:
     return request.url.scheme == "https" or (get_settings().public_url or "").startswith("https://")
 
 
-def cookie_name(request: Request) -> str:
+def cookie_name(request: Request, kind: str = "") -> str:
     """Browsers refuse `__Host-` cookies over plain http, which is what 127.0.0.1 speaks."""
-    return "__Host-luthier" if secure(request) else "luthier"
+    return f"{'__Host-' if secure(request) else ''}luthier{kind}_{studio_mark()}"
+
+
+def known_browser(request: Request) -> str | None:
+    """The mark that this browser was signed in before. It opens nothing: it only keeps its tries of a password apart."""
+    return request.cookies.get(cookie_name(request, "_known"))
+
+
+def _known_to(user_id: uuid.UUID, browser: str) -> str | None:
+    """What counts the tries of a browser in which this user was signed in before; None for any other."""
+    try:
+        owner, browser_id = _known_signer().loads(browser)
+    except (BadData, ValueError, TypeError):
+        return None
+    return str(browser_id) if owner == user_id.hex else None
+
+
+def _known_signer() -> URLSafeSerializer:
+    return URLSafeSerializer(secret(), salt="known browser")
 
 
 def open_session(session: Session, request: Request, response: Response, user: User) -> None:
@@ -186,9 +166,9 @@ def open_session(session: Session, request: Request, response: Response, user: U
     expires = func.clock_timestamp() + timedelta(days=SESSION_DAYS)
     session.add(BrowserSession(token_sha256=sha256(token), user_id=user.id, expires_at=expires))
     session.execute(delete(BrowserSession).where(BrowserSession.expires_at < func.clock_timestamp()))
-    response.set_cookie(
-        cookie_name(request), token, max_age=SESSION_DAYS * 86_400, httponly=True, samesite="lax", secure=secure(request), path="/"
-    )
+    known = str(_known_signer().dumps([user.id.hex, secrets.token_hex(8)]))
+    for name, value, days in ((cookie_name(request), token, SESSION_DAYS), (cookie_name(request, "_known"), known, KNOWN_DAYS)):
+        response.set_cookie(name, value, max_age=days * 86_400, httponly=True, samesite="lax", secure=secure(request), path="/")
 
 
 def close_session(session: Session, request: Request, response: Response | None = None) -> None:
@@ -224,7 +204,7 @@ def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
     return key
 
 
-def _user_of_key(session: Session, text: str) -> User | None:
+def _known_key(session: Session, text: str) -> Row[tuple[User, ApiKey]] | None:
     head, _, rest = text.removeprefix("sk-luthier-").partition("-")
     if not text.startswith("sk-luthier-") or len(head) != 32 or not rest:
         return None
@@ -237,7 +217,7 @@ def _user_of_key(session: Session, text: str) -> User | None:
     if found is None or not hmac.compare_digest(found.ApiKey.secret_sha256, sha256(rest)):
         return None
     _note_use(session, found.ApiKey)
-    return found.User
+    return found
 
 
 def _note_use(session: Session, key: ApiKey) -> None:
@@ -249,20 +229,31 @@ def _note_use(session: Session, key: ApiKey) -> None:
 # The door -------------------------------------------------------------------------------------------------------------
 
 
+def given_key(request: Request) -> str:
+    """What stands in the Authorization header, without blanks around it; where it is not empty, cookies count for nothing.
+
+    Whoever asks whether a request is a program's asks here, so that no spelling is a key to one and a cookie to the other.
+    """
+    return request.headers.get("authorization", "").strip()
+
+
 def identify(request: Request) -> User | None:
-    """The user behind a request, by one query, in a transaction of its own.
+    """The user behind a request, by one query, in a transaction of its own. `request.state.pass_` then says what let them in.
 
     The route's own session is not used: a long upload or an open event stream would then hold its connection.
     """
-    kind, _, text = request.headers.get("authorization", "").partition(" ")
-    if kind:
+    if given := given_key(request):
+        kind, _, text = given.partition(" ")
         if kind.lower() != "bearer":
             return None
         with transaction() as session:
-            return _user_of_key(session, text.strip())
+            key = _known_key(session, text.strip())
+            request.state.pass_ = Pass(key_id=key.ApiKey.id) if key else None
+            return key.User if key else None
     token = request.cookies.get(cookie_name(request))
     if not token:
         return None
+    request.state.pass_ = Pass(token_sha256=sha256(token))
     with transaction() as session:
         query = select(User).join(BrowserSession, BrowserSession.user_id == User.id)
         return session.scalars(
@@ -270,25 +261,45 @@ def identify(request: Request) -> User | None:
         ).one_or_none()
 
 
+class Pass(NamedTuple):
+    """What a request was let in by: an API key or a browser session, of which one is given."""
+
+    key_id: uuid.UUID | None = None
+    token_sha256: str | None = None
+
+
+def still_good(session: Session, passes: Collection[Pass]) -> set[Pass]:
+    """Those of these passes that would be let in now."""
+    keys = select(ApiKey.id).where(ApiKey.id.in_([p.key_id for p in passes if p.key_id]), ApiKey.revoked_at.is_(None))
+    tokens = [p.token_sha256 for p in passes if p.token_sha256]
+    sessions = select(BrowserSession.token_sha256).where(
+        BrowserSession.token_sha256.in_(tokens), BrowserSession.expires_at > func.clock_timestamp()
+    )
+    return {Pass(key_id=key) for key in session.scalars(keys)} | {Pass(token_sha256=token) for token in session.scalars(sessions)}
+
+
 def is_public(request: Request) -> bool:
     route = request.scope.get("route")
     return getattr(route, "path", None) in PUBLIC
 
 
-def sign_in(request: Request) -> User | None:
-    """The dependency of the whole app: a user, or an error, on every route that is not in `PUBLIC`."""
+async def sign_in(request: Request) -> User | None:
+    """The dependency of the whole app: a user, or an error, on every route that is not in `PUBLIC`.
+
+    Not run in a thread, so that a public route needs none: `/healthz` answers while all of them wait for the database.
+    """
     if is_public(request):
         return None
-    user = identify(request)
+    user = await run_in_threadpool(identify, request)
     if user is None:
-        if request.headers.get("authorization"):
+        if given_key(request):
             raise NotSignedIn("This API key is not known here, or it was revoked.", way_out="Create a key under Settings, API keys.")
         raise NotSignedIn("You are not signed in.", way_out="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
     request.state.user = user
     return user
 
 
-def current_user(user: Annotated[User | None, Depends(sign_in)]) -> User:
+async def current_user(user: Annotated[User | None, Depends(sign_in)]) -> User:
     assert user is not None, "a public route has no user"
     return user
 
@@ -316,7 +327,7 @@ def _csrf_mark(token: str, salt: str) -> str:
 def csrf_holds(request: Request, given: str) -> bool:
     token = request.cookies.get(cookie_name(request), "")
     salt, _, mark = given.partition(".")
-    return bool(token and mark) and hmac.compare_digest(mark, _csrf_mark(token, salt))
+    return bool(token and mark and given.isascii()) and hmac.compare_digest(mark, _csrf_mark(token, salt))
 
 
 async def check_csrf(request: Request) -> None:
@@ -325,7 +336,7 @@ async def check_csrf(request: Request) -> None:
     The token comes in the header `x-csrf-token`, in the form field `csrf_token`, or, for a multipart form that the
     route reads as a stream, in the query (`<form action="/datasets?{{ csrf_query() }}">`).
     """
-    if request.method in SAFE or request.headers.get("authorization") or is_public(request):
+    if request.method in SAFE or given_key(request) or is_public(request):
         return
     given = request.headers.get("x-csrf-token") or request.query_params.get("csrf_token") or await _form_token(request)
     if not csrf_holds(request, given):

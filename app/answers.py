@@ -146,7 +146,8 @@ def _page(request: Request, fault: StudioError) -> Response:
     from app.web import render
 
     whole = not request.headers.get("hx-request")
-    _find_user(request)
+    if fault.code != "database_away":  # it would be waited for a second time, and again in vain
+        _find_user(request)
     try:
         response: Response = render(request, "error.html" if whole else "parts/error.html", status_code=fault.status, fault=fault)
     except Exception as error:  # a fault of the error page itself must not hide the first one
@@ -158,12 +159,12 @@ def _page(request: Request, fault: StudioError) -> Response:
 
 def _find_user(request: Request) -> None:
     """So that the error page keeps its menu. An address nobody answers has met no door, so nobody looked yet."""
+    from app import shell
     from app.accounts import identify
-    from app.shell import remember_notes
 
     if not hasattr(request.state, "user"):
         try:
-            request.state.user = identify(request)
-            remember_notes(request, request.state.user)
+            request.state.user = user = identify(request)
+            request.state.notes = shell.notes(user) if user else {}
         except Exception:  # the page must be shown whatever is broken
             request.state.user = None

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
+import psycopg
 from fastapi import Depends
-from sqlalchemy import Engine, create_engine
+from psycopg.errors import _WaitTimeout
+from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
 from app.settings import get_settings
@@ -21,13 +23,69 @@ from app.storable import to_json
 _AFTER = "luthier_after_commit"
 
 
+class Patience(NamedTuple):
+    """How long this process waits for others, in seconds; None is for ever."""
+
+    statement: float | None
+    """For one statement of the database, which the server then gives up."""
+    silence: float | None
+    """For any word of the database."""
+    connect: int
+    pool: float
+    """For a connection that another thread has."""
+    broker: float
+
+
+WORKER = Patience(statement=None, silence=None, connect=10, pool=30, broker=30)
+WEB = Patience(statement=15, silence=18, connect=3, pool=5, broker=3)
+"""A web process answers many with few threads: one that waits for a server that has gone silent is missed by all."""
+
+patience = WORKER
+
+
+def answer_people() -> None:
+    """Be a web process: from now on nothing waits long. Asked for before the first connection is made."""
+    global patience
+    patience = WEB
+
+
 @functools.cache
 def get_engine() -> Engine:
     """The pool of this process. The database's address comes from `LUTHIER_DATABASE_URL`, which `luthier up` sets."""
     url = get_settings().database_url
     if not url:
         raise RuntimeError("LUTHIER_DATABASE_URL is not set. Start the studio with `luthier up`, or point it at a PostgreSQL.")
-    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, pool_recycle=1800, json_serializer=to_json)
+    wait = patience
+    dead = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}  # a host that went away
+    given = make_url(url).query.get("options", "")
+    options = {"options": f"{given} -c statement_timeout={int(wait.statement * 1000)}"} if wait.statement else {}
+    engine = create_engine(
+        url,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=wait.pool,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+        json_serializer=to_json,
+        connect_args={"connect_timeout": wait.connect, **dead, **options},
+    )
+    if wait.silence:
+        event.listen(engine, "do_connect", lambda dialect, record, args, named: Impatient.connect(*args, **named))
+    return engine
+
+
+class Impatient(psycopg.Connection[Any]):
+    """A connection on which no word of the server is awaited for long. `statement_timeout` is the server's own doing, and a
+    server that is stopped, or whose disk hangs, keeps no time."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        try:
+            return super().wait(gen, interval, WEB.silence if timeout is None else timeout)
+        except _WaitTimeout:
+            if timeout is not None:
+                raise  # psycopg asked for it and knows what to do
+            self.pgconn.finish()  # an answer that comes later must not be taken for that to another question
+            raise psycopg.OperationalError(f"the database said nothing for {WEB.silence:g} seconds") from None
 
 
 def on_commit(session: Session, action: Callable[[], object]) -> None:

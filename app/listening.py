@@ -36,6 +36,7 @@ from app.queue import GENERATE
 from app.settings import get_settings
 
 BLOCK_SECONDS = 1.0
+SILENT_SECONDS = 10.0
 RENEW_SECONDS = 2.0
 AGAIN_SECONDS = 10.0
 """A request nobody has taken is announced again; the claim makes a second message harmless."""
@@ -53,7 +54,8 @@ def _wire() -> redis.asyncio.Redis:
         raise Unavailable("No message broker is set.", way_out="Start the studio with `luthier up`.")
     known = _clients.get(loop)
     if known is None or known[0] != url:
-        client = redis.asyncio.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5, health_check_interval=15)
+        # Longer than the wait of a read that blocks, which a silent server would otherwise draw out for ever.
+        client = redis.asyncio.Redis.from_url(url, socket_timeout=SILENT_SECONDS, socket_connect_timeout=5, health_check_interval=15)
         known = _clients[loop] = (url, client)
     return known[1]
 

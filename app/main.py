@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
-import ipaddress
+import mimetypes
 import pkgutil
 import re
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Scope
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from app import accounts, answers, logs, middleware, outside, routes, shell, web
-from app.db import get_engine, transaction
+from app.addresses import is_loopback
+from app.db import answer_people, get_engine, transaction
 from app.errors import Forbidden
 from app.settings import get_settings
 
@@ -27,6 +30,7 @@ from app.settings import get_settings
 def create_app() -> FastAPI:
     """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `accounts.PUBLIC`."""
     logs.configure()
+    answer_people()
     _refuse_open_door()
     outside.allowed()  # a setting that is no address is said now, and not on somebody's page
     app = FastAPI(
@@ -46,7 +50,7 @@ def create_app() -> FastAPI:
             app.include_router(module.api)
         if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
-    app.mount("/static", Versioned(directory=web.STATIC), name="static")
+    app.mount("/static", StaticFiles(web.STATIC), name="static")
     for kind in _handled():
         app.add_exception_handler(kind, _handle)
     app.state.paths = shell.paths(app)
@@ -71,11 +75,7 @@ def _answer_head(api: APIRouter) -> None:
 def _refuse_open_door() -> None:
     """Another address than this machine's own is only opened behind a password."""
     settings = get_settings()
-    try:
-        local = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        local = settings.host == "localhost"
-    if not local and not settings.admin_password:
+    if not is_loopback(settings.host) and not settings.admin_password:
         raise Forbidden(
             f"LUTHIER_HOST={settings.host} would open the studio to other machines.",
             way_out="Set LUTHIER_ADMIN_PASSWORD first, or stay on 127.0.0.1.",
@@ -84,7 +84,6 @@ def _refuse_open_door() -> None:
 
 def _handled() -> list[Any]:
     from fastapi.exceptions import RequestValidationError
-    from starlette.exceptions import HTTPException
 
     from app.errors import StudioError
 
@@ -119,14 +118,30 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         get_redis().close()
 
 
-class Versioned(StaticFiles):
-    """Files of `static/` under `/static/<version>/…`, kept forever by browsers while the version is the present one."""
+class StaticFiles:
+    """The files of `static/` under `/static/<version>/…`, kept forever by browsers while the version is the present one.
 
-    def get_path(self, scope: Scope) -> str:
-        return re.sub(r"^[0-9a-f]{16}/", "", super().get_path(scope))
+    They are half a megabyte and are read once: what stands in this dictionary is all there is to ask for, and no thread is
+    needed, since all of them may be waiting for a silent database.
+    """
 
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
-        fresh = f"/static/{web.static_version()}/" in scope["path"]
-        response.headers["cache-control"] = "public, max-age=31536000, immutable" if fresh else "no-cache"
-        return response
+    def __init__(self, folder: Path) -> None:
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        if request.method not in ("GET", "HEAD"):
+            raise HTTPException(405, headers={"allow": "GET, HEAD"})
+        version, _, name = request.url.path.partition("/static/")[2].partition("/")
+        if not re.fullmatch(r"[0-9a-f]{16}", version):
+            version, name = "", f"{version}/{name}".rstrip("/")
+        if (content := self.files.get(name)) is None:
+            raise HTTPException(404)
+        etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        fresh = version == web.static_version()
+        headers = {"etag": etag, "cache-control": "public, max-age=31536000, immutable" if fresh else "no-cache"}
+        if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+            response = Response(status_code=304, headers=headers)
+        else:
+            response = Response(content, headers=headers, media_type=mimetypes.guess_type(name)[0])
+        await response(scope, receive, send)

@@ -24,9 +24,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app import answers, measures, web
-from app.accounts import SAFE
+from app.accounts import SAFE, secure
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
 from app.settings import get_settings
 
@@ -97,7 +98,8 @@ def _add_headers(request: Request, headers: MutableHeaders) -> None:
     for name, value in HEADERS.items():
         headers.setdefault(name, value)
     headers.setdefault("content-security-policy", policy(request.state.nonce))
-    if request.url.scheme == "https":
+    headers.setdefault("cache-control", "no-store")
+    if secure(request):
         headers.setdefault("strict-transport-security", "max-age=31536000")
     _keep_messages(request, headers)
 
@@ -106,9 +108,9 @@ def _keep_messages(request: Request, headers: MutableHeaders) -> None:
     """Messages that no page has shown yet wait in a signed cookie; those that were shown leave it."""
     waiting = getattr(request.state, "flashes", [])
     if waiting:
-        headers.append("set-cookie", f"{web.MESSAGES}={web.pack_messages(waiting)}; Path=/; HttpOnly; SameSite=Lax; Max-Age=300")
+        headers.append("set-cookie", f"{web.messages_cookie()}={web.pack_messages(waiting)}; Path=/; HttpOnly; SameSite=Lax; Max-Age=300")
     elif getattr(request.state, "forget_messages", False):
-        headers.append("set-cookie", f"{web.MESSAGES}=; Path=/; HttpOnly; SameSite=Lax; Max-Age=0")
+        headers.append("set-cookie", f"{web.messages_cookie()}=; Path=/; HttpOnly; SameSite=Lax; Max-Age=0")
 
 
 def _note(request: Request, status: int, seconds: float) -> None:
@@ -128,7 +130,9 @@ class Hosts:
         self.names = {name.strip() for name in names | {urlsplit(settings.public_url or "").hostname or ""}} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self.knows(Headers(scope=scope).get("host", "")):
+        named = [value for name, value in scope.get("headers", ()) if name == b"host"]
+        # Of two names a proxy may have checked the one and we the other.
+        if scope["type"] == "http" and (len(named) != 1 or not self.knows(named[0].decode("latin-1"))):
             fault = BadRequest(
                 "The studio does not answer to this host name.",
                 way_out="Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS.",
@@ -261,6 +265,8 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError
 
 
 def install(app: Any) -> None:
-    """The last one added is the outermost."""
+    """The last one added is the outermost. What a proxy says of who asks is believed of those that the setting names alone."""
     for layer in (Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
+    if proxies := get_settings().forwarded_allow_ips:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -69,8 +71,8 @@ def make_celery() -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
             "global_keyprefix": PREFIX,
-            "socket_timeout": 10,
-            "socket_connect_timeout": 5,
+            "socket_timeout": min(10, db.patience.broker),
+            "socket_connect_timeout": min(5, db.patience.broker),
             "health_check_interval": 5,
             "retry_on_timeout": True,
         },
@@ -103,7 +105,13 @@ def get_redis() -> redis.Redis:
     url = get_settings().redis_url
     if not url:
         raise RuntimeError("LUTHIER_REDIS_URL is not set. Start the studio with `luthier up`, or point it at a Redis.")
-    return redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5, health_check_interval=15)
+    wait = db.patience.broker
+    return redis.Redis.from_url(url, socket_timeout=wait, socket_connect_timeout=min(5, wait), health_check_interval=15, retry=once_more())
+
+
+def once_more() -> Retry:
+    """A connection that a restarted server has closed is made anew. A server that says nothing is not asked a second time."""
+    return Retry(ConstantBackoff(0.1), 1, supported_errors=(redis.ConnectionError,))
 
 
 def cannot_write(error: redis.RedisError) -> bool:
@@ -130,7 +138,7 @@ def put_in_outbox(session: Session, task: str, key: uuid.UUID) -> None:
 @functools.lru_cache(maxsize=4)
 def _waker(url: str) -> redis.Redis:
     """A client of its own with short timeouts: a wake-up must never hold up the one who gives it."""
-    return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
+    return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=once_more())
 
 
 _silent_until = 0.0

@@ -40,6 +40,16 @@ class Settings(BaseSettings):
     trusted_hosts: str = Field(
         "", description="Further host names the studio answers to, with commas; addresses, localhost and public_url always work."
     )
+    forwarded_allow_ips: str = Field(
+        "",
+        description="Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas; of nobody else.",
+    )
+    max_connections: int = Field(12_000, ge=16, description="Connections the web process holds at once; fewer where descriptors are few.")
+    max_connections_per_address: int = Field(
+        1_000,
+        ge=8,
+        description="Connections of one address (of one /64 in IPv6); this machine and the proxies above may hold all but so many.",
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL of an external PostgreSQL; without it `luthier up` runs its own.")
     redis_url: str | None = Field(
         None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from sqlalchemy import ScalarSelect, func, or_, select
 from sqlalchemy.exc import DBAPIError
+from starlette.concurrency import run_in_threadpool
 
 from app.accounts import sign_in
 from app.answers import is_program
@@ -67,17 +68,17 @@ def menu(request: Request, user: User) -> dict[str, Any]:
     return {"nav": nav, "foot": foot()}
 
 
-def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
+async def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
     """The third dependency of the whole app: ask for the counts of the menu before the route opens its own session.
 
     Asked while the page is rendered, each request would hold one connection and wait for a second; enough of them at
     once would then wait for each other until the pool gives up.
     """
     if user is not None and request.method in ("GET", "POST") and not is_program(request):
-        request.state.notes = _notes(user)
+        request.state.notes = await run_in_threadpool(notes, user)
 
 
-def _notes(user: User) -> dict[str, str]:
+def notes(user: User) -> dict[str, str]:
     """How many there are of each, by one query. Nothing when the database is away: the page says so elsewhere."""
     try:
         with transaction() as session:

@@ -7,14 +7,19 @@ watches its connection with `while_connected`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Message, Receive, Scope, Send
 
+from app import answers
+from app.errors import NotSignedIn
 from app.generation import Entry
+from app.revocation import doorkeeper
 
 STUCK_SECONDS = 30.0
 """A client that takes nothing for so long is dropped."""
@@ -119,8 +124,14 @@ def later(work: Callable[[], None]) -> None:
     _keep(asyncio.ensure_future(asyncio.to_thread(work)))
 
 
+REVOKED = NotSignedIn("What this stream was opened with is not valid any more.", way_out="Sign in again, or use another API key.")
+
+
 class Stream(StreamingResponse):
-    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped."""
+    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped, and so is one whose
+    key or session is revoked, which is told so."""
+
+    complete = False
 
     def __init__(self, content: AsyncIterator[bytes], media_type: str = "text/event-stream") -> None:
         super().__init__(content, media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -132,5 +143,27 @@ class Stream(StreamingResponse):
 
         try:
             await super().stream_response(impatient)
+            self.complete = True
         finally:
             await self.body_iterator.aclose()  # type: ignore[attr-defined]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        revoked = asyncio.Event()
+
+        async def receive_or_end() -> Message:
+            heard, ended = asyncio.ensure_future(receive()), asyncio.ensure_future(revoked.wait())
+            try:
+                await asyncio.wait({heard, ended}, return_when=asyncio.FIRST_COMPLETED)
+                return heard.result() if heard.done() else {"type": "http.disconnect"}
+            finally:
+                heard.cancel()
+                ended.cancel()
+
+        with doorkeeper().watching(scope, revoked.set):
+            await super().__call__(scope, receive_or_end, send)
+        if revoked.is_set() and not self.complete:
+            events = self.media_type == "text/event-stream"
+            last = b"data: " + json.dumps({"error": answers.as_json(REVOKED)}).encode() + b"\n\n" if events else b""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STUCK_SECONDS):
+                    await send({"type": "http.response.body", "body": last, "more_body": False})

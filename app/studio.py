@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import redis
 from pydantic import BaseModel
@@ -22,6 +25,8 @@ from app.queue import cannot_write, get_redis
 from app.settings import get_settings
 from app.tables import Answer, Dataset, Exchange, Job, Model, User
 from app.workers import Worker, alive
+
+T = TypeVar("T")
 
 # Health ---------------------------------------------------------------------------------------------------------------
 
@@ -40,6 +45,37 @@ def checks(session: Session | None = None) -> list[Check]:
     return [*_database(session), _broker()]
 
 
+def _away(name: str) -> Check:
+    return Check(name=name, good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
+
+
+CHECK_SECONDS = 2.0
+_checkers = ThreadPoolExecutor(3, thread_name_prefix="check")
+_checking: dict[str, Future[Any]] = {}
+
+
+async def checks_in_time() -> tuple[list[Check], list[Worker]]:
+    """`checks` and the living workers, each asked in a thread kept for it and waited for two seconds at most."""
+    database, broker, workers = await asyncio.gather(
+        _in_time("database", lambda: _database(None), [_away("database")]),
+        _in_time("redis", _broker, _away("redis")),
+        _in_time("workers", alive, []),
+    )
+    return [*database, broker], workers
+
+
+async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
+    """What `ask` says, or `otherwise`. One that is still waiting is waited for again, not asked a second time: however many
+    want to know, it is one question at once."""
+    asked = _checking.get(name)
+    if asked is None or asked.done():
+        asked = _checking[name] = _checkers.submit(ask)
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), CHECK_SECONDS)
+    except TimeoutError:
+        return otherwise
+
+
 def _database(session: Session | None) -> list[Check]:
     try:
         if session is not None:
@@ -48,7 +84,7 @@ def _database(session: Session | None) -> list[Check]:
             with get_engine().connect() as connection:
                 current = is_current(connection)
     except (SQLAlchemyError, RuntimeError):
-        return [Check(name="database", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")]
+        return [_away("database")]
     schema = "up to date" if current else "of another version"
     return [
         Check(name="database", good=True, message="answers"),
@@ -62,9 +98,9 @@ def _broker() -> Check:
     except redis.RedisError as error:
         if cannot_write(error):
             return Check(name="redis", good=False, message="answers, and takes no orders: its disk is full", way_out=MAKE_ROOM)
-        return Check(name="redis", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
+        return _away("redis")
     except RuntimeError:
-        return Check(name="redis", good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
+        return _away("redis")
     return Check(name="redis", good=True, message="answers")
 
 

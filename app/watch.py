@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.db import transaction
 from app.queue import PREFIX
+from app.revocation import doorkeeper
 from app.settings import get_settings
 from app.tables import Event
 
@@ -241,15 +242,15 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _tell(send, b"retry: 2000\n\n")
-            async with hub().watching(self.job_id, watcher) as feed:
-                await self._follow(feed, watcher, send)
+            with doorkeeper().watching(scope, watcher.leave):
+                async with hub().watching(self.job_id, watcher) as feed:
+                    await self._follow(feed, watcher, send)
+            if not disconnect.done():  # not the watcher has left: it was sent away
+                await _tell(send, b"", more=False)
         except TimeoutError:
             log.info("A watcher of job %s read nothing for %g seconds and was dropped.", self.job_id, STUCK_SECONDS)
         finally:
             disconnect.cancel()
-        if not watcher.gone:
-            with contextlib.suppress(Exception):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _follow(self, feed: Feed, watcher: Watcher, send: Send) -> None:
         await feed.ready.wait()
@@ -277,9 +278,9 @@ class EventStream(Response):
             await _tell(send, b"".join(text for _, text in rows))
 
 
-async def _tell(send: Send, chunk: bytes) -> None:
+async def _tell(send: Send, chunk: bytes, more: bool = True) -> None:
     async with asyncio.timeout(STUCK_SECONDS):
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -120,7 +120,12 @@ def integrity(file: str) -> str:
 
 # Messages and theme ---------------------------------------------------------------------------------------------------
 
-MESSAGES = "luthier_messages"
+
+def messages_cookie() -> str:
+    """The cookie in which messages wait for the next page of this studio."""
+    from app.accounts import studio_mark
+
+    return f"luthier_messages_{studio_mark()}"
 
 
 def flash(request: Request, text: str, kind: Literal["good", "warn", "bad"] = "good") -> None:
@@ -136,7 +141,7 @@ def take_messages(request: Request) -> list[list[str]]:
     """The messages waiting for this page. The answer then clears their cookie."""
     waiting = list(getattr(request.state, "flashes", []))
     request.state.flashes = []
-    if cookie := request.cookies.get(MESSAGES):
+    if cookie := request.cookies.get(messages_cookie()):
         request.state.forget_messages = True
         waiting = [*_unpack(cookie), *waiting]
     return waiting

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import stat
 import time
+import uuid
+from collections import Counter
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import event, func, select, update
 from starlette.testclient import TestClient
 
-from app import accounts
+from app import accounts, passwords
+from app import web as web_pages
+from app.addresses import network_of
 from app.db import get_engine
 from app.errors import NotFound, NotSignedIn, TooMany
 from app.settings import get_settings
@@ -55,36 +61,126 @@ def test_an_old_link_is_refused(session, user):
         accounts.use_link(session, token)
 
 
+def check(name: str, given: str, address: str, browser: str | None = None) -> uuid.UUID:
+    return asyncio.run(accounts.check_password(name, given, address, browser))
+
+
+def fail(name: str, address: str, browser: str | None = None) -> None:
+    with pytest.raises(NotSignedIn):
+        check(name, "wrong", address, browser)
+
+
+def refused(name: str, address: str, browser: str | None = None) -> float:
+    """Seconds that even the right password has to wait."""
+    with pytest.raises(TooMany) as locked:
+        check(name, "spruce and maple", address, browser)
+    return locked.value.retry_after_seconds
+
+
 def test_password(session, password):
-    assert accounts.check_password(session, "owner", "spruce and maple", "10.0.0.1").id == password.id
+    assert check("owner", "spruce and maple", "10.0.0.1") == password.id
     for name, given in (("owner", "wrong"), ("nobody", "spruce and maple"), ("owner", "")):
         with pytest.raises(NotSignedIn):
-            accounts.check_password(session, name, given, "10.0.0.2")
+            check(name, given, "10.0.0.2")
 
 
 def test_five_failures_lock_this_account_from_this_address_alone(session, password):
     for _ in range(5):
-        with pytest.raises(NotSignedIn):
-            accounts.check_password(session, "owner", "wrong", "10.0.0.3")
-    with pytest.raises(TooMany) as locked:
-        accounts.check_password(session, "owner", "spruce and maple", "10.0.0.3")
-    assert 0 < locked.value.retry_after_seconds <= 30
-    assert accounts.check_password(session, "owner", "spruce and maple", "10.0.0.4").id == password.id
+        fail("owner", "10.0.0.3")
+    assert 0 < refused("owner", "10.0.0.3") <= 30
+    assert check("owner", "spruce and maple", "10.0.0.4") == password.id
+
+
+def test_of_many_tries_at_once_no_more_are_judged_than_one_after_the_other(session, password):
+    """The count is taken before the password is looked at; the judge is asked five times."""
+    judged = []
+    real = passwords.matches
+
+    async def all_at_once():
+        tries = [accounts.check_password("owner", f"wrong {n}", "10.0.0.9") for n in range(16)]
+        return await asyncio.gather(*tries, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passwords, "matches", lambda *given: judged.append(1) or real(*given))
+        found = asyncio.run(all_at_once())
+    assert Counter(type(one) for one in found) == {NotSignedIn: 5, TooMany: 11} and len(judged) == 5
 
 
 def test_each_further_failure_doubles_the_wait(session, password):
     from app.queue import get_redis
 
-    tries, waits = accounts._Tries("owner", "10.0.0.5"), []
+    tries, waits = passwords.Tries("owner", "10.0.0.5"), []
+    pair = next(key for key, limit in tries.limits.items() if limit is passwords.PAIR)
     for _ in range(12):
-        tries.failed()
-        waits.append(max(0, get_redis().ttl(f"{tries.key}:wait")))
-    assert waits[:7] == [0, 0, 0, 0, 30, 60, 120] and waits[-1] == accounts.LONGEST_WAIT_SECONDS
+        tries.take()
+        waits.append(max(0, get_redis().ttl(f"{pair}:wait")))
+        get_redis().delete(f"{pair}:wait")
+    assert waits[:7] == [0, 0, 0, 0, 30, 60, 120] and waits[-1] == passwords.PAIR.max_wait_seconds
+
+
+def test_an_account_is_slowed_over_all_addresses_and_an_address_over_all_accounts(session, password, monkeypatch):
+    monkeypatch.setattr(passwords, "matches", lambda *_: False)
+    for n in range(passwords.ACCOUNT.free):
+        fail("owner", f"10.3.0.{n}")
+    assert 0 < refused("owner", "10.3.1.1") <= 30
+    for n in range(passwords.NETWORK.free):
+        fail(f"name {n}", "10.4.0.1")
+    assert 0 < refused("another name", "10.4.0.1") <= 30
+    fail("another name", "10.4.0.2")
+
+
+def test_the_right_password_frees_no_address_for_guessing_other_accounts(session, password):
+    for n in range(passwords.NETWORK.free):
+        if n % 5 == 4:
+            assert check("owner", "spruce and maple", "10.5.0.1") == password.id
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passwords, "matches", lambda *_: False)
+            fail(f"name {n}", "10.5.0.1")
+    assert refused("another name", "10.5.0.1") > 0
+
+
+def test_a_stranger_does_not_lock_the_owner_out_of_a_browser_that_was_signed_in_before(web, session, password):
+    """From the same address, as with Docker, where everybody comes from its gateway."""
+    browser = TestClient(web.app, base_url="http://127.0.0.1:8000", headers={"origin": "http://127.0.0.1:8000"})
+    right = {"name": "owner", "password": "spruce and maple"}
+    assert browser.post("/sign-in", data=right, follow_redirects=False).status_code == 303
+    stranger = TestClient(web.app, base_url="http://127.0.0.1:8000", headers={"origin": "http://127.0.0.1:8000"})
+    answers = [stranger.post("/sign-in", data={"name": "owner", "password": "wrong"}).status_code for _ in range(7)]
+    assert answers == [401] * 5 + [429] * 2
+    assert stranger.post("/sign-in", data=right, follow_redirects=False).status_code == 429
+    assert browser.post("/sign-in", data=right, follow_redirects=False).status_code == 303
+    for _ in range(5):
+        assert browser.post("/sign-in", data={"name": "owner", "password": "wrong"}).status_code == 401
+    assert browser.post("/sign-in", data=right, follow_redirects=False).status_code == 429, "it has a count of its own, and no more"
+
+
+def test_a_made_up_mark_of_a_known_browser_counts_for_nothing(session, password):
+    other = User(name="other")
+    session.add(other)
+    session.commit()
+    theirs = str(accounts._known_signer().dumps([other.id.hex, "00"]))
+    for n, mark in enumerate(("x", theirs, theirs[:-1], accounts._known_signer().dumps("x"), accounts._known_signer().dumps([1]))):
+        assert accounts._known_to(password.id, mark) is None, n
+
+
+def test_more_passwords_at_once_than_can_be_judged_are_sent_away(session, password, monkeypatch):
+    def slow(*_):
+        time.sleep(0.05)
+        return False
+
+    monkeypatch.setattr(passwords, "matches", slow)
+
+    async def many():
+        return await asyncio.gather(*(accounts.check_password(f"name {n}", "x", f"10.6.0.{n}") for n in range(30)), return_exceptions=True)
+
+    found = asyncio.run(many())
+    kinds = Counter(type(one) for one in found)
+    assert kinds[TooMany] >= 1 and kinds[NotSignedIn] >= passwords.AT_ONCE + passwords.MAX_WAITING and kinds.total() == 30, kinds
 
 
 def test_one_person_cannot_walk_through_his_own_ipv6_network():
-    assert accounts._network("2001:db8::1") == accounts._network("2001:db8::ffff:2")
-    assert accounts._network("10.0.0.1") != accounts._network("10.0.0.2")
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2")
+    assert network_of("10.0.0.1") != network_of("10.0.0.2") and network_of("::ffff:10.0.0.1") == "10.0.0.1"
 
 
 def test_unknown_names_take_as_long_as_known_ones(session, password):
@@ -92,12 +188,11 @@ def test_unknown_names_take_as_long_as_known_ones(session, password):
         taken = []
         for turn in range(5):
             begun = time.process_time()
-            with pytest.raises(NotSignedIn):
-                accounts.check_password(session, name, "wrong", f"{address}{turn}")
+            fail(name, f"{address}{turn}")
             taken.append(time.process_time() - begun)
         return min(taken)
 
-    accounts._nobody()
+    passwords._nobody()
     known, unknown = seconds("owner", "10.1.0."), seconds("nobody", "10.2.0.")
     assert abs(known - unknown) < 0.5 * known, f"{known:.4f} s against {unknown:.4f} s tells who exists"
 
@@ -125,9 +220,9 @@ def test_cookie_is_out_of_reach_of_scripts_and_the_token_is_not_stored(web, sess
     link = accounts.new_sign_in_link(session, user)
     session.commit()
     answer = browser.get(link, follow_redirects=False)
-    cookie = answer.headers["set-cookie"].lower()
-    assert "httponly" in cookie and "samesite=lax" in cookie and "secure" not in cookie
-    token = answer.cookies["luthier"]
+    for set_cookie in answer.headers.get_list("set-cookie"):
+        assert "httponly" in set_cookie.lower() and "samesite=lax" in set_cookie.lower() and "secure" not in set_cookie.lower()
+    token = answer.cookies[cookie()]
     stored = session.scalars(select(BrowserSession)).one().token_sha256
     assert token != stored and stored == accounts.sha256(token)
 
@@ -137,28 +232,46 @@ def test_https_gets_a_host_cookie(web, session, user):
     link = accounts.new_sign_in_link(session, user)
     session.commit()
     answer = browser.get(link, follow_redirects=False)
-    cookie = answer.headers["set-cookie"]
-    assert cookie.startswith("__Host-luthier=") and "Secure" in cookie and "Path=/" in cookie and "Domain" not in cookie
+    found = answer.headers.get_list("set-cookie")
+    assert [one.partition("=")[0] for one in found] == [f"__Host-{cookie()}", f"__Host-{cookie('_known')}"]
+    assert all("Secure" in one and "Path=/" in one and "Domain" not in one for one in found)
     assert "max-age" in answer.headers["strict-transport-security"]
+
+
+def cookie(kind: str = "") -> str:
+    """The name of this studio's cookie over plain http."""
+    return f"luthier{kind}_{accounts.studio_mark()}"
+
+
+def test_two_studios_at_one_host_name_keep_their_own_cookies(data_dir, monkeypatch):
+    from tests.conftest import forget_settings
+
+    names = set()
+    for folder in ("one", "other"):
+        monkeypatch.setenv("LUTHIER_DATA_DIR", str(data_dir / folder))
+        forget_settings()
+        names |= {cookie(), web_pages.messages_cookie()}
+        assert re.fullmatch(r"luthier_[0-9a-f]{8}", cookie())
+    assert len(names) == 4
 
 
 def stranger(client: TestClient, token: str) -> TestClient:
     """Somebody who kept a copy of the cookie."""
-    return TestClient(client.app, base_url="http://127.0.0.1:8000", cookies={"luthier": token})
+    return TestClient(client.app, base_url="http://127.0.0.1:8000", cookies={cookie(): token})
 
 
 def test_signing_in_again_makes_a_new_session_and_ends_the_old_one(client, session, user):
-    old = client.cookies["luthier"]
+    old = client.cookies[cookie()]
     link = accounts.new_sign_in_link(session, user)
     session.commit()
     client.get(link)
-    assert client.cookies["luthier"] != old
+    assert client.cookies[cookie()] != old
     assert client.get("/", follow_redirects=False).status_code == 200
     assert stranger(client, old).get("/", follow_redirects=False).status_code == 303
 
 
 def test_sign_out_revokes_on_the_server(client):
-    token = client.cookies["luthier"]
+    token = client.cookies[cookie()]
     assert client.post("/sign-out", follow_redirects=False).headers["location"] == "/sign-in"
     assert stranger(client, token).get("/settings", follow_redirects=False).status_code == 303, "the old cookie must be worth nothing"
 

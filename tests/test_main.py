@@ -181,7 +181,7 @@ def test_messages_outlive_one_redirect_and_no_more(client, session, user):
 
 
 def test_a_forged_message_is_not_shown(client):
-    client.cookies.set(web.MESSAGES, "W1siZ29vZCIsImZvcmdlZCJdXQ.x")
+    client.cookies.set(web.messages_cookie(), "W1siZ29vZCIsImZvcmdlZCJdXQ.x")
     assert "forged" not in client.get("/").text
 
 

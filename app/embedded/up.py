@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import secrets
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.addresses import is_loopback
 from app.embedded import sweep
 from app.embedded.places import Lock, make_data_dir, private_folder
 from app.embedded.postgres import DATABASE, Postgres, launched
@@ -96,6 +96,8 @@ def commands(settings: Settings) -> dict[str, list[str]]:
     """Our own processes by name, as a person would type them. docker-compose.yml starts the same; a test compares them."""
     celery = ["celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
     web = ["uvicorn", "app.main:create_app", "--factory", "--host", settings.host, "--port", str(settings.port)]
+    # What proxies say is believed by the application, of those that a setting names; uvicorn would believe all of this machine.
+    web += ["--http", "app.http_protocol:Guarded", "--no-proxy-headers"]
     return {
         "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would hold sign-in links
         "relay": ["app.relay"],
@@ -208,15 +210,6 @@ def is_open(postgres: Postgres) -> bool:
 
 
 # The address -----------------------------------------------------------------------------------------------------------
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def refuse_open_address(settings: Settings) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 from sqlalchemy import select
+from starlette.concurrency import run_in_threadpool
 
 from app import accounts
 from app.accounts import CurrentUser
@@ -42,21 +44,26 @@ def _form(request: Request, next: str, fault: StudioError | None = None, name: s
 
 
 @pages.post("/sign-in")
-def sign_in(
+async def sign_in(
     request: Request, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = "", next: Annotated[str, Form()] = "/"
 ) -> Response:
     """A password, of which the first five wrong ones cost nothing but themselves."""
+    address = request.client.host if request.client else ""
     try:
-        with transaction() as session:
-            user = accounts.check_password(session, name.strip()[:80], password[:1000], request.client.host if request.client else "")
-            response = RedirectResponse(safe_next(next), 303)
-            accounts.open_session(session, request, response, user)
-        return response
+        user_id = await accounts.check_password(name.strip()[:80], password[:1000], address, accounts.known_browser(request))
+        return await run_in_threadpool(_let_in, request, user_id, next)
     except StudioError as fault:
-        response = _form(request, next, fault, name)
+        response = await run_in_threadpool(_form, request, next, fault, name)
         if seconds := getattr(fault, "retry_after_seconds", None):
             response.headers["retry-after"] = str(round(seconds))
         return response
+
+
+def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
+    response = RedirectResponse(safe_next(next), 303)
+    with transaction() as session:
+        accounts.open_session(session, request, response, session.get_one(User, user_id))
+    return response
 
 
 @pages.get("/sign-in/{token}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,30 +9,31 @@ from fastapi.responses import JSONResponse
 
 from app import accounts, measures, schemas, studio
 from app.accounts import CurrentUser
+from app.addresses import is_loopback
 from app.errors import NotSignedIn
 from app.openapi import answers, document
-from app.workers import alive
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
 
 
 @pages.get("/healthz")
-def healthz() -> dict[str, str]:
-    """The process answers. Nothing else is asked, so that a database away is no reason to restart this one."""
+async def healthz() -> dict[str, str]:
+    """The process answers. Nothing else is asked, so that a database away is no reason to restart this one, and no thread is
+    needed, since all of them may be waiting for a database that has gone silent."""
     return {"status": "ok"}
 
 
 @pages.get("/readyz")
-def readyz() -> JSONResponse:
-    """Whether work can be taken: 503 while the database, its schema or the broker is not there."""
-    found = studio.checks()
+async def readyz() -> JSONResponse:
+    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `studio.CHECK_SECONDS`."""
+    found, workers = await studio.checks_in_time()
     ready = all(check.good for check in found)
     body = {
         "status": "ready" if ready else "waiting",
         "checks": {check.name: check.model_dump(exclude={"name"}, exclude_defaults=True) for check in found},
         "workers": [
-            {"queue": w.queue, "up_seconds": round(w.up_seconds, 1), "silent_seconds": round(w.silent_seconds, 1)} for w in alive()
+            {"queue": w.queue, "up_seconds": round(w.up_seconds, 1), "silent_seconds": round(w.silent_seconds, 1)} for w in workers
         ],
     }
     return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"retry-after": "1"})
@@ -49,12 +49,9 @@ def metrics(request: Request) -> Response:
 
 def _local(request: Request) -> bool:
     """Asked from this machine, and not through a proxy that stands on it."""
-    if request.client is None or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+    if request.client is None or any(name in request.headers for name in ("x-forwarded-for", "x-real-ip", "forwarded", "via")):
         return False
-    try:
-        return ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(request.client.host)
 
 
 @api.get("/studio", operation_id="retrieve_studio", responses=answers(schemas.Studio))

@@ -70,7 +70,11 @@ def test_nothing_else_answers_without_sign_in(web):
 
 
 def test_a_made_up_key_or_cookie_opens_nothing(web):
-    fakes = ({"authorization": f"Bearer sk-luthier-{'0' * 32}-x"}, {"authorization": "Basic b3duZXI6eA=="}, {"cookie": "luthier=guess"})
+    fakes = (
+        {"authorization": f"Bearer sk-luthier-{'0' * 32}-x"},
+        {"authorization": "Basic b3duZXI6eA=="},
+        {"cookie": f"luthier_{accounts.studio_mark()}=guess"},
+    )
     for headers in fakes:
         asker = TestClient(web.app, base_url=ORIGIN, headers=headers)
         for method, path in every(web.app):
