@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-import psycopg
 from fastapi import Depends
-from psycopg.errors import _WaitTimeout
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
@@ -70,22 +68,10 @@ def get_engine() -> Engine:
         connect_args={"connect_timeout": wait.connect, **dead, **options},
     )
     if wait.silence:
+        from app.impatient import Impatient  # the driver is not imported before it is needed
+
         event.listen(engine, "do_connect", lambda dialect, record, args, named: Impatient.connect(*args, **named))
     return engine
-
-
-class Impatient(psycopg.Connection[Any]):
-    """A connection on which no word of the server is awaited for long. `statement_timeout` is the server's own doing, and a
-    server that is stopped, or whose disk hangs, keeps no time."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        try:
-            return super().wait(gen, interval, WEB.silence if timeout is None else timeout)
-        except _WaitTimeout:
-            if timeout is not None:
-                raise  # psycopg asked for it and knows what to do
-            self.pgconn.finish()  # an answer that comes later must not be taken for that to another question
-            raise psycopg.OperationalError(f"the database said nothing for {WEB.silence:g} seconds") from None
 
 
 def on_commit(session: Session, action: Callable[[], object]) -> None:

@@ -24,7 +24,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app import answers, measures, web
 from app.accounts import SAFE, secure
@@ -269,4 +268,6 @@ def install(app: Any) -> None:
     for layer in (Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
     if proxies := get_settings().forwarded_allow_ips:
+        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)
