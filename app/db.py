@@ -29,6 +29,7 @@ class Patience(NamedTuple):
     silence: float | None
     """For any word of the database."""
     connect: int
+    """For a new connection, and for a kept one to say that it still works."""
     pool: float
     """For a connection that another thread has."""
     broker: float
