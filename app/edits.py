@@ -109,7 +109,7 @@ def _turns(turns: list[Any], operation: str, arguments: dict[str, Any]) -> list[
     index = arguments.get("index", 0)
     if operation == "system_first":
         first = [turn for turn in turns if _speaker(turn) in ("system", "developer")]
-        return first + [turn for turn in turns if turn not in first]
+        return first + [turn for turn in turns if _speaker(turn) not in ("system", "developer")]
     if operation == "drop_message" and index < len(turns):
         return turns[:index] + turns[index + 1 :]
     if operation == "join_messages" and 0 < index < len(turns):

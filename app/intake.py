@@ -20,9 +20,9 @@ from app import formats, readers
 from app.edits import Edits
 from app.errors import BadData
 from app.formats import Finding, Format
-from app.formats._base import Row, columns_of, shown
+from app.formats._base import LONGEST_NAME, Row, columns_of, shown
 from app.readers import Raw
-from app.report import MOST_COLUMN_CHARACTERS, Report
+from app.report import Report
 
 VERSION = 5
 """Raised when the same file would be read differently, so that older readings are not reused."""
@@ -142,7 +142,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
     """The format, its mapping, why, and which other formats would fit. What a person chose is taken."""
     ranked = formats.rank(sample)
     others = [entry.name for entry, _ in ranked]
-    columns = columns_of(sample)
+    columns = [column for column in columns_of(sample) if len(column) <= LONGEST_NAME]
     if name:
         entry = formats.get(name)
         # An empty name says that no column is meant, also where one would be guessed.
@@ -168,8 +168,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
 
 
 def _shown_columns(sample: list[Row]) -> list[str]:
-    """Names to choose columns by; one longer than a line of text is a cell that slipped into the header."""
-    return [column for column in columns_of(sample) if len(column) <= MOST_COLUMN_CHARACTERS][:MOST_COLUMNS]
+    return [column for column in columns_of(sample) if len(column) <= LONGEST_NAME][:MOST_COLUMNS]
 
 
 def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -> None:

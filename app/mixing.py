@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -235,14 +235,14 @@ def _fingerprint(row: Row) -> int:
 
 def _paired(rows: Iterator[tuple[Source, int, Row]], counts: Counter[str]) -> Iterator[tuple[Source, int, Row]]:
     """Pairs of a good and a bad answer to the same prompt, each answer in one pair at most."""
-    waiting: dict[tuple[int, bool], list[Row]] = {}
+    waiting: dict[tuple[int, bool], deque[Row]] = {}
     for source, line, row in rows:
         asked = _fingerprint({"messages": row["messages"], "tools": row.get("tools")})
         others = waiting.get((asked, not row["good"]))
         if not others:
-            waiting.setdefault((asked, row["good"]), []).append(row)
+            waiting.setdefault((asked, row["good"]), deque()).append(row)
             continue
-        good, bad = (row, others.pop(0)) if row["good"] else (others.pop(0), row)
+        good, bad = (row, others.popleft()) if row["good"] else (others.popleft(), row)
         if good["answer"] != bad["answer"]:
             yield source, line, _with_rest(row, {"messages": row["messages"], "chosen": good["answer"], "rejected": bad["answer"]})
     counts["left_out"] += sum(map(len, waiting.values()))

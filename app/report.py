@@ -12,7 +12,7 @@ from typing import Any
 
 from app.edits import CONTROL, check_normalised, markers
 from app.formats import Finding, Format
-from app.formats._base import Row, fix, shown
+from app.formats._base import LONGEST_NAME, Row, fix, shown
 from app.readers import Raw
 from app.rules._base import calls_of, seen
 from app.storable import shortened, storable
@@ -23,7 +23,6 @@ PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
 """What a report shows of the first rows, as bytes of JSON: all of them, and one."""
 MOST_LABELS, LABEL_CHARACTERS = 5000, 200
 """Labels whose rows are told: all of them, of every set that a classifier may learn (`MOST_CLASSES`)."""
-MOST_COLUMN_CHARACTERS = 300
 MOST_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
 
@@ -91,7 +90,7 @@ class Report:
                 kept.append(line)
         if entry["count"] <= MOST_FINDINGS_PER_RULE:
             value = None if finding.value is None else shown(finding.value)
-            column = None if finding.column is None else shown(finding.column, MOST_COLUMN_CHARACTERS)
+            column = None if finding.column is None else shown(finding.column, LONGEST_NAME)
             told = {**finding._asdict(), "column": column, "value": value, "message": shown(finding.message, 600)}
             self.say({"finding": {"line": line, **told}})
 

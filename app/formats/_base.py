@@ -15,6 +15,8 @@ from app.storable import DEEPEST, finite, too_deep
 
 Severity = Literal["error", "warning", "note"]
 Row = dict[str, Any]
+LONGEST_NAME = 300
+"""Characters of a column's name: a longer one is a cell that slipped into the header. Every finding about a message repeats it."""
 Columns = Mapping[str, str]
 """Field of the format → column of the file."""
 
@@ -65,7 +67,7 @@ class Format(ABC):
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
         """The best column for each field by its synonyms; each column is taken once."""
-        by_name = {plain(column): column for column in reversed(columns)}
+        by_name = {plain(column): column for column in reversed(columns) if len(column) <= LONGEST_NAME}
         mapping: dict[str, str] = {}
         for field in self.fields:
             for synonym in field.synonyms:

@@ -236,6 +236,7 @@ def flat(content: Any) -> str:
 def normalise_messages(value: Any) -> list[Row]:
     """Messages with the keys a chat template knows, in a fixed order. `developer` is the system; `function` is a tool."""
     result: list[Row] = []
+    parts: list[str] = []  # contents of the system's messages that follow each other: they become one
     for message in as_messages(value):
         role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
         clean: Row = {"role": role, "content": flat(message.get("content"))}
@@ -249,8 +250,12 @@ def normalise_messages(value: Any) -> list[Row]:
             clean["tool_calls"] = [{"id": "call_0", "type": "function", "function": message["function_call"]}]
         if message.get("tool_call_id"):
             clean["tool_call_id"] = message["tool_call_id"]
-        if result and role == "system" and result[-1]["role"] == "system":
-            result[-1]["content"] += "\n\n" + clean["content"]
-        else:
+        if parts and role != "system":
+            result[-1]["content"], parts = "\n\n".join(parts), []
+        if role != "system" or not parts:
             result.append(clean)
+        if role == "system":
+            parts.append(clean["content"])
+    if parts:
+        result[-1]["content"] = "\n\n".join(parts)
     return result

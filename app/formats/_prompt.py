@@ -43,8 +43,12 @@ def prompt_of(row: Row, mapping: Columns) -> tuple[list[Row], list[Any] | None]:
         elif messages[-1].get("role") == "user" and isinstance(messages[-1].get("content"), str):
             messages[-1] = {**messages[-1], "content": joined(messages[-1]["content"], about)}
     history = parsed(row.get(mapping["history"])) if "history" in mapping else None
-    for question, answer in reversed(history if is_history(history) else []):
-        messages[:0] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    before = [
+        {"role": role, "content": text}
+        for pair in (history if is_history(history) else [])
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    messages = [*before, *messages]
     system = text_of(row, mapping.get("system"))
     if system and system.strip():
         messages.insert(0, {"role": "system", "content": system})

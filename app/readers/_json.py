@@ -111,27 +111,32 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     return "Each line must be one object in braces, as Python's json.dumps writes it."
 
 
-def _unwritable(value: Any, column: str = "") -> Finding | None:
-    """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out."""
+def _unwritable(value: Any) -> Finding | None:
+    """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out. Its place is
+    put together on the way back from it: a place for every member of a deep row would take far more room than the row."""
     if isinstance(value, str):
         found = _surrogates.search(value)
         return found and Finding(
             "lone_surrogate",
             f"The text holds half of a character (\\u{ord(found.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
-            column or None,
+            None,
             shown(value),
         )
-    if isinstance(value, dict):
-        pairs = [(item, f"{column}.{shown(key, 60)}" if column else shown(key, 60)) for key, item in value.items()]
-        if nul := next((key for key in value if "\0" in key), None):
-            text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Take it out."
-            return Finding("nul", text, column or None, shown(nul, 60))
-        pairs += [(key, column) for key in value]
-    elif isinstance(value, list):
-        pairs = [(item, f"{column}[{index}]") for index, item in enumerate(value)]
-    else:
+    if isinstance(value, list):
+        return next((_inside(f"[{index}]", found) for index, item in enumerate(value) if (found := _unwritable(item))), None)
+    if not isinstance(value, dict):
         return None
-    return next((finding for item, at in pairs if (finding := _unwritable(item, at))), None)
+    if nul := next((key for key in value if "\0" in key), None):
+        text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Take it out."
+        return Finding("nul", text, None, shown(nul, 60))
+    inner = next((_inside(shown(key, 60), found) for key, item in value.items() if (found := _unwritable(item))), None)
+    return inner or next((found for key in value if (found := _unwritable(key))), None)
+
+
+def _inside(step: str, found: Finding) -> Finding:
+    """What was found behind a key, or behind an index in brackets."""
+    rest = found.column or ""
+    return found._replace(column=f"{step}.{rest}" if rest and not rest.startswith("[") else f"{step}{rest}")
 
 
 def _row(line: int, data: bytes) -> Raw:
@@ -218,13 +223,6 @@ _MOST_OPEN = 1_000_000
 """Brackets that may be open at once while a file is cut into its rows."""
 
 
-def _mark_in_text(chunk: bytes, at: int) -> int:
-    """Where the next double quote or backslash stands from `at` on; -1 for nowhere."""
-    quote = chunk.find(b'"', at)
-    backslash = chunk.find(b"\\", at, quote if quote >= 0 else len(chunk))
-    return backslash if backslash >= 0 else quote
-
-
 class _Cutter:
     """Cuts a JSON array, or objects that follow each other, into pieces by their brackets alone.
 
@@ -245,12 +243,17 @@ class _Cutter:
     def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
         """The pieces that end in this chunk, as (line, bytes); None for one too long to be held."""
         at = taken = 0
+        quote = -1  # where the next double quote stands, looked for once however many backslashes come before it
         while True:
             if self._escaped and at < len(chunk):
                 self._escaped, at = False, at + 1
             if self._in_text and not self._escaped:
-                at = _mark_in_text(chunk, at)
-                if at < 0:
+                if quote < at:
+                    found = chunk.find(b'"', at)
+                    quote = found if found >= 0 else len(chunk)
+                backslash = chunk.find(b"\\", at, quote)
+                at = backslash if backslash >= 0 else quote
+                if at == len(chunk):
                     self._take(chunk[taken:])
                     return
                 self._escaped = self._in_text = chunk[at] == _BACKSLASH

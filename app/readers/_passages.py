@@ -48,5 +48,5 @@ def _passages(line: int, text: str) -> Iterator[Raw]:
             end = next((cut + 1 for cut in cuts if cut > 0), end)
         piece = text[at:end].strip()
         if piece:
-            yield Raw(line + text.count("\n", 0, at), {"text": piece})
-        at = end
+            yield Raw(line, {"text": piece})
+        line, at = line + text.count("\n", at, end), end

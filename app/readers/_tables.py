@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from app.readers._base import Raw
 from app.readers._bytes import lines_of, text_of_line, too_long
 from app.readers._repair import offer, windows_text
 from app.storable import storable
+
+_MOST_COLUMNS = 10_000
 
 
 def read_csv(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -95,22 +98,23 @@ def _header(reader: Any) -> list[str]:
             f"The first line is not a header of column names ({error}).", way_out="Begin the file with one line of names.", param="file"
         ) from None
     names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
-    if len(names) > 10_000:
-        raise BadData(
-            f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
-        )
     _check_names(names)
     return names
 
 
 def _check_names(names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if len(names) > _MOST_COLUMNS:
+        way_out = f"Keep the ones to learn from; at most {_MOST_COLUMNS:,} are read."
+        raise BadData(f"The file has {len(names):,} columns.", way_out=way_out, param="file")
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
 
 
-def _as_json(cells: list[str], header: list[str]) -> str:
-    """A row of too few or too many cells, so that a person can move them to their columns."""
+def _as_json(cells: list[str], header: list[str]) -> str | None:
+    """A row of too few or too many cells, so that a person can move them to their columns; None for more than a file may have."""
+    if len(cells) > _MOST_COLUMNS:
+        return None
     names = [*header, *(f"more_{n}" for n in range(1, len(cells) - len(header) + 1))]
     return json.dumps({name: cells[n] if n < len(cells) else "" for n, name in enumerate(names)}, ensure_ascii=False, indent=2)
 
@@ -146,12 +150,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
 
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if len(names) > 10_000:
-            raise BadData(
-                f"The file has {len(names):,} columns.", way_out="Keep the ones to learn from; at most 10,000 are read.", param="file"
-            )
-        _check_names(names)
+        _check_names(file.schema_arrow.names)
         number, unpacked = 0, 0
         # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
         limit = max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from app.formats import Finding
 from app.formats._base import fix, shown
-from app.rules._base import MOST_ROWS, WORD, Rule, Seen
+from app.rules._base import MOST_ROWS, Rule, Seen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class LabelNoise(Rule):
     def see(self, seen: Seen) -> None:
         if self.task != "classification" or len(self._lines) >= MOST_ROWS:
             return
-        words = {zlib.crc32(word.encode()) % WIDTH for word in WORD.findall(seen.row["text"].lower())}
+        words = {zlib.crc32(word.encode()) % WIDTH for word in seen.asked}
         self._features.extend(words)
         self._starts.append(len(self._features))
         self._lines.append(seen.line)

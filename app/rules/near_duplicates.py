@@ -24,8 +24,8 @@ ALIKE = 0.8
 FEWEST_WORDS = 8
 EDGE_WORDS, LONG_WORDS = 12, 60
 """In a prompt of more than LONG_WORDS a passage may outweigh the question about it, which stands at one of the ends."""
-MOST_WORDS_KNOWN = 100_000
-"""Words whose hash is remembered."""
+MOST_WORDS_KNOWN, LONGEST_WORD_KNOWN = 100_000, 100
+"""Words whose hash is remembered, and characters of one: a cell may be a single word of megabytes."""
 
 
 class NearDuplicates(Rule):
@@ -78,10 +78,15 @@ class NearDuplicates(Rule):
         known = self._of_word
         if len(known) >= MOST_WORDS_KNOWN:
             known.clear()
+        hashes = []
         for word in words:
-            if word not in known:
-                known[word] = zlib.crc32(word.encode())
-        return [known[word] for word in words]
+            found = known.get(word)
+            if found is None:
+                found = zlib.crc32(word.encode())
+                if len(word) <= LONGEST_WORD_KNOWN:
+                    known[word] = found
+            hashes.append(found)
+        return hashes
 
     def finish(self) -> None:
         import numpy as np
