@@ -25,7 +25,7 @@ from app.spec import DatasetRef
 from app.tables import Dataset, File, Finding, Job, User
 
 __all__ = [
-    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
+    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "failed_later", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
     "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "versions",
 ]  # fmt: skip
 
@@ -162,11 +162,11 @@ def get(session: Session, user: User, dataset_id: uuid.UUID) -> Dataset:
 
 
 def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
-    """The newest dataset of a file. Raises NotFound for an unknown file, BadField for one that is no dataset."""
+    """The newest reading of a file that gave rows or still may, or the newest where none did. Raises NotFound for an unknown file, BadField
+    for one that is no dataset."""
     file = files.get(session, user, file_id)
-    query = select(Dataset).where(Dataset.file_id == file.id, Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
-    query = query.where(Dataset.edits.is_(None))  # the file's id always names its own rows; a mended version has an id of its own
-    dataset = session.scalars(query.order_by(Dataset.version.desc(), Dataset.created_at.desc()).limit(1)).first()
+    query = _readings(file.id).where(Dataset.owner_id == user.id).order_by(_GAVE_NOTHING, *_NEWEST)
+    dataset = session.scalars(query.limit(1)).first()
     if dataset is None:
         raise BadField(
             f"The file {file.filename} was uploaded with the purpose “{file.purpose}” and is not a dataset.",
@@ -174,6 +174,24 @@ def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
             param="file_id",
         )
     return dataset
+
+
+_GAVE_NOTHING = or_(Dataset.status == "error", (Dataset.status == "ready") & (func.coalesce(Dataset.good_rows, 0) == 0))
+_NEWEST = (Dataset.version.desc(), Dataset.created_at.desc())
+
+
+def _readings(file_id: uuid.UUID | None) -> Select[tuple[Dataset]]:
+    """The datasets a file's id may stand for: its own rows, since a mended version has an id of its own."""
+    return select(Dataset).where(Dataset.file_id == file_id, Dataset.edits.is_(None), Dataset.deleted_at.is_(None))
+
+
+def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
+    """The newest reading of the same file where it failed and came after this one, which then stands in for it."""
+    if dataset.edits is not None or dataset.file_id is None:
+        return None
+    own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)
+    newest = session.scalars(own.order_by(*_NEWEST).limit(1)).first()
+    return newest if newest is not None and (newest.status == "error" or (newest.status == "ready" and not newest.good_rows)) else None
 
 
 def list_(session: Session, user: User) -> list[Dataset]:

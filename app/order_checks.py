@@ -144,6 +144,17 @@ def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None)
     return found
 
 
+def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
+    """That a newer reading of the same file failed, so that an older one is learnt from."""
+    if later is None:
+        return []
+    said = (later.error or {}).get("message") or "It has no good row."
+    return [
+        f"Version {later.version} of {later.name}, read from the same file, failed, so version {dataset.version} is used. It said: {said} "
+        "Read it differently on its page, or delete it."
+    ]
+
+
 def _left_out(dataset: Dataset) -> list[str]:
     bad = (dataset.rows or 0) - (dataset.good_rows or 0)
     if bad <= 0:

@@ -419,7 +419,7 @@ def has_gpu() -> bool:
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
     """What the job will take on the machine that trains, with `warnings` about its data and what stands on both sides of its split
     (`overlap`, see there); None while its rows are not known."""
-    from app import estimate, inspections, overlap, workers
+    from app import datasets, estimate, inspections, overlap, workers
 
     if not spec.dataset.path:
         return None
@@ -429,5 +429,6 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
     checked_on = inspections.stats_for(session, validation, spec.model) if validation else None
     found = estimate.estimate(spec, stats, workers.training_machine(), checked_on).model_dump(mode="json")
     both_sides, warnings = overlap.told(session, spec)
-    warnings = [*order_checks.warnings(spec, dataset, validation), *warnings]
+    later = datasets.failed_later(session, dataset)
+    warnings = [*order_checks.later_failed(dataset, later), *order_checks.warnings(spec, dataset, validation), *warnings]
     return found | {"warnings": warnings, "overlap": both_sides}

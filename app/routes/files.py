@@ -143,7 +143,9 @@ def report(
     """What the studio found in a dataset, one page of findings at a time."""
     dataset = datasets.for_file(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
-    return report_json(dataset, found, more)
+    later = datasets.failed_later(session, dataset)
+    failed = later and {"dataset": ids.public(ids.DATASET, later.id), "version": later.version, "error": later.error}
+    return report_json(dataset, found, more) | {"failed_later": failed}
 
 
 def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str, Any]:
