@@ -7,7 +7,6 @@ Runs in a limited child (`app/sandbox.py`), because the bytes are not to be trus
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import sys
@@ -23,13 +22,13 @@ from app.formats import Finding, Format
 from app.formats._base import LONGEST_NAME, Row, columns_of, shown
 from app.readers import Raw
 from app.report import Report
+from app.rows import RowsFile
 
 VERSION = 5
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
 MOST_COLUMNS = 10_000
-BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
 Say = Any
 CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
 
@@ -61,7 +60,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
     entry, mapping, reason, others = _choose(sample, payload.get("format"), payload.get("mapping"))
     report = Report(entry, mapping, say)
     counter = counter_of(entry.task, report.add) if counter_of else None
-    with _RowsFile(Path(payload["rows"])) as rows:
+    with RowsFile(Path(payload["rows"])) as rows:
         for raw in itertools.chain(head, raws):
             row = _row_of(raw, edits, report)
             if row is None:
@@ -230,49 +229,6 @@ def _offset(path: Path) -> int:
         except (OSError, ValueError):
             continue
     return 0
-
-
-# The rows -----------------------------------------------------------------------------------------------------------
-
-
-class _RowsFile:
-    """The Parquet file of a dataset: `line` (int64) and `row` (JSON). `sha256` is over `line`, tab, `row`, newline of each,
-    so it names the content and not the way this version of Arrow writes it."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._pa = pa
-        self._schema = pa.schema([("line", pa.int64()), ("row", pa.string())])
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
-        self._lines: list[int] = []
-        self._rows: list[str] = []
-        self._bytes = 0
-        self._hash = hashlib.sha256()
-        self.sha256 = ""
-
-    def __enter__(self) -> _RowsFile:
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            self._flush()
-            self.sha256 = self._hash.hexdigest()
-        self._writer.close()
-
-    def add(self, line: int, row: str) -> None:
-        self._lines.append(line)
-        self._rows.append(row)
-        self._bytes += len(row)
-        self._hash.update(f"{line}\t{row}\n".encode())
-        if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_batch(self._pa.record_batch([self._lines, self._rows], schema=self._schema))
-        self._lines, self._rows, self._bytes = [], [], 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

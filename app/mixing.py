@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData
 from app.formats import Row
+from app.rows import read_rows, verify_rows
 
 OPERATIONS = ("concatenate", "mix", "sample", "deduplicate", "convert")
 Rows = Iterator[tuple[int, Row]]
@@ -262,16 +263,14 @@ class Source(NamedTuple):
 
     path: Path
     name: str
+    sha256: str
     shape: str
     size: int
     weight: float
 
     def rows(self) -> Rows:
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(self.path).iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
-            for line, text in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True):
-                yield line, json.loads(text)
+        for line, text in read_rows(self.path, self.name):
+            yield line, json.loads(text)
 
 
 def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
@@ -279,10 +278,11 @@ def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
 
     Says `{"progress": share}`. Gives `sha256`, `bytes`, `rows`, and how many rows were left out, by reason.
     """
-    sources = [Source(Path(s["path"]), s["name"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
+    sources = [Source(Path(s["path"]), s["name"], s["sha256"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
     for source in sources:
         if not source.path.is_file():
             raise BadData(f"The rows of {source.name} are gone: it was deleted.", way_out="Join again without it.")
+        verify_rows(source.path, source.sha256, source.name)
     counts: Counter[str] = Counter()
     expected = payload.get("rows") or sum(source.size for source in sources)
     digest, size, rows = hashlib.sha256(), 0, 0

@@ -19,11 +19,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
 from app.errors import BadData, Conflict, StudioError
+from app.rows import verify_rows
 from app.settings import get_settings
 from app.storable import storable
 from app.tables import Dataset, File, Finding, Model, Outbox, User
@@ -95,8 +96,11 @@ def read(dataset_id: uuid.UUID) -> None:
 
 
 def read_again(session: Session, dataset: Dataset) -> None:
-    """Order another reading after a fault that need not lie in the file. Raises Conflict for any other."""
-    if not can_be_read_again(dataset):
+    """Order another reading after a fault that need not lie in the file, or of rows that were damaged since they were written.
+    Raises Conflict where there is no such fault."""
+    if dataset.status == "ready" and _rows_are_whole(dataset):
+        raise Conflict("The rows of this dataset are whole, so there is nothing to read again.", way_out="Read it differently.")
+    if dataset.status != "ready" and not can_be_read_again(dataset):
         raise Conflict("This dataset cannot be read again as it is.", way_out="Read it differently, or upload another file.")
     dataset.status, dataset.error, dataset.progress, dataset.lease_until = "reading", None, None, None
     dataset.fence = -(-dataset.fence // MOST_DEATHS) * MOST_DEATHS  # `reap` counts the deaths of this order from here
@@ -106,6 +110,15 @@ def read_again(session: Session, dataset: Dataset) -> None:
     session.flush()
     queue.put_in_outbox(session, queue.READ, dataset.id)
     queue.wake(session, "dataset", dataset.id)
+
+
+def _rows_are_whole(dataset: Dataset) -> bool:
+    assert dataset.rows_path and dataset.rows_sha256, "a dataset that is ready has rows"
+    try:
+        verify_rows(get_settings().data_dir / dataset.rows_path, dataset.rows_sha256, dataset.name)
+    except BadData:
+        return False
+    return True
 
 
 def can_be_read_again(dataset: Dataset) -> bool:
@@ -246,6 +259,9 @@ def _record(
     )
     if ours is None:
         return False
+    if ours.rows_path and ours.rows_sha256 == result["sha256"]:
+        rows = _put_back(rows, get_settings().data_dir / ours.rows_path)
+    session.execute(delete(Finding).where(Finding.dataset_id == dataset_id))
     for at in range(0, len(found), 1000):
         session.execute(insert(Finding), [{"dataset_id": dataset_id, **finding} for finding in found[at : at + 1000]])
     ours.status, ours.progress, ours.lease_until, ours.error = "ready", 1.0, None, None
@@ -258,6 +274,15 @@ def _record(
     if counter is not None and result.get("lengths"):
         inspections.keep_lengths(session, ours, counter, result["lengths"])
     return True
+
+
+def _put_back(rows: Path, damaged: Path) -> Path:
+    """Lay rows that were read again where they were: jobs and other datasets know them by that path and their hash."""
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    lines_path(rows).replace(lines_path(damaged))
+    rows.replace(damaged)
+    files.sync_folder(damaged.parent)
+    return damaged
 
 
 def _record_error(dataset_id: uuid.UUID, fence: int, error: dict[str, Any]) -> None:

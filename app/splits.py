@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.errors import BadData
+from app.rows import read_rows
 
 MOST_OVERLAPS = 2000
 """Rows on both sides that a look lists. All of them are counted, and all can be dropped at once."""
@@ -228,8 +229,4 @@ def _labels(train: Sequence[Any], held: Sequence[Any]) -> list[list[Any]]:
 
 
 def _read(path: Path) -> Iterable[Line]:
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
-        for line, text in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True):
-            yield Line(line, json.loads(text))
+    return (Line(line, json.loads(text)) for line, text in read_rows(path))

@@ -9,7 +9,6 @@ import json
 import secrets
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, func, select
@@ -20,6 +19,7 @@ from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
 from app.generation import Sampling
 from app.playground import Asked, Heard
+from app.rows import row_at
 from app.settings import get_settings
 from app.tables import JSON, Dataset, User, Vote
 
@@ -36,25 +36,13 @@ def draw(dataset: Dataset) -> list[JSON]:
             f"{dataset.name} has no rows that can be read.", way_out="Wait until it is read, or choose another.", param="dataset"
         )
     for _ in range(20):
-        messages = _asks(_row(get_settings().data_dir / dataset.rows_path, secrets.randbelow(dataset.good_rows)))
+        place = secrets.randbelow(dataset.good_rows)
+        messages = _asks(json.loads(row_at(get_settings().data_dir / dataset.rows_path, place, dataset.name)))
         if messages and str(messages[-1].get("content") or "").strip():
             return messages
     raise BadField(
         f"The rows of {dataset.name} ask nothing.", way_out="Take a dataset of conversations, instructions or labels.", param="dataset"
     )
-
-
-def _row(path: Path, number: int) -> JSON:
-    """One row of a stored dataset; only the row group that holds it is read."""
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if number < count:
-                return json.loads(file.read_row_group(group, columns=["row"])["row"][number].as_py())
-            number -= count
-    return {}
 
 
 def _asks(row: JSON) -> list[JSON]:

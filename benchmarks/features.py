@@ -35,16 +35,13 @@ def rows_of(path: Path, most: int | None) -> list[dict[str, str]]:
 
 
 def put(rows: list[dict[str, str]], name: str) -> Any:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    from app.rows import write_rows
     from app.settings import get_settings
     from app.spec import DatasetRef
 
     path = get_settings().folder("rows", name) / "rows.parquet"
-    table = {"line": pa.array(range(1, len(rows) + 1), pa.int64()), "row": [json.dumps(row) for row in rows]}
-    parquet.write_table(pa.table(table), path)
-    return DatasetRef(id=uuid.uuid4(), name=name, path=f"rows/{name}/rows.parquet", sha256=name, format="classification", rows=len(rows))
+    sha256 = write_rows(path, rows)
+    return DatasetRef(id=uuid.uuid4(), name=name, path=f"rows/{name}/rows.parquet", sha256=sha256, format="classification", rows=len(rows))
 
 
 def job(model: Any, train_ref: Any, test_ref: Any, strategy: str, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     shape = shape_of(json.loads((folder / "config.json").read_text()))
     classes = plan["task"] == "classification"
     rows = list(csv.DictReader((SAMPLES / "shop-questions.csv").open())) if classes else _json_lines("support-replies.jsonl")
-    path = _stored(rows, plan["task"])
+    path, sha256 = _stored(rows, plan["task"])
     kind = "encoder" if shape.architecture == "encoder" else "dialogue"
     counter = Counter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
     for line, row in enumerate(rows, start=1):
@@ -89,7 +89,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
         id=uuid.UUID(int=1), name=plan["model"], kind=kind, path=f"models/{plan['model']}", revision=plan["revision"], shape=shape
     )
     format_ = "classification" if classes else "chat"
-    data = DatasetRef(id=uuid.UUID(int=2), name="rows", path=path, sha256="0" * 64, format=format_, rows=len(rows))
+    data = DatasetRef(id=uuid.UUID(int=2), name="rows", path=path, sha256=sha256, format=format_, rows=len(rows))
     usual = {"epochs": 1000, "samples": 0, "evaluations_per_epoch": 0, "early_stopping_patience": 0, "row_losses": False}
     run = RunSettings(**{**usual, "validation_fraction": 0.3 if classes else 0.1, **plan["run"]})
     strategy = STRATEGIES[plan["strategy"]]()
@@ -100,16 +100,14 @@ def _json_lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (SAMPLES / name).read_text().splitlines()]
 
 
-def _stored(rows: list[dict[str, Any]], name: str) -> str:
-    """The rows as the studio stores them."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
+def _stored(rows: list[dict[str, Any]], name: str) -> tuple[str, str]:
+    """The rows as the studio stores them: their place in the data folder, and their hash."""
+    from app.rows import write_rows
     from app.settings import get_settings
 
-    folder = get_settings().folder("rows", name)
-    parquet.write_table(pa.table({"line": list(range(1, len(rows) + 1)), "row": [json.dumps(r) for r in rows]}), folder / "rows.parquet")
-    return (folder / "rows.parquet").relative_to(get_settings().data_dir).as_posix()
+    path = get_settings().folder("rows", name) / "rows.parquet"
+    sha256 = write_rows(path, rows)
+    return path.relative_to(get_settings().data_dir).as_posix(), sha256
 
 
 def load(spec: Any, finished: Any) -> Any:

@@ -24,14 +24,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
-
 from app import chance, prompts
 from app.events import Finished
-from app.manifest import sha256_of
 from app.prompt_runs import RunSpec
 from app.prompts import PromptBody
+from app.rows import write_rows
 from app.shapes import shape_of
 from app.spec import Adapter, DatasetRef, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
@@ -99,10 +96,9 @@ def tune(model: ModelRef, rows: list[Solved], tokens: int, keep: Path | None) ->
 
     found = get_settings().folder("rows") / "rows.parquet"
     said = [{"messages": [{"role": "user", "content": r.question}, {"role": "assistant", "content": r.answer}]} for r in rows]
-    table = {"line": pa.array([r.line for r in rows], pa.int64()), "row": [json.dumps(one) for one in said]}
-    parquet.write_table(pa.table(table), found)
+    sha256 = write_rows(found, said)
     data = DatasetRef(
-        id=uuid.uuid4(), name="train", path="rows/rows.parquet", sha256=sha256_of(found), format="chat", rows=len(rows)
+        id=uuid.uuid4(), name="train", path="rows/rows.parquet", sha256=sha256, format="chat", rows=len(rows)
     )  # fmt: skip
     step = 2048
     run = RunSettings(

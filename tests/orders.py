@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app import queue
+from app.rows import write_rows
 from app.spec import JobSpec
 from app.tables import Dataset, File, Job, Model, User
 
@@ -33,15 +32,11 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, status: str = "ready") -> Dataset:
     """A chat dataset with its Parquet file on disk, as the reader leaves it behind."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     key = uuid.uuid4()
     data = chat_rows(rows)
     path = data_dir / "rows" / str(key) / "rows.parquet"
     path.parent.mkdir(parents=True)
-    lines = pa.array(range(1, rows + 1), pa.int64())
-    pq.write_table(pa.table({"line": lines, "row": [json.dumps(row) for row in data]}), path)
+    sha256 = write_rows(path, data)
     file = File(
         owner_id=user.id, sha256="0" * 64, bytes=path.stat().st_size, filename="chat.jsonl", purpose="fine-tune", status="processed"
     )
@@ -58,7 +53,7 @@ def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, s
         rows=rows,
         good_rows=rows,
         rows_path=path.relative_to(data_dir).as_posix(),
-        rows_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        rows_sha256=sha256,
         report={},
     )
     session.add(dataset)

@@ -172,7 +172,7 @@ def test_a_fault_of_the_data_is_told_with_its_way_out(session, user, data_dir, t
     made = order(session, user, tiny_registered, data)
     appraise.work(made.id)
     row = now_of(made)
-    assert row.status == "failed" and "are gone" in row.error["message"] and row.error["way_out"] == "Upload the file again."
+    assert row.status == "failed" and "are gone" in row.error["message"] and "Read the dataset again" in row.error["way_out"]
 
 
 @pytest.mark.parametrize(

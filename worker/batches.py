@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as parquet
 import torch
 
+from app import rows as stored
 from app.errors import BadData
 from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
@@ -38,13 +38,10 @@ class BadRow(BadData):
 
 
 def read_rows(ref: DatasetRef) -> list[Row]:
-    """All rows of a dataset's Parquet file, in its order. Raises BadData when the file is gone or holds no rows."""
+    """All rows of a dataset, in its order. Raises BadData when its file is gone, holds no rows, or not those that were written."""
     path = get_settings().data_dir / ref.path
-    if not path.is_file():
-        raise BadData(f"The rows of dataset {ref.name} are gone.", way_out="Upload the file again.")
-    rows: list[Row] = []
-    for batch in parquet.ParquetFile(path).iter_batches(columns=["line", "row"]):
-        rows += [Row(line, json.loads(row)) for line, row in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True)]
+    stored.verify_rows(path, ref.sha256, ref.name)
+    rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
     if not rows:
         raise BadData(f"Dataset {ref.name} has no rows to learn from.", way_out="Mend the rows its report lists, and upload it again.")
     return rows

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from app.errors import BadData
 from app.formats import Finding
 from app.formats._base import Severity, fix
 from app.formats.preference import conversation_with
+from app.rows import read_rows
 from app.storable import shortened
 from worker.light import LightTokenizer
 from worker.pack import plan
@@ -51,14 +52,6 @@ def open_tokenizer(folder: Path, task: str | None = None) -> Any:
     if task != "classification":
         prepare_tokenizer(tokenizer)
     return tokenizer
-
-
-def read(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, row as JSON) of a dataset's Parquet file, in its order."""
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
-        yield from zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True)
 
 
 def learnable(row: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +101,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     task = payload.get("task") or "generation"
     counter = Counter(open_tokenizer(Path(payload["tokenizer"]), task), payload, task, add)
     told = time.monotonic()
-    for number, (line, text) in enumerate(read(Path(payload["rows"]))):
+    for number, (line, text) in enumerate(read_rows(Path(payload["rows"]))):
         if time.monotonic() - told > 0.5:
             told = time.monotonic()
             say({"progress": number / max(1, payload.get("count") or 1)})
@@ -252,11 +245,11 @@ def _choose(payload: dict[str, Any]) -> tuple[list[tuple[int, str]], int]:
     path, count = Path(payload["rows"]), int(payload["count"])
     if payload.get("lines") is not None:
         wanted = set(payload["lines"])
-        by_line = {line: text for line, text in read(path) if line in wanted}
+        by_line = {line: text for line, text in read_rows(path) if line in wanted}
         return [(line, by_line[line]) for line in payload["lines"] if line in by_line], len(wanted)
     needle = json.dumps(payload.get("search") or "", ensure_ascii=False)[1:-1].lower()
     found, matches = [], 0
-    for line, text in read(path):
+    for line, text in read_rows(path):
         if needle and needle not in text.lower():
             continue
         if matches >= payload.get("skip", 0) and len(found) < count:

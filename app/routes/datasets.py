@@ -310,7 +310,7 @@ def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
 
 @api.post("/datasets/{key}/again", operation_id="retry_dataset", responses=answers(schemas.Dataset, 409))
 def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
-    """Read it once more as it is, after a fault such as a full disk."""
+    """Read it once more as it is, after a fault such as a full disk, or where its rows are damaged or gone."""
     dataset = _get(session, user, key)
     datasets.read_again(session, dataset)
     return to_json(dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,10 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
-
 from app import events
+from app.rows import write_rows
 from app.settings import PROJECT, get_settings
 from app.shapes import shape_of
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
@@ -41,9 +38,7 @@ def put_dataset(rows: list[dict[str, Any]], format_: str = "chat") -> DatasetRef
     """Rows as the studio stores them, in the data folder of the settings."""
     key = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(rows))
     path = get_settings().folder("rows", str(key)) / "rows.parquet"
-    table = {"line": pa.array(range(1, len(rows) + 1), pa.int64()), "row": [json.dumps(r) for r in rows]}
-    parquet.write_table(pa.table(table), path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = write_rows(path, rows)
     relative = path.relative_to(get_settings().data_dir).as_posix()
     return DatasetRef(id=key, name="rows", path=relative, sha256=digest, format=format_, rows=len(rows))
 

@@ -1,0 +1,145 @@
+"""The rows of a dataset on disk: a Parquet file with `line` (int64) and `row` (JSON), and the hash that says whether they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from app.errors import BadData
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
+READ_AGAIN = "Read the dataset again: on its page under “Read it differently”, or with POST /v1/datasets/{id}/again."
+
+
+class RowsFile:
+    """Writes the rows of a dataset. `sha256` is over `line`, tab, `row`, newline of each, so it names the content and not the way this
+    version of Arrow writes it. Pages carry checksums, so that whoever reads one row of many meets no damage unseen."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._pa = pa
+        self._schema = pa.schema([("line", pa.int64()), ("row", pa.string())])
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        self._lines: list[int] = []
+        self._rows: list[str] = []
+        self._bytes = 0
+        self._hash = hashlib.sha256()
+        self.sha256 = ""
+
+    def __enter__(self) -> RowsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+            self.sha256 = self._hash.hexdigest()
+        self._writer.close()
+
+    def add(self, line: int, row: str) -> None:
+        self._lines.append(line)
+        self._rows.append(row)
+        self._bytes += len(row)
+        self._hash.update(_hashed(line, row))
+        if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_batch(self._pa.record_batch([self._lines, self._rows], schema=self._schema))
+        self._lines, self._rows, self._bytes = [], [], 0
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Rows that need no reading, on lines counted from 1; the hash of them."""
+    with RowsFile(path) as file:
+        for line, row in enumerate(rows, 1):
+            file.add(line, json.dumps(row, ensure_ascii=False))
+    return file.sha256
+
+
+def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
+    """(line, row as JSON) of a rows file, in its order. Raises BadData where the file is gone or cannot be read."""
+    line = 0
+    with _opened(path, name, lambda: f"behind line {line}") as file:
+        for batch in file.iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
+            for line, row in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True):
+                yield line, row
+
+
+def row_at(path: Path, place: int, name: str = "") -> str:
+    """The row at a place, counted from 0, as JSON; only the row group that holds it is read. Raises BadData as `read_rows`."""
+    with _opened(path, name, lambda: f"near row {place + 1:,}") as file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if place < count:
+                return file.read_row_group(group, columns=["row"], use_threads=False)["row"][place].as_py()
+            place -= count
+    raise _damaged(name, "it has fewer rows than were written")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, name: str, where: Callable[[], str]) -> Iterator[pq.ParquetFile]:
+    """The file, with what Arrow makes of a damaged one put into words."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise BadData(f"The rows of {_named(name)} are gone.", way_out=READ_AGAIN, code="bad_data")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _damaged(name, f"{where()}: {' '.join(str(error).split())[:200]}") from None
+
+
+def verify_rows(path: Path, sha256: str, name: str = "") -> None:
+    """See that a rows file holds what was written, going by `Dataset.rows_sha256`. Raises BadData that names the damage.
+
+    A file that was found whole is believed for as long as this process lives and its size, time and inode stay.
+    """
+    stamp = _stamp(path)
+    if stamp is not None and _whole.get(path) == (stamp, sha256):
+        return
+    digest, rows = hashlib.sha256(), 0
+    for line, row in read_rows(path, name):
+        digest.update(_hashed(line, row))
+        rows += 1
+    if digest.hexdigest() != sha256:
+        raise _damaged(name, f"its {rows:,} rows have the SHA-256 {digest.hexdigest()[:12]}…, and {sha256[:12]}… was written")
+    if stamp is not None:
+        _whole[path] = (stamp, sha256)
+
+
+_whole: dict[Path, tuple[tuple[int, int, int], str]] = {}
+
+
+def _hashed(line: int, row: str) -> bytes:
+    return f"{line}\t{row}\n".encode()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _named(name: str) -> str:
+    return f"dataset {name}" if name else "the dataset"
+
+
+def _damaged(name: str, how: str) -> BadData:
+    return BadData(f"The rows file of {_named(name)} is damaged: {how}.", way_out=READ_AGAIN, code="bad_data")
