@@ -422,8 +422,15 @@ def _ask_child(
 ) -> dict[str, Any]:
     answer = into.parent / "answer.json"
     command = [sys.executable, "-m", module, *first, str(answer), *rest]
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH")}
-    environment = kept | {"HOME": str(into.parent), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    handed_on = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH", "LUTHIER_STUDIO")
+    environment = {k: v for k, v in os.environ.items() if k in handed_on}
+    environment |= {
+        "HOME": str(into.parent),
+        "TMPDIR": str(into.parent),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
     given = [Path(word) for word in first if os.path.isabs(word)]
     command = confined(command, Room(read=[*given, *read], write=[into.parent]))
