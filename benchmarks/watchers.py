@@ -100,6 +100,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         job = make_job(session, user, tiny_model(folder / "data", session), make_dataset(session, user, folder / "data"))
     port = free_port()
     command = ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "warning"]
+    command += ["--http", "app.http_protocol:Guarded", "--no-proxy-headers"]
     web = python(*command, "--timeout-graceful-shutdown", "2", log=folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")
     try:
         _wait_for_port(port)
