@@ -14,7 +14,7 @@ from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
 
-DOCUMENT = "urn:openapi"
+DOCUMENT, CLOSED = "urn:openapi", "urn:openapi:closed"
 checked: Counter[str] = Counter()
 """Answers that were checked, by operation and status."""
 violations: list[str] = []
@@ -74,7 +74,7 @@ class Checked:
         answer = Answer(start["status"], headers.get("content-type", "").partition(";")[0], body)
         try:
             self.contract.check(scope["method"], scope["path"], answer)
-            if answer.status < 300 and (b"content-type", b"application/json") in scope["headers"]:
+            if asked and answer.status < 300 and (b"content-type", b"application/json") in scope["headers"]:
                 self.contract.check_request(scope["method"], scope["path"], json.loads(asked))
         except AssertionError as violation:
             violations.append(str(violation))
@@ -98,8 +98,9 @@ class Contract:
 
         self.document = document(app)
         self.routes = [(method, route.path_regex, path) for method, path, route in operations(app)]
-        closed = Resource.from_contents(_closed(self.document), default_specification=DRAFT202012)
-        self.registry: Any = Registry().with_resource(DOCUMENT, closed)
+        documents = {DOCUMENT: self.document, CLOSED: _closed(self.document)}
+        resources = [(name, Resource.from_contents(found, default_specification=DRAFT202012)) for name, found in documents.items()]
+        self.registry: Any = Registry().with_resources(resources)
         self.validators: dict[str, Any] = {}
 
     def operation(self, method: str, path: str) -> dict[str, Any] | None:
@@ -127,7 +128,7 @@ class Contract:
         content = said.get("content", {"text/plain": {}}).get(answer.kind)
         assert content is not None, f"{where} with {answer.kind or 'no type'}, which {name} does not document"
         for value in _values(answer):
-            self._validate(content["schema"], value, f"{where} ({name})")
+            self._validate(CLOSED, content["schema"], value, f"{where} ({name})")
 
     def check_request(self, method: str, path: str, body: Any) -> None:
         """Raises AssertionError for a body that was accepted although the document knows no such body. Null is as good as absent."""
@@ -137,15 +138,18 @@ class Contract:
         where = f"{method} {path} ({operation['operationId']}) took a body"
         assert "requestBody" in operation, where
         given = {name: value for name, value in body.items() if value is not None}
-        self._validate(operation["requestBody"]["content"]["application/json"]["schema"], given, f"{where}, wrong by the document")
+        self._validate(
+            DOCUMENT, operation["requestBody"]["content"]["application/json"]["schema"], given, f"{where}, wrong by the document"
+        )
 
-    def _validate(self, schema: dict[str, Any], value: Any, where: str) -> None:
+    def _validate(self, base: str, schema: dict[str, Any], value: Any, where: str) -> None:
         from jsonschema import Draft202012Validator
         from jsonschema.exceptions import best_match
 
-        text = json.dumps(schema)
+        absolute = _absolute(schema, base)
+        text = json.dumps(absolute)
         if text not in self.validators:
-            self.validators[text] = Draft202012Validator(_absolute(schema), registry=self.registry)
+            self.validators[text] = Draft202012Validator(absolute, registry=self.registry)
         validator = self.validators[text]
         if not validator.is_valid(value):
             error = best_match(validator.iter_errors(value))
@@ -163,10 +167,10 @@ def _values(answer: Answer) -> list[Any]:
     return []
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, base: str) -> Any:
     if isinstance(value, dict):
-        return {k: f"{DOCUMENT}{v}" if k == "$ref" and isinstance(v, str) else _absolute(v) for k, v in value.items()}
-    return [_absolute(item) for item in value] if isinstance(value, list) else value
+        return {k: f"{base}{v}" if k == "$ref" and isinstance(v, str) else _absolute(v, base) for k, v in value.items()}
+    return [_absolute(item, base) for item in value] if isinstance(value, list) else value
 
 
 def _closed(value: Any) -> Any:
