@@ -2,6 +2,7 @@
 
     StudioError ─┬─ BadRequest (400) ─┬─ BadField        one field of a request is wrong
                  │                    ├─ BadData         a dataset's bytes or rows are wrong
+                 │                    │   └─ BadTemplate (422)  a model's chat template had to be stopped
                  │                    └─ DoesNotFit      the machine or the model cannot do what is asked
                  ├─ NotSignedIn (401)
                  ├─ Forbidden (403)
@@ -54,6 +55,10 @@ class BadField(BadRequest):
 
 class BadData(BadRequest):
     code = "invalid_data"
+
+
+class BadTemplate(BadData):
+    status, code = 422, "chat_template_stopped"
 
 
 class DoesNotFit(BadRequest):

@@ -107,9 +107,10 @@ class Engine:
             )
 
     def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
-        text, ids = render(request, place.tokenizer)
         lead = [0] * place.lane.lead
-        room = room_for(request, len(ids), place.lane.context - len(lead))
+        context = place.lane.context - len(lead)
+        text, ids = render(request, place.tokenizer, context)
+        room = room_for(request, len(ids), context)
         sampling = request.sampling
         most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
         rows = [

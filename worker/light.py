@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template without transformers and torch: what `worker/prompts.py` needs of them, and no more.
+"""A model's tokenizer without transformers and torch: what `worker/prompts.py` needs of it, and no more.
 
 A child that shows rows or counts tokens starts in a fraction of a second with it. Tests hold it against transformers'
 own tokenizer, id for id.
@@ -6,15 +6,13 @@ own tokenizer, id for id.
 
 from __future__ import annotations
 
-import functools
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 
 class LightTokenizer:
-    """The tokenizer in a folder with a tokenizer.json. The template runs in Jinja's sandbox, as in transformers."""
+    """The tokenizer in a folder with a tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -43,6 +41,11 @@ class LightTokenizer:
         return self._tokenizer.get_vocab_size()
 
     @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens by name, as a chat template knows them."""
+        return self.special | ({"pad_token": self.pad_token} if self.pad_token else {})
+
+    @property
     def all_special_tokens(self) -> list[str]:
         return list(dict.fromkeys([*self.special.values(), *self._more]))
 
@@ -60,20 +63,6 @@ class LightTokenizer:
     def count_many(self, texts: list[str]) -> list[int]:
         """How many ids each text has: the same without making a list of them."""
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = False,
-    ) -> str:
-        if not messages:
-            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        template = _compiled(chat_template or self.chat_template or "")
-        return template.render(messages=kept, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special)
 
     def spans(self, text: str) -> list[str]:
         """The text of each token as it stands in `text`, with the space before it; what frames a text by its own name."""
@@ -121,32 +110,3 @@ def _template_of(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant says; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

@@ -18,10 +18,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from app.errors import BadData, BadRequest
-from worker import markers
+from worker import markers, templates
+from worker.templates import Chat, Span, Written
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -33,7 +32,8 @@ PLAIN_TEMPLATE = (
 """The template a generic model learns when it is given conversations or instructions. It is saved with the result."""
 
 CHAT_KINDS = ("instruction", "dialogue")
-_FIXABLE = (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError)
+MAX_ROW_CHARACTERS = 4 << 20
+"""Text of one conversation of a dataset: a million tokens, more than any row is cut to."""
 
 
 class Rendered(NamedTuple):
@@ -42,13 +42,6 @@ class Rendered(NamedTuple):
     ids: list[int]
     trained: list[bool]
     cut: bool = False
-
-
-class Span(NamedTuple):
-    """A stretch of the rendered text, in characters, that is learnt."""
-
-    start: int
-    end: int
 
 
 def prepare_tokenizer(tokenizer: Any) -> bool:
@@ -83,11 +76,39 @@ def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) 
 
     Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
     """
+    chat = chat_of(tokenizer, row, kind)
+    return lay_out(tokenizer, row, max_length, chat and templates.write(tokenizer, template_of(tokenizer), chat.chat), chat)
+
+
+class Asked(NamedTuple):
+    """A row's conversation for the chat template, with placeholders for the special tokens `kept` in its contents."""
+
+    chat: Chat
+    kept: list[str]
+
+
+def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
+    """The conversation that a chat template writes a row as; None for a row that it has no say in. Raises BadData."""
+    if "text" in row or not ("messages" in row or kind in CHAT_KINDS):
+        return None
+    messages, tools = [_plain(m) for m in conversation(row)], row.get("tools")
+    if (size := characters([messages, tools])) > MAX_ROW_CHARACTERS:
+        raise BadData(
+            f"The row's conversation has {size:,} characters, and one may have {MAX_ROW_CHARACTERS:,}.", way_out="Split the conversation."
+        )
+    veiled, kept = markers.veil(tokenizer, messages)
+    return Asked(Chat(veiled, tools or None), kept)
+
+
+def lay_out(tokenizer: Any, row: dict[str, Any], max_length: int, written: Written | None, chat: Asked | None) -> Rendered:
+    """`render_row` of a row whose conversation has been written; None for both where it is no conversation."""
     if "text" in row:
         ids = _lead(tokenizer) + _encode(tokenizer, row["text"]) + [tokenizer.eos_token_id]
         trained = [True] * len(ids)
-    elif "messages" in row or kind in CHAT_KINDS:
-        ids, trained = _render_chat(tokenizer, conversation(row), row.get("tools"))
+    elif written is not None and chat is not None:
+        turns = conversation(row)
+        learnt = [span for i, span in written.answers.items() if turns[i].get("weight", 1) != 0]
+        ids, trained = _tokens(tokenizer, written.text, learnt, [edge for span in written.answers.values() for edge in span], chat.kept)
     else:
         asked, said = (message["content"] for message in conversation(row))
         prompt = _lead(tokenizer) + _encode(tokenizer, asked)
@@ -99,26 +120,36 @@ def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) 
 
 
 def render_prompt(
-    tokenizer: Any, kind: str, prompt: str | Sequence[dict[str, Any]], tools: list[Any] | None = None
+    tokenizer: Any, kind: str, prompt: str | Sequence[dict[str, Any]], tools: list[Any] | None = None, most: int = templates.MAX_WRITTEN
 ) -> tuple[str, list[int]]:
     """The exact text and ids a model continues: a conversation through the chat template, or a text as it stands.
 
     `kind` is the model's; a generic model is given a conversation in the plain template. Raises BadRequest when the
-    template refuses the conversation (roles out of order, for one).
+    template refuses the conversation (roles out of order, for one), BadTemplate when it had to be stopped, and TooLong for
+    more than `most` characters, which are neither rendered nor encoded.
     """
+    if (size := characters([prompt, tools])) > most:
+        raise templates.TooLong(size)
     if isinstance(prompt, str):
         return prompt, _lead(tokenizer) + _encode(tokenizer, prompt)
     messages, kept = markers.veil(tokenizer, [_plain(m) for m in prompt])
     try:
-        text = _template(tokenizer, messages, tools, generate=True)
-    except _FIXABLE as error:
-        raise BadRequest(
-            f"The model's chat template refuses this conversation: {error}",
-            way_out="Check the order of the roles; some models take no system message.",
-            param="messages",
-        ) from None
-    cuts = _prompt_cuts(tokenizer, messages, tools, text)
-    return markers.unveil(text, kept), _tokens(tokenizer, text, [], cuts, kept)[0]
+        # A placeholder is three characters long, and a special token at least two.
+        text, answers = templates.write(tokenizer, template_of(tokenizer), Chat(messages, tools or None, generate=True), 2 * most)
+    except templates.Refused as error:
+        raise BadRequest(error.message, way_out=error.way_out, param="messages") from None
+    if len(shown := markers.unveil(text, kept)) > most:
+        raise templates.TooLong(len(shown))
+    return shown, _tokens(tokenizer, text, [], [edge for span in answers.values() for edge in span], kept)[0]
+
+
+def characters(value: Any) -> int:
+    """Characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, value)) + sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,95 +187,13 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            ids, trained = _render_chat(tokenizer, turn, None)
+            ids, trained, _ = render_row(tokenizer, {"messages": turn}, "dialogue", 1 << 30)
         except BadData:
             ids, trained = [], []
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         last = [i for i, learnt in zip(ids, trained, strict=True) if learnt]
         found.update(last[-1:] if last and last[-1] in special else [])
     return sorted(i for i in found if i is not None)
-
-
-# Conversations --------------------------------------------------------------------------------------------------------
-
-
-def _render_chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
-    plain, kept = markers.veil(tokenizer, [_plain(m) for m in messages])
-    try:
-        text = _template(tokenizer, plain, tools)
-    except _FIXABLE as error:
-        raise BadData(
-            f"The model's chat template refuses this conversation: {error}",
-            way_out="Check the order of the roles; some models take no system message.",
-        ) from None
-    spans = {i: _answer(tokenizer, plain, tools, text, i) for i, m in enumerate(plain) if m["role"] == "assistant"}
-    learnt = [spans[i] for i in spans if messages[i].get("weight", 1) != 0]
-    return _tokens(tokenizer, text, learnt, [edge for span in spans.values() for edge in span], kept)
-
-
-def _answer(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> Span:
-    """Where the assistant's turn `i` stands in the rendered `text`.
-
-    First by prefixes: what the template adds to `messages[:i]` and its generation prompt when it is given the turn. A
-    template that writes earlier turns differently (dropping old reasoning, for one) fails that test; then a marker put in
-    the place of the turn's content shows where the content lies. If neither holds the turn cannot be found.
-    """
-    before = _try_template(tokenizer, messages[:i], tools, generate=True)
-    through = text if i == len(messages) - 1 else _try_template(tokenizer, messages[: i + 1], tools)
-    opens = before is not None and text.startswith(before)
-    if opens and through is not None and text.startswith(through) and len(through) > len(before):
-        return Span(len(before), _close(tokenizer, text, len(before), len(through)))
-    content = messages[i].get("content") or ""
-    found = _by_marker(tokenizer, messages, tools, text, i) if content.strip() else None
-    if found is None:
-        raise BadData(
-            f"The model's chat template rewrites turn {i + 1} of this conversation, so the answer to learn cannot be found in it.",
-            way_out="Split the conversation so that this answer comes last, or use another model.",
-        )
-    start = len(before) if opens and len(before) <= found.start else found.start
-    return Span(start, _turn_end(tokenizer, text, found.end))
-
-
-def _by_marker(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> Span | None:
-    """The span of a turn's content: what stands between the unchanged text before and after a marker in its place."""
-    marker = "\ue000luthier\ue001"
-    marked = _try_template(tokenizer, [*messages[:i], {**messages[i], "content": marker}, *messages[i + 1 :]], tools)
-    if marked is None or marked.count(marker) != 1:
-        return None
-    head, tail = marked.split(marker)
-    end = len(text) - len(tail)
-    if not (text.startswith(head) and text.endswith(tail) and len(head) < end):
-        return None
-    inside = text[len(head) : end].strip()
-    return Span(len(head), end) if inside and inside in messages[i]["content"] else None
-
-
-def _close(tokenizer: Any, text: str, start: int, end: int) -> int:
-    """`end` without the blanks a template writes after the end-of-turn token: the model stops there, so it never writes them."""
-    bare = start + len(text[start:end].rstrip())
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values()] + list(tokenizer.all_special_tokens)
-    return bare if any(text[start:bare].endswith(token) for token in special if token) else end
-
-
-def _turn_end(tokenizer: Any, text: str, end: int) -> int:
-    """The end of the special token that closes the turn right after its content, or `end` when there is none."""
-    rest = text[end:]
-    blanks = len(rest) - len(rest.lstrip())
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    closing = [t for t in special if t and rest[blanks:].startswith(t)]
-    return end + blanks + max(map(len, closing)) if closing else end
-
-
-def _prompt_cuts(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, text: str) -> list[int]:
-    """The places where training cuts the same text: around each earlier answer, and at the end."""
-    cuts: list[int] = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            try:
-                cuts += _answer(tokenizer, messages, tools, text, i)
-            except BadData:
-                return []
-    return cuts
 
 
 # Text and tokens ------------------------------------------------------------------------------------------------------
@@ -273,18 +222,12 @@ def _lead(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _template(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, *, generate: bool = False) -> str:
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
-    return tokenizer.apply_chat_template(
-        messages, tools=tools or None, chat_template=template, add_generation_prompt=generate, tokenize=False
-    )
-
-
-def _try_template(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, *, generate: bool = False) -> str | None:
-    try:
-        return _template(tokenizer, messages, tools, generate=generate)
-    except _FIXABLE:
-        return None
+def template_of(tokenizer: Any) -> str:
+    """The source of the template that a model's conversations are written with."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    return template or PLAIN_TEMPLATE
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Many rows at once: the ids and masks of `render_row`, with the texts of a whole batch encoded by one call.
 
-The rows go through `render_row` itself, with a stand-in for the tokenizer that notes each text it is asked to encode and
-gives a number for it. So there is one converter, and nothing here knows how a row is rendered. Encoding runs in a thread
-beside the rendering of the next batch: a fast tokenizer lets go of Python's lock.
+The rows go through the parts of `render_row` itself, with a stand-in for the tokenizer that notes each text it is asked to encode
+and gives a number for it. So there is one converter, and nothing here knows how a row is rendered. While the texts of one batch are
+encoded the chat template writes the next: a fast tokenizer lets go of Python's lock, and the template has a process of its own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from app.errors import BadData
-from worker.prompts import Rendered, render_row
+from worker import templates
+from worker.prompts import Asked, Rendered, characters, chat_of, lay_out, template_of
 
-BATCH_ROWS, WAITING_BATCHES = 128, 3
+BATCH_ROWS, BATCH_CHARACTERS, WAITING_BATCHES = 128, 1 << 20, 3
 T, Made = TypeVar("T"), TypeVar("Made")
 
 
@@ -63,29 +64,42 @@ class Renderer(Generic[T, Made]):
         done: Callable[[Any, Made | BadData], None],
     ) -> None:
         self.tokenizer, self.kind, self.encode, self.make, self.done = tokenizer, kind, encode, make, done
-        self._later = _Later(tokenizer)
-        self._drafts: list[tuple[Any, Rendered | BadData]] = []
-        self._waiting: deque[tuple[list[tuple[Any, Rendered | BadData]], Future[list[T]]]] = deque()
-        self._thread = ThreadPoolExecutor(1, "encode")
+        self._rows: list[tuple[Any, dict[str, Any]]] = []
+        self._characters = 0
+        self._waiting: deque[Future[tuple[list[tuple[Any, Rendered | BadData]], list[T]]]] = deque()
+        self._writing, self._encoding = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "encode")
 
     def add(self, tag: Any, row: dict[str, Any]) -> None:
-        try:
-            self._drafts.append((tag, render_row(self._later, row, self.kind, 1 << 30)))
-        except BadData as error:
-            self._drafts.append((tag, error))
-        if len(self._drafts) >= BATCH_ROWS:
+        self._rows.append((tag, row))
+        self._characters += characters(row)
+        if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
             self._send()
 
     def _send(self) -> None:
-        texts, self._later.texts = self._later.texts, []
-        self._waiting.append((self._drafts, self._thread.submit(self.encode, self.tokenizer, texts)))
-        self._drafts = []
+        written = self._writing.submit(self._write, self._rows)
+        self._waiting.append(self._encoding.submit(self._encode, self._rows, written))
+        self._rows, self._characters = [], 0
         while len(self._waiting) > WAITING_BATCHES:
             self._finish_one()
 
+    def _write(self, rows: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Asked | None, Any]]:
+        """Of each row what was asked of the chat template, and what it wrote or what is wrong with the row."""
+        asked = [_or_error(chat_of, self.tokenizer, row, self.kind) for _, row in rows]
+        chats = [one.chat for one in asked if isinstance(one, Asked)]
+        written = iter(templates.write_many(self.tokenizer, template_of(self.tokenizer), chats))
+        return [(one, next(written)) if isinstance(one, Asked) else (None, one) for one in asked]
+
+    def _encode(
+        self, rows: list[tuple[Any, dict[str, Any]]], written: Future[list[tuple[Asked | None, Any]]]
+    ) -> tuple[list[tuple[Any, Rendered | BadData]], list[T]]:
+        """The rows as drafts, and what was made of their texts."""
+        later, drafts = _Later(self.tokenizer), list[tuple[Any, Rendered | BadData]]()
+        for (tag, row), (asked, text) in zip(rows, written.result(), strict=True):
+            drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked)))
+        return drafts, self.encode(self.tokenizer, later.texts)
+
     def _finish_one(self) -> None:
-        drafts, future = self._waiting.popleft()
-        encoded = future.result()
+        drafts, encoded = self._waiting.popleft().result()
         for tag, draft in drafts:
             self.done(tag, draft if isinstance(draft, BadData) else self.make(draft, encoded))
 
@@ -94,7 +108,15 @@ class Renderer(Generic[T, Made]):
         self._send()
         while self._waiting:
             self._finish_one()
-        self._thread.shutdown()
+        self._writing.shutdown()
+        self._encoding.shutdown()
+
+
+def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except BadData as error:
+        return error
 
 
 def render_rows(tokenizer: Any, rows: Iterable[dict[str, Any]], kind: str, max_length: int) -> list[Rendered | BadData]:
