@@ -97,7 +97,7 @@ class Shelf:
         self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
         self.adapters: dict[tuple[str, str, str], LoraWeights] = {}
         self.loads = 0
-        self._lock = threading.RLock()
+        self._lock, self._reading = threading.RLock(), threading.Lock()
         self._loading: dict[tuple[str, ...], threading.Lock] = {}
 
     def place(self, ref: ModelRef) -> Placement:
@@ -310,14 +310,20 @@ class Shelf:
         """The tokenizer of a model, ready to render, and the tokens that end its answers. The weights need not be loaded."""
         key = (ref.path, ref.revision, *(a.key for a in ref.adapters))
         with self._lock:
-            if key not in self.tokenizers:
+            loading = self._loading.setdefault(("tokenizer", *key), threading.Lock())
+        with loading:  # a template that has to be stopped keeps nobody waiting who asks for another model
+            with self._lock:
+                if found := self.tokenizers.get(key):
+                    return found
+            with self._reading:
                 tokenizer = load_tokenizer(ref)
-                prompts.prepare_tokenizer(tokenizer)
-                stops = prompts.stop_ids(tokenizer, generation_config or _generation_config(ref))
+            prompts.prepare_tokenizer(tokenizer)
+            stops = prompts.stop_ids(tokenizer, generation_config or _generation_config(ref))
+            with self._lock:
                 if len(self.tokenizers) >= 32:
                     self.tokenizers.pop(next(iter(self.tokenizers)))
-                self.tokenizers[key] = (tokenizer, frozenset(stops))
-            return self.tokenizers[key]
+                self.tokenizers[key] = found = (tokenizer, frozenset(stops))
+            return found
 
 
 def _generation_config(ref: ModelRef) -> Any:

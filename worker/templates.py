@@ -33,13 +33,14 @@ SECONDS, CPU_SECONDS = 2.0, 1.0
 """What one conversation may take: seconds until there is an answer, waiting for a process included, and seconds of a processor."""
 START_SECONDS = 30.0
 """A process that has not begun by then is no template's fault."""
-POLITE_SECONDS = 0.1
-"""What takes longer than this goes on at the lowest priority: others' answers are written on the same cores."""
+LOOK_SECONDS, HOT_SECONDS = 0.1, 0.05
+"""A process without an answer is looked at so often. One that has used so much of a processor between two looks goes on at the
+lowest priority, since others' answers are written on the same cores; where it has not, the machine is what is slow."""
 MAX_BUSY, MAX_BUSY_OF_ONE, MAX_IDLE = 8, 2, 4
 """Processes that render at once, those of one template, and those that wait for the next conversation."""
 MAX_BUSY_OF_STOPPED, STOPPED_SECONDS = 2, 60.0
 """Templates that had to be stopped in the last minute have so many processes together, however many they are."""
-TROUBLE_SECONDS = 5.0
+TROUBLE_SECONDS = 10.0
 """Time to find the rows that a template cannot write, of a batch that it did not come to the end of. After that it is given up."""
 MEMORY_BYTES = 512 << 20
 """Memory of one process, of which Python and Jinja take 20 MB."""
@@ -89,13 +90,12 @@ def write(tokenizer: Any, template: str, chat: Chat, most: int = MAX_WRITTEN) ->
 def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Written | BadData]:
     """Each conversation, or what is wrong with it. Where the template does not come to an end they are gone through one by one,
     and when that has taken TROUBLE_SECONDS in all, the others are refused."""
-    pool, kind = _pool(), _kind(tokenizer, template)
-    began = time.monotonic()
+    pool, kind, began = _pool(), _kind(tokenizer, template), time.monotonic()
 
     def ask(some: Sequence[Chat]) -> list[Written | BadData]:
         if pool.trouble[kind] + time.monotonic() - began > TROUBLE_SECONDS:
             raise BadTemplate("The model's chat template had to be stopped too often for other rows before this one.", way_out=_MEND)
-        answers = pool.ask(kind, some, MAX_WRITTEN, 10 * SECONDS, CPU_SECONDS + 0.01 * len(some))
+        answers = pool.ask(kind, some, MAX_WRITTEN, 10 * SECONDS, CPU_SECONDS + 0.002 * len(some))
         return [_read_or_error(answer) for answer in answers]
 
     if not chats:
@@ -103,6 +103,7 @@ def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Wri
     if pool.trouble[kind] <= TROUBLE_SECONDS:
         with contextlib.suppress(BadTemplate):
             return ask(chats)
+    began = time.monotonic()
     found: list[Written | BadData] = []
     for chat in chats:
         try:
@@ -154,6 +155,10 @@ def _stopped(why: str) -> BadTemplate:
     return BadTemplate(f"The model's chat template {said} for this conversation, so it was stopped.", way_out=_MEND)
 
 
+def _busy(message: str) -> Unavailable:
+    return Unavailable(message, way_out="Try again in a moment.", code="busy")
+
+
 # What a process is started for ----------------------------------------------------------------------------------------
 
 
@@ -184,7 +189,7 @@ _endings: dict[str, list[str]] = {}
 
 
 class _Died(Exception):
-    """The process ended, or was ended, before it had answered: of time, of memory, or crashed."""
+    """The process ended, or was ended, before it had answered: of time, of memory, crashed, or busy."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
@@ -195,7 +200,7 @@ class _Child:
     """A process for one kind of conversation. One thread at a time asks it, and none any more once it has died."""
 
     def __init__(self, kind: _Kind) -> None:
-        self.kind, self.slow = kind, False
+        self.kind, self.hot = kind, False
         kept = {name: os.environ[name] for name in ("LUTHIER_STUDIO", "TZ", "LD_LIBRARY_PATH") if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-X", "utf8", str(Path(__file__).with_name("template_child.py"))],
@@ -233,20 +238,24 @@ class _Child:
 
     def _exchange(self, line: bytes, deadline: float, *, polite: bool = False) -> bytes:
         """Write a line and read one. Where it takes long a `polite` process gives way to all others from then on."""
-        left, answer, size, began = memoryview(line), list[bytes](), 0, time.monotonic()
+        left, answer, size = memoryview(line), list[bytes](), 0
+        looked, at_first = time.monotonic(), None
         poll = select.poll()
         poll.register(self._out, select.POLLIN)
         poll.register(self._in, select.POLLOUT)
         while True:
             now = time.monotonic()
+            if now - looked > LOOK_SECONDS and polite and not self.hot:
+                looked, used = now, self._used_seconds()
+                at_first = used if at_first is None else at_first
+                if used - at_first >= HOT_SECONDS:
+                    self.hot = True
+                    with contextlib.suppress(OSError):
+                        os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
             if now > deadline or size > 16 * MAX_WRITTEN:
                 self.end()
-                raise _Died("time" if now > deadline else "crashed")
-            if polite and not self.slow and now - began > POLITE_SECONDS:
-                self.slow = True
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
-            patience = POLITE_SECONDS if polite and not self.slow else deadline - now
+                raise _Died("crashed" if now <= deadline else "time" if self.hot or not polite else "busy")
+            patience = deadline - now if self.hot or not polite else LOOK_SECONDS
             for handle, _ in poll.poll(1000 * patience + 1):
                 try:
                     if handle == self._in:
@@ -265,6 +274,13 @@ class _Child:
                     raise _Died(self.end())
                 if chunk.endswith(b"\n"):
                     return b"".join(answer)
+
+    def _used_seconds(self) -> float:
+        """Seconds of a processor since it was started."""
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
     def end(self) -> str:
         """End it, and say what it had died of before."""
@@ -304,6 +320,8 @@ class _Pool:
                 child.end()
             if not isinstance(error, _Died):
                 raise
+            if error.why == "busy":
+                raise _busy("The machine is too busy to render a conversation.") from None
             self._stopped[kind] = time.monotonic()
             raise _stopped(error.why) from None
         else:
@@ -315,7 +333,7 @@ class _Pool:
     def _enter(self, kind: _Kind, deadline: float) -> None:
         with self._free:
             if not self._free.wait_for(lambda: self._may_begin(kind), deadline - time.monotonic()):
-                raise Unavailable("Too many conversations are being rendered.", way_out="Try again in a moment.", code="busy")
+                raise _busy("Too many conversations are being rendered.")
             self._busy[kind] += 1
 
     def _may_begin(self, kind: _Kind) -> bool:
@@ -347,8 +365,8 @@ class _Pool:
     def _put_back(self, child: _Child) -> None:
         with self._free:
             self._idle.append(child)
-            spare = [one for one in self._idle if one.slow]
-            spare += [one for one in self._idle if not one.slow][: max(0, len(self._idle) - len(spare) - MAX_IDLE)]
+            spare = [one for one in self._idle if one.hot]
+            spare += [one for one in self._idle if not one.hot][: max(0, len(self._idle) - len(spare) - MAX_IDLE)]
             self._idle = [one for one in self._idle if one not in spare]
         for one in spare:
             one.end()
