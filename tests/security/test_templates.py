@@ -12,6 +12,7 @@ import pytest
 
 from app.errors import BadData, BadTemplate
 from tests.security import bombs
+from tests.security.bombs import MOST_SECONDS
 from tests.tiny import build_tokenizer
 from worker import templates
 from worker.prompts import prepare_tokenizer, render_prompt, render_row
@@ -21,8 +22,6 @@ from worker.templates import Chat, write
 GOOD, BOOM = ([{"role": "user", "content": text}] for text in ("What wood is it?", "BOOM"))
 ROW = {"messages": [*GOOD, {"role": "assistant", "content": "Spruce."}]}
 BAD_ROW = {"messages": [*BOOM, {"role": "assistant", "content": "Spruce."}]}
-MOST_SECONDS = 3.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-"""Three, on a machine that has nothing else to do."""
 
 
 @pytest.fixture(scope="module")
