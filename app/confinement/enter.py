@@ -155,6 +155,10 @@ def capabilities(order: dict) -> list[str]:
     held = ["capabilities"]
     if order["uid"] and os.geteuid() == 0:
         os.setgroups(sorted({os.stat(path).st_gid for path in order["devices"] if os.path.exists(path)} - {0}))
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # several processes of one job open their parent's pipe by its name
+                if stat.S_ISFIFO(os.fstat(int(name)).st_mode):
+                    os.fchown(int(name), order["uid"], order["uid"])
         os.setresgid(*[order["uid"]] * 3)
         os.setresuid(*[order["uid"]] * 3)
         held.append("uid")

@@ -23,7 +23,7 @@ from app.embedded import sweep
 from app.settings import PROJECT, get_settings
 from tests.conftest import wait_until
 from tests.worker.test_supervise import ended, new_job, now_of, odd, said  # noqa: F401  # fixtures
-from worker import exits, walls
+from worker import exits, supervise, walls
 
 USERS = ["root", "plain"]
 NEEDS = "needs "
@@ -124,6 +124,14 @@ def test_a_trainer_starts_behind_the_walls(odd):  # noqa: F811
     if not {"mounts", "landlock"} & set(found["held"]):
         pytest.skip("this kernel walls off no files")
     assert found["secret"] is False and found["parent"] is False and found["own"] is True, found
+
+
+def test_two_processes_train_one_job_behind_the_walls(new_job):  # noqa: F811
+    """They talk over a loopback of their own, and the second opens the pipe that the first was given."""
+    get_settings().gpus_per_job, get_settings().stop_grace_seconds = 2, 60.0
+    job = new_job(epochs=1, samples=0, forgetting=False, row_losses=False)
+    supervise.work(job.id)
+    assert now_of(job).status == "succeeded", now_of(job).error
 
 
 def test_nothing_that_a_trainer_started_outlives_it(odd):  # noqa: F811
