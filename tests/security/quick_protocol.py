@@ -7,3 +7,4 @@ __all__ = ["Guarded"]
 http_protocol.REQUEST_SECONDS = 1.5
 http_protocol.BODY_SECONDS = 1.0
 http_protocol.MIN_BODY_BYTES = 100
+http_protocol.UNREAD_SECONDS = 2

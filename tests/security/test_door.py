@@ -19,7 +19,7 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from app import passwords
+from app import passwords, web
 from app.embedded.up import commands
 from app.settings import get_settings
 from tests.conftest import ORIGIN, PROJECT, free_port, wait_until
@@ -164,6 +164,22 @@ def test_a_body_that_does_not_come_is_ended_and_a_slow_one_is_waited_for(door):
         assert re.match(rb"HTTP/1.1 (403|503)", rest(slow))
 
 
+def test_a_client_that_does_not_read_its_answer_is_given_up(door):
+    port, process = door
+    largest = max((path for path in web.STATIC.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        mine = connection.getsockname()[1]
+        connection.sendall(
+            f"GET {web.static(largest.relative_to(web.STATIC).as_posix())} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode() * 10
+        )
+        time.sleep(0.5)
+        held = lambda: mine in [one.raddr.port for one in process.net_connections("tcp") if one.raddr]  # noqa: E731
+        assert held()
+        wait_until(lambda: not held(), what="the end of the connection", seconds=10)
+
+
 def test_a_kept_connection_serves_many_requests(door):
     port, _ = door
     with connect(port) as connection:
@@ -237,7 +253,7 @@ def test_a_named_proxy_is_believed(session, user, monkeypatch):
         assert [wrong_password(asker, f"203.0.{judged}.{proxy[-1]}{n}") for n in range(7)].count(401) == judged
 
 
-def test_passwords_that_are_being_judged_hold_up_no_page(web, session, user, monkeypatch):
+def test_passwords_that_are_being_judged_hold_up_no_page(web: TestClient, session, user, monkeypatch):
     """More of them than there are threads for pages."""
     judging, go_on = threading.Event(), threading.Event()
 
