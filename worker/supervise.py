@@ -112,6 +112,7 @@ class Attempt:
         self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
         self.space = walls.Space()  # what the trainer alone sees
         self.wishes = claims.Wishes(False, False, False)
+        self.beaten_at = time.monotonic()
         self.stop_at: float | None = None  # when the trainer was asked to stop
         self.stop_reason = ""
         self.hung = False
@@ -146,12 +147,15 @@ class Attempt:
 
     def _train(self) -> int:
         """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
+        integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading all of a large one takes longer than a lease
         standby.ask_room(self.held.job_id, self.held.memory_bytes)
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        integrity.check_model(self.held.spec.model)  # reading all of a large model takes longer than a lease
         read_end = self._start()
-        reader = threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True)
-        reader.start()
+        threads = [
+            threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
+            threading.Thread(target=self._beat, name="beat", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
         try:
             self._watch()
         finally:
@@ -159,7 +163,7 @@ class Attempt:
             self.space.end()
             code = self.trainer.wait()
             walls.clean(self.folder)
-        reader.join(timeout=10)  # the pipe's last lines
+        threads[0].join(timeout=10)  # the pipe's last lines
         return code
 
     def _start(self) -> int:
@@ -260,19 +264,31 @@ class Attempt:
         """Renew the lease, and the word that this machine's idle models make room, until the attempt is over."""
         while not self.over.is_set():
             standby.ask_room(self.held.job_id, self.held.memory_bytes)
-            try:
-                with transaction() as session:
-                    self.wishes = claims.beat(session, self.held)
-            except FenceLost:
-                if not self.over.is_set():
-                    self.fence_lost.set()
-                    self.woken.set()
-                break
-            except SQLAlchemyError as error:
-                log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
+            self._renew()
             self.woken.set()
+            if self.fence_lost.is_set():
+                break
             self.over.wait(get_settings().beat_seconds)
         standby.give_room_back(self.held.job_id)
+
+    def _renew(self) -> None:
+        """One beat, and what people wish."""
+        try:
+            with transaction() as session:
+                self.wishes = claims.beat(session, self.held)
+        except FenceLost:
+            if not self.over.is_set():
+                self.fence_lost.set()
+        except SQLAlchemyError as error:
+            log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
+
+    def _beat_when_due(self) -> None:
+        """For the time before there is a trainer, and a thread that beats. Raises FenceLost."""
+        if time.monotonic() > self.beaten_at + get_settings().beat_seconds:
+            self.beaten_at = time.monotonic()
+            self._renew()
+        if self.fence_lost.is_set():
+            raise FenceLost
 
     def _hear_wishes(self) -> None:
         """Stop or save as asked. A trainer that does not leave within its grace is killed."""

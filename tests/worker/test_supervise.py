@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from app import claims, events, jobs, queue, standby
 from app.db import get_engine, transaction
@@ -169,6 +169,23 @@ def test_every_exit_has_its_class(odd, how, status, code, words):
         log = get_settings().data_dir / f"runs/{job.id}/a1/trainer.log"
         child = int(log.read_text().split()[1])
         assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, "its child trains on"
+
+
+def test_the_lease_is_kept_while_a_large_model_is_read_and_a_lost_one_ends_it(odd, session, monkeypatch):
+    def slow(ref, beat):
+        while True:
+            time.sleep(0.05)
+            beat()
+
+    monkeypatch.setattr(supervise.integrity, "check_model", slow)
+    job, thread = odd("exit")
+    wait_until(lambda: now_of(job).lease_until is not None, what="the claim")
+    first = now_of(job).lease_until
+    wait_until(lambda: now_of(job).lease_until > first, what="a beat")
+    session.execute(update(Job).values(fence=Job.fence + 1))
+    session.commit()
+    assert ended(job, thread).status == "running"
+    assert not (get_settings().data_dir / f"runs/{job.id}").exists(), "a trainer was started for a job of somebody else"
 
 
 def test_the_log_of_a_trainer_that_writes_without_end_stays_within_its_limit(odd, monkeypatch):
