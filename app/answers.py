@@ -21,11 +21,12 @@ from app import errors, queue
 from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Unavailable
 
 log = structlog.get_logger("luthier.web")
-POSTGRES_DISK_FULL = "53100"
+POSTGRES_DISK_FULL, POSTGRES_OUT_OF_RANGE = "53100", "22003"
 _WAYS_OUT = {
     404: "Check the address, or start again from the Overview.",
     405: "This address exists, but it does not take this method.",
     413: "Send less at once.",
+    416: "Ask for a part that is there.",
 }
 
 
@@ -45,6 +46,8 @@ def fault_of(error: Exception) -> StudioError:
             return _from_http(error)
         case DataError() if "NUL" in str(error.orig):
             return NUL
+        case DataError() if getattr(error.orig, "sqlstate", None) == POSTGRES_OUT_OF_RANGE:
+            return BadField("A number here is larger than the database can hold.", way_out="Send a smaller one.")
         case OperationalError() if getattr(error.orig, "sqlstate", None) == POSTGRES_DISK_FULL:
             return DiskFull("The disk of the database is full; nothing was saved.", way_out="Make room there, then try again.")
         case OperationalError() | InterfaceError() | TimeoutError():
@@ -68,13 +71,12 @@ def fault_of(error: Exception) -> StudioError:
 def _bad_field(found: Any) -> BadField:
     """The first wrong field, in words; the others are named behind it."""
     first = found[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header", "cookie")]
-    name = ".".join(place) or None
+    name = _field(first)
     if first["type"] == "json_invalid":
         return BadField(
             f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}.", way_out="Send a JSON object.", code="invalid_json"
         )
-    others = len(found) - 1
+    others = len({_field(one) for one in found} - {name})
     more = f" ({others} more {'field is' if others == 1 else 'fields are'} wrong.)" if others else ""
     if name is None and first["type"] == "missing":
         return BadField("The body is empty.", way_out="Send a JSON object.", code="missing_required_parameter")
@@ -82,6 +84,11 @@ def _bad_field(found: Any) -> BadField:
     if first["type"] == "missing":
         return BadField(f"{name} is missing.{more}", param=name, code="missing_required_parameter", way_out="Send this field too.")
     return BadField(f"{name}: {text}{more}" if name else f"The body: {text}{more}", param=name)
+
+
+def _field(error: Mapping[str, Any]) -> str | None:
+    source, *inside = error["loc"] or ("",)
+    return errors.field_path(inside if source in ("body", "query", "path", "header", "cookie") else error["loc"])[:200] or None
 
 
 def _from_http(error: HTTPException) -> StudioError:

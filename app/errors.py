@@ -21,14 +21,18 @@ An error says what is wrong, where, and what to do. It is raised where the fault
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Sequence
 
 
 class StudioError(Exception):
     """A fault with a status, a code for programs, and a way out for people.
 
-    `message` says what is wrong and where; `way_out` says what to do about it; `param` names the field of the request.
+    `message` says what is wrong and where; `way_out` says what to do about it; `param` names the field of the request. Where
+    nobody said what to do, the kind of the error does.
     """
 
+    usual_way_out = ""
     status = 500
     code = "internal_error"
     type = "server_error"
@@ -36,7 +40,7 @@ class StudioError(Exception):
     def __init__(self, message: str, *, way_out: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.way_out = way_out
+        self.way_out = way_out or self.usual_way_out
         self.param = param
         if code is not None:
             self.code = code
@@ -47,6 +51,7 @@ class StudioError(Exception):
 
 class BadRequest(StudioError):
     status, code, type = 400, "invalid_request", "invalid_request_error"
+    usual_way_out = "Change it and send the request again."
 
 
 class BadField(BadRequest):
@@ -67,32 +72,39 @@ class DoesNotFit(BadRequest):
 
 class NotSignedIn(StudioError):
     status, code, type = 401, "invalid_api_key", "invalid_request_error"
+    usual_way_out = "Sign in, or send an API key."
 
 
 class Forbidden(StudioError):
     status, code, type = 403, "forbidden", "invalid_request_error"
+    usual_way_out = "Ask an admin."
 
 
 class NotFound(StudioError):
     status, code, type = 404, "resource_missing", "invalid_request_error"
+    usual_way_out = "Look it up in its list: it may have been deleted."
 
 
 class Conflict(StudioError):
     status, code, type = 409, "conflict", "invalid_request_error"
+    usual_way_out = "Look at its state, and try again when that has changed."
 
 
 class TooLarge(StudioError):
     status, code, type = 413, "too_large", "invalid_request_error"
+    usual_way_out = "Send less at once."
 
 
 class Unsupported(StudioError):
     status, code, type = 415, "unsupported", "invalid_request_error"
+    usual_way_out = "Send it in another form."
 
 
 class TooMany(StudioError):
     """Carries `retry_after_seconds`, sent as the `Retry-After` header."""
 
     status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
+    usual_way_out = "Wait a moment and try again."
 
     def __init__(self, message: str, *, retry_after_seconds: float = 1.0, **rest: str) -> None:
         super().__init__(message, **rest)
@@ -101,12 +113,14 @@ class TooMany(StudioError):
 
 class Unavailable(StudioError):
     status, code, type = 503, "unavailable", "server_error"
+    usual_way_out = "Try again in a moment."
 
 
 class DiskFull(StudioError, OSError):
     """Also the system's own error, so that whoever is ready for a full disk need not know which of the two was raised."""
 
     status, code, type = 507, "disk_full", "server_error"
+    usual_way_out = "Make room there, then try again."
 
     def __init__(self, message: str, **rest: str | None) -> None:
         super().__init__(message, **rest)  # type: ignore[arg-type]
@@ -124,6 +138,13 @@ def plain(message: str) -> str:
     return f"{text}."
 
 
+def field_path(loc: Sequence[str | int], *more: str) -> str:
+    """Where one of pydantic's errors is, as `messages.0.content`: without the branches of a union, and `more`, that it was tried for."""
+    return ".".join(str(part) for part in loc if part not in more and not _BRANCH.fullmatch(str(part)))
+
+
+_BRANCH = re.compile(r"str|int|float|bool|(list|dict|literal|function-\w+|constrained-\w+)(\[.*\])?|function-.*")
+
 _WORDS = {
     "Input should be": "It should be",
     "a valid dictionary or object to extract fields from": "a JSON object, as {…}",
@@ -136,5 +157,6 @@ _WORDS = {
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
     "String should have": "It should have",
+    "String should match pattern": "It should match",
     "List should have": "It should have",
 }

@@ -147,10 +147,14 @@ def import_folders() -> list[Path]:
 
 def import_folder(path: str, anywhere: bool = False) -> Path:
     """The folder a path names, links followed. Raises Forbidden when it lies outside the import folders."""
-    if "\0" in path or not path.strip():
-        raise BadField("Give the path of a folder.", way_out="It is the folder that holds config.json.", param="path")
     roots = [root.resolve() for root in import_folders()]
-    folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
+    try:
+        if "\0" in path or not path.strip():
+            raise ValueError
+        folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
+        folder.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, a link that leads to itself, half a surrogate pair
+        raise BadField("Give the path of a folder.", way_out="It is the folder that holds config.json.", param="path") from None
     if not anywhere and not any(root in folder.parents for root in roots):
         raise Forbidden(
             "A folder can be added from the browser only when it lies in an import folder.",

@@ -7,6 +7,7 @@ bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight and
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -135,6 +136,11 @@ def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:
             return f"{label} is true or false; {wrote}."
         case _:
             return f"{label}: {error['msg']}; {wrote}."
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a person typed, of at most 15 digits; None for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def as_text(value: Any) -> str:

@@ -6,6 +6,7 @@ Context    request id, nonce, log line, security headers, waiting messages
       Body       no larger than allowed
         Compress   pages and lists, never streams
           Faults     whatever was raised becomes an answer
+            WellFormed   UTF-8 without NUL, and JSON that means one thing
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from app import answers, measures, web
 from app.accounts import SAFE, secure
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
 from app.settings import get_settings
+from app.well_formed import WellFormed
 
 log = structlog.get_logger("luthier.web")
 MOST_JSON_BYTES = 32 * 2**20
@@ -75,7 +77,10 @@ class Context:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(request, MutableHeaders(scope=message))
+                headers = MutableHeaders(scope=message)
+                _add_headers(request, headers)
+                if answers.is_program(request):
+                    headers["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
             await send(message)
 
         try:
@@ -173,19 +178,20 @@ def _foreign(request: Request) -> bool:
         return False
     public = urlsplit(get_settings().public_url or "")
     ours = {(request.url.scheme, request.headers.get("host", "")), (public.scheme, public.netloc)}
-    return (urlsplit(origin).scheme, urlsplit(origin).netloc) not in ours or not urlsplit(origin).netloc
+    try:
+        came = urlsplit(origin)
+    except ValueError:  # half of an IPv6 address
+        return True
+    return (came.scheme, came.netloc) not in ours or not came.netloc
 
 
 class Body:
-    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large. An address holds no NUL."""
+    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (b"%00" in scope["query_string"] or "\0" in scope["path"]):
-            await _refuse(scope, receive, send, answers.NUL)
-            return
         if scope["type"] != "http" or scope["method"] in SAFE:
             await self.app(scope, receive, send)
             return
@@ -193,7 +199,7 @@ class Body:
         multipart = headers.get("content-type", "").startswith(("multipart/form-data", "application/offset+octet-stream"))
         most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MOST_JSON_BYTES
         length = headers.get("content-length", "0")
-        if not length.isdigit():
+        if not re.fullmatch("[0-9]{1,18}", length):
             fault: StudioError = BadRequest("The Content-Length of this request is not a number.", way_out="Send the request again.")
             await _refuse(scope, receive, send, fault)
             return
@@ -265,7 +271,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError
 
 def install(app: Any) -> None:
     """The last one added is the outermost. What a proxy says of who asks is believed of those that the setting names alone."""
-    for layer in (Faults, Compress, Body, Origin, Hosts, Context):
+    for layer in (WellFormed, Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
     if proxies := get_settings().forwarded_allow_ips:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from sqlalchemy.orm import Session
 
 from app import ids, order_checks
-from app.errors import BadField, StudioError, plain
+from app.errors import BadField, StudioError, field_path, plain
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
@@ -113,12 +113,10 @@ def _check_integration(wish: Mapping[str, Any], param: str) -> None:
         raise BadField(f"{param}.wandb.project is missing.", way_out="Name the project.", param=f"{param}.wandb.project")
 
 
-def bad_field(error: ValidationError, prefix: str = "", tag: str | None = None) -> BadField:
+def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadField:
     """The first fault of a pydantic error as ours. `param` is the path of the field, as `strategy.rank`."""
     first = error.errors(include_url=False, include_context=False)[0]
-    # pydantic names the branch of a union it was in; a person wrote no such thing.
-    place = [str(part) for part in first["loc"] if part not in (tag, "int", "float") and not str(part).startswith("literal[")]
-    param = ".".join(part for part in (prefix, *place) if part)
+    param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
         return BadField(
             f"There is no setting {param!r}.", way_out="Leave it out, or look up the settings under /v1/strategies.", param=param
@@ -139,7 +137,7 @@ _strategies: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
 def read_strategy(asked: Mapping[str, Any]) -> Strategy:
     """The strategy with its settings. Raises BadField."""
     name = asked.get("name", "lora")
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Take one of {', '.join(STRATEGIES)}.", param="strategy.name")
     try:
         return _strategies.validate_python({**asked, "name": name})
@@ -319,6 +317,10 @@ def _split(order: JobOrder, dataset: Dataset) -> Split | None:
     return asked
 
 
+MAX_STEP_TOKENS = 1_048_576
+"""What `max_tokens_per_step` takes at most. A batch of more rows is cut to it: a row has at least one token."""
+
+
 def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
     """Our run settings; what `run` says goes before what OpenAI's settings say.
 
@@ -338,7 +340,9 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
     if asked.learning_rate_multiplier != "auto":
         settings.setdefault("learning_rate", strategy.learning_rate_for(task) * asked.learning_rate_multiplier)
     if asked.batch_size != "auto" and dataset.status == "ready":
-        settings.setdefault("max_tokens_per_step", max(16, min(round(asked.batch_size * mean_tokens(dataset)), 1_048_576)))
+        settings.setdefault(
+            "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
+        )
     if usual := usual_step_tokens(dataset):
         settings.setdefault("max_tokens_per_step", usual)
     if order.seed is not None:

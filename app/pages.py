@@ -18,6 +18,11 @@ MOST = 10_000
 """The largest page. OpenAI lists up to 10,000 files at once; a larger `limit` is cut to this."""
 
 After = Annotated[str | None, Query(description="Id of the last object of the page before.")]
+MAX_NUMBER = 2**53
+"""The largest whole number in an address or a form: every JSON program reads it exactly, and an offset made of it fits a bigint."""
+
+Offset = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
+PageNumber = Annotated[int, Query(ge=1, le=MAX_NUMBER)]
 Limit = Annotated[int, Query(ge=1, description="Objects on one page.")]
 
 

@@ -59,6 +59,6 @@ def merged(text: str, typed: dict[str, str]) -> str:
                 row[found[1]] = value
             else:
                 row[found[1]][int(found[2])]["content" if kind == "text" else "role"] = value
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError):
             raise BadField(f"The row has no “{path[:60]}”.", way_out="Load the page again.", param=name[:60]) from None
     return json.dumps(row, ensure_ascii=False)

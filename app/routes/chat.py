@@ -9,11 +9,11 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from app import answers as errors_as_json
@@ -56,7 +56,8 @@ class StreamOptions(BaseModel):
 
 
 class _Body(BaseModel):
-    """What both calls take. Unknown parameters are ignored, as the clients expect; `null` means the default."""
+    """What both calls take; `null` means the default. Unknown parameters are ignored, as the clients expect, but for those of
+    OpenAI's that would change the answer: `refused` names them, each with the values that ask for nothing."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -76,6 +77,17 @@ class _Body(BaseModel):
     top_k: int | None = Field(0, ge=0, le=1_000_000)
     min_p: float | None = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_kept(cls, body: Any) -> Any:
+        for name, harmless in cls.refused.items() if isinstance(body, dict) else ():
+            if body.get(name) is not None and body[name] not in harmless:
+                way_out = " ".join(["Leave it out", *(f"or send {json.dumps(value)}" for value in harmless if value)])
+                raise BadField(f"{name} is not supported with this value.", way_out=f"{way_out}.", param=name, code="unsupported_parameter")
+        return body
 
     def sampling(self, **more: Any) -> Sampling:
         given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name, None) is not None}
@@ -117,12 +129,34 @@ class ChatBody(_Body):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
 
+    refused = {
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("auto", "none"),  # a model is told of the tools, and answers in text: no call is ever made of it
+        "functions": (),
+        "function_call": ("auto", "none"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
+
 
 class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
     max_tokens: int | None = Field(16, ge=0)  # type: ignore[assignment]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)  # type: ignore[assignment]
     echo: bool | None = False
+
+    refused = {"suffix": ("",), "best_of": ()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_are_given(cls, body: Any) -> Any:
+        """`best_of` as large as `n` leaves nothing to choose from, so it asks for nothing."""
+        if isinstance(body, dict) and "best_of" in body and body["best_of"] == (body.get("n") or 1):
+            return {name: value for name, value in body.items() if name != "best_of"}
+        return body
 
 
 @api.post(

@@ -194,7 +194,7 @@ def show(
     rule: str = "",
     severity: str = "",
     sort: str = "line",
-    page: Annotated[int, Query(ge=1)] = 1,
+    page: cursor.PageNumber = 1,
 ) -> Response:
     dataset = _get(session, user, key)
     found, more = datasets.findings(
@@ -328,7 +328,7 @@ def report(
     user: CurrentUser,
     session: Db,
     key: str,
-    after: Annotated[int, Query(ge=0, description="Findings before the first one wanted.")] = 0,
+    after: Annotated[int, Query(ge=0, le=cursor.MAX_NUMBER, description="Findings before the first one wanted.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     rule: str | None = None,
     severity: Literal["error", "warning", "note"] | None = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import blend, datasets, evaluation_view, evaluations, ids, models, schemas, score_view
+from app import blend, datasets, evaluation_view, evaluations, forms, ids, models, schemas, score_view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -130,9 +130,10 @@ def order(
 def _number(text: str) -> int | None:
     if not text.strip():
         return None
-    if not text.strip().isdecimal():
+    number = forms.whole_number(text.strip())
+    if number is None:
         raise BadField(f"“{text[:20]}” is no number of rows.", way_out="Write a whole number, or leave it empty.", param="rows")
-    return int(text)
+    return number
 
 
 def _local(address: str) -> str:

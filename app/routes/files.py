@@ -134,7 +134,7 @@ def report(
     user: CurrentUser,
     session: Db,
     file_id: str,
-    after: Annotated[int, Query(ge=0, description="Findings before the first one wanted.")] = 0,
+    after: Annotated[int, Query(ge=0, le=cursor.MAX_NUMBER, description="Findings before the first one wanted.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     rule: str | None = None,
     severity: Literal["error", "warning", "note"] | None = None,

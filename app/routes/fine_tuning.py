@@ -17,7 +17,7 @@ from app.db import Db
 from app.errors import BadField, NotFound
 from app.openapi import answers, takes
 from app.orders import Hyperparameters, JobOrder, read_order
-from app.pages import After, Limit, page
+from app.pages import After, Limit, Offset, page
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
 
 api = APIRouter(prefix="/v1/fine_tuning")
@@ -103,7 +103,7 @@ def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None
     responses=answers(None, events=schemas.StreamedJobEvent, description="Events as they happen, until the job has ended."),
 )
 def stream(
-    session: Db, user: CurrentUser, job_id: str, after: int = 0, last_event_id: Annotated[str | None, Header()] = None
+    session: Db, user: CurrentUser, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> watch.EventStream:
     """Server-sent events, from after `Last-Event-ID` or `after`. The session of this request ends before the stream begins."""
     job = jobs.get(session, user, job_key(job_id))
@@ -201,8 +201,8 @@ def job_json(session: Session, job: Job) -> Json:
         "result_files": [ids.public(ids.FILE, job.result_file_id)] if job.result_file_id else [],
         "trained_tokens": job.trained_tokens,
         "seed": job.spec["run"]["seed"],
-        "hyperparameters": hyperparameters(order.asked()),
-        "method": method_json(order, job.spec["task"]),
+        "hyperparameters": hyperparameters(job, order.asked()),
+        "method": method_json(job, order),
         "integrations": order.integrations or [],
         "metadata": job.user_metadata,
         "error": {**job.error, "param": job.error.get("param")} if job.error else None,
@@ -234,14 +234,18 @@ def progress_json(job: Job) -> Json:
     }
 
 
-def hyperparameters(asked: Hyperparameters) -> Json:
-    return asked.model_dump(include={"n_epochs", "batch_size", "learning_rate_multiplier"})
+def hyperparameters(job: Job, asked: Hyperparameters) -> Json:
+    """OpenAI's settings as they were asked for. Once the job runs, "auto" for the epochs is the number that it trains for."""
+    settings = asked.model_dump(include={"n_epochs", "batch_size", "learning_rate_multiplier"})
+    if settings["n_epochs"] == "auto" and job.attempt:
+        settings["n_epochs"] = max(1, round(job.spec["run"]["epochs"]))
+    return settings
 
 
-def method_json(order: JobOrder, task: str) -> Json:
+def method_json(job: Job, order: JobOrder) -> Json:
     """The method as it was asked for; where nobody said, the one that follows from the data."""
-    kind = order.method.type if order.method else "dpo" if task == "preference" else "supervised"
-    settings = hyperparameters(order.asked())
+    kind = order.method.type if order.method else "dpo" if job.spec["task"] == "preference" else "supervised"
+    settings = hyperparameters(job, order.asked())
     if kind == "dpo":
         settings["beta"] = order.asked().beta
     return {"type": kind, kind: {"hyperparameters": settings}}

@@ -18,6 +18,7 @@ from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict
 from app.orders import JobOrder
+from app.pages import Offset
 from app.tables import Job
 from app.web import flash, human_number, render
 
@@ -120,7 +121,7 @@ def job_page(request: Request, user: CurrentUser, session: Db, job_id: str, part
 
 @pages.get("/jobs/{job_id}/stream")
 def job_stream(
-    user: CurrentUser, session: Db, job_id: str, after: int | None = None, last_event_id: Annotated[str | None, Header()] = None
+    user: CurrentUser, session: Db, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:
     """The job's events as they happen, from after `Last-Event-ID` or `?after=`."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))

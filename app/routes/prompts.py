@@ -17,7 +17,7 @@ from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.openapi import answers, takes
 from app.orders import bad_field
-from app.pages import After, Limit, page
+from app.pages import After, Limit, Offset, PageNumber, page
 from app.prompt_runs import RUN, RunOrder
 from app.prompts import PromptBody
 from app.tables import Dataset, Prompt, PromptRun, User
@@ -63,9 +63,7 @@ def retrieve_run(session: Db, user: CurrentUser, run_id: str) -> Json:
 
 
 @api.get("/runs/{run_id}/results", operation_id="list_prompt_run_results", responses=answers(schemas.PromptRunRows))
-def results(
-    session: Db, user: CurrentUser, run_id: str, after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-) -> Json:
+def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
     """Rows in the dataset's order; `after` is the line of the last row of the page before."""
     run = prompt_runs.get(session, user, run_key(run_id))
     found = prompt_runs.results(session, run, after, limit + 1)
@@ -209,17 +207,17 @@ def _typed_body(typed: dict[str, str]) -> Json:
     """What a person typed, as PromptBody takes it. Texts are kept to the letter; an empty number is its default."""
     found: Json = {k: v for k, v in typed.items() if v != "" or k in ("system", "example")}
     found["separator"] = typed.get("separator", "\\n\\n").replace("\\n", "\n")
-    lines = [part for part in typed.get("lines", "").replace(",", " ").split() if part]
-    if not all(part.isdecimal() for part in lines):
+    lines = [forms.whole_number(part) for part in typed.get("lines", "").replace(",", " ").split()]
+    if None in lines:
         raise BadField("Lines are whole numbers with commas between.", param="lines")
     pairs = [line.partition("=") for line in typed.get("variables", "").splitlines() if line.strip()]
     if not all(sign and name.strip() for name, sign, _ in pairs):
         raise BadField("Write each variable as name = text, one in each line.", param="variables")
-    return found | {"lines": [int(p) for p in lines], "variables": {n.strip(): v.strip() for n, _, v in pairs}}
+    return found | {"lines": lines, "variables": {n.strip(): v.strip() for n, _, v in pairs}}
 
 
 @pages.get("/playground/lab/prompts/{prompt_id}")
-def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: Annotated[int | None, Query()] = None) -> Response:
+def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: PageNumber | None = None) -> Response:
     prompt = prompts.get(session, user, key_of(prompt_id))
     found = prompts.version(session, prompt, version)
     context = _form(PromptBody(**found.body), prompt.name, prompt, prompts.versions(session, prompt), shown=found.number)
@@ -252,7 +250,7 @@ def _start(request: Request, user: User, data: dict[str, str], names: list[str])
             dataset = _dataset(session, user, data.get("dataset"), None)
             order: Json = {k: data[k] for k in ("part", "rows") if data.get(k)} | {"beside": names[:16]}
             for name in dict.fromkeys(names[:16]):
-                _run(session, user, prompt, int(number) if number.isdecimal() else None, name, dataset, order)
+                _run(session, user, prompt, forms.whole_number(number), name, dataset, order)
     except StudioError as error:
         with transaction() as session:
             return web.render(request, "lab.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
@@ -260,7 +258,7 @@ def _start(request: Request, user: User, data: dict[str, str], names: list[str])
 
 
 @pages.get("/playground/lab/runs/{run_id}")
-def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Offset = 0) -> Response:
     run = prompt_runs.get(session, user, run_key(run_id))
     found = prompt_runs.results(session, run, after, 51)
     return web.render(

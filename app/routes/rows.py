@@ -13,6 +13,7 @@ from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, NotFound
 from app.openapi import answers
+from app.pages import MAX_NUMBER, PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.tables import Dataset, Job, Model, User
 from app.web import flash, render
@@ -57,8 +58,8 @@ def asked(
     model: str = "",
     cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Longest length in tokens; without it, that of a job.")] = None,
     search: Annotated[str, Query(max_length=200)] = "",
-    page: Annotated[int, Query(ge=1)] = 1,
-    line: Annotated[int | None, Query(ge=1)] = None,
+    page: PageNumber = 1,
+    line: PageNumber | None = None,
     sort: Annotated[str, Query(description="longest, or by a job's losses: after, before, gain.")] = "",
     job: Annotated[str, Query(description="The job whose losses are meant; without it, the newest.")] = "",
 ) -> Asked:
@@ -67,6 +68,7 @@ def asked(
     return Asked(model, cutoff, search, page, line, sort, job)
 
 
+Line = Annotated[int, Path(ge=1, le=MAX_NUMBER)]
 Wanted = Annotated[Asked, Depends(asked)]
 
 
@@ -134,7 +136,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
 
 
 @pages.get("/datasets/{key}/rows/{line}")
-def edit(request: Request, user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> Response:
+def edit(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
     """The editor of one row, or of a line that is no good row as it stands in the file."""
     dataset, found = _row(user, key, line)
     if found is not None:
@@ -172,7 +174,7 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
 
 
 @pages.post("/datasets/{key}/rows/{line}")
-async def save(request: Request, user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> Response:
+async def save(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
     """Save one row as a new version, or leave it out there. `row` is its JSON, `text.PATH` and `role.N` what the fields hold."""
     form = await request.form(max_fields=2000, max_part_size=16 << 20)
     typed = {name: value for name, value in form.items() if isinstance(value, str)}
@@ -220,7 +222,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
 
 
 @api.get("/datasets/{key}/lines/{line}", operation_id="retrieve_dataset_line", responses=answers(schemas.DatasetLine, 409))
-def line_json(user: CurrentUser, key: str, line: Annotated[int, Path(ge=1, le=1 << 53)]) -> dict[str, Any]:
+def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
     """One line as it stands in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
     with transaction() as session:
         asked = inspections.ask(session, dataset_of(session, user, key), "line", {"line": line})

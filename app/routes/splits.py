@@ -13,6 +13,7 @@ from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, Conflict
 from app.openapi import answers
+from app.pages import PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.spec import RunSettings
 from app.web import flash, render
@@ -53,7 +54,7 @@ def show(
     fraction: Fraction = DEFAULTS.validation_fraction,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
-    page: Annotated[int, Query(ge=1)] = 1,
+    page: PageNumber = 1,
 ) -> Response:
     dataset, asked, others = _ask(user, key, method, column, fraction, seed, validation)
     if asked is None:

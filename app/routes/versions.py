@@ -14,12 +14,14 @@ from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField
 from app.openapi import answers
+from app.pages import MAX_NUMBER
 from app.tables import Dataset, User
 from app.web import flash
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
 Key = str
+Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 
 
 def to_json(dataset: Dataset) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def fix(
     user: CurrentUser,
     session: Db,
     key: Key,
-    finding: Annotated[list[int] | None, Form()] = None,
+    finding: Annotated[list[Number] | None, Form()] = None,
     rule: Annotated[str | None, Form()] = None,
     do: Annotated[Literal["fix", "drop"], Form()] = "fix",
 ) -> Response:
@@ -92,7 +94,7 @@ def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Respon
 
 
 @pages.post("/datasets/{key}/drop")
-def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[int], Form()]) -> Response:
+def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[Number], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
     new = versions.drop_rows(session, user, dataset, line)
     flash(request, f"Version {new.version} leaves out {len(set(line))} row{'s' if len(set(line)) != 1 else ''}.")

@@ -1,0 +1,20 @@
+"""`python -m tests.fuzz --seconds 600 --seed 7`: the fuzzer for as long as you like, with everything it found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import pytest
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--test", default="test_no_request_makes_a_500", help="test_no_request_makes_a_500 or test_the_schema_is_kept")
+    given = parser.parse_args()
+    os.environ |= {"FUZZ_SECONDS": str(given.seconds), "FUZZ_SEED": str(given.seed)}
+    sys.exit(
+        pytest.main(["tests/security/test_fuzz.py", "-k", given.test, "-s", "--timeout", "0", "--no-header", "-p", "no:cacheprovider"])
+    )

@@ -1,0 +1,193 @@
+"""One valid request for every unsafe route, and the parameters that the safe ones take.
+
+A text that begins with `$` is the id of an object of the world (`$dataset`), one with `+` a new one (`+dataset`).
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A request to one route. `expect` are the statuses of its unchanged form; nothing else counts as honoured."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    json: Any = None
+    form: list[tuple[str, str]] | None = None
+    multipart: list[tuple[str, str | None, bytes]] | None = None
+    body: bytes | None = None
+    query: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    expect: tuple[int, ...] = (200, 201, 204, 303)
+
+
+NOTHING = Sample()
+ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+TUS = [(b"tus-resumable", b"1.0.0")]
+METADATA = b"filename %s,purpose %s" % (base64.b64encode(b"a.jsonl"), base64.b64encode(b"user_data"))
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": [{"type": "text", "text": "What wood?"}], "name": "eva"},
+]
+SAMPLING = {
+    "n": 1, "stop": ["\n"], "seed": 7, "temperature": 0.5, "top_p": 0.9, "frequency_penalty": 0.1, "presence_penalty": 0.1, "logit_bias": {"70": 1},
+    "max_tokens": 2, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1, "stream": False,
+}  # fmt: skip
+JOB = {
+    "model": "$model_name", "training_file": "$train_file", "suffix": "fuzz", "seed": 3, "metadata": {"a": "b"}, "name": "A job",
+    "hyperparameters": {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 1.5}, "strategy": {"name": "lora", "rank": 4},
+    "run": {"epochs": 1, "validation_fraction": 0.1}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    "integrations": [{"type": "wandb", "wandb": {"project": "a"}}], "split": {"method": "random"}, "task": "generation",
+}  # fmt: skip
+PROMPT = {
+    "name": "A prompt", "builder": "few_shot", "template": "{{examples}}{{input}}", "example": "{{input}} {{answer}}", "shots": 2, "choose": "chosen",
+    "lines": [1, 2], "variables": {"a": "b"}, "stop": "\\n", "seed": 1, "max_tokens": 4, "samples": 1, "temperature": 0.0, "extract": "all", "score": "exact",
+}  # fmt: skip
+PROMPT_FORM = [
+    ("name", "A prompt"), ("prompt.builder", "few_shot"), ("prompt.template", "{{examples}}{{input}}"), ("prompt.example", "{{input}}"), ("prompt.shots", "2"),
+    ("prompt.choose", "chosen"), ("prompt.lines", "1, 2"), ("prompt.variables", "a = b"), ("prompt.seed", "1"), ("prompt.max_tokens", "4"), ("prompt.temperature", "0"),
+]  # fmt: skip
+ORDER_FORM = [
+    ("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora"), ("strategy.rank", "4"), ("run.epochs", "1"), ("run.learning_rate", "0.001"),
+    ("run.max_length", "128"), ("run.seed", "1"), ("key", "+name"), ("name", "A job"), ("split.method", "random"), ("split.column", ""), ("validation", ""),
+]  # fmt: skip
+PLAY_FORM = [
+    ("models", "$model_name"), ("prompt", "What wood?"), ("sampling.max_tokens", "2"), ("sampling.temperature", "0"), ("sampling.seed", "1"), ("sampling.stop", "a\nb"),
+    ("sampling.top_k", "3"), ("sampling.system", "Be short."), ("parent", "$exchange"),
+]  # fmt: skip
+COMPARE = {
+    "model": "$model_name", "dataset_id": "$dataset", "strategies": ["lora", {"name": "ia3"}], "kind": "strategies", "run": {"epochs": 1}, "name": "+name", "seed": 1,
+    "split": {"method": "random"}, "task": "generation",
+}  # fmt: skip
+
+UNSAFE: dict[str, Sample] = {
+    # accounts and settings
+    "POST /sign-in": Sample(form=[("name", "nobody"), ("password", "wrong"), ("next", "/")], expect=(401, 429)),
+    "POST /sign-out": NOTHING,
+    "POST /theme": Sample(form=[("theme", "dark")]),
+    "POST /settings/keys": Sample(form=[("name", "a key")]),
+    "POST /settings/keys/{key}/revoke": Sample({"key": "+key"}),
+    # files and datasets
+    "POST /v1/files": Sample(multipart=[("purpose", None, b"user_data"), ("expires_after[anchor]", None, b"created_at"), ("expires_after[seconds]", None, b"3600"), ("file", "a.jsonl", ROW)]),
+    "DELETE /v1/files/{file_id}": Sample({"file_id": "+file"}),
+    "POST /v1/tus": Sample(headers=[*TUS, (b"upload-length", b"10"), (b"upload-metadata", METADATA)], expect=(201, 409)),
+    "PATCH /v1/tus/{key}": Sample({"key": "+upload"}, body=ROW, headers=[*TUS, (b"upload-offset", b"0"), (b"content-type", b"application/offset+octet-stream")]),
+    "DELETE /v1/tus/{key}": Sample({"key": "+upload"}, headers=TUS),
+    "POST /datasets": Sample(multipart=[("name", None, b"A dataset"), ("format", None, b"chat"), ("file", "a.jsonl", ROW)]),
+    "POST /datasets/samples/{name}": Sample({"name": "support-replies"}),
+    "POST /datasets/join": Sample(form=[("operation", "mix"), ("use.$dataset", "on"), ("use.$other", "on"), ("weight.$dataset", "2"), ("rows", "10"), ("seed", "3"), ("name", "Joined"), ("repeat", "on")]),
+    "POST /datasets/hub": Sample(form=[("repo", "a/b"), ("split", "train"), ("file", ""), ("subset", "")], expect=(503,)),
+    "POST /datasets/{key}/read": Sample({"key": "+dataset"}, form=[("format", "completion"), ("map.completion.prompt", "messages"), ("map.completion.completion", "messages")]),
+    "POST /datasets/{key}/again": Sample({"key": "+dataset"}, expect=(303, 409)),
+    "POST /datasets/{key}/delete": Sample({"key": "+dataset"}),
+    "POST /datasets/{key}/fix": Sample({"key": "$dataset"}, form=[("finding", "$finding"), ("do", "drop"), ("rule", "")]),
+    "POST /datasets/{key}/repair": Sample({"key": "$dataset"}, expect=(400, 409, 303)),
+    "POST /datasets/{key}/drop": Sample({"key": "$dataset"}, form=[("line", "1"), ("line", "2")]),
+    "POST /datasets/{key}/rows/{line}": Sample({"key": "$dataset", "line": "1"}, form=[("do", "json"), ("row", ROW.decode()), ("text.messages.0.content", "x"), ("role.0", "user")]),
+    "POST /datasets/{key}/split/drop": Sample({"key": "$dataset"}, form=[("method", "random"), ("column", ""), ("fraction", "0.1"), ("seed", "1"), ("validation", "")], expect=(303, 400, 409)),
+    "POST /v1/datasets": Sample(json={"operation": "mix", "datasets": [{"dataset": "$dataset", "weight": 1.5}, "$other"], "rows": 10, "seed": 1, "repeat": True, "name": "Joined"}),
+    "POST /v1/datasets/hub": Sample(json={"repo": "a/b", "revision": "main", "subset": "x", "split": "train", "name": "A", "format": "chat"}, expect=(503,)),
+    "POST /v1/datasets/{key}/again": Sample({"key": "+dataset"}, expect=(200, 409)),
+    "DELETE /v1/datasets/{key}": Sample({"key": "+dataset"}),
+    "POST /v1/datasets/{key}/fixes": Sample({"key": "$dataset"}, json={"rule": "duplicate_rows"}, expect=(200, 400)),
+    "POST /v1/datasets/{key}/edits": Sample({"key": "$dataset"}, json={"line": 1, "row": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}}),
+    "POST /v1/datasets/{key}/readings": Sample({"key": "$dataset"}, json={"format": "completion", "mapping": {"prompt": "messages", "completion": "messages"}}),
+    # models and engines
+    "POST /v1/models": Sample(json={"folder": "tiny", "name": "+name", "kind": "dialogue", "accept_terms": False}),
+    "DELETE /v1/models/{model:path}": Sample({"model:path": "+model"}),
+    "POST /models": Sample(form=[("starter", ""), ("folder", "tiny"), ("hub", ""), ("revision", ""), ("name", "+name"), ("kind", "dialogue"), ("next", "/models")]),
+    "POST /models/{key}/delete": Sample({"key": "+model"}),
+    "POST /models/{key}/retry": Sample({"key": "+failed_model"}),
+    "POST /models/{key}/merge": Sample({"key": "$tuned"}, expect=(303, 400, 409)),
+    "POST /models/{key}/engine": Sample({"key": "+model"}, form=[("url", "http://127.0.0.1:1/v1"), ("engine_model", "x"), ("via", "chat")], expect=(400, 403)),
+    "POST /v1/engines": Sample(json={"model": "$model_name", "url": "http://127.0.0.1:1/v1", "engine_model": "x", "via": "chat"}, expect=(400, 403)),
+    "DELETE /v1/engines/{model:path}": Sample({"model:path": "$model_name"}, expect=(200, 409)),
+    # jobs
+    "POST /v1/fine_tuning/jobs": Sample(json=JOB),
+    "POST /v1/fine_tuning/jobs/{job_id}/cancel": Sample({"job_id": "+job"}),
+    "POST /v1/fine_tuning/jobs/{job_id}/pause": Sample({"job_id": "+job"}),
+    "POST /v1/fine_tuning/jobs/{job_id}/resume": Sample({"job_id": "+job"}, expect=(200, 409)),
+    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Sample({"checkpoint:path": "$tuned_name"}, json={"project_ids": ["a", "b"]}),
+    "DELETE /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{permission_id}": Sample({"checkpoint:path": "$tuned_name", "permission_id": "+permission"}),
+    "POST /v1/estimates": Sample(json=JOB),
+    "POST /v1/advice": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "measure": False, "run": {"epochs": 1}}),
+    "POST /jobs": Sample(form=ORDER_FORM),
+    "POST /jobs/advice": Sample(form=[("model", "$model_name"), ("dataset", "$dataset")]),
+    "POST /jobs/{job_id}/pause": Sample({"job_id": "+job"}),
+    "POST /jobs/{job_id}/resume": Sample({"job_id": "+job"}, expect=(303, 409)),
+    "POST /jobs/{job_id}/stop": Sample({"job_id": "+job"}),
+    "POST /jobs/{job_id}/save": Sample({"job_id": "+job"}, expect=(303, 409)),
+    "POST /jobs/{job_id}/again": Sample({"job_id": "$job"}, expect=(400,)),
+    "POST /jobs/{job_id}/delete": Sample({"job_id": "+ended_job"}),
+    "POST /v1/comparisons": Sample(json=COMPARE),
+    "POST /v1/comparisons/plan": Sample(json=COMPARE),
+    "POST /v1/comparisons/{comparison_id}/cancel": Sample({"comparison_id": "+comparison"}),
+    "DELETE /v1/comparisons/{comparison_id}": Sample({"comparison_id": "+ended_comparison"}),
+    "POST /compare": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora"), ("strategy", "ia3"), ("run.epochs", "1"), ("key", "+name"), ("kind", "strategies"), ("name", "+name")]),
+    "POST /compare/{comparison_id}/cancel": Sample({"comparison_id": "+comparison"}),
+    "POST /compare/{comparison_id}/delete": Sample({"comparison_id": "+ended_comparison"}),
+    "POST /v1/evaluations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "kind": "scores", "rows": 5, "part": "all", "validation_fraction": 0.2, "max_length": 64, "answers": 1, "answer_tokens": 2, "forgetting": False, "seed": 1}),
+    "POST /v1/evaluations/{evaluation_id}/cancel": Sample({"evaluation_id": "+evaluation"}),
+    "DELETE /v1/evaluations/{evaluation_id}": Sample({"evaluation_id": "+ended_evaluation"}),
+    "POST /evaluations": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("kind", "scores"), ("rows", "5"), ("part", "all"), ("next", "")]),
+    "POST /evaluations/{evaluation_id}/cancel": Sample({"evaluation_id": "+evaluation"}, form=[("next", "/jobs/ftjob-a")]),
+    "POST /evaluations/{evaluation_id}/delete": Sample({"evaluation_id": "+ended_evaluation"}),
+    # the playground
+    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "text"}, "tool_choice": "auto", "stream_options": {"include_usage": True}, **SAMPLING}),
+    "POST /v1/completions": Sample(json={"model": "$model_name", "prompt": "What wood?", "logprobs": 1, "echo": True, "best_of": 1, "suffix": None, **SAMPLING}),
+    "POST /v1/embeddings": Sample(json={"model": "$model_name", "input": ["a"], "encoding_format": "float", "dimensions": 64}, expect=(400,)),
+    "POST /v1/classify": Sample(json={"model": "$model_name", "input": ["a", "b"]}, expect=(400,)),
+    "POST /v1/next_tokens": Sample(json={"models": ["$model_name"], "prompt": "What wood", "top_k": 3, "prompt_tokens": True}),
+    "POST /playground": Sample(form=PLAY_FORM),
+    "POST /playground/stream": Sample(form=PLAY_FORM),
+    "POST /playground/{exchange_id:uuid}/save": Sample({"exchange_id:uuid": "$exchange"}, form=[("title", "Saved")]),
+    "POST /playground/kinds/instruction": Sample(expect=(303, 400, 404, 409)),
+    "POST /playground/kinds/dialogue": Sample(expect=(303, 400, 404, 409)),
+    "POST /v1/votes": Sample(json={"models": ["a", "b"], "messages": MESSAGES, "answers": ["x", "y"], "choice": 1, "edited": "z"}),
+    "POST /v1/votes/dataset": Sample(json={"kind": "preference"}),
+    "POST /playground/ab": Sample(form=[("prompt", "What wood?"), ("models", "$model_name"), ("models", "$model_name@1"), ("dataset", ""), ("max_tokens", "2")], expect=(303, 400, 404)),
+    "POST /playground/ab/{vote_id}": Sample({"vote_id": "+vote"}, form=[("choice", "1"), ("edited", "better")]),
+    "POST /playground/ab-dataset": Sample(form=[("kind", "preference")]),
+    # prompts
+    "POST /v1/prompts": Sample(json=PROMPT),
+    "POST /v1/prompts/{prompt_id}": Sample({"prompt_id": "$prompt"}, json={k: v for k, v in PROMPT.items() if k != "name"}),
+    "DELETE /v1/prompts/{prompt_id}": Sample({"prompt_id": "+prompt"}),
+    "POST /v1/prompts/{prompt_id}/runs": Sample({"prompt_id": "$prompt"}, json={"model": "$model_name", "dataset_id": "$dataset", "version": 1, "part": "validation", "rows": 5, "validation_fraction": 0.2, "split_seed": 1, "beside": ["$model_name"]}),
+    "POST /v1/prompts/runs/{run_id}/cancel": Sample({"run_id": "+run"}),
+    "POST /playground/lab/prompts": Sample(form=PROMPT_FORM),
+    "POST /playground/lab/prompts/{prompt_id}/delete": Sample({"prompt_id": "+prompt"}),
+    "POST /playground/lab/runs": Sample(form=[("models", "$model_name"), ("prompt", "$prompt:1"), ("dataset", "$dataset"), ("part", "validation"), ("rows", "5")]),
+    "POST /playground/lab/runs/{run_id}/{deed}": Sample({"run_id": "+run", "deed": "stop"}),
+}  # fmt: skip
+
+SAFE: dict[str, Sample] = {
+    "GET /sign-in/{token}": Sample({"token": "none"}, expect=(303, 404)),
+    "GET /v1/tus/{key}": NOTHING,
+    "GET /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Sample({"checkpoint:path": "$tuned_name"}),
+    "GET /models/terms/{name}": Sample({"name": "none"}, query=[("next", "/models")], expect=(404,)),
+    "GET /models/{key}/download": Sample({"key": "$model"}),
+    "GET /guide/{strategy}": Sample({"strategy": "lora"}),
+    "GET /datasets/{key}/findings.{kind}": Sample({"key": "$dataset", "kind": "csv"}),
+    "GET /v1/datasets/{key}/lines/{line}": Sample({"key": "$dataset", "line": "1"}),
+    "GET /datasets/{key}/rows/{line}": Sample({"key": "$dataset", "line": "1"}),
+    "HEAD /v1/tus/{key}": Sample({"key": "+upload"}, headers=TUS),
+    "GET /playground/tokens": Sample(query=[("models", "$model_name"), ("text", "What wood"), ("top_k", "3")]),
+    "GET /playground/classify": Sample(query=[("models", "$model_name"), ("text", "What wood")], expect=(400,)),
+    "GET /datasets/{key}/rows": Sample({"key": "$dataset"}, query=[("model", "$model_name"), ("cutoff", "64"), ("search", "wood"), ("page", "1"), ("sort", "longest")]),
+    "GET /jobs/new": Sample(query=[*ORDER_FORM, ("clone", "$job")]),
+    "GET /compare/new": Sample(query=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora")]),
+    "GET /static": Sample(expect=(404, 401, 405)),
+}  # fmt: skip
+"""Safe routes whose parameters do not follow from their names; the others are made from their signatures."""
+
+NAMES = {
+    "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
+    "exchange_id:uuid": "$exchange", "model:path": "$model_name",
+}  # fmt: skip
+"""What a parameter of a path names, wherever it stands."""
+
+KEYS = (("/datasets/", "$dataset"), ("/v1/datasets/", "$dataset"), ("/models/", "$model"))
+"""What `{key}` names below a path."""

@@ -1,0 +1,221 @@
+"""A studio with one of everything, and new ones of what a request takes away."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import accounts, comparisons, datasets, evaluations, files, ids, playground, prompt_runs, prompts, uploads, votes
+from app.generation import Done, Sampling, Started, TextPart
+from app.playground import Heard
+from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, PromptRun, User
+from tests.lives import Life, started, steps
+from tests.orders import make_job
+
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    good = [
+        {"messages": [{"role": "user", "content": f"{n}. What wood?"}, {"role": "assistant", "content": f"Spruce {n}."}]} for n in range(40)
+    ]
+    return [*good, {"messages": []}, {"messages": [{"role": "user", "content": "Nobody answers "}]}, good[0]]
+
+
+class World:
+    """`ids` names one object of each kind that stays; `fresh(kind)` makes one that may be lost. Both give public ids."""
+
+    def __init__(self, session: Session, user: User, data_dir: Path, base: Model, tiny_model: Path) -> None:
+        self.session, self.user, self.data_dir, self.base = session, user, data_dir, base
+        self.tiny_model = tiny_model
+        self.ids: dict[str, str] = {}
+        self.makers: dict[str, Callable[[], str]] = {
+            name.removeprefix("_new_"): getattr(self, name) for name in dir(self) if name.startswith("_new_")
+        }
+        self._build()
+
+    def fresh(self, kind: str) -> str:
+        made = self.makers[kind]()
+        self.session.commit()
+        return made
+
+    def _build(self) -> None:
+        text = "\n".join(map(json.dumps, rows()))
+        self.dataset, other = self._read(text + '\n{"broken\n'), self._read(text)
+        life = Life(self.session, make_job(self.session, self.user, self.base, self.dataset)).claim()
+        life.say(started(24), *steps(1, 24, 24)).finish(24)
+        tuned = self.session.scalars(select(Model).where(Model.job_id == life.job_id)).one()
+        (self.data_dir / tuned.path).mkdir(parents=True)
+        (self.data_dir / tuned.path / "adapter_config.json").write_text("{}")
+        checkpoint = self.session.scalars(select(Checkpoint).where(Checkpoint.job_id == life.job_id)).first()
+        assert checkpoint is not None
+        folder = self.data_dir / "import" / "tiny"
+        shutil.copytree(self.tiny_model, folder)
+        loop = self.data_dir / "import" / "loop"
+        loop.symlink_to(loop)
+        self.version = prompts.create(self.session, self.user, "Say it", prompts.read_body({}))[1]
+        self.ids = {
+            "file": ids.public(ids.FILE, self.dataset.file_id),
+            "train_file": ids.public(ids.FILE, other.file_id),
+            "other": ids.public(ids.DATASET, other.id),
+            "dataset": ids.public(ids.DATASET, self.dataset.id),
+            "job": ids.public(ids.JOB, life.job_id),
+            "model": ids.public(ids.MODEL, self.base.id),
+            "model_name": self.base.name,
+            "tuned": ids.public(ids.MODEL, tuned.id),
+            "tuned_name": tuned.name,
+            "checkpoint": f"{tuned.name}:ckpt-step-{checkpoint.step}",
+            "prompt": ids.public(ids.PROMPT, self.version.prompt_id),
+            "finding": str(self._finding()),
+            "exchange": str(self._exchange()),
+            "run": self._run(),
+            "sha": "0" * 64,
+        }
+        self.session.commit()
+        for kind in ("evaluation", "comparison", "vote", "key", "permission"):
+            self.ids[kind] = self.fresh(kind)
+
+    def _read(self, text: str) -> Dataset:
+        file = files.add_bytes(self.session, self.user, text.encode(), "chats.jsonl", "fine-tune")
+        made = datasets.create(self.session, self.user, file)
+        self.session.commit()
+        datasets.read(made.id)
+        self.session.refresh(made)
+        assert made.status == "ready", made.error
+        return made
+
+    def _finding(self) -> int:
+        return self.session.scalars(select(Finding.id).where(Finding.dataset_id == self.dataset.id).order_by(Finding.id)).first() or 0
+
+    def _exchange(self) -> uuid.UUID:
+        exchange, asked = playground.ask(self.session, self.user, [self.base.name], "What wood?", Sampling())
+        heard = Heard()
+        said = [
+            Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
+            TextPart(index=0, text="Spruce.", tokens=3),
+        ]
+        heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])
+        playground.record(self.session, exchange.id, asked[0], heard)
+        return exchange.id
+
+    def _run(self) -> str:
+        order = prompt_runs.RunOrder(rows=5)
+        run = prompt_runs.create(self.session, self.user, self.version, self.base.name, self.dataset, order)
+        return ids.public(prompt_runs.RUN, run.id)
+
+    # Makers -----------------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> Dataset:
+        columns = {
+            c.key: copy.deepcopy(getattr(self.dataset, c.key)) for c in Dataset.__table__.columns if c.key not in ("id", "created_at")
+        }
+        made = Dataset(id=uuid.uuid4(), **columns)
+        self.session.add(made)
+        self.session.flush()
+        return made
+
+    def _new_dataset(self) -> str:
+        return ids.public(ids.DATASET, self._copy().id)
+
+    def _new_file(self) -> str:
+        return ids.public(ids.FILE, files.add_bytes(self.session, self.user, uuid.uuid4().bytes, "a.jsonl", "user_data").id)
+
+    def _new_job(self) -> str:
+        return ids.public(ids.JOB, make_job(self.session, self.user, self.base, self.dataset).id)
+
+    def _new_ended_job(self) -> str:
+        job = make_job(self.session, self.user, self.base, self.dataset)
+        job.status = "cancelled"
+        return ids.public(ids.JOB, job.id)
+
+    def _model(self, **more: Any) -> Model:
+        key = uuid.uuid4()
+        made = Model(
+            id=key,
+            owner_id=self.user.id,
+            name=f"m{key.hex}",
+            title="A model",
+            kind="dialogue",
+            source={"from": "folder"},
+            shape=self.base.shape,
+            **more,
+        )
+        self.session.add(made)
+        self.session.flush()
+        return made
+
+    def _new_model(self) -> str:
+        return ids.public(ids.MODEL, self._model(path=None).id)
+
+    def _new_failed_model(self) -> str:
+        return ids.public(ids.MODEL, self._model(path=None, status="error", error={"message": "It broke.", "way_out": "Try again."}).id)
+
+    def _new_key(self) -> str:
+        return str(accounts.create_key(self.session, self.user, "a key")[0].id)
+
+    def _new_prompt(self) -> str:
+        return ids.public(ids.PROMPT, prompts.create(self.session, self.user, "A prompt", prompts.read_body({}))[0].id)
+
+    def _new_run(self) -> str:
+        earlier = self.session.scalars(select(PromptRun).limit(1)).one()
+        run = PromptRun(
+            id=uuid.uuid4(), owner_id=self.user.id, version_id=earlier.version_id, model_id=earlier.model_id,
+            dataset_id=earlier.dataset_id, spec=earlier.spec, status="queued",
+        )  # fmt: skip
+        self.session.add(run)
+        return ids.public(prompt_runs.RUN, run.id)
+
+    def _new_ended_run(self) -> str:
+        key = self._new_run()
+        self.session.get_one(PromptRun, ids.parse(prompt_runs.RUN, key)).status = "cancelled"
+        return key
+
+    def _new_evaluation(self) -> str:
+        order = evaluations.read_order({"model": self.base.name, "dataset_id": self._new_dataset(), "rows": 5})
+        return ids.public(ids.EVALUATION, evaluations.create(self.session, self.user, order).id)
+
+    def _new_ended_evaluation(self) -> str:
+        key = self._new_evaluation()
+        evaluations.cancel(self.session, self.user, ids.parse(ids.EVALUATION, key))
+        return key
+
+    def _new_comparison(self) -> str:
+        order = {"model": self.base.name, "dataset_id": self.ids["dataset"], "strategies": ["lora", "ia3"], "name": uuid.uuid4().hex}
+        return ids.public(ids.COMPARISON, comparisons.create(self.session, self.user, comparisons.read_order(order)).id)
+
+    def _new_ended_comparison(self) -> str:
+        key = self._new_comparison()
+        comparisons.cancel(self.session, self.user, ids.parse(ids.COMPARISON, key))
+        return key
+
+    def _new_vote(self) -> str:
+        asked = [{"role": "user", "content": "What wood?"}]
+        made = votes.begin(self.session, self.user, [self.base.name, self.ids["tuned_name"]], asked, Sampling())[0]
+        return ids.public(ids.VOTE, made.id)
+
+    def _new_upload(self) -> str:
+        self.session.query(uploads.Upload).filter(uploads.Upload.file_id.is_(None)).delete()  # fifty may be open at once
+        return str(uploads.begin(self.session, self.user, 1000, "a.jsonl", "user_data").id)
+
+    def _new_permission(self) -> str:
+        key = uuid.uuid4()
+        job = ids.parse(ids.JOB, self.ids["job"])
+        self.session.add(CheckpointPermission(id=key, job_id=job, checkpoint=self.ids["tuned_name"], project_id=key.hex))
+        return f"cp_{key.hex}"
+
+    def _new_name(self) -> str:
+        return f"n{uuid.uuid4().hex[:12]}"
+
+    def prune_keys(self) -> None:
+        """A page lists every key, so those that were made by the way go."""
+        for key in self.session.scalars(select(ApiKey).where(ApiKey.name == "a key")):
+            self.session.delete(key)
+        self.session.commit()
