@@ -46,7 +46,8 @@ class StudioError(Exception):
             self.code = code
 
     def __str__(self) -> str:
-        return f"{self.message} {self.way_out}".strip()
+        stop = "." if self.message[-1:].isalnum() and self.way_out else ""
+        return f"{self.message}{stop} {self.way_out}".strip()
 
 
 class BadRequest(StudioError):

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--test", default="test_no_request_makes_a_500", help="test_no_request_makes_a_500 or test_the_schema_is_kept")
+    parser.add_argument("--test", default="test_no_request_makes_a_500", help="or test_requests_made_from_the_schema")
     given = parser.parse_args()
     os.environ |= {"FUZZ_SECONDS": str(given.seconds), "FUZZ_SEED": str(given.seed)}
     sys.exit(

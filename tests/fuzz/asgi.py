@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -84,5 +85,7 @@ async def ask(app: Any, raw: Raw, *, seconds: float = 60.0) -> Answer:
         await asyncio.wait_for(app(scope, receive, send), seconds)
     except Exception as error:
         said.error = error
+    if said.headers.get("content-encoding") == "gzip":
+        said.body = zlib.decompressobj(31).decompress(said.body)
     said.seconds = time.monotonic() - began
     return said

@@ -150,10 +150,14 @@ class Fuzz:
     def _judge(self, case: Case, request: Raw, answer: Answer) -> None:
         self.slowest = max(self.slowest, (answer.seconds, f"{request}"))
         for what in self._wrong(case, answer):
-            kind = f"{case.name}: {what}"
+            kind = f"{case.name}: {what}".encode("utf-8", "backslashreplace").decode()
             self.kinds[kind] += 1
             if self.kinds[kind] <= 2:
-                self.problems.append(f"{kind}\n    {request}\n    {answer.status} {answer.error!r} {answer.text[:300]!r}")
+                self.problems.append(
+                    f"{kind}\n    {request}\n    {answer.status} {answer.error!r} {answer.text[:300]!r}".encode(
+                        "utf-8", "backslashreplace"
+                    ).decode()
+                )
 
     def _wrong(self, case: Case, answer: Answer) -> Iterator[str]:
         if answer.error is not None:
@@ -171,7 +175,7 @@ class Fuzz:
         if case.name.startswith("HEAD") or not answer.body:
             return
         if kind.startswith("application/json"):
-            yield from _json_shape(answer)
+            yield from json_shape(answer)
         elif kind.startswith("text/html"):
             if case.path.startswith("/v1"):
                 yield "a page for a program"
@@ -184,7 +188,7 @@ class Fuzz:
                 yield f"no way out: {fault.message[:60]}"
 
 
-def _json_shape(answer: Answer) -> Iterator[str]:
+def json_shape(answer: Answer) -> Iterator[str]:
     try:
         error = json.loads(answer.body)["error"]
     except (ValueError, KeyError, TypeError):

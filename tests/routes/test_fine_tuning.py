@@ -223,7 +223,7 @@ def test_errors_have_openais_shape(ai, file_id):
     with pytest.raises(openai.NotFoundError) as caught:
         ai.fine_tuning.jobs.retrieve("missing")
     assert caught.value.body == {
-        "message": "No such fine-tuning job: missing", "type": "invalid_request_error", "param": "fine_tuning_job_id", "code": "resource_missing",
+        "message": "No such fine-tuning job: missing. Look it up in its list: it may have been deleted.", "type": "invalid_request_error", "param": "fine_tuning_job_id", "code": "resource_missing",
     }  # fmt: skip
     assert caught.value.response.headers["x-request-id"]
     with pytest.raises(openai.BadRequestError) as caught:
