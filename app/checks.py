@@ -1,18 +1,23 @@
-"""What may come in as a model: which files, which keys of config.json, and whether the weights are what their header says.
+"""What may come in as a model: which files, what their JSON holds, and whether the weights are what their header says.
 
 Nothing here runs or unpickles anything of the model's. Pickled weights can run code when they are opened (torch's
-`weights_only` was bypassed too), and a config.json can name code to import or an attention kernel to fetch; so only
-safetensors and only known keys pass. The lists name what is allowed, never what is forbidden.
+`weights_only` was bypassed too), a config.json can name code to import or an attention kernel to fetch, and a tokenizer's
+files can name a file of this machine to read; so only safetensors and only known keys pass (`app/model_json.py`). The lists
+name what is allowed, never what is forbidden.
+
+`check_head` is quick and answers a request. `check_folder` reads everything; it runs in a child with limits.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
+from app import model_json
 from app.errors import BadData, Unsupported
 from app.shapes import Shape, shape_of
 
@@ -31,67 +36,45 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".joblib",
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
 """Architectures whose arithmetic in `app/shapes.py` is tested against the model itself."""
 
-_KEY_WORDS = (
-    "architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path "
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings type_vocab_size hidden_act hidden_activation rms_norm_eps layer_norm_eps "
-    "initializer_range initializer_factor attention_bias mlp_bias use_bias attention_dropout attention_probs_dropout_prob "
-    "hidden_dropout_prob classifier_dropout hidden_dropout position_embedding_type gradient_checkpointing "
-    "rope_theta rope_scaling rope_parameters rope_local_base_freq rope_interleaved is_llama_config "
-    "sliding_window use_sliding_window max_window_layers layer_types sliding_window_pattern _sliding_window_pattern "
-    "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar use_bidirectional_attention "
-    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id "
-    "tie_word_embeddings use_cache pretraining_tp is_decoder add_cross_attention cross_attention_hidden_size use_mrope "
-    "num_labels id2label label2id problem_type finetuning_task output_past chunk_size_feed_forward "
-    "return_dict output_attentions output_hidden_states is_encoder_decoder transformers.js_config"
-)
-_KEYS = frozenset(_KEY_WORDS.split())
-_FORBIDDEN = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelines")
-_FORBIDDEN_STARTS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "_commit_hash")
+TOKENIZERS = {
+    "BertTokenizer": ("vocab.txt",),
+    "GPT2Tokenizer": ("vocab.json", "merges.txt"),
+    "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
+    "RobertaTokenizer": ("vocab.json", "merges.txt"),
+    "LlamaTokenizer": ("tokenizer.model",),
+    "CodeLlamaTokenizer": ("tokenizer.model",),
+    "GemmaTokenizer": ("tokenizer.model",),
+    "XLMRobertaTokenizer": ("tokenizer.model",),
+    "TokenizersBackend": ("tokenizer.json",),
+    "PreTrainedTokenizer": ("tokenizer.json",),
+}
+"""Tokenizer classes of those architectures, without the ending `Fast`, and what each reads where there is no tokenizer.json."""
+
+_OWN_TOKENIZER = {
+    "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
+    "gemma3_text": "GemmaTokenizer", "bert": "BertTokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
+}  # fmt: skip
+
+RULES = 2
+"""The number of these rules. A model that came in under an earlier one is examined again (`app/fetching.py`)."""
+
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-_LONGEST_HEADER = 32 * 2**20
-_LONGEST_JSON = 64 * 2**20  # a tokenizer.json of 256k tokens has 33 MB
+_MAX_HEADER_BYTES = 8 * 2**20  # a hundred layers take some 100 kB
+_MAX_TEXT_BYTES = 32 * 2**20  # of vocab.txt, merges.txt, tokenizer.model, a template, a model card
+_MAX_ENTRIES = 10_000
 
 
-# JSON ---------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Any:
-    """One JSON file of a model. Raises BadData when it is too long, too deep or not JSON."""
-    if path.stat().st_size > _LONGEST_JSON:
-        raise BadData(f"{path.name} is larger than {_LONGEST_JSON // 2**20} MiB.", way_out="Such a file belongs to no model read here.")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadData(f"{path.name} is not JSON: {str(error)[:200]}", way_out="Save the model again with save_pretrained().") from None
-
-
-def check_no_code(value: Any, where: str) -> None:
-    """Refuse a key, at any depth, that makes a library import code or fetch a kernel. Raises Unsupported."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            for key in item:
-                if key in _FORBIDDEN or str(key).startswith(_FORBIDDEN_STARTS):
-                    raise Unsupported(
-                        f"{where} has the key {key!r}, which makes a library load code that came with the model.",
-                        way_out="Luthier never runs a model's own code. Use a model of a standard architecture, or remove the key.",
-                        param="path",
-                    )
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
+# Config -------------------------------------------------------------------------------------------------------------
 
 
 def check_config(config: Any) -> Shape:
     """The shape of a model whose config.json holds only known keys. Raises Unsupported or BadData."""
     if not isinstance(config, dict):
         raise BadData("config.json does not hold an object.", way_out="Use a folder saved by save_pretrained().")
-    check_no_code(config, "config.json")
+    model_json.refuse_code(config, "config.json")
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise Unsupported(
@@ -105,13 +88,7 @@ def check_config(config: Any) -> Shape:
             way_out="Use the model's unquantised version (16 or 32 bit safetensors).",
             param="path",
         )
-    unknown = sorted(str(key)[:60] for key in config if key not in _KEYS)
-    if unknown:
-        raise Unsupported(
-            f"config.json has keys that Luthier does not know: {', '.join(unknown[:8])}.",
-            way_out="Remove keys that do not matter; a key that changes the arithmetic means the architecture is not supported.",
-            param="path",
-        )
+    model_json.check("config.json", config)
     try:
         shape = shape_of(config)
     except BadData:
@@ -143,14 +120,14 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise _torn(path, "its header does not fit into the file")
         raw = file.read(length)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         found = {name: (str(x["dtype"]), [int(n) for n in x["shape"]], [int(n) for n in x["data_offsets"]]) for name, x in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise _torn(path, "its header is not what safetensors writes") from None
     end = 0
     for name, (dtype, sizes, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
@@ -196,15 +173,23 @@ def refuse_pickled(name: str) -> None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The files of a folder that would be brought in. Raises Unsupported for pickled files and links that climb out."""
+    """The files of a folder that would be brought in. Raises Unsupported for pickled files and links that climb out, BadData
+    for a folder of ten thousand entries."""
     root = folder.resolve()
+    entries = list(itertools.islice(folder.rglob("*"), _MAX_ENTRIES + 1))
+    if len(entries) > _MAX_ENTRIES:
+        raise BadData(f"{folder.name} holds more than {_MAX_ENTRIES:,} files.", way_out="Give the folder of one model.", param="path")
     found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or p.is_file()):
+    for path in sorted(p for p in entries if p.is_symlink() or p.is_file()):
         name = path.relative_to(folder).as_posix()
         refuse_pickled(name)
         if not wanted(name):
             continue
-        if root not in path.resolve().parents:
+        try:
+            outside = root not in path.resolve().parents
+        except (OSError, RuntimeError):  # a link that leads to itself
+            outside = True
+        if outside:
             raise Unsupported(
                 f"{name} is a link that leads out of the folder.",
                 way_out="Copy the files themselves (cp -rL) and add that folder.",
@@ -215,37 +200,70 @@ def list_folder(folder: Path) -> list[Path]:
     return found
 
 
-def check_folder(folder: Path) -> tuple[Shape, list[Path]]:
-    """The shape and the files of a transformers folder that may come in. Raises Unsupported or BadData."""
+def check_head(folder: Path) -> tuple[Shape, list[Path]]:
+    """The shape that config.json gives and the files that may come in; no other file is opened. Raises Unsupported or BadData."""
     if not folder.is_dir():
         raise BadData(f"There is no folder {folder}.", way_out="Give the folder that holds config.json.", param="path")
     files = list_folder(folder)
     names = {path.relative_to(folder).as_posix() for path in files}
     if "config.json" not in names:
         raise BadData(f"{folder.name} holds no config.json.", way_out="Give the folder that save_pretrained() wrote.", param="path")
-    shape = check_config(read_json(folder / "config.json"))
-    for path in files:
-        if path.suffix == ".json" and path.name != "config.json":
-            check_no_code(read_json(path), path.name)
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
         raise BadData(f"{folder.name} holds no tokenizer.", way_out="Save the tokenizer into the same folder.", param="path")
-    check_weights(folder, [path for path in files if path.suffix == ".safetensors"], shape)
-    return shape, files
-
-
-def check_weights(folder: Path, weights: list[Path], shape: Shape) -> None:
-    """Every weights file is whole, the index names only files that are there, and the embedding has the config's size."""
-    if not weights:
+    if not any(name.endswith(".safetensors") for name in names):
         raise Unsupported(f"{folder.name} holds no model.safetensors.", way_out="Save the model with save_pretrained().", param="path")
+    return check_config(model_json.read(folder, "config.json")), files
+
+
+def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
+    """The shape of a transformers folder that may come in, and its JSON files as they may be kept: `{name: value}`.
+
+    Raises Unsupported or BadData. It may take as much memory as the largest of those files asks for.
+    """
+    shape, files = check_head(folder)
+    kept: dict[str, Any] = {}
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if name in model_json.MAX_BYTES:
+            kept[name] = model_json.check(name, model_json.read(folder, name))
+        elif path.suffix != ".safetensors" and path.stat().st_size > _MAX_TEXT_BYTES:
+            raise BadData(
+                f"{name} is larger than {_MAX_TEXT_BYTES // 2**20} MiB.", way_out="Remove it if it belongs to no model.", param="path"
+            )
+    check_tokenizer(folder, shape, kept.get("tokenizer_config.json", {}))
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    check_weights(weights, kept.get("model.safetensors.index.json"), shape)
+    return shape, kept
+
+
+def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
+    """The tokenizer's class is a known one and its files are there: a library makes up what is missing, or reads another's."""
+    named = config.get("tokenizer_class") or _OWN_TOKENIZER[shape.model_type]
+    needed = TOKENIZERS.get(str(named).removesuffix("Fast"))
+    if needed is None:
+        raise Unsupported(
+            f"The tokenizer is of the class {str(named)[:60]!r}, which Luthier does not use.",
+            way_out=f"Supported are {', '.join(name for name in TOKENIZERS)}.",
+            param="path",
+        )
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise BadData(
+            f"The folder holds neither tokenizer.json nor {missing[0]}, which a {named} is read from.",
+            way_out="Save the tokenizer into the same folder.",
+            param="path",
+        )
+
+
+def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shape) -> None:
+    """Every weights file is whole, the index names only files that are there, and the embedding has the config's size."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     for path in weights:
         tensors |= check_safetensors(path)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = read_json(index).get("weight_map", {})
-        missing = set(map(str, named.values())) - {path.name for path in weights}
-        if missing:
-            raise BadData(f"The weights file {sorted(missing)[0][:80]} is missing.", way_out="Copy the whole folder.", param="path")
+    named: dict[str, str] = (index or {}).get("weight_map") or {}
+    missing = set(named.values()) - {path.name for path in weights}
+    if missing:
+        raise BadData(f"The weights file {sorted(missing)[0][:80]} is missing.", way_out="Copy the whole folder.", param="path")
     tables = [sizes for name, (_, sizes) in tensors.items() if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))]
     if [shape.vocabulary, shape.hidden] not in tables:
         raise BadData(

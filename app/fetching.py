@@ -1,5 +1,6 @@
 """Bringing models in: starter wheels, local folders, the hub. A row appears at once with the status `fetching`; the task
-FETCH does the work under a claim, like every long task, and ends in `ready` or `error`.
+FETCH does the work under a claim, like every long task, and ends in `ready` or `error`. When the rules of what may come in
+change, the task EXAMINE looks at the models that are there.
 
 Everything lands in `models/<id>/`, filled under a temporary name, checked, and renamed into place.
 """
@@ -16,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import checks, db, hub, integrity, manifest, queue, starters
@@ -24,7 +25,7 @@ from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
 from app.leases import lease, now
 from app.settings import get_settings
 from app.spec import ModelRef
-from app.tables import Model, Outbox, User
+from app.tables import Job, Model, Outbox, User
 
 MOST_CLAIMS = 3
 """A fetch whose worker died this often is given up."""
@@ -66,13 +67,13 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
 def add_folder(
     session: Session, user: User, path: str, name: str | None = None, *, kind: str | None = None, anywhere: bool = False
 ) -> Model:
-    """Order a copy of a local transformers folder. Its config, file names and the sizes of its weights are checked now.
+    """Order a copy of a local transformers folder. Its config and file names are checked now, all else by the child that copies it.
 
     A request may name a folder below one of the import folders only; `anywhere` is for the command line, whose user can
     read the disk anyway. Raises Forbidden, Unsupported, BadData, BadField, Conflict.
     """
     folder = import_folder(path, anywhere)
-    shape, files = checks.check_folder(folder)
+    shape, files = checks.check_head(folder)
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -119,10 +120,18 @@ def try_again(session: Session, model: Model) -> Model:
     session.refresh(model, with_for_update=True)
     if model.status != "error":
         raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", way_out="Reload the page.")
+    if (model.base_id is not None and session.get_one(Model, model.base_id).status == "error") or model.job_id is not None:
+        raise Conflict(f"{model.name} was made from a model that was refused.", way_out="Delete it, and add a model that passes.")
     return order(session, model)
 
 
 def _good_name(name: str) -> str:
+    if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
+        raise BadField(
+            f"{name[:80]} is how an id is written, so a model of that name could not be found.",
+            way_out="Choose another name.",
+            param="name",
+        )
     if not _NAME.fullmatch(name):
         raise BadField(
             f"{name[:80]!r} cannot be a model's name.",
@@ -235,7 +244,8 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         place = starters.ensure(source["starter"], accept_terms=bool(source.get("terms_accepted")), report=beat)
         return manifest.verify(place, deep=False)
     place = get_settings().data_dir / "models" / str(model_id)
-    if manifest.read(place) is not None:
+    made_before = manifest.read(place)
+    if made_before is not None and made_before.get("rules") == checks.RULES:
         with contextlib.suppress(BadData):  # what is damaged is brought in anew
             return manifest.verify(place, beat=lambda: beat(0.1))
     work = Path(tempfile.mkdtemp(prefix="fetch-", dir=get_settings().folder("tmp")))
@@ -243,7 +253,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         if source["from"] == "merge":
             integrity.check_model(ModelRef.model_validate(source["ref"]), lambda: beat(0.1))
             facts = starters.merge(source["ref"], work / "model", lambda: beat(0.5))
-            written = manifest.write(work / "model", source=source, **facts)
+            written = manifest.write(work / "model", source=source, **{**facts, "rules": checks.RULES})
             starters.settle(work / "model", place)
             return written
         pinned: dict[str, Any] = {}
@@ -285,16 +295,16 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         return {"source": {**source, **facts["source"]}}
     if source["from"] == "merge":  # kind, labels and licence are those of the model it was made from
         return {}
-    return {"kind": facts["kind"], "license": facts.get("license"), "source": facts["source"]}
+    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
 
 
-def _claim(model_id: uuid.UUID) -> int | None:
-    """Take the fetch; its new fence, or None when there is nothing to do."""
+def _claim(model_id: uuid.UUID, due: ColumnElement[bool] = Model.status == "fetching") -> int | None:
+    """Take a model that is `due`; its new fence, or None when there is nothing to do."""
     with db.transaction() as session:
         free = or_(Model.lease_until.is_(None), Model.lease_until < now())
         return session.scalar(
             update(Model)
-            .where(Model.id == model_id, Model.status == "fetching", Model.deleted_at.is_(None), free)
+            .where(Model.id == model_id, due, Model.deleted_at.is_(None), free)
             .values(fence=Model.fence + 1, lease_until=lease())
             .returning(Model.fence)
         )
@@ -303,16 +313,16 @@ def _claim(model_id: uuid.UUID) -> int | None:
 class _Beat:
     """Keeps the lease and the progress fresh, at most once per second. Raises FetchLost when the fence is gone."""
 
-    def __init__(self, model_id: uuid.UUID, fence: int) -> None:
-        self.model_id, self.fence, self.said = model_id, fence, 0.0
+    def __init__(self, model_id: uuid.UUID, fence: int, status: str = "fetching") -> None:
+        self.model_id, self.fence, self.status, self.said = model_id, fence, status, 0.0
 
-    def __call__(self, share: float) -> None:
+    def __call__(self, share: float | None = None) -> None:
         if time.monotonic() - self.said < 1:
             return
         self.said = time.monotonic()
         with db.transaction() as session:
-            held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == "fetching") & Model.deleted_at.is_(None)
-            progress = func.greatest(Model.progress, share)
+            held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == self.status) & Model.deleted_at.is_(None)
+            progress = Model.progress if share is None else func.greatest(Model.progress, share)
             if not session.execute(update(Model).where(held).values(lease_until=lease(), progress=progress)).rowcount:
                 raise FetchLost
 
@@ -323,12 +333,65 @@ def _end(model_id: uuid.UUID, fence: int, **values: Any) -> None:
         session.execute(update(Model).where(held).values(lease_until=None, **values))
 
 
+# The task EXAMINE ---------------------------------------------------------------------------------------------------
+
+
+def examine(model_id: uuid.UUID) -> None:
+    """Look at one model that came in under earlier rules, if nobody else is at it. The body of the task EXAMINE.
+
+    One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since
+    its vocabulary is theirs; no file is touched. A fault of the studio's own leaves the model as it is, to be tried again.
+    """
+    fence = _claim(model_id, _due())
+    if fence is None:
+        return
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        place, source = get_settings().data_dir / str(model.path), dict(model.source)
+    with tempfile.TemporaryDirectory(prefix="examine-", dir=get_settings().folder("tmp")) as work:
+        refused = None
+        try:
+            starters.ask_child("worker.convert", ["--examine", str(place)], [], Path(work) / "model", _Beat(model_id, fence, "ready"))
+        except FetchLost:
+            return
+        except BadData as error:
+            if error.code == "cannot_convert":
+                raise
+            refused = starters.as_row_error(error) | {"code": "refused_by_rules"}
+    with db.transaction() as session:
+        held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "ready")
+        values = {"source": {**source, "rules": checks.RULES}} if refused is None else {"status": "error", "error": refused}
+        if session.execute(update(Model).where(held).values(lease_until=None, **values)).rowcount and refused:
+            _refuse_below(session, model_id, refused)
+
+
+def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]) -> None:
+    """Every model made from a refused one is refused too, and jobs that would tune one of them are cancelled."""
+    from app import jobs  # which stands on this module
+
+    tree = select(Model.id).where(Model.id == model_id).cte("tree", recursive=True)
+    tree = tree.union(select(Model.id).join(tree, Model.base_id == tree.c.id))
+    name, inside = session.get_one(Model, model_id).name, select(tree.c.id)
+    words = refused | {"message": f"It was made from {name}, which was refused: {refused['message']}"}
+    below = Model.id.in_(inside) & (Model.id != model_id) & (Model.status == "ready")
+    session.execute(update(Model).where(below).values(status="error", error=words))
+    for job in session.scalars(select(Job).where(Job.model_id.in_(inside), Job.status.in_(("queued", "paused", "running")))).all():
+        with contextlib.suppress(Conflict):  # it ended meanwhile
+            jobs.cancel(session, session.get_one(User, job.owner_id), job.id)
+
+
+def _due() -> ColumnElement[bool]:
+    """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
+    rules = func.coalesce(Model.source["rules"].astext, "1")
+    return (Model.status == "ready") & Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(checks.RULES))
+
+
 # The reaper's part ---------------------------------------------------------------------------------------------------
 
 
 def reap(session: Session) -> None:
-    """Announce fetches nobody holds once more, give up those whose workers keep dying, adopt starters that were fetched
-    by hand, and sweep the folders of deleted models."""
+    """Announce fetches nobody holds once more, give up those whose workers keep dying, announce models that are to be
+    examined again, adopt starters that were fetched by hand, and sweep the folders of deleted models."""
     waiting = timedelta(seconds=get_settings().announce_again_seconds)
     announced = select(Outbox.id).where(Outbox.key == Model.id, Outbox.created_at > now() - waiting)
     stale = or_(Model.lease_until.is_(None), Model.lease_until < now())
@@ -343,6 +406,8 @@ def reap(session: Session) -> None:
             }
         else:
             queue.put_in_outbox(session, queue.FETCH, model.id)
+    for model_id in session.scalars(select(Model.id).where(_due(), Model.deleted_at.is_(None), stale, ~announced.exists()).limit(20)):
+        queue.put_in_outbox(session, queue.EXAMINE, model_id)
     adopt_starters(session)
     _sweep(session)
 

@@ -20,7 +20,7 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import claims, db, ids, queue
+from app import claims, db, ids, models, queue
 from app import events as said
 from app.claims import beat, claim, fail, finish, lost, record, say, stopped
 from app.errors import Conflict, NotFound, StudioError
@@ -190,6 +190,7 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
 def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     """Queue a paused or failed job again; it goes on from its newest checkpoint. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
+    models.reference(session, session.get_one(Model, job.model_id))  # refuses what was deleted or refused meanwhile
     moved = session.execute(
         update(Job)
         .where(Job.id == job.id, Job.status.in_(("paused", "failed")))

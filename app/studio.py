@@ -126,6 +126,7 @@ class Duty(BaseModel):
 _DUTIES = {
     "train": ("Training", "Jobs stay queued."),
     "data": ("Reading datasets", "Uploads stay unread."),
+    "import": ("Bringing in models", "New models stay unfetched."),
     "generate": ("Answering", "The playground cannot answer."),
     "relay": ("Sending orders on", "Nothing new is started."),
 }

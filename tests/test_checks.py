@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app import checks, gguf_header
+from app import checks, gguf_header, model_json
 from app.errors import BadData, StudioError, Unsupported
 
 LLAMA = {
@@ -30,9 +30,10 @@ def rewrite(path: Path, **changes: object) -> None:
 
 
 def test_a_folder_of_save_pretrained_passes(folder: Path) -> None:
-    shape, files = checks.check_folder(folder)
+    shape, kept = checks.check_folder(folder)
     assert (shape.model_type, shape.layers, shape.vocabulary) == ("llama", 2, 512)
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
+    assert kept.keys() == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert "model.safetensors" in {path.name for path in checks.check_head(folder)[1]}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_widths_that_cannot_be_are_refused(key: str, value: object) -> None:
 def test_json_as_deep_as_a_stack_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 200_000 + "]" * 200_000)
     with pytest.raises(BadData, match="not JSON"):
-        checks.read_json(tmp_path / "config.json")
+        model_json.read(tmp_path, "config.json")
 
 
 class Canary:

@@ -1,4 +1,5 @@
 """Turn a GGUF file or a transformers folder into the folder Luthier keeps: `python -m worker.convert FROM INTO ANSWER [KIND]`.
+Or look at a kept folder once more, by today's rules: `python -m worker.convert --examine FOLDER ANSWER`.
 
 Runs as a child with limits, because it opens what came from outside: tokenizers, chat templates, quantised weights. It
 writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and way_out.
@@ -21,11 +22,13 @@ from typing import Any
 
 from app import checks, gguf_header
 from app.errors import BadData, StudioError, Unsupported
-from app.shapes import Shape, shape_of
+from app.shapes import Shape
+from worker import trial
 from worker.importing import importing
+from worker.limited import limited
 
 SECONDS, FILE_BYTES = 1800, 64 * 2**30  # processor time, and the largest file it may write
-TRIAL = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]
+TRIAL_SECONDS, TRIAL_BYTES = 60, 2 * 2**30  # processor time and memory of the fork that opens tokenizer and template
 
 
 def main(arguments: list[str]) -> None:
@@ -35,10 +38,13 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
-        facts["kind"] = kind or facts["kind"]
+        if arguments[0] == "--examine":
+            facts = examine(into)
+        else:
+            facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
+            facts["kind"] = kind or facts["kind"]
     except StudioError as error:
-        facts = {"error": error.message, "way_out": error.way_out}
+        facts = {"error": error.message, "way_out": error.way_out, "code": error.code}
     except MemoryError:
         facts = {"error": "The machine has too little memory for this model.", "way_out": "Choose a smaller model."}
     except Exception as error:  # whatever a library raises, a person must read it
@@ -119,27 +125,28 @@ def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None
 
 
 def from_folder(source: Path, into: Path) -> dict[str, Any]:
-    """Copy the files that may come in, and open what a library will open later."""
-    _, files = checks.check_folder(source)
+    """Copy the files that may come in, and open what a library will open later. The copy is checked, which nobody else can
+    change; its JSON files are written anew from what was checked, without keys that say nothing to anybody here."""
+    _, files = checks.check_head(source)
     for path in files:
         target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    return inspect(into)
+    return inspect(into, rewrite=True)
 
 
-def inspect(folder: Path) -> dict[str, Any]:
-    """Open config and tokenizer, build the model without weights, and compare it with the arithmetic and the weights."""
-    written = json.loads((folder / "config.json").read_text())
-    shape = checks.check_config(written) if "model_type" in written else shape_of(written)
-    with importing():  # transformers imports most of itself when it is asked for a config and a model
-        import torch
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
+    """Check the folder's files, try its tokenizer and template, build the model without weights, and compare it with the
+    arithmetic and the weights."""
+    found = examine(folder, rewrite=rewrite)
+    written, shape = json.loads((folder / "config.json").read_text()), Shape.model_validate(found["shape"])
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
-            model = maker.from_config(config)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
+        model = maker.from_config(config)
     if shape.architecture == "decoder":
         model.tie_weights()
     counted = sum(p.numel() for p in model.parameters())
@@ -150,19 +157,25 @@ def inspect(folder: Path) -> dict[str, Any]:
             way_out="Its architecture differs from the usual one and is not supported.",
         )
     check_names(folder, model, shape)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if len(tokenizer) > shape.vocabulary:
-        raise BadData(
-            f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", way_out="Take both from the same model."
-        )
-    template = has_working_template(tokenizer)
+    template = found["chat_template"]
     return {
         "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
-        "shape": shape.model_dump(),
+        "shape": found["shape"],
         "parameters": counted,
         "chat_template": template,
         "labels": labels_of(written),
+        "rules": checks.RULES,
     }
+
+
+def examine(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
+    """`{"shape", "chat_template"}` of a folder whose files pass the checks and whose tokenizer and template were tried, all
+    in a fork with limits. With `rewrite` its JSON files are written anew as they may be kept. Raises BadData."""
+    with importing():  # transformers imports most of itself when it is asked for a config, a model and a tokenizer
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    return limited(lambda: trial.look_at(folder, rewrite), "Reading the model's tokenizer and template", TRIAL_SECONDS, TRIAL_BYTES)
 
 
 def check_names(folder: Path, model: Any, shape: Shape) -> None:
@@ -186,24 +199,6 @@ def labels_of(config: dict[str, Any]) -> list[str] | None:
         return None
     names = config.get("id2label") or {}
     return [str(names[key]) for key in sorted(names, key=int)] or None
-
-
-def has_working_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer renders a conversation. Its template runs in transformers' sandbox, in this limited child.
-
-    Raises Unsupported when there is a template and it fails on the plainest conversation.
-    """
-    if not tokenizer.chat_template:
-        return False
-    try:
-        text = tokenizer.apply_chat_template(TRIAL, tokenize=False)
-    except Exception as error:
-        raise Unsupported(
-            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Mend or remove the template."
-        ) from error
-    if "Hello." not in text or len(text) > 100_000:
-        raise Unsupported("The model's chat template does not write what it is given.", way_out="Mend or remove the template.")
-    return True
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import EVALUATE, FETCH, GENERATE, INSPECT, PROMPT, READ, TRAIN, celery
+from app.queue import EVALUATE, EXAMINE, FETCH, GENERATE, INSPECT, PROMPT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -46,6 +46,13 @@ def fetch(key: str) -> None:
     from app import fetching
 
     fetching.fetch(uuid.UUID(key))
+
+
+@celery.task(name=EXAMINE)
+def examine(key: str) -> None:
+    from app import fetching
+
+    fetching.examine(uuid.UUID(key))
 
 
 @celery.task(name=INSPECT)
