@@ -29,7 +29,7 @@ _WAY_OUT = "Mend the model, or choose another."
 def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: int) -> Any:
     """What `function()` returns, as JSON. `what` names what it opens, for the words of an error.
 
-    It may take `seconds` of processor time, three times as long by the clock, and `memory_bytes` beyond what this process has
+    It may take `seconds` of processor time, four times as long by the clock, and `memory_bytes` beyond what this process has
     mapped. Raises BadData when it needed more or did not come to its end, and what it raised of ours.
     """
     reading, writing = os.pipe()
@@ -40,7 +40,7 @@ def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: 
     os.close(writing)
     answer: bytes | None = None
     try:
-        answer = _hear(reading, time.monotonic() + 3 * seconds)
+        answer = _hear(reading, time.monotonic() + 4 * seconds)
     finally:
         os.close(reading)
         if answer is None:
