@@ -10,7 +10,7 @@ from app.generation import GenerateRequest, Rendered
 from app.settings import get_settings
 from worker import prompts
 from worker.lanes import Shelf
-from worker.templates import TooLong
+from worker.templates import SECONDS, TooLong
 
 
 def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str, list[int]]:
@@ -29,7 +29,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
         asked = request.messages if request.messages is not None else request.prompt or ""
         most = context * longest_token(tokenizer)
         try:
-            text, ids = prompts.render_prompt(tokenizer, kind, asked, request.tools, most)
+            text, ids = prompts.render_prompt(tokenizer, kind, asked, request.tools, most, SECONDS)
         except TooLong as error:
             raise _too_long(request, f"{error.characters:,} characters, more than {context:,} tokens can hold", context) from None
     if not ids:

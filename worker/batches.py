@@ -19,7 +19,8 @@ from app.spec import DatasetRef, JobSpec, Split
 from app.splits import divide, key_of
 from worker.attention import Frame, filling, packed_arguments
 from worker.late import sent
-from worker.prompts import render_row
+from worker.prompts import Rendered
+from worker.rendering import Renderer, filled, ids_of
 
 
 class Row(NamedTuple):
@@ -122,19 +123,23 @@ def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, le
     """Every row rendered once, at most `max_length` tokens with the placeholders of `lead` before it. Raises BadRow with the
     line of the first row that cannot be rendered."""
     ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
-    for line, row in rows:
-        try:
-            rendered = render_row(tokenizer, row, kind, max_length - len(lead))
-        except BadData as error:
-            raise BadRow(line, error) from None
+
+    def done(line: int, rendered: Rendered | BadData) -> None:
+        nonlocal cut
+        if isinstance(rendered, BadData):
+            raise BadRow(line, rendered)
         cut += rendered.cut
         if not any(rendered.trained):
-            skipped.append(line)
-            continue
+            return skipped.append(line)
         ids.append(np.asarray([*lead, *rendered.ids], dtype=np.int32))
         trained.append(np.asarray([False] * len(lead) + rendered.trained, dtype=bool))
         starts.append(starts[-1] + len(ids[-1]))
         lines.append(line)
+
+    renderer = Renderer(tokenizer, kind, ids_of, lambda draft, encoded: filled(draft, encoded, max_length - len(lead)), done)
+    for line, row in rows:
+        renderer.add(line, row)
+    renderer.finish()
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     mask = np.concatenate(trained) if trained else np.zeros(0, bool)
     return Tokenised(flat, mask, np.asarray(starts, np.int64), lines, cut, skipped)

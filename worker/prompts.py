@@ -76,8 +76,11 @@ def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) 
 
     Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
     """
-    chat = chat_of(tokenizer, row, kind)
-    return lay_out(tokenizer, row, max_length, chat and templates.write(tokenizer, template_of(tokenizer), chat.chat), chat)
+    asked = chat_of(tokenizer, row, kind)
+    written = templates.write_many(tokenizer, template_of(tokenizer), [asked.chat])[0] if asked else None
+    if isinstance(written, BadData):
+        raise written
+    return lay_out(tokenizer, row, max_length, written, asked)
 
 
 class Asked(NamedTuple):
@@ -120,7 +123,12 @@ def lay_out(tokenizer: Any, row: dict[str, Any], max_length: int, written: Writt
 
 
 def render_prompt(
-    tokenizer: Any, kind: str, prompt: str | Sequence[dict[str, Any]], tools: list[Any] | None = None, most: int = templates.MAX_WRITTEN
+    tokenizer: Any,
+    kind: str,
+    prompt: str | Sequence[dict[str, Any]],
+    tools: list[Any] | None = None,
+    most: int = templates.MAX_WRITTEN,
+    seconds: float = templates.PATIENT_SECONDS,
 ) -> tuple[str, list[int]]:
     """The exact text and ids a model continues: a conversation through the chat template, or a text as it stands.
 
@@ -135,7 +143,8 @@ def render_prompt(
     messages, kept = markers.veil(tokenizer, [_plain(m) for m in prompt])
     try:
         # A placeholder is three characters long, and a special token at least two.
-        text, answers = templates.write(tokenizer, template_of(tokenizer), Chat(messages, tools or None, generate=True), 2 * most)
+        chat = Chat(messages, tools or None, generate=True)
+        text, answers = templates.write(tokenizer, template_of(tokenizer), chat, 2 * most, seconds)
     except templates.Refused as error:
         raise BadRequest(error.message, way_out=error.way_out, param="messages") from None
     if len(shown := markers.unveil(text, kept)) > most:

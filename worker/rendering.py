@@ -123,7 +123,7 @@ def render_rows(tokenizer: Any, rows: Iterable[dict[str, Any]], kind: str, max_l
     """`render_row` of each row, or the BadData it raises."""
     found: list[Rendered | BadData] = []
     renderer = Renderer(
-        tokenizer, kind, ids_of, lambda draft, ids: _filled(draft, ids, max_length), lambda tag, outcome: found.append(outcome)
+        tokenizer, kind, ids_of, lambda draft, ids: filled(draft, ids, max_length), lambda tag, outcome: found.append(outcome)
     )
     for row in rows:
         renderer.add(None, row)
@@ -158,7 +158,7 @@ def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
     return Length(tokens, learnt, first)
 
 
-def _filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Rendered:
+def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Rendered:
     """A draft with the ids of its texts in the place of their numbers."""
     ids: list[int] = []
     trained: list[bool] = []

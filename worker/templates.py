@@ -31,7 +31,9 @@ from app.errors import BadData, BadTemplate, Unavailable
 
 SECONDS, CPU_SECONDS = 2.0, 1.0
 """What one conversation may take: seconds until there is an answer, waiting for a process included, and seconds of a processor."""
-START_SECONDS = 30.0
+PATIENT_SECONDS = 60.0
+"""The seconds where nobody sits and waits, as in a job; a processor's are as few as ever."""
+START_SECONDS = 60.0
 """A process that has not begun by then is no template's fault."""
 LOOK_SECONDS, HOT_SECONDS = 0.1, 0.05
 """A process without an answer is looked at so often. One that has used so much of a processor between two looks goes on at the
@@ -82,35 +84,34 @@ class TooLong(BadData):
         self.characters = characters
 
 
-def write(tokenizer: Any, template: str, chat: Chat, most: int = MAX_WRITTEN) -> Written:
-    """One conversation, within SECONDS. Raises Refused, TooLong, BadTemplate, or Unavailable when too many others are at it."""
-    return _read(_pool().ask(_kind(tokenizer, template), [chat], most, SECONDS, CPU_SECONDS)[0], most)
+def write(tokenizer: Any, template: str, chat: Chat, most: int = MAX_WRITTEN, seconds: float = SECONDS) -> Written:
+    """One conversation. Raises Refused, TooLong, BadTemplate, or Unavailable when others are at it for all of these `seconds`."""
+    return _read(_pool().ask(_kind(tokenizer, template), [chat], most, seconds, CPU_SECONDS)[0], most)
 
 
 def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Written | BadData]:
     """Each conversation, or what is wrong with it. Where the template does not come to an end they are gone through one by one,
     and when that has taken TROUBLE_SECONDS in all, the others are refused."""
-    pool, kind, began = _pool(), _kind(tokenizer, template), time.monotonic()
+    pool, kind = _pool(), _kind(tokenizer, template)
 
     def ask(some: Sequence[Chat]) -> list[Written | BadData]:
-        if pool.trouble[kind] + time.monotonic() - began > TROUBLE_SECONDS:
-            raise BadTemplate("The model's chat template had to be stopped too often for other rows before this one.", way_out=_MEND)
-        answers = pool.ask(kind, some, MAX_WRITTEN, 10 * SECONDS, CPU_SECONDS + 0.002 * len(some))
+        answers = pool.ask(kind, some, MAX_WRITTEN, PATIENT_SECONDS, CPU_SECONDS + 0.002 * len(some))
         return [_read_or_error(answer) for answer in answers]
 
-    if not chats:
-        return []
-    if pool.trouble[kind] <= TROUBLE_SECONDS:
+    if len(chats) > 1 and pool.trouble[kind] <= TROUBLE_SECONDS:
         with contextlib.suppress(BadTemplate):
             return ask(chats)
-    began = time.monotonic()
     found: list[Written | BadData] = []
     for chat in chats:
+        began = time.monotonic()
         try:
+            if pool.trouble[kind] > TROUBLE_SECONDS:
+                raise BadTemplate("The model's chat template had to be stopped too often for other rows before this one.", way_out=_MEND)
             found += ask([chat])
         except BadTemplate as error:
             found.append(error)
-    pool.trouble[kind] += time.monotonic() - began
+        if len(chats) > 1 or isinstance(found[-1], BadTemplate):
+            pool.trouble[kind] += time.monotonic() - began
     return found
 
 
