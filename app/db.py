@@ -69,9 +69,10 @@ def get_engine() -> Engine:
         connect_args={"connect_timeout": wait.connect, **dead, **options},
     )
     if wait.silence:
-        from app.impatient import Impatient  # the driver is not imported before it is needed
+        from app import impatient  # the driver is not imported before it is needed
 
-        event.listen(engine, "do_connect", lambda dialect, record, args, named: Impatient.connect(*args, **named))
+        limits = {"ping_seconds": wait.connect, "silence_seconds": wait.silence}
+        event.listen(engine, "do_connect", lambda dialect, record, args, named: impatient.connect(*args, **named, **limits))
     return engine
 
 

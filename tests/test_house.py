@@ -17,7 +17,7 @@ WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
 WEB_IMPORT_LIMIT_SECONDS = 1.0
 """Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
-GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable"}
+GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable", "impatient"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
 PURE = {"spec", "estimate", "estimate_memory", "advisor", "progress"}
 HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "streams", "watch", "openapi"}

@@ -37,7 +37,7 @@ def web_process(folder: Path, **environment: str) -> Iterator[tuple[int, psutil.
             [sys.executable, "-m", *command], cwd=PROJECT, env=os.environ | environment, stdout=out, stderr=out, preexec_fn=few_descriptors
         )
     try:
-        wait_until(lambda: process.poll() is None and answers(port), what="the web process", log=log, seconds=60)
+        wait_until(lambda: process.poll() is None and answers(port), what="the web process", log=log, seconds=120)
         yield port, psutil.Process(process.pid)
     finally:
         process.kill()
