@@ -28,8 +28,9 @@ from app.storable import shortened
 
 FIRST_CHARACTERS, CHARACTERS = 1 << 14, 1 << 18
 ENOUGH_SECONDS = 0.002
-"""A text is made longer until it takes this much, or has CHARACTERS."""
+"""A text is made longer until it takes half of this, or has CHARACTERS."""
 MAX_RATIO = 2.5
+CLEAR_RATIO = 2.25
 REPEATS, LONGER = 6, 3
 
 Run = Callable[[], object]
@@ -167,9 +168,7 @@ def _parquet(text: str) -> Run:
 
     with tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as file:
         path = Path(file.name)
-    pq.write_table(
-        pa.table({"text": [text.encode("utf-8", "replace").decode()], "list": [list(text[:500])]}), path
-    )
+    pq.write_table(pa.table({"text": [text.encode("utf-8", "replace").decode()], "list": [list(text[:500])]}), path)
 
     def run() -> None:
         for _ in read_parquet(path):
@@ -230,10 +229,10 @@ def _tokens(folder: Path) -> Prepare:
     def prepare(text: str) -> Run:
         from worker.inspect import Counter, open_tokenizer
 
-        rows = _normalised(text)
+        _, labelled, pair = _normalised(text)  # the cost of a conversation's turns is the template's, which has bounds of its own
 
         def run() -> None:
-            for task, shown in (("generation", [rows[0], rows[2]]), ("classification", rows[1:2])):
+            for task, shown in (("generation", [pair]), ("classification", [labelled])):
                 counter = Counter(open_tokenizer(folder, task), {"kind": "dialogue"}, task, lambda line, finding: None)
                 for line, row in enumerate(shown, 1):
                     counter.add(row, line)
@@ -261,19 +260,37 @@ class Growth(NamedTuple):
 
 
 def growth(prepare: Prepare, text: Callable[[int], str], first: int = FIRST_CHARACTERS, most: int = CHARACTERS) -> Growth:
-    """The growth from the first length that takes ENOUGH_SECONDS, or from `most`.
+    """The growth from the first length that takes long enough, or from `most`.
 
     Where it looks too fast the least of REPEATS runs counts; where it still does, longer texts are measured: a busy machine or a
     cache that overflows spoils one doubling, and what grows with the square spoils each.
     """
-    count = first
-    while count < most and (took := _seconds(prepare(text(count)))) < ENOUGH_SECONDS:
-        count = min(most, count * (2 if took > ENOUGH_SECONDS / 4 else 4))
+    count, _ = _long_enough(prepare, text, first, most)
     for doubled in range(LONGER + 1):
         found = _measured(prepare, text, count << doubled)
         if found.ratio <= MAX_RATIO:
             break
     return found
+
+
+def too_fast(prepare: Prepare, first: int, most: int) -> dict[str, Growth]:
+    """The hostile texts whose time grows too fast. One run each at n and 4n clears nearly all of them; the others are measured."""
+    prepare("a")()  # tables that are made once
+    found = {}
+    for name, text in hostile().items():
+        count, took = _long_enough(prepare, text, first, most)
+        longer = _seconds(prepare(text(4 * count)))
+        if longer > max(ENOUGH_SECONDS, took * CLEAR_RATIO**2) and (one := growth(prepare, text, count, most)).ratio > MAX_RATIO:
+            found[name] = one
+    return found
+
+
+def _long_enough(prepare: Prepare, text: Callable[[int], str], first: int, most: int) -> tuple[int, float]:
+    """A number of characters that can be measured, and the seconds they took."""
+    count = first
+    while (took := _seconds(prepare(text(count)))) < ENOUGH_SECONDS / 2 and count < most:
+        count = min(most, 4 * count)
+    return count, took
 
 
 def _measured(prepare: Prepare, text: Callable[[int], str], count: int) -> Growth:

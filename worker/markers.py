@@ -22,17 +22,15 @@ _PLACE = re.compile(f"{_OPEN}([\ue100-\uf8ff]){_CLOSE}")
 def veil(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages with a placeholder for each special token in their contents, and what the placeholders stand for."""
     pattern = _pattern(tokenizer)
-    kept: list[str] = []
+    places: dict[str, int] = {}
 
     def hide(found: re.Match[str]) -> str:
-        if found[0] not in kept:
-            kept.append(found[0])
-        return f"{_OPEN}{chr(_FIRST + kept.index(found[0]))}{_CLOSE}"
+        return f"{_OPEN}{chr(_FIRST + places.setdefault(found[0], len(places)))}{_CLOSE}"
 
     if pattern is None:
         return list(messages), []
     veiled = [{**m, "content": pattern.sub(hide, m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
-    return veiled, kept
+    return veiled, list(places)
 
 
 def unveil(text: str, kept: Sequence[str]) -> str:

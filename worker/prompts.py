@@ -214,10 +214,13 @@ def _tokens(tokenizer: Any, text: str, learnt: list[Span], cuts: list[int], kept
     ids: list[int] = []
     trained: list[bool] = []
     edges = sorted({0, len(text), *cuts})
+    ends = {span.start: span.end for span in learnt}  # no two of them overlap, and each begins at a cut
+    until = 0
     for start, end in itertools.pairwise(edges):
         piece = markers.encode(text[start:end], kept, lambda part: _encode(tokenizer, part))
         ids += piece
-        trained += [any(s.start <= start and end <= s.end for s in learnt)] * len(piece)
+        until = max(until, ends.get(start, 0))
+        trained += [end <= until] * len(piece)
     return ids, trained
 
 

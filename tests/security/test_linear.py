@@ -6,6 +6,8 @@ import pytest
 
 from app import formats, readers, rules
 from app.edits import TEXT_EDITS
+from app.rules._base import seen
+from app.rules.secrets import MOST_LOOKED_AT, Secrets, mask
 from benchmarks import linear
 
 LENGTHS = (1 << 11, 1 << 16)
@@ -14,8 +16,24 @@ SUBJECTS = linear.subjects()
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_twice_the_text_takes_twice_the_time(name):
-    found = {text: linear.growth(SUBJECTS[name], make, *LENGTHS) for text, make in linear.hostile().items()}
-    assert not {text: one for text, one in found.items() if one.ratio > linear.MAX_RATIO}
+    assert not linear.too_fast(SUBJECTS[name], *LENGTHS)
+
+
+DEEPER = [("reader json", repr("\\")), ("overlap", repr("\u0300\u0316")), ("format rated", "pairs"), ("reader txt", "'a'")]
+
+
+@pytest.mark.parametrize(("name", "text"), DEEPER)
+def test_what_shows_in_long_texts_only(name, text):
+    assert linear.growth(SUBJECTS[name], linear.hostile()[text], 1 << 16).ratio <= linear.MAX_RATIO
+
+
+def test_the_rest_of_a_text_beyond_all_measure_is_said_not_to_be_looked_at():
+    said = []
+    rule = Secrets(lambda line, finding: said.append(finding), "generation")
+    far = "a" * MOST_LOOKED_AT + " mail anna.berg@posteo.de"
+    rule.see(seen(1, {"text": far}, [("text", far)]))
+    assert [finding.rule for finding in said] == ["not_looked_at"] and "1,048,576" in said[0].message and said[0].severity == "note"
+    assert mask(far).endswith("mail [e-mail address]")
 
 
 def test_everything_in_the_registries_is_measured():
@@ -26,8 +44,7 @@ def test_everything_in_the_registries_is_measured():
 def test_tokens_are_counted_in_a_time_that_grows_with_the_text(tiny_model):
     name, prepare = next(reversed(linear.subjects(tiny_model).items()))
     assert name == "tokens"
-    found = {text: linear.growth(prepare, make, *LENGTHS) for text, make in linear.hostile().items()}
-    assert not {text: one for text, one in found.items() if one.ratio > linear.MAX_RATIO}
+    assert not linear.too_fast(prepare, *LENGTHS)
 
 
 QUADRATIC = {
