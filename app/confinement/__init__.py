@@ -18,8 +18,10 @@ import hashlib
 import json
 import os
 import pwd
+import stat
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +71,7 @@ def confined(command: Sequence[str], room: Room, *, parent: int | None = None, r
     """`command`, to be started behind the walls of `room`. `parent` is the process it dies with (by default this one; 0: none)."""
     settings = get_settings()
     order = {
-        "system": _system(),
+        "system": (system := _system(str(settings.data_dir))),
         "links": _links(),
         "project": str(PROJECT),
         "read": _present(room.read),
@@ -77,7 +79,7 @@ def confined(command: Sequence[str], room: Room, *, parent: int | None = None, r
         "devices": _devices(room.gpu),
         "sockets": room.sockets,
         "limits": _limits(room.memory_bytes),
-        "uid": spare_uid("trainer", settings.data_dir) if os.geteuid() == 0 else 0,
+        "uid": spare_uid("trainer", settings.data_dir) if os.geteuid() == 0 and _readable_by_all(system) else 0,
         "parent": os.getpid() if parent is None else parent,
         "layers": [] if settings.confinement == "off" else list(room.layers),
         "required": settings.confinement == "required",
@@ -137,13 +139,12 @@ def _names_somebody(uid: int) -> bool:
 
 
 @functools.cache
-def _system() -> list[str]:
+def _system(data: str) -> list[str]:
     """Programs and libraries: the system's, this Python's and our own sources; never the data folder, wherever it lies."""
     parts = [p for p in _SYSTEM if not os.path.islink(p)] + [f"/etc/{name}" for name in _ETC]
     python = [sys.prefix, sys.base_prefix, *sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     parts += [str(PROJECT / name) for name in _OURS]
     parts += [path for path in python if path and not _above(path, str(PROJECT)) and path != "/"]
-    data = str(get_settings().data_dir)
     real = {os.path.realpath(path) for path in parts if os.path.isabs(path)} | {path for path in parts if os.path.isabs(path)}
     kept = sorted(found for path in real if os.path.exists(path) for found in _without(path, {data, os.path.realpath(data)}))
     return [path for path in kept if not any(_above(other, path) and other != path for other in kept)]
@@ -172,10 +173,27 @@ def _links() -> dict[str, str]:
     step = sys.executable
     while os.path.islink(step):
         target = os.readlink(step)
-        if not any(_above(folder, step) for folder in (*_system(), *found)):
+        if not any(_above(folder, step) for folder in (sys.prefix, sys.base_prefix, *_SYSTEM)):
             found[step] = target
         step = os.path.normpath(os.path.join(os.path.dirname(step), target))
     return found
+
+
+def _readable_by_all(system: Sequence[str]) -> bool:
+    """Whether another user than root can run this Python and our sources, once they are shown to it: an installation made with a
+    tight umask is for root alone."""
+    samples = (os.path.realpath(sys.executable), os.__file__, str(PROJECT / "worker"), sysconfig.get_path("purelib"))
+    return all(open_to_all(sample, system) for sample in samples)
+
+
+def open_to_all(path: str, shown: Sequence[str]) -> bool:
+    """Whether everyone may read `path`, reached by the folder of `shown` that it lies in."""
+    while any(_above(folder, path) for folder in shown):
+        mode = os.stat(path).st_mode
+        if not mode & stat.S_IROTH or (stat.S_ISDIR(mode) and not mode & stat.S_IXOTH):
+            return False
+        path = os.path.dirname(path)
+    return True
 
 
 def _devices(gpu: bool) -> list[str]:

@@ -211,6 +211,16 @@ def test_a_data_folder_within_a_folder_of_programs_is_not_shown(tmp_path, monkey
     assert list(confinement._without(str(tmp_path / "opt" / "data" / "models"), {str(tmp_path / "opt" / "data")})) == []
 
 
+def test_an_installation_for_root_alone_is_not_run_by_another_user(tmp_path):
+    """As after an installation with umask 077: the job runs as root without capabilities then, and does not fail."""
+    (python := tmp_path / "venv" / "bin").mkdir(parents=True)
+    (python / "python").touch(mode=0o755)
+    tmp_path.chmod(0o700)  # above what is shown, so it is not passed through
+    assert confinement.open_to_all(str(python / "python"), [str(tmp_path / "venv")])
+    python.chmod(0o700)
+    assert not confinement.open_to_all(str(python / "python"), [str(tmp_path / "venv")])
+
+
 def test_it_dies_with_its_parent(data_dir):
     """Also after a change of user, which makes the kernel forget the order."""
     code = (
