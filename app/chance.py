@@ -71,3 +71,23 @@ def _root(below: Callable[[float], bool]) -> float:
         middle = (left + right) / 2
         left, right = (middle, right) if below(middle) else (left, middle)
     return right
+
+
+def paired_shares(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares over the same rows, the first less the second (Newcombe 1998, method 10).
+
+    `first` counts the rows that only the first got right. It holds for few rows too, also where all of them agree.
+    """
+    n = both + first + second + neither
+    one, other = (both + first) / n, (both + second) / n
+    (low_1, high_1), (low_2, high_2) = wilson(both + first, n), wilson(both + second, n)
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    agree = both * neither - first * second
+    phi = (max(agree - n / 2, 0.0) if agree > 0 else float(agree)) / math.sqrt(margins) if margins else 0.0
+    down = _root_sum(one - low_1, high_2 - other, phi)
+    up = _root_sum(high_1 - one, other - low_2, phi)
+    return one - other - down, one - other + up
+
+
+def _root_sum(a: float, b: float, phi: float) -> float:
+    return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))

@@ -53,7 +53,7 @@ SCORES = {
 }
 SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
 COSTS = [
-    Column("forgetting", "Forgetting", "change", True),
+    Column("forgetting", "General ability", "change", True),
     Column("trainable_parameters", "Learns", "count", True, "predicted_trainable_parameters"),
     Column("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
     Column("seconds", "Time", "seconds", True, "predicted_seconds"),

@@ -12,7 +12,7 @@ from app import charts, comparison_table, comparisons, ids
 from app.charts import Dot, Picture, Scale
 from app.comparison_table import Column, Table, is_number
 from app.job_view import count
-from app.score_view import signed
+from app.score_view import ABILITY, ability
 from app.tables import Comparison, Job
 from app.web import NOTHING, human_bytes, human_number, human_percent, human_seconds
 
@@ -32,7 +32,7 @@ def write(value: Any, unit: str) -> str:
         "seconds": human_seconds,
         "count": lambda n: count(int(n)),
         "share": human_percent,
-        "change": signed,
+        "change": ability,
         "": lambda v: human_number(v, 3),
     }
     return str(writers[unit](value))
@@ -120,7 +120,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
                 "text": write(row[column.key], column.unit),
                 "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
                 "best": row["job"] in table.winners[column.key],
-                "note": row["verdict"] if column.key == "forgetting" else "",
+                "note": ABILITY.get(row["verdict"], row["verdict"]) if column.key == "forgetting" else "",
             }
             for column in table.columns
         ]

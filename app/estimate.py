@@ -32,6 +32,9 @@ DISK_BYTES_PER_SECOND = 400e6
 PROBE_TOKENS = 4000
 ANSWERED = 8
 """The general texts of `worker/probe/`, and the held-out rows that a final evaluation answers."""
+SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, 32_768
+"""What a base without tuning is given for the verdict (worker/prompted.py): solved examples before a question, examples of a class,
+and at most so many held-out rows and tokens."""
 
 FIT_SWEEPS, FIT_PASSES = 13, 60
 """Logistic regression goes over the vectors as often as 13 whole fits do (six strengths in three folds of two thirds each, and
@@ -248,12 +251,26 @@ def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
     probed = run.forgetting and shape.architecture == "decoder"
     if probed:
         scored += 2 * PROBE_TOKENS * forward_operations(shape, 1.0)
+    scored += _contest_tokens(spec, course) * forward
     if spec.task == "preference":  # the model before tuning reads every pair once
         scored += (course.train + course.held_out) * forward
     # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
     written = 0 if classes else run.samples * run.sample_tokens * (saves + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
+
+
+def _contest_tokens(spec: JobSpec, course: Course) -> float:
+    """Tokens of held-out rows that are read again for the verdict: behind examples by the base, and by the tuned model; of a
+    classifier, the texts whose vectors are compared."""
+    mean = course.train / max(course.rows, 1)
+    held = course.held_out / max(mean, 1.0)
+    if spec.task == "classification":
+        return mean * (min(EXAMPLES_A_CLASS * max(course.labels, 1), course.rows, 800) + min(held, 400))
+    if spec.task == "preference" or spec.dataset.format == "text":
+        return 0.0
+    bare = min(held, CONTEST_ROWS) * mean
+    return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)
 
 
 def pace_from(spec: JobSpec, course: Course, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, studio, workers
+from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, studio, verdict, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
@@ -64,6 +64,7 @@ def rows(found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
             "dataset": job.spec["dataset"]["name"],
             "strategy": _title(job.spec["strategy"]["name"]),
             "loss": best.get(job.id),
+            "verdict": verdict.of_job(job),
             "forgetting": forgetting(job.forgetting)["figure"],
             "memory": (job.measured or {}).get("peak_memory_bytes"),
             "predicted_memory": (job.estimate or {}).get("memory_bytes"),
@@ -125,7 +126,6 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
     found = charts.charts(progress)
     tuned = jobs.tuned_model(session, job)
     comparison = comparisons.of_job(session, job)
-    suggestion = progress.failure.suggestion if progress.failure and job.status == "failed" else None
     return {
         "job": job,
         "public_id": ids.public(ids.JOB, job.id),
@@ -143,8 +143,9 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "waiting": _waiting(session, job) if job.status == "queued" else "",
         "no_room": studio.MAKE_ROOM if job.status in ("queued", "running") and studio.no_room() else "",
         "failure": failure(job, progress),
-        "suggestion": suggestion,
-        "suggestion_text": ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in (suggestion or {}).items()),
+        "verdict": verdict.of_job(job),
+        "removable": type(strategy).adapter,
+        "suggestions": suggestions(session, job),
         "tuned": tuned,
         "comparison": comparison,
         "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
@@ -263,15 +264,27 @@ def failure(job: Job, progress: Progress) -> dict[str, Any] | None:
     return {"message": error.get("message", "The job failed and left no reason."), "way_out": error.get("way_out", ""), "line": None}
 
 
+def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
+    """What to try next, a click each: what the verdict says, else what the failure does."""
+    if (found := verdict.of_job(job)) is not None:
+        return found.suggestions
+    failed = live.progress_of(session, job).failure if job.status == "failed" else None
+    if failed is None or not failed.suggestion:
+        return []
+    settings = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in failed.suggestion.items())
+    return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": failed.suggestion})]
+
+
 def forgetting(measured: Mapping[str, Any] | None) -> dict[str, str]:
-    """The relative change on general text, with its verdict; a dash where it was not measured."""
+    """The change of general ability, with its verdict; a dash where it was not measured."""
     if not measured:
         return {"figure": NOTHING, "verdict": "not measured"}
     before, after = measured.get("before"), measured.get("after")
     change = measured.get("change")
     if change is None and before and after is not None:
         change = after / before - 1
-    return {"figure": NOTHING if change is None else score_view.signed(change), "verdict": str(measured.get("verdict", ""))}
+    said = str(measured.get("verdict", ""))
+    return {"figure": NOTHING if change is None else score_view.ability(change), "verdict": score_view.ABILITY.get(said, said)}
 
 
 def _forgetting_of(job: Job, progress: Progress, spec: JobSpec) -> dict[str, str]:

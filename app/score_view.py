@@ -183,17 +183,32 @@ def _readings(found: Any) -> list[Reading]:
     ]
 
 
-# Forgetting -----------------------------------------------------------------------------------------------------------
+# General ability ------------------------------------------------------------------------------------------------------
+
+ABILITY = {
+    "gained": "improved",
+    "within noise": "no significant change",
+    "forgot a little": "dropped a little",
+    "forgot some": "dropped",
+    "forgot much": "dropped much",
+    "nothing, by construction": "unchanged by design",
+}
+"""What pages call the verdicts on forgetting: a page tells what became of the ability, which reads forwards."""
 
 
 def signed(share: float, digits: int = 1) -> str:
-    """A relative change as the page writes it: 0.067 → `+6.7 %`, and plain 0 for what rounds to nothing."""
+    """A relative change as the page writes it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to nothing."""
     text = f"{share * 100:+.{digits}f}"
-    return f"{text if float(text) else text[1:]}{NARROW}%"
+    return f"{text.replace('-', '−') if float(text) else text[1:]}{NARROW}%"
+
+
+def ability(change: float, digits: int = 1) -> str:
+    """The change of general ability behind a relative change of bits per byte: more bits are less ability."""
+    return signed(-change, digits)
 
 
 class Skill(NamedTuple):
-    """Bits per byte of one skill, and the relative change with its 95 % interval."""
+    """Bits per byte of one skill, and the relative change with its 95 % interval; more bits are less ability."""
 
     name: str
     before: float | None
@@ -203,11 +218,11 @@ class Skill(NamedTuple):
 
     @property
     def figure(self) -> str:
-        return signed(self.change)
+        return ability(self.change)
 
     @property
     def between(self) -> str:
-        return f"{signed(self.interval[0])} to {signed(self.interval[1])}" if self.interval else ""
+        return f"{ability(self.interval[1])} to {ability(self.interval[0])}" if self.interval else ""
 
     @property
     def certain(self) -> bool:
@@ -221,16 +236,24 @@ class Forgot(NamedTuple):
     whole: Skill | None  # None where nothing was scored
     skills: list[Skill]
 
+    def in_short(self, removable: bool) -> str:
+        """`General ability −2.0 % (95 %: −4.0 % to 0 %), with the adapter on; removable.`"""
+        assert self.whole is not None
+        between = f" (95{NARROW}%: {self.whole.between})" if self.whole.interval else ""
+        return f"General ability {self.whole.figure}{between}{', with the adapter on; removable' if removable else ''}."
+
 
 def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
     """The verdict with its interval, and one line per skill, the worst first; None where it was not asked for."""
     if not found:
         return None
+    said = str(found.get("verdict") or "")
+    said = ABILITY.get(said, said)
     whole = _skill("all texts", found) if number(found.get("before")) else None
     if whole is None:  # it is known without texts, or known not to be told
-        return Forgot(str(found["verdict"]), str(found["sentence"]), None, []) if found.get("sentence") else None
+        return Forgot(said, str(found["sentence"]), None, []) if found.get("sentence") else None
     skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(SKILLS.get(name, name), values))]
-    return Forgot(str(found.get("verdict") or ""), str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))
+    return Forgot(said, str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))
 
 
 def _skill(name: str, values: Any) -> Skill | None:

@@ -19,7 +19,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from worker import batches, evaluate
 from worker.batches import Row, Tokenised
 from worker.device import Engine
 from worker.forgetting import PROBE
-from worker.prompts import render_prompt, sample_of
+from worker.prompted import EXAMPLES_A_CLASS, Asked, asked_of, class_means, examples_of, last_answer, with_examples
+from worker.prompts import render_prompt
 from worker.scores import text_scores
 from worker.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
 
@@ -41,7 +42,7 @@ ANSWERED = 16
 """Held-out rows that are answered: each is written out twice, which is what takes the time."""
 LABELLED, EMBEDDED = 32, 400
 """Held-out rows whose label a prompt, or a vector, is asked for."""
-SHOTS, SHOTS_OF_LABELS, EXAMPLES_A_CLASS = 4, 8, 16
+SHOTS_OF_LABELS = 8
 MOST_LABELS = 200
 LEAST_BYTES = 24
 """Fewer first bytes than these say more of the tokenizer than of the text."""
@@ -154,21 +155,12 @@ def bits_per_byte(reader: Reader, data: Tokenised) -> float | None:
 # What a prompt alone reaches: answers -----------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """A prompt as the model is asked it, and what a person answered."""
-
-    prompt: str | list[dict[str, Any]]
-    reference: str
-
-
 def _by_answers(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
     kind = spec.model.kind
-    asked = [Asked(*sample_of(row.row, kind)) for row in drawn(held, ANSWERED, spec.seed) if "text" not in row.row]
-    asked = [one for one in asked if one.prompt and one.reference.strip()]
+    asked = [one for _, one in asked_of(drawn(held, ANSWERED, spec.seed), kind)]
     if not asked:
         return _none("These rows are plain texts: they hold no question to put to the model.")
-    examples = [Asked(*sample_of(row.row, kind)) for row in drawn(list(training), 8 * SHOTS, spec.seed) if "text" not in row.row]
-    examples = sorted((e for e in examples if e.reference.strip()), key=lambda e: len(str(e.prompt)) + len(e.reference))[:SHOTS]
+    examples = examples_of(training, kind, spec.seed)
     found = {}
     for place, (name, shown) in enumerate((("zero_shot", []), ("few_shot", examples))):
         if name == "few_shot" and not shown:
@@ -192,7 +184,7 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
                 break
             shown.pop()
         questions.append(evaluate.Question("", ids[-room:], one.reference))
-        rows.append(Row(line, _lesson(prompt, one.reference)))
+        rows.append(Row(line, last_answer(prompt, one.reference)))
     told = evaluate.answers_in_batches(
         reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead, ANSWER_SECONDS
     )
@@ -200,27 +192,6 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
     scores = text_scores([text for text, _ in answered], [reference for _, reference in answered])
     bits = bits_per_byte(reader, reader.tokenise(rows, reader.ref.shape.positions))
     return scores | ({"bits_per_byte": bits} if bits is not None else {})
-
-
-def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked]) -> str | list[dict[str, Any]]:
-    """The prompt behind solved examples: as earlier turns of a conversation, or as text."""
-    if isinstance(prompt, str):
-        return "".join(f"{e.prompt}{e.reference}\n\n" for e in examples) + prompt
-    lead = 1 if prompt and prompt[0]["role"] == "system" else 0
-    turns: list[dict[str, Any]] = []
-    for example in examples:
-        before = [m for m in example.prompt if isinstance(m, dict) and m["role"] != "system"] if not isinstance(example.prompt, str) else []
-        turns += [*before, {"role": "assistant", "content": example.reference}]
-    return [*prompt[:lead], *turns, *prompt[lead:]]
-
-
-def _lesson(prompt: str | list[dict[str, Any]], reference: str) -> dict[str, Any]:
-    """A row that teaches the last answer alone."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": reference}
-    return {
-        "messages": [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt), {"role": "assistant", "content": reference}]
-    }
 
 
 # What a prompt alone reaches: labels ------------------------------------------------------------------------------------
@@ -367,7 +338,9 @@ def _by_vectors(spec: EvaluationSpec, engine: Engine, say: Say, training: Sequen
     making = embed(reader, load_tokenizer(spec.model), texts, engine, max_length=longest)
     vectors = _told(making, lambda done, of: say(0.2 + 0.75 * done / of, f"Reading {of} texts"))
     ours = vectors[len(names) + len(examples) :]
-    centres = _centres(vectors[len(names) : len(names) + len(examples)], [labels.index(row.row["label"]) for row in examples], len(labels))
+    centres = class_means(
+        vectors[len(names) : len(names) + len(examples)], [labels.index(row.row["label"]) for row in examples], len(labels)
+    )
     truth = np.asarray([labels.index(row.row["label"]) for row in asked])
     few = {"accuracy": float(((ours @ centres.T).argmax(1) == truth).mean())} if examples else None
     zero = {"accuracy": float(((ours @ vectors[: len(names)].T).argmax(1) == truth).mean())}
@@ -386,14 +359,3 @@ def _told(making: Generator[Progress, None, np.ndarray], say: Callable[[int, int
         except StopIteration as done:
             return done.value
         say(progress.done, progress.texts)
-
-
-def _centres(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.ndarray:
-    """The mean of each label's vectors, at length 1; a label without examples is nowhere near anything."""
-    centres = np.full((labels, vectors.shape[1] if len(vectors) else 1), -1.0, np.float32)
-    for label in range(labels):
-        mine = vectors[[place for place, one in enumerate(truth) if one == label]]
-        if len(mine):
-            centre = mine.mean(0)
-            centres[label] = centre / max(float(np.linalg.norm(centre)), 1e-9)
-    return centres

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -114,6 +114,18 @@ class Tokenised:
             kept[self.starts[:-1] + place] = False
         starts = self.starts - lead * np.arange(len(self.starts))
         return replace(self, ids=self.ids[kept], trained=self.trained[kept], starts=starts)
+
+    def only(self, lines: Container[int]) -> Tokenised:
+        """The rows of these lines, in their order."""
+        places = [i for i, line in enumerate(self.lines) if line in lines]
+        spans = [slice(self.starts[i], self.starts[i + 1]) for i in places]
+        ids, trained = (np.concatenate([of[span] for span in spans]) if spans else of[:0] for of in (self.ids, self.trained))
+        starts = np.cumsum([0, *(self.lengths[i] for i in places)])
+        return Tokenised(ids, trained, starts, [self.lines[i] for i in places], self.cut, self.skipped)
+
+    def trained_counts(self) -> list[int]:
+        """How many tokens of each row are trained on."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.starts]).tolist()
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -55,6 +55,9 @@ class State:
     before: dict[str, float] = field(default_factory=dict)  # the untuned model on the validation rows
     last: dict[str, float] = field(default_factory=dict)  # the newest scores
     best: dict[str, float] = field(default_factory=dict)  # the best checkpoint on the same rows
+    curve: list[tuple[int, float]] = field(default_factory=list)  # validation loss by step
+    first_losses: list[float] = field(default_factory=list)  # of the first steps, and of the newest: a loss far above its start diverges
+    recent_losses: list[float] = field(default_factory=list)
     base_answers: list[str] = field(default_factory=list)
     base_rows: list[float] = field(default_factory=list)  # the untuned model's loss on each validation row
     last_rows: list[float] = field(default_factory=list)  # at the newest evaluation

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from app import events
 from app.errors import BadData
 from app.spec import MOST_CLASSES, JobSpec
-from worker import attention, batches
+from worker import attention, batches, prompted
 from worker.batches import BadRow, Row, Tokenised
 from worker.checkpoint import State
 from worker.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
@@ -21,7 +21,7 @@ from worker.device import Engine
 from worker.evaluate import reading
 from worker.late import sent
 from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, body_of, remarks_on
-from worker.scores import classification_scores, prior_scores
+from worker.scores import classification_scores, contest, paired_hits, prior_scores
 from worker.telling import drained
 
 
@@ -213,11 +213,23 @@ class Classifying(Lesson):
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
         return (yield from sorting(model, self.held_out, budget, engine))
 
-    def evaluation(self, state: State, examined: np.ndarray, base: Loader, engine: Engine) -> dict[str, Any]:
+    def evaluation(self, state: State, examined: np.ndarray, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
         """Beside always answering with the shares of the training labels, as no model answers with labels before tuning."""
         if not len(self.held_out):
             return {}
-        return evaluation_of(examined, self.train_truth, self.held_truth, self.held_rows, self.labels or [])
+        found = evaluation_of(examined, self.train_truth, self.held_truth, self.held_rows, self.labels or [])
+        return found | {"contest": label_contest(examined.argmax(1), self.train_truth, self.held_truth, self._nearest(base, engine))}
+
+    def _nearest(self, base: Loader, engine: Engine) -> np.ndarray:
+        """What the base's vectors alone answer for the first held-out texts, (rows,): the label whose examples lie nearest."""
+        from worker.features import embed  # scikit-learn stands behind it
+
+        places = prompted.a_few_of_each(self.train_truth, self.spec.run.seed)
+        asked = self.held_rows[: prompted.MAX_VECTOR_ROWS]
+        texts = [row.row["text"] for row in (*(self.train_rows[i] for i in places), *asked)]
+        reader = Classifier(base(), torch.nn.Identity(), "mean", normalise=True)
+        vectors = drained(embed(reader, self.tokenizer, texts, engine, max_length=self.longest))  # type: ignore[arg-type]
+        return prompted.nearest_class(vectors[: len(places)], self.train_truth[places], vectors[len(places) :], len(self.labels or []))
 
 
 def label_remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
@@ -229,6 +241,17 @@ def label_remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
     numbers = sum(_label_order(label)[0] == 0 for label in labels)
     if 0 < numbers < len(labels):
         yield f"{numbers} of the {len(labels)} labels are numbers and the others are words; check that they mean what they should."
+
+
+def label_contest(
+    answers: np.ndarray, train_truth: np.ndarray, truth: np.ndarray, nearest: np.ndarray, examples: int = prompted.EXAMPLES_A_CLASS
+) -> dict[str, Any]:
+    """A classifier's answers, (rows,), against the commonest label, and against what the base's vectors answer for the first rows."""
+    right = answers == truth
+    common = np.bincount(train_truth).argmax() == truth
+    few = len(nearest)
+    few_shot = paired_hits(nearest == truth[:few], right[:few]) if few else None
+    return contest("accuracy", paired_hits(common, right), few_shot, examples=examples, few_shot_by="vectors")
 
 
 def row_losses(found: np.ndarray, truth: np.ndarray) -> list[float]:

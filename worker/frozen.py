@@ -15,25 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from app import events
 from app.spec import JobSpec
 from app.strategies.feature_extraction import FeatureExtraction
-from worker import attention, features, forgetting, kernels, ledger, optim
+from worker import attention, features, forgetting, kernels, ledger, optim, prompted
 from worker.batches import Row
 from worker.checkpoint import State, relative
 from worker.classifier import Classifier, load_stack, pooling_of
-from worker.classify import answer_in_words, evaluation_of, label_remarks, read_labelled, row_losses, tokenise_texts
+from worker.classify import answer_in_words, evaluation_of, label_contest, label_remarks, read_labelled, row_losses, tokenise_texts
 from worker.device import Engine, choose, peak_memory
 from worker.export import export
 from worker.lesson import MOST_REMEMBERED
 from worker.load import load_tokenizer
-from worker.scores import classification_scores, prior_scores
+from worker.scores import classification_scores, contest, paired_hits, prior_scores
 from worker.telling import Telling
 
 BATCH_ROWS = 256
 """Rows of a step of the dense classifier."""
+FEW_ROWS = 30
+"""Fewer held-out rows than these say little; a classifier that is fitted in a moment is then cross-validated over all rows."""
 
 
 def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -> Iterator[events.TrainerEvent]:
@@ -84,8 +87,9 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         prior = prior_scores(truth.tolist(), held_truth.tolist(), data.labels)
         state.before = _named(prior)
         yield events.Evaluated(step=0, loss=prior["log_loss"], metrics=_rest(state.before))
+    fitted = None
     if strategy.classifier == "logistic":
-        yield from _fit(classifier, strategy, inside, truth, run.seed, state)
+        fitted = yield from _fit(classifier, strategy, inside, truth, run.seed, state)
     else:
         yield from _learn(classifier, spec, inside, truth, outside, held_truth, state, control)
     if control.stop and state.step < epochs:
@@ -101,6 +105,13 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         yield events.Evaluated(step=state.step, loss=scores["log_loss"], metrics=_rest(state.best), best=True)
         yield events.Sampled(step=state.step, samples=_samples(found, data.held_out[: run.samples], data.labels))
         evaluation = evaluation_of(found, truth, held_truth, data.held_out, data.labels)
+        places, asked = prompted.a_few_of_each(truth, run.seed), outside[: prompted.MAX_VECTOR_ROWS]
+        nearest = prompted.nearest_class(inside[places], truth[places], asked, len(data.labels))
+        evaluation |= {"contest": label_contest(found.argmax(1), truth, held_truth, nearest), "steps": state.step}
+        if fitted is not None and len(held_truth) < FEW_ROWS <= len(vectors):
+            said = features.cross_validated(vectors, everything := np.concatenate([truth, held_truth]), strength=fitted.C, seed=run.seed)
+            common = np.bincount(everything).argmax() == everything
+            evaluation["contest"] |= contest("accuracy", paired_hits(common, said == everything), cross_validated=True)
     if run.row_losses:
         shares = np.bincount(truth, minlength=len(data.labels)) / len(truth)
         sides = [(data.train, inside, truth, False)]
@@ -179,7 +190,7 @@ def _vectors(
 
 def _fit(
     classifier: Classifier, strategy: FeatureExtraction, vectors: np.ndarray, truth: np.ndarray, seed: int, state: State
-) -> Iterator[events.TrainerEvent]:
+) -> Generator[events.TrainerEvent, None, LogisticRegression]:
     began = time.monotonic()
     fitted, tried = features.fit_logistic(vectors, truth, strength=strategy.regularisation, seed=seed)
     if tried:
@@ -189,6 +200,7 @@ def _fit(
     loss = float(np.mean(row_losses(_probabilities(classifier.head, vectors), truth)))
     state.step, state.seconds = 1, state.seconds + time.monotonic() - began
     yield _step(state, 1.0, loss, 0.0, 0.0)
+    return fitted
 
 
 def _learn(

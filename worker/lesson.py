@@ -135,7 +135,7 @@ class Lesson(ABC):
         """What the evaluation needs of the result, before it leaves the memory."""
 
     @abstractmethod
-    def evaluation(self, state: State, examined: Any, base: Loader, engine: Engine) -> dict[str, Any]:
+    def evaluation(self, state: State, examined: Any, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
         """Base and result on the same held-out rows; empty without any."""
 
 

@@ -23,7 +23,7 @@ from app.formats.preference import conversation_with
 from app.spec import JobSpec, PreferenceSettings
 from worker import batches, evaluate, processes
 from worker.batches import Batch, Row, make_batch
-from worker.checkpoint import write_folder
+from worker.checkpoint import State, write_folder
 from worker.device import Engine
 from worker.late import sent
 from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
@@ -31,6 +31,7 @@ from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.prompts import prepare_tokenizer
+from worker.scores import contest, share_interval
 from worker.writing import Writing
 
 REFERENCE = "reference"
@@ -202,6 +203,16 @@ class Preferring(Writing):
         losses, rewards = losses_of(policy.double(), self.reference["held_out"].cpu().double(), self.settings)
         metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
         return Scored(metrics, losses.tolist()[:MOST_REMEMBERED])
+
+    def _few_shot_rows(self) -> None:
+        """No prompt can be scored by pairs."""
+        return None
+
+    def _contest(self, state: State, *_: Any) -> dict[str, Any]:
+        """Pairs told apart, against a coin: before tuning both rewards of every pair are zero."""
+        share, pairs = float((state.best or state.last)["reward_accuracy"]), len(self.held_out)
+        low, high = share_interval(share, pairs)
+        return contest("reward_accuracy", {"rows": pairs, "one": 0.5, "other": share, "interval": (low - 0.5, high - 0.5)})
 
 
 def _kept(runs: Path, digest: str) -> dict[str, torch.Tensor] | None:

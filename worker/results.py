@@ -53,7 +53,11 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
         )
         lost = forgetting.compared(before, texts)
     yield events.Doing(what=telling.what, share=0.95)
-    return Compared(lost, lesson.evaluation(state, examined, base, engine))
+    evaluation = lesson.evaluation(state, examined, base, budget, engine)
+    if evaluation:
+        evaluation["steps"] = state.step
+        evaluation["curve"] = [[step, loss] for step, loss in state.curve]
+    return Compared(lost, evaluation)
 
 
 def _loader(job: Any) -> Loader:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from app import chance
+
 CALIBRATION_BINS = 10
 MOST_DRAWN = 200
 """Labels up to which the confusion matrix is told."""
@@ -66,6 +68,43 @@ def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[st
     """The scores of always answering with the shares of the training rows: what any classifier has to beat."""
     shares = np.bincount(np.asarray(train), minlength=len(labels)) / max(len(train), 1)
     return classification_scores(np.tile(shares, (len(truth), 1)), truth, labels)
+
+
+# Two models on the same rows ------------------------------------------------------------------------------------------
+
+
+def paired_losses(one: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, Any]:
+    """Mean losses of two models on the same rows, `one` and `other`, and `interval`: 95 % of other less one by Student's t of the
+    pairs. `weights` are the tokens of the rows where a loss is a mean over them, so that the means are over all tokens."""
+    from scipy.stats import t  # it comes with scikit-learn and is slow to import
+
+    share = np.ones(len(one)) if weights is None else np.asarray(weights, float) / np.mean(weights)
+    a, b = np.asarray(one, float) * share, np.asarray(other, float) * share
+    change = b - a
+    half = float(t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else math.inf
+    middle = float(change.mean())
+    return {"rows": len(one), "one": float(a.mean()), "other": float(b.mean()), "interval": (middle - half, middle + half)}
+
+
+def paired_hits(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The same for answers that are right or wrong, (rows,) of bool: both shares, and 95 % of their difference."""
+    a, b = one.astype(bool), other.astype(bool)
+    interval = chance.paired_shares(int((a & b).sum()), int((b & ~a).sum()), int((a & ~b).sum()), int((~a & ~b).sum()))
+    return {"rows": len(a), "one": float(a.mean()), "other": float(b.mean()), "interval": interval}
+
+
+def contest(metric: str, base: Mapping[str, Any] | None, few_shot: Mapping[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
+    """What a verdict on a job is founded on (app/verdict.py): the tuned model against its base and, where one can be asked, against
+    the base behind solved examples. `base` and `few_shot` are `paired_…` of that model and the tuned one."""
+    return {"metric": metric, "base": _side(base), "few_shot": _side(few_shot), **facts}
+
+
+def _side(paired: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if paired is None or not paired["rows"]:
+        return None
+    low, high = paired["interval"]
+    told = math.isfinite(low) and math.isfinite(high)
+    return {"rows": paired["rows"], "score": paired["one"], "tuned": paired["other"], "interval": [low, high] if told else None}
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ from worker.telling import Telling
 from worker.whole import Whole, give_back, learns_whole, use_whole
 
 MOST_NOT_FINITE = 3
+DIVERGED_WINDOW = 5
+"""Steps whose median loss is compared with that of the first ones."""
 SPEED_WINDOW = 20
 
 
@@ -53,7 +56,7 @@ class Control:
 
 
 class Diverged(StudioError):
-    """Loss or gradient was not finite several times in a row."""
+    """The loss was not finite several times in a row, or rose far above its start."""
 
     code = "diverged"
 
@@ -293,6 +296,7 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
             f"The loss was not a finite number in {MOST_NOT_FINITE} steps in a row, the last being step {step.step}.",
             way_out=f"Lower the learning rate to {peak_rate(job.spec) / 10:.1g}, or raise the warm-up.",
         )
+    watch_divergence(job, step.step, loss_value)
     return step.model_copy(
         update={
             "loss": loss_value,
@@ -303,6 +307,21 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
             "seconds": state.seconds,
         }
     )
+
+
+def watch_divergence(job: Trainee, step: int, loss: float) -> None:
+    """Stop a job whose loss has left its start far behind: the median of the newest steps above twice that of the first ones and a nat
+    more. A few hard packs do not reach that, and what does has never been seen to come back. Raises Diverged."""
+    state = job.state
+    if len(state.first_losses) < DIVERGED_WINDOW:
+        state.first_losses = [*state.first_losses, loss]
+    state.recent_losses = [*state.recent_losses[-DIVERGED_WINDOW + 1 :], loss]
+    began, now = statistics.median(state.first_losses[:3]), statistics.median(state.recent_losses)
+    if len(state.recent_losses) == DIVERGED_WINDOW and now > 2 * abs(began) + 1:
+        raise Diverged(
+            f"The training loss rose from {began:.3g} to {now:.3g} by step {step}: the weights move too far at each step.",
+            way_out=f"Lower the learning rate to {peak_rate(job.spec) / 10:.1g}, or raise the warm-up.",
+        )
 
 
 def _speed(job: Trainee) -> float:
@@ -334,6 +353,7 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
 
 def _remember(job: Trainee, scored: Scored) -> bool:
     state, loss = job.state, scored.metrics["loss"]
+    state.curve = [*state.curve, (state.step, loss)]
     state.last, state.last_rows = scored.metrics, scored.rows
     if state.step == 0:
         state.before, state.base_rows = scored.metrics, scored.rows

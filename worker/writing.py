@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -10,9 +11,10 @@ import torch
 
 from app import events
 from app.errors import BadData
+from app.estimate import CONTEST_ROWS, CONTEST_TOKENS
 from app.spec import JobSpec
-from worker import attention, batches, evaluate
-from worker.batches import make_batch
+from worker import attention, batches, evaluate, prompted
+from worker.batches import Row, make_batch
 from worker.checkpoint import State
 from worker.device import Engine
 from worker.evaluate import Question
@@ -20,20 +22,31 @@ from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, 
 from worker.load import load_plain
 from worker.loss import head_of, linear_cross_entropy
 from worker.prompts import prepare_tokenizer, tuned_kind
-from worker.scores import answer_scores
+from worker.scores import answer_scores, contest, paired_losses
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
 
 
 class Examined(NamedTuple):
-    """What a result said: the places of held-out rows that got worst and best, those asked for the scores, all questions, answers."""
+    """What a result said: the places of held-out rows that got worst and best, those asked for the scores, all questions, answers,
+    and the rows that the base will read behind examples, with the result's losses of their answers."""
 
     worst: list[int]
     best: list[int]
     asked: list[int]
     questions: dict[int, Question]
     answers: dict[int, str]
+    contest: FewShotRows | None
+    losses: list[float]
+
+
+class FewShotRows(NamedTuple):
+    """The same answers twice: after the bare question, and after solved examples and the question. Row i of both is one answer."""
+
+    bare: batches.Tokenised
+    shown: batches.Tokenised
+    examples: int
 
 
 class Writing(Lesson):
@@ -44,6 +57,7 @@ class Writing(Lesson):
         super().__init__(spec, tokenizer)
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batches.sides(spec)
+        self.train_rows = train_rows
         self.train = batches.tokenise(tokenizer, train_rows, kind, self.longest, self.lead)
         self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead)
         if not len(self.train):
@@ -115,13 +129,15 @@ class Writing(Lesson):
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
         yield 0.0  # the answers have a limit of their own
+        rows = self._few_shot_rows()
+        losses = _means((yield from evaluate.scoring(model, rows.bare, budget, engine))) if rows else []
         worst, best = _changed_most(state.base_rows, state.best_rows or state.last_rows)
         asked = self._asked(ANSWERED if self.spec.run.samples else 0)
         questions = self._questions([*asked, *(i for i in [*worst, *best] if i not in asked)] if asked else [])
-        return Examined(worst, best, asked, questions, self._answers(model, questions, engine, self.lead))
+        return Examined(worst, best, asked, questions, self._answers(model, questions, engine, self.lead), rows, losses)
 
-    def evaluation(self, state: State, examined: Examined, base: Loader, engine: Engine) -> dict[str, Any]:
-        worst, best, asked, questions, answers = examined
+    def evaluation(self, state: State, examined: Examined, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
+        worst, best, asked, questions, answers, rows, tuned_losses = examined
         before: dict[str, Any] = dict(state.before)
         after: dict[str, Any] = dict(state.best or state.last)
         if not len(self.held_out) or not after:
@@ -131,6 +147,7 @@ class Writing(Lesson):
         for scores, found in zip((before, after), answered.scores, strict=True):
             scores.update(found)
         losses = state.best_rows or state.last_rows
+        read = _means(evaluate.score_rows(base(), rows.shown, budget, engine)) if rows else []
 
         def listed(place: int) -> dict[str, Any]:
             question = questions.get(place)
@@ -149,11 +166,41 @@ class Writing(Lesson):
             "answers": answered.rows,
             "unanswered": len(asked) - answered.rows,
             "difference": answered.difference,
+            "contest": self._contest(state, rows, read, tuned_losses),
             "base": before,
             "tuned": after,
             "worst": [listed(i) for i in worst],
             "best": [listed(i) for i in best],
         }
+
+    def _contest(self, state: State, rows: FewShotRows | None, read: list[float], tuned: list[float]) -> dict[str, Any]:
+        """The losses of the result against the base's, and, on `rows`, against those the base `read` behind examples."""
+        losses = state.best_rows or state.last_rows
+        few_shot = paired_losses(read, tuned, rows.shown.trained_counts()) if rows else None
+        over_base = paired_losses(state.base_rows, losses, self.held_out.trained_counts()[: len(losses)])
+        return contest("loss", over_base, few_shot, examples=rows.examples if rows else 0)
+
+    def _few_shot_rows(self) -> FewShotRows | None:
+        """Held-out rows for the base to answer behind solved examples, as many as a job's end has time for; None for plain texts."""
+        kind, longest = self.spec.model.kind, self.spec.model.shape.positions
+        examples = prompted.examples_of(self.train_rows, kind, self.spec.run.seed)
+        asked = prompted.asked_of(self.held_rows[:CONTEST_ROWS], kind)
+        if not examples or not asked:
+            return None
+        bare = [Row(line, prompted.last_answer(*one)) for line, one in asked]
+        shown = [Row(line, prompted.last_answer(prompted.with_examples(one.prompt, examples), one.reference)) for line, one in asked]
+        try:
+            both = [batches.tokenise(self.tokenizer, rows, kind, longest, lead) for rows, lead in ((bare, self.lead), (shown, []))]
+        except BadData:  # a template that takes no such conversation
+            return None
+        whole = [set(data.lines) for data in both]
+        lines = [line for line, _ in asked if line in whole[0] and line in whole[1]]
+        lengths = dict(zip(both[1].lines, both[1].lengths, strict=True))
+        total = itertools.accumulate(lengths[line] for line in lines)
+        kept = {line for line, tokens in zip(lines, total, strict=True) if tokens <= CONTEST_TOKENS}
+        if not kept:
+            return None
+        return FewShotRows(both[0].only(kept), both[1].only(kept), len(examples))
 
     def _asked(self, most: int) -> list[int]:
         """The first rows of the held-out ones, which were drawn by the seed."""

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import events, ids, jobs, leases, models, schemas, watch
+from app import events, ids, jobs, leases, models, order_form, schemas, verdict, watch
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, NotFound
@@ -218,8 +218,20 @@ def job_json(session: Session, job: Job) -> Json:
         "measured": job.measured,
         "evaluation": job.evaluation,
         "forgetting": job.forgetting,
+        "verdict": verdict_json(session, job, order),
         "progress": progress_json(job),
     }
+
+
+def verdict_json(session: Session, job: Job, order: JobOrder) -> Json | None:
+    """The verdict on a job that has ended. `order` of a suggestion is a whole body for POST /v1/fine_tuning/jobs."""
+    found = verdict.of_job(job)
+    if found is None:
+        return None
+    body = order_form.body_of(session, session.get_one(Dataset, job.dataset_id), order)
+    orders = [{**body, "run": {**body.get("run", {}), **s.order["run"]}} for s in found.suggestions]
+    told = [{"label": s.label, "order": one} for s, one in zip(found.suggestions, orders, strict=True)]
+    return {**found.model_dump(mode="json"), "suggestions": told}
 
 
 def progress_json(job: Job) -> Json:

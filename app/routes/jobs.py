@@ -6,9 +6,10 @@ The JSON twin stands in `app/routes/fine_tuning.py`; both call `app.jobs`.
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import FormData
 
@@ -163,13 +164,13 @@ def save(request: Request, user: CurrentUser, session: Db, job_id: str) -> Respo
 
 
 @pages.post("/jobs/{job_id}/again")
-def again(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """The same order with the settings that its failure suggests, as a new job."""
+def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int, Form_(ge=0)] = 0) -> Response:
+    """The same job with the settings of one of its suggestions, as a new job."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    failure = live.progress_of(session, job).failure
-    if failure is None or not failure.suggestion:
-        raise BadField("This job suggests no other settings.", way_out="Clone it, and change what you like.", param="job_id")
-    order: dict[str, Any] = {**job.order, "run": {**job.order.get("run", {}), **failure.suggestion}}
+    found = view.suggestions(session, job)
+    if suggestion >= len(found):
+        raise BadField("This job suggests no such settings.", way_out="Clone it, and change what you like.", param="suggestion")
+    order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
     return _asked(jobs.create(session, user, JobOrder.model_validate(order)))
 
 

@@ -147,8 +147,8 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
     found = score_view.forgot(measured)
     assert found.skills[0].name == "code" and found.skills[0].certain and len(found.skills) == 3
     said = words(client.get(finish(session, user, tiny_registered, GENERATION, measured)))
-    low, high = (f"{value * 100:+.1f}" for value in measured["skills"]["code"]["interval"])
-    assert "What it forgot" in said and measured["sentence"] in said and f"{low} % to {high} %" in said
+    high, low = (f"{-value * 100:+.1f}".replace("-", "−") for value in measured["skills"]["code"]["interval"])
+    assert "General ability" in said and measured["sentence"] in said and f"{low} % to {high} %" in said
     old = score_view.forgot({"before": 1.0, "after": 1.1, "verdict": "forgot some"})
     assert old.whole.change == pytest.approx(0.1) and old.whole.interval is None and old.skills == []
     assert score_view.forgot(None) is None and score_view.forgot({}) is None

@@ -1,0 +1,281 @@
+"""What came of a job, in one word, one sentence and its figures: better than the base, no better, worse, …
+
+    better        beats the base beyond chance, and no prompt with examples does better
+    no_better     not told apart from the base, or a prompt with examples does as well or better than it
+    worse         the base does better
+    undertrained  too few steps, or cut off, while the validation loss was still falling
+    overfitted    the validation loss rose again, and what was gained before is mostly lost
+    diverged      the loss left its start behind; there is no model
+    too_few_rows  too few held-out rows to tell
+
+Pure: it reads what the trainer measured (`contest` of the evaluation: the same rows read by the base, by the base behind
+solved examples, and by the tuned model) and what the job's row says. Nothing is called better inside its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from app.spec import JobSpec
+from app.tables import Job
+
+Outcome = Literal["better", "no_better", "worse", "undertrained", "overfitted", "diverged", "too_few_rows"]
+
+MIN_ROWS = 5
+"""Below these no interval is worth a word."""
+FEW_ROWS = 30
+"""Below these a difference inside its interval says that there are too few rows, and not that there is no difference."""
+MIN_STEPS = 30
+"""Optimizer steps below which most methods have hardly begun to learn."""
+STILL_FALLING = 0.15
+"""Share of the whole gain that the last third of a run brings when it was stopped too early."""
+LOST_AGAIN = 0.5
+"""Share of the gain that is lost again when a run overfits."""
+
+METRICS: dict[str, tuple[str, str, bool]] = {
+    "loss": ("validation loss", "nats per token", True),
+    "accuracy": ("accuracy", "", False),
+    "reward_accuracy": ("pairs told apart", "", False),
+}
+"""Name in a sentence, unit, and whether less is better."""
+
+
+class Suggestion(BaseModel):
+    label: str
+    order: dict[str, Any] = Field(description='What to change in the job\'s own order: `{"run": {"epochs": 15}}`')
+
+
+class Verdict(BaseModel):
+    """`interval` is the 95 % interval of tuned less base, in the metric's unit, over `n` held-out rows."""
+
+    outcome: Outcome
+    sentence: str
+    metric: str | None = None
+    base: float | None = None
+    few_shot: float | None = None
+    tuned: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int = 0
+    suggestions: list[Suggestion] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model may be called ready without a word more."""
+        return self.outcome == "better"
+
+
+class Side(NamedTuple):
+    """The tuned model against another on the same rows. `gain` is the interval of how much better it is, less or more alike."""
+
+    rows: int
+    score: float
+    tuned: float
+    interval: tuple[float, float] | None  # tuned less the other
+    gain: tuple[float, float] | None
+
+    @property
+    def better(self) -> bool:
+        return self.gain is not None and self.gain[0] > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.gain is not None and self.gain[1] < 0
+
+
+def verdict(
+    status: str, spec: JobSpec, evaluation: Mapping[str, Any] | None, error: Mapping[str, Any] | None = None, step: int | None = None
+) -> Verdict | None:
+    """The verdict on a job that has ended; None while it goes on, and where it failed for a reason that says nothing of its learning."""
+    if status == "failed":
+        return diverged(spec, error) if (error or {}).get("code") == "diverged" else None
+    if status == "cancelled":
+        return interrupted(step)
+    if status != "succeeded":
+        return None
+    found, contest = evaluation or {}, (evaluation or {}).get("contest") or {}
+    if found and not contest:
+        return None  # a job of an earlier version, which measured no such thing
+    metric = str(contest.get("metric") or "loss")
+    base, few_shot = _side(contest.get("base"), metric), _side(contest.get("few_shot"), metric)
+    if base is None:
+        return Verdict(
+            outcome="too_few_rows",
+            sentence="No rows were held out, so nothing says whether it is better than its base.",
+            suggestions=[Suggestion(label="Hold out 20 % and train again", order={"run": {"validation_fraction": 0.2}})],
+        )
+    figures = {
+        "metric": metric,
+        "base": base.score,
+        "few_shot": few_shot.score if few_shot else None,
+        "tuned": base.tuned,
+        "interval": base.interval,
+        "n": base.rows,
+    }
+    judged = _judge(spec, found, contest, base, few_shot, metric)
+    return Verdict(**figures, outcome=judged.outcome, sentence=" ".join(judged.sentences), suggestions=judged.suggestions)
+
+
+def of_job(job: Job) -> Verdict | None:
+    """The verdict on a stored job; nothing is read but its row."""
+    return verdict(job.status, JobSpec.model_validate(job.spec), job.evaluation, job.error, job.step)
+
+
+# Jobs without a result --------------------------------------------------------------------------------------------------
+
+
+def diverged(spec: JobSpec, error: Mapping[str, Any] | None) -> Verdict:
+    rate = ((error or {}).get("suggestion") or {}).get("learning_rate") or learning_rate(spec) / 10
+    sentence = f"Training diverged. {(error or {}).get('message', '')}".strip()
+    return Verdict(
+        outcome="diverged",
+        sentence=sentence,
+        suggestions=[Suggestion(label=f"Try again with learning rate {rate:.1g}", order={"run": {"learning_rate": rate}})],
+    )
+
+
+def interrupted(step: int | None) -> Verdict:
+    at = f"Stopped at step {step}" if step else "Stopped before the first step"
+    return Verdict(outcome="undertrained", sentence=f"{at}, so it was not compared with its base.")
+
+
+def learning_rate(spec: JobSpec) -> float:
+    return spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)
+
+
+# Jobs with one ----------------------------------------------------------------------------------------------------------
+
+
+class _Judged(NamedTuple):
+    outcome: Outcome
+    sentences: list[str]
+    suggestions: list[Suggestion]
+
+
+def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], base: Side, few_shot: Side | None, metric: str) -> _Judged:
+    curve = [(int(step), float(loss)) for step, loss in found.get("curve") or [] if loss is not None and math.isfinite(float(loss))]
+    steps, against = int(found.get("steps") or 0), _against(base, metric, spec, contest)
+    more = _more_epochs(spec, found) if still_falling(curve) else []
+    lower = [Suggestion(label=f"Try again with learning rate {learning_rate(spec) / 3:.1g}", order=_rate(spec, 1 / 3))]
+    if base.rows < MIN_ROWS or base.interval is None:
+        return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+    if base.worse:
+        return _Judged("worse", [f"Worse than the base. {against}", "The base answers better; do not use this result."], lower)
+    if (best := overfitted(curve)) is not None and not base.better:
+        words = f"Overfitted: the validation loss was lowest at step {best} and rose again. {against}"
+        return _Judged("overfitted", [words], [*lower, *_fewer_epochs(spec, best, steps)])
+    if not base.better:
+        if more or (0 < steps < MIN_STEPS and spec.strategy.recipe != "features"):
+            why = "its validation loss was still falling" if more else f"{steps} steps are few"
+            words = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
+            return _Judged("undertrained", [words], more or _more_epochs(spec, found))
+        if base.rows < FEW_ROWS:
+            return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+        return _Judged("no_better", [f"No better than the base, as far as {base.rows} rows can tell. {against}"], more)
+    if few_shot is not None and few_shot.worse:
+        words = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
+        return _Judged("no_better", [words, against], more)
+    words = [f"Better than the base. {against}", *_beside_prompt(few_shot, contest, metric)]
+    if more:
+        words.append("Its validation loss was still falling at the end: more epochs would likely help.")
+    elif best is not None:
+        words.append(f"The loss rose again after step {best}; that checkpoint was kept.")
+    if metric != "loss" and base.tuned == 1.0:
+        words.append("Not one mistake: make sure that no training row stands among the held-out ones.")
+    return _Judged("better", words, more)
+
+
+def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
+    if not side or not side.get("rows"):
+        return None
+    low_high = side.get("interval")
+    interval = (float(low_high[0]), float(low_high[1])) if low_high else None
+    gain = interval and ((-interval[1], -interval[0]) if METRICS[metric][2] else interval)
+    return Side(int(side["rows"]), float(side["score"]), float(side["tuned"]), interval, gain)
+
+
+def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
+    """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95 % confidence, 40 held-out rows).`"""
+    name = METRICS[metric][0].capitalize()
+    other = {"accuracy": "of always answering the commonest label", "reward_accuracy": "of a coin"}.get(metric, "of the base")
+    between = (
+        f"difference {_signed(base.interval[0], metric)} to {_signed(base.interval[1], metric)} with 95 % confidence, "
+        if base.interval
+        else ""
+    )
+    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} held-out rows"
+    return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
+
+
+def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: str) -> list[str]:
+    if few_shot is None:
+        return []
+    if few_shot.better:
+        return [f"Better than {_prompt(contest)} too ({_told(few_shot.score, metric)})."]
+    return [f"Not told apart from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
+
+
+def _prompt(contest: Mapping[str, Any]) -> str:
+    examples = int(contest.get("examples") or 0)
+    if contest.get("few_shot_by") == "vectors":
+        return f"the base's nearest examples, up to {examples} a class,"
+    return f"the base with {examples} examples in its prompt"
+
+
+def _told(value: float, metric: str) -> str:
+    return f"{value:.3g}" if METRICS[metric][2] else f"{value:.0%}".replace("%", " %")
+
+
+def _signed(value: float, metric: str) -> str:
+    return (f"{value:+.2g}" if METRICS[metric][2] else f"{value * 100:+.0f} points").replace("-", "−")
+
+
+# Curves -----------------------------------------------------------------------------------------------------------------
+
+
+def still_falling(curve: Sequence[tuple[int, float]]) -> bool:
+    """Whether the last third of a run brought a good part of what the whole of it did, and its last evaluation was its best."""
+    if len(curve) < 3:
+        return False
+    (_, first), (last_step, last) = curve[0], curve[-1]
+    before = next(loss for step, loss in reversed(curve) if step <= last_step * 2 / 3)
+    return last == min(loss for _, loss in curve) and first > last and (before - last) > STILL_FALLING * (first - last)
+
+
+def overfitted(curve: Sequence[tuple[int, float]]) -> int | None:
+    """The step with the least validation loss where most of what it had gained was lost again at the end; else None."""
+    if len(curve) < 3:
+        return None
+    step, least = min(curve, key=lambda point: point[1])
+    first, last = curve[0][1], curve[-1][1]
+    return step if last - least > LOST_AGAIN * max(first - least, 0.0) and last > 1.02 * least else None
+
+
+# What to try next -------------------------------------------------------------------------------------------------------
+
+
+def _more_epochs(spec: JobSpec, found: Mapping[str, Any]) -> list[Suggestion]:
+    if spec.strategy.recipe == "features":
+        return []
+    steps = int(found.get("steps") or 0)
+    epochs = math.ceil(spec.run.epochs * max(2.0, 60 / steps if steps else 2.0))
+    return [Suggestion(label=f"Train for {epochs} epochs", order={"run": {"epochs": epochs}})]
+
+
+def _fewer_epochs(spec: JobSpec, best: int, steps: int) -> list[Suggestion]:
+    if not steps or best >= steps:
+        return []
+    epochs = max(1, math.ceil(spec.run.epochs * best / steps))
+    return [Suggestion(label=f"Train for {epochs} epoch{'s' if epochs > 1 else ''}", order={"run": {"epochs": epochs}})]
+
+
+def _hold_out_more(spec: JobSpec) -> list[Suggestion]:
+    share = min(0.5, max(0.2, 2 * spec.run.validation_fraction))
+    return [Suggestion(label=f"Hold out {share:.0%} of the rows".replace("%", " %"), order={"run": {"validation_fraction": share}})]
+
+
+def _rate(spec: JobSpec, factor: float) -> dict[str, Any]:
+    return {"run": {"learning_rate": float(f"{learning_rate(spec) * factor:.2g}")}}
