@@ -11,11 +11,12 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids, models, workers
+from app import comparisons, ids, models, orders, workers
 from app.comparisons import ComparisonOrder, Kind
 from app.errors import StudioError
-from app.forms import Control, controls, fill
+from app.forms import Control, as_text, controls, fill
 from app.order_form import ranking_of
+from app.schedule import Schedule
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.tables import JSON, Dataset, Model, User
@@ -104,7 +105,10 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
     for name, found in (("model", model), ("dataset", dataset)):
         if typed.get(name) and found is None:
             errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
-    run = fill(RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run")
+    run = fill(
+        RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=Schedule._fields
+    )
+    usual = orders.usual_run(dataset, run.settings) if dataset else {}
     errors |= {f"run.{name}": text for name, text in run.errors.items()}
     form = CompareForm(
         typed=typed,
@@ -114,7 +118,7 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
         model=model,
         dataset=dataset,
         picks=[],
-        run_controls=_controls(run.typed, run.errors),
+        run_controls=_controls(run.typed, run.errors, usual),
         errors=errors,
         memory_bytes=workers.training_machine().training_memory_bytes,
     )
@@ -131,11 +135,10 @@ def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
     return next((row for row in rows if wanted in names(row)), None)
 
 
-def _controls(typed: Mapping[str, str], errors: Mapping[str, str]) -> list[Control]:
+def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[Control]:
     """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
-    found = controls(
-        RunSettings, "run", typed=typed, errors=errors, placeholders={"learning_rate": "each strategy’s own", "max_steps": "no limit"}
-    )
+    empty = {"learning_rate": "each strategy’s own", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
+    found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
     says = {"epochs": "How often the data is seen, unless a number of steps ends it before."}
     basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}
     return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]

@@ -125,10 +125,11 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
             param="dataset_id",
             code="still_reading",
         )
+    usual = orders.usual_run(found.dataset, order.run, validated_elsewhere=found.validation is not None)
     for strategy in _read_strategies(order):
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
             asked = {"name": strategy.name, **strategy.model_dump(mode="json", exclude_defaults=True)}
-            one = _job_order(order, asked, fraction)
+            one = _job_order(order, asked, fraction, usual)
             title = title_of(strategy) if fraction is None else f"{strategy.title}, {fraction:.0%} of the rows"
             reason, estimate = _try(session, found, one)
             if estimate is None:
@@ -157,9 +158,10 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
     return found
 
 
-def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None) -> JobOrder:
-    """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint."""
-    run: dict[str, Any] = {"early_stopping_patience": 0, **order.run}
+def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None) -> JobOrder:
+    """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint. `usual` are the
+    settings that suit the whole dataset, the same for every job."""
+    run: dict[str, Any] = {"early_stopping_patience": 0, **(usual or {}), **order.run}
     if fraction is not None:
         run |= _same_tokens(run, fraction)
     return JobOrder(

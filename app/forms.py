@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -67,13 +67,14 @@ def controls(
     errors: Mapping[str, str] | None = None,
     placeholders: Mapping[str, str] | None = None,
 ) -> list[Control]:
-    """The fields of a class in the order of their declaration, each with what was typed in it so far and its error."""
+    """The fields of a class in the order of their declaration, each with what was typed in it so far and its error. What stands in
+    `placeholders` is decided by the data where a field is left empty, whatever the class's own default is."""
     typed, errors, placeholders = typed or {}, errors or {}, placeholders or {}
     found = []
     for name, info in cls.model_fields.items():
         if name == "name":
             continue
-        default = as_text(info.get_default(call_default_factory=True))
+        default = "" if name in placeholders else as_text(info.get_default(call_default_factory=True))
         found.append(
             Control(
                 name=name,
@@ -93,8 +94,9 @@ def controls(
     return found
 
 
-def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str) -> Filled:
-    """Read the inputs `prefix.*` of a form. An empty input means the field's default.
+def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str, keep: Container[str] = ()) -> Filled:
+    """Read the inputs `prefix.*` of a form. An empty input means the field's default; fields in `keep` mean something else when
+    they are empty, so what was typed there is kept although it is the default.
 
     Never raises for what a person typed: errors stand beside the fields they belong to, with the value kept.
     """
@@ -104,7 +106,9 @@ def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str) -> Filled:
         settings = cls.model_validate(given)
     except ValidationError as error:
         return Filled(typed, {}, {str(e["loc"][0]) if e["loc"] else "": explain(cls, dict(e)) for e in error.errors()})
-    changed = {name for name in given if getattr(settings, name) != cls.model_fields[name].get_default(call_default_factory=True)}
+    changed = {
+        name for name in given if name in keep or getattr(settings, name) != cls.model_fields[name].get_default(call_default_factory=True)
+    }
     return Filled(typed, settings.model_dump(mode="json", include=changed), {})
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import charts, comparisons, evaluations, ids, jobs, live, models, score_view, studio, verdict, workers
+from app import charts, comparisons, evaluations, ids, jobs, live, models, orders, score_view, studio, verdict, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
@@ -109,8 +109,17 @@ def facts_of(form: OrderForm) -> dict[str, Any]:
         "model_parameters": count(shape.parameters()) if shape else "",
         "bad_rows": (dataset.rows or 0) - (dataset.good_rows or 0) if dataset else 0,
         "tokens": tokens,
+        "rows_per_step": _rows_per_step(form),
         "learns": count(form.estimate["trainable_parameters"]) if form.estimate else "",
     }
+
+
+def _rows_per_step(form: OrderForm) -> str:
+    """`about 4`: the batch size as other tools count it; nothing where steps do not read rows."""
+    if form.spec is None or form.dataset is None or form.dataset.status != "ready" or type(form.spec.strategy).recipe == "features":
+        return ""
+    rows = form.spec.run.max_tokens_per_step / (orders.mean_tokens(form.dataset) * (2 if form.spec.task == "preference" else 1))
+    return f"about {max(1, round(rows)):,}"
 
 
 # One job --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from app.errors import BadField
 from app.formats._base import shown
 from app.machine import Machine
+from app.schedule import MIN_STEPS
 from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
@@ -152,6 +153,15 @@ def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
     return [
         f"Version {later.version} of {later.name}, read from the same file, failed, so version {dataset.version} is used. It said: {said} "
         "Read it differently on its page, or delete it."
+    ]
+
+
+def few_steps(spec: JobSpec, steps: int) -> list[str]:
+    """A job that ends before it has learned anything. `steps` are those that the estimate counts."""
+    if steps >= MIN_STEPS or type(spec.strategy).recipe == "features":
+        return []
+    return [
+        f"{steps} optimizer steps are few: most methods have hardly begun to learn after {MIN_STEPS}. Raise the epochs, or lower the tokens per step."
     ]
 
 

@@ -22,6 +22,7 @@ from app.advisor import Advice
 from app.errors import NotFound, StudioError
 from app.forms import Control, Filled, as_text, controls, fill
 from app.orders import JobOrder
+from app.schedule import Schedule
 from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
@@ -93,9 +94,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
-    if dataset and (usual := orders.usual_step_tokens(dataset)):
-        typed.setdefault("run.max_tokens_per_step", str(usual))
-    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run")
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=Schedule._fields)
+    usual = orders.usual_run(dataset, run.settings, validated_elsewhere=validation is not None) if dataset else {}
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
@@ -115,7 +115,14 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         more_cards=more,
         strategy_controls=controls(strategy, "strategy", typed=filled.typed, errors=filled.errors),
         run_controls=controls(
-            RunSettings, "run", typed=run.typed, errors=run.errors, placeholders={"learning_rate": f"{strategy.learning_rate_for(task):g}"}
+            RunSettings,
+            "run",
+            typed=run.typed,
+            errors=run.errors,
+            placeholders={
+                "learning_rate": f"{strategy.learning_rate_for(task):g}",
+                **{name: as_text(value) for name, value in usual.items()},
+            },
         ),
         preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},

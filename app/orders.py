@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import ids, order_checks
 from app.errors import BadField, StudioError, field_path, plain
+from app.schedule import MIN_ROWS_PER_STEP, schedule
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
@@ -343,8 +344,7 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
         settings.setdefault(
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
         )
-    if usual := usual_step_tokens(dataset):
-        settings.setdefault("max_tokens_per_step", usual)
+    settings |= usual_run(dataset, settings, validated_elsewhere=bool(order.validation_file or order.validation_dataset_id))
     if order.seed is not None:
         settings.setdefault("seed", order.seed)
     try:
@@ -377,32 +377,33 @@ def _preference(order: JobOrder, task: Task, dataset: Dataset) -> PreferenceSett
         raise bad_field(error, "preference") from None
 
 
-ROWS_PER_STEP = 32
-"""Labelled texts behind each step unless somebody says otherwise: a classifier learns one thing a text, so a step of as many
-tokens as for answers would hold hundreds of texts, and an epoch hardly any steps."""
-
-
-GPU_STEP_TOKENS = ((40 * 2**30, 16_384), (16 * 2**30, 8192), (0, 4096))
-"""Tokens behind each step of a generation job by the GPU's memory, (bytes at least, tokens): a GPU's products want thousands of
-rows. Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
-LEAST_STEPS = 32
-"""Steps that an epoch keeps all the same: fewer would hardly learn."""
-
-
-def usual_step_tokens(dataset: Dataset) -> int | None:
-    """Tokens of a step that suit this dataset and this machine better than the setting's own default; None where the default does."""
+def usual_run(dataset: Dataset, asked: Mapping[str, Any], *, validated_elsewhere: bool = False) -> dict[str, Any]:
+    """Tokens per step, epochs and evaluations that suit this dataset and this machine, those in `asked` as they are (app/schedule.py);
+    nothing while the dataset is being read."""
     from app import workers
 
-    if dataset.status != "ready":
-        return None
-    if dataset.task == "classification":
-        return max(256, min(round(ROWS_PER_STEP * mean_tokens(dataset)), 2048))
-    memory = workers.training_machine().gpu_memory_bytes
-    if dataset.task != "generation" or memory is None:
-        return None
-    most = next(tokens for least, tokens in GPU_STEP_TOKENS if memory >= least)
-    epoch = mean_tokens(dataset) * (dataset.good_rows or dataset.rows or 0)
-    return max(2048, min(most, int(epoch / LEAST_STEPS) // 256 * 256))
+    if dataset.status != "ready" or dataset.task not in MIN_ROWS_PER_STEP:
+        return {}
+    try:
+        wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
+    except ValidationError:
+        return {}  # what is wrong with them is said where the settings are read
+    held_out = 0.0 if validated_elsewhere else wanted.validation_fraction
+    rows = (dataset.good_rows or 0) * (1 - held_out) * wanted.data_fraction
+    each = min(mean_tokens(dataset), wanted.max_length) * (2 if dataset.task == "preference" else 1)
+    found = schedule(
+        dataset.task,
+        rows,
+        each,
+        gpu_memory_bytes=workers.training_machine().gpu_memory_bytes,
+        max_tokens_per_step=wanted.max_tokens_per_step if "max_tokens_per_step" in asked else None,
+        epochs=wanted.epochs if "epochs" in asked else None,
+    )._asdict()
+    return {name: value for name, value in found.items() if name not in asked}
+
+
+SIZED = ("max_tokens_per_step", "epochs", "validation_fraction", "data_fraction", "max_length")
+"""Settings that decide how many steps a dataset gives."""
 
 
 def mean_tokens(dataset: Dataset) -> float:
@@ -434,5 +435,10 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
     found = estimate.estimate(spec, stats, workers.training_machine(), checked_on).model_dump(mode="json")
     both_sides, warnings = overlap.told(session, spec)
     later = datasets.failed_later(session, dataset)
-    warnings = [*order_checks.later_failed(dataset, later), *order_checks.warnings(spec, dataset, validation), *warnings]
+    warnings = [
+        *order_checks.later_failed(dataset, later),
+        *order_checks.few_steps(spec, found["steps"]),
+        *order_checks.warnings(spec, dataset, validation),
+        *warnings,
+    ]
     return found | {"warnings": warnings, "overlap": both_sides}
