@@ -17,6 +17,7 @@ from app.orders import JobOrder
 from app.schemas.base import UNBUILT, Problem, Schema
 from app.spec import PreferenceSettings, RunSettings, Task
 from app.strategies import AnyStrategy
+from app.verdict import Verdict
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
@@ -109,6 +110,9 @@ class JobEvaluation(Schema):
     tuned: dict[str, Any] | None = None
     worst: list[ListedRow] | None = None
     best: list[ListedRow] | None = None
+    contest: dict[str, Any] | None = Field(None, description="Base, few-shot and tuned on the same held-out rows; the verdict reads it.")
+    steps: int | None = None
+    curve: list[tuple[int, float]] | None = Field(None, description="Validation loss by step.")
 
 
 class FineTuningJob(Schema):
@@ -144,6 +148,7 @@ class FineTuningJob(Schema):
     measured: Measured | None
     evaluation: JobEvaluation | None
     forgetting: Forgetting | WithoutMeasuring | None
+    verdict: Verdict | None
     progress: JobProgress
 
 
