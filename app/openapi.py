@@ -38,7 +38,9 @@ REFUSALS: dict[int, str] = {
     412: "The sender does not speak tus 1.0.0.",
     413: "The body is larger than this studio takes.",
     415: "The body is of another type than this address takes.",
+    422: "The model's chat template had to be stopped for this conversation.",
     423: "Another request is sending bytes of the same upload.",
+    429: "Too many requests of this account are being answered, or too many passwords are being tried.",
     500: "A fault of the studio. The request id stands in its log.",
     503: "A part of the studio is away. Nothing is lost; ask again.",
     507: "A disk of the studio is full.",
@@ -49,6 +51,7 @@ UNSAFE = (403, 413)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 HEADERS: dict[int, Json] = {
     409: {"X-Should-Retry": {"description": "false: the client need not ask again.", "schema": {"type": "string"}}},
+    429: RETRY,
     503: RETRY,
 }
 

@@ -41,8 +41,8 @@ from worker.telling import Telling
 from worker.whole import Whole, give_back, learns_whole, use_whole
 
 MOST_NOT_FINITE = 3
-DIVERGED_WINDOW = 5
-"""Steps whose median loss is compared with that of the first ones."""
+DIVERGED_STEPS = 15
+"""Steps in a row whose loss is far above that of the first ones, after which a job is given up."""
 SPEED_WINDOW = 20
 
 
@@ -310,16 +310,16 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
 
 
 def watch_divergence(job: Trainee, step: int, loss: float) -> None:
-    """Stop a job whose loss has left its start far behind: the median of the newest steps above twice that of the first ones and a nat
-    more. A few hard packs do not reach that, and what does has never been seen to come back. Raises Diverged."""
+    """Stop a job whose loss has left its start far behind: each of the newest steps above twice that of the first ones and a nat more.
+    A few hard packs, or new layers that overshoot at first, do not stay there so long. Raises Diverged."""
     state = job.state
-    if len(state.first_losses) < DIVERGED_WINDOW:
+    if len(state.first_losses) < 3:
         state.first_losses = [*state.first_losses, loss]
-    state.recent_losses = [*state.recent_losses[-DIVERGED_WINDOW + 1 :], loss]
-    began, now = statistics.median(state.first_losses[:3]), statistics.median(state.recent_losses)
-    if len(state.recent_losses) == DIVERGED_WINDOW and now > 2 * abs(began) + 1:
+    state.recent_losses = [*state.recent_losses[-DIVERGED_STEPS + 1 :], loss]
+    began, now = statistics.median(state.first_losses), min(state.recent_losses)
+    if len(state.recent_losses) == DIVERGED_STEPS and now > 2 * abs(began) + 1:
         raise Diverged(
-            f"The training loss rose from {began:.3g} to {now:.3g} by step {step}: the weights move too far at each step.",
+            f"The training loss rose from {began:.3g} and stayed above {now:.3g} until step {step}: the weights move too far at each step.",
             way_out=f"Lower the learning rate to {peak_rate(job.spec) / 10:.1g}, or raise the warm-up.",
         )
 

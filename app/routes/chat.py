@@ -162,7 +162,7 @@ class CompletionBody(_Body):
 @api.post(
     "/chat/completions",
     operation_id="create_chat_completion",
-    responses=answers(schemas.ChatCompletion, 404, 409, events=schemas.ChatCompletionChunk),
+    responses=answers(schemas.ChatCompletion, 404, 409, 422, 429, events=schemas.ChatCompletionChunk),
 )
 async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     """The next message of a conversation, whole or as a stream of events."""
@@ -176,7 +176,11 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     return await call.respond(request, body)
 
 
-@api.post("/completions", operation_id="create_completion", responses=answers(schemas.Completion, 404, 409, events=schemas.CompletionChunk))
+@api.post(
+    "/completions",
+    operation_id="create_completion",
+    responses=answers(schemas.Completion, 404, 409, 422, 429, events=schemas.CompletionChunk),
+)
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
     """What follows one or several texts, whole or as a stream of events."""
     if body.max_tokens == 0 and not body.echo:

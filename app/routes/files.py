@@ -129,7 +129,7 @@ def content(user: CurrentUser, session: Db, file_id: str) -> Response:
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
-@api.get("/files/{file_id}/report", operation_id="retrieve_file_report", responses=answers(schemas.DatasetReport))
+@api.get("/files/{file_id}/report", operation_id="retrieve_file_report", responses=answers(schemas.FileReport))
 def report(
     user: CurrentUser,
     session: Db,

@@ -38,7 +38,12 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
         return next_tokens.ask(session, user, models, prompt, top_k)
 
 
-@api.post("/next_tokens", response_model=None, operation_id="predict_next_tokens", responses=answers(schemas.NextTokensOfModels, 404, 409))
+@api.post(
+    "/next_tokens",
+    response_model=None,
+    operation_id="predict_next_tokens",
+    responses=answers(schemas.NextTokensOfModels, 404, 409, 422, 429),
+)
 async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
     """The likeliest next tokens by several models, and how likely each token of the text was."""
     asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)

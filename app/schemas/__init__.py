@@ -15,7 +15,16 @@ from app.schemas.answers import (
 )
 from app.schemas.base import Deleted, list_of, page_of
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
-from app.schemas.datasets import Dataset, DatasetLine, DatasetReport, DatasetRows, DatasetSplit, DatasetWithVersions, VoteDataset
+from app.schemas.datasets import (
+    Dataset,
+    DatasetLine,
+    DatasetReport,
+    DatasetRows,
+    DatasetSplit,
+    DatasetWithVersions,
+    FileReport,
+    VoteDataset,
+)
 from app.schemas.evaluations import Evaluation
 from app.schemas.files import CreateFile, UploadedFile
 from app.schemas.fine_tuning import (
@@ -59,6 +68,7 @@ __all__ = [
     "Engine",
     "EngineOfModel",
     "Evaluation",
+    "FileReport",
     "FineTuningCheckpoint",
     "FineTuningJob",
     "FineTuningJobEvent",

@@ -103,6 +103,20 @@ class DatasetReport(Schema):
     has_more: bool
 
 
+class FailedReading(Schema):
+    """A newer reading of the same file, which failed, so that an older one is used."""
+
+    dataset: str
+    version: int
+    error: dict[str, Any] | None
+
+
+class FileReport(DatasetReport):
+    """The report of the newest good reading of a file."""
+
+    failed_later: FailedReading | None
+
+
 Inspected = Literal["waiting", "running", "ready", "error"]
 
 
