@@ -27,6 +27,7 @@ from app.settings import get_settings
 from app.spec import ModelRef
 from app.tables import Job, Model, Outbox, User
 
+REFUSED = "refused_by_rules"
 MOST_CLAIMS = 3
 """A fetch whose worker died this often is given up."""
 
@@ -120,9 +121,15 @@ def try_again(session: Session, model: Model) -> Model:
     session.refresh(model, with_for_update=True)
     if model.status != "error":
         raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", way_out="Reload the page.")
-    if (model.base_id is not None and session.get_one(Model, model.base_id).status == "error") or model.job_id is not None:
+    base = session.get_one(Model, model.base_id) if model.base_id is not None else None
+    if (_was_refused(model) and (base is not None or model.job_id is not None)) or (base is not None and _was_refused(base)):
         raise Conflict(f"{model.name} was made from a model that was refused.", way_out="Delete it, and add a model that passes.")
     return order(session, model)
+
+
+def _was_refused(model: Model) -> bool:
+    """Whether the rules of what may come in refuse it, as opposed to a folder that is damaged and may be put back."""
+    return model.status == "error" and (model.error or {}).get("code") == REFUSED
 
 
 def _good_name(name: str) -> str:
@@ -357,7 +364,7 @@ def examine(model_id: uuid.UUID) -> None:
         except BadData as error:
             if error.code == "cannot_convert":
                 raise
-            refused = starters.as_row_error(error) | {"code": "refused_by_rules"}
+            refused = starters.as_row_error(error) | {"code": REFUSED}
     with db.transaction() as session:
         held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "ready")
         values = {"source": {**source, "rules": checks.RULES}} if refused is None else {"status": "error", "error": refused}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from app import datasets, formats, ids, mixing, queue, versions
@@ -30,12 +30,20 @@ class Part(BaseModel):
     weight: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="Its share of a mixture, beside the others' weights.")
 
 
+def _bare_id(value: Any) -> Any:
+    return {"dataset": value} if isinstance(value, str) else value
+
+
+Source = Annotated[Part, BeforeValidator(_bare_id, json_schema_input_type=str | Part)]
+"""A dataset and its weight, or its id alone."""
+
+
 class JoinOrder(BaseModel):
     """What to make, and of what."""
 
     model_config = ConfigDict(extra="forbid")
     operation: Operation
-    datasets: Annotated[list[Part], Field(min_length=1, max_length=MOST_SOURCES)]
+    datasets: Annotated[list[Source], Field(min_length=1, max_length=MOST_SOURCES)]
     rows: int | None = Field(
         default=None, ge=1, le=MOST_ROWS, description="Rows of a mixture or a sample; a mixture takes as many as it can."
     )
@@ -44,11 +52,6 @@ class JoinOrder(BaseModel):
     near: bool = Field(default=False, description="Whether rows that say nearly the same are repetitions too.")
     format: str | None = Field(default=None, description="What a conversion makes of the rows.")
     name: str | None = Field(default=None, max_length=200)
-
-    @field_validator("datasets", mode="before")
-    @classmethod
-    def _bare_ids(cls, value: Any) -> Any:
-        return [{"dataset": part} if isinstance(part, str) else part for part in value] if isinstance(value, list) else value
 
 
 def order(session: Session, user: User, wish: JoinOrder) -> Dataset:

@@ -84,7 +84,7 @@ def answers(
     if model is not None:
         content[media_type] = {"schema": schema(model)}
     if events is not None:
-        content[EVENTS] = {"schema": schema(events)}
+        content[EVENTS] = {"schema": {"anyOf": [schema(events), schema(Error)]}}  # a stream that breaks off says why
     said: Json = {"description": description or (first_sentence(model.__doc__) if model else "") or "Done."}
     said |= {"content": content} if content else {}
     said |= {"headers": headers} if headers else {}
@@ -143,7 +143,8 @@ def _complete(operation: Json, method: str, path: str, route: Any) -> None:
     good = {status: said for status, said in declared.items() if status < 400}
     refused = {*ALWAYS, *(status for status in declared if status >= 400)}
     refused |= set(UNSAFE) if method.upper() not in SAFE else set()
-    refused |= {404} if "{" in path else set()
+    named = "{" in path or any(parameter["name"] == "after" for parameter in operation.get("parameters", []))
+    refused |= {404} if named else set()
     refusals = {status: {"$ref": f"#/components/responses/{status}"} if status in REFUSALS else declared[status] for status in refused}
     operation["responses"] = {str(status): said for status, said in sorted((good | refusals).items())}
 

@@ -263,7 +263,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     """The small model as a base everyone can use, under the name `tiny`, committed."""
-    from app import manifest
+    from app import checks, manifest
     from app.shapes import shape_of
     from app.tables import Model
 
@@ -272,7 +272,7 @@ def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     shutil.copytree(tiny_model, folder)
     shape = shape_of(json.loads((folder / "config.json").read_text())).model_dump()
     source = {"from": "folder", "path": str(tiny_model)}
-    made = manifest.write(folder, source=source, license="apache-2.0", kind="dialogue", shape=shape)
+    made = manifest.write(folder, source=source, license="apache-2.0", kind="dialogue", shape=shape, rules=checks.RULES)
     model = Model(
         id=key,
         name="tiny",

@@ -20,7 +20,22 @@ WEB_IMPORT_LIMIT_SECONDS = 1.0
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable", "impatient"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
 PURE = {"spec", "estimate", "estimate_memory", "advisor", "progress"}
-HTTP = {"main", "routes", "web", "shell", "middleware", "answers", "accounts", "pages", "logs", "multipart", "streams", "watch", "openapi"}
+HTTP = {
+    "main",
+    "routes",
+    "web",
+    "shell",
+    "middleware",
+    "answers",
+    "accounts",
+    "pages",
+    "logs",
+    "multipart",
+    "streams",
+    "watch",
+    "openapi",
+    "well_formed",
+}
 TOP = {"main", "routes", "cli", "embedded", "relay", "doctor"}
 
 

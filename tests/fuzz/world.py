@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import accounts, comparisons, datasets, evaluations, files, ids, playground, prompt_runs, prompts, uploads, votes
+from app import accounts, comparisons, datasets, evaluations, files, ids, manifest, playground, prompt_runs, prompts, uploads, votes
 from app.generation import Done, Sampling, Started, TextPart
 from app.playground import Heard
 from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, PromptRun, User
@@ -55,6 +55,8 @@ class World:
         tuned = self.session.scalars(select(Model).where(Model.job_id == life.job_id)).one()
         (self.data_dir / tuned.path).mkdir(parents=True)
         (self.data_dir / tuned.path / "adapter_config.json").write_text("{}")
+        tuned.revision = manifest.write(self.data_dir / tuned.path)["revision"]
+        self.session.commit()
         checkpoint = self.session.scalars(select(Checkpoint).where(Checkpoint.job_id == life.job_id)).first()
         assert checkpoint is not None
         folder = self.data_dir / "import" / "tiny"

@@ -152,7 +152,7 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
     old = score_view.forgot({"before": 1.0, "after": 1.1, "verdict": "forgot some"})
     assert old.whole.change == pytest.approx(0.1) and old.whole.interval is None and old.skills == []
     assert score_view.forgot(None) is None and score_view.forgot({}) is None
-    for strategy, verdict in (("feature_extraction", "Nothing, by construction."), ("lora", "Not applicable.")):
+    for strategy, verdict in (("feature_extraction", "Unchanged by design."), ("lora", "Not applicable.")):
         known = without_measuring(STRATEGIES[strategy](), ENCODER, "classification", 6).model_dump(mode="json")
         said = words(client.get(finish(session, user, tiny_registered, classified(6), known)))
         assert f"{verdict} {known['sentence']}" in said and "Bits per byte of general" not in said

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 import pytest
 from sqlalchemy import select
 
-from app import ids, playground, prompts
+from app import ids, manifest, playground, prompts
 from app.generation import Done, Sampling, Started, TextPart
 from app.playground import Heard
 from app.tables import Model
@@ -53,6 +53,7 @@ def full(session, user, tiny_registered, data_dir) -> None:
     tuned = session.scalars(select(Model).where(Model.job_id == life.job_id)).one()
     (data_dir / tuned.path).mkdir(parents=True)
     (data_dir / tuned.path / "adapter_config.json").write_text("{}")
+    tuned.revision = manifest.write(data_dir / tuned.path)["revision"]
     create(session, user, body(dataset, "lora", "ia3"))
     record(session, user, tuned, dataset, result=scores(), progress=1.0)
     prompts.create(session, user, "Say it", prompts.read_body({}))

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from sqlalchemy import func, select
 
-from app import db, ids, inspections, queue
+from app import db, ids, inspections, manifest, queue
 from app.main import create_app
 from app.tables import Outbox
 from tests.conftest import ORIGIN, csrf_token
@@ -62,6 +62,8 @@ def inspector() -> Iterator[None]:
 def fuzz(session, user, client, api, data_dir, tiny_model, generate_worker, monkeypatch) -> Iterator[Fuzz]:  # noqa: F811
     shutil.copytree(tiny_model, data_dir / "models" / "tiny")
     base = register_tiny(session)
+    base.revision = manifest.write(data_dir / "models" / "tiny")["revision"]
+    session.commit()
     world = World(session, user, data_dir, base, tiny_model)
     token = csrf_token(client.get("/").text)
     cookies = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
