@@ -9,6 +9,7 @@ not sent.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections import Counter
 from functools import cache
@@ -145,16 +146,35 @@ class Contract:
     def _validate(self, base: str, schema: dict[str, Any], value: Any, where: str) -> None:
         from jsonschema import Draft202012Validator
         from jsonschema.exceptions import best_match
+        from jsonschema.validators import extend
 
         absolute = _absolute(schema, base)
         text = json.dumps(absolute)
         if text not in self.validators:
-            self.validators[text] = Draft202012Validator(absolute, registry=self.registry)
+            kind = (
+                extend(Draft202012Validator, type_checker=_lax(Draft202012Validator.TYPE_CHECKER))
+                if base == DOCUMENT
+                else Draft202012Validator
+            )
+            self.validators[text] = kind(absolute, registry=self.registry)
         validator = self.validators[text]
         if not validator.is_valid(value):
             error = best_match(validator.iter_errors(value))
             shown = "/".join(str(part) for part in error.absolute_path)
             raise AssertionError(f"{where}: {shown or 'the body'}: {error.message[:1500]}")
+
+
+def _lax(checker: Any) -> Any:
+    """Bodies are read as pydantic reads them: `"3"` and `true` are taken for numbers, and 1 for true."""
+
+    def number(_: Any, value: Any) -> bool:
+        return isinstance(value, int | float) or (
+            isinstance(value, str) and bool(re.fullmatch(r"\s*[+-]?[\d_]*\.?\d+([eE][+-]?\d+)?\s*", value))
+        )
+
+    return checker.redefine_many(
+        {"integer": number, "number": number, "boolean": lambda _, value: isinstance(value, bool | int | float | str)}
+    )
 
 
 def _values(answer: Answer) -> list[Any]:
