@@ -14,7 +14,7 @@ from app.settings import PROJECT
 
 HEAVY = ("torch", "transformers", "peft", "accelerate")
 WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
-WEB_IMPORT_LIMIT_SECONDS = 1.0
+WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 """Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable", "impatient"}
@@ -221,6 +221,19 @@ def import_the_web_process() -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+LIBRARIES = """
+import time
+start = time.process_time()
+import fastapi, sqlalchemy.orm, sqlalchemy.dialects.postgresql, psycopg, pydantic_settings, redis, celery, jinja2, httpx, structlog
+import prometheus_client
+print(time.process_time() - start)
+"""
+
+
+def import_the_libraries() -> float:
+    return float(subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
 def test_the_web_process_needs_no_torch_and_little_memory(data_dir, capsys):
     figures = import_the_web_process()
     with capsys.disabled():
@@ -228,9 +241,10 @@ def test_the_web_process_needs_no_torch_and_little_memory(data_dir, capsys):
             f"\nweb process: imports in {figures['seconds']:.2f} s of a processor, {figures['bytes'] / 1e6:.0f} MB, {figures['modules']} modules"
         )
     assert figures["bytes"] < WEB_MEMORY_LIMIT_BYTES
-    if figures["seconds"] >= WEB_IMPORT_LIMIT_SECONDS:  # the first import also writes byte code
-        figures = import_the_web_process()
-    assert figures["seconds"] < WEB_IMPORT_LIMIT_SECONDS
+    # In turn with the libraries it stands on, in the same run: machines differ, and the same one from hour to hour.
+    took = [(import_the_web_process()["seconds"], import_the_libraries()) for _ in range(3)]
+    web, libraries = (min(seconds) for seconds in zip(*took, strict=True))
+    assert web < WEB_IMPORT_LIMIT * libraries, f"the web process imports in {web:.2f} s, its libraries in {libraries:.2f} s"
 
 
 def test_compose_runs_what_luthier_up_runs(data_dir):

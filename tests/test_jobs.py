@@ -57,7 +57,8 @@ def test_openai_settings_become_ours(session, user, order, dataset):
     nested = {"type": "supervised", "supervised": {"hyperparameters": hyper | {"n_epochs": "auto"}}}
     session.expire_all()
     spec = JobSpec.model_validate(make(session, user, order(method=nested)).spec)
-    assert spec.run.epochs == 3 and spec.run.max_tokens_per_step == 8 * 25  # 40 rows of 25 tokens each
+    assert spec.run.max_tokens_per_step == 8 * 25  # 40 rows of 25 tokens each
+    assert spec.run.epochs == 12, "as many as it takes to sixty steps"
     spec = JobSpec.model_validate(make(session, user, order(hyperparameters=hyper, run={"epochs": 1})).spec)
     assert spec.run.epochs == 1
 
@@ -69,7 +70,7 @@ def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, use
     def step_tokens(gibibytes: int | None, tokens: int) -> int:
         report = {"characters": 4 * tokens, "tokens": tokens, "trained_tokens": tokens, "longest": 40}
         with transaction() as s:
-            s.execute(update(Dataset).values(report=report))
+            s.execute(update(Dataset).values(report=report, rows=tokens // 25, good_rows=tokens // 25))
         session.expire_all()
         here = machine.Machine(cores=2, memory_bytes=2**34, gpu_memory_bytes=gibibytes and gibibytes * 2**30)
         monkeypatch.setattr(machine, "this_machine", lambda: here)
@@ -77,7 +78,8 @@ def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, use
 
     many = 32 * 20_000
     assert [step_tokens(memory, many) for memory in (None, 8, 24, 80)] == [2048, 4096, 8192, 16_384]
-    assert step_tokens(80, 32 * 5000) == 4864 and step_tokens(80, 1000) == 2048
+    assert step_tokens(80, 32 * 5000) == 7168, "sixty steps in three epochs"
+    assert step_tokens(80, 1000) == 256 and step_tokens(None, 1000) == 256, "small data has small steps"
     assert JobSpec.model_validate(make(session, user, order(run={"max_tokens_per_step": 512})).spec).run.max_tokens_per_step == 512
 
 

@@ -371,7 +371,7 @@ def test_the_plot_takes_any_two_columns(client, session, user, tiny_registered, 
         end(session, job, loss=loss, memory=int(loss * 10**9), seconds=9)
     where = f"/compare/{ids.public(ids.COMPARISON, found.id)}"
     page = client.get(f"{where}?x=peak_memory_bytes&y=forgetting")
-    assert "Forgetting against peak memory" in page.text
+    assert "General ability against peak memory" in page.text
     assert "Validation loss against time" in client.get(f"{where}?x=nothing&y=<script>").text
 
 

@@ -83,7 +83,7 @@ def test_create_answers_with_openais_fields_and_ours(ai, file_id):
 def test_the_deprecated_form_and_auto_everywhere(ai, file_id):
     auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, hyperparameters=auto)
-    assert job.hyperparameters.n_epochs == "auto" and isinstance(job.seed, int) and job.run["epochs"] == 3
+    assert job.hyperparameters.n_epochs == "auto" and isinstance(job.seed, int) and job.run["epochs"] == 15
 
 
 def test_lists_turn_pages_and_filter_by_metadata(ai, file_id):

@@ -11,7 +11,7 @@ import torch
 from app.evaluations import EvaluationSpec
 from tests.worker.orders import chat_rows, put_dataset, put_model
 from tests.worker.test_classification import put_encoder, texts
-from worker import advise, attention, scoring
+from worker import advise, attention, prompted, scoring
 from worker.batches import Row
 from worker.prompts import render_prompt
 
@@ -42,11 +42,11 @@ def test_noise_is_farther_than_words(reader) -> None:
 
 def test_examples_stand_before_the_question_and_behind_the_system_message() -> None:
     asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    shown = advise.Asked([{"role": "system", "content": "other"}, {"role": "user", "content": "q"}], "a")
-    said = advise.with_examples(asked, [shown])
+    shown = prompted.Asked([{"role": "system", "content": "other"}, {"role": "user", "content": "q"}], "a")
+    said = prompted.with_examples(asked, [shown])
     assert [m["content"] for m in said] == ["S", "q", "a", "Q"]
-    assert advise.with_examples("Q:", [advise.Asked("q:", "a")]) == "q:a\n\nQ:"
-    assert [m.get("weight") for m in advise._lesson(said, "A")["messages"]] == [None, None, 0, None, None]
+    assert prompted.with_examples("Q:", [prompted.Asked("q:", "a")]) == "q:a\n\nQ:"
+    assert [m.get("weight") for m in prompted.last_answer(said, "A")["messages"]] == [None, None, 0, None, None]
 
 
 def test_labels_are_scored_as_a_plain_forward_pass_scores_them(reader) -> None:
