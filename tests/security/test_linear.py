@@ -12,6 +12,7 @@ from benchmarks import linear
 
 LENGTHS = (1 << 11, 1 << 16)
 SUBJECTS = linear.subjects()
+pytestmark = pytest.mark.timeout(900)  # what is quadratic on purpose takes long where other tests run beside it
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
