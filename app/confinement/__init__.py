@@ -106,7 +106,7 @@ def spare_uid(purpose: str, data_dir: Path) -> int:
     digest = int.from_bytes(hashlib.sha256(f"{data_dir}:{purpose}".encode()).digest()[:4])
     known = _mapped()
     for uid in (1_900_000_000 + digest % 100_000_000, *(61_184 + (digest + step) % 4_000 for step in range(20))):
-        if any(uid in numbers for numbers in known) and not _names_somebody(uid):
+        if any(uid in numbers for numbers in known) and not names_somebody(uid):
             return uid
     return 0
 
@@ -127,7 +127,8 @@ def _mapped() -> list[range]:
     return found
 
 
-def _names_somebody(uid: int) -> bool:
+def names_somebody(uid: int) -> bool:
+    """Whether a user of this machine has the number."""
     try:
         pwd.getpwuid(uid)
     except KeyError:

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
-from app.confinement import spare_uid
+from app.confinement import names_somebody, spare_uid
 from app.embedded.places import make_data_dir, password_file, secret, socket_folder
 from app.errors import StudioError, Unavailable
 
@@ -143,7 +143,7 @@ class Postgres:
         """As whom the folder is made, and whose its files then are. initdb asks for the name of its user, which a number of our own
         does not have: it runs in a namespace, or where there is none as `nobody`, and the files are given over afterwards."""
         ours, nobody = (os.geteuid(), os.getegid()), pwd.getpwnam("nobody")
-        if self.owner is None or not _is_nameless(self.owner[0]):
+        if self.owner is None or names_somebody(self.owner[0]):
             return self.identity, self.owner or ours
         if self.can_run_as(namespace := f"namespace:{nobody.pw_uid}"):
             return namespace, ours
@@ -210,11 +210,3 @@ def give(folder: Path, owner: tuple[int, int]) -> None:
         for name in (*names, *folders):
             os.chown(Path(above, name), *owner, follow_symlinks=False)
     os.chown(folder, *owner, follow_symlinks=False)
-
-
-def _is_nameless(uid: int) -> bool:
-    try:
-        pwd.getpwuid(uid)
-    except KeyError:
-        return True
-    return False

@@ -82,6 +82,13 @@ def test_it_stops_early_and_keeps_the_best(data_dir: Path, tiny_model: Path) -> 
     assert len(list((data_dir / "runs/job").glob("a1/checkpoint-*"))) <= 3
 
 
+def test_a_loss_that_left_its_start_behind_stops_the_job(data_dir: Path, tiny_model: Path) -> None:
+    run_away = {"learning_rate": 10.0, "max_grad_norm": 0, "epochs": 40, "warmup_fraction": 0, "max_tokens_per_step": 128}
+    with pytest.raises(train.Diverged) as caught:
+        run(order(put_model(tiny_model), put_dataset(chat_rows()), "full", **run_away), data_dir)
+    assert "The training loss rose from" in caught.value.message and "Lower the learning rate to 1" in caught.value.way_out
+
+
 def test_a_job_that_diverges_says_so(data_dir: Path, tiny_model: Path) -> None:
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), "full", learning_rate=10.0, max_grad_norm=0, epochs=40, warmup_fraction=0)
     poisoned = writing.linear_cross_entropy
