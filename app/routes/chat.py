@@ -47,6 +47,9 @@ api = APIRouter(prefix="/v1")
 MOST_PROMPTS = 16
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
@@ -65,7 +68,7 @@ class _Body(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(1, ge=1, le=MOST_CHOICES)
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=MOST_STOPS)] = []
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MOST_STOPS)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)

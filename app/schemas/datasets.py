@@ -11,6 +11,15 @@ from app.schemas.base import Problem, Schema
 Severity = Literal["error", "warning", "note"]
 
 
+class ReadingProblem(Problem):
+    """Why a file could not be read: the file, and the first line at fault where one is."""
+
+    file: str | None = None
+    rule: str | None = Field(None, description="The rule that the line breaks, as in a report's findings.")
+    value: str | None = Field(None, description="What stands there.")
+    repair: str | None = Field(None, description="How most of the file's lines can be repaired, where a fix for them is known.")
+
+
 class Dataset(Schema):
     """One version of a dataset. `origin` says how it was made, and of what."""
 
@@ -21,7 +30,7 @@ class Dataset(Schema):
     version: int
     status: Literal["reading", "ready", "error"]
     progress: float | None = Field(description="Of reading, 0 to 1.")
-    error: Problem | None
+    error: ReadingProblem | None
     format: str | None = Field(description="Null while the file has not been recognized.")
     task: Literal["generation", "classification", "preference"] | None
     mapping: dict[str, str | None] = Field(description="Field of the format to column of the file.")
@@ -87,7 +96,7 @@ class DatasetReport(Schema):
     dataset: str
     status: Literal["reading", "ready", "error"]
     progress: float | None
-    error: Problem | None
+    error: ReadingProblem | None
     format: str | None
     task: str | None
     mapping: dict[str, str | None]
@@ -108,7 +117,7 @@ class FailedReading(Schema):
 
     dataset: str
     version: int
-    error: dict[str, Any] | None
+    error: ReadingProblem | None
 
 
 class FileReport(DatasetReport):
