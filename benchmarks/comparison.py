@@ -85,16 +85,27 @@ def compare(here: Studio, model: str, given: argparse.Namespace) -> dict[str, An
     return found
 
 
-def sent(client: Any, path: Path, rows: int | None) -> str:
-    """The id of the uploaded file once the studio has read it."""
+def sent(client: Any, path: Path, rows: int | None, mapping: dict[str, Any] | None = None) -> str:
+    """The id of the uploaded file once the studio has read it, as `mapping` says where it cannot know: `{"format": …, "mapping": …}`."""
     data = path.read_bytes() if rows is None else drawn(path, rows)
     file = client.files.create(file=(path.name, data), purpose="fine-tune")
-    report: Any = {"status": "reading"}
-    while report["status"] not in ("ready", "failed"):
-        time.sleep(0.5)
-        report = client.get(f"/files/{file.id}/report", cast_to=object)
+    report = read(client, file.id)
+    if mapping:
+        client.post(f"/datasets/{report['dataset']}/readings", body=mapping, cast_to=object)
+        report = read(client, file.id)
+    if report["status"] == "error":
+        raise SystemExit(f"{path.name}: {report['error']['message']}")
     print(f"{path.name}: {report['good_rows']:,} good rows as {report['format']}", flush=True)
     return str(file.id)
+
+
+def read(client: Any, file: str) -> Any:
+    """The report of a file's newest reading once that has ended."""
+    report: Any = {"status": "reading"}
+    while report["status"] == "reading":
+        time.sleep(0.5)
+        report = client.get(f"/files/{file}/report", cast_to=object)
+    return report
 
 
 def drawn(path: Path, rows: int) -> bytes:
