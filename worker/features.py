@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,20 +149,26 @@ def fit_logistic(
     return model.fit(vectors, truth), tried
 
 
-def cross_validated(vectors: np.ndarray, truth: np.ndarray, *, strength: float, seed: int) -> np.ndarray:
-    """What a regression says of each row, (rows,), that learned from the other folds of five: every row is held out once."""
-    folds = (
-        StratifiedKFold(5, shuffle=True, random_state=seed) if np.bincount(truth).max() >= 5 else KFold(5, shuffle=True, random_state=seed)
-    )
+Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Learns from vectors, (rows, H), and their classes, (rows,), and says the class of each of other vectors."""
+
+
+def cross_validated(vectors: np.ndarray, truth: np.ndarray, judge: Judge, *, seed: int) -> np.ndarray:
+    """What `judge` says of each row, (rows,), having learned from the other folds of five: every row is held out once."""
+    kind = StratifiedKFold if np.bincount(truth).max() >= 5 else KFold
     said = np.empty_like(truth)
-    for train, held_out in folds.split(vectors, truth):
-        if len(np.unique(truth[train])) == 1:
-            said[held_out] = truth[train][0]
-        else:
-            said[held_out] = (
-                LogisticRegression(C=strength, max_iter=1000, tol=5e-4).fit(vectors[train], truth[train]).predict(vectors[held_out])
-            )
+    for train, held_out in kind(5, shuffle=True, random_state=seed).split(vectors, truth):
+        said[held_out] = judge(vectors[train], truth[train], vectors[held_out])
     return said
+
+
+def regression_of(strength: float) -> Judge:
+    def judge(vectors: np.ndarray, truth: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        if len(np.unique(truth)) == 1:
+            return np.full(len(asked), truth[0])
+        return np.asarray(LogisticRegression(C=strength, max_iter=1000, tol=5e-4).fit(vectors, truth).predict(asked))
+
+    return judge
 
 
 def _try_strengths(vectors: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:

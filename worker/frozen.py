@@ -105,13 +105,16 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         yield events.Evaluated(step=state.step, loss=scores["log_loss"], metrics=_rest(state.best), best=True)
         yield events.Sampled(step=state.step, samples=_samples(found, data.held_out[: run.samples], data.labels))
         evaluation = evaluation_of(found, truth, held_truth, data.held_out, data.labels)
-        places, asked = prompted.a_few_of_each(truth, run.seed), outside[: prompted.MAX_VECTOR_ROWS]
-        nearest = prompted.nearest_class(inside[places], truth[places], asked, len(data.labels))
-        evaluation |= {"contest": label_contest(found.argmax(1), truth, held_truth, nearest), "steps": state.step}
+        nearest = _nearest(len(data.labels), run.seed)
+        by_examples = nearest(inside, truth, outside[: prompted.MAX_VECTOR_ROWS])
+        evaluation |= {"contest": label_contest(found.argmax(1), truth, held_truth, by_examples), "steps": state.step}
         if fitted is not None and len(held_truth) < FEW_ROWS <= len(vectors):
-            said = features.cross_validated(vectors, everything := np.concatenate([truth, held_truth]), strength=fitted.C, seed=run.seed)
+            everything = np.concatenate([truth, held_truth])
+            right = features.cross_validated(vectors, everything, features.regression_of(fitted.C), seed=run.seed) == everything
+            shown = features.cross_validated(vectors, everything, nearest, seed=run.seed) == everything
             common = np.bincount(everything).argmax() == everything
-            evaluation["contest"] |= contest("accuracy", paired_hits(common, said == everything), cross_validated=True)
+            sides = paired_hits(common, right), paired_hits(shown, right)
+            evaluation["contest"] |= contest("accuracy", *sides, cross_validated=True)
     if run.row_losses:
         shares = np.bincount(truth, minlength=len(data.labels)) / len(truth)
         sides = [(data.train, inside, truth, False)]
@@ -146,6 +149,16 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         forgetting=forgetting.without_measuring(spec, len(data.labels)) if run.forgetting else None,
         evaluation=evaluation,
     )
+
+
+def _nearest(labels: int, seed: int) -> features.Judge:
+    """What a few examples of every label alone would say, without anything learned."""
+
+    def judge(vectors: np.ndarray, truth: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        places = prompted.a_few_of_each(truth, seed)
+        return prompted.nearest_class(vectors[places], truth[places], asked, labels)
+
+    return judge
 
 
 def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labels: list[str]) -> Iterator[str]:

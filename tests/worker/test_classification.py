@@ -175,6 +175,14 @@ def test_frozen_features_equal_plain_scikit_learn(data_dir: Path, tiny_model: Pa
     assert [step.step for step in of(said, events.Step)] == [1]
 
 
+def test_few_held_out_rows_are_cross_validated_beside_the_commonest_label_and_examples(data_dir: Path, tiny_model: Path) -> None:
+    """The whole of what the verdict reads, out of a whole job: each side is judged on every row, and the three are not the same."""
+    found = run(sorting(put_encoder(tiny_model), texts(), "feature_extraction"), data_dir)[-1].evaluation["contest"]
+    assert found["cross_validated"] and found["base"]["rows"] == found["few_shot"]["rows"] == 60
+    assert found["base"]["score"] == pytest.approx(1 / 3, abs=0.01)
+    assert found["base"]["tuned"] == found["few_shot"]["tuned"] > found["few_shot"]["score"] > found["base"]["score"]
+
+
 def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: Path, tiny_model: Path, monkeypatch) -> None:
     monkeypatch.setattr(telling, "EVERY_SECONDS", 0.0)
     model = put_encoder(tiny_model)
