@@ -25,7 +25,7 @@ def _answer(turn: int, exchange: Exchange, a: Answer) -> dict[str, Any]:
         "prompt": exchange.prompt,
         "model": a.model_name,
         **{name: getattr(a, name) for name in names},
-        "sampling": {k: v for k, v in exchange.sampling.items() if k != "models"},
+        "sampling": {k: v for k, v in exchange.sampling.items() if k not in ("models", "follows")},
         "created_at": int(a.created_at.timestamp()),
     }
 
@@ -47,7 +47,7 @@ def as_markdown(thread: Thread, title: str) -> str:
 def _proof(exchange: Exchange, a: Answer) -> list[str]:
     """Whole hashes and the settings, so that the answer can be given again."""
     engine = (a.usage or {}).get("engine")
-    kept = {k: v for k, v in exchange.sampling.items() if k not in ("models", "seed") and v not in (None, [], False)}
+    kept = {k: v for k, v in exchange.sampling.items() if k not in ("models", "follows", "seed") and v not in (None, [], False)}
     return [
         f"- revision {a.revision}",
         f"- adapter {a.adapter_sha256 or 'none: the base answered'}",

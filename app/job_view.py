@@ -12,14 +12,14 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import charts, comparisons, evaluations, ids, jobs, live, models, orders, score_view, studio, verdict, workers
+from app import charts, comparisons, evaluations, ids, jobs, live, models, orders, score_view, studio, tryout, verdict, workers
 from app.forms import as_text
 from app.order_form import OrderForm
 from app.progress import Progress
 from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
-from app.tables import Job, Model, User
+from app.tables import Job, User
 from app.web import NARROW, NOTHING, human_number, human_percent, human_seconds
 
 
@@ -37,11 +37,6 @@ def dataset_url(dataset_id: Any) -> str:
 
 def playground_url(*names: str) -> str:
     return f"/playground?{urlencode([('models', name) for name in names])}"
-
-
-def _try_url(base: str, tuned: Model) -> str:
-    """Where a result is tried: beside its base, or, for a classifier, where texts are sorted."""
-    return f"/playground/classify?{urlencode({'models': tuned.name})}" if tuned.kind == "classifier" else playground_url(base, tuned.name)
 
 
 def count(value: int) -> str:
@@ -158,7 +153,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "tuned": tuned,
         "comparison": comparison,
         "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
-        "compare_url": _try_url(spec.model.name, tuned) if tuned else "",
+        "compare_url": tryout.address(spec.model.name, tuned, job) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "forgetting": _forgetting_of(job, progress, spec),
         "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},

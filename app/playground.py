@@ -1,7 +1,8 @@
 """The playground: the same prompt put to several models, and a record of what each answered and which weights did.
 
 A conversation is a chain of exchanges. Each pane has a history of its own, since each model sees its own answers; the
-history is rebuilt here from what is stored, so a reload, a link and a plain form go on where the script would.
+history is rebuilt here from what is stored, so a reload, a link and a plain form go on where the script would. A column
+may go on with another model: the exchange then says which column of the turn before it `follows`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from app import blend, engines, models
+from app import blend, engines, models, solved, tryout
 from app.errors import BadField, NotFound
 from app.generation import Broke, ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Sampling, Started, TextPart
 from app.models import Resolved
@@ -34,6 +35,7 @@ class Speaker(NamedTuple):
     name: str
     resolved: Resolved
     engine: ExternalEngine | None = None
+    examples: tuple[solved.Asked, ...] = ()
 
     @property
     def ref(self) -> ModelRef:
@@ -123,6 +125,16 @@ def speaker(session: Session, user: User, name: str) -> Speaker:
     return found
 
 
+def column_speaker(session: Session, user: User, name: str) -> Speaker:
+    """The same for a column of the page, which may be a base behind the solved examples of a tuned model's verdict."""
+    if not name.startswith(tryout.FEW_SHOT):
+        return speaker(session, user, name)
+    look = tryout.of_name(session, user, name)
+    if look is None or not look.examples:
+        raise BadField(f"{name} has no solved examples.", way_out="Choose a model tuned on questions with answers.", param="models")
+    return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
+
+
 def request_for(user: User, who: Speaker, sampling: Sampling, **prompt: Any) -> GenerateRequest:
     """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
@@ -139,8 +151,9 @@ def ask(
     *,
     system: str = "",
     parent: uuid.UUID | None = None,
+    follows: Mapping[str, str] | None = None,
 ) -> tuple[Exchange, list[Asked]]:
-    """A new exchange and, for each model, the request that continues its own history. One seed serves all panes."""
+    """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. One seed serves all panes."""
     if not 1 <= len(names) <= MOST_PANES:
         raise BadField(f"Choose between one and {MOST_PANES} models; {len(names)} were named.", param="models")
     if len(set(names)) != len(names):
@@ -150,6 +163,7 @@ def ask(
     if len(prompt) > LONGEST_PROMPT:
         raise BadField(f"The prompt has {len(prompt)} characters; {LONGEST_PROMPT} is the most.", way_out="Shorten it.", param="prompt")
     prompt, system = readable(prompt), readable(system)
+    taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
     before = thread(session, user, parent) if parent else []
     if sampling.seed is None:
         sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
@@ -160,29 +174,39 @@ def ask(
         source="playground",
         prompt=_storable(prompt),
         messages=_storable([{"role": "system", "content": system}]) if system else None,
-        sampling=_storable(sampling.model_dump(mode="json") | {"models": list(names)}),
+        sampling=_storable(sampling.model_dump(mode="json") | {"models": list(names), "follows": taken_over}),
     )
     asked = []
     for name in names:
-        who = speaker(session, user, name)
-        asked.append(Asked(who, request_for(user, who, sampling, **_input(who, before, prompt, system))))
+        who = column_speaker(session, user, name)
+        turns = column(before, taken_over.get(name, name))
+        asked.append(Asked(who, request_for(user, who, sampling, **_input(who, turns, prompt, system))))
     session.add(exchange)
     session.flush()
     return exchange, asked
 
 
-def _input(who: Speaker, before: Sequence[tuple[Exchange, Sequence[Answer]]], prompt: str, system: str) -> dict[str, Any]:
+def _input(who: Speaker, before: Sequence[tuple[Exchange, Answer]], prompt: str, system: str) -> dict[str, Any]:
     """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
     alone, a dialogue model all turns. A turn whose answer failed is left out: the model has said nothing to go on from."""
-    said = [(e.prompt or "", next((a for a in answers if a.model_name == who.name), None)) for e, answers in before]
-    turns = [(question, answer.text) for question, answer in said if answer is not None and not answer.error]
-    if who.ref.kind == "generic":
-        return {"prompt": "".join(question + answer for question, answer in turns) + prompt}
-    messages = [{"role": "system", "content": system}] if system else []
-    if who.ref.kind == "dialogue":
+    turns = [(exchange.prompt or "", answer.text) for exchange, answer in before if not answer.error]
+    if who.ref.kind == "generic" and not any(isinstance(e.prompt, list) for e in who.examples):
+        text = "".join(question + answer for question, answer in turns) + prompt
+        return {"prompt": solved.with_examples(text, who.examples)}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    if who.ref.kind != "instruction":
         for question, answer in turns:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": [*messages, {"role": "user", "content": prompt}]}
+    return {"messages": solved.with_examples([*messages, {"role": "user", "content": prompt}], who.examples)}
+
+
+def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> list[tuple[Exchange, Answer]]:
+    """What was said in the column that bears this name at the end of a conversation, its first turn first."""
+    found: list[tuple[Exchange, Answer]] = []
+    for exchange, said in reversed(thread):
+        found = [(exchange, a) for a in said if a.model_name == name] + found
+        name = (exchange.sampling.get("follows") or {}).get(name, name)
+    return found
 
 
 def fingerprint(who: Speaker) -> str:
@@ -316,23 +340,33 @@ class Option(NamedTuple):
     kind: str
 
 
+class Turn(NamedTuple):
+    exchange: Exchange
+    answer: Answer
+    speaker: Option  # of this turn: a column may have gone on with another model
+
+
 class Pane(NamedTuple):
-    """One column: a model, and what was said in it so far."""
+    """One column: a model, the column of the last turn it goes on from, and what was said in it so far."""
 
     name: str
     title: str
     kind: str
-    turns: list[tuple[Exchange, Answer]]
+    follows: str
+    turns: list[Turn]
     blends: list[tuple[float, str]]  # (place between the base and the tuned model, its name); none where it cannot be blended
 
 
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
     """What can be asked, by group, newest tuned model first. Classifiers and encoders do not write."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
+    kinds = {m.id: m.kind for m in rows}
+    few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
     found = {
         "Base models": [Option(m.name, m.title, m.kind) for m in rows if m.base_id is None],
-        "Tuned models": [Option(m.name, m.title, m.kind) for m in reversed(rows) if m.base_id is not None],
-        "Blends": [Option(f"{m.name}@0.5", f"{m.title}, halfway to its base", m.kind) for m in reversed(rows) if _blends(m)][:20],
+        "Fine-tuned models": [Option(m.name, m.title, m.kind) for m in reversed(rows) if m.base_id is not None],
+        "Base, few-shot": [Option(tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot", kinds[m.base_id]) for m in few_shot],
+        "Blends": [Option(f"{m.name}@0.5", f"{m.title} at 50 % strength", m.kind) for m in reversed(rows) if _blends(m)][:20],
         "Checkpoints": _checkpoints(session, user),
     }
     return {group: options for group, options in found.items() if options}
@@ -353,12 +387,16 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
     ]
 
 
-def pane(name: str, offered: dict[str, list[Option]], turns: Sequence[tuple[Exchange, Sequence[Answer]]]) -> Pane:
+def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exchange, Sequence[Answer]]], follows: str = "") -> Pane:
     """A column of the page, also for a model that is no longer there."""
-    plain, share = blend.split_name(name)
-    option = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
-    option = option if share is None else Option(name, f"{option.title} at blend {share:g}", option.kind)
-    mine = [(e, a) for e, said in turns for a in said if a.model_name == name]
+    option, plain = option_of(name, offered), blend.split_name(name)[0]
+    turns = [Turn(e, a, option_of(a.model_name, offered)) for e, a in column(thread, follows or name)]
     able = any(o.name == blend.full_name(plain, 0.5) for o in offered.get("Blends", []))
     places = [(at, plain if at == 1 else blend.full_name(plain, at)) for at in blend.POINTS] if able else []
-    return Pane(option.name, option.title, option.kind, mine, places)
+    return Pane(*option, follows or name, turns, places)
+
+
+def option_of(name: str, offered: dict[str, list[Option]]) -> Option:
+    plain, share = blend.split_name(name)
+    option = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
+    return option if share is None else Option(name, f"{option.title} at {share * 100:g} % strength", option.kind)

@@ -21,7 +21,7 @@ from app.generation import Sampling
 from app.playground import Asked, Heard
 from app.rows import row_at
 from app.settings import get_settings
-from app.tables import JSON, Dataset, User, Vote
+from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
 
 LONGEST_EDIT = 100_000  # characters
 FEWEST = 6
@@ -139,6 +139,25 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
     session.flush()
     session.refresh(vote)
     return vote
+
+
+def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange, int]:
+    """A vote for one answer of the playground over each other to the same prompt; how many. Raises Conflict where there is none."""
+    chosen = session.get(Answer, answer_id)
+    if chosen is None:
+        raise NotFound("No such answer.", way_out="Reload the playground: an answer is stored when it has ended.", param="answer")
+    exchange = playground.get(session, user, chosen.exchange_id)
+    thread = playground.thread(session, user, exchange.id)
+    others = [a for a in thread[-1][1] if a.id != chosen.id and not a.error and a.model_name != chosen.model_name]
+    if chosen.error or not others:
+        raise Conflict("There is no other answer to prefer this one over.", way_out="Ask two models the same.")
+    messages = list(exchange.messages or [])
+    for earlier, answer in playground.column(thread, chosen.model_name)[:-1]:
+        messages += [{"role": "user", "content": earlier.prompt}, {"role": "assistant", "content": answer.text}]
+    messages.append({"role": "user", "content": exchange.prompt})
+    for other in others:
+        add(session, user, [chosen.model_name, other.model_name], messages, [chosen.text, other.text], 1, None)
+    return exchange, len(others)
 
 
 # Looking ------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def environment() -> Environment:
     )
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
-        "time": clock, "plural": plural, "ticks": ticks, "as_json": as_json,
+        "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json,
     }  # fmt: skip
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
@@ -230,6 +230,14 @@ def human_number(value: float, digits: int | None = None) -> str:
 def human_percent(value: float, digits: int = 1) -> str:
     """A share, 0 to 1: 0.018 → `1.8 %`."""
     return f"{value * 100:.{digits}f}{NARROW}%"
+
+
+KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "classifier": "Classifier", "encoder": "Embedding"}
+
+
+def kind_word(kind: str) -> str:
+    """A model's kind as the field calls it."""
+    return KINDS.get(kind, kind)
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

@@ -25,15 +25,19 @@ TURNS = [
 ]
 
 
-def chat_rows(count: int) -> list[dict[str, Any]]:
+def chat_rows(count: int, system: str = "") -> list[dict[str, Any]]:
     pairs = [TURNS[i % len(TURNS)] for i in range(count)]
-    return [{"messages": [{"role": "user", "content": f"{i}. {q}"}, {"role": "assistant", "content": a}]} for i, (q, a) in enumerate(pairs)]
+    lead = [{"role": "system", "content": system}] if system else []
+    return [
+        {"messages": [*lead, {"role": "user", "content": f"{i}. {q}"}, {"role": "assistant", "content": a}]}
+        for i, (q, a) in enumerate(pairs)
+    ]
 
 
-def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, status: str = "ready") -> Dataset:
+def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, status: str = "ready", system: str = "") -> Dataset:
     """A chat dataset with its Parquet file on disk, as the reader leaves it behind."""
     key = uuid.uuid4()
-    data = chat_rows(rows)
+    data = chat_rows(rows, system)
     path = data_dir / "rows" / str(key) / "rows.parquet"
     path.parent.mkdir(parents=True)
     sha256 = write_rows(path, data)

@@ -7,21 +7,22 @@ import shutil
 import pytest
 from sqlalchemy import select
 
-from app import events, ids, jobs, votes
-from app.tables import Answer, Job
+from app import events, ids, jobs, playground, votes
+from app.generation import Sampling
+from app.playground import Heard
+from app.tables import Answer, Exchange, Job
 from tests import lives
 from tests.data_worker import data_worker
 from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
 from tests.looks import look_at, sign_in
+from tests.orders import make_dataset
 from tests.test_engines import allow, outside, url  # noqa: F401
-from tests.tuned import carry_out
+from tests.tuned import carry_out, tune
 
 pytestmark = pytest.mark.browser
 
 
 def ask(page, prompt: str, tokens: str = "8") -> None:
-    if not page.get_by_label("Max tokens").is_visible():
-        page.locator("summary", has_text="temperature").click()
     page.get_by_label("Max tokens").fill(tokens)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Control+Enter")
@@ -59,10 +60,11 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browse
         assert len(set(places)) == columns, f"{columns} columns at {width} px"
     page.get_by_label("Title").fill("Four of a kind")
     page.keyboard.press("Enter")
+    page.locator("#history summary").click()
     page.get_by_role("link", name="Four of a kind").wait_for()
-    place = page.get_by_role("link", name="Link to it").get_attribute("href")
+    place = page.get_by_role("link", name="Copy link").get_attribute("href")
     ask(page, "Later words", "2")  # the script goes on from the saved state, and what stands on the page is of the new one
-    assert page.get_by_label("Title").input_value() == "" and page.get_by_role("link", name="Link to it").get_attribute("href") != place
+    assert page.get_by_label("Title").input_value() == "" and page.get_by_role("link", name="Copy link").get_attribute("href") != place
     bare = browser.new_context(java_script_enabled=False, storage_state=page.context.storage_state()).new_page()
     bare.set_default_timeout(10_000)
     for one in (page, bare):  # with scripts and without
@@ -76,8 +78,88 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browse
             assert text.count("0" * 64) == 8 and text.count("<|im_start|>assistant") >= 3
     bare.get_by_label("Title").fill("Kept without scripts")
     bare.get_by_role("button", name="Save").click()
+    bare.locator("#history summary").click()
     bare.get_by_role("link", name="Kept without scripts").wait_for()
     bare.context.close()
+
+
+def test_a_tuned_model_gets_a_fair_first_look(
+    browser_page,
+    live,  # noqa: F811
+    session,
+    user,
+    data_dir,
+    tiny_registered,
+    generate_worker,  # noqa: F811
+    answering_dir,  # noqa: F811
+    tmp_path,
+):
+    """From the job's button to three columns: the system prompt of its training rows, a held-out question with its reference,
+    temperature 0, the examples of the verdict before the question of the base alone; then another model in a column, retry and edit."""
+    data = make_dataset(session, user, data_dir, system="You are Luthier, and brief.")
+    job, tuned = tune(session, user, data_dir, tiny_registered, data, validation_fraction=0.2, epochs=1)
+    left = job.evaluation["tryout"]
+    assert left["system"] == "You are Luthier, and brief." and len(left["questions"]) == 8 and len(left["examples"]) == 4
+    shutil.copytree(data_dir / "models", answering_dir / "models", dirs_exist_ok=True)
+    shutil.copytree(data_dir / "runs", answering_dir / "runs", dirs_exist_ok=True)
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}")
+    page.get_by_role("link", name="Compare in the playground").click()
+    assert page.locator("[data-pane]").count() == 3 and page.get_by_label("System prompt").input_value() == left["system"]
+    assert page.get_by_label("Temperature").input_value() == "0" and tuned.title in page.title()
+    question = left["questions"][2]
+    page.get_by_label("Max tokens").fill("7")
+    page.get_by_role("link", name=question["prompt"]).click()
+    assert page.get_by_label("Prompt", exact=True).input_value() == question["prompt"]
+    assert page.get_by_label("Max tokens").input_value() == "7", "a chip keeps the settings"
+    page.get_by_text("Show reference").click()
+    page.locator("[data-reference]").get_by_text(question["reference"]).wait_for()
+    ask(page, question["prompt"], "8")
+    base, few_shot, mine = rendered(page)
+    assert base == mine and left["system"] in base and few_shot.startswith(base[: base.index("<|im_end|>")])
+    assert [few_shot.count(example["reference"]) > 0 for example in left["examples"]] == [True] * 4
+    session.rollback()
+    exchange, answers = session.scalars(select(Exchange)).one(), session.scalars(select(Answer)).all()
+    assert exchange.sampling["temperature"] == 0 and {a.model_name for a in answers} == {"tiny", f"few-shot:{tuned.name}", tuned.name}
+    notes = {"End of answer", "Stopped at max tokens"}
+    assert set(page.locator("[data-pane] [data-note]").all_inner_texts()) <= notes
+    look_at(page, "playground-first-look", tmp_path)
+    page.get_by_label("Model of column 1").select_option(tuned.name + "@0.5")
+    page.wait_for_url("**follows=**")
+    page.get_by_label("Prompt", exact=True).fill("And then?")
+    ask(page, "And then?", "6")
+    assert rendered(page)[1].count("<|im_start|>user") == 2, "the new model of the column knows what was said in it"
+    page.locator("[data-pane]").first.locator("[data-retry]").last.click()
+    page.get_by_text("Done.").wait_for()
+    assert page.locator("[data-pane]").first.locator("[data-turn]").count() == 2, (
+        "the same question once more, in the place of the first try"
+    )
+    page.locator("[data-pane]").first.locator("[data-edit]").first.click()
+    assert page.get_by_label("Prompt", exact=True).input_value() == question["prompt"] and page.locator("[data-turn]").count() == 0
+    page.go_back()
+    page.locator("a.close").first.click()
+    page.wait_for_url("**models=**")
+    assert page.locator("[data-pane]").count() == 2 and page.locator("[data-turn]").count() == 4
+    page.locator("[data-prefer]").first.click()
+    page.get_by_text("2 votes added").wait_for()
+
+
+def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session, user):  # noqa: F811
+    """What a model writes is rendered as Markdown and never runs: no script, no handler, no foreign picture, no javascript: link."""
+    register_tiny(session)
+    exchange, asked = playground.ask(session, user, ["tiny"], "Show <b>me</b>", Sampling())
+    wild = "# Head\n\n**bold** <img src=x onerror=document.title='owned'>\n\n[x](javascript:document.title='owned') ![p](http://example.com/p.png)\n\n- one\n- two"
+    heard = Heard(choices={0: playground.Choice(wild, finish_reason="stop", tokens=9)})
+    playground.record(session, exchange.id, asked[0], heard)
+    session.commit()
+    page = sign_in(browser_page, live, session, user)
+    page.goto(f"{live}/playground/{exchange.id}")
+    shown = page.locator("[data-pane] [data-text]")
+    assert (
+        shown.locator("strong").inner_text() == "bold" and shown.locator("li").count() == 2 and shown.locator("h1").inner_text() == "Head"
+    )
+    assert shown.locator("img, script, [onerror], a[href^=javascript]").count() == 0 and "owned" not in page.title()
+    assert page.locator("[data-note]").first.inner_text() == "End of answer"
 
 
 def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811

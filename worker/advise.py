@@ -26,11 +26,12 @@ import torch
 import yaml
 
 from app.evaluations import EvaluationSpec
+from app.solved import with_examples
 from worker import batches, evaluate
 from worker.batches import Row, Tokenised
 from worker.device import Engine
 from worker.forgetting import PROBE
-from worker.prompted import EXAMPLES_A_CLASS, Asked, asked_of, class_means, examples_of, last_answer, with_examples
+from worker.prompted import EXAMPLES_A_CLASS, Asked, asked_of, class_means, examples_of, last_answer
 from worker.prompts import render_prompt
 from worker.scores import text_scores
 from worker.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from app import manifest
+from app import manifest, solved
 from app.errors import BadData, StudioError
 from app.formats.preference import conversation_with
 from app.spec import JobSpec, PreferenceSettings
@@ -120,6 +120,7 @@ class Preferring(Writing):
         kept = set(self.held_out.lines)
         # As rows that end with the better answer, which is what samples and evaluations compare with.
         self.held_rows = [Row(line, conversation_with(row, "chosen", kind)) for line, row in held_rows if line in kept]
+        self.tryout = solved.of_rows(train_rows, [row for row in held_rows if row.line in kept])
         self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
         self.questions = evaluate.questions(tokenizer, self.held_rows, kind, run.samples, self.room)
         self.reference: dict[str, torch.Tensor] = {}

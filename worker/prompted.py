@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from app.estimate import EXAMPLES_A_CLASS, SHOTS
+from app.solved import Asked
 from worker.batches import Row
 from worker.prompts import sample_of
 
 MAX_VECTOR_ROWS, MAX_VECTOR_EXAMPLES = 400, 800
-
-
-class Asked(NamedTuple):
-    """A prompt as the model is asked it, and what a person answered."""
-
-    prompt: str | list[dict[str, Any]]
-    reference: str
 
 
 def asked_of(rows: Sequence[Row], kind: str) -> list[tuple[int, Asked]]:
@@ -40,18 +34,6 @@ def examples_of(training: Sequence[Row], kind: str, seed: int, count: int = SHOT
     drawn = rows if len(rows) <= 8 * count else random.Random(seed).sample(rows, 8 * count)
     found = [one for _, one in asked_of(sorted(drawn, key=lambda row: row.line), kind)]
     return sorted(found, key=lambda e: len(str(e.prompt)) + len(e.reference))[:count]
-
-
-def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked]) -> str | list[dict[str, Any]]:
-    """The prompt behind solved examples: as earlier turns of a conversation, or as text."""
-    if isinstance(prompt, str):
-        return "".join(f"{e.prompt}{e.reference}\n\n" for e in examples) + prompt
-    lead = 1 if prompt and prompt[0]["role"] == "system" else 0
-    turns: list[dict[str, Any]] = []
-    for example in examples:
-        before = [m for m in example.prompt if isinstance(m, dict) and m["role"] != "system"] if not isinstance(example.prompt, str) else []
-        turns += [*before, {"role": "assistant", "content": example.reference}]
-    return [*prompt[:lead], *turns, *prompt[lead:]]
 
 
 def last_answer(prompt: str | list[dict[str, Any]], reference: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from app import events
+from app import events, solved
 from app.errors import BadData
 from app.estimate import CONTEST_ROWS, CONTEST_TOKENS
 from app.spec import JobSpec
@@ -46,7 +46,7 @@ class FewShotRows(NamedTuple):
 
     bare: batches.Tokenised
     shown: batches.Tokenised
-    examples: int
+    examples: list[solved.Asked]
 
 
 class Writing(Lesson):
@@ -68,6 +68,7 @@ class Writing(Lesson):
         kept = set(self.held_out.lines)
         self.held_rows = [row for row in held_rows if row.line in kept]
         self.held_bytes = sum(_learnt_bytes(tokenizer, self.held_out, i) for i in range(len(self.held_out)))
+        self.tryout = solved.of_rows(train_rows, self.held_rows)
         self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
         self.questions = evaluate.questions(tokenizer, held_rows, kind, run.samples, self.room)
 
@@ -141,7 +142,7 @@ class Writing(Lesson):
         before: dict[str, Any] = dict(state.before)
         after: dict[str, Any] = dict(state.best or state.last)
         if not len(self.held_out) or not after:
-            return {}
+            return {"tryout": self.tryout}
         told = self._answers(base(), questions, engine, []) if questions else {}
         answered = answer_scores((told, answers), {i: questions[i].reference for i in asked if i in questions})
         for scores, found in zip((before, after), answered.scores, strict=True):
@@ -162,6 +163,7 @@ class Writing(Lesson):
             }
 
         return {
+            "tryout": self.tryout | solved.kept(rows.examples if rows else []),
             "rows": len(self.held_out),
             "answers": answered.rows,
             "unanswered": len(asked) - answered.rows,
@@ -178,7 +180,7 @@ class Writing(Lesson):
         losses = state.best_rows or state.last_rows
         few_shot = paired_losses(read, tuned, rows.shown.trained_counts()) if rows else None
         over_base = paired_losses(state.base_rows, losses, self.held_out.trained_counts()[: len(losses)])
-        return contest("loss", over_base, few_shot, examples=rows.examples if rows else 0)
+        return contest("loss", over_base, few_shot, examples=len(rows.examples) if rows else 0)
 
     def _few_shot_rows(self) -> FewShotRows | None:
         """Held-out rows for the base to answer behind solved examples, as many as a job's end has time for; None for plain texts."""
@@ -188,7 +190,7 @@ class Writing(Lesson):
         if not examples or not asked:
             return None
         bare = [Row(line, prompted.last_answer(*one)) for line, one in asked]
-        shown = [Row(line, prompted.last_answer(prompted.with_examples(one.prompt, examples), one.reference)) for line, one in asked]
+        shown = [Row(line, prompted.last_answer(solved.with_examples(one.prompt, examples), one.reference)) for line, one in asked]
         try:
             both = [batches.tokenise(self.tokenizer, rows, kind, longest, lead) for rows, lead in ((bare, self.lead), (shown, []))]
         except BadData:  # a template that takes no such conversation
@@ -200,7 +202,7 @@ class Writing(Lesson):
         kept = {line for line, tokens in zip(lines, total, strict=True) if tokens <= CONTEST_TOKENS}
         if not kept:
             return None
-        return FewShotRows(both[0].only(kept), both[1].only(kept), len(examples))
+        return FewShotRows(both[0].only(kept), both[1].only(kept), examples)
 
     def _asked(self, most: int) -> list[int]:
         """The first rows of the held-out ones, which were drawn by the seed."""

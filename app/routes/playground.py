@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from itertools import zip_longest
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field, create_model
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import forms, playground, standby, web
+from app import forms, ids, playground, standby, tryout, votes, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
-from app.generation import MOST_STOPS, Broke, Done, Entry, Sampling
+from app.generation import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
 from app.listening import listen_calmly
 from app.playground import Asked, Heard
 from app.streams import Stream, later, left, merge, while_connected
-from app.tables import User
+from app.tables import Exchange, User
 
 pages = APIRouter()
 
-_PLAIN = ("temperature", "top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_PLAIN = ("top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 Knobs: type[BaseModel] = create_model(
     "Knobs",
+    system=(str, Field("", max_length=20_000, title="System prompt", description="Chat and instruct models read it before all turns.")),
+    temperature=(float, Field(0.0, ge=0, le=2, description="0 is deterministic: the likeliest token. Higher is more varied.")),
     **{name: (Sampling.model_fields[name].annotation, Sampling.model_fields[name]) for name in _PLAIN},
-    stop=(str, Field("", max_length=4096, description="The answer ends before any of these texts; one in each line.")),
-    system=(
-        str,
-        Field("", max_length=20_000, title="System message", description="Told to dialogue and instruction models before all turns."),
-    ),
+    stop=(str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
 )
-"""The form of the sampling settings: the fields of `Sampling` a person turns, with their own words."""
+"""The form of the settings: the fields of `Sampling` a person turns. A first look is deterministic, where the API samples as OpenAI's does."""
+STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped", "error": "No answer"}
+"""Why an answer ended, in words."""
 
 
 class Order(BaseModel):
@@ -46,64 +47,133 @@ class Order(BaseModel):
     sampling: Sampling
     system: str
     parent: uuid.UUID | None
+    follows: dict[str, str]
 
 
-async def _order(request: Request) -> Order:
+def _uuid(text: str | None) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text) if text else None
+    except ValueError:
+        raise NotFound("The turn this goes on from does not exist.", way_out="Start a new conversation.") from None
+
+
+def _asked_before(user: User, exchange_id: uuid.UUID) -> tuple[uuid.UUID | None, str]:
+    """What was asked in an exchange, and the turn before it: asked once more, it is another answer to the same."""
+    with transaction() as session:
+        found = playground.get(session, user, exchange_id)
+        return found.parent_id, found.prompt or ""
+
+
+async def _order(request: Request, user: User) -> Order:
     form = await request.form(max_fields=64, max_files=0)
     data = {key: str(value) for key, value in form.items()}
     filled = forms.fill(Knobs, data, "sampling")
     if filled.errors:
         name, sentence = next(iter(filled.errors.items()))
         raise BadField(sentence, param=f"sampling.{name}" if name else "sampling")
-    settings = dict(filled.settings)
+    settings = Knobs(**filled.settings).model_dump()
     system, stops = settings.pop("system", ""), settings.pop("stop", "").splitlines()
     if len(stops) > MOST_STOPS:
         raise BadField(f"{len(stops)} stop texts were given; {MOST_STOPS} is the most.", param="sampling.stop")
-    try:
-        parent = uuid.UUID(data["parent"]) if data.get("parent") else None
-    except ValueError:
-        raise NotFound("The turn this goes on from does not exist.", way_out="Start a new conversation.") from None
+    named = zip_longest(form.getlist("models"), form.getlist("follows"), fillvalue="")
+    follows = {str(name): str(old) or str(name) for name, old in named if name}
+    parent = _uuid(data.get("parent"))
+    prompt = data.get("prompt", "").replace("\r\n", "\n")
+    if again := _uuid(data.get("again")):
+        parent, prompt = await run_in_threadpool(_asked_before, user, again)
     return Order(
         models=[str(name) for name in form.getlist("models") if name],
-        prompt=data.get("prompt", "").replace("\r\n", "\n"),
+        prompt=prompt,
         sampling=Sampling(**settings, stop=tuple(s[:256] for s in stops if s)),
         system=system,
         parent=parent,
+        follows=follows,
     )
 
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 
+def _names(given: list[str] | None) -> list[str]:
+    return [name for part in given or [] for name in part.split(",") if name]
+
+
 @pages.get("/playground")
-def show_empty(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
-    named = [name for part in models or [] for name in part.split(",") if name]
-    return _page(request, session, user, named[: playground.MOST_PANES], None)
+def show_empty(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    models: Annotated[list[str] | None, Query()] = None,
+    question: Annotated[int | None, Query(description="line of a held-out row")] = None,
+    prompt: Annotated[str, Query(max_length=20_000)] = "",
+) -> Response:
+    named = _names(models)[: playground.MOST_PANES]
+    look = tryout.look_at(session, user, named) if question is not None else None
+    chosen = next((q for q in look.questions if q["line"] == question), None) if look else None
+    more = {"question": chosen, "prompt": chosen["prompt"]} if chosen else {"prompt": prompt}
+    return _page(request, session, user, named, None, **more)
 
 
 @pages.get("/playground/{exchange_id:uuid}")
-def show(request: Request, session: Db, user: CurrentUser, exchange_id: uuid.UUID) -> Response:
+def show(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    exchange_id: uuid.UUID,
+    models: Annotated[list[str] | None, Query()] = None,
+    follows: Annotated[list[str] | None, Query()] = None,
+    edit: bool = False,
+) -> Response:
+    """A conversation as it ended, or before its last question where that is edited; its columns may go on with other models."""
     last = playground.get(session, user, exchange_id)
-    named = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
-    return _page(request, session, user, named, exchange_id)
+    asked = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
+    named = _names(models)[: playground.MOST_PANES] or asked
+    old = _names(follows) if models else [(last.sampling.get("follows") or {}).get(name, name) for name in named] if edit else []
+    taken_over = dict(zip(named, old, strict=False))
+    if edit:
+        return _page(request, session, user, named, last.parent_id, taken_over, prompt=last.prompt, typed=forms_text(last))
+    return _page(request, session, user, named, exchange_id, taken_over)
 
 
-def _page(request: Request, session: Session, user: User, named: list[str], key: uuid.UUID | None, **more: Any) -> Response:
-    turns = playground.thread(session, user, key) if key else []
+def _page(
+    request: Request,
+    session: Session,
+    user: User,
+    named: list[str],
+    key: uuid.UUID | None,
+    follows: Mapping[str, str] | None = None,
+    typed: dict[str, str] | None = None,
+    **more: Any,
+) -> Response:
+    thread = playground.thread(session, user, key) if key else []
     choices = playground.choices(session, user)
     ready = [choice.name for group in choices.values() for choice in group]
-    if not named and ready:
-        named = ready[:1]
-    typed = forms_text(turns[-1][0].sampling, turns[-1][0].messages) if turns else {}
+    named = list(dict.fromkeys(named)) or ready[:1]
+    known = [name for name in named if playground.option_of(name, choices).kind]  # those that are still there
+    look, own = tryout.look_at(session, user, known), tryout.own_sampling(session, user, known)
+    last = thread[-1][0] if thread else None
+    asked_of = more.get("question") or (look and next((q for q in look.questions if last and q["prompt"] == last.prompt), None))
+    if typed is None and last is not None:
+        typed = forms_text(last)
+    if typed is None:
+        system = (asked_of or {}).get("system") or (look.system if look else "")
+        typed = {name: forms.as_text(value) for name, value in own.items()} | {"system": system}
+    typed |= {name.removeprefix("sampling."): value for name, value in request.query_params.items() if name.startswith("sampling.")}
     context = {
-        "panes": [playground.pane(name, choices, turns) for name in dict.fromkeys(named)],
+        "panes": [playground.pane(name, choices, thread, (follows or {}).get(name, "")) for name in named],
         "choices": choices,
         "most_panes": playground.MOST_PANES,
         "parent": key,
-        "title": (turns[-1][0].title or "") if turns else "",
+        "asked": thread[0][0].prompt if thread else "",
+        "title": (last.title or "") if last else "",
         "controls": forms.controls(Knobs, "sampling", typed=typed),
+        "look": look,
+        "own": own,
+        "question": asked_of,
+        "job_key": lambda job: ids.public(ids.JOB, job.id),
         "history": playground.history(session, user, limit=20),
         "proof": playground.proof,
+        "stops": STOPS,
         "prompt": "",
         "error": None,
         **standby.part(session, user),
@@ -111,9 +181,10 @@ def _page(request: Request, session: Session, user: User, named: list[str], key:
     return web.render(request, "playground.html", **(context | more))
 
 
-def forms_text(sampling: dict[str, Any], messages: list[Any] | None) -> dict[str, str]:
+def forms_text(exchange: Exchange) -> dict[str, str]:
     """Stored settings as the inputs show them, so that the next turn is asked the same way."""
-    typed = {name: forms.as_text(sampling.get(name)) for name in _PLAIN if name in sampling and name != "seed"}
+    sampling, messages = exchange.sampling, exchange.messages
+    typed = {name: forms.as_text(sampling.get(name)) for name in ("temperature", *_PLAIN) if name in sampling and name != "seed"}
     return typed | {"stop": "\n".join(sampling.get("stop", [])), "system": messages[0]["content"] if messages else ""}
 
 
@@ -123,7 +194,7 @@ def forms_text(sampling: dict[str, Any], messages: list[Any] | None) -> dict[str
 def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
     with transaction() as session:
         exchange, asked = playground.ask(
-            session, user, order.models, order.prompt, order.sampling, system=order.system, parent=order.parent
+            session, user, order.models, order.prompt, order.sampling, system=order.system, parent=order.parent, follows=order.follows
         )
         return exchange.id, asked
 
@@ -142,7 +213,7 @@ def _record(exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> None:
 async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
     """Without the script: the page comes once all models have finished. A browser that leaves first stops them."""
     try:
-        order = await _order(request)
+        order = await _order(request, user)
         exchange_id, asked = await run_in_threadpool(_ask, user, order)
     except StudioError as error:
         form = await request.form()
@@ -173,7 +244,7 @@ def _again(request: Request, user: User, named: list[str], prompt: str, error: S
 @pages.post("/playground/stream")
 async def ask_and_stream(request: Request, user: CurrentUser) -> Response:
     """The same for the script: one JSON object per line, each of one pane, as they come."""
-    order = await _order(request)
+    order = await _order(request, user)
     exchange_id, asked = await run_in_threadpool(_ask, user, order)
     return Stream(_lines(exchange_id, asked), media_type="application/x-ndjson")
 
@@ -182,7 +253,7 @@ async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[by
     heard, stored = [Heard() for _ in asked], set()
     merged = merge([listen_calmly(one.request) for one in asked])
     try:
-        panes = [{"model": one.speaker.name, "kind": one.speaker.ref.kind} for one in asked]
+        panes = [{"model": one.speaker.name, "kind": one.speaker.ref.kind, "answer": str(one.request.id)} for one in asked]
         yield _line({"type": "asked", "exchange": str(exchange_id), "panes": panes})
         async for place, entries in merged:
             heard[place].take(entries)
@@ -205,8 +276,18 @@ def _told(place: int, asked: Asked, heard: Heard, entry: Entry) -> dict[str, Any
         who = asked.speaker
         engine = asked.request.engine.host if asked.request.engine else None
         said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed, engine)
+    if isinstance(entry, ChoiceFinished):
+        said |= {"note": STOPS[entry.reason], "html": str(web.markdown(heard.choices[entry.index].text))}
     return said
 
 
 def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+@pages.post("/playground/prefer")
+def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
+    """One answer over the others to the same prompt, as votes."""
+    exchange, count = votes.prefer(session, user, answer)
+    web.flash(request, f"{web.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
+    return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

@@ -25,6 +25,6 @@ def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
 
 
 @pages.get("/standby")
-def part(request: Request, session: Db, user: CurrentUser) -> Response:
-    """The list alone, which the pages ask for anew while they are open."""
-    return render(request, "parts/standby.html", **standby.part(session, user))
+def part(request: Request, session: Db, user: CurrentUser, chip: bool = False) -> Response:
+    """The list or its chip alone, which the pages ask for anew while they are open."""
+    return render(request, "parts/loaded.html" if chip else "parts/standby.html", **standby.part(session, user))

@@ -99,6 +99,26 @@ class ListedRow(Schema):
     probability: float | None = None
 
 
+class HeldOutQuestion(Schema):
+    """A question of a held-out row; its first one where the row is a conversation."""
+
+    line: int
+    system: str = Field(description="Its system prompt; empty without one.")
+    prompt: str
+    reference: str = Field(description="The row's own answer.")
+
+
+class SolvedExample(Schema):
+    prompt: Any = Field(description="Messages, or a text.")
+    reference: str
+
+
+class Tryout(Schema):
+    system: str = Field(description="The commonest system prompt of the training rows.")
+    questions: list[HeldOutQuestion]
+    examples: list[SolvedExample] = Field(description="The training rows that the base was shown for the verdict's few-shot score.")
+
+
 class JobEvaluation(Schema):
     """Base and tuned model on the same held-out rows, by name of the score. Empty where nothing was held out."""
 
@@ -111,6 +131,7 @@ class JobEvaluation(Schema):
     worst: list[ListedRow] | None = None
     best: list[ListedRow] | None = None
     contest: dict[str, Any] | None = Field(None, description="Base, few-shot and tuned on the same held-out rows; the verdict reads it.")
+    tryout: Tryout | None = Field(None, description="What the model can be asked for a fair first look; absent for classifiers.")
     steps: int | None = None
     curve: list[tuple[int, float]] | None = Field(None, description="Validation loss by step.")
 

@@ -1,13 +1,16 @@
 // Streams the answers of all columns. Without this module the same form is sent whole, and the page comes back answered.
+import DOMPurify from "../vendor/dompurify/purify.es.mjs";
 import { send } from "./shell.js";
 
 const form = document.getElementById("ask");
 const panes = document.getElementById("panes");
-const kinds = { generic: "Continues the text you type.", instruction: "Follows one instruction.", dialogue: "Holds a conversation." };
+const DRAFT = "luthier_draft"; // what was typed, while a column is changed
 let running = null;
 
 if (form) {
   const [prompt, stop, go, state] = [form.elements.prompt, form.querySelector("[data-stop]"), form.querySelector("[data-send]"), form.querySelector("[data-state]")];
+  prompt.value ||= sessionStorage.getItem(DRAFT) ?? "";
+  sessionStorage.removeItem(DRAFT);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (!running) ask();
@@ -19,28 +22,32 @@ if (form) {
     } else if (event.key === "Escape" && running) running.abort();
   });
   stop.addEventListener("click", () => running?.abort());
-  form.addEventListener("input", summarise);
-  panes.addEventListener("change", changeModels);
-  document.querySelector("[data-add]")?.addEventListener("change", changeModels);
-  summarise();
+  form.addEventListener("change", (event) => event.target.name === "models" && changeModels(event.target));
+  document.addEventListener("click", clicked);
+  for (const turn of panes.querySelectorAll("[data-turn]")) enliven(turn);
   grow(prompt);
   prompt.addEventListener("input", () => grow(prompt));
 
-  async function ask() {
-    if (!prompt.value) return;
+  /** Ask what is typed, or again what was asked in the exchange `again`, whose turns then give way. */
+  async function ask(again = "") {
+    if (!again && !prompt.value) return;
     running = new AbortController();
-    const asked = prompt.value;
+    const body = new FormData(form);
+    const asked = again ? turnsOf(again)[0].querySelector("[data-asked]").textContent : prompt.value;
+    body.set("prompt", asked);
+    if (again) body.set("again", again);
     busy(true);
     say("Waiting for the models …");
     let columns = [];
     try {
-      const answer = await send("/playground/stream", { method: "POST", body: new FormData(form), signal: running.signal, headers: { accept: "application/json" } });
+      const answer = await send("/playground/stream", { method: "POST", body, signal: running.signal, headers: { accept: "application/json" } });
       if (!answer.ok) throw new Error(await reason(answer));
       await each(answer.body, (told) => {
         if (told.type === "asked") {
-          columns = [...panes.querySelectorAll("[data-pane]")].map((pane) => begin(pane, asked));
+          if (again) for (const turn of turnsOf(again)) cutFrom(turn);
+          columns = [...panes.querySelectorAll("[data-pane]")].map((pane, place) => begin(pane, asked, told.exchange, told.panes[place].answer));
           goOn(told.exchange);
-          prompt.value = "";
+          if (!again) prompt.value = "";
           grow(prompt);
         } else if (told.type !== "end") columns[told.pane]?.take(told);
         if (told.type === "text") say("Answering …");
@@ -49,11 +56,25 @@ if (form) {
     } catch (error) {
       const stopped = error.name === "AbortError";
       say(stopped ? "Stopped." : error.message || "The connection was lost.", !stopped);
-      for (const column of columns) column.cut(stopped ? "Stopped." : "The connection was lost.");
+      for (const column of columns) column.cut(stopped ? "Stopped" : "The connection was lost");
     }
     running = null;
     busy(false);
     prompt.focus();
+  }
+
+  function clicked(event) {
+    const turn = event.target.closest("[data-turn]");
+    if (event.target.closest("[data-goes]")) {
+      event.preventDefault();
+      leave(event.target.closest("[data-goes]").href, event.target.closest(".chip") ? "" : prompt.value);
+    } else if (event.target.closest("[data-retry]")) {
+      if (!running) ask(turn.dataset.exchange);
+    } else if (event.target.closest("[data-copy-answer]")) copy(event.target.closest("button"), turn.querySelector("[data-source]").content.textContent);
+    else if (event.target.closest("[data-link]") && navigator.clipboard) {
+      event.preventDefault();
+      copy(event.target, event.target.href);
+    }
   }
 
   function busy(yes) {
@@ -69,25 +90,63 @@ if (form) {
   }
 }
 
-/** A turn at the end of a column, and what becomes of it as entries come. Text goes in as text, never as markup. */
-function begin(pane, asked) {
+/** To another address of the playground, with the settings and what was typed. */
+function leave(address, draft = form.elements.prompt.value) {
+  const url = new URL(address, location.href);
+  for (const [name, value] of new FormData(form)) if (name.startsWith("sampling.") && !(draft === "" && name === "sampling.system")) url.searchParams.set(name, value);
+  if (draft) sessionStorage.setItem(DRAFT, draft);
+  location.assign(url);
+}
+
+function turnsOf(exchange) {
+  return [...panes.querySelectorAll(`[data-turn][data-exchange="${exchange}"]`)];
+}
+
+function cutFrom(turn) {
+  while (turn.nextElementSibling) turn.nextElementSibling.remove();
+  turn.remove();
+}
+
+async function copy(button, text) {
+  await navigator.clipboard.writeText(text);
+  const title = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = title; }, 1500);
+}
+
+/** What only works with this script. */
+function enliven(turn) {
+  turn.querySelector("[data-copy-answer]").hidden = !navigator.clipboard;
+  turn.querySelector("[data-retry]").hidden = false;
+}
+
+/** A turn at the end of a column, and what becomes of it as entries come. While it is written it is text; the Markdown of a whole
+ *  answer comes from the server, cleaned there, and is cleaned once more here. */
+function begin(pane, asked, exchange, answer) {
   const kind = pane.dataset.kind === "generic" ? "generic" : "dialogue";
   const turn = document.getElementById(`turn-${kind}`).content.cloneNode(true).querySelector("[data-turn]");
   const body = pane.querySelector("[data-body]");
   const part = (name) => turn.querySelector(`[data-${name}]`);
   const text = part("text");
+  const title = pane.getAttribute("aria-label");
   body.querySelector("[data-hint]")?.remove();
+  turn.dataset.exchange = exchange;
   part("asked").textContent = asked;
-  if (kind !== "generic") text.previousElementSibling.textContent = pane.getAttribute("aria-label");
+  if (kind === "generic") part("asked").previousElementSibling.textContent = `${title} continues`;
+  else part("name").textContent = title;
+  Object.assign(part("edit"), { href: `/playground/${exchange}?edit=1`, hidden: false });
+  part("prefer").value = answer;
   text.classList.add("writing");
-  part("prompt").setAttribute("aria-label", `Rendered prompt of ${pane.getAttribute("aria-label")}`);
+  part("prompt").setAttribute("aria-label", `Rendered prompt of ${title}`);
   body.append(turn);
   body.scrollTop = body.scrollHeight;
   let over = false;
   const end = (note) => {
     over = true;
     text.classList.remove("writing");
-    if (note) Object.assign(part("note"), { textContent: note, hidden: false });
+    part("note").textContent = note;
+    part("source").content.textContent = part("source").content.textContent || text.textContent;
+    enliven(turn);
   };
   return {
     take(told) {
@@ -97,9 +156,14 @@ function begin(pane, asked) {
         part("rendered").hidden = false;
         part("proof").textContent = "Answering";
       } else if (told.type === "text") text.append(told.text);
-      else if (told.type === "finished") end(told.reason === "length" ? "Cut at the longest answer allowed." : "");
-      else if (told.type === "done") part("proof").textContent = told.proof;
-      else if (told.type === "error") {
+      else if (told.type === "finished") {
+        part("source").content.textContent = text.textContent;
+        if (kind !== "generic") text.replaceChildren(DOMPurify.sanitize(told.html, { RETURN_DOM_FRAGMENT: true }));
+        end(told.note);
+      } else if (told.type === "done") {
+        part("proof").textContent = told.proof;
+        part("prefer").hidden = panes.childElementCount < 2;
+      } else if (told.type === "error") {
         end("");
         part("proof").textContent = "No answer";
         Object.assign(part("error"), { textContent: `${told.message} ${told.way_out}`.trim(), hidden: false });
@@ -114,7 +178,7 @@ function begin(pane, asked) {
   };
 }
 
-/** From the first answer on the columns are settled, the address is that of the conversation, and it can be kept. */
+/** From the first answer on the address is that of the conversation, which can be saved; every column goes on from itself. */
 function goOn(exchange) {
   form.elements.parent.value = exchange;
   const keep = document.querySelector("[data-keep]");
@@ -122,43 +186,27 @@ function goOn(exchange) {
   keep.querySelector("[name=title]").value = "";
   for (const part of keep.querySelectorAll("[data-at]")) part.setAttribute(part.localName === "form" ? "action" : "href", `/playground/${exchange}${part.dataset.at}`);
   history.replaceState(null, "", `/playground/${exchange}`);
-  for (const select of panes.querySelectorAll("select[name=models]")) {
-    const [hidden, name] = [document.createElement("input"), document.createElement("b")];
-    Object.assign(hidden, { type: "hidden", name: "models", value: select.value });
-    hidden.setAttribute("form", "ask");
-    name.textContent = select.selectedOptions[0].textContent;
-    select.replaceWith(hidden, name);
-  }
-  document.querySelector(".pick")?.remove();
+  for (const select of panes.querySelectorAll("select[name=models]")) select.nextElementSibling.value = select.value;
+  for (const link of panes.querySelectorAll("a.close")) link.href = `/playground/${exchange}${new URL(link.href).search}`;
+  for (const nav of panes.querySelectorAll("[data-blends]")) nav.remove();
   const anew = document.querySelector("[data-anew]");
-  anew.href = `/playground?${new URLSearchParams([...panes.querySelectorAll("[name=models]")].map((m) => ["models", m.value]))}`;
+  anew.href = `/playground?${new URLSearchParams([...panes.querySelectorAll("select[name=models]")].map((m) => ["models", m.value]))}`;
   anew.hidden = false;
 }
 
-function changeModels(event) {
-  const select = event.target;
-  if (select.name !== "models") return;
-  const names = [...document.querySelectorAll("select[name=models]")].map((s) => s.value).filter(Boolean);
-  const unique = [...new Set(names)];
-  const [pane, option] = [select.closest("[data-pane]"), select.selectedOptions[0]];
-  const blended = pane?.querySelector("[data-blends]") || option.value.includes("@") || document.querySelector(`option[value="${CSS.escape(`${option.value}@0.5`)}"]`);
-  if (select.hasAttribute("data-add") || unique.length < names.length || blended) {
-    const query = new URLSearchParams(unique.map((name) => ["models", name]));
-    location.assign(`/playground?${query}`);
-    return;
+/** The page with the chosen columns: a new one, or the same conversation going on with another model. */
+function changeModels() {
+  const chosen = [...form.querySelectorAll("select[name=models]")].filter((select) => select.value);
+  const seen = new Set();
+  const query = new URLSearchParams();
+  for (const select of chosen) {
+    if (seen.has(select.value)) continue;
+    seen.add(select.value);
+    query.append("models", select.value);
+    query.append("follows", select.nextElementSibling.value || select.value);
   }
-  pane.dataset.kind = option.dataset.kind;
-  pane.setAttribute("aria-label", option.textContent);
-  pane.querySelector("[data-kind-pill]").textContent = option.dataset.kind;
-  const hint = pane.querySelector("[data-hint]");
-  if (hint) hint.textContent = kinds[option.dataset.kind] ?? "";
-}
-
-/** The settings in one line, so that they are known while they are folded. */
-function summarise() {
-  const value = (name) => form.elements[`sampling.${name}`]?.value;
-  const parts = [`temperature ${value("temperature")}`, `top-p ${value("top_p")}`, `${value("max_tokens") || "unlimited"} tokens`];
-  form.querySelector("[data-summary]").textContent = [...parts, value("seed") ? `seed ${value("seed")}` : "a new seed each time"].join(" · ");
+  const parent = form.elements.parent.value;
+  leave(`/playground${parent ? `/${parent}` : ""}?${query}`);
 }
 
 function grow(area) {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app import solved
 from app.evaluations import EvaluationSpec
 from tests.worker.orders import chat_rows, put_dataset, put_model
 from tests.worker.test_classification import put_encoder, texts
@@ -43,9 +44,9 @@ def test_noise_is_farther_than_words(reader) -> None:
 def test_examples_stand_before_the_question_and_behind_the_system_message() -> None:
     asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     shown = prompted.Asked([{"role": "system", "content": "other"}, {"role": "user", "content": "q"}], "a")
-    said = prompted.with_examples(asked, [shown])
+    said = solved.with_examples(asked, [shown])
     assert [m["content"] for m in said] == ["S", "q", "a", "Q"]
-    assert prompted.with_examples("Q:", [prompted.Asked("q:", "a")]) == "q:a\n\nQ:"
+    assert solved.with_examples("Q:", [prompted.Asked("q:", "a")]) == "q:a\n\nQ:"
     assert [m.get("weight") for m in prompted.last_answer(said, "A")["messages"]] == [None, None, 0, None, None]
 
 

@@ -1,0 +1,81 @@
+"""The fair first look at a tuned model: what its job left to ask it (`app/solved.py`), beside its base with and without the
+examples of the job's verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+from pydantic import ValidationError
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app import blend, evaluations, models
+from app.generation import Sampling
+from app.settings import get_settings
+from app.solved import Asked
+from app.tables import JSON, Job, Model, User
+
+FEW_SHOT = "few-shot:"
+"""Before a tuned model's name: its base, asked behind the examples of the verdict. Only the playground's columns take it."""
+_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Look(NamedTuple):
+    """What one job left for the first look at its model."""
+
+    job: Job
+    base: Model
+    system: str
+    questions: list[JSON]  # line, system, prompt, reference
+    examples: list[Asked]
+
+
+def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
+    """What the first of these columns that was tuned here brings; None where none was, or its job left nothing."""
+    return next((look for name in names if (look := of_name(session, user, name))), None)
+
+
+def of_name(session: Session, user: User, name: str) -> Look | None:
+    """By the name of a column: a tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
+    plain = blend.split_name(name.removeprefix(FEW_SHOT))[0]
+    job, base = evaluations.origin(session, models.resolve(session, user, plain))
+    left = (job.evaluation or {}).get("tryout") if job else None
+    if job is None or base is None or not left:
+        return None
+    return Look(job, base, left["system"], left["questions"], [Asked(**example) for example in left["examples"]])
+
+
+def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
+    """The newest tuned models whose bases can be asked few-shot."""
+    examples = func.jsonb_array_length(Job.evaluation["tryout"]["examples"])
+    query = select(Model).join(Job, Model.job_id == Job.id).where(models.visible(user), Job.evaluation.has_key("tryout"), examples > 0)
+    return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
+
+
+def address(base: str, tuned: Model, job: Job | None) -> str:
+    """Where a result is tried: beside its base and its few-shot base; a classifier where texts are sorted."""
+    if tuned.kind == "classifier":
+        return f"/playground/classify?{urlencode({'models': tuned.name})}"
+    left = (job.evaluation or {}).get("tryout") if job else None
+    few_shot = [FEW_SHOT + tuned.name] if left and left["examples"] else []
+    return f"/playground?{urlencode([('models', name) for name in (base, *few_shot, tuned.name)])}"
+
+
+def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:
+    """The sampling that the models' own generation_config.json asks for; empty where they do not agree, or ask for none."""
+    found = [_own_sampling(models.resolve(session, user, name.removeprefix(FEW_SHOT)).model, session) for name in names]
+    return found[0] if found and all(one == found[0] for one in found) else {}
+
+
+def _own_sampling(model: Model, session: Session) -> JSON:
+    try:
+        text = (get_settings().data_dir / str(models.base_of(session, model).path) / "generation_config.json").read_text()
+        given = json.loads(text)
+        own = {name: given[name] for name in _OWN if given.get(name) is not None} if given.get("do_sample") else {}
+        Sampling(**own)
+    except (OSError, ValueError, AttributeError, ValidationError):
+        return {}
+    return own
