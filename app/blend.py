@@ -48,9 +48,9 @@ def why_not(strategy: str | None, *, labels: bool = False) -> str | None:
     """Why what a strategy made cannot be blended with its base; None when it can."""
     cls = STRATEGIES.get(strategy or "")
     if cls is None:
-        return "it was not tuned here, so there is no base to go back to."
+        return "it was not fine-tuned here, so there is no base to go back to."
     if labels:
-        return "its head answers with classes that its base has never heard of, so there is nothing halfway."
+        return "not available for classifiers, whose base has no such head."
     return None if cls.blends else cls.no_blend
 
 

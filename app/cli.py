@@ -125,7 +125,7 @@ def add_model(
     path: Annotated[
         Path | None, typer.Option(help="Folder saved by save_pretrained().", exists=True, file_okay=False, resolve_path=True)
     ] = None,
-    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's licence terms.")] = False,
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's license terms.")] = False,
     files_only: Annotated[bool, typer.Option("--files-only", help="Bring a starter's files; the next `luthier up` takes them in.")] = False,
     data_dir: DataDir = None,
 ) -> None:

@@ -153,7 +153,7 @@ def page(session: Session, user: User, job: Job, *, points: bool = True) -> dict
         "tuned": tuned,
         "comparison": comparison,
         "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
-        "compare_url": tryout.address(spec.model.name, tuned, job) if tuned else "",
+        "compare_url": tryout.address(spec.model.name, tuned, tryout.has_examples(job)) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "forgetting": _forgetting_of(job, progress, spec),
         "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},

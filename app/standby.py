@@ -112,11 +112,9 @@ def _room(job_id: uuid.UUID) -> str:
 def rule() -> str:
     """When a model is loaded and put away, in words for the pages."""
     minutes = get_settings().generate_idle_seconds / 60
-    after = f"{minutes:g} minutes" if minutes != 1 else "a minute"
     return (
-        f"A model is loaded when it is first asked, and stays ready. It is put away after {after} without a question, when "
-        "another model needs its memory, and while a job that trains on the same machine needs it. "
-        "A model that is answering is never put away: it finishes first."
+        f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a job "
+        "that trains on the same machine needs it. A model with an active request finishes it first."
     )
 
 

@@ -55,13 +55,16 @@ def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
     return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
 
 
-def address(base: str, tuned: Model, job: Job | None) -> str:
-    """Where a result is tried: beside its base and its few-shot base; a classifier where texts are sorted."""
+def address(base: str, tuned: Model, few_shot: bool) -> str:
+    """Where a model is tried: a result beside its base, bare and few-shot; a classifier where texts are sorted."""
     if tuned.kind == "classifier":
         return f"/playground/classify?{urlencode({'models': tuned.name})}"
-    left = (job.evaluation or {}).get("tryout") if job else None
-    few_shot = [FEW_SHOT + tuned.name] if left and left["examples"] else []
-    return f"/playground?{urlencode([('models', name) for name in (base, *few_shot, tuned.name)])}"
+    names = [base, FEW_SHOT + tuned.name if few_shot else "", tuned.name]
+    return f"/playground?{urlencode([('models', name) for name in names if name])}"
+
+
+def has_examples(job: Job | None) -> bool:
+    return bool(job and ((job.evaluation or {}).get("tryout") or {}).get("examples"))
 
 
 def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:

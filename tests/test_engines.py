@@ -205,14 +205,14 @@ def test_it_is_registered_over_the_api_and_on_the_page(api, client, session, url
     assert wrong.status_code == 400 and "served-base" in wrong.json()["error"]["message"]
     done = api.post("/v1/engines", json={"model": "tiny", "url": url, "engine_model": "served-base"})
     assert done.json()["engine"] == {"url": url, "model": "served-base", "via": "tokens"} == api.get("/v1/models/tiny").json()["engine"]
-    page = client.get(f"/models/model-{model.id.hex}")
+    page = client.get(f"/models/model-{model.id.hex}?tab=settings")
     assert url in page.text and KEY not in page.text
     assert api.delete("/v1/engines/tiny").json()["engine"] is None and api.delete("/v1/engines/tiny").status_code == 409
     form = {"url": url, "engine_model": "served-base", "via": "chat"}
     page = client.post(f"/models/model-{model.id.hex}/engine", data=form)
     assert page.status_code == 200 and "The server renders conversations itself" in page.text
     page = client.post(f"/models/model-{model.id.hex}/engine", data={"url": ""})
-    assert "own engine answers" in page.text
+    assert "The built-in engine runs" in page.text
 
 
 @pytest.mark.parametrize(

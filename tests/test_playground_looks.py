@@ -142,6 +142,18 @@ def test_a_tuned_model_gets_a_fair_first_look(
     assert page.locator("[data-pane]").count() == 2 and page.locator("[data-turn]").count() == 4
     page.locator("[data-prefer]").first.click()
     page.get_by_text("2 votes added").wait_for()
+    page.goto(f"{live}/models")
+    look_at(page, "models", tmp_path)
+    page.get_by_role("link", name=tuned.title, exact=True).first.click()
+    for tab in ("Export", "Evaluations", "Lineage", "Files & hashes", "Settings", "Use"):
+        page.get_by_role("link", name=tab, exact=True).click()
+        if tab in ("Use", "Files & hashes"):
+            look_at(page, f"model-{tab[:3].lower()}", tmp_path)
+    page.set_viewport_size({"width": 390, "height": 800})
+    for path in ("/models", f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=files"):
+        page.goto(live + path)
+        cut = page.locator("main table").evaluate_all("ts => ts.map(t => t.parentElement.scrollWidth - t.parentElement.clientWidth)")
+        assert cut and max(cut) <= 0, f"a table of {path} is cut at 390 px"
 
 
 def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session, user):  # noqa: F811
@@ -165,11 +177,11 @@ def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session
 def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811
     model = register_tiny(session)
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}")
+    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
     look_at(page, "engine", tmp_path)
-    page.get_by_label("Its name there").fill("served-base")
-    page.get_by_role("button", name="Let it answer").click()
-    page.get_by_text("is answered by 127.0.0.1").wait_for()
+    page.get_by_label("Model name on server").fill("served-base")
+    page.get_by_role("button", name="Use this server").click()
+    page.get_by_text("runs on 127.0.0.1").wait_for()
     look_at(page, "engine-chosen", tmp_path)
     page.goto(f"{live}/playground?models=tiny")
     ask(page, "Which glue should I use?")
@@ -179,9 +191,9 @@ def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, gene
     session.rollback()
     answer = session.scalars(select(Answer)).one()
     assert answer.usage["engine"] == f"127.0.0.1:{outside}" and answer.text.replace("\0", "").strip()
-    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}")
-    page.get_by_role("button", name="Let the studio's own engine answer").click()
-    page.get_by_text("is answered by the studio's own engine").wait_for()
+    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
+    page.get_by_role("button", name="Use built-in").click()
+    page.get_by_text("runs on the built-in engine").wait_for()
 
 
 @pytest.mark.timeout(240)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 
@@ -38,10 +39,12 @@ def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
     wait_until(lambda: "models/tiny" in loaded(), what="the word of the loaded model", seconds=10)
     said = api.get("/v1/standby").json()
     (row,) = [row for worker in said["data"] for row in worker["models"] if row["model"] == "tiny"]
-    assert row["bytes"] > 4 * 100_000 and row["idle_seconds"] < 4.5 and "put away" in said["rule"]
-    for page in ("/models", "/playground", "/standby"):
+    assert row["bytes"] > 4 * 100_000 and row["idle_seconds"] < 4.5 and "unloaded after" in said["rule"]
+    for page in ("/models", "/standby"):
         text = client.get(page).text
-        assert "Models standing ready" in text and f"/models/model-{model.id.hex}" in text and "is never put away" in text
+        assert "Loaded models" in text and f"/models/model-{model.id.hex}" in text and "finishes it first" in text
+    for page in ("/models", "/playground", "/standby?chip=true"):
+        assert re.search(r'href="/models#standby"[^>]*>[1-9] loaded · \d', client.get(page).text)
 
     talk = openai_client.chat.completions.create(model="tiny", **ASK | {"max_tokens": 400}, logit_bias={"70": 100}, stream=True)
     next(chunk for chunk in talk if chunk.choices and chunk.choices[0].delta.content)

@@ -84,8 +84,8 @@ def from_page(
     model = models.get(session, user, key)
     if not url:
         engines.remove(model)
-        flash(request, f"{model.title} is answered by the studio's own engine.")
+        flash(request, f"{model.title} runs on the built-in engine.")
     else:
         engine = engines.register(model, url, engine_model, via)
-        flash(request, f"{model.title} is answered by {engine.host} from now on.")
-    return RedirectResponse(f"/models/{key}#engine", status_code=303)
+        flash(request, f"{model.title} runs on {engine.host} from now on.")
+    return RedirectResponse(f"/models/{key}?tab=settings", status_code=303)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -11,7 +11,25 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, downloads, engines, evaluations, fetching, ids, integrity, models, outside, schemas, standby, starters
+from app import (
+    accounts,
+    cards,
+    downloads,
+    engines,
+    evaluation_view,
+    evaluations,
+    fetching,
+    ids,
+    integrity,
+    models,
+    outside,
+    schemas,
+    snippets,
+    standby,
+    starters,
+    tryout,
+    verdict,
+)
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
@@ -32,7 +50,7 @@ KIND_WORDS = {
     "generic": "predicts the next token",
     "instruction": "follows one instruction",
     "dialogue": "holds a conversation",
-    "classifier": "sorts texts into classes",
+    "classifier": "assigns a class",
     "encoder": "turns a text into a vector",
 }
 
@@ -155,7 +173,7 @@ def _groups(session: Session, user: User) -> list[dict[str, Any]]:
 def _list_page(
     request: Request, session: Session, user: User, fault: StudioError | None = None, form: dict[str, str] | None = None
 ) -> Response:
-    groups = _groups(session, user)
+    groups, few_shot = _groups(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
     here = {model.id for group in groups for model in (group["base"], *group["tuned"]) if model.deleted_at is None}
     rows = [model for group in groups for model in (group["base"], *group["tuned"])]
     return render(
@@ -173,6 +191,7 @@ def _list_page(
         strategies=STRATEGIES,
         parameters=parameters,
         key=_key,
+        try_url=lambda base, model: tryout.address(base.name, model, model.id in few_shot),
         fault=fault,
         **standby.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
@@ -214,7 +233,7 @@ def add_from_form(
         return _list_page(request, session, user, fault, texts)
     except StudioError as fault:
         return _list_page(request, session, user, fault, texts)
-    flash(request, f"{model.title} is being fetched. It can be used as soon as it is ready.")
+    flash(request, f"{model.title} is being downloaded. It can be used as soon as it is ready.")
     return RedirectResponse(safe_next(then), status_code=303)
 
 
@@ -228,37 +247,59 @@ def terms_page(request: Request, user: CurrentUser, name: str, then: Annotated[s
 # One model ----------------------------------------------------------------------------------------------------------
 
 
+Tab = Literal["use", "export", "evaluations", "lineage", "files", "settings"]
+TABS: dict[Tab, str] = {
+    "use": "Use", "export": "Export", "evaluations": "Evaluations", "lineage": "Lineage", "files": "Files & hashes", "settings": "Settings",
+}  # fmt: skip
+
+
 @pages.get("/models/{key}", response_class=HTMLResponse)
-def model_page(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
-    return _model_page(request, session, user, models.get(session, user, key))
+def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: Tab = "use") -> Response:
+    return _model_page(request, session, user, models.get(session, user, key), tab)
 
 
-def _model_page(request: Request, session: Session, user: User, model: Model, fault: StudioError | None = None) -> Response:
-    chain = models.lineage(session, model)
+@pages.post("/models/{key}/api-key", response_class=HTMLResponse)
+def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+    """A key, shown this once in the code that uses it."""
+    model = models.get(session, user, key)
+    _, text = accounts.create_key(session, user, model.title)
+    return _model_page(request, session, user, model, "use", new_key=text)
+
+
+def _model_page(
+    request: Request, session: Session, user: User, model: Model, tab: Tab, fault: StudioError | None = None, new_key: str = ""
+) -> Response:
+    chain, page = models.lineage(session, model), f"/models/{_key(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
-    merge_model = (
-        session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
-    )
+    merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
+    address = f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1"
     return render(
         request,
         "model.html",
         status_code=fault.status if fault else 200,
         model=model,
+        page=page,
+        tab=tab,
+        tab_items=list(TABS.items()),
         key=_key(model),
         chain=chain,
         below=models.children(session, model),
         job=job,
         job_key=ids.public(ids.JOB, job.id) if job else None,
+        verdict=verdict.of_job(job) if job else None,
+        try_url=tryout.address(chain[-2].name if job else "", model, tryout.has_examples(job)),
         shape=Shape.model_validate(model.shape) if model.shape else None,
         parameters=parameters(model),
         strategy=STRATEGIES.get(model.strategy or ""),
         files=models.hashes(model),
         reasons=models.dependants(session, model),
-        blends=evaluations.blend_panel(session, user, model, f"/models/{_key(model)}"),
+        rows=[evaluation_view.row(one) for one in evaluations.list_(session, user, model_id=model.id)],
+        blends=evaluations.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,
         load_code=cards.load_code(model.kind, models.made_of(session, model)),
-        address=str(request.base_url),
-        merged=merge_model,
+        snippets=snippets.snippets(model.kind, model.name, address, new_key or snippets.NO_KEY),
+        new_key=new_key,
+        merged=merged,
         merges=models.can_merge(session, model),
         key_of=_key,
         engines=list(outside.allowed()) if user.role == "admin" else [],
@@ -273,7 +314,7 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
     try:
         models.delete(session, user, model)
     except Conflict as fault:
-        return _model_page(request, session, user, model, fault)
+        return _model_page(request, session, user, model, "settings", fault)
     flash(request, f"{model.title} was deleted.")
     return RedirectResponse("/models", status_code=303)
 
@@ -289,7 +330,7 @@ def retry(request: Request, session: Db, user: CurrentUser, key: str) -> Respons
 @pages.post("/models/{key}/merge")
 def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     merged = models.merge(session, user, models.get(session, user, key))
-    flash(request, "The merged model is being made. It stands below the tuned one as soon as it is ready.")
+    flash(request, "The adapter is being merged. The merged model is listed below the fine-tuned one.")
     return RedirectResponse(f"/models/{_key(merged)}", status_code=303)
 
 

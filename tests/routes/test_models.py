@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,12 +13,14 @@ from urllib.parse import quote
 import openai
 import pytest
 from sqlalchemy import text
+from starlette.testclient import TestClient
 
 from app import ids, manifest, models, starters
 from app.events import Finished, Measured
 from app.shapes import Shape
 from app.tables import Job, Model
 from tests.card_code import run_card
+from tests.conftest import ORIGIN
 from tests.orders import make_dataset, make_spec
 from tests.test_models import tune_by_hand
 
@@ -107,12 +110,33 @@ def test_the_pages_show_models_and_lineage(client, session, user, tuned, tiny_re
     page = client.get("/models")
     assert page.status_code == 200 and tuned.name in page.text and "Add SmolLM2 135M Instruct" in page.text
     assert "every 2s" not in page.text, "nothing is being fetched"
-    page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}")
-    assert page.status_code == 200
-    for words in ("Where it comes from", "PeftModel.from_pretrained", "Download the adapter", "Make a merged model", "cd" * 32, "Letters"):
-        assert words in page.text
-    assert "cannot be deleted" in client.get(f"/models/{ids.public(ids.MODEL, tiny_registered.id)}").text
+    key = ids.public(ids.MODEL, tuned.id)
+    said = {
+        "use": ("client.chat.completions.create", "new OpenAI({ baseURL:", "curl http", "Create API key"),
+        "export": ("PeftModel.from_pretrained", "Download the adapter", "Merge adapter"),
+        "lineage": ("Lineage", "Letters", "KV heads"),
+        "files": ("cd" * 32,),
+        "settings": ("Delete",),
+    }
+    for tab, words in said.items():
+        page = client.get(f"/models/{key}?tab={tab}")
+        assert page.status_code == 200 and page.text.count('aria-current="page"') >= 2
+        assert [word for word in words if word not in page.text] == []
+        others = {word for other, theirs in said.items() if other != tab for word in theirs if word not in ("Delete", "Lineage", "Letters")}
+        assert [word for word in others if word in page.text] == [], "a tab shows its own part alone"
+    assert client.get(f"/models/{key}?tab=elsewhere").status_code in (400, 422)
+    assert "cannot be deleted" in client.get(f"/models/{ids.public(ids.MODEL, tiny_registered.id)}?tab=settings").text
     assert client.get("/models/model-" + "0" * 32).status_code == 404
+
+
+def test_a_key_is_made_where_it_is_used_and_works(client, web, tuned) -> None:
+    key = ids.public(ids.MODEL, tuned.id)
+    page = client.post(f"/models/{key}/api-key").text
+    (made,) = set(re.findall(r"sk-luthier-[0-9a-f]{32}-[\w-]+", page))
+    assert page.count(made) == 3, "in Python, JavaScript and curl"
+    with TestClient(web.app, base_url=ORIGIN, headers={"authorization": f"Bearer {made}"}) as program:
+        assert program.get(f"/v1/models/{tuned.name}").json()["id"] == tuned.name
+    assert made not in client.get(f"/models/{key}").text
 
 
 def test_a_fetch_shows_its_progress_and_a_failed_one_its_way_out(client, session, user) -> None:
