@@ -14,7 +14,7 @@ runner names the fence it holds.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -32,7 +32,9 @@ from app.settings import get_settings
 from app.spec import DatasetRef, ModelRef, Split, Task
 from app.tables import JSON, Dataset, Evaluation, Job, Model, Outbox, User
 
-Kind = Literal["scores", "advice", "blend"]
+Kind = Literal["scores", "advice", "blend", "predictions", "vectors"]
+SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
+"""The kinds of evaluations; the others only share the queue (`app/predictions.py`)."""
 Part = Literal["all", "validation"]
 MOST_DEATHS = 3
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
@@ -48,7 +50,7 @@ class EvaluationOrder(BaseModel):
     model: str
     dataset_id: str | None = None
     file: str | None = None
-    kind: Kind = "scores"
+    kind: Literal["scores", "advice", "blend"] = "scores"
     rows: int | None = Field(None, ge=1, le=100_000, description="Rows drawn from the dataset by the seed; empty takes a fair number.")
     part: Part | None = Field(
         None,
@@ -82,6 +84,8 @@ class EvaluationSpec(BaseModel):
     forgetting: bool = True
     seed: int = 42
     note: str = ""
+    column: str | None = None  # of predictions
+    system: str = ""
 
 
 def read_order(body: Mapping[str, Any]) -> EvaluationOrder:
@@ -214,13 +218,13 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
 # Looking ------------------------------------------------------------------------------------------------------------
 
 
-def mine(user: User) -> Select[tuple[Evaluation]]:
-    return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None))
+def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[tuple[Evaluation]]:
+    return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None), Evaluation.kind.in_(kinds))
 
 
-def get(session: Session, user: User, evaluation_id: uuid.UUID) -> Evaluation:
+def get(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
     """One's own. Raises NotFound, also for another person's."""
-    found = session.scalar(mine(user).where(Evaluation.id == evaluation_id).execution_options(populate_existing=True))
+    found = session.scalar(mine(user, kinds).where(Evaluation.id == evaluation_id).execution_options(populate_existing=True))
     if found is None:
         raise NotFound(f"No such evaluation: {ids.public(ids.EVALUATION, evaluation_id)}", param="evaluation_id")
     return found
@@ -258,20 +262,20 @@ def blend_panel(session: Session, user: User, model: Model | None, page: str) ->
     }
 
 
-def cancel(session: Session, user: User, evaluation_id: uuid.UUID) -> Evaluation:
+def cancel(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
     """Stop one that waits or runs: its runner sees at the next beat that it is no longer wanted. One that has ended stays."""
-    get(session, user, evaluation_id)
+    get(session, user, evaluation_id, kinds)
     session.execute(
         update(Evaluation)
         .where(Evaluation.id == evaluation_id, Evaluation.status.in_(OPEN))
         .values(status="cancelled", lease_until=None, finished_at=now())
     )
-    return get(session, user, evaluation_id)
+    return get(session, user, evaluation_id, kinds)
 
 
-def delete(session: Session, user: User, evaluation_id: uuid.UUID) -> None:
+def delete(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> None:
     """Take it away; one that runs is stopped."""
-    cancel(session, user, evaluation_id).deleted_at = session.scalar(select(now()))
+    cancel(session, user, evaluation_id, kinds).deleted_at = session.scalar(select(now()))
     session.flush()
 
 
@@ -285,7 +289,7 @@ def to_json(evaluation: Evaluation) -> JSON:
         "status": evaluation.status,
         "model": spec["model"]["name"],
         "base": (spec.get("base") or {}).get("name"),
-        "dataset_id": ids.public(ids.DATASET, evaluation.dataset_id),
+        "dataset_id": ids.public(ids.DATASET, evaluation.dataset_id) if evaluation.dataset_id else None,
         "dataset": spec["dataset"]["name"],
         "task": spec["task"],
         "part": spec["part"],

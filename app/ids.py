@@ -8,6 +8,7 @@ from app.errors import NotFound
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
+PREDICTION = "pred"
 
 _NAMES = {
     FILE: "file",
@@ -17,6 +18,7 @@ _NAMES = {
     MODEL: "model",
     COMPARISON: "comparison",
     EVALUATION: "evaluation",
+    PREDICTION: "prediction",
 }
 
 

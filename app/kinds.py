@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from urllib.parse import urlencode
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -17,6 +18,8 @@ SAMPLE = "plain-explanations"
 RECIPE = "three-kinds"
 """In the metadata of a job that this page has ordered."""
 PAGE = "/playground/kinds"
+QUESTION = "What is the capital of France?"
+"""What each is asked first."""
 
 
 class Action(NamedTuple):
@@ -40,6 +43,15 @@ class Step:
     job: Job | None = None
     actions: list[Action] = field(default_factory=list)
 
+    @property
+    def predicted_seconds(self) -> float | None:
+        return ((self.job.estimate or {}) if self.job else {}).get("seconds")
+
+    @property
+    def took_seconds(self) -> float | None:
+        done = self.job if self.job and self.job.status == "succeeded" else None
+        return (done.finished_at - done.started_at).total_seconds() if done and done.finished_at and done.started_at else None
+
 
 def steps(session: Session, user: User) -> list[Step]:
     """The three steps as they stand in this studio."""
@@ -51,11 +63,11 @@ def steps(session: Session, user: User) -> list[Step]:
     return [
         _starter(
             Step(
-                "Generic: it continues a text",
-                "It has read a great deal of text and learnt one thing: what comes next. A question may be answered, or followed by "
-                "three more questions. Its prompt is the text itself.",
-                "What is the capital of France?",
-                f"Add {GENERIC}; its terms are shown first and must be accepted.",
+                "Base (generic): it continues a text",
+                "Pretrained on much text for one task: predict the next token. A question may be answered, or followed by three more "
+                "questions. Its prompt is the text itself.",
+                QUESTION,
+                f"Add {GENERIC}; its terms must be accepted first.",
                 generic,
             ),
             coming,
@@ -65,9 +77,9 @@ def steps(session: Session, user: User) -> list[Step]:
         _instruction(session, user, ready, generic),
         _starter(
             Step(
-                "Dialogue-tuned: it holds a conversation",
-                "Tuned on whole conversations, so it knows turns, roles and when to stop. Every earlier turn is part of its prompt.",
-                "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+                "Chat (dialogue-tuned): it holds a conversation",
+                "Another model, fine-tuned on whole conversations: turns, roles and when to stop. Every earlier turn is part of its prompt.",
+                f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
                 f"Add the starter {DIALOGUE}.",
                 dialogue,
             ),
@@ -82,7 +94,7 @@ def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
     if step.model:
         step.actions = [_ask(step.model)]
     elif name in coming:
-        step.doing = f"{name} is being fetched."
+        step.doing = f"{name} is being downloaded."
     else:
         step.actions = [add]
     return step
@@ -92,27 +104,27 @@ def _instruction(session: Session, user: User, ready: list[Model], generic: Mode
     """The step that is made here: asked when it is there, watched while it is tuned, and else one button away."""
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
     step = Step(
-        "Instruction-tuned: it does one thing it is told",
-        "The same weights, tuned on pairs of an instruction and its answer. The button brings the sample “Plain explanations” and "
-        "orders a job with LoRA on the generic model: a few minutes are enough to see it change.",
-        "### User:\nWhat is the capital of France?\n\n### Assistant:\n",
-        "Make it yourself, in a few minutes." if generic else "It is made from the generic model: bring that one first.",
+        "Instruct (instruction-tuned): it follows instructions",
+        "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Plain explanations” and "
+        "starts a LoRA job on it: a few minutes are enough to see it change.",
+        f"### User:\n{QUESTION}\n\n### Assistant:\n",
+        "Train it yourself, in a few minutes." if generic else "Add the base model first.",
         tuned or _of_kind(ready, "instruction", ""),
         job=_ordered(session, user),
     )
     if step.job and step.job.status in ("queued", "running"):
-        step.doing = f"It is being tuned: the job is {step.job.status}."
+        step.doing = f"The job is {step.job.status}."
     if step.model:
         step.actions = [_ask(step.model)]
     elif step.job and step.job.status in ("queued", "running", "paused"):
         step.actions = [Action("Watch the job", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
     elif generic:
-        step.actions = [Action("Tune it here", f"{PAGE}/instruction", post=True)]
+        step.actions = [Action("Fine-tune it here", f"{PAGE}/instruction", post=True)]
     return step
 
 
 def _ask(model: Model) -> Action:
-    return Action("Ask it", f"/playground?models={model.name}")
+    return Action("Ask it", f"/playground?{urlencode({'models': model.name, 'prompt': QUESTION})}")
 
 
 def _ordered(session: Session, user: User) -> Job | None:
@@ -128,7 +140,7 @@ def tune(session: Session, user: User) -> Job:
     """
     generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
     if generic is None:
-        raise Conflict("There is no generic model to tune yet.", way_out=f"Add {GENERIC} first.")
+        raise Conflict("There is no base model to fine-tune yet.", way_out=f"Add {GENERIC} first.")
     earlier = _ordered(session, user)
     if earlier and earlier.status in ("queued", "running", "paused"):
         return earlier

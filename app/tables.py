@@ -306,15 +306,16 @@ class Comparison(Base):
 
 
 class Evaluation(Base):
-    """A model scored on a dataset, without training. Its states and claims stand in `app/evaluations.py`."""
+    """A model scored on a dataset, or run over a file, without training. Its states and claims stand in `app/evaluations.py`."""
 
     __tablename__ = "evaluations"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
-    kind: Mapped[str] = mapped_column(comment="scores, advice or blend")
+    kind: Mapped[str] = mapped_column(comment="scores, advice or blend; predictions or vectors")
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
-    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
+    file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     spec: Mapped[JSON] = mapped_column(comment="app.evaluations.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")

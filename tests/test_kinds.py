@@ -26,7 +26,7 @@ def arrive(session, name: str, kind: str) -> Model:
 
 
 def test_nothing_is_tuned_before_there_is_a_generic_model(session, user):
-    with pytest.raises(Conflict, match="no generic model"):
+    with pytest.raises(Conflict, match="no base model"):
         kinds.tune(session, user)
     register_tiny(session, "converses", "dialogue")
     assert [[action.title for action in step.actions] for step in kinds.steps(session, user)] == [
@@ -46,11 +46,11 @@ def test_one_button_a_step(browser_page, live, session, user, data_dir, tiny_mod
     page.get_by_role("link", name="Read the terms and add it").click()
     page.get_by_label("I have read the").check()
     page.get_by_role("button", name="Accept and add").click()
-    page.get_by_text(f"{kinds.GENERIC} is being fetched.").wait_for()
+    page.get_by_text(f"{kinds.GENERIC} is being downloaded.").wait_for()
     generic = arrive(session, kinds.GENERIC, "generic")
     with data_worker():
-        page.get_by_role("button", name="Tune it here").click()  # the page has found out by itself
-        page.get_by_text("It is being tuned").wait_for()
+        page.get_by_role("button", name="Fine-tune it here").click()  # the page has found out by itself
+        page.get_by_text("training…").wait_for()
         look_at(page, "kinds-tuning", tmp_path)
         page.wait_for_function("fetch('/healthz').then(answer => answer.ok)")
         session.rollback()
@@ -62,9 +62,12 @@ def test_one_button_a_step(browser_page, live, session, user, data_dir, tiny_mod
     session.refresh(job)
     tuned = carry_out(session, data_dir, job)
     assert tuned.kind == "instruction" and tuned.base_id == generic.id
-    page.locator("#kinds > li").nth(1).get_by_role("link", name="Ask it").wait_for()
+    page.locator(".kinds > li").nth(1).get_by_role("link", name="Ask it").wait_for()
+    page.get_by_role("link", name="Ask 2 models").wait_for()  # the whole page has changed, not the step alone
+    page.get_by_text("trained in").wait_for()
+    assert "predicted" in page.locator(".kinds > li").nth(1).inner_text() and "same" not in kinds.steps(session, user)[2].says
     page.get_by_role("button", name="Add it").click()
-    page.get_by_text(f"{kinds.DIALOGUE} is being fetched.").wait_for()
+    page.get_by_text(f"{kinds.DIALOGUE} is being downloaded.").wait_for()
     arrive(session, kinds.DIALOGUE, "dialogue")
     page.get_by_role("link", name="Ask it").nth(2).wait_for()
     page.reload()
@@ -75,3 +78,4 @@ def test_one_button_a_step(browser_page, live, session, user, data_dir, tiny_mod
         "instruction",
         "dialogue",
     ]
+    assert page.get_by_label("Prompt", exact=True).input_value() == kinds.QUESTION

@@ -23,9 +23,10 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app import evaluations, events, integrity
+from app import evaluations, events, integrity, predictions
 from app.confinement import confined
 from app.db import transaction
+from app.errors import StudioError
 from app.evaluations import Claim
 from app.files import write_atomically
 from app.integrity import BadModel
@@ -164,7 +165,7 @@ class Run:
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
         if self.result is not None and code == 0:
-            return self._finish(result=self.result)
+            return self._hand_over()
         if self.error is not None:
             return self._finish(error=self.error)
         if self.leaving:
@@ -177,6 +178,17 @@ class Run:
         if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):
             return self._record(lambda session: evaluations.release(session, held, message))
         return self._finish(error=_error(failed, message))
+
+    def _hand_over(self) -> None:
+        """Predictions go where they are kept before they are said to be there, and away again when they are wanted no more."""
+        if self.held.spec.kind == "predictions":
+            try:
+                predictions.keep(self.held.id, self.folder)
+            except StudioError as fault:
+                return self._finish(error={"code": fault.code, "message": fault.message, "way_out": fault.way_out})
+        self._finish(result=self.result)
+        if self.held.spec.kind == "predictions" and not self.ended:
+            self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))
 
     def _finish(self, **outcome: Any) -> None:
         """Record how it ended. Only then may the folders of all its tries go: when it is no longer ours, another try works in one."""

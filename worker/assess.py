@@ -18,6 +18,7 @@ from typing import Any
 
 from app.errors import StudioError
 from app.evaluations import EvaluationSpec
+from app.predictions import OUTPUT
 from worker.importing import importing
 
 with importing():
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             pipe.write(json.dumps(said) + "\n")
 
         try:
-            tell(result=assess(spec, lambda progress, stage: tell(progress=progress, stage=stage)))
+            tell(result=assess(spec, lambda progress, stage: tell(progress=progress, stage=stage), Path(options.spec).parent))
             return 0
         except BrokenPipeError:
             return 1  # nobody listens any more
@@ -46,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
 
 
-def assess(spec: EvaluationSpec, say: Say) -> dict[str, Any]:
-    """The result of an order. Raises BadData, BadModel, or what torch raises."""
+def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
+    """The result of an order; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -62,6 +63,14 @@ def assess(spec: EvaluationSpec, say: Say) -> dict[str, Any]:
         from worker.blend import blend
 
         found = blend(spec, engine, say)
+    elif spec.kind == "predictions":
+        from worker.predict import predict
+
+        found = predict(spec, engine, say, folder / OUTPUT)
+    elif spec.kind == "vectors":
+        from worker.vectors import look
+
+        found = look(spec, engine, say)
     elif spec.task == "classification":
         found = classify(spec, engine, say)
     else:

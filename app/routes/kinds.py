@@ -16,7 +16,7 @@ pages = APIRouter()
 @pages.get(kinds.PAGE)
 def kinds_page(request: Request, session: Db, user: CurrentUser) -> Response:
     steps = kinds.steps(session, user)
-    return render(request, "kinds.html", steps=steps, together=[step.model.name for step in steps if step.model])
+    return render(request, "kinds.html", steps=steps, together=[step.model.name for step in steps if step.model], question=kinds.QUESTION)
 
 
 @pages.post(kinds.PAGE + "/instruction")

@@ -38,6 +38,7 @@ from app.schemas.fine_tuning import (
     StreamedJobEvent,
 )
 from app.schemas.models import Engine, EngineOfModel, LoadedModels, Model
+from app.schemas.predictions import Prediction
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
@@ -77,6 +78,7 @@ __all__ = [
     "Model",
     "NextTokensOfModels",
     "OpenAPIDocument",
+    "Prediction",
     "Prompt",
     "PromptRun",
     "PromptRunRows",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from app.evaluations import Kind, Part
+from app.evaluations import Part
 from app.forgetting import Forgetting
 from app.schemas.base import Problem, Schema
 from app.schemas.fine_tuning import ListedRow
@@ -77,7 +77,7 @@ class Evaluation(Schema):
 
     id: str
     object: Literal["evaluation"]
-    kind: Kind
+    kind: Literal["scores", "advice", "blend"]
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     model: str
     base: str | None

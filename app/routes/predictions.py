@@ -1,0 +1,151 @@
+"""`/v1/predictions`, and the page “Run on a file”: a model over all rows of a file, which comes back with columns added."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from app import evaluations, files, forms, ids, models, predictions, readers, schemas, web
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import BadField, StudioError
+from app.multipart import Form, read_form
+from app.openapi import BYTES, answers
+from app.pages import After, Limit, page
+from app.predictions import KINDS, Format, PredictionOrder, key_of, to_json
+from app.settings import get_settings
+from app.tables import Evaluation, User
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1/predictions")
+Json = dict[str, Any]
+PAGE = "/playground/batch"
+TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl"}
+CONTENT = answers(None, 409, description="The file with its columns added.")
+CONTENT[200] |= {"content": {kind: {"schema": BYTES} for kind in TYPES.values()}}
+
+
+@api.post("", operation_id="create_prediction", responses=answers(schemas.Prediction, 404, 409, 415))
+def create(session: Db, user: CurrentUser, order: PredictionOrder) -> Json:
+    """Queue a run of a model over an uploaded file."""
+    return to_json(predictions.create(session, user, order))
+
+
+@api.get("", operation_id="list_predictions", responses=answers(schemas.page_of(schemas.Prediction)))
+def list_predictions(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Runs, newest first."""
+    return page(evaluations.mine(user, KINDS), after, limit, "desc", to_json, session=session, key=key_of)
+
+
+@api.get("/{prediction_id}", operation_id="retrieve_prediction", responses=answers(schemas.Prediction))
+def retrieve(session: Db, user: CurrentUser, prediction_id: str) -> Json:
+    """One run, and how far it is."""
+    return to_json(evaluations.get(session, user, key_of(prediction_id), KINDS))
+
+
+@api.post("/{prediction_id}/cancel", operation_id="cancel_prediction", responses=answers(schemas.Prediction))
+def cancel(session: Db, user: CurrentUser, prediction_id: str) -> Json:
+    """Stop a run. One that has ended stays as it is."""
+    return to_json(evaluations.cancel(session, user, key_of(prediction_id), KINDS))
+
+
+@api.delete("/{prediction_id}", operation_id="delete_prediction", responses=answers(schemas.Deleted))
+def delete(session: Db, user: CurrentUser, prediction_id: str) -> Json:
+    """Delete a run and its content; one that has not ended is stopped."""
+    predictions.delete(session, user, key_of(prediction_id))
+    return {"id": prediction_id, "object": "prediction", "deleted": True}
+
+
+@api.get("/{prediction_id}/content", operation_id="retrieve_prediction_content", responses=CONTENT, response_class=StreamingResponse)
+def content(session: Db, user: CurrentUser, prediction_id: str, format: Annotated[Format | None, Query()] = None) -> Response:
+    """The file with its columns added, as CSV or JSON lines; by default like the input."""
+    return _download(evaluations.get(session, user, key_of(prediction_id), KINDS), format)
+
+
+def _download(found: Evaluation, format: Format | None) -> Response:
+    name = found.spec["dataset"]["name"]
+    kind = format or predictions.usual_format(name)
+    stem = PurePath(name).name.split(".")[0] or "file"
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem)
+    headers = {"content-disposition": f'attachment; filename="{safe}-predictions.{kind}"', "x-content-type-options": "nosniff"}
+    return StreamingResponse(predictions.content(found, kind), media_type=TYPES[kind], headers=headers)
+
+
+# Pages ------------------------------------------------------------------------------------------------------------------
+
+
+@pages.get(PAGE)
+def batch_page(request: Request, session: Db, user: CurrentUser, model: str = "") -> Response:
+    return _page(request, session, user, {"model": model})
+
+
+def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
+    usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None]
+    rows = session.scalars(evaluations.mine(user, KINDS).order_by(Evaluation.created_at.desc(), Evaluation.id).limit(50)).all()
+    return web.render(
+        request,
+        "batch.html",
+        status_code=fault.status if fault else 200,
+        models=usable,
+        rows=[(to_json(row), row.created_at) for row in rows],
+        moving=any(row.status in evaluations.OPEN for row in rows),
+        typed={"model": "", "column": "", "max_tokens": "128"} | typed,
+        accepted=readers.ACCEPTED,
+        usual=predictions.usual_format,
+        fault=fault,
+    )
+
+
+@pages.post(PAGE)
+async def start(request: Request, user: CurrentUser) -> Response:
+    form = await read_form(request, get_settings().upload_limit_bytes)
+    try:
+        await run_in_threadpool(_start, user, form)
+    except StudioError as fault:
+        return await run_in_threadpool(_again, request, user, form, fault)
+    return RedirectResponse(PAGE, status_code=303)
+
+
+def _start(user: User, form: Form) -> None:
+    upload, fields = form.upload, form.fields
+    if upload is None or not upload.filename:
+        raise BadField("No file was chosen.", way_out="Choose a file and send the form again.", param="file")
+    most = forms.whole_number(fields.get("max_tokens", "128").strip() or "128")
+    if most is None or not 1 <= most <= 1024:
+        raise BadField("Max tokens is a whole number from 1 to 1024.", param="max_tokens")
+    try:
+        with transaction() as session:
+            file = files.create(session, user, upload.blob, upload.filename, "user_data")
+            order = {"model": fields.get("model", ""), "file": ids.public(ids.FILE, file.id), "max_tokens": most}
+            predictions.create(session, user, PredictionOrder(**order, column=fields.get("column", "").strip()[:200] or None))
+    except StudioError:
+        with transaction() as session:  # nothing half-saved: the bytes go too
+            files.discard_if_unused(session, upload.blob)
+        raise
+
+
+def _again(request: Request, user: User, form: Form, fault: StudioError) -> Response:
+    with transaction() as session:
+        return _page(request, session, user, {name: form.fields.get(name, "") for name in ("model", "column", "max_tokens")}, fault)
+
+
+@pages.get(PAGE + "/{prediction_id}/download")
+def download(session: Db, user: CurrentUser, prediction_id: str, format: Annotated[Format | None, Query()] = None) -> Response:
+    return _download(evaluations.get(session, user, key_of(prediction_id), KINDS), format)
+
+
+@pages.post(PAGE + "/{prediction_id}/cancel")
+def cancel_page(session: Db, user: CurrentUser, prediction_id: str) -> Response:
+    evaluations.cancel(session, user, key_of(prediction_id), KINDS)
+    return RedirectResponse(PAGE, status_code=303)
+
+
+@pages.post(PAGE + "/{prediction_id}/delete")
+def delete_page(request: Request, session: Db, user: CurrentUser, prediction_id: str) -> Response:
+    predictions.delete(session, user, key_of(prediction_id))
+    web.flash(request, "The predictions were deleted.")
+    return RedirectResponse(PAGE, status_code=303)

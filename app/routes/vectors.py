@@ -1,0 +1,85 @@
+"""The page “Embeddings”: a dataset's rows as a model embeds them, on a map, with the nearest rows of a chosen one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Query, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app import datasets, evaluations, ids, models, predictions, web
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import StudioError
+from app.predictions import VECTORS
+from app.tables import Evaluation
+
+pages = APIRouter()
+PAGE = "/playground/vectors"
+COLORS = 8
+"""Classes with a color of their own on the map; the others share one."""
+
+
+@pages.get(PAGE)
+def vectors_page(request: Request, session: Db, user: CurrentUser, model: str = "", dataset: str = "") -> Response:
+    return _page(request, session, user, {"model": model, "dataset": dataset})
+
+
+def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
+    usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "classifier"]
+    found = session.scalars(evaluations.mine(user, VECTORS).order_by(Evaluation.created_at.desc()).limit(20)).all()
+    return web.render(
+        request,
+        "vectors.html",
+        status_code=fault.status if fault else 200,
+        models=sorted(usable, key=lambda m: m.kind != "encoder"),
+        datasets=[d for d in datasets.list_(session, user) if d.status == "ready"],
+        typed=typed,
+        public=ids.public,
+        found=found,
+        chosen=None,
+        fault=fault,
+    )
+
+
+@pages.post(PAGE)
+def start(request: Request, session: Db, user: CurrentUser, model: Annotated[str, Form()], dataset: Annotated[str, Form()]) -> Response:
+    try:
+        with session.begin_nested():
+            made = predictions.create_vectors(session, user, model, dataset)
+    except StudioError as fault:
+        return _page(request, session, user, {"model": model, "dataset": dataset}, fault)
+    return RedirectResponse(_url(made), status_code=303)
+
+
+def _url(found: Evaluation) -> str:
+    return f"{PAGE}/{ids.public(ids.EVALUATION, found.id)}"
+
+
+@pages.get(PAGE + "/{key}")
+def map_page(request: Request, session: Db, user: CurrentUser, key: str, row: Annotated[int | None, Query()] = None) -> Response:
+    """The map, and what is nearest to the row of this line."""
+    found = evaluations.get(session, user, ids.parse(ids.EVALUATION, key), VECTORS)
+    points: list[dict[str, Any]] = (found.result or {}).get("points") or []
+    labels = sorted({str(point["label"]) for point in points if point["label"] is not None})
+    colors = {label: min(place, COLORS) + 1 for place, label in enumerate(labels)}
+    chosen = next((point for point in points if point["line"] == row), None)
+    near = [(points[place], share) for place, share in chosen["near"]] if chosen else []
+    return web.render(
+        request,
+        "vectors_map.html",
+        e=found,
+        url=_url(found),
+        points=points,
+        colors=colors,
+        many=len(labels) > COLORS,
+        chosen=chosen,
+        near=near,
+        nearest={point["line"] for point, _ in near},
+        dataset_url=f"/datasets/{ids.public(ids.DATASET, found.dataset_id)}" if found.dataset_id else "",
+    )
+
+
+@pages.post(PAGE + "/{key}/cancel")
+def cancel(session: Db, user: CurrentUser, key: str) -> Response:
+    return RedirectResponse(_url(evaluations.cancel(session, user, ids.parse(ids.EVALUATION, key), VECTORS)), status_code=303)
