@@ -69,7 +69,7 @@ def test_the_page_without_scripts(client, session, two, generate_worker):  # noq
     register_tiny(session, "broken", path="models/not-there")
     page = client.get("/playground/tokens", params={"models": ["tiny", "broken"], "text": "<b>The</b> cat sat on"})
     assert page.status_code == 200 and "<b>The" not in page.text and "is gone" in page.text
-    assert page.text.count('<li class="tok">') == 10 and "bits a token" in page.text
+    assert page.text.count('<li class="tok">') == 10 and "bits/token" in page.text
 
 
 def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
@@ -78,7 +78,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page = sign_in(browser_page, live, session, user)
     page.goto(f"{live}/playground/tokens?models=tiny")
     page.locator("select[name=models]").nth(1).select_option("tiny-generic")
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Predict").click()
     page.locator(".next").nth(1).wait_for()
     first = page.locator(".next").first.locator("a").first
     token = first.inner_text()

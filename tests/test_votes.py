@@ -166,7 +166,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.get_by_label("Model 1").select_option("tiny")
     page.get_by_label("Model 2").select_option("tiny-generic")
     page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")
-    page.get_by_label("Longest answer").fill("8")
+    page.get_by_label("Max tokens").fill("8")
     page.get_by_role("button", name="Ask both").click()
     page.get_by_text("Which answer is better?").wait_for()
     assert "tiny" not in page.locator("main section").first.inner_text(), "nobody is named before the vote"
@@ -176,7 +176,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.keyboard.type("Spruce, from a cold valley. 12")  # figures typed here are no votes
     page.keyboard.press("Control+Enter")
     page.keyboard.press("2")
-    page.get_by_text("Your vote is in").wait_for()
+    page.get_by_text("Vote recorded").wait_for()
     look_at(page, "ab-voted", tmp_path)
     session.rollback()
     vote = session.scalars(select(Vote)).one()
@@ -186,7 +186,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     page.keyboard.press("n")
     page.get_by_text("Which answer is better?").wait_for()
     page.keyboard.press("0")
-    page.get_by_text("Your vote is in").wait_for()
+    page.get_by_text("Vote recorded").wait_for()
     session.rollback()
     assert sorted(session.scalars(select(Vote.choice)).all()) == [0, 2]
 
@@ -209,7 +209,7 @@ def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):
     if page.locator("form button").count() and "/sign-in" in page.url:
         page.locator("main form button").first.click()
     page.goto(f"{studio.url}/playground/ab")
-    page.get_by_role("button", name="Make a preference dataset").click()
+    page.get_by_role("button", name="Create preference dataset").click()
     page.get_by_role("heading", name="Preferences from votes").wait_for()
     page.get_by_role("link", name="Tune a model on it").wait_for(timeout=60_000)
     facts = " ".join(page.locator("main").inner_text().split())

@@ -58,7 +58,7 @@ def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, An
 
 @api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))
 def remove(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
-    """Go back to the studio's own engine for a model."""
+    """Go back to the built-in engine for a model."""
     _may_change(user)
     row = models.get(session, user, model)
     engines.remove(row)

@@ -19,7 +19,7 @@ pages = APIRouter()
 
 @api.get("/standby", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
 def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
-    """What every generate worker has loaded, and the rule by which it is put away."""
+    """What every generate worker has loaded, and the rule by which it is unloaded."""
     rows = [standby.to_json(session, user, one) for one in standby.everyone()]
     return {"object": "list", "data": rows, "has_more": False, "rule": standby.rule()}
 

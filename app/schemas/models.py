@@ -64,7 +64,7 @@ class Engine(Schema):
 
 
 class EngineOfModel(Schema):
-    """Which server answers for a model now; null is the studio's own engine."""
+    """Which server answers for a model now; null is the built-in engine."""
 
     object: Literal["model.engine"]
     id: str
