@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from app import datasets, evaluations, files, ids, models, queue, readers, tryout
+from app.claims import storable
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict
 from app.evaluations import EvaluationSpec, Kind
@@ -104,7 +105,9 @@ def _check_is_here(resolved: models.Resolved) -> None:
 
 
 def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.UUID, **of: uuid.UUID) -> Evaluation:
-    made = Evaluation(id=uuid.uuid4(), owner_id=user.id, kind=spec.kind, model_id=model_id, spec=spec.model_dump(mode="json"), **of)
+    made = Evaluation(
+        id=uuid.uuid4(), owner_id=user.id, kind=spec.kind, model_id=model_id, spec=storable(spec.model_dump(mode="json")), **of
+    )
     session.add(made)
     session.flush()
     queue.put_in_outbox(session, queue.EVALUATE, made.id)

@@ -3,6 +3,7 @@ examples of the job's verdict."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app import blend, evaluations, models
+from app.errors import StudioError
 from app.generation import Sampling
 from app.settings import get_settings
 from app.solved import Asked
@@ -34,8 +36,12 @@ class Look(NamedTuple):
 
 
 def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
-    """What the first of these columns that was tuned here brings; None where none was, or its job left nothing."""
-    return next((look for name in names if (look := of_name(session, user, name))), None)
+    """What the first of these columns that was tuned here brings; None where none was, its job left nothing, or it is gone."""
+    for name in names:
+        with contextlib.suppress(StudioError):
+            if look := of_name(session, user, name):
+                return look
+    return None
 
 
 def of_name(session: Session, user: User, name: str) -> Look | None:
@@ -69,7 +75,10 @@ def has_examples(job: Job | None) -> bool:
 
 def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:
     """The sampling that the models' own generation_config.json asks for; empty where they do not agree, or ask for none."""
-    found = [_own_sampling(models.resolve(session, user, name.removeprefix(FEW_SHOT)).model, session) for name in names]
+    found = []
+    for name in names:
+        with contextlib.suppress(StudioError):
+            found.append(_own_sampling(models.resolve(session, user, name.removeprefix(FEW_SHOT)).model, session))
     return found[0] if found and all(one == found[0] for one in found) else {}
 
 

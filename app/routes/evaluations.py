@@ -138,7 +138,7 @@ def _number(text: str) -> int | None:
 
 def _local(address: str) -> str:
     """An address of this studio, to go back to; nothing for any other."""
-    return address if re.fullmatch(r"/(jobs|models)/[A-Za-z0-9-]+", address) else ""
+    return address if re.fullmatch(r"/(jobs|models)/[A-Za-z0-9-]+(\?tab=[a-z]+)?", address) else ""
 
 
 @pages.get("/evaluations/{evaluation_id}")
