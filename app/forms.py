@@ -17,6 +17,8 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from app.errors import plain
+
 Widget = Literal["number", "select", "checkbox", "text"]
 
 
@@ -108,7 +110,9 @@ def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str, keep: Conta
     Never raises for what a person typed: errors stand beside the fields they belong to, with the value kept.
     """
     typed = {key.removeprefix(prefix + "."): value.strip() for key, value in data.items() if key.startswith(prefix + ".")}
-    given = {name: value for name, value in typed.items() if value != ""}
+    # A form sends every field. One that stands at its default was not chosen, so that another may take its place.
+    defaults = {name: as_text(info.get_default(call_default_factory=True)) for name, info in cls.model_fields.items()}
+    given = {name: value for name, value in typed.items() if value != "" and (name in keep or value != defaults.get(name))}
     try:
         settings = cls.model_validate(given)
     except ValidationError as error:
@@ -145,6 +149,8 @@ def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:
             return f"{label} is one of {', '.join(_choices(info))}; {wrote}."
         case "bool_parsing" | "bool_type":
             return f"{label} is true or false; {wrote}."
+        case "value_error":
+            return f"{label}: {plain(error['msg'])}"
         case _:
             return f"{label}: {error['msg']}; {wrote}."
 

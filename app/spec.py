@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import uuid
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from app.shapes import Shape
 from app.strategies import AnyStrategy
 
 Task = Literal["generation", "classification", "preference"]
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
+Schedule = Literal["cosine", "linear", "constant", "cosine_with_restarts", "wsd"]
 
 
 MOST_CLASSES = 5000
 """Labels that a classifier learns at most: a column that names every row is no label."""
 
 
+def unset(value: Any) -> bool:
+    """For settings that came later than the first jobs: left out of a spec where nobody gave them, it is the spec it was before."""
+    return value is None
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+INSTEAD_OF: dict[str, tuple[str, Any]] = {"warmup_steps": ("warmup_fraction", 0.0)}
+"""Settings that take the place of another: its name, and the value by which it says nothing."""
+ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "num_cycles": ("schedule", ("cosine_with_restarts",)),
+    "decay_fraction": ("schedule", ("wsd",)),
+    "min_lr_fraction": ("schedule", ("cosine", "linear", "cosine_with_restarts", "wsd")),
+}
+"""Settings that mean something beside some values of another one alone; they are refused elsewhere."""
 
 
 class RunSettings(_Frozen):
@@ -53,8 +69,52 @@ class RunSettings(_Frozen):
     accumulation: int = Field(
         1, ge=1, le=1024, description="Split each step's tokens over this many passes: less memory, the same result, a little slower."
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after warm-up.")
-    warmup_fraction: float = Field(0.05, ge=0, le=0.5, description="Share of the steps during which the learning rate rises from zero.")
+    schedule: Schedule = Field(
+        "cosine",
+        title="LR scheduler",
+        description="How the learning rate falls after warmup. wsd (warmup, stable, decay) keeps it until the last steps.",
+        json_schema_extra={"group": "Optimization"},
+    )
+    warmup_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="Share of the steps during which the learning rate rises from zero. Warmup steps say the same as a number.",
+        json_schema_extra={"group": "Optimization"},
+    )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Optimizer steps during which the learning rate rises from zero, instead of a share.",
+        json_schema_extra={"group": "Optimization", "unit": "steps"},
+        exclude_if=unset,
+    )
+    num_cycles: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        title="Number of cycles",
+        description="How often cosine_with_restarts falls from the full learning rate. Empty takes 2.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
+    )
+    decay_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the steps, the last ones, during which wsd falls linearly. Empty takes 0.1.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
+    )
+    min_lr_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        title="Minimum LR fraction",
+        description="Share of the learning rate that the schedule ends at instead of zero. constant never falls, so it takes none.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=lambda share: share == 0,
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Pulls trained weights towards zero at each step.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are shortened to this. 0 turns it off.")
     validation_fraction: float = Field(
@@ -98,6 +158,33 @@ class RunSettings(_Frozen):
         description="Recompute activations instead of keeping them: less memory, slower. auto does it for as many layers as the memory needs.",
     )
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of the data, the split and every random draw.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, given: Any) -> Any:
+        """A setting that says the same as another in other units takes its place."""
+        if not isinstance(given, dict):
+            return given
+        others = {other: off for name, (other, off) in INSTEAD_OF.items() if given.get(name) is not None and other not in given}
+        return {**given, **others}
+
+    @field_validator(*INSTEAD_OF)
+    @classmethod
+    def _not_both(cls, value: Any, info: ValidationInfo) -> Any:
+        other, off = INSTEAD_OF[info.field_name or ""]
+        if value is not None and info.data.get(other, off) != off:
+            raise ValueError(f"It says the same as {other}, which was given too: leave out one of the two")
+        return value
+
+    @field_validator(*ONLY_WITH)
+    @classmethod
+    def _has_its_use(cls, value: Any, info: ValidationInfo) -> Any:
+        other, needed = ONLY_WITH[info.field_name or ""]
+        if value and info.data.get(other) not in needed:
+            raise ValueError(
+                f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: leave it out, or change that"
+            )
+        return value
 
 
 class PreferenceSettings(_Frozen):

@@ -106,3 +106,13 @@ def test_no_text_makes_filling_a_form_fail(data):
 def test_an_error_pydantic_invents_tomorrow_still_reads_as_one():
     error = {"loc": ("whole",), "type": "something_new", "msg": "Input is odd", "input": "7"}
     assert explain(Everything, error) == "Whole: Input is odd; you wrote 7."
+
+
+def test_a_field_at_its_default_gives_way_to_the_one_that_says_the_same():
+    untouched = {c.key: c.value for c in controls(RunSettings, "run")}
+    filled = fill(RunSettings, {**untouched, "run.warmup_steps": "20"}, "run")
+    assert filled.errors == {} and filled.settings == {"warmup_steps": 20}
+    both = fill(RunSettings, {**untouched, "run.warmup_steps": "20", "run.warmup_fraction": "0.2"}, "run")
+    assert both.errors == {
+        "warmup_steps": "Warmup steps: It says the same as warmup_fraction, which was given too: leave out one of the two."
+    }

@@ -240,7 +240,7 @@ def _learn(
     waited = 0
     for epoch in range(1, epochs + 1):
         began, total, norm = time.monotonic(), 0.0, torch.zeros(())
-        optim.set_rate(optimizer, optim.rate(epoch, epochs, peak, run.schedule, run.warmup_fraction))
+        optim.set_rate(optimizer, optim.rate(epoch, epochs, peak, run))
         for part in torch.randperm(len(y), generator=draw).split(BATCH_ROWS):
             loss = F.cross_entropy(head(x[part]), y[part])
             loss.backward()

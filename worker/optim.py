@@ -6,11 +6,11 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 
 from app.errors import DoesNotFit
+from app.spec import RunSettings
 
 Named = dict[str, torch.nn.Parameter]
 
@@ -23,6 +23,8 @@ def trained_parameters(model: torch.nn.Module) -> Named:
     return found
 
 
+CYCLES, DECAY_FRACTION = 2, 0.1
+"""Of the schedules cosine_with_restarts and wsd, where nobody says otherwise."""
 HEAD = "classifier_head."
 HEAD_RATE = 10.0
 """A new head on a tuned model starts from noise, so it learns faster than what was trained before (discriminative learning
@@ -54,15 +56,29 @@ def _adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimiz
     return AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999))
 
 
-def rate(step: int, total: int, peak: float, schedule: Literal["cosine", "linear", "constant"], warmup_fraction: float) -> float:
-    """The learning rate of optimizer step `step` (1 to `total`): a linear rise, then the schedule, never quite zero."""
-    warmup = math.ceil(warmup_fraction * total) if warmup_fraction else 0
+def rate(step: int, total: int, peak: float, run: RunSettings) -> float:
+    """The learning rate of optimizer step `step` (1 to `total`): a linear rise, then the schedule down to its floor, which without one
+    is never quite zero."""
+    warmup = run.warmup_steps if run.warmup_steps is not None else math.ceil(run.warmup_fraction * total)
     if step <= warmup:
         return peak * step / warmup
-    if schedule == "constant":
-        return peak
-    done = (step - warmup - 1) / max(1, total - warmup)
-    return peak * (1 - done) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
+    share = _share(step - warmup - 1, max(1, total - warmup), total, run)
+    return peak * (run.min_lr_fraction + (1 - run.min_lr_fraction) * share) if run.min_lr_fraction else peak * share
+
+
+def _share(done: int, after: int, total: int, run: RunSettings) -> float:
+    """What the schedule leaves of the rate when `done` of `after` steps behind the warmup are through, 1 to 0."""
+    if run.schedule == "constant":
+        return 1.0
+    if run.schedule == "linear":
+        return 1 - done / after
+    if run.schedule == "wsd":
+        falling = min(after, max(1, math.ceil((run.decay_fraction or DECAY_FRACTION) * total)))
+        return min(1.0, (after - done) / falling)
+    if run.schedule == "cosine_with_restarts":
+        cycles = run.num_cycles or CYCLES
+        return 0.5 * (1 + math.cos(math.pi * (done * cycles % after / after)))
+    return 0.5 * (1 + math.cos(math.pi * (done / after)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

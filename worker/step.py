@@ -104,7 +104,7 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     apart = rooms.shares(job.wholes, abreast.threads)
     beside = job.factors.squares() if job.factors else 0.0
     norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast) + beside)
-    rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run.schedule, run.warmup_fraction)
+    rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run)
     optim.set_rate(job.optimizer, rate)
     optim.advance(job.optimizer, norm + total)
     if job.wholes:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from app.spec import RunSettings
 from tests.worker.test_whole import CPU, FAMILIES, data_of, engine_of, model_of
 from worker import adamw_cpu, evaluate, optim, processes, rooms, simd, step, whole
 from worker.adamw_cpu import Moments, Pieces, Rule
@@ -103,7 +104,7 @@ class Job:
         self.trained, self.shards = optim.trained_parameters(self.model), None
         self.began = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizer = optim.make_optimizer(self.trained, 1e-2, 0.1)
-        run = SimpleNamespace(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
+        run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=strategy), SimpleNamespace(total_steps=9)
         self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
