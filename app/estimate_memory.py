@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from app.machine import Machine
+from app.optimizers import OPTIMIZERS
 from app.shapes import Shape
 from app.spec import RunSettings
 from app.strategies import Strategy
@@ -162,7 +163,10 @@ def memory_of(
     """Peak bytes of each process by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
-    all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=2 if run.optimizer == "adamw_8bit" else 8)
+    all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
+    if run.optimizer == "muon":  # what its AdamW moves: tables of words and vectors
+        others = strategy.trainable(shape) - shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
+        all_of = all_of._replace(optimizer=all_of.optimizer + (4 * max(0, others) if not strategy.adapter else 0))
     loaded = all_of.weights
     if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
         saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())

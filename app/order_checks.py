@@ -11,6 +11,7 @@ from typing import Any
 from app.errors import BadField
 from app.formats._base import shown
 from app.machine import Machine
+from app.optimizers import OPTIMIZERS
 from app.schedule import MIN_STEPS
 from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
@@ -84,9 +85,9 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
 def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
     """Raises BadField for an optimizer that the machine that trains cannot run."""
-    if run.optimizer == "adamw_8bit" and not machine.cuda:
+    if OPTIMIZERS[run.optimizer].needs_gpu and not machine.cuda:
         raise BadField(
-            "The 8-bit optimizer needs an NVIDIA GPU, and the machine that trains shows none.",
+            f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and the machine that trains shows none.",
             way_out="Take adamw. To save memory without a GPU, tune fewer weights (LoRA and its relatives), take fewer tokens per step, "
             "or split each step over more passes (accumulation).",
             param="run.optimizer",
@@ -97,6 +98,13 @@ def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
 def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine: Machine) -> None:
     """Raises BadField for settings that need a GPU, or a newer one, than this machine has, or another strategy."""
     refuse_optimizer(run, machine)
+    if machine.processes > 1 and not strategy.adapter and not OPTIMIZERS[run.optimizer].spreads:
+        raise BadField(
+            f"{run.optimizer} needs whole weights, and {machine.processes} processes share those of {strategy.title}.",
+            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or tune by LoRA.",
+            param="run.optimizer",
+            code="needs_whole_weights",
+        )
     if run.frozen_weights != "fp8":
         return
     reason = None

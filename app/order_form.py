@@ -24,7 +24,7 @@ from app.errors import NotFound, StudioError
 from app.forms import Control, Fault, Filled, as_text, controls, fill
 from app.orders import JobOrder
 from app.schedule import Schedule
-from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split
+from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
@@ -175,7 +175,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
             typed=run.typed,
             errors=run.errors,
             placeholders={
-                "learning_rate": f"{strategy.learning_rate_for(task):g}",
+                "learning_rate": f"{usual_learning_rate(strategy, task, run.settings.get('optimizer', 'adamw')):g}",
                 **{name: as_text(value) for name, value in usual.items()},
             },
         ),

@@ -15,9 +15,10 @@ from sqlalchemy.orm import Session
 
 from app import ids, order_checks
 from app.errors import BadField, StudioError, field_path, plain
+from app.optimizers import OPTIMIZERS
 from app.schedule import MIN_ROWS_PER_STEP, schedule
 from app.shapes import Shape
-from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task
+from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 
@@ -339,7 +340,9 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
     if asked.n_epochs != "auto":
         settings.setdefault("epochs", asked.n_epochs)
     if asked.learning_rate_multiplier != "auto":
-        settings.setdefault("learning_rate", strategy.learning_rate_for(task) * asked.learning_rate_multiplier)
+        kind = settings.get("optimizer")
+        usual = usual_learning_rate(strategy, task, kind if kind in OPTIMIZERS else "adamw")
+        settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
     if asked.batch_size != "auto" and dataset.status == "ready":
         settings.setdefault(
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))

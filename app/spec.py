@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from app.optimizers import OPTIMIZERS, Optimizer, with_setting
 from app.shapes import Shape
-from app.strategies import AnyStrategy
+from app.strategies import AnyStrategy, Strategy
 
 Task = Literal["generation", "classification", "preference"]
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
@@ -33,6 +34,9 @@ INSTEAD_OF: dict[str, tuple[str, Any]] = {"warmup_steps": ("warmup_fraction", 0.
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "num_cycles": ("schedule", ("cosine_with_restarts",)),
     "decay_fraction": ("schedule", ("wsd",)),
+    "adam_beta1": ("optimizer", with_setting("betas")),
+    "adam_beta2": ("optimizer", with_setting("betas")),
+    "adam_epsilon": ("optimizer", with_setting("eps")),
     "min_lr_fraction": ("schedule", ("cosine", "linear", "cosine_with_restarts", "wsd")),
 }
 """Settings that mean something beside some values of another one alone; they are refused elsewhere."""
@@ -144,8 +148,38 @@ class RunSettings(_Frozen):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps the optimizer's memory in 8 bits; it needs a GPU."
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="adamw fits most. adamw_8bit and paged_adamw_8bit keep its moments in 8 bits, on a GPU. lion and muon keep one moment "
+        "(muon of matrices; the rest is adamw's), adafactor hardly any.",
+        json_schema_extra={"group": "Optimization"},
+    )
+    adam_beta1: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        title="Adam beta1",
+        description="Decay of the mean of the gradients. Empty takes the optimizer's own: 0.9.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
+    )
+    adam_beta2: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        title="Adam beta2",
+        description="Decay of the mean of their squares; lion's second decay. Empty takes the optimizer's own: 0.999, lion 0.99.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
+    )
+    adam_epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        title="Adam epsilon",
+        description="Added to the root that a step is divided by. Empty takes 1e-8.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
     )
     frozen_weights: Literal["auto", "fp8"] = Field(
         "auto",
@@ -273,3 +307,13 @@ class JobSpec(_Frozen):
     run: RunSettings
     strategy: AnyStrategy
     preference: PreferenceSettings | None = Field(None, exclude_if=lambda settings: settings is None)
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate of the job: as ordered, or the strategy's own as it suits the task and the optimizer."""
+        return self.run.learning_rate or usual_learning_rate(self.strategy, self.task, self.run.optimizer)
+
+
+def usual_learning_rate(strategy: Strategy | type[Strategy], task: str, optimizer: str = "adamw") -> float:
+    """The learning rate where nobody says one."""
+    return strategy.learning_rate_for(task) * OPTIMIZERS[optimizer].rate

@@ -128,7 +128,7 @@ def of_job(job: Job) -> Verdict | None:
 
 
 def diverged(spec: JobSpec, error: Mapping[str, Any] | None) -> Verdict:
-    rate = ((error or {}).get("suggestion") or {}).get("learning_rate") or learning_rate(spec) / 10
+    rate = ((error or {}).get("suggestion") or {}).get("learning_rate") or spec.learning_rate / 10
     sentence = f"Training diverged. {(error or {}).get('message', '')}".strip()
     return Verdict(
         outcome="diverged",
@@ -140,10 +140,6 @@ def diverged(spec: JobSpec, error: Mapping[str, Any] | None) -> Verdict:
 def interrupted(step: int | None) -> Verdict:
     at = f"Stopped at step {step}" if step else "Stopped before the first step"
     return Verdict(outcome="undertrained", sentence=f"{at}, so it was not compared with its base.")
-
-
-def learning_rate(spec: JobSpec) -> float:
-    return spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)
 
 
 # Jobs with one ----------------------------------------------------------------------------------------------------------
@@ -159,7 +155,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     curve = [(int(step), float(loss)) for step, loss in found.get("curve") or [] if loss is not None and math.isfinite(float(loss))]
     steps, against = int(found.get("steps") or 0), _against(base, metric, spec, contest)
     more = _more_epochs(spec, found) if still_falling(curve) else []
-    lower = [Suggestion(label=f"Try again with learning rate {learning_rate(spec) / 3:.1g}", order=_rate(spec, 1 / 3))]
+    lower = [Suggestion(label=f"Try again with learning rate {spec.learning_rate / 3:.1g}", order=_rate(spec, 1 / 3))]
     if base.rows < MIN_ROWS or base.interval is None:
         return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
     if base.worse:
@@ -278,4 +274,4 @@ def _hold_out_more(spec: JobSpec) -> list[Suggestion]:
 
 
 def _rate(spec: JobSpec, factor: float) -> dict[str, Any]:
-    return {"run": {"learning_rate": float(f"{learning_rate(spec) * factor:.2g}")}}
+    return {"run": {"learning_rate": float(f"{spec.learning_rate * factor:.2g}")}}

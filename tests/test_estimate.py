@@ -7,8 +7,9 @@ from uuid import uuid4
 
 import pytest
 
-from app import estimate, estimate_memory, machine
+from app import estimate, estimate_memory, machine, order_checks
 from app.datasets import DatasetStats
+from app.errors import BadField
 from app.machine import Machine, Pace
 from app.shapes import Shape, shape_of
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
@@ -330,3 +331,21 @@ def test_the_rows_of_a_validation_file_are_counted() -> None:
     assert estimate.estimate(checked, LABELLED, CPU, many).seconds > 3 * estimate.estimate(checked, LABELLED, CPU, few).seconds
     vectors = checked.model_copy(update={"strategy": STRATEGIES["feature_extraction"]()})
     assert estimate.estimate(vectors, LABELLED, CPU, many).tokens == LABELLED.tokens + many.tokens
+
+
+def test_an_optimizer_takes_the_memory_of_its_moments() -> None:
+    """Of whole weights: AdamW two numbers each, Lion and Muon one, but the table of words, which Muon leaves to AdamW."""
+    said = {kind: estimate.estimate(spec("full", optimizer=kind), STATS, CPU).memory.optimizer for kind in ("adamw", "lion", "muon")}
+    assert said["adamw"] == 8 * SHAPE.parameters() == 2 * said["lion"]
+    table = SHAPE.vocabulary * SHAPE.hidden
+    assert said["lion"] + 4 * table <= said["muon"] < said["lion"] + 4.1 * table
+
+
+def test_whole_weights_in_several_processes_take_an_optimizer_that_moves_rows_alone() -> None:
+    four = CPU.model_copy(update={"processes": 4})
+    for kind in ("muon", "adafactor"):
+        order = spec("full", optimizer=kind)
+        with pytest.raises(BadField, match="needs whole weights") as caught:
+            order_checks.refuse_without_gpu(order.strategy, order.run, "generation", four)
+        assert caught.value.param == "run.optimizer" and "lion" in caught.value.way_out
+        order_checks.refuse_without_gpu(spec("lora").strategy, order.run, "generation", four)

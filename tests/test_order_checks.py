@@ -153,6 +153,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     light = {"optimizer": "adamw_8bit"}
     error = refused(session, user, order_of(kinds, run=light))
     assert error.code == "needs_gpu" and error.param == "run.optimizer" and "adamw" in error.way_out
+    assert refused(session, user, order_of(kinds, run={"optimizer": "paged_adamw_8bit"})).code == "needs_gpu"
     named = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, kinds.id)}
     for path, order in (
         ("/v1/fine_tuning/jobs", order_of(kinds, run=light)),

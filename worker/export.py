@@ -64,7 +64,8 @@ tags: [luthier, {strategy.name}]
 {settings}
 | optimizer steps | {state.best_step or state.step} |
 | tokens per step | {run.max_tokens_per_step} |
-| learning rate | {run.learning_rate or strategy.learning_rate_for(spec.task)} |
+| learning rate | {spec.learning_rate} |
+| optimizer | {run.optimizer} |
 | schedule | {run.schedule} |
 | seed | {run.seed} |
 | base revision | {spec.model.revision} |

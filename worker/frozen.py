@@ -230,8 +230,8 @@ def _learn(
     from worker.train import Diverged
 
     run, head = spec.run, classifier.head
-    peak = run.learning_rate or type(spec.strategy).default_learning_rate
-    optimizer = optim.make_optimizer(dict(head.named_parameters()), peak, run.weight_decay)
+    peak = spec.learning_rate
+    optimizer = optim.optimizer_of(dict(head.named_parameters()), peak, run)
     x, y = torch.from_numpy(vectors), torch.from_numpy(truth)
     assert isinstance(spec.strategy, FeatureExtraction)
     epochs = spec.strategy.passes

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from app.errors import DoesNotFit
+from app.optimizers import OPTIMIZERS
 from app.spec import RunSettings
+from worker.optimizers import MAKERS
 
 Named = dict[str, torch.nn.Parameter]
 
@@ -31,29 +34,39 @@ HEAD_RATE = 10.0
 rates, Howard and Ruder 2018, ULMFiT, section 3.2)."""
 
 
-def make_optimizer(parameters: Named, learning_rate: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
-    """AdamW in one fused kernel. Only matrices decay: pulling biases and norms to zero helps nothing."""
+TABLES_OF_WORDS = re.compile(r"embed|lm_head|\brows$")
+"""Names of matrices whose rows stand for tokens each, which Muon is not for."""
+
+
+def make_optimizer(
+    parameters: Named,
+    learning_rate: float,
+    weight_decay: float,
+    kind: str = "adamw",
+    *,
+    betas: tuple[float | None, float | None] = (None, None),
+    eps: float | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of that name. Only matrices decay: pulling biases and norms to zero helps nothing. Betas and eps are the kind's own
+    where they are None."""
     mixed = len({name.startswith(HEAD) for name in parameters}) == 2
-    groups = []
-    for head in (False, True):
-        own = [p for name, p in parameters.items() if name.startswith(HEAD) == head]
-        scale = HEAD_RATE if head and mixed else 1.0
-        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": weight_decay, "scale": scale})
-        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, "scale": scale})
-    groups = [g for g in groups if g["params"]]
-    if kind == "adamw_8bit":
-        return _adamw_8bit(groups, learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    for name, p in parameters.items():
+        head, matrix = name.startswith(HEAD), p.ndim >= 2
+        muon = kind == "muon" and p.ndim == 2 and not head and not TABLES_OF_WORDS.search(name)
+        group = groups.setdefault((head, not matrix, muon), {"params": [], "weight_decay": weight_decay if matrix else 0.0})
+        group |= {"scale": HEAD_RATE if head and mixed else 1.0, "muon": muon}
+        group["params"].append(p)
+    own = OPTIMIZERS[kind]
+    first, second = (None, None) if own.betas is None else own.betas
+    given = (first if betas[0] is None else betas[0], second if betas[1] is None else betas[1])
+    return MAKERS[kind]([groups[key] for key in sorted(groups)], learning_rate, given, own.eps if eps is None else eps)
 
 
-def _adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
-    """Moments in 8 bits, each 256 of them with a scale of their own (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
-    Quantization). Tensors of under 4,096 numbers keep theirs in float32."""
-    if find_spec("bitsandbytes") is None:
-        raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer")
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999))
+def optimizer_of(parameters: Named, learning_rate: float, run: RunSettings) -> torch.optim.Optimizer:
+    """The optimizer that an order asks for."""
+    betas = run.adam_beta1, run.adam_beta2
+    return make_optimizer(parameters, learning_rate, run.weight_decay, run.optimizer, betas=betas, eps=run.adam_epsilon)
 
 
 def rate(step: int, total: int, peak: float, run: RunSettings) -> float:
@@ -190,16 +203,25 @@ def load_state(optimizer: torch.optim.Optimizer, parameters: Named, tensors: dic
         moment, _, name = key.partition("/")
         by_name.setdefault(name, {})[moment] = value
     places = {id(p): (group, g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in parameters.items():
         own = by_name.get(name, {})
-        if own and optimizer.defaults.get("fused"):
-            optimizer.state[parameter] = {
-                k: v.clone() if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in own.items()
-            }
-        elif own:
+        if own and hasattr(optimizer, "init_state"):
             group, g, i = places[id(parameter)]
-            optimizer.init_state(group, parameter, g, i)  # type: ignore[attr-defined]  # bitsandbytes makes its tensors
+            optimizer.init_state(group, parameter, g, i)  # bitsandbytes makes its tensors
             _fill(optimizer.state[parameter], own)
+        elif own:
+            optimizer.state[parameter] = {key: _placed(key, value, parameter, fused) for key, value in own.items()}
+
+
+def _placed(key: str, value: torch.Tensor, parameter: torch.Tensor, fused: bool) -> Any:
+    """A saved value where its optimizer keeps it. The count of steps is a whole number of Python's where it was one, and a tensor on
+    the processor but for a fused kernel."""
+    if key != "step":
+        return value.to(parameter.device)
+    if not value.is_floating_point():
+        return int(value)
+    return value.to(parameter.device) if fused and parameter.is_cuda else value.clone()
 
 
 def _fill(state: dict, saved: dict[str, torch.Tensor]) -> None:

@@ -133,7 +133,7 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
     kind: events.FailureKind = "crashed"
     if error.code == "diverged":
         kind = "diverged"
-        suggestion = {"learning_rate": (spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)) / 10}
+        suggestion = {"learning_rate": spec.learning_rate / 10}
     elif error.code == "bad_model" or isinstance(error, DoesNotFit):
         kind = "bad_model"
     elif isinstance(error, BadData):

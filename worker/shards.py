@@ -113,9 +113,8 @@ class Shards:
 def spread(job: Any, saved: Path | None) -> Shards:
     """Spread a job over its processes. Its optimizer goes on from the checkpoint `saved`."""
     shards = Shards(job.model, job.engine, job.world)
-    run = job.spec.run
     job.trained = shards.rows
-    job.optimizer = optim.make_optimizer(shards.rows, job.optimizer.param_groups[0]["lr"], run.weight_decay, run.optimizer)
+    job.optimizer = optim.optimizer_of(shards.rows, job.spec.learning_rate, job.spec.run)
     if saved:
         optim.load_state(job.optimizer, shards.rows, shards.read_states(saved))
     return shards

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.spec import JobSpec
 from worker import optim, processes, rooms, whole
 from worker.course import Course
 from worker.device import Engine
@@ -24,10 +23,6 @@ class Window(NamedTuple):
 
     learnt: int  # over how many losses the step is averaged, in all processes
     batches: list[list[Any]]  # by pack, this process's own: what the lesson made of each part of it
-
-
-def peak_rate(spec: JobSpec) -> float:
-    return spec.run.learning_rate or spec.strategy.learning_rate_for(spec.task)
 
 
 def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Course) -> int:
@@ -104,7 +99,7 @@ def take_step(job: Any, window: Window) -> list[torch.Tensor]:
     apart = rooms.shares(job.wholes, abreast.threads)
     beside = job.factors.squares() if job.factors else 0.0
     norm = optim.clip(job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, rooms.squares(apart, abreast) + beside)
-    rate = optim.rate(state.step, job.course.total_steps, peak_rate(job.spec), run)
+    rate = optim.rate(state.step, job.course.total_steps, job.spec.learning_rate, run)
     optim.set_rate(job.optimizer, rate)
     optim.advance(job.optimizer, norm + total)
     if job.wholes:

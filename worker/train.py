@@ -36,7 +36,7 @@ from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
 from worker.pack import stream
 from worker.rotary import use_fused_rotary
-from worker.step import next_window, parts_of, peak_rate, take_step
+from worker.step import next_window, parts_of, take_step
 from worker.telling import Telling
 from worker.whole import Whole, give_back, learns_whole, use_whole
 
@@ -145,7 +145,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     done = kernels.speed_up(body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" else 0.0)
     trained = trained_parameters(model)
     wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
-    optimizer = optim.make_optimizer(trained, peak_rate(spec), run.weight_decay, run.optimizer)
+    optimizer = optim.optimizer_of(trained, spec.learning_rate, run)
 
     strategy.begin(body_of(model), course.total_steps)
 
@@ -294,7 +294,7 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
     if state.not_finite >= MOST_NOT_FINITE:
         raise Diverged(
             f"The loss was not a finite number in {MOST_NOT_FINITE} steps in a row, the last being step {step.step}.",
-            way_out=f"Lower the learning rate to {peak_rate(job.spec) / 10:.1g}, or raise the warm-up.",
+            way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)
     return step.model_copy(
@@ -320,7 +320,7 @@ def watch_divergence(job: Trainee, step: int, loss: float) -> None:
     if len(state.recent_losses) == DIVERGED_STEPS and now > 2 * abs(began) + 1:
         raise Diverged(
             f"The training loss rose from {began:.3g} and stayed above {now:.3g} until step {step}: the weights move too far at each step.",
-            way_out=f"Lower the learning rate to {peak_rate(job.spec) / 10:.1g}, or raise the warm-up.",
+            way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from importlib import metadata
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from app.errors import DoesNotFit
+from app.optimizers import OPTIMIZERS, Optimizer
 from worker import optim
+from worker.optimizers import MAKERS
 
 
 @pytest.fixture
@@ -26,7 +29,8 @@ def kind(request, monkeypatch) -> str:
     return request.param
 
 
-both = pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"], indirect=True)
+each = pytest.mark.parametrize("kind", [name for name in OPTIMIZERS if name != "paged_adamw_8bit"], indirect=True)
+"""The paged one asks the card for its pages."""
 
 
 class Learner:
@@ -58,7 +62,7 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(a.dtype == two[k].dtype and torch.equal(a, two[k]) for k, a in one.items())
 
 
-@both
+@each
 def test_a_resumed_optimizer_is_the_same_bit_for_bit(kind, tmp_path):
     whole = Learner(kind)
     for number in range(3):
@@ -79,7 +83,7 @@ def test_a_resumed_optimizer_is_the_same_bit_for_bit(kind, tmp_path):
         assert int(whole.states()["step/large"]) == 6
 
 
-@both
+@each
 def test_a_gradient_that_is_not_a_number_moves_nothing(kind):
     learner = Learner(kind)
     learner.step(0)
@@ -113,3 +117,53 @@ def test_without_the_package_the_order_is_refused_with_a_way_out(monkeypatch):
     with pytest.raises(DoesNotFit, match="bitsandbytes") as caught:
         Learner("adamw_8bit")
     assert caught.value.way_out == "Choose adamw." and caught.value.param == "optimizer"
+
+
+def moved(kind: str, **settings) -> dict[str, torch.Tensor]:
+    """How far one step moves weights without decay, at a rate of 0.01."""
+    learner = Learner("adamw")
+    before = learner.values()
+    learner.optimizer = optim.make_optimizer(learner.parameters, 1e-2, 0.0, kind, **settings)
+    learner.step(0)
+    return {name: value - before[name] for name, value in learner.values().items()}
+
+
+def test_each_optimizer_takes_its_own_step():
+    assert set(OPTIMIZERS) == set(MAKERS) == set(get_args(Optimizer))
+    adam, lion, muon, factored = (moved(kind) for kind in ("adamw", "lion", "muon", "adafactor"))
+    assert all(torch.allclose(value.abs(), torch.full_like(value, 1e-2), atol=1e-6) for value in lion.values())
+    assert torch.equal(lion["small"].sign(), adam["small"].sign())
+    # Muon turns a matrix the same length in all directions, with AdamW's mean square of 0.2; the rest is AdamW's.
+    lengths = torch.linalg.svdvals(muon["large"])
+    assert lengths.max() < 2 * lengths.min() and torch.linalg.svdvals(adam["large"]).max() > 3 * torch.linalg.svdvals(adam["large"]).min()
+    assert float(muon["large"].square().mean().sqrt()) == pytest.approx(0.2e-2, rel=0.2)
+    assert torch.allclose(muon["bias"], adam["bias"], atol=1e-7)
+    assert factored["large"].square().mean().sqrt() <= 1.01e-2 and not torch.allclose(factored["large"], adam["large"], atol=1e-4)
+
+
+def test_betas_and_eps_are_those_that_were_asked_for():
+    learner = Learner("adamw")
+    learner.step(0)
+    reference = copy.deepcopy(learner)
+    for one, given in ((learner, {"betas": (0.5, 0.9), "eps": 0.1}), (reference, {})):
+        one.optimizer = optim.make_optimizer(one.parameters, 1e-2, 0.1, **given)
+    matrices = [p for p in reference.parameters.values() if p.ndim == 2]
+    vectors = [p for p in reference.parameters.values() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference.optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.5, 0.9), eps=0.1, fused=True)
+    for number in range(1, 4):
+        learner.step(number)
+        reference.step(number)
+    assert equal(learner.values(), reference.values())
+
+
+def test_muon_leaves_tables_of_words_and_heads_to_adamw():
+    values = {
+        "model.embed_tokens.weight": torch.randn(9, 4),
+        "classifier_head.weight": torch.randn(3, 4),
+        "layer.weight": torch.randn(4, 4),
+    }
+    parameters = {name: torch.nn.Parameter(value) for name, value in values.items()}
+    groups = optim.make_optimizer(parameters, 1e-2, 0.1, "muon").param_groups
+    assert [p is parameters["layer.weight"] for group in groups if group["muon"] for p in group["params"]] == [True]
+    assert sum(len(group["params"]) for group in groups) == 3

@@ -28,7 +28,6 @@ from worker.loss import Head
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
 from worker.preference import Preferring, log_likelihoods, losses_of, named, pair_batch, sums_of
 from worker.prompts import render_prompt
-from worker.step import peak_rate
 from worker.telling import drained
 from worker.train import train
 
@@ -339,4 +338,4 @@ def test_a_generic_model_learns_from_the_words_as_the_playground_gives_them(toke
 def test_steps_are_smaller_for_pairs(tiny_model: Path, strategy: str, share: float) -> None:
     spec = pair_order(tiny_model, strategy, learning_rate=None)
     usual = type(spec.strategy).default_learning_rate
-    assert peak_rate(spec) == pytest.approx(share * usual) and peak_rate(spec.model_copy(update={"task": "generation"})) == usual
+    assert spec.learning_rate == pytest.approx(share * usual) and spec.model_copy(update={"task": "generation"}).learning_rate == usual

@@ -106,7 +106,7 @@ class Job:
         self.optimizer = optim.make_optimizer(self.trained, 1e-2, 0.1)
         run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
-        self.spec, self.course = SimpleNamespace(run=run, strategy=strategy), SimpleNamespace(total_steps=9)
+        self.spec, self.course = SimpleNamespace(run=run, strategy=strategy, learning_rate=1e-2), SimpleNamespace(total_steps=9)
         self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
         self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * accumulation)
 

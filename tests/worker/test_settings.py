@@ -18,6 +18,26 @@ def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:
     return list(train.train(spec, data_dir / "runs" / job / "a1"))
 
 
+def in_two(spec: JobSpec, data_dir: Path, at: int) -> list:
+    """The same job stopped behind step `at` and resumed, in which it has to say what it would have said without."""
+    control, said = train.Control(), []
+    for event in train.train(spec, data_dir / "runs" / "halved" / "a1", control=control):
+        said.append(event)
+        control.stop |= isinstance(event, events.Step) and event.step == at
+    assert control.stopped
+    rest = list(train.train(spec, data_dir / "runs" / "halved" / "a2"))
+    assert of(rest, events.Started)[0].exact
+    return [*said, *rest]
+
+
+def same(one: list, other: list) -> None:
+    """Two jobs have the same losses and the same weights."""
+    first, second = ([(e.step, e.loss, e.grad_norm) for e in of(said, events.Step)] for said in (one, other))
+    assert first == second
+    weights = [said[-1].adapter_sha256 or said[-1].revision for said in (one, other)]
+    assert weights[0] == weights[1]
+
+
 def of(said: list, kind: type) -> list:
     return [event for event in said if isinstance(event, kind)]
 
@@ -54,6 +74,8 @@ def test_a_schedule_moves_the_learning_rate(data_dir: Path, tiny_model: Path, se
         ({"num_cycles": 3}, "for schedule cosine_with_restarts"),
         ({"schedule": "linear", "decay_fraction": 0.2}, "for schedule wsd"),
         ({"schedule": "constant", "min_lr_fraction": 0.2}, "schedule is constant"),
+        ({"optimizer": "adafactor", "adam_beta2": 0.9}, "optimizer is adafactor"),
+        ({"optimizer": "lion", "adam_epsilon": 1e-6}, "optimizer is lion"),
     ],
 )
 def test_a_setting_without_its_use_is_refused(settings: dict, said: str) -> None:
@@ -66,6 +88,22 @@ def test_a_stored_order_is_read_back_as_it_was() -> None:
     for settings in ({}, {"warmup_steps": 5}, {"schedule": "wsd", "decay_fraction": 0.3}):
         assert RunSettings.model_validate(RunSettings(**settings).model_dump(mode="json")) == RunSettings(**settings)
     assert set(RunSettings().model_dump()) == BEFORE
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [("lion", "lora"), ("muon", "full"), ("adafactor", "lora")])
+def test_a_job_learns_by_every_optimizer_and_resumes_bit_for_bit(data_dir: Path, tiny_model: Path, kind: str, strategy: str) -> None:
+    rate = {"learning_rate": 2e-3 if kind == "lion" else 1e-2}
+    spec = order(put_model(tiny_model), put_dataset(chat_rows()), strategy, **{**TEN, **rate}, optimizer=kind, max_tokens_per_step=640)
+    whole = run(spec, data_dir)
+    losses = [e.loss for e in of(whole, events.Step)]
+    assert losses[-1] < losses[0] - 0.05
+    same(in_two(spec, data_dir, 4), whole)
+
+
+def test_lion_has_a_rate_of_its_own_where_nobody_says_one(data_dir: Path, tiny_model: Path) -> None:
+    model, data = put_model(tiny_model), put_dataset(chat_rows(3))
+    adamw, lion = (order(model, data, learning_rate=None, optimizer=kind).learning_rate for kind in ("adamw", "lion"))
+    assert lion == pytest.approx(adamw / 5)
 
 
 BEFORE = {
