@@ -24,11 +24,13 @@ from app.readers import Raw
 from app.report import Report
 from app.rows import RowsFile
 
-VERSION = 5
+VERSION = 6
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
 MOST_COLUMNS = 10_000
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 5, 60, 160
+"""Of the file as it is: what a person sees who maps its columns."""
 Say = Any
 CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
 
@@ -57,7 +59,14 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
     sample = [raw.row for raw in head if raw.row is not None]
     if not sample:
         raise _no_rows(head)
-    entry, mapping, reason, others = _choose(sample, payload.get("format"), payload.get("mapping"))
+    wished = payload.get("format")
+    try:
+        entry, mapping, reason, others = _choose(sample, wished, payload.get("mapping"))
+    except BadData as error:
+        error.details = _to_map(sample, wished)  # type: ignore[attr-defined]
+        raise
+    if payload.get("edits"):
+        reason = "The format of the version before."
     report = Report(entry, mapping, say)
     counter = counter_of(entry.task, report.add) if counter_of else None
     with RowsFile(Path(payload["rows"])) as rows:
@@ -82,7 +91,14 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
         "good_rows": report.good,
         "sha256": rows.sha256,
         "report": report.result()
-        | {"reason": reason, "other_formats": others, "columns": _shown_columns(sample), "version": VERSION}
+        | {
+            "reason": reason,
+            "other_formats": others,
+            "mappings": formats.suggest(sample)[1],
+            "columns": _shown_columns(sample),
+            "first": _first(sample),
+            "version": VERSION,
+        }
         | counted.get("report", {}),
         "lengths": counted.get("lengths"),
     }
@@ -152,18 +168,33 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         return entry, mapping, "You chose this format.", others
     if not ranked:
         named = ", ".join(f"“{shown(column, 40)}”" for column in formats.judging(sample))
-        hint = f" The column {named} seems to say which answers are bad, and no format here finds its place for it." if named else ""
-        known = "; ".join(
-            f"{entry.title}: {', '.join(field.name for field in entry.fields if field.required)}" for entry in formats.FORMATS.values()
-        )
+        hint = f" The column {named} seems to say which answers are bad, and no format has a field for it." if named else ""
         raise BadData(
-            f"The columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} fit no format here.{hint}",
-            way_out=f"Choose a format and say which column is which, or rename the columns. Needed are, for {known}.",
+            f"We could not match the columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} to a format.{hint}",
+            way_out="Map them: choose a format and a column for each of its fields.",
             param="file",
             code="unknown_format",
         )
     entry, guess = ranked[0]
     return entry, guess.mapping, guess.reason, others[1:]
+
+
+def _to_map(sample: list[Row], wished: str | None) -> dict[str, Any]:
+    """What a person or program needs to map the columns: their names, the first rows, and what the values look like."""
+    best, mappings = formats.suggest(sample)
+    best = wished or best
+    return {
+        "columns": _shown_columns(sample),
+        "preview": _first(sample),
+        "suggested": {"format": best, "mapping": mappings[best]} if best else None,
+        "mappings": mappings,
+    }
+
+
+def _first(sample: list[Row]) -> list[Row]:
+    """The first rows as they are in the file, long values cut."""
+    names = _shown_columns(sample)[:SHOWN_COLUMNS]
+    return [{name: shown(row[name], SHOWN_CHARACTERS) for name in names if row.get(name) is not None} for row in sample[:SHOWN_ROWS]]
 
 
 def _shown_columns(sample: list[Row]) -> list[str]:

@@ -160,7 +160,7 @@ def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
     said = (later.error or {}).get("message") or "It has no good row."
     return [
         f"Version {later.version} of {later.name}, read from the same file, failed, so version {dataset.version} is used. It said: {said} "
-        "Read it differently on its page, or delete it."
+        "Change its format or columns on its page, or delete it."
     ]
 
 

@@ -99,9 +99,11 @@ def read_again(session: Session, dataset: Dataset) -> None:
     """Order another reading after a fault that need not lie in the file, or of rows that were damaged since they were written.
     Raises Conflict where there is no such fault."""
     if dataset.status == "ready" and _rows_are_whole(dataset):
-        raise Conflict("The rows of this dataset are whole, so there is nothing to read again.", way_out="Read it differently.")
+        raise Conflict(
+            "The rows of this dataset are whole, so there is nothing to read again.", way_out="Change its format or columns instead."
+        )
     if dataset.status != "ready" and not can_be_read_again(dataset):
-        raise Conflict("This dataset cannot be read again as it is.", way_out="Read it differently, or upload another file.")
+        raise Conflict("This dataset cannot be read again as it is.", way_out="Change its format or columns, or upload another file.")
     dataset.status, dataset.error, dataset.progress, dataset.lease_until = "reading", None, None, None
     dataset.fence = -(-dataset.fence // MOST_DEATHS) * MOST_DEATHS  # `reap` counts the deaths of this order from here
     file = session.get(File, dataset.file_id) if dataset.file_id else None

@@ -22,11 +22,11 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 
 from app.errors import BadField
-from app.formats import _base
+from app.formats import _base, _content
 from app.formats._base import Field, Finding, Format, Guess, Row
 from app.formats.rated import verdict
 
-__all__ = ["FORMATS", "Field", "Finding", "Format", "Guess", "Row", "get", "rank"]
+__all__ = ["FORMATS", "Field", "Finding", "Format", "Guess", "Row", "get", "rank", "suggest"]
 
 
 def _scan() -> dict[str, Format]:
@@ -51,6 +51,11 @@ def get(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise BadField(f"There is no format “{name[:80]}”.", way_out=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
+
+
+def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:
+    """What a person is asked to confirm: the format these rows look like, and the likeliest mapping for each format."""
+    return _content.suggest(FORMATS, rows)
 
 
 FEWEST_GOOD = 0.1

@@ -22,12 +22,16 @@ Columns = Mapping[str, str]
 
 
 class Field(NamedTuple):
-    """One field of a format. `synonyms` are column names people use for it, best first, in lower case."""
+    """One field of a format. `synonyms` are column names people use for it, best first, in lower case.
+
+    `holds` says which kind of column is suggested for it where no name fits (`_content.py`); empty for none.
+    """
 
     name: str
     help: str
     synonyms: tuple[str, ...]
     required: bool = True
+    holds: Literal["", "text", "label", "question", "answer", "rating", "turns"] = ""
 
 
 class Finding(NamedTuple):

@@ -26,6 +26,7 @@ class Chat(Format):
             "messages",
             "The conversation: a list of {role, content}.",
             ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "texts", "turns"),
+            holds="turns",
         ),
         Field("system", "The system's message.", ("system", "system_prompt"), False),
         Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),

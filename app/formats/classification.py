@@ -20,9 +20,13 @@ class Classification(Format):
             "text",
             "The text to classify.",
             ("text", "sentence", "content", "review", "utterance", "question", "tweet", "message", "comment"),
+            holds="text",
         ),
         Field(
-            "label", "Its class.", ("label", "category", "class", "intent", "target", "sentiment", "topic", "labels", "label_text", "tag")
+            "label",
+            "Its class.",
+            ("label", "category", "class", "intent", "target", "sentiment", "topic", "labels", "label_text", "tag"),
+            holds="label",
         ),
     )
     place: ClassVar = 50

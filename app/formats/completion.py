@@ -14,8 +14,13 @@ class Completion(Format):
     summary: ClassVar = "A prompt and the text that goes on from it, with no roles. The completion is learnt."
     example: ClassVar = {"prompt": "Once upon a time,", "completion": " a fox found a violin."}
     fields: ClassVar = (
-        Field("prompt", "The text that is given.", ("prompt", "source", "input_text")),
-        Field("completion", "The text that follows it.", ("completion", "response", "output", "target", "continuation", "target_text")),
+        Field("prompt", "The text that is given.", ("prompt", "source", "input_text"), holds="question"),
+        Field(
+            "completion",
+            "The text that follows it.",
+            ("completion", "response", "output", "target", "continuation", "target_text"),
+            holds="answer",
+        ),
     )
     place: ClassVar = 30
 

@@ -15,9 +15,16 @@ class Instruction(Format):
     summary: ClassVar = "One instruction, perhaps with an input, and the answer to it. The answer is learnt."
     example: ClassVar = {"instruction": "Name the colour.", "input": "grass", "output": "green"}
     fields: ClassVar = (
-        Field("instruction", "What is asked.", ("instruction", "question", "query", "user", "human", "task", "request", "problem")),
+        Field(
+            "instruction",
+            "What is asked.",
+            ("instruction", "question", "query", "user", "human", "task", "request", "problem"),
+            holds="question",
+        ),
         Field("input", "The text the instruction is about.", ("input", "context", "passage"), False),
-        Field("output", "The answer to learn.", ("output", "response", "answer", "assistant", "reply", "target", "solution")),
+        Field(
+            "output", "The answer to learn.", ("output", "response", "answer", "assistant", "reply", "target", "solution"), holds="answer"
+        ),
         Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
         Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),
     )

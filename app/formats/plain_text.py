@@ -13,7 +13,7 @@ class PlainText(Format):
     shape: ClassVar = "plain_text"
     summary: ClassVar = "Passages of text. Every token is learnt: the model picks up their words and their manner."
     example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
-    fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story")),)
+    fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story"), holds="text"),)
     place: ClassVar = 60
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:

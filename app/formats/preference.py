@@ -20,16 +20,18 @@ class Preference(Format):
     summary: ClassVar = "A prompt with a better and a worse answer. The model learns to prefer the better one."
     example: ClassVar = {"prompt": "Thank the customer.", "chosen": "Thank you, that helps us a lot.", "rejected": "ok thx"}
     fields: ClassVar = (
-        Field("prompt", "The prompt, as text or messages; OpenAI's “input” is understood too.", PROMPT, False),
+        Field("prompt", "The prompt, as text or messages; OpenAI's “input” is understood too.", PROMPT, False, "question"),
         Field(
             "chosen",
             "The better answer, as text or messages.",
             ("chosen", "preferred_output", "preferred", "accepted", "chosen_response", "chosen_text", "response", "text", "output"),
+            holds="answer",
         ),
         Field(
             "rejected",
             "The worse answer, as text or messages.",
             ("rejected", "non_preferred_output", "dispreferred", "rejected_response", "rejected_text", "rejected_output"),
+            holds="answer",
         ),
         *FIELDS,
     )

@@ -22,14 +22,20 @@ class Rated(Format):
     summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
     fields: ClassVar = (
-        Field("prompt", "The prompt, as text or messages.", PROMPT),
+        Field("prompt", "The prompt, as text or messages.", PROMPT, holds="question"),
         Field(
             "completion",
             "The answer. Left out, it is the last message of the prompt's conversation.",
             ("completion", "response", "output", "answer"),
             False,
+            "answer",
         ),
-        Field("label", "Whether the answer was good: true or false.", ("label", "kto_tag", "rating", "liked", "good", "thumb", "feedback")),
+        Field(
+            "label",
+            "Whether the answer was good: true or false.",
+            ("label", "kto_tag", "rating", "liked", "good", "thumb", "feedback"),
+            holds="rating",
+        ),
         *FIELDS,
     )
     place: ClassVar = 45

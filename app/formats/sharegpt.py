@@ -19,6 +19,7 @@ class ShareGpt(Format):
             "conversations",
             "The conversation: a list of {from, value}.",
             ("conversations", "conversation", "dialogue", "dialog", "messages", "chat", "texts", "turns", "items"),
+            holds="turns",
         ),
         Field("system", "The system's message.", ("system", "system_prompt"), False),
         Field("tools", "The tools the assistant may call.", ("tools",), False),

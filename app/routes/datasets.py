@@ -27,6 +27,8 @@ pages = APIRouter()
 api = APIRouter(prefix="/v1")
 FINDINGS_PER_PAGE = 50
 SAMPLES_OF_PREVIEW = 8
+MOST_COLUMNS = 500
+"""Columns a select offers; programs may name any."""
 
 
 @pages.get("/datasets")
@@ -215,6 +217,7 @@ def show(
         report=dataset.report or {},
         so_far=so_far(dataset),
         columns=(dataset.report or {}).get("columns", []),
+        to_map=_to_map(dataset),
         preview=(dataset.report or {}).get("preview", [])[:SAMPLES_OF_PREVIEW],
         rules=rules,
         errors=sum(entry["count"] for entry in rules if entry["severity"] == "error"),
@@ -230,6 +233,23 @@ def show(
         file_key=ids.public(ids.FILE, dataset.file_id) if dataset.file_id else None,
         lengths=_bars((dataset.report or {}).get("token_lengths") or (dataset.report or {}).get("lengths", [])),
     )
+
+
+def _to_map(dataset: Dataset) -> dict[str, Any]:
+    """What the panel that maps columns shows: the file's own, and for each format what is chosen now or was suggested."""
+    failed = dataset.status == "error"
+    found = (dataset.error if failed else dataset.report) or {}
+    columns = (found.get("columns") or [])[:MOST_COLUMNS]
+    mappings = found.get("mappings") or {name: entry.guess_mapping(columns) for name, entry in formats.FORMATS.items()}
+    if dataset.format:
+        chosen = {field: column for field, column in dataset.mapping.items() if column in columns}
+        mappings = mappings | {dataset.format: (mappings.get(dataset.format, {}) | chosen) if failed else chosen}
+    return {
+        "columns": columns,
+        "preview": found.get("preview" if failed else "first") or [],
+        "format": dataset.format or (found.get("suggested") or {}).get("format"),
+        "mappings": {name: mappings.get(name, {}) for name in formats.FORMATS},
+    }
 
 
 def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:

@@ -11,13 +11,27 @@ from app.schemas.base import Problem, Schema
 Severity = Literal["error", "warning", "note"]
 
 
+class SuggestedReading(Schema):
+    """A body for `POST /v1/datasets/{key}/readings` that reads the file as its values suggest."""
+
+    format: str
+    mapping: dict[str, str] = Field(description="Field of the format to column of the file.")
+
+
 class ReadingProblem(Problem):
-    """Why a file could not be read: the file, and the first line at fault where one is."""
+    """Why a file could not be read: the file, and the first line at fault where one is.
+
+    Where the columns match no format, `columns`, `preview`, `suggested` and `mappings` are there to choose a mapping from.
+    """
 
     file: str | None = None
     rule: str | None = Field(None, description="The rule that the line breaks, as in a report's findings.")
     value: str | None = Field(None, description="What stands there.")
     repair: str | None = Field(None, description="How most of the file's lines can be repaired, where a fix for them is known.")
+    columns: list[str] | None = Field(None, description="Columns of the file.")
+    preview: list[dict[str, str]] | None = Field(None, description="The first rows as they are in the file, long values cut.")
+    suggested: SuggestedReading | None = Field(None, description="Judged by the values. Nothing is read so until it is confirmed.")
+    mappings: dict[str, dict[str, str]] | None = Field(None, description="The likeliest mapping for each format.")
 
 
 class Dataset(Schema):

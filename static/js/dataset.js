@@ -1,5 +1,4 @@
 // A dataset's page while its file is read: the bar moves, and the page is loaded again when there is a report.
-// Also: only the fields of the chosen format are shown when a person overrules how it was read.
 const reading = document.getElementById("reading");
 if (reading) {
   const bar = reading.querySelector("progress");
@@ -16,13 +15,4 @@ if (reading) {
     setTimeout(look, 1000);
   };
   setTimeout(look, 700);
-}
-
-const choice = document.getElementById("format");
-if (choice) {
-  const show = () => {
-    for (const group of document.querySelectorAll("[data-format]")) group.hidden = group.dataset.format !== choice.value;
-  };
-  choice.addEventListener("change", show);
-  show();
 }

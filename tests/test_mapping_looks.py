@@ -1,0 +1,49 @@
+"""Data comes in, in a real browser: columns are mapped by one click, unknown roles are asked, tables are pasted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.data_worker import data_worker
+from tests.looks import look_at
+from tests.routes.test_mapping import ENGLISH, GERMAN
+from tests.test_looks import page, served
+
+__all__ = ["page", "served"]
+pytestmark = pytest.mark.browser
+
+
+def upload(page, served, path):
+    page.goto(f"{served}/datasets/new")
+    page.set_input_files("#file", path)
+    page.click("#send")
+    page.wait_for_url("**/datasets/ds-*")
+
+
+def test_a_table_with_headers_of_its_own_is_mapped_by_one_click(page, served, tmp_path):
+    (tmp_path / "fragen.csv").write_text(GERMAN, encoding="utf-8")
+    (tmp_path / "tickets.csv").write_text(ENGLISH)
+    with data_worker():
+        upload(page, served, tmp_path / "fragen.csv")
+        page.get_by_text("Map the columns").wait_for()
+        first = page.locator("table.first")
+        assert "→ text" in first.locator("th", has_text="Frage").inner_text()
+        assert "→ label" in first.locator("th", has_text="Kategorie").inner_text()
+        assert "extra column" in first.locator("th", has_text="Nr").inner_text() and "über Ihre Seite" in first.inner_text()
+        look_at(page, "mapping-error", tmp_path)
+        page.get_by_role("button", name="Import with this mapping").click()
+        page.get_by_text("Valid rows").or_(page.get_by_text("Good rows")).first.wait_for()
+        assert "12" in page.locator(".facts").first.inner_text() and "Rückgabe" in page.inner_text("main")
+
+        upload(page, served, tmp_path / "tickets.csv")
+        page.get_by_label("Format").select_option("plain_text")  # a choice of one's own
+        assert page.locator("table.first th", has_text="queue").inner_text().endswith("extra column")
+        page.get_by_role("button", name="Import with this mapping").click()
+        page.locator("summary", has_text="Change format or columns").click()
+        assert page.get_by_label("Format").input_value() == "plain_text"
+        page.get_by_label("Format").select_option("classification")
+        assert page.locator("table.first th", has_text="queue").inner_text().endswith("→ label")
+        look_at(page, "mapping-ready", tmp_path)
+        page.get_by_role("button", name="Re-import as new version").click()
+        page.get_by_text("shipping").first.wait_for()
+        assert "classification" in page.inner_text("main").lower()
