@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from app import db, files, formats, ids, queue, readers
 from app.errors import BadField, Conflict, NotFound
+from app.formats._messages import known_role
 from app.intake import VERSION
 from app.reading import beat, can_be_read_again, claim, read, read_again, reap
 from app.settings import get_settings
@@ -26,7 +27,7 @@ from app.tables import Dataset, File, Finding, Job, User
 
 __all__ = [
     "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "failed_later", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
-    "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "versions",
+    "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "unknown_roles", "versions",
 ]  # fmt: skip
 
 UNFINISHED = ("queued", "running", "paused")
@@ -267,6 +268,12 @@ def rules(dataset: Dataset) -> list[dict[str, Any]]:
     order = {"error": 0, "warning": 1, "note": 2}
     found = [{"rule": rule, **entry} for rule, entry in (dataset.report or {}).get("findings", {}).items()]
     return sorted(found, key=lambda entry: (order.get(entry["severity"], 3), -entry["count"], entry["rule"]))
+
+
+def unknown_roles(dataset: Dataset) -> list[dict[str, Any]]:
+    """Speakers whose rows are excluded until somebody says what they stand for: role, messages, and suggested or None."""
+    found = (dataset.report or {}).get("unknown_roles", {})
+    return [{"role": role, "messages": count, "suggested": known_role(role)} for role, count in found.items()]
 
 
 def findings(

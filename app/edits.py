@@ -9,6 +9,7 @@ changed in place. One edit is {"operation", "lines": […], …}:
     replace         the row is `row`, a normalised row as a person typed it
     retype          the line of the file is `row`, in the file's own columns, as a person typed it
     strip_control   control characters go            strip_markers   chat-template markers go
+    roles           messages of some speakers, in every row, are given to other roles: `roles` maps names to roles
     mask            what looks like a secret or personal data becomes a placeholder
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from app import formats
 from app.formats import Finding, Format
 from app.formats._base import Row, parsed
+from app.formats._messages import recast
 
 CONTROL = re.compile("\x1b\\[[0-9;?]{0,20}[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ufeff\ufffe\uffff]")
 """A terminal's colours; characters that show nothing, turn the writing round, or are left over from another encoding."""
@@ -47,8 +49,10 @@ class Edits:
     def __init__(self, edits: Iterable[Edit]) -> None:
         self.by_line: dict[int, list[Edit]] = {}
         self.repairs_all = False
+        self.roles: dict[str, str] = {}
         for edit in edits:
             self.repairs_all |= edit["operation"] == "repair" and edit.get("all", False)
+            self.roles |= edit.get("roles", {})
             for line in edit["lines"]:
                 self.by_line.setdefault(line, []).append(edit)
 
@@ -56,10 +60,15 @@ class Edits:
         """Whether a line that cannot be read is to be taken as it was probably meant."""
         return self.repairs_all or any(edit["operation"] == "repair" for edit in self.by_line.get(line, ()))
 
+    def touches(self, line: int) -> bool:
+        """Whether a row may be another in this version than in the file."""
+        return bool(self.roles) or line in self.by_line
+
     def apply(self, line: int, row: Row, entry: Format, mapping: Mapping[str, str]) -> tuple[Row | None, Row | None]:
         """(raw row, normalised row): the first when it must still be checked, the second when a person typed it; neither when
         it is dropped."""
         typed: Row | None = None
+        row = recast(row, mapping.values(), self.roles)
         for edit in self.by_line.get(line, ()):
             operation = edit["operation"]
             if operation == "drop_row":
@@ -85,16 +94,18 @@ def mend(row: Row, rule: str, entry: Format, mapping: Mapping[str, str]) -> Row 
         found = next((f for f in entry.check(row, mapping) if f.rule == rule and f.fix), None)
         if found is None or found.fix is None:
             return row
-        changed = _mended(row, found)
+        changed = _mended(row, found, mapping)
         if changed is None or changed == row:
-            return None
+            return row if rule == "wrong_role" else None  # nobody loses a row by the name of a speaker
         row = changed
     return row
 
 
-def _mended(row: Row, found: Finding) -> Row | None:
+def _mended(row: Row, found: Finding, mapping: Mapping[str, str]) -> Row | None:
     assert found.fix is not None
     operation, arguments = found.fix["operation"], found.fix["arguments"]
+    if operation == "role":
+        return recast(row, mapping.values(), {arguments["name"]: arguments["role"]})
     if operation == "set" and found.column:
         return _with(row, found.column, lambda holder, key: _set(holder, key, arguments["value"]))
     column = re.split(r"[.\[]", found.column or "", maxsplit=1)[0]

@@ -122,7 +122,7 @@ def _repaired(raws: Iterator[Raw], edits: Edits) -> Iterator[Raw]:
 
 def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
     """The good row of a raw one, after what this version changes in it; None when it is left out."""
-    if raw.line not in edits.by_line:
+    if not edits.touches(raw.line):
         return report.check(raw)
     row, typed = edits.apply(raw.line, raw.row or {}, report.entry, report.mapping)
     if typed is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from app.edits import CONTROL, check_normalised, markers
 from app.formats import Finding, Format
 from app.formats._base import LONGEST_NAME, Row, fix, shown
+from app.formats._messages import named
 from app.readers import Raw
 from app.rules._base import calls_of, seen
 from app.storable import shortened, storable
@@ -23,6 +24,8 @@ PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
 """What a report shows of the first rows, as bytes of JSON: all of them, and one."""
 MOST_LABELS, LABEL_CHARACTERS = 5000, 200
 """Labels whose rows are told: all of them, of every set that a classifier may learn (`MOST_CLASSES`)."""
+MOST_ROLES = 50
+"""Unknown roles that a person is asked about at once."""
 MOST_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
 
@@ -42,6 +45,7 @@ class Report:
         self.longest = 0
         self.found: dict[str, dict[str, Any]] = {}
         self.roles: Counter[str] = Counter()
+        self.unknown_roles: Counter[str] = Counter()
         self.turns: Counter[int] = Counter()
         self.labels: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
@@ -84,6 +88,9 @@ class Report:
     def add(self, line: int, finding: Finding) -> None:
         entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
         entry["count"] += 1
+        role = named(finding.value) if finding.rule == "wrong_role" else None
+        if role and (role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES):
+            self.unknown_roles[role] += 1
         if finding.fix is not None:
             kept = self.lines.setdefault(finding.rule, array("q"))
             if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):
@@ -214,6 +221,7 @@ class Report:
             "longest_characters": self.longest,
             "lengths": [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(self.lengths.items())],
             "roles": dict(self.roles.most_common()),
+            "unknown_roles": dict(self.unknown_roles.most_common()),
             "turns": sorted(self.turns.items())[:200],
             "labels": dict(self.labels.most_common(MOST_LABELS)),
             "label_count": len(self.labels),

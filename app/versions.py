@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from app import datasets, edits, formats, ids
 from app.errors import BadField, Conflict
+from app.formats._messages import CHOICES
 from app.readers import parse_json
 from app.reading import lines_path
 from app.settings import get_settings
@@ -89,6 +90,21 @@ def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
         origin={"operation": "repair", "from": ids.public(ids.DATASET, dataset.id)},
     )
     return datasets.order(session, new, datasets.file_of(session, dataset))
+
+
+def change_roles(session: Session, user: User, dataset: Dataset, roles: dict[str, str]) -> Dataset:
+    """A version in which messages of unknown roles have a role, in every row. Raises BadField for a role that is not one of either."""
+    unknown = [entry["role"] for entry in datasets.unknown_roles(dataset)]
+    for name, role in roles.items():
+        if name not in unknown or role not in CHOICES:
+            raise BadField(
+                f"“{name[:40]}” cannot become “{role[:40]}”.",
+                way_out=f"Unknown roles here: {', '.join(unknown) or 'none'}. Each can become {', '.join(CHOICES)}.",
+                param="roles",
+            )
+    if not roles:
+        raise BadField("No role was chosen.", way_out=f"Choose one of {', '.join(CHOICES)} for at least one name.", param="roles")
+    return make(session, user, dataset, [{"operation": "roles", "lines": [], "roles": roles}], {"operation": "roles", "roles": roles})
 
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
@@ -178,8 +194,9 @@ def describe(dataset: Dataset) -> str:
     rule = str(origin.get("rule", "")).replace("_", " ")
     return {
         "upload": "Uploaded",
-        "read_as": "Read as you said",
+        "read_as": "Re-mapped",
         "fix": f"Fixed {rule} in {rows}",
+        "roles": f"Changed roles: {', '.join(f'{name} → {role}' for name, role in (origin.get('roles') or {}).items())}",
         "drop": f"Left out {rows}",
         "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
         "concatenate": "Joined, one after the other",

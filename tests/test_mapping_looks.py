@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.data_worker import data_worker
@@ -47,3 +49,18 @@ def test_a_table_with_headers_of_its_own_is_mapped_by_one_click(page, served, tm
         page.get_by_role("button", name="Re-import as new version").click()
         page.get_by_text("shipping").first.wait_for()
         assert "classification" in page.inner_text("main").lower()
+
+
+def test_unknown_roles_are_asked_in_one_panel(page, served, tmp_path):
+    talk = [{"role": "customer", "content": "Hi?"}, {"role": "agent", "content": "Yes."}, {"role": "narrator", "content": "He left."}]
+    rows = [json.dumps({"messages": [*talk[: 2 + n % 2]], "n": n}) for n in range(12)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    with data_worker():
+        upload(page, served, tmp_path / "chats.jsonl")
+        panel = page.locator("#roles")
+        panel.get_by_label("narrator").wait_for()
+        assert [panel.get_by_label(name).input_value() for name in ("customer", "agent", "narrator")] == ["user", "assistant", ""]
+        look_at(page, "roles", tmp_path)
+        panel.get_by_role("button", name="Change roles").click()
+        page.get_by_text("Changed roles: ").wait_for()
+        assert "6" in page.locator(".facts").first.inner_text() and page.locator("#roles").get_by_label("narrator").is_visible()

@@ -9,7 +9,7 @@ import pytest
 
 from app import datasets, edits, files, findings, formats, ids, versions
 from app.errors import BadField, Conflict
-from app.tables import Finding
+from app.tables import Dataset, Finding
 
 
 def chat(*turns, **rest):
@@ -77,6 +77,29 @@ def test_all_of_a_kind_are_fixed_each_by_its_own_fix(session, user, make, data_d
     assert [m["role"] for m in rows[12]["messages"]] == ["user", "assistant"]
     assert [m["role"] for m in rows[13]["messages"]] == ["system", "user", "assistant"]
     assert not [rule for rule in datasets.rules(new) if rule["rule"] == "wrong_role_order"]
+
+
+def test_unknown_roles_are_asked_once_and_no_fix_drops_their_rows(session, user, make, data_dir, api):
+    nested = json.dumps({"input": {"messages": [{"role": "kunde", "content": "a"}]}, "preferred_output": "b", "non_preferred_output": "c"})
+    pairs = make([nested] * 2, "pairs.jsonl")
+    assert read(session, versions.fix_all(session, user, pairs, "wrong_role")).good_rows == 2
+    talk = chat(("Customer", "a"), ("narrator", "b"), ("user", "c"), ("agent", "d"))
+    parent = make([*some(10), talk, chat(("user", "x"), ("narrator", "y")), chat(("user", "x"), (3, "y"))])
+    path = f"/v1/datasets/{ids.public(ids.DATASET, parent.id)}"
+    asked = {entry["role"]: (entry["messages"], entry["suggested"]) for entry in api.get(f"{path}/report").json()["unknown_roles"]}
+    assert asked == {"narrator": (2, None), "customer": (1, "user"), "agent": (1, "assistant")}
+    fixed = read(session, versions.fix_all(session, user, parent, "wrong_role"))
+    assert fixed.rows == 13 and fixed.good_rows == 10  # still there, and still asked about
+    assert [entry["role"] for entry in datasets.unknown_roles(fixed)] == ["narrator"]
+    for wrong in ({"narrator": "judge"}, {"stranger": "user"}):
+        refused = api.post(f"{path}/fixes", json={"roles": wrong})
+        assert refused.status_code == 400 and "narrator" in refused.json()["error"]["message"]
+    roles = {"narrator": "assistant", "customer": "user", "agent": "assistant"}
+    made = api.post(f"{path}/fixes", json={"roles": roles}).json()
+    new = read(session, session.get(Dataset, ids.parse(ids.DATASET, made["id"])))
+    assert [message["role"] for message in rows_of(new, data_dir)[11]["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert new.good_rows == 12 and versions.describe(new).startswith("Changed roles: ") and not datasets.unknown_roles(new)
+    assert new.report["reason"] == "The format of the version before."
 
 
 @pytest.mark.parametrize(

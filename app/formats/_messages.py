@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from app.formats._base import Finding, Row, fix, parsed, shown
@@ -24,17 +24,20 @@ SPEAKERS = {
 }
 """ShareGPT's names of who speaks, which stand for one role each beyond doubt."""
 OTHER_NAMES = {
-    "human": "user",
-    "customer": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+    name: role
+    for role, names in {
+        "user": "human customer client consumer prompter visitor guest caller requester end_user enduser kunde kundin nutzer benutzer cliente "
+        "usuario utilisateur",
+        "assistant": "gpt chatgpt claude bot chatbot ai llm model agent operator support advisor adviser representative consultant assistent "
+        "berater beraterin mitarbeiter mitarbeiterin asistente support_agent service_agent customer_service customer_support",
+        "system": "sys system_prompt",
+        "tool": "observation function_response tool_response tool_result tool_output",
+    }.items()
+    for name in names.split()
 }
+"""What other exports call the roles: a fix that is offered, never made in silence."""
+CHOICES = ("user", "assistant", "system", "tool")
+"""Roles that a person may give to messages of another name."""
 KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
 DROP = fix("Drop the row", "drop_row")
 
@@ -127,14 +130,50 @@ def _check_message(message: Any, at: str) -> list[Finding]:
     return findings
 
 
+def named(speaker: Any) -> str | None:
+    """A role's name without case and blanks around it: “Agent ” and “agent” are one. None for what is no name."""
+    return (speaker.strip().lower() or None) if isinstance(speaker, str) else None
+
+
+def known_role(name: str) -> str | None:
+    """The role that another name stands for; None where only a person can tell."""
+    if name in ROLES:
+        return {"developer": "system", "function": "tool"}.get(name, name)
+    return SPEAKERS.get(name) or OTHER_NAMES.get(name.replace(" ", "_").replace("-", "_"))
+
+
+def recast(row: Row, columns: Iterable[str], roles: Mapping[str, str]) -> Row:
+    """The row with the messages of some speakers given to other roles; the row itself where none of them speaks in it."""
+    changed = {column: turns for column in columns if (turns := _recast(row.get(column), roles)) is not row.get(column)}
+    return row | changed if changed else row
+
+
+def _recast(value: Any, roles: Mapping[str, str]) -> Any:
+    inner = parsed(value)
+    if isinstance(inner, dict) and "messages" in inner:  # OpenAI's input of a preference
+        turns = _recast(inner["messages"], roles)
+        return value if turns is inner["messages"] else {**inner, "messages": turns}
+    turns = inner if isinstance(inner, list) else [inner]
+    if not any(_speaker(turn) in roles for turn in turns):
+        return value
+    cast = [{**turn, "role" if "role" in turn else "from": roles[name]} if (name := _speaker(turn)) in roles else turn for turn in turns]
+    return cast if isinstance(inner, list) else cast[0]
+
+
+def _speaker(turn: Any) -> str | None:
+    return named(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else None
+
+
 def _wrong_role(role: Any, at: str) -> Finding:
-    better = OTHER_NAMES.get(role.lower().strip()) if isinstance(role, str) else None
-    if better is None and isinstance(role, str) and role.lower().strip() in ROLES:
-        better = role.lower().strip()
-    advice = f"Write “{better}”." if better else f"It must be one of {', '.join(ROLES[:5])}."
-    repair = fix(f"Call it {better}", "set", value=better) if better else DROP
-    what = "has no role" if role is None else f"has the role “{shown(role, 40)}”"
-    return Finding("wrong_role", f"This message {what}. {advice}", f"{at}.role", shown(role), "error", repair)
+    """An unknown name has no fix of its own: a person says once, for all rows, what it stands for."""
+    name = named(role)
+    better = known_role(name) if name else None
+    if name is None:
+        what = "has no role" if role is None else f"has {shown(role, 40)} for a role"
+        return Finding("wrong_role", f"This message {what}. It must be one of {', '.join(ROLES[:5])}.", f"{at}.role", None)
+    advice = f"Suggested: “{better}”." if better else "Choose under “Unknown roles” what it stands for."
+    repair = fix(f"Change to “{better}”", "role", name=name, role=better) if better else None
+    return Finding("wrong_role", f"This message has the role “{shown(role, 40)}”. {advice}", f"{at}.role", shown(role), "error", repair)
 
 
 def _check_content(message: Row, role: str, at: str) -> list[Finding]:

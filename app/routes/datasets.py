@@ -14,6 +14,7 @@ from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
+from app.formats._messages import CHOICES
 from app.multipart import Form as StreamedForm
 from app.multipart import read_form
 from app.openapi import answers
@@ -220,6 +221,8 @@ def show(
         to_map=_to_map(dataset),
         preview=(dataset.report or {}).get("preview", [])[:SAMPLES_OF_PREVIEW],
         rules=rules,
+        unknown_roles=datasets.unknown_roles(dataset),
+        roles=CHOICES,
         errors=sum(entry["count"] for entry in rules if entry["severity"] == "error"),
         warnings=sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
         findings=found,

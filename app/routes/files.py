@@ -167,6 +167,7 @@ def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str,
         "trained_tokens": stats.trained_tokens,
         "longest": stats.longest,
         "rules": datasets.rules(dataset),
+        "unknown_roles": datasets.unknown_roles(dataset),
         "findings": [
             {key: getattr(finding, key) for key in ("id", "line", "column", "rule", "severity", "value", "message", "fix")}
             for finding in found

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from app import datasets, findings, hub_datasets, ids, joining, schemas, versions
 from app.accounts import CurrentUser
-from app.db import Db
+from app.db import Db, transaction
 from app.errors import BadField
 from app.openapi import answers
 from app.pages import MAX_NUMBER
@@ -93,6 +94,21 @@ def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Respon
     return RedirectResponse(path_of(new), 303)
 
 
+@pages.post("/datasets/{key}/roles")
+async def change_roles(request: Request, user: CurrentUser, key: Key) -> Response:
+    """Give the messages of unknown roles a role: `role.NAME` for each of them, empty to leave it as it is."""
+    form = await request.form()
+    roles = {
+        name.removeprefix("role."): value for name, value in form.items() if name.startswith("role.") and isinstance(value, str) and value
+    }
+    return RedirectResponse(await run_in_threadpool(_change_roles, user, key, roles), 303)
+
+
+def _change_roles(user: User, key: str, roles: dict[str, str]) -> str:
+    with transaction() as session:
+        return path_of(versions.change_roles(session, user, dataset_of(session, user, key), roles))
+
+
 @pages.post("/datasets/{key}/drop")
 def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[Number], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
@@ -115,12 +131,15 @@ def download(user: CurrentUser, session: Db, key: Key, kind: Literal["csv", "jso
 
 
 class Fix(BaseModel):
-    """One finding by its id, or several, or all under a rule."""
+    """One finding by its id, or several, or all under a rule, or a role for the messages of unknown ones."""
 
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
     findings: list[int] = Field(default_factory=list, max_length=versions.MOST_FINDINGS)
     rule: str | None = None
+    roles: dict[str, str] = Field(
+        default_factory=dict, description="Of a report's unknown roles: user, assistant, system or tool for each."
+    )
     repair: bool = Field(default=False, description="Of a file none of whose lines could be read: take them as they were meant.")
 
 
@@ -163,9 +182,11 @@ def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, 
         return to_json(versions.fix_some(session, user, dataset, wanted))
     if order.rule:
         return to_json(versions.fix_all(session, user, dataset, order.rule))
+    if order.roles:
+        return to_json(versions.change_roles(session, user, dataset, order.roles))
     if order.repair:
         return to_json(versions.repair(session, user, dataset))
-    raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
+    raise BadField("Nothing to fix was named.", way_out="Send finding, findings, rule, roles or repair.", param="finding")
 
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))

@@ -103,6 +103,14 @@ class RuleCount(Schema):
     message: str
 
 
+class UnknownRole(Schema):
+    """A name of a speaker that is no role. Its rows are excluded until `POST /v1/datasets/{key}/fixes` says what it stands for."""
+
+    role: str
+    messages: int
+    suggested: Literal["user", "assistant", "system", "tool"] | None
+
+
 class DatasetReport(Schema):
     """What was found in a version, one page of findings at a time."""
 
@@ -122,6 +130,7 @@ class DatasetReport(Schema):
     trained_tokens: int | None
     longest: int | None
     rules: list[RuleCount]
+    unknown_roles: list[UnknownRole]
     findings: list[Finding]
     has_more: bool
 

@@ -72,7 +72,7 @@ def test_a_finding_says_where_and_offers_a_way_out():
     (finding,) = Chat().check({"messages": [user(), {"role": "Human", "content": "x"}, answer()]}, MAPPING)
     assert finding.column == "messages[1].role"
     assert finding.value == "Human"
-    assert finding.fix == {"label": "Call it user", "operation": "set", "arguments": {"value": "user"}}
+    assert finding.fix == {"label": "Change to “user”", "operation": "role", "arguments": {"name": "human", "role": "user"}}
 
 
 def test_normalising_keeps_weight_name_calls_and_tools_and_joins_text_parts():

@@ -36,12 +36,12 @@ def test_upload_then_reading_then_the_report(client, session):
     assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None, "so_far": ""}
     path = read(session, answer)
     page = client.get(path).text
-    assert "Recognised as chat" in page and "wrong role" in page and "Call it user" in page and "invalid json" in page
+    assert "Recognised as chat" in page and "wrong role" in page and "Change to “user”" in page and "invalid json" in page
     assert "&lt;b&gt;ask&lt;/b&gt;" in page and "<b>ask" not in page
     assert f"/jobs/new?dataset={path.rsplit('/', 1)[1]}" in page
     only = client.get(path + "?rule=wrong_role&sort=severity").text
     table = only[only.index('id="findings"') : only.index('id="preview"')]
-    assert "Call it user" in table and "Not valid JSON" not in table
+    assert "Change to “user”" in table and "Not valid JSON" not in table
     assert client.get(path + "?sort=colour").status_code == 400
     assert "talk" in client.get("/datasets").text
 

@@ -117,7 +117,7 @@ def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user
     page = client.get(path + "/rows/13").text
     assert "&lt;i&gt;a" in page and "invalid json" in page and "Leave this line out" in page
     other = client.get(path + "/rows/14").text
-    assert "customer" in other and "Call it user" in other
+    assert "customer" in other and "Change to “user”" in other
     assert client.get(path + "/rows/15").status_code == 404
 
     typed = {"do": "raw", "row": '{"messages": [{"role": "user", "content": "a"}]}'}
