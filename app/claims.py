@@ -350,7 +350,7 @@ def _bury(session: Session, job: Job, failed: events.Failed) -> None:
     job.cancel_requested = job.pause_requested = job.save_requested = False
     given_up = failed.model_copy(
         update={
-            "message": f"{failed.message} That was death {job.deaths} without a newer checkpoint, so the job was given up.",
+            "message": f"{failed.message} The trainer crashed {job.deaths} times without progress, so the job failed.",
             "way_out": failed.way_out or "Look at the log of the last attempt, then resume the job or start it with less.",
         }
     )

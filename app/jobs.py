@@ -83,8 +83,8 @@ def create(session: Session, user: User, order: JobOrder, idempotency_key: str |
 
 def _not_sent(project: str) -> str:
     return (
-        f"Nothing is sent to the project {project[:100]} of Weights & Biases: this studio keeps its figures to itself. "
-        "They are in the job's events, in its result file and in the TensorBoard files of its run."
+        f"W&B logging is not supported, so nothing is sent to the project {project[:100]}. "
+        "The metrics are in the job's events, in its result file and in the TensorBoard files of its run."
     )
 
 

@@ -316,11 +316,11 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
         case Log():
             return event.level, event.message
         case Queued(reason="submitted"):
-            return "info", "Waiting for a worker."
+            return "info", "Queued."
         case Queued():
-            return "info", f"Waiting for a worker again, {progress.resume_reason}."
+            return "info", f"Queued again, {progress.resume_reason}."
         case Claimed():
-            return "info", f"Attempt {event.attempt} began on {event.worker}."
+            return "info", f"Attempt {event.attempt} started on {event.worker}."
         case Started():
             start = f"Training resumes at step {event.resumed_from} of" if event.resumed_from is not None else "Training starts:"
             return "info", f"{start} {event.total_steps} steps over {event.train_rows} rows, on {event.device} in {event.precision}."
@@ -332,12 +332,13 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
             return "warn", event.message
         case Stopped():
             where = f" at step {event.step}" if event.step is not None else ""
-            return "info", f"{event.status.capitalize()}{where}. {event.reason}".strip()
+            by = " by you" if event.reason == "asked for" else ""
+            return "info", f"{event.status.capitalize()}{by}{where}. {'' if by else event.reason}".strip()
         case Failed():
             return "error", f"{event.message} {event.way_out}".strip()
         case Finished():
             early = " Validation loss had stopped improving." if event.reason == "early_stopped" else ""
-            return "info", f"Finished at step {event.step}.{early}"
+            return "info", f"Succeeded at step {event.step}.{early}"
         case _:
             return None
 

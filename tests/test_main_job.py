@@ -104,8 +104,16 @@ def test_in_the_browser(studio, browser_page, note):
     page.goto(address)
     wait_for(page, f"of {STEPS}", 10)
     wait_for(page, "The model is called", 600)
-    facts = page.inner_text("dl.facts:not(.small)")
-    assert "Training loss" in facts and "from" in facts
+    tiles = page.inner_text("dl.tiles")
+    assert "Validation loss" in tiles and "predicted" in tiles
+    page.set_viewport_size({"width": 1360, "height": 700})
+    heights = {}
+    for tab in ("overview", "metrics", "samples", "evaluation", "data", "config"):
+        page.goto(f"{address}?tab={tab}")
+        page.wait_for_timeout(200)  # charts find their size
+        heights[tab] = page.evaluate("document.documentElement.scrollHeight")
+    assert max(heights.values()) <= 1000, heights
+    page.goto(address)
 
     # Compare base and tuned, side by side.
     page.get_by_role("link", name="Compare in the playground").click()
@@ -130,7 +138,7 @@ def test_in_the_browser(studio, browser_page, note):
     with httpx.Client(base_url=f"{studio.url}/v1/fine_tuning/jobs", headers={"authorization": f"Bearer {studio.key}"}) as api:
         key = address.rpartition("/")[2]
         job, events = api.get(f"/{key}").json(), api.get(f"/{key}/events?limit=100").json()["data"]
-    note("browser", job, losses_of(events), answers, seconds_to_first_step=round(first_step, 1), facts=facts, proofs=proofs)
+    note("browser", job, losses_of(events), answers, seconds_to_first_step=round(first_step, 1), heights=heights, proofs=proofs)
 
 
 def test_with_the_openai_client(studio, note):

@@ -6,20 +6,20 @@ The JSON twin stands in `app/routes/fine_tuning.py`; both call `app.jobs`.
 from __future__ import annotations
 
 import uuid
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi import Form as Form_
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import FormData
 
-from app import ids, jobs, live, order_form, watch
+from app import ids, job_files, job_tabs, jobs, live, order_form, watch
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict
 from app.orders import JobOrder
-from app.pages import Offset
+from app.pages import MAX_NUMBER, Offset
 from app.tables import Job
 from app.web import flash, human_number, render
 
@@ -113,14 +113,50 @@ def _order_page(
 # One job --------------------------------------------------------------------------------------------------------------
 
 
+Tab = Literal["overview", "metrics", "samples", "evaluation", "data", "config"]
+
+
+def _wish(
+    prompt: Annotated[int, Query(ge=0, le=1000)] = 0,
+    step: Annotated[int | None, Query(ge=0, le=MAX_NUMBER)] = None,
+    filter: Annotated[str, Query(max_length=200)] = "",
+    level: Literal["", "info", "warn", "error"] = "",
+) -> job_tabs.Wish:
+    return job_tabs.Wish(prompt, step, filter.strip(), level)
+
+
 @pages.get("/jobs/{job_id}")
-def job_page(request: Request, user: CurrentUser, session: Db, job_id: str, part: str = "") -> Response:
-    """The whole page; with `?part=live` what changes in it, for the browser that has the rest."""
+def job_page(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    job_id: str,
+    wish: Annotated[job_tabs.Wish, Depends(_wish)],
+    tab: Tab = "overview",
+    part: str = "",
+) -> Response:
+    """The page with one of its tabs; with `?part=live` what changes in it, for the browser that has the rest."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    context = view.page(session, user, job, points=part != "live")
-    if part == "live":
-        return render(request, "parts/job_live.html", **context)
-    return render(request, "job.html", **context)
+    context = job_tabs.page(session, user, job, tab, wish, points=part != "live")
+    return render(request, "parts/job_live.html" if part == "live" else "job.html", **context)
+
+
+@pages.get("/jobs/{job_id}/config.yaml")
+def job_config(user: CurrentUser, session: Db, job_id: str) -> Response:
+    """All settings as a file that `luthier train` takes."""
+    job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
+    return Response(job_files.config(session, job), media_type="application/yaml", headers=_attached(f"job-{job.id.hex[:8]}.yaml"))
+
+
+@pages.get("/jobs/{job_id}/log.txt")
+def job_log(user: CurrentUser, session: Db, job_id: str) -> Response:
+    """The whole log: what was said of the job, and what its trainers wrote."""
+    job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
+    return StreamingResponse(job_files.log(session, job), media_type="text/plain", headers=_attached(f"job-{job.id.hex[:8]}.log"))
+
+
+def _attached(name: str) -> dict[str, str]:
+    return {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
 
 
 @pages.get("/jobs/{job_id}/stream")
@@ -136,12 +172,8 @@ def job_stream(
 def job_results(user: CurrentUser, session: Db, job_id: str) -> Response:
     """Every step's figures as CSV: the whole of what the charts thin out."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    name = f"step_metrics-{job.id.hex[:8]}.csv"
-    return Response(
-        jobs.results_csv(jobs.events(session, job)),
-        media_type="text/csv",
-        headers={"content-disposition": f'attachment; filename="{name}"'},
-    )
+    figures = jobs.results_csv(jobs.events(session, job))
+    return Response(figures, media_type="text/csv", headers=_attached(f"step_metrics-{job.id.hex[:8]}.csv"))
 
 
 @pages.post("/jobs/{job_id}/pause")
@@ -170,7 +202,7 @@ def save(request: Request, user: CurrentUser, session: Db, job_id: str) -> Respo
 def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int, Form_(ge=0)] = 0) -> Response:
     """The same job with the settings of one of its suggestions, as a new job."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    found = view.suggestions(session, job)
+    found = job_tabs.suggestions(session, job)
     if suggestion >= len(found):
         raise BadField("This job suggests no such settings.", way_out="Clone it, and change what you like.", param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}

@@ -43,11 +43,24 @@ export class Line {
   }
 }
 
+/** The values as an exponential moving average, corrected for its start, as TensorBoard smooths. */
+function smoothed(values, share) {
+  if (!share) return values;
+  let mean = 0;
+  let weight = 0;
+  return values.map((value) => {
+    mean = mean * share + value * (1 - share);
+    weight = weight * share + (1 - share);
+    return mean / weight;
+  });
+}
+
 /** All lines of a chart over one rising list of steps, with null where a line has no point: the form uPlot takes. */
-function align(lines) {
+function align(lines, share) {
   const steps = [...new Set(lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
   const columns = lines.map((line) => {
-    const at = new Map(line.steps.map((step, i) => [step, line.values[i]]));
+    const values = smoothed(line.values, share);
+    const at = new Map(line.steps.map((step, i) => [step, values[i]]));
     return steps.map((step) => at.get(step) ?? null);
   });
   return [steps, ...columns];
@@ -66,10 +79,27 @@ export class Chart {
     this.legend = document.querySelector(`[data-legend="${element.dataset.chart}"]`);
     this.names = element.dataset.lines.trim().split(/\s+/).map((word) => word.split(":"));
     this.lines = this.names.map(([name]) => lines[name]);
-    this.plot = new uPlot(this.options(), align(this.lines), element);
+    this.smoothing = 0;
+    this.logarithmic = false;
+    this.plot = new uPlot(this.options(), this.data(), element);
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(element);
     this.showLatest();
+  }
+
+  data() {
+    return align(this.lines, this.smoothing);
+  }
+
+  /** Smooth the lines, or draw their logarithm; both are only a way of looking, so the table keeps the figures. */
+  look(smoothing, logarithmic) {
+    this.smoothing = smoothing;
+    if (logarithmic !== this.logarithmic) {
+      this.logarithmic = logarithmic;
+      this.plot.destroy();
+      this.plot = new uPlot(this.options(), this.data(), this.element);
+    }
+    this.draw();
   }
 
   options() {
@@ -82,10 +112,10 @@ export class Chart {
     return {
       ...this.size(),
       legend: { show: false },
-      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: { key: "steps", setSeries: false, scales: ["x", null] } },
       scales: {
         x: { time: false, range: (_, min, max) => [0, Math.max(this.total() ?? 0, max ?? 0, 1)] },
-        y: { range: (_, min, max) => this.range(min, max) },
+        y: { distr: this.logarithmic ? 3 : 1, range: (_, min, max) => this.range(min, max) },
       },
       axes: [
         { ...axis, grid: { show: false }, space: 60, size: 26, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => number(tick, 0)) },
@@ -104,7 +134,8 @@ export class Chart {
 
   /** Amounts begin at zero, so that small changes look small; losses and scores take the room they need. */
   range(min, max) {
-    if (min == null || max == null) return [0, 1];
+    if (min == null || max == null) return this.logarithmic ? [0.1, 1] : [0, 1];
+    if (this.logarithmic) return uPlot.rangeLog(min, max, 10, false);
     if (this.unit !== "") return [0, max > 0 ? max * 1.08 : 1];
     const room = (max - min || Math.abs(max) || 1) * 0.08;
     return [min >= 0 ? Math.max(0, min - room) : min - room, max + room];
@@ -112,6 +143,7 @@ export class Chart {
 
   /** A figure on the axis. `gap` lies between two of them and decides how many decimals they need. */
   tick(value, gap) {
+    if (this.logarithmic) return value == null ? "" : String(Number(value.toPrecision(3)));
     if (this.unit === "bytes") return value === 0 ? "0" : bytes(value);
     if (this.unit === "rate") return value === 0 ? "0" : value.toExponential(gap / value < 0.1 ? 1 : 0);
     return number(value, Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9))));
@@ -131,7 +163,7 @@ export class Chart {
     if (this.waiting) return;
     this.waiting = requestAnimationFrame(() => {
       this.waiting = 0;
-      this.plot.setData(align(this.lines));
+      this.plot.setData(this.data());
       if (this.plot.cursor.idx == null) this.showLatest();
     });
   }

@@ -4,7 +4,9 @@ import { Chart, Line, onThemeChange } from "./charts.js";
 
 const PER_STEP = ["learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"];
 
-const points = JSON.parse(document.getElementById("points").textContent);
+const live = () => document.getElementById("live");
+const told = document.getElementById("points"); // on tabs with charts
+const points = told ? JSON.parse(told.textContent) : { total: null, last_event_id: Number(live().dataset.last), charts: {} };
 let total = points.total;
 let last = points.last_event_id;
 const lines = {};
@@ -12,8 +14,6 @@ for (const [chart, found] of Object.entries(points.charts)) {
   lines[chart] = Object.fromEntries(Object.entries(found).map(([name, columns]) => [name, new Line(columns)]));
 }
 const charts = new Map();
-
-const live = () => document.getElementById("live");
 
 function line(chart, name) {
   lines[chart] ??= {};
@@ -33,6 +33,9 @@ function place() {
     const name = element.dataset.chart;
     for (const word of element.dataset.lines.trim().split(/\s+/)) line(name, word.split(":")[0]);
     charts.set(element, new Chart(element, lines[name], () => total));
+  }
+  for (const controls of document.querySelectorAll("[data-controls][hidden]")) {
+    controls.hidden = ![...charts.keys()].some((element) => element.dataset.chart === controls.dataset.controls);
   }
 }
 
@@ -75,10 +78,8 @@ function follow() {
   source.onmessage = (message) => receive(JSON.parse(message.data));
   source.onopen = () => {
     retry = 0;
-    say("");
   };
   source.onerror = () => {
-    say("The connection was lost; trying again.");
     if (source.readyState !== EventSource.CLOSED) return; // the browser tries again by itself
     close();
     retry = Math.min(retry + 1, 6);
@@ -89,11 +90,6 @@ function follow() {
 function close() {
   source?.close();
   source = null;
-}
-
-function say(text) {
-  const place = document.getElementById("connection");
-  if (place && place.textContent !== text) place.textContent = text;
 }
 
 /** Times of day as the reader's clock has them; the server writes UTC. */
@@ -108,15 +104,36 @@ function localTimes() {
 /** What a person opened stays open when the page is laid over, and a finished job is followed no longer. */
 let open = [];
 document.addEventListener("htmx:before:swap", () => {
-  open = [...live().querySelectorAll("details[open]")].map((details) => details.id);
+  open = [...live().querySelectorAll("details")].map((details) => [details.id, details.open]);
 });
 document.addEventListener("htmx:after:swap", () => {
-  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+  for (const [id, was] of open) document.getElementById(id)?.toggleAttribute("open", was);
   place();
   localTimes();
+  tellEnd();
   if (live().dataset.live === "true") follow();
   else close();
 });
+
+/** Smoothing and scale of a chart are this reader's way of looking. */
+document.addEventListener("input", (event) => {
+  const controls = event.target.closest("[data-controls]");
+  if (!controls) return;
+  const chart = [...charts].find(([element]) => element.dataset.chart === controls.dataset.controls)?.[1];
+  chart?.look(Number(controls.querySelector("[data-smooth]").value), controls.querySelector("[data-log]").checked);
+});
+
+/** Another prompt or level is shown as soon as it is chosen. */
+document.addEventListener("change", (event) => {
+  if (event.target.matches("form[data-now] select")) event.target.form.requestSubmit();
+});
+
+/** How far the job is, in the title and the icon of the browser's tab. */
+function tellEnd() {
+  document.title = `${live().dataset.title} · Luthier`;
+  const icon = document.querySelector('link[rel="icon"]');
+  if (icon.getAttribute("href") !== live().dataset.icon) icon.href = live().dataset.icon;
+}
 
 place();
 localTimes();

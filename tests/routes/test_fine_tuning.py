@@ -77,7 +77,7 @@ def test_create_answers_with_openais_fields_and_ours(ai, file_id):
     assert job.estimate["seconds"] > 0 and job.progress["step"] == 0
     assert ai.fine_tuning.jobs.retrieve(job.id) == job
     told = ai.fine_tuning.jobs.list_events(job.id).data[0]
-    assert told.level == "warn" and told.message.startswith("Nothing is sent to the project p of Weights & Biases")
+    assert told.level == "warn" and told.message.startswith("W&B logging is not supported, so nothing is sent to the project p.")
 
 
 def test_the_deprecated_form_and_auto_everywhere(ai, file_id):

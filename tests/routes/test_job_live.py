@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from app import events
+from app import events, job_tabs
 from tests import lives
 from tests.conftest import free_port
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
@@ -86,9 +86,9 @@ def latest(page) -> str:
 def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, served, session, user, tiny_registered):
     life = lives.Life(session, lives.order(session, user, tiny_registered))
     page.goto(served + address(life))
-    assert "The line begins with the first step." in page.inner_text("main")
+    assert "Waiting for the first step." in page.inner_text("main")
     life.claim()
-    until(page, "document.querySelector('.head').innerText.includes('Starting')")
+    until(page, "document.querySelector('.head').innerText.includes('Running')")
     assert "Starting: loading the model and the data" in latest(page) and "predicted to take 5 min" in latest(page)
     life.say(lives.started())
     until(page, "document.querySelector('.progress').innerText.includes('the first of 120 steps is being made')")
@@ -96,14 +96,15 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     until(page, "document.querySelector('.progress').innerText.includes('Step 11 of 120')")
     until(page, f"({CHART})('loss')")
     page.click("#table-loss summary")
-    top = page.locator(".facts").bounding_box()["y"]
+    top = page.locator(".tiles").bounding_box()["y"]
     life.say(*lives.steps(12, 24))
-    until(page, "document.querySelector('#samples-title').innerText.includes('step 24')")
+    until(page, "document.querySelector('.tiles').innerText.includes('step 24')")
+    assert page.title().startswith("20 % ·".replace(" ", "\u202f", 1)) and "running" in page.get_attribute("link[rel=icon]", "href")
     assert page.get_attribute("#table-loss", "open") is not None  # what was opened stays open
-    assert page.locator(".facts").bounding_box()["y"] == top  # nothing jumps
+    assert page.locator(".tiles").bounding_box()["y"] == top  # nothing jumps
     until(page, "document.querySelector('[data-legend=loss]').innerText.replace(/\\s+/g, ' ').includes('validation 1.59')")
     life.lose()
-    until(page, "document.querySelector('.head').innerText.includes('Waiting')")
+    until(page, "document.querySelector('.head').innerText.includes('Queued')")
     life.claim().say(lives.started(resumed_from=12), *lives.steps(13, 20))
     until(page, "document.querySelector('.progress').innerText.includes('resumed at step 12 after the worker was lost')")
     until(page, "document.querySelector('.progress').innerText.includes('Step 20 of 120')")
@@ -116,7 +117,8 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     life.say(*lives.steps(21, 120)).finish()
     page.get_by_text("Compare in the playground").wait_for()
     until(page, "document.querySelector('#live').dataset.live === 'false'")
-    assert "Finished" in page.inner_text(".head")
+    assert "Succeeded" in page.inner_text(".head") and page.title().startswith("✓ support-tone")
+    assert "succeeded" in page.get_attribute("link[rel=icon]", "href")
 
 
 def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_registered):
@@ -128,7 +130,7 @@ def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_re
     life.say(*lives.steps(75, 84))
     for one in (page, other):
         until(one, "document.querySelector('.progress').innerText.includes('Step 84 of 120')")
-    for place in (".facts", "[data-legend=loss]", "#samples-title", ".log"):
+    for place in (".tiles", "[data-legend=loss]", ".checkpoints", ".log"):
         assert page.inner_text(place) == other.inner_text(place)
 
     # A pause and what comes of it are seen by both, whoever asked.
@@ -139,10 +141,10 @@ def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_re
         until(one, "document.querySelector('#do-resume')")
         assert "Paused" in one.inner_text(".head") and "of training left" in latest(one)
     page.click("#do-resume")
-    until(other, "document.querySelector('.head').innerText.includes('Waiting')")
+    until(other, "document.querySelector('.head').innerText.includes('Queued')")
     life.claim()
     for one in (page, other):
-        until(one, "document.querySelector('.head').innerText.includes('Starting')")
+        until(one, "document.querySelector('.head').innerText.includes('Running')")
         assert "attempt 3 (after a pause), starting: loading the model and the data" in latest(one)
     life.say(lives.started(resumed_from=84), *lives.steps(85, 88))
     for one in (page, other):
@@ -170,7 +172,7 @@ def test_a_lost_connection_misses_nothing(page, served, session, user, tiny_regi
 
 
 def test_charts_fit_their_place_and_follow_the_theme(page, served, session, user, tiny_registered):
-    page.goto(served + address(lives.running(session, user, tiny_registered)))
+    page.goto(served + address(lives.running(session, user, tiny_registered)) + "?tab=metrics")
     for width in (1280, 700, 320, 1000):
         page.set_viewport_size({"width": width, "height": 900})
         for name in ("loss", "memory_bytes"):
@@ -221,7 +223,8 @@ def test_nobody_is_shut_out(page, served, session, user, tiny_registered, datase
         "/jobs",
         "/jobs/new",
         "/jobs/new?strategy.rank=0",
-        *map(address, (lives.running(session, user, tiny_registered), failed, done)),
+        *map(address, (lives.running(session, user, tiny_registered), failed)),
+        *(f"{address(done)}?tab={tab}" for tab in job_tabs.TABS),
     ):
         page.goto(served + path)
         page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = !d.matches('.menu'))")
@@ -235,7 +238,11 @@ def test_without_scripts_the_page_shows_all_and_says_how_to_look_again(browser, 
         page.locator("main form button").first.click()
     page.goto(served + address(lives.running(session, user, tiny_registered)))
     said = page.inner_text("main")
-    assert "Step 74 of 120" in said and "Sample answers at step 72" in said and "Refresh" in said
+    assert "Step 74 of 120" in said and "Refresh" in said
     page.click("#table-loss summary")
     assert page.locator("#table-loss td").first.is_visible()
+    page.click("text=Samples")
+    page.select_option("#step", "36")
+    page.click("text=Show")
+    assert "Sample generations at step 36" in page.inner_text("main")
     context.close()

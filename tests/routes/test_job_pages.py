@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from app import datasets, events, files, ids, jobs
+from app import datasets, events, files, ids, job_tabs, jobs
+from app.settings import get_settings
 from app.strategies import STRATEGIES
 from tests import lives
 
@@ -54,7 +55,7 @@ def test_the_list_shows_each_job_with_what_was_measured_and_predicted(client, se
         lives.started(), *lives.steps(1, 120)
     ).finish()
     said = words(client.get("/jobs"))
-    assert "1 running, 1 finished" in said
+    assert "1 running, 1 succeeded" in said
     assert "step 74 of 120" in said
     assert "1.31 GB predicted 1.36 GB" in said and "5 min 36 s predicted 5 min" in said
     assert "1.17" in said  # the best validation loss of the running one
@@ -68,7 +69,7 @@ def test_another_persons_job_is_not_there(client, session, tiny_registered):
     session.commit()
     job = lives.order(session, other, tiny_registered)
     assert "support-tone" not in client.get("/jobs").text
-    for path in ("", "/stream", "/results.csv"):
+    for path in ("", "/stream", "/results.csv", "/config.yaml", "/log.txt"):
         assert client.get(address(job) + path).status_code == 404
     for action in ("pause", "resume", "stop", "save", "again", "delete"):
         assert client.post(f"{address(job)}/{action}").status_code == 404
@@ -79,15 +80,18 @@ def test_another_persons_job_is_not_there(client, session, tiny_registered):
 
 
 def test_a_reload_shows_all_that_was_said(client, session, user, tiny_registered):
-    page = client.get(address(lives.running(session, user, tiny_registered)))
+    where = address(lives.running(session, user, tiny_registered))
+    page = client.get(where)
     said = words(page)
     assert "Step 74 of 120 , epoch 2 of 3, attempt 2 (resumed at step 36 after the worker was lost)" in said
     assert "2 min" in said and "left" in said
-    assert "best, step 72" in said and "of 1.36 GB" in said
-    assert "Sample answers at step 72" in said and "There are several reasons" in said
-    assert "step 36 1.39 try" in said
-    assert "Attempt 2 began on w1." in said
-    data = points(page)
+    assert "best at step 72" in said and "predicted 1.36 GB" in said
+    assert "Step 36 validation loss 1.39 Try" in said
+    samples = words(client.get(f"{where}?tab=samples"))
+    assert "Sample generations at step 72" in samples and "There are several reasons" in samples
+    assert "Sample generations at step 36" in words(client.get(f"{where}?tab=samples&prompt=1&step=36"))
+    assert "Attempt 2 started on w1." in words(client.get(f"{where}?tab=config"))
+    data = points(client.get(f"{where}?tab=metrics"))
     assert data["total"] == 120
     assert data["charts"]["loss"]["loss"][0] == list(range(1, 75))
     assert data["charts"]["loss"]["validation"][0] == [12, 24, 36, 48, 60, 72]
@@ -101,9 +105,10 @@ def test_work_that_is_no_step_says_how_far_it_is(client, session, user, tiny_reg
     assert "comparing base and result, 40" in said and "finishing" in said
 
 
-def test_the_live_part_is_the_same_as_the_page(client, session, user, tiny_registered):
+@pytest.mark.parametrize("tab", job_tabs.TABS)
+def test_the_live_part_is_the_same_as_the_page(client, session, user, tiny_registered, tab):
     where = address(lives.running(session, user, tiny_registered))
-    part, page = client.get(f"{where}?part=live"), client.get(where)
+    part, page = client.get(f"{where}?tab={tab}&part=live"), client.get(f"{where}?tab={tab}")
     assert "<html" not in part.text and part.text.lstrip().startswith('<div id="live"')
 
     def settled(text: str) -> str:  # what differs from one answer to the next by nature
@@ -160,7 +165,7 @@ def test_a_finished_job_leads_to_the_playground(client, session, user, tiny_regi
     compare = re.search(r'href="(/playground[^"]*)">Compare', page.text).group(1)
     assert html.unescape(compare).count("models=") == 2
     assert 'data-live="false"' in page.text
-    assert "2.5100 1.1300" in words(page)
+    assert "2.5100 1.1300" in words(client.get(f"{address(life)}?tab=evaluation"))
 
 
 def test_text_from_a_model_cannot_become_markup(client, session, user, tiny_registered):
@@ -168,8 +173,9 @@ def test_text_from_a_model_cannot_become_markup(client, session, user, tiny_regi
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     life.say(lives.started(), events.Sampled(step=1, samples=[events.Sample(prompt=evil, reference=evil, answer=evil)]))
     life.say(events.Log(message=evil))
-    page = client.get(address(life)).text
-    assert "<script>alert" not in page and "<img src=x" not in page and "<b>x</b>" not in page
+    for tab in job_tabs.TABS:
+        page = client.get(f"{address(life)}?tab={tab}").text
+        assert "<script>alert" not in page and "<img src=x" not in page and "<b>x</b>" not in page
 
 
 def test_a_button_does_what_it_says(client, session, user, tiny_registered):
@@ -179,11 +185,34 @@ def test_a_button_does_what_it_says(client, session, user, tiny_registered):
     assert "Pausing…" in client.post(f"{address(life)}/pause").text
     waiting = lives.order(session, user, tiny_registered)
     assert "Paused" in words(client.post(f"{address(waiting)}/pause"))
-    assert "Waiting" in words(client.post(f"{address(waiting)}/resume"))
-    assert "Stopped" in words(client.post(f"{address(waiting)}/stop"))
+    assert "Queued" in words(client.post(f"{address(waiting)}/resume"))
+    assert "Cancelled" in words(client.post(f"{address(waiting)}/stop"))
     assert client.post(f"{address(waiting)}/resume").status_code == 409
     assert client.post(f"{address(waiting)}/delete").status_code == 200
     assert client.get(address(waiting)).status_code == 404
+
+
+def test_the_config_orders_the_same_job_again_and_the_log_can_be_taken_away(client, api, session, user, tiny_registered, dataset):
+    import yaml
+
+    answer = client.post("/jobs", data=typed(tiny_registered, dataset, **{"strategy.rank": "4", "run.epochs": "2"}), follow_redirects=False)
+    job = jobs.get(session, user, ids.parse(ids.JOB, answer.headers["location"].rpartition("/")[2]))
+    body = yaml.safe_load(client.get(f"{address(job)}/config.yaml").text)
+    assert body["model"] == "tiny" and body["run"]["learning_rate"] == 5e-4 and body["run"]["seed"] == 42  # also what nobody typed
+    again = api.post("/v1/fine_tuning/jobs", json=body)
+    assert again.status_code == 200, again.text
+    assert again.json()["strategy"] == job.spec["strategy"] and again.json()["run"] == {**job.spec["run"], "learning_rate": 5e-4}
+
+    folder = get_settings().data_dir / "runs" / str(job.id) / "a1"
+    (folder / "tensorboard").mkdir(parents=True)
+    (folder / "trainer.log").write_text("loading\nwarning: <b>slow</b> disk\n")
+    page = words(client.get(f"{address(job)}?tab=config"))
+    assert f"tensorboard --logdir {folder.parent}" in page and "warning: <b>slow</b> disk loading" in page
+    found = words(client.get(f"{address(job)}?tab=config&filter=SLOW"))
+    assert "<b>slow</b>" in found and "loading" not in found and "No line matches the filter." in found
+    log = client.get(f"{address(job)}/log.txt").text
+    assert "INFO  Queued." in log and "==> a1/trainer.log <==\nloading" in log
+    assert client.get(f"{address(job)}?tab=nothing").status_code == 400
 
 
 def test_every_figure_can_be_taken_away_as_csv(client, session, user, tiny_registered):

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 
-from app import claims, ids, job_view, score_view
+from app import claims, ids, job_tabs, score_view
 from app.forgetting import TextScore, compare, without_measuring
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
@@ -73,12 +73,16 @@ def finish(session, user, model, evaluation: dict, forgetting: dict | None = Non
     return f"/jobs/{ids.public(ids.JOB, life.job_id)}"
 
 
+def tab(where: str, name: str = "evaluation") -> str:
+    return f"{where}?tab={name}"
+
+
 def test_base_and_tuned_stand_side_by_side_with_rows_to_read(client, session, user, tiny_registered):
-    page = client.get(finish(session, user, tiny_registered, GENERATION))
+    page = client.get(tab(finish(session, user, tiny_registered, GENERATION)))
     said = words(page)
-    assert "On 120 held-out rows, the same for both. Exact match, ROUGE-L and chrF are of 8 written answers." in said
+    assert "On 120 validation rows, the same for both. Exact match, ROUGE-L and chrF are of 8 written answers." in said
     assert re.search(r"Bits per byte .*? 1\.2100 0\.6100 better", said) and re.search(r"chrF .*? 0\.3000 0\.2000 worse", said)
-    assert "Rows that gained least" in said and "Rows that gained most" in said and "loss 2.00, base 1.00" in said
+    assert "Least improved" in said and "Most improved" in said and "loss 2.00, base 1.00" in said
     assert "Why <b>?" in said and "<b>?" not in page.text, "texts of the data never become markup"
     assert "Confusion" not in said
 
@@ -91,11 +95,11 @@ def test_a_classifiers_matrix_is_drawn_whatever_the_number_of_classes(client, se
     assert sum(cell.count for cell in found.matrix.cells if cell.row == cell.column) == round(400 * evaluation["tuned"]["accuracy"])
     assert found.mistakes[0]["truth"] == "kind 0" and found.mistakes[0]["answer"] == "kind 1"
     assert [c["f1"] for c in found.classes] == sorted(c["f1"] for c in found.classes)
-    page = client.get(finish(session, user, tiny_registered, evaluation))
+    page = client.get(tab(finish(session, user, tiny_registered, evaluation)))
     drawing = re.search(r'<figure class="matrix">.*?</svg>', page.text, re.S).group(0)
     assert drawing.count("<rect") == len(found.matrix.cells) + 1 and (">kind 0</text>" in drawing) == named
     said = words(page)
-    assert "kind 0 kind 1" in said and "Can its probabilities be believed?" in said and "Every class, the weakest first" in said
+    assert "kind 0 kind 1" in said and "Calibration" in said and "Every class, the weakest first" in said
 
 
 def test_many_classes_are_told_by_their_mistakes_alone():
@@ -132,21 +136,21 @@ def test_pairs_have_their_own_scores():
     ],
 )
 def test_jobs_that_told_less_are_shown_as_far_as_they_go(client, session, user, tiny_registered, evaluation):
-    page = client.get(finish(session, user, tiny_registered, evaluation))
-    assert page.status_code == 200 and "Scores on the held-out rows" in page.text
+    page = client.get(tab(finish(session, user, tiny_registered, evaluation)))
+    assert page.status_code == 200 and "Scores on the validation rows" in page.text
 
 
 @pytest.mark.parametrize("evaluation", [{}, {"base": {"loss": 1.0}}, {"tuned": {}}, {"tuned": "?"}, {"rows": 4}])
 def test_without_scores_there_is_no_section(client, session, user, tiny_registered, evaluation):
-    page = client.get(finish(session, user, tiny_registered, evaluation))
-    assert page.status_code == 200 and "Scores on the held-out rows" not in page.text
+    page = client.get(tab(finish(session, user, tiny_registered, evaluation)))
+    assert page.status_code == 200 and "No scores yet" in page.text and "Scores on the validation rows" not in page.text
 
 
 def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, tiny_registered):
     measured = forgotten(1.3)
     found = score_view.forgot(measured)
     assert found.skills[0].name == "code" and found.skills[0].certain and len(found.skills) == 3
-    said = words(client.get(finish(session, user, tiny_registered, GENERATION, measured)))
+    said = words(client.get(tab(finish(session, user, tiny_registered, GENERATION, measured))))
     high, low = (f"{-value * 100:+.1f}".replace("-", "−") for value in measured["skills"]["code"]["interval"])
     assert "General ability" in said and measured["sentence"] in said and f"{low} % to {high} %" in said
     old = score_view.forgot({"before": 1.0, "after": 1.1, "verdict": "forgot some"})
@@ -154,21 +158,21 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
     assert score_view.forgot(None) is None and score_view.forgot({}) is None
     for strategy, verdict in (("feature_extraction", "Unchanged by design."), ("lora", "Not applicable.")):
         known = without_measuring(STRATEGIES[strategy](), ENCODER, "classification", 6).model_dump(mode="json")
-        said = words(client.get(finish(session, user, tiny_registered, classified(6), known)))
+        said = words(client.get(tab(finish(session, user, tiny_registered, classified(6), known))))
         assert f"{verdict} {known['sentence']}" in said and "Bits per byte of general" not in said
     assert without_measuring(STRATEGIES["lora"](), ENCODER, "generation", 0) is None
 
 
 def test_predictions_stand_beside_measurements_and_the_newest_jobs_say_how_good_they_are(client, session, user, tiny_registered):
     where = finish(session, user, tiny_registered, {}, peak_memory_bytes=1_360_000_000, seconds=300.0)
-    said = words(client.get(where))
+    said = words(client.get(tab(where, "metrics")))
     assert "Memory 1.36 GB 1.36 GB 0 %" in said and "The last" not in said, "one job is no record"
     finish(session, user, tiny_registered, {}, peak_memory_bytes=1_700_000_000, seconds=400.0)
     finish(session, user, tiny_registered, {}, peak_memory_bytes=1, seconds=1.0, device="another machine")
-    said = words(client.get(where))
-    assert "The last 2 jobs here predicted memory within 20%, time within 25%." in said
+    said = words(client.get(tab(where, "metrics")))
+    assert "The last 2 jobs here predicted memory within 20 %, time within 25 %." in said
 
 
 def test_how_far_a_prediction_is_off():
-    assert job_view.off(110, 100) == pytest.approx(0.1) and job_view.off(90, 100) == pytest.approx(-0.1)
-    assert job_view.off(None, 1) is None and job_view.off(1, 0) is None
+    assert job_tabs.off(110, 100) == pytest.approx(0.1) and job_tabs.off(90, 100) == pytest.approx(-0.1)
+    assert job_tabs.off(None, 1) is None and job_tabs.off(1, 0) is None
