@@ -3,7 +3,7 @@
     queued ──claim──▶ running ──finish──▶ succeeded
       ▲ │               │ │ └──fail────▶ failed
       │ └─cancel,pause  │ └──stopped───▶ paused | cancelled | queued (the worker is going down)
-      └──resume, lost───┘
+      └──resume, lost───┘   (failed and cancelled jobs with a checkpoint resume too)
 
 The Celery message only says "look at this job"; the claim below decides. Each claim raises the job's `fence`, and every
 write of an attempt names the fence it holds, so a worker that was thought dead and wakes up later can change nothing.

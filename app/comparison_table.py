@@ -91,7 +91,7 @@ def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
 
 def _sizes(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
     """Bytes on disk of the tuned models, without the bases they need."""
-    query = select(Model.job_id, Model.bytes).where(Model.job_id.in_(keys), Model.deleted_at.is_(None))
+    query = select(Model.job_id, Model.bytes).where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
     return {key: size for key, size in session.execute(query) if key is not None and size is not None}
 
 

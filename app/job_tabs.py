@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app import charts, evaluations, ids, job_files, jobs, ledger, live, models, score_view, tryout, verdict
+from app import charts, checkpoints, evaluations, ids, job_files, jobs, ledger, live, models, score_view, tryout, verdict
 from app.evaluation_view import between, by_chance
 from app.forms import as_text
 from app.job_view import count, dataset_url, forgetting, head, model_url, url
@@ -62,7 +62,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "removable": type(spec.strategy).adapter,
         "suggestions": suggestions(session, job),
         "tuned": tuned,
-        "compare_url": tryout.address(spec.model.name, tuned, tryout.has_examples(job)) if tuned else "",
+        "compare_url": _tried_at(job, tuned) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "tiles": tiles(job, progress, spec),
         "charts": charts.charts(progress)[:1],
@@ -170,15 +170,22 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
     return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": failed.suggestion})]
 
 
+def _tried_at(job: Job, tuned: Model) -> str:
+    return tryout.address(job.spec["model"]["name"], tuned.name, classifier=tuned.kind == "classifier", few_shot=tryout.has_examples(job))
+
+
 def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
     """The checkpoints on disk, newest first, each with its validation loss and where it is tried."""
     losses = dict(progress.curves["validation"])
+    again = job.status in ("paused", "failed", "cancelled")
     found = []
     for row in jobs.checkpoints(session, job):
         loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
         name = models.checkpoint_name(session, job, row.step)
-        where = _try_url(job.spec["model"]["name"], name, job.spec["task"] == "classification")
-        found.append({"step": row.step, "best": row.best, "loss": loss, "try_url": where})
+        where = tryout.address(job.spec["model"]["name"], name, classifier=job.spec["task"] == "classification")
+        found.append(
+            {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
+        )
     return found
 
 

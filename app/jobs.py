@@ -142,7 +142,7 @@ def checkpoints(session: Session, job: Job) -> list[Checkpoint]:
 
 
 def tuned_model(session: Session, job: Job) -> Model | None:
-    return session.scalar(select(Model).where(Model.job_id == job.id, Model.deleted_at.is_(None)))
+    return session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None), Model.deleted_at.is_(None)))
 
 
 def reading(session: Session, job: Job) -> bool:
@@ -188,12 +188,14 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
 
 
 def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """Queue a paused or failed job again; it goes on from its newest checkpoint. Raises NotFound, Conflict."""
+    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint, as if it had been paused. A cancelled job
+    without one is refused, since nothing of it is left to go on with. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     models.reference(session, session.get_one(Model, job.model_id))  # refuses what was deleted or refused meanwhile
+    saved = select(Checkpoint.id).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)).exists()
     moved = session.execute(
         update(Job)
-        .where(Job.id == job.id, Job.status.in_(("paused", "failed")))
+        .where(Job.id == job.id, Job.status.in_(("paused", "failed")) | ((Job.status == "cancelled") & saved))
         .values(status="queued", deaths=0, error=None, finished_at=None, cancel_requested=False, pause_requested=False)
         .returning(Job.attempt)
     ).one_or_none()
@@ -205,6 +207,8 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
         update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
     ).rowcount:
         queue.wake(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
+    elif job.status == "cancelled":
+        raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
     elif job.status not in ("queued", "running"):
         raise _state(job, "resumed")
     session.refresh(job)

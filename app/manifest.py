@@ -51,9 +51,9 @@ def revision_of(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Hash every file of a finished folder and write its manifest. `facts` are kept beside the list."""
-    files = files_of(folder)
+def write(folder: Path, files: dict[str, dict[str, Any]] | None = None, **facts: Any) -> dict[str, Any]:
+    """Hash every file of a finished folder, unless `files` knows them already, and write its manifest. `facts` are kept beside the list."""
+    files = files_of(folder) if files is None else files
     manifest = {"version": 1, "revision": revision_of(files), "bytes": sum(f["bytes"] for f in files.values()), "files": files, **facts}
     with (folder / NAME).open("w") as file:
         json.dump(manifest, file, indent=1, sort_keys=True)

@@ -35,7 +35,7 @@ from app.well_formed import WellFormed
 log = structlog.get_logger("luthier.web")
 MOST_JSON_BYTES = 32 * 2**20
 MULTIPART_ROOM_BYTES = 2**20
-QUIET = ("/static/", "/healthz", "/readyz", "/metrics")
+QUIET = ("/static/", "/shell", "/healthz", "/readyz", "/metrics")
 
 HEADERS = {
     "x-content-type-options": "nosniff",

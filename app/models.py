@@ -135,7 +135,7 @@ def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
         )
     checkpoint, job = found
     base = session.get_one(Model, job.model_id)
-    tuned = session.scalar(select(Model).where(Model.job_id == job.id, Model.deleted_at.is_(None)))
+    tuned = session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None), Model.deleted_at.is_(None)))
     return Resolved(tuned or base, checkpoint, _checkpoint_reference(session, base, job, checkpoint))
 
 
@@ -220,8 +220,8 @@ def checkpoint_name(session: Session, job: Job, step: int) -> str:
 
 
 def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
-    """The row of a job's result. Called inside the fenced finish; `UNIQUE(job_id)` makes a second call harmless."""
-    existing = session.scalar(select(Model).where(Model.job_id == job.id))
+    """The row of a job's result. Called inside the fenced finish; a unique index on `job_id` makes a second call harmless."""
+    existing = session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None)))
     if existing is not None:
         return existing
     base = session.get_one(Model, job.model_id)

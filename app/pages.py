@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import Query
+from fastapi import Path, Query
 from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ MAX_NUMBER = 2**53
 """The largest whole number in an address or a form: every JSON program reads it exactly, and an offset made of it fits a bigint."""
 
 Offset = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
+Step = Annotated[int, Path(ge=0, le=MAX_NUMBER, description="Optimizer step.")]
 PageNumber = Annotated[int, Query(ge=1, le=MAX_NUMBER)]
 Limit = Annotated[int, Query(ge=1, description="Objects on one page.")]
 

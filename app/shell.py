@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Request
-from sqlalchemy import ScalarSelect, func, or_, select
+from sqlalchemy import ScalarSelect, func, or_, select, tuple_
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
@@ -15,18 +15,32 @@ from app.accounts import sign_in
 from app.answers import is_program
 from app.db import transaction
 from app.tables import Dataset, Job, Model, User
-from app.web import human_bytes, human_number, human_seconds
+from app.web import NOTHING, human_bytes, human_number, human_percent, plural
 
-MENU = (
-    ("Overview", "/"),
-    ("Datasets", "/datasets"),
-    ("Models", "/models"),
-    ("Jobs", "/jobs"),
-    ("Compare", "/compare"),
-    ("Playground", "/playground"),
-    ("Guide", "/guide"),
-    ("Settings", "/settings"),
+Page = tuple[str, str]
+MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (
+    ("", (("Home", "/"), ("Datasets", "/datasets"), ("Models", "/models"))),
+    ("Training", (("Runs", "/jobs"), ("New run", "/jobs/new"), ("Comparisons", "/compare"), ("Advice", "/jobs/advice"))),
+    (
+        "Evaluation",
+        (
+            ("Scores", "/evaluations"),
+            ("Prompt lab", "/playground/lab"),
+            ("Blind A/B", "/playground/ab"),
+            ("Learning curves", "/compare/curves"),
+        ),
+    ),
+    ("Playground", (("Chat", "/playground"), ("Next token", "/playground/tokens"), ("Classify", "/playground/classify"))),
+    ("", (("Learn", "/guide"), ("Settings", "/settings"))),
 )
+"""Groups of pages under their headings; a group without one stands for itself."""
+
+
+class Notes(NamedTuple):
+    """What the menu says beside its pages, and what is being trained."""
+
+    counts: dict[str, str]
+    training: list[str]
 
 
 def paths(app: Any) -> set[str]:
@@ -53,19 +67,31 @@ def each_route(router: Any) -> Iterator[tuple[str, Any]]:
 
 
 def menu(request: Request, user: User) -> dict[str, Any]:
-    """`nav` (title, path, note, current) and `foot` (lines of text) for the base template."""
-    here, known, notes = request.url.path, request.app.state.paths, getattr(request.state, "notes", {})
+    """`nav` (groups of title, path, note, current) and `foot` (lines of text) for the base template."""
+    told = state(request)
+    known = request.app.state.paths
+    groups = [(heading, [(title, path) for title, path in pages if path in known]) for heading, pages in MENU]
+    here = _longest(request.url.path, [path for _, pages in groups for _, path in pages])
     nav = [
         {
-            "title": title,
-            "path": path,
-            "note": notes.get(path, ""),
-            "current": here == path or (path != "/" and here.startswith(f"{path}/")),
+            "title": heading,
+            "pages": [{"title": t, "path": p, "note": told["counts"].get(p, ""), "current": p == here} for t, p in pages],
         }
-        for title, path in MENU
-        if path in known
+        for heading, pages in groups
+        if pages
     ]
-    return {"nav": nav, "foot": foot()}
+    return {"nav": nav, "foot": told["foot"]}
+
+
+def state(request: Request) -> dict[str, Any]:
+    """What changes around a page while it stands: the counts beside the menu and the lines at its foot."""
+    notes: Notes = getattr(request.state, "notes", Notes({}, []))
+    return {"counts": notes.counts, "foot": foot(notes.training)}
+
+
+def _longest(path: str, pages: list[str]) -> str:
+    """The page of the menu that an address belongs to: the longest that it begins with."""
+    return max((page for page in pages if path == page or (page != "/" and path.startswith(f"{page}/"))), key=len, default="")
 
 
 async def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
@@ -78,42 +104,53 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
         request.state.notes = await run_in_threadpool(notes, user)
 
 
-def notes(user: User) -> dict[str, str]:
-    """How many there are of each, by one query. Nothing when the database is away: the page says so elsewhere."""
+def notes(user: User) -> Notes:
+    """How many there are of each, and the jobs that run. Nothing when the database is away: the page says so elsewhere."""
+    mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
+    files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
+        Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)
+    )  # versions of one dataset share its file and name, as on its list
     try:
         with transaction() as session:
-            datasets, models, jobs, running = session.execute(
+            datasets, models, jobs = session.execute(
                 select(
-                    _count(Dataset, Dataset.owner_id == user.id),
+                    files.scalar_subquery(),
                     _count(Model, or_(Model.owner_id == user.id, Model.owner_id.is_(None))),
                     _count(Job, Job.owner_id == user.id),
-                    _count(Job, Job.owner_id == user.id, Job.status == "running"),
                 )
             ).one()
+            query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
+            running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MOST_NAMED + 1))]
     except DBAPIError:
-        return {}
-    return {
-        "/datasets": human_number(datasets) if datasets else "",
-        "/models": human_number(models) if models else "",
-        "/jobs": f"{running} running" if running else human_number(jobs) if jobs else "",
-    }
+        return Notes({}, [])
+    beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
+    counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
+    return Notes({path: text for path, text in counts.items() if text != NOTHING}, [f"{name} {share}".strip() for name, share in running])
+
+
+MOST_NAMED = 9
+
+
+def _share(step: int, total: int | None) -> str:
+    return human_percent(step / total, 0) if total else ""
 
 
 def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
     return select(func.count()).select_from(table).where(table.deleted_at.is_(None), *conditions).scalar_subquery()
 
 
-def foot() -> list[str]:
-    """Two or three lines: what the machine is, and whether somebody is there to train."""
+def foot(training: Sequence[str] = ()) -> list[str]:
+    """Two or three lines: what the machine is, how many workers are online, and what they train."""
     from app.workers import alive
 
     lines = [machine_line()] if importlib.util.find_spec("app.machine") else []
     trainers = [worker for worker in alive() if worker.queue == "train"]
     if not trainers:
-        return [*lines, "No train worker"]
-    oldest = max(worker.up_seconds for worker in trainers)
-    word = "Worker" if len(trainers) == 1 else f"{len(trainers)} workers"
-    return [*lines, f"{word} up {human_seconds(oldest)}"]
+        return [*lines, "no train worker online"]
+    online = f"{plural(len(trainers), 'worker')} online"
+    if not training:
+        return [*lines, f"{online} · idle"]
+    return [*lines, online, f"training {training[0] if len(training) == 1 else plural(len(training), 'run')}"]
 
 
 def machine_line() -> str:

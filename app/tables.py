@@ -214,7 +214,8 @@ class Model(Base):
     title: Mapped[str]
     kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier or encoder")
     base_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
-    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True), unique=True)
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True))
+    step: Mapped[int | None] = mapped_column(comment="of the checkpoint it was kept from; null for a job's result")
     strategy: Mapped[str | None] = mapped_column(comment="name of the strategy that made it; null for a base")
     adapter: Mapped[bool] = mapped_column(server_default=false(), comment="true when it needs its base's weights")
     status: Mapped[str] = mapped_column(server_default="ready", comment="fetching, ready or error")
@@ -233,7 +234,10 @@ class Model(Base):
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index("uq_models_live_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),)
+    __table_args__ = (
+        Index("uq_models_live_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+        Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
+    )
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,14 @@ Form = Annotated[list[tuple[str, str]], Depends(_form)]
 
 @pages.get("/compare")
 def comparison_list(request: Request, user: CurrentUser, session: Db) -> Response:
-    return render(request, "comparisons.html", rows=comparison_view.rows(session, comparisons.list_(session, user, SHOWN)))
+    return render(request, "comparisons.html", curves=False, rows=comparison_view.rows(session, comparisons.list_(session, user, SHOWN)))
+
+
+@pages.get("/compare/curves")
+def learning_curves(request: Request, user: CurrentUser, session: Db) -> Response:
+    """The comparisons that are learning curves."""
+    found = [found for found in comparisons.list_(session, user, SHOWN) if found.kind == "learning_curve"]
+    return render(request, "comparisons.html", curves=True, rows=comparison_view.rows(session, found))
 
 
 @pages.get("/compare/new")

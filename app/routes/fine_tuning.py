@@ -7,21 +7,31 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Request
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import events, ids, jobs, leases, models, order_form, schemas, verdict, watch
+from app import checkpoints, events, ids, jobs, leases, models, order_form, schemas, verdict, watch
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, NotFound
 from app.openapi import answers, takes
 from app.orders import Hyperparameters, JobOrder, read_order
-from app.pages import After, Limit, Offset, page
+from app.pages import MAX_NUMBER, After, Limit, Offset, Step, page
+from app.routes.models import to_json as model_json
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
+
+
+class ResumeJob(BaseModel, extra="forbid"):
+    """From where a job goes on; without a body from its newest checkpoint."""
+
+    step: int | None = Field(None, ge=0, le=MAX_NUMBER, description="Of one of its checkpoints. The later ones are deleted.")
+
+
 METADATA: Json = {
     "name": "metadata",
     "in": "query",
@@ -81,9 +91,10 @@ def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
 
 
 @api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
-def resume(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """Queue a paused job again, from its newest checkpoint."""
-    return job_json(session, jobs.resume(session, user, job_key(job_id)))
+def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob | None = None) -> Json:
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint, or from the one of `step`: then the later ones
+    are deleted. A cancelled job without a checkpoint is refused."""
+    return job_json(session, checkpoints.resume(session, user, job_key(job_id), order.step if order else None))
 
 
 @api.get("/jobs/{job_id}/events", operation_id="list_job_events", responses=answers(schemas.page_of(schemas.FineTuningJobEvent)))
@@ -121,6 +132,12 @@ def list_checkpoints(session: Db, user: CurrentUser, job_id: str, after: After =
     job = jobs.get(session, user, job_key(job_id))
     losses = _step_losses(session, job)
     return page(jobs.checkpoints(session, job), after, limit, "desc", lambda row: checkpoint_json(session, job, row, losses))
+
+
+@api.post("/jobs/{job_id}/checkpoints/{step}/keep", operation_id="keep_job_checkpoint", responses=answers(schemas.Model, 404, 409))
+def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> Json:
+    """Keep a checkpoint as a model of its own, which stays when the job goes. Asked twice it is kept once."""
+    return model_json(session, checkpoints.keep(session, jobs.get(session, user, job_key(job_id)), step))
 
 
 @api.post(

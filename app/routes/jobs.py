@@ -13,14 +13,14 @@ from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import FormData
 
-from app import ids, job_files, job_tabs, jobs, live, order_form, watch
+from app import cards, checkpoints, downloads, ids, job_files, job_tabs, jobs, live, models, order_form, watch
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, Conflict
 from app.orders import JobOrder
-from app.pages import MAX_NUMBER, Offset
-from app.tables import Job
+from app.pages import MAX_NUMBER, Offset, Step
+from app.tables import Job, Model
 from app.web import flash, human_number, render
 
 pages = APIRouter()
@@ -182,8 +182,26 @@ def pause(request: Request, user: CurrentUser, session: Db, job_id: str) -> Resp
 
 
 @pages.post("/jobs/{job_id}/resume")
-def resume(request: Request, user: CurrentUser, session: Db, job_id: str) -> Response:
-    return _asked(jobs.resume(session, user, ids.parse(ids.JOB, job_id)))
+def resume(user: CurrentUser, session: Db, job_id: str, step: Annotated[int | None, Form_(ge=0, le=MAX_NUMBER)] = None) -> Response:
+    return _asked(checkpoints.resume(session, user, ids.parse(ids.JOB, job_id), step))
+
+
+@pages.post("/jobs/{job_id}/checkpoints/{step}/keep")
+def keep(request: Request, user: CurrentUser, session: Db, job_id: str, step: Step) -> Response:
+    model = checkpoints.keep(session, jobs.get(session, user, ids.parse(ids.JOB, job_id)), step)
+    flash(request, f"The checkpoint of step {human_number(step)} is kept as the model {model.name}.")
+    return RedirectResponse(f"/models/{ids.public(ids.MODEL, model.id)}", status_code=303)
+
+
+@pages.get("/jobs/{job_id}/checkpoints/{step}/download")
+def download(user: CurrentUser, session: Db, job_id: str, step: Step) -> Response:
+    """A checkpoint's weights as a zip, laid out like a model's download."""
+    job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
+    row = checkpoints.get(session, job, step)
+    folder, model = checkpoints.folder_of(row), checkpoints.model_of(session, job, row)
+    made_of, chain = models.made_of(session, model), [*models.lineage(session, session.get_one(Model, job.model_id)), model]
+    stream = downloads.zip_of(folder / checkpoints.WEIGHTS, cards.card(model, chain, job, made_of), made_of.base)
+    return StreamingResponse(stream, media_type="application/zip", headers=_attached(f"job-{job.id.hex[:8]}-step-{step}.zip"))
 
 
 @pages.post("/jobs/{job_id}/stop")

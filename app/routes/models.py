@@ -87,6 +87,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "base": chain[0].name if len(chain) > 1 else None,
         "lineage": [part.name for part in chain],
         "job": ids.public(ids.JOB, model.job_id) if model.job_id else None,
+        "step": model.step,
         "strategy": model.strategy,
         "adapter": model.adapter,
         "shape": model.shape,

@@ -35,6 +35,7 @@ class Model(Schema):
     base: str | None = Field(description="The model at the bottom of the lineage, where this one was tuned.")
     lineage: list[str]
     job: str | None
+    step: int | None = Field(description="Of the checkpoint it was kept from; null for the result of its job.")
     strategy: str | None
     adapter: bool
     shape: Shape | None

@@ -1,6 +1,7 @@
 // The life of a job's page. Events come over one stream: their points go into the charts at once, and the rest of the
 // page is asked for again (at most once a second) and laid over what stands. A reload shows the same.
 import { Chart, Line, onThemeChange } from "./charts.js";
+import { watched, watchJobs } from "./shell.js";
 
 const PER_STEP = ["learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"];
 
@@ -133,6 +134,23 @@ function tellEnd() {
   document.title = `${live().dataset.title} · Luthier`;
   const icon = document.querySelector('link[rel="icon"]');
   if (icon.getAttribute("href") !== live().dataset.icon) icon.href = live().dataset.icon;
+}
+
+/** Only a person's own click asks the browser for the right to notify. */
+const notify = document.getElementById("notify");
+if (notify && "Notification" in window && Notification.permission !== "denied") {
+  const id = live().dataset.id;
+  const waiting = () => id in watched() && Notification.permission === "granted";
+  const label = () => { notify.textContent = waiting() ? "Will notify" : "Notify me"; notify.setAttribute("aria-pressed", String(waiting())); };
+  notify.hidden = false;
+  label();
+  notify.addEventListener("click", async () => {
+    const found = watched();
+    if (waiting()) delete found[id];
+    else if ((await Notification.requestPermission()) === "granted") found[id] = document.querySelector("h1").textContent;
+    watchJobs(found);
+    label();
+  });
 }
 
 place();

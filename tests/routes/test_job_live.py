@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from app import events, job_tabs
+from app import events, job_tabs, jobs
 from tests import lives
 from tests.conftest import free_port
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
@@ -169,6 +169,62 @@ def test_a_lost_connection_misses_nothing(page, served, session, user, tiny_regi
     until(page, "document.querySelector('.progress').innerText.includes('Step 92 of 120')")
     # What the browser itself says while it is offline.
     said[before:] = [text for text in said[before:] if "DISCONNECTED" not in text and "Failed to fetch" not in text]
+
+
+LOOK = "document.dispatchEvent(new Event('visibilitychange'))"
+"""The menu is asked for as if a person had just come back to the tab."""
+
+
+def note(page, path: str) -> str:
+    return page.inner_text(f".side .wide [data-note='{path}']").replace("\u202f", " ")
+
+
+def test_the_menu_stays_true_and_says_when_the_studio_is_away(page, served, session, user, tiny_registered, said):
+    life = lives.running(session, user, tiny_registered)
+    lives.order(session, user, tiny_registered)  # another version of the same dataset
+    page.goto(f"{served}/datasets")
+    assert note(page, "/datasets") == "1" and note(page, "/jobs") == "62 %"
+    assert page.inner_text(".wide [aria-current]").startswith("Datasets")
+    life.say(*lives.steps(75, 84))
+    page.evaluate(LOOK)
+    until(page, "document.querySelector('.wide [data-note=\"/jobs\"]').textContent.startsWith('70')")
+    jobs.pause(session, user, life.job_id)
+    life.leave(84)
+    page.evaluate(LOOK)
+    until(page, "document.querySelector('.wide [data-note=\"/jobs\"]').textContent === '2'")
+
+    page.goto(served + address(life))
+    page.context.set_offline(True)
+    page.click("#do-resume")
+    until(page, "document.querySelector('#lost').textContent.includes('Connection lost')")
+    assert page.url == served + address(life) and "nothing was changed" in page.inner_text(".messages")
+    page.context.set_offline(False)
+    page.evaluate(LOOK)
+    until(page, "document.querySelector('#lost').textContent === ''")
+    page.click("#do-resume")
+    until(page, "document.querySelector('.head').innerText.includes('Queued')")
+    said[:] = [text for text in said if "DISCONNECTED" not in text and "Failed to fetch" not in text and "NETWORK" not in text]
+
+
+def test_the_end_of_a_job_is_told_and_text_is_copied_without_a_clipboard(page, served, session, user, tiny_registered):
+    life = lives.running(session, user, tiny_registered)
+    page.add_init_script("""window.notes = []; navigator.__proto__.__defineGetter__("clipboard", () => undefined);
+        window.Notification = class { static permission = "default"; constructor(title) { window.notes.push(title) }
+          static async requestPermission() { return (Notification.permission = "granted") } }""")
+    page.goto(served + address(life))
+    assert page.evaluate("Notification.permission") == "default"  # nobody is asked before a click
+    page.click("#notify")
+    until(page, "document.querySelector('#notify').textContent === 'Will notify'")
+    life.say(*lives.steps(75, 120)).finish()
+    page.evaluate(LOOK)
+    until(page, "window.notes.length === 1")
+    assert page.evaluate("window.notes[0]") == "support-tone: succeeded" and page.evaluate("localStorage['luthier-watched']") == "{}"
+
+    page.goto(f"{served}{address(life)}?tab=config")
+    page.click("[data-copy=config-cli]")
+    page.focus("#filter")
+    page.keyboard.press("Control+V")
+    assert page.input_value("#filter").startswith("luthier train job-")
 
 
 def test_charts_fit_their_place_and_follow_the_theme(page, served, session, user, tiny_registered):

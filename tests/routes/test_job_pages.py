@@ -192,6 +192,20 @@ def test_a_button_does_what_it_says(client, session, user, tiny_registered):
     assert client.get(address(waiting)).status_code == 404
 
 
+def test_a_cancelled_job_with_a_checkpoint_can_be_resumed(client, api, session, user, tiny_registered):
+    life = lives.running(session, user, tiny_registered)
+    jobs.cancel(session, user, life.job_id)
+    life.leave(74)
+    said = words(client.get(address(life)))
+    assert "Cancelled" in said and "Resume" in said and "Keep as model" in said
+    where = f"/v1/fine_tuning/jobs/{ids.public(ids.JOB, life.job_id)}"
+    assert api.post(f"{where}/resume", json={"step": 5}).status_code == 404
+    assert api.post(f"{where}/resume", json={"steps": 72}).status_code == 400
+    unwhole = api.post(f"{where}/checkpoints/72/keep")
+    assert unwhole.status_code == 400 and "cannot be trusted" in unwhole.json()["error"]["message"]
+    assert api.post(f"{where}/resume").json()["status"] == "queued"
+
+
 def test_the_config_orders_the_same_job_again_and_the_log_can_be_taken_away(client, api, session, user, tiny_registered, dataset):
     import yaml
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from sqlalchemy import func, select, update
 
-from app import claims, events, jobs, queue, standby
+from app import checkpoints, claims, events, jobs, manifest, models, queue, standby
 from app.db import get_engine, transaction
 from app.embedded import sweep
 from app.settings import get_settings
@@ -141,6 +141,35 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
     with transaction() as session:
         jobs.cancel(session, user, job.id)
     assert ended(job, thread).status == "cancelled" and not trainers()
+
+
+def test_a_cancelled_job_goes_on_from_any_checkpoint_as_if_nothing_had_happened_and_a_kept_one_stays(new_job, session, user):
+    calm, job = new_job(epochs=12), new_job(epochs=12)
+    supervise.work(calm.id)
+    thread = threading.Thread(target=supervise.work, args=(job.id,), daemon=True)
+    thread.start()
+    wait_until(lambda: len(said(job, "saved")) > 1, what="two checkpoints", seconds=60)
+    jobs.cancel(session, user, job.id)
+    session.commit()
+    assert ended(job, thread).status == "cancelled"
+
+    newest, earlier = [row.step for row in jobs.checkpoints(session, now_of(job))[:2]]
+    kept = checkpoints.keep(session, now_of(job), newest)
+    assert checkpoints.keep(session, now_of(job), newest).id == kept.id and jobs.tuned_model(session, job) is None
+    checkpoints.resume(session, user, job.id, earlier)
+    session.commit()
+    assert [row.step for row in jobs.checkpoints(session, now_of(job))][0] == earlier
+    supervise.work(job.id)
+    row = now_of(job)
+    assert row.status == "succeeded", row.error
+    assert said(job, "started")[1].data["resumed_from"] == earlier
+    last = {e.data["step"]: e.data["loss"] for e in said(job, "step")}
+    assert last == {e.data["step"]: e.data["loss"] for e in said(calm, "step")}
+    with transaction() as fresh:
+        first, second = [jobs.tuned_model(fresh, j) for j in (calm, job)]
+        assert first.adapter_sha256 == second.adapter_sha256 and second.id != kept.id
+        assert models.resolve(fresh, user, kept.name).ref.adapters[-1].path == f"models/{kept.id}"
+    manifest.verify(get_settings().data_dir / f"models/{kept.id}")
 
 
 @pytest.mark.parametrize(
