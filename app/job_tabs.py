@@ -62,7 +62,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "removable": type(spec.strategy).adapter,
         "suggestions": suggestions(session, job),
         "tuned": tuned,
-        "compare_url": _tried_at(job, tuned) if tuned else "",
+        "compare_url": tryout.address(spec.model.name, tuned.name, tuned.kind, tryout.has_examples(job)) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "tiles": tiles(job, progress, spec),
         "charts": charts.charts(progress)[:1],
@@ -170,10 +170,6 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
     return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": failed.suggestion})]
 
 
-def _tried_at(job: Job, tuned: Model) -> str:
-    return tryout.address(job.spec["model"]["name"], tuned.name, classifier=tuned.kind == "classifier", few_shot=tryout.has_examples(job))
-
-
 def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
     """The checkpoints on disk, newest first, each with its validation loss and where it is tried."""
     losses = dict(progress.curves["validation"])
@@ -182,7 +178,7 @@ def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
     for row in jobs.checkpoints(session, job):
         loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
         name = models.checkpoint_name(session, job, row.step)
-        where = tryout.address(job.spec["model"]["name"], name, classifier=job.spec["task"] == "classification")
+        where = tryout.address(job.spec["model"]["name"], name, "classifier" if job.spec["task"] == "classification" else "")
         found.append(
             {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
         )

@@ -61,9 +61,9 @@ def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
     return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
 
 
-def address(base: str, tuned: str, *, classifier: bool, few_shot: bool = False) -> str:
+def address(base: str, tuned: str, kind: str, few_shot: bool = False) -> str:
     """Where a model is tried: a result beside its base, bare and few-shot; a classifier where texts are sorted."""
-    if classifier:
+    if kind == "classifier":
         return f"/playground/classify?{urlencode({'models': tuned})}"
     names = [base, FEW_SHOT + tuned if few_shot else "", tuned]
     return f"/playground?{urlencode([('models', name) for name in names if name])}"

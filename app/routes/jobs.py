@@ -13,7 +13,7 @@ from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import FormData
 
-from app import cards, checkpoints, downloads, ids, job_files, job_tabs, jobs, live, models, order_form, watch
+from app import cards, checkpoints, downloads, first_model, ids, job_files, job_tabs, jobs, live, models, order_form, watch
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
@@ -62,17 +62,17 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
         typed = order_form.typed_of(session, user, clone) | typed
-    return _order_page(request, session, order_form.order_form(session, user, typed), typed.get("key"))
+    return _order_page(request, session, user, order_form.order_form(session, user, typed), typed.get("key"))
 
 
 @pages.post("/jobs")
 def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> Response:
     form = order_form.order_form(session, user, typed)
     if form.unseen:
-        return _order_page(request, session, form, typed.get("key"), problem=form.unseen, status_code=409)
+        return _order_page(request, session, user, form, typed.get("key"), problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
         said = "The job was not started: something below is not right yet."
-        return _order_page(request, session, form, typed.get("key"), problem=said, status_code=400)
+        return _order_page(request, session, user, form, typed.get("key"), problem=said, status_code=400)
     job = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(view.url(job), status_code=303)
 
@@ -89,7 +89,14 @@ def _create_once(session: Db, user: CurrentUser, order: JobOrder, key: str) -> J
 
 
 def _order_page(
-    request: Request, session: Db, form: order_form.OrderForm, key: str | None, *, problem: str | None = None, status_code: int = 200
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    form: order_form.OrderForm,
+    key: str | None,
+    *,
+    problem: str | None = None,
+    status_code: int = 200,
 ) -> Response:
     texts = {}
     if form.ready and form.order and form.dataset:
@@ -103,6 +110,7 @@ def _order_page(
         problem=problem,
         texts=texts,
         ids=ids,
+        offer=None if form.models else first_model.offer(session, user),
         **view.facts_of(form),
     )
     if "hx-request" in request.headers:  # an estimate: the address follows what the form shows, so that Back and reload show it too

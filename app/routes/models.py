@@ -192,7 +192,7 @@ def _list_page(
         strategies=STRATEGIES,
         parameters=parameters,
         key=_key,
-        try_url=lambda base, model: tryout.address(base.name, model, model.id in few_shot),
+        try_url=lambda base, model: tryout.address(base.name, model.name, model.kind, model.id in few_shot),
         fault=fault,
         **standby.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
@@ -288,7 +288,7 @@ def _model_page(
         job=job,
         job_key=ids.public(ids.JOB, job.id) if job else None,
         verdict=verdict.of_job(job) if job else None,
-        try_url=tryout.address(chain[-2].name if job else "", model, tryout.has_examples(job)),
+        try_url=tryout.address(chain[-2].name if job else "", model.name, model.kind, tryout.has_examples(job)),
         shape=Shape.model_validate(model.shape) if model.shape else None,
         parameters=parameters(model),
         strategy=STRATEGIES.get(model.strategy or ""),
@@ -321,11 +321,11 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
 
 
 @pages.post("/models/{key}/retry")
-def retry(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "/models") -> Response:
     model = models.get(session, user, key)
     _may_change(user, model)
     fetching.try_again(session, model)
-    return RedirectResponse("/models", status_code=303)
+    return RedirectResponse(safe_next(then), status_code=303)
 
 
 @pages.post("/models/{key}/merge")
