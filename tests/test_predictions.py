@@ -48,6 +48,7 @@ def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session,
     assert now_of(made).status == "queued" and now_of(made).deaths == 1 and not predictions.path_of(made.id).exists()
     appraise.work(made.id)
     done = api.get(url).json()
+    assert done["error"] is None
     assert (done["status"], done["rows"], done["column"], done["added"], done["without"]) == (
         "succeeded", 3, "customer_message", ["answer", "note"], 1
     )  # fmt: skip

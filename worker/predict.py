@@ -16,7 +16,7 @@ from app.settings import get_settings
 from worker import attention, evaluate
 from worker.batches import Row
 from worker.device import Engine
-from worker.load import load_tokenizer
+from worker.load import load_model, load_tokenizer
 from worker.prompts import CHAT_KINDS, render_prompt
 from worker.scoring import BUDGET, Reader, Say
 
@@ -172,14 +172,13 @@ def embedder(spec: EvaluationSpec, engine: Engine) -> Callable[[Sequence[str]], 
 
 def _answers(spec: EvaluationSpec, engine: Engine) -> Predictor:
     reader = Reader(spec.model, engine)
-    loaded = reader.loaded()
-    loaded.__enter__()  # for as long as this process lives
+    model = load_model(spec.model, engine.frozen, attention.NAME, str(engine.device))
     room = spec.model.shape.positions - spec.answer_tokens - len(reader.lead)
 
     def predict(given: Sequence[Any]) -> list[Predicted]:
         asked = [evaluate.Question("", render_prompt(reader.tokenizer, spec.model.kind, _prompt(spec, one))[1], "") for one in given]
         fit = [question for question in asked if 0 < len(question.ids) <= room]
-        told = iter(evaluate.answers(reader.model, reader.tokenizer, fit, spec.answer_tokens, engine, reader.lead))  # type: ignore[arg-type]
+        told = iter(evaluate.answers(model, reader.tokenizer, fit, spec.answer_tokens, engine, reader.lead))
         return [{"answer": next(told)} if 0 < len(q.ids) <= room else {"note": "longer than the model reads"} for q in asked]
 
     return Predictor(["answer"], AT_ONCE["answer"], predict)

@@ -24,9 +24,8 @@ pages = APIRouter()
 api = APIRouter(prefix="/v1/predictions")
 Json = dict[str, Any]
 PAGE = "/playground/batch"
-TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl"}
 CONTENT = answers(None, 409, description="The file with its columns added.")
-CONTENT[200] |= {"content": {kind: {"schema": BYTES} for kind in TYPES.values()}}
+CONTENT[200] |= {"content": {"application/octet-stream": {"schema": BYTES}}}
 
 
 @api.post("", operation_id="create_prediction", responses=answers(schemas.Prediction, 404, 409, 415))
@@ -72,7 +71,7 @@ def _download(found: Evaluation, format: Format | None) -> Response:
     stem = PurePath(name).name.split(".")[0] or "file"
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem)
     headers = {"content-disposition": f'attachment; filename="{safe}-predictions.{kind}"', "x-content-type-options": "nosniff"}
-    return StreamingResponse(predictions.content(found, kind), media_type=TYPES[kind], headers=headers)
+    return StreamingResponse(predictions.content(found, kind), media_type="application/octet-stream", headers=headers)
 
 
 # Pages ------------------------------------------------------------------------------------------------------------------
