@@ -137,7 +137,7 @@ def shown(session: Session, user: User, standing: Standing) -> list[Shown]:
     found = []
     for ready in sorted(standing.models, key=lambda r: r.idle_seconds):
         named = by_path.get(ready.path, [])
-        tuned = [model for path in ready.adapters for model in by_path.get(path, [])]
+        tuned = [model for path in dict.fromkeys(ready.adapters) for model in by_path.get(path, [])]  # a blend shares its path
         found.append(Shown(named[0] if named else None, tuned, ready))
     return found
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from sqlalchemy import select
 
-from app import events, ids, jobs, playground, votes
+from app import events, files, ids, jobs, playground, predictions, votes
 from app.generation import Sampling
 from app.playground import Heard
 from app.tables import Answer, Exchange, Job
@@ -142,11 +142,27 @@ def test_a_tuned_model_gets_a_fair_first_look(
     assert page.locator("[data-pane]").count() == 2 and page.locator("[data-turn]").count() == 4
     page.locator("[data-prefer]").first.click()
     page.get_by_text("2 votes added").wait_for()
+    points = [
+        {"line": n + 1, "x": n / 8 - 1, "y": 0.5 - n / 16, "label": "abc"[n % 3], "text": f"row {n}", "near": [[(n + 1) % 16, 0.9]]}
+        for n in range(16)
+    ]
+    shown = predictions.create_vectors(session, user, "tiny", ids.public(ids.DATASET, data.id))
+    shown.status, shown.result = "succeeded", {"rows": 16, "dimensions": 64, "explained": [0.4, 0.2], "points": points}
+    file = files.add_bytes(session, user, b"text\nhello\n", "tickets.csv", "user_data")
+    predictions.create(session, user, predictions.PredictionOrder(model="tiny", file=ids.public(ids.FILE, file.id)))
+    session.commit()
+    for name in ("batch", "vectors"):
+        page.goto(f"{live}/playground/{name}")
+        look_at(page, name, tmp_path)
+    page.get_by_role("link", name="chat", exact=True).click()
+    page.locator(".map a").nth(4).click()
+    page.get_by_role("table").get_by_role("link", name="6").wait_for()
+    look_at(page, "vectors-map", tmp_path)
     page.goto(f"{live}/models")
     look_at(page, "models", tmp_path)
     page.get_by_role("link", name=tuned.title, exact=True).first.click()
     for tab in ("Export", "Evaluations", "Lineage", "Files & hashes", "Settings", "Use"):
-        page.get_by_role("link", name=tab, exact=True).click()
+        page.get_by_label("Parts of the model").get_by_role("link", name=tab, exact=True).click()
         if tab in ("Use", "Files & hashes"):
             look_at(page, f"model-{tab[:3].lower()}", tmp_path)
     page.set_viewport_size({"width": 390, "height": 800})
