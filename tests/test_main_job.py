@@ -115,25 +115,23 @@ def test_in_the_browser(studio, browser_page, note):
     assert max(heights.values()) <= 1000, heights
     page.goto(address)
 
-    # Compare base and tuned, side by side.
+    # Compare base, few-shot base and tuned, side by side.
     page.get_by_role("link", name="Compare in the playground").click()
     page.fill("#prompt", QUESTION)
-    page.locator("details.knobs > summary").click()
-    page.locator("input[name$='temperature']").fill("0")
-    page.keyboard.press("Tab")
+    assert page.locator("input[name$='temperature']").input_value() == "0"
     page.click("[data-send]")
     panes = page.locator("[data-pane]")
-    assert panes.count() == 2
+    assert panes.count() == 3
     deadline = time.monotonic() + 120
-    while any(not re.search(r"tokens/s", panes.nth(i).locator("[data-proof]").inner_text()) for i in range(2)):
+    while any(not re.search(r"tokens/s", panes.nth(i).locator("[data-proof]").inner_text()) for i in range(3)):
         assert time.monotonic() < deadline, panes.all_inner_texts()
         page.wait_for_timeout(200)
-    answers = [panes.nth(i).locator("[data-text]").last.inner_text() for i in range(2)]
-    proofs = [panes.nth(i).locator("[data-proof]").inner_text() for i in range(2)]
-    assert answers[0] != answers[1], "the tuned model answers as its base does"
-    assert proofs[0] != proofs[1]
-    panes.nth(1).locator("[data-rendered] > summary").click()
-    assert "<|im_start|>user" in panes.nth(1).locator("[data-prompt]").inner_text()
+    answers = [panes.nth(i).locator("[data-text]").last.inner_text() for i in range(3)]
+    proofs = [panes.nth(i).locator("[data-proof]").inner_text() for i in range(3)]
+    assert answers[0] != answers[2], "the tuned model answers as its base does"
+    assert proofs[0] != proofs[2]
+    panes.nth(2).locator("[data-rendered] > summary").click()
+    assert "<|im_start|>user" in panes.nth(2).locator("[data-prompt]").inner_text()
 
     with httpx.Client(base_url=f"{studio.url}/v1/fine_tuning/jobs", headers={"authorization": f"Bearer {studio.key}"}) as api:
         key = address.rpartition("/")[2]
