@@ -67,7 +67,7 @@ if (form) {
     const turn = event.target.closest("[data-turn]");
     if (event.target.closest("[data-goes]")) {
       event.preventDefault();
-      leave(event.target.closest("[data-goes]").href, event.target.closest(".chip") ? "" : prompt.value);
+      leave(event.target.closest("[data-goes]").href, Boolean(event.target.closest(".chip")));
     } else if (event.target.closest("[data-retry]")) {
       if (!running) ask(turn.dataset.exchange);
     } else if (event.target.closest("[data-copy-answer]")) copy(event.target.closest("button"), turn.querySelector("[data-source]").content.textContent);
@@ -90,11 +90,11 @@ if (form) {
   }
 }
 
-/** To another address of the playground, with the settings and what was typed. */
-function leave(address, draft = form.elements.prompt.value) {
+/** To another address of the playground, with the settings and what was typed; a held-out question brings its own prompts. */
+function leave(address, question = false) {
   const url = new URL(address, location.href);
-  for (const [name, value] of new FormData(form)) if (name.startsWith("sampling.") && !(draft === "" && name === "sampling.system")) url.searchParams.set(name, value);
-  if (draft) sessionStorage.setItem(DRAFT, draft);
+  for (const [name, value] of new FormData(form)) if (name.startsWith("sampling.") && !(question && name === "sampling.system")) url.searchParams.set(name, value);
+  if (!question) sessionStorage.setItem(DRAFT, form.elements.prompt.value);
   location.assign(url);
 }
 
