@@ -65,7 +65,10 @@ def predict(spec: EvaluationSpec, engine: Engine, say: Say, out: Path) -> dict[s
 
 def _rows(spec: EvaluationSpec) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for raw in readers.read(get_settings().data_dir / spec.dataset.path, spec.dataset.name):
+    path = get_settings().data_dir / spec.dataset.path
+    if not path.is_file():
+        raise BadData(f"The bytes of {spec.dataset.name} are gone.", way_out="Upload the file again.")
+    for raw in readers.read(path, spec.dataset.name):
         if raw.problem is not None and raw.problem.severity == "error":
             raise BadData(f"Line {raw.line}: {raw.problem.message}", way_out="Fix the file and upload it again.")
         if raw.row is not None:
