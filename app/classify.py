@@ -38,7 +38,7 @@ def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]
         raise BadField(f"Give between one and {MOST_TEXTS} texts; {len(texts)} were given.", param="input")
     for place, text in enumerate(texts):
         if not text.strip():
-            raise BadField(f"Text {place} is empty.", way_out="Leave it out.", param="input")
+            raise BadField(f"Text {place} is empty.", way_out="Remove it.", param="input")
         if len(text) > LONGEST_TEXT:
             raise BadField(f"Text {place} has {len(text)} characters; {LONGEST_TEXT} is the most.", way_out="Shorten it.", param="input")
     given = [playground.readable(text) for text in texts]
@@ -52,7 +52,7 @@ def _classifier(session: Session, user: User, name: str) -> ModelRef:
     ref = models.resolve(session, user, name).ref
     if ref.kind != "classifier" or not ref.labels:
         raise BadField(
-            f"{name} is no classifier.", way_out="Choose a model that was tuned on labelled rows; see the page Models.", param="model"
+            f"{name} is no classifier.", way_out="Choose a model fine-tuned on labeled rows; the page Models lists them.", param="model"
         )
     return ref
 

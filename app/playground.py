@@ -283,7 +283,7 @@ def readable(text: str) -> str:
 def get(session: Session, user: User, exchange_id: uuid.UUID) -> Exchange:
     found = session.get(Exchange, exchange_id)
     if found is None or found.owner_id != user.id:
-        raise NotFound(f"No such exchange: {exchange_id}.", way_out="The playground's history lists those that are stored.")
+        raise NotFound(f"Conversation not found: {exchange_id}.", way_out="The playground's history lists those that are stored.")
     return found
 
 

@@ -30,7 +30,7 @@ def embed(ref: ModelRef, texts: list[str]) -> Embedded:
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     for place, (text, one) in enumerate(zip(texts, ids, strict=True)):
         if not text or not one:
-            raise BadRequest(f"Text {place} is empty.", way_out="Leave it out.", param="input")
+            raise BadRequest(f"Text {place} is empty.", way_out="Remove it.", param="input")
         if len(one) > most:
             raise BadRequest(
                 f"Text {place} has {len(one)} tokens, and {ref.name} reads at most {most}.",
