@@ -76,7 +76,7 @@ def parts_of(tokens: int, threads: int) -> int:
 def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:
     """Parts in which a job's packs of `tokens` are likely to be computed (`worker/step.py:parts_of` finds out): whole where dropout
     draws, as in most encoders."""
-    draws = shape.architecture == "encoder" or getattr(strategy, "dropout", 0.0)
+    draws = shape.architecture == "encoder" or getattr(strategy, "dropout", 0.0) or run.neftune_noise_alpha
     shared_out = machine.processes > 1 and not strategy.adapter
     return 1 if machine.cuda or draws or shared_out else parts_of(tokens, machine.cores // machine.processes)
 

@@ -14,8 +14,9 @@ from app.machine import Machine
 from app.optimizers import OPTIMIZERS
 from app.schedule import MIN_STEPS
 from app.shapes import Shape
-from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
+from app.spec import GRADIENT_ONLY, MOST_CLASSES, STEPS_ONLY, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._chosen import ChosenLowRank
 from app.tables import Dataset
 
 LEAST_ROOM = 4
@@ -81,6 +82,33 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
             how = cls.title if cls else adapter.strategy
             return f"{model.name} was made by {how}, which cannot be merged, so it cannot be tuned further."
     return None
+
+
+def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
+    """Raises BadField for a setting that the strategy would not read."""
+    if type(strategy).recipe != "features":
+        return
+    unread = GRADIENT_ONLY + (STEPS_ONLY if getattr(strategy, "classifier", None) == "logistic" else ())
+    for name in unread:
+        if getattr(run, name) != RunSettings.model_fields[name].default:
+            raise BadField(
+                f"{strategy.title} reads the base once and fits a classifier to its vectors, where {name} means nothing.",
+                way_out="Leave it out, or take another strategy.",
+                param=f"run.{name}",
+                code="setting_without_use",
+            )
+
+
+def refuse_modules(strategy: Strategy, shape: Shape) -> None:
+    """Raises BadField for names of modules that the model has none of."""
+    unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
+    if unknown:
+        raise BadField(
+            f"No module of the model is called {_named(unknown)}.",
+            way_out=f"Every block has {', '.join(linear.name for linear in shape.linears())}; the first is {next(shape.modules())[0]}.",
+            param="strategy.target_modules",
+            code="no_such_module",
+        )
 
 
 def refuse_optimizer(run: RunSettings, machine: Machine) -> None:

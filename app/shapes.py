@@ -108,6 +108,17 @@ class Shape(BaseModel):
         """Numbers that the linear layers of one block write per token."""
         return sum(x.outputs for x in self.linears())
 
+    def modules(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear layer of the blocks under its whole name in the model."""
+        for block in range(self.layers):
+            for linear in self.linears():
+                if self.architecture == "encoder":
+                    inside = "attention.self." if linear.name in ("query", "key", "value") else ""
+                    yield f"encoder.layer.{block}.{inside}{linear.name}", linear
+                else:
+                    inside = "self_attn" if linear.name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+                    yield f"model.layers.{block}.{inside}.{linear.name}", linear
+
     def each_linear(self) -> Iterator[Linear]:
         for _ in range(self.layers):
             yield from self.linears()

@@ -40,6 +40,10 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "min_lr_fraction": ("schedule", ("cosine", "linear", "cosine_with_restarts", "wsd")),
 }
 """Settings that mean something beside some values of another one alone; they are refused elsewhere."""
+GRADIENT_ONLY = ("neftune_noise_alpha",)
+"""Settings that mean nothing where frozen features are computed once and a classifier is fitted to them."""
+STEPS_ONLY = ("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "num_cycles", "decay_fraction", "min_lr_fraction")
+"""Settings that mean nothing either where that classifier is logistic regression, which takes no optimizer steps."""
 
 
 class RunSettings(_Frozen):
@@ -121,6 +125,15 @@ class RunSettings(_Frozen):
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Pulls trained weights towards zero at each step.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are shortened to this. 0 turns it off.")
+    neftune_noise_alpha: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        title="NEFTune noise alpha",
+        description="NEFTune: random noise on the embeddings while training, never in evaluation; 5 is usual. Empty adds none.",
+        json_schema_extra={"group": "Optimization"},
+        exclude_if=unset,
+    )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of the rows held out, drawn by the seed, when no validation file is given."
     )

@@ -147,6 +147,19 @@ def test_learnt_tokens_that_leave_no_room_for_the_row(session, user, tiny_regist
     assert orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20})))
 
 
+def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read):
+    kinds = read(labelled("card", "cash"))
+    error = refused(session, user, order_of(kinds, strategy={"name": "lora", "target_modules": "q_prog"}))
+    assert error.param == "strategy.target_modules" and "“q_prog”" in error.message and "q_proj" in error.way_out
+    frozen = {"name": "feature_extraction", "classifier": "logistic"}
+    for run in ({"neftune_noise_alpha": 5}, {"optimizer": "lion"}, {"warmup_steps": 3}):
+        error = refused(session, user, order_of(kinds, strategy=frozen, run=run))
+        assert error.code == "setting_without_use" and error.param == f"run.{next(iter(run))}"
+    assert orders.build_spec(
+        session, user, orders.read_order(order_of(kinds, strategy={**frozen, "classifier": "dense"}, run={"optimizer": "lion"}))
+    )
+
+
 def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tiny_registered, read, monkeypatch):
     """By the API, the form, the advice and a comparison, with what to take instead."""
     kinds = read(labelled("card", "cash"))

@@ -231,7 +231,7 @@ def _learn(
 
     run, head = spec.run, classifier.head
     peak = spec.learning_rate
-    optimizer = optim.optimizer_of(dict(head.named_parameters()), peak, run)
+    optimizer = optim.optimizer_of(dict(head.named_parameters()), spec)
     x, y = torch.from_numpy(vectors), torch.from_numpy(truth)
     assert isinstance(spec.strategy, FeatureExtraction)
     epochs = spec.strategy.passes

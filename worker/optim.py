@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from app.errors import DoesNotFit
 from app.optimizers import OPTIMIZERS
-from app.spec import RunSettings
+from app.spec import JobSpec, RunSettings
 from worker.optimizers import MAKERS
 
 Named = dict[str, torch.nn.Parameter]
@@ -46,16 +46,18 @@ def make_optimizer(
     *,
     betas: tuple[float | None, float | None] = (None, None),
     eps: float | None = None,
+    faster: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer of that name. Only matrices decay: pulling biases and norms to zero helps nothing. Betas and eps are the kind's own
-    where they are None."""
+    where they are None, and `faster` says how many times the learning rate a parameter learns at."""
     mixed = len({name.startswith(HEAD) for name in parameters}) == 2
-    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, bool, float], dict[str, Any]] = {}
     for name, p in parameters.items():
         head, matrix = name.startswith(HEAD), p.ndim >= 2
         muon = kind == "muon" and p.ndim == 2 and not head and not TABLES_OF_WORDS.search(name)
-        group = groups.setdefault((head, not matrix, muon), {"params": [], "weight_decay": weight_decay if matrix else 0.0})
-        group |= {"scale": HEAD_RATE if head and mixed else 1.0, "muon": muon}
+        scale = HEAD_RATE if head and mixed else faster(name)
+        group = groups.setdefault((head, not matrix, muon, scale), {"params": [], "weight_decay": weight_decay if matrix else 0.0})
+        group |= {"scale": scale, "muon": muon}
         group["params"].append(p)
     own = OPTIMIZERS[kind]
     first, second = (None, None) if own.betas is None else own.betas
@@ -63,10 +65,11 @@ def make_optimizer(
     return MAKERS[kind]([groups[key] for key in sorted(groups)], learning_rate, given, own.eps if eps is None else eps)
 
 
-def optimizer_of(parameters: Named, learning_rate: float, run: RunSettings) -> torch.optim.Optimizer:
+def optimizer_of(parameters: Named, spec: JobSpec) -> torch.optim.Optimizer:
     """The optimizer that an order asks for."""
+    run, faster = spec.run, spec.strategy.rate_scale
     betas = run.adam_beta1, run.adam_beta2
-    return make_optimizer(parameters, learning_rate, run.weight_decay, run.optimizer, betas=betas, eps=run.adam_epsilon)
+    return make_optimizer(parameters, spec.learning_rate, run.weight_decay, run.optimizer, betas=betas, eps=run.adam_epsilon, faster=faster)
 
 
 def rate(step: int, total: int, peak: float, run: RunSettings) -> float:

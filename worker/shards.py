@@ -114,7 +114,7 @@ def spread(job: Any, saved: Path | None) -> Shards:
     """Spread a job over its processes. Its optimizer goes on from the checkpoint `saved`."""
     shards = Shards(job.model, job.engine, job.world)
     job.trained = shards.rows
-    job.optimizer = optim.optimizer_of(shards.rows, job.spec.learning_rate, job.spec.run)
+    job.optimizer = optim.optimizer_of(shards.rows, job.spec)
     if saved:
         optim.load_state(job.optimizer, shards.rows, shards.read_states(saved))
     return shards

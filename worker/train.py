@@ -25,7 +25,7 @@ from app.errors import StudioError
 from app.estimate_memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker import attention, checkpoint, kernels, optim, processes, results, rooms
+from worker import attention, checkpoint, kernels, neftune, optim, processes, results, rooms
 from worker.checkpoint import State, relative
 from worker.classifier import plain
 from worker.course import Course, course_of, seconds_expected
@@ -138,6 +138,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
+    if run.neftune_noise_alpha:
+        neftune.add_noise(plain(model), run.neftune_noise_alpha)
     recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
         kernels.round_embeddings(plain(model), engine.compute)
@@ -145,7 +147,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     done = kernels.speed_up(body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" else 0.0)
     trained = trained_parameters(model)
     wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
-    optimizer = optim.optimizer_of(trained, spec.learning_rate, run)
+    optimizer = optim.optimizer_of(trained, spec)
 
     strategy.begin(body_of(model), course.total_steps)
 

@@ -198,6 +198,10 @@ class Strategy(BaseModel, ABC):
 
     # What it does while training; most need none of it -----------------------------------------------------------------
 
+    def rate_scale(self, parameter: str) -> float:
+        """How many times the learning rate a parameter of this name learns at."""
+        return 1.0
+
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
         """Called once before the first step, when the number of steps is known."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.shapes import Shape, shape_of
+from app.shapes import Linear, Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._peft import PeftStrategy
 
@@ -69,9 +69,16 @@ class LowRank(PeftStrategy):
     def targets(self, shape: Shape) -> list[str]:
         return linear_names(shape, self.layers)
 
+    def chosen(self, shape: Shape) -> list[Linear]:
+        """Every layer that gets a correction, over all blocks."""
+        targets = set(self.targets(shape))
+        return [x for x in shape.each_linear() if x.name in targets]
+
+    def peft_targets(self, shape: Shape) -> list[str] | str:
+        return peft_targets(shape, self.layers)
+
     def trainable(self, shape: Shape) -> int:
-        chosen = set(self.targets(shape))
-        return sum(self.rank * (x.inputs + x.outputs) for x in shape.each_linear() if x.name in chosen)
+        return sum(self.rank * (x.inputs + x.outputs) for x in self.chosen(shape))
 
     def kept(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs() + self.rank * len(self.targets(shape)))
@@ -92,7 +99,7 @@ class LowRank(PeftStrategy):
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
+            target_modules=self.peft_targets(shape_of(model.config.to_dict())),
             bias="none",
             **self.variant(),
         )

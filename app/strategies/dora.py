@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept
-from app.strategies._low_rank import InOnePass, LowRank
+from app.strategies._chosen import ChosenLowRank
+from app.strategies._low_rank import InOnePass
 
 if TYPE_CHECKING:
     import torch
 
 
-class Dora(InOnePass, LowRank):
+class Dora(InOnePass, ChosenLowRank):
     name: Literal["dora"] = "dora"
     title: ClassVar = "DoRA"
     summary: ClassVar = "LoRA for the direction of each weight row, and one learnt length beside it."
@@ -30,11 +31,10 @@ class Dora(InOnePass, LowRank):
         return Kept(plain + shape.layer_outputs() - (2 if shape.gated else 1) * shape.intermediate)
 
     def trainable(self, shape: Shape) -> int:
-        chosen = set(self.targets(shape))
-        return super().trainable(shape) + sum(x.outputs for x in shape.each_linear() if x.name in chosen)
+        return super().trainable(shape) + sum(x.outputs for x in self.chosen(shape))
 
     def variant(self) -> dict[str, Any]:
-        return {"use_dora": True}
+        return {**super().variant(), "use_dora": True}
 
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
         import torch

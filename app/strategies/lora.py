@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from app.strategies._low_rank import InOnePass, LowRank
+from app.strategies._chosen import ChosenLowRank
+from app.strategies._low_rank import InOnePass
 
 
-class Lora(InOnePass, LowRank):
+class Lora(InOnePass, ChosenLowRank):
     name: Literal["lora"] = "lora"
     title: ClassVar = "LoRA"
     summary: ClassVar = "Learns a small correction beside each layer. Fits most tasks."

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Memory
-from app.strategies._low_rank import LowRank
+from app.strategies._chosen import ChosenLowRank
 
 
-class QLora(LowRank):
+class QLora(ChosenLowRank):
     name: Literal["qlora"] = "qlora"
     title: ClassVar = "QLoRA"
     summary: ClassVar = "LoRA on a base squeezed into 4 bits: a quarter of the memory for weights."

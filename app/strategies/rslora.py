@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.strategies._low_rank import InOnePass, LowRank
+from app.strategies._chosen import ChosenLowRank
+from app.strategies._low_rank import InOnePass
 
 
-class RankStabilizedLora(InOnePass, LowRank):
+class RankStabilizedLora(InOnePass, ChosenLowRank):
     name: Literal["rslora"] = "rslora"
     title: ClassVar = "Rank-stabilized LoRA"
     summary: ClassVar = "LoRA whose strength does not fade as its rank grows."
@@ -25,4 +26,4 @@ class RankStabilizedLora(InOnePass, LowRank):
     alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / √rank.")
 
     def variant(self) -> dict[str, Any]:
-        return {"use_rslora": True}
+        return {**super().variant(), "use_rslora": True}

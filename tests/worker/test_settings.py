@@ -6,12 +6,18 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from app import events
+from app.shapes import shape_of
 from app.spec import JobSpec, RunSettings
+from app.strategies import STRATEGIES
+from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
+from worker.neftune import add_noise
 
 
 def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:
@@ -104,6 +110,64 @@ def test_lion_has_a_rate_of_its_own_where_nobody_says_one(data_dir: Path, tiny_m
     model, data = put_model(tiny_model), put_dataset(chat_rows(3))
     adamw, lion = (order(model, data, learning_rate=None, optimizer=kind).learning_rate for kind in ("adamw", "lion"))
     assert lion == pytest.approx(adamw / 5)
+
+
+def adapter_of(said: list, data_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(data_dir / said[-1].path / "adapter_model.safetensors")
+
+
+def test_lora_on_single_modules_with_a_rate_of_its_own_for_b(data_dir: Path, tiny_model: Path) -> None:
+    chosen = {"target_modules": ["layers.1.*.q_proj", "down_proj"], "init_lora_weights": "gaussian", "loraplus_lr_ratio": 8, "rank": 16}
+    model, one = put_model(tiny_model), {**TEN, "max_steps": 1, "warmup_fraction": 0, "max_grad_norm": 0}
+    spec = order(model, put_dataset(chat_rows()), "lora", chosen, **one)
+    assert STRATEGIES["lora"].model_validate(spec.strategy.model_dump(mode="json")) == spec.strategy
+    said = run(spec, data_dir)
+    found = adapter_of(said, data_dir)
+    names = {name.removeprefix("base_model.model.model.layers.").removesuffix(".lora_A.weight") for name in found if ".lora_A." in name}
+    assert names == {"1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"}
+    assert (
+        of(said, events.Started)[0].trainable_parameters == spec.strategy.trainable(model.shape) == sum(x.numel() for x in found.values())
+    )
+    for name, value in found.items():
+        if ".lora_B." in name:  # the first step of AdamW is as long as its rate in every number
+            assert float(value.abs().median()) == pytest.approx(8e-3, rel=0.02)
+        else:
+            assert float(value.std()) == pytest.approx(1 / 16, rel=0.15) and float(value.abs().max()) > 1 / 8
+    assert spec.strategy.unknown_modules(model.shape) == [] and Lora(target_modules="q_prog, v_proj").unknown_modules(model.shape) == [
+        "q_prog"
+    ]
+    with pytest.raises(ValidationError, match="same as layers"):
+        Lora(layers="attention", target_modules="q_proj")
+
+
+def test_every_name_of_a_module_is_one_of_the_model(network) -> None:
+    shape = shape_of(network.config.to_dict())
+    there = {name: (m.in_features, m.out_features) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name: (x.inputs, x.outputs) for name, x in shape.modules()} == {n: w for n, w in there.items() if n != "lm_head"}
+
+
+def test_noise_on_embeddings_is_there_while_training_alone(data_dir: Path, tiny_model: Path) -> None:
+    model, data = put_model(tiny_model), put_dataset(chat_rows())
+    quick = {**TEN, "validation_fraction": 0.2, "max_tokens_per_step": 320}
+    plain, spec = (order(model, data, neftune_noise_alpha=alpha, **quick) for alpha in (None, 50))
+    without, noisy = run(plain, data_dir, "plain"), run(spec, data_dir)
+    first, second = (of(said, events.Evaluated)[0].loss for said in (without, noisy))
+    assert first == second
+    assert abs(of(without, events.Step)[0].loss - of(noisy, events.Step)[0].loss) > 1e-3
+    same(in_two(spec, data_dir, 4), noisy)
+
+
+def test_the_noise_of_a_row_is_by_its_length(network) -> None:
+    add_noise(network, 5.0)
+    ids, places = torch.zeros(1, 25, dtype=torch.long), torch.cat([torch.arange(9), torch.arange(16)])[None]
+    clean, seen = network.get_input_embeddings().weight[0], []
+    network.model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0][0] - clean))
+    network.train()(input_ids=ids, position_ids=places)
+    network.eval()(input_ids=ids, position_ids=places)
+    for part, length in ((seen[0][:9], 9), (seen[0][9:], 16)):
+        most = 5.0 / math.sqrt(length * part.shape[1])
+        assert 0.9 * most < float(part.abs().max()) <= most
+    assert not seen[1].any()
 
 
 BEFORE = {

@@ -1,0 +1,95 @@
+"""What an engineer chooses of LoRA beside its size: single modules, how A begins, and a rate of its own for B."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from app.shapes import Linear, Shape
+from app.strategies._low_rank import LowRank
+
+
+def _listed(value: Any) -> Any:
+    """A list of names as the text that is kept; anything else as it came."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return ", ".join(value)
+    return value
+
+
+ModuleNames = Annotated[str, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+
+
+class ChosenLowRank(LowRank):
+    target_modules: ModuleNames | None = Field(
+        None,
+        min_length=1,
+        max_length=2000,
+        description="Names of the modules that get a correction instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
+        "and * stands for anything: layers.[01].*.q_proj.",
+        exclude_if=lambda names: names is None,
+    )
+    init_lora_weights: Literal["default", "gaussian"] = Field(
+        "default",
+        title="Init LoRA weights",
+        description="How A begins: default is uniform (Kaiming), gaussian has a deviation of 1 / rank. B begins at zero.",
+        exclude_if=lambda kind: kind == "default",
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        title="LoRA+ LR ratio",
+        description="LoRA+: how many times the learning rate B learns at (Hayou et al. 2024 advise 16). Empty gives A and B the same.",
+        exclude_if=lambda ratio: ratio is None,
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _instead_of_layers(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("layers", "all-linear") != "all-linear":
+            raise ValueError("It says the same as layers, which was given too: leave out one of the two")
+        if value is not None and not _names(value):
+            raise ValueError("It names no module: write q_proj, v_proj, or leave it empty")
+        return value
+
+    def unknown_modules(self, shape: Shape) -> list[str]:
+        """The names that no module of such a model has."""
+        return [name for name in _names(self.target_modules) if not any(_has(whole, name) for whole, _ in shape.modules())]
+
+    def _found(self, shape: Shape) -> list[tuple[str, Linear]]:
+        return [(whole, linear) for whole, linear in shape.modules() if any(_has(whole, name) for name in _names(self.target_modules))]
+
+    def chosen(self, shape: Shape) -> list[Linear]:
+        return super().chosen(shape) if self.target_modules is None else [linear for _, linear in self._found(shape)]
+
+    def targets(self, shape: Shape) -> list[str]:
+        """With modules of single blocks, those that any block has: what is kept for the backward pass is then at most as much."""
+        if self.target_modules is None:
+            return super().targets(shape)
+        found = {linear.name for _, linear in self._found(shape)}
+        return [linear.name for linear in shape.linears() if linear.name in found]
+
+    def peft_targets(self, shape: Shape) -> list[str] | str:
+        """Whole names without the model's own first part, which a classifier's stack does without."""
+        if self.target_modules is None:
+            return super().peft_targets(shape)
+        return [whole.partition(".")[2] for whole, _ in self._found(shape)]
+
+    def rate_scale(self, parameter: str) -> float:
+        return self.loraplus_lr_ratio or 1.0 if ".lora_B." in parameter else 1.0
+
+    def variant(self) -> dict[str, Any]:
+        return {"init_lora_weights": "gaussian"} if self.init_lora_weights == "gaussian" else {}
+
+
+def _names(given: str | None) -> list[str]:
+    return [name for name in re.split(r"[,\s]+", given or "") if name]
+
+
+def _has(whole: str, name: str) -> bool:
+    """Whether a module's whole name is `name` or ends in it. Patterns are a shell's, which are matched in linear time, unlike
+    regular expressions that anyone may send."""
+    return fnmatch.fnmatchcase(f".{whole}", f"*.{name}")
