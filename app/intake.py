@@ -66,7 +66,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
         error.details = _to_map(sample, wished)  # type: ignore[attr-defined]
         raise
     if payload.get("edits"):
-        reason = "The format of the version before."
+        reason = "As in the version before."
     report = Report(entry, mapping, say)
     counter = counter_of(entry.task, report.add) if counter_of else None
     with RowsFile(Path(payload["rows"])) as rows:
@@ -139,7 +139,7 @@ def _no_rows(head: Sequence[Raw]) -> BadData:
     count = sum(raw.problem is not None and raw.problem.severity == "error" for raw in head)
     error = BadData(
         f"None of the first {count} rows can be read. Line {first.line}: {first.problem.message}",
-        way_out="Mend the file and upload it again, or save it in another of the accepted formats.",
+        way_out="Fix the file and upload it again, or save it in another of the accepted formats.",
         param="file",
     )
     able = sum(raw.repaired is not None for raw in head)
@@ -165,7 +165,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         guessed = {field: column for field, column in entry.guess_mapping(columns).items() if column not in said.values()}
         mapping = {field: column for field, column in (guessed | said).items() if column}
         _check_mapping(entry, mapping, columns)
-        return entry, mapping, "You chose this format.", others
+        return entry, mapping, "Chosen by you.", others
     if not ranked:
         named = ", ".join(f"“{shown(column, 40)}”" for column in formats.judging(sample))
         hint = f" The column {named} seems to say which answers are bad, and no format has a field for it." if named else ""

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import datasets, ids, jobs, models, orders, samples
+from app import ids, jobs, models, orders, samples
 from app.errors import Conflict
 from app.tables import Dataset, Job, Model, User
 
@@ -105,7 +105,7 @@ def _instruction(session: Session, user: User, ready: list[Model], generic: Mode
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
     step = Step(
         "Instruct (instruction-tuned): it follows instructions",
-        "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Plain explanations” and "
+        "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short explanations” and "
         "starts a LoRA job on it: a few minutes are enough to see it change.",
         f"### User:\n{QUESTION}\n\n### Assistant:\n",
         "Train it yourself, in a few minutes." if generic else "Add the base model first.",
@@ -152,9 +152,7 @@ def tune(session: Session, user: User) -> Job:
 
 
 def _sample(session: Session, user: User) -> Dataset:
-    title = next(sample["title"] for sample in samples.list_() if sample["name"] == SAMPLE)
-    here = next((d for d in datasets.list_(session, user) if d.name == title and d.status in ("ready", "reading")), None)
-    return here or samples.add(session, user, SAMPLE)
+    return samples.add(session, user, SAMPLE)
 
 
 def add_dialogue(session: Session) -> Model:

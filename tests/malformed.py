@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.malformed_sheets import sheets
+
 MOST_SECONDS, MOST_BYTES = 10.0, 2 << 30
 
 Make = bytes | Callable[[Path], object]
@@ -377,6 +379,10 @@ def parquets() -> Iterator[Case]:
     yield Case("an encrypted one / x.parquet", b"PARE" + good[4:-4] + b"PARE", "error", 1)
 
 
+def workbooks() -> Iterator[Case]:
+    yield from (Case(*found) for found in sheets())
+
+
 # Rows of the wrong kind ---------------------------------------------------------------------------------------------------
 
 
@@ -541,7 +547,7 @@ def giants() -> Iterator[Case]:
 
 def cases(*, with_giants: bool = False) -> list[Case]:
     """Every case, in groups."""
-    groups = [lines, encodings, tables, documents, archives, parquets, rows, texts] + ([giants] if with_giants else [])
+    groups = [lines, encodings, tables, documents, archives, parquets, workbooks, rows, texts] + ([giants] if with_giants else [])
     return [case for group in groups for case in group()]
 
 

@@ -129,7 +129,7 @@ def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, 
     page.get_by_text("the connection broke; trying again").wait_for()
     page.unroute("**/v1/tus/*")
     page.reload()
-    page.get_by_text("Choose the same file again to go on").wait_for()
+    page.get_by_text("Choose the same file again to resume").wait_for()
     assert 0.3 < page.locator("#unfinished progress").evaluate("bar => bar.value") < 0.6
     other = tmp_path / "other.jsonl"  # another file begins on its own and forgets nothing of the first
     other.write_text(chat("Another", "one"))
@@ -171,20 +171,20 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
     other = datasets.create(session, user, files.add_bytes(session, user, extra.encode(), "others.jsonl", "fine-tune"))
     session.commit()
     page.goto(f"{served}{room}")
-    page.get_by_role("link", name="Join", exact=True).click()
+    page.get_by_role("link", name="Combine", exact=True).click()
     page.locator("#rows").wait_for(state="hidden")
-    page.get_by_label("Mix by weights").check()
+    page.get_by_label("Mix (weighted)").check()
     assert page.locator("#rows").is_visible() and not page.locator("#format").is_visible()
     for _ in range(20):
         if page.get_by_label("others").count():
             break
         page.wait_for_timeout(300)
         page.reload()
-        page.get_by_label("Mix by weights").check()
+        page.get_by_label("Mix (weighted)").check()
     page.get_by_label("others", exact=True).check()
     page.locator("#rows").fill("30")
     look_at(page, "join", tmp_path)
-    page.get_by_role("button", name="Make the dataset").click()
+    page.get_by_role("button", name="Create dataset").click()
     page.get_by_text("Made of").wait_for()
     page.get_by_text("Good rows").first.wait_for()
     assert "30" in page.locator(".facts").first.inner_text()

@@ -244,7 +244,7 @@ def test_a_worker_that_dies_between_writing_and_reading_joins_nothing_twice(sess
 def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     first, second = make([chat(n) for n in range(12)]), make([chat(n, "b") for n in range(12)], "b.jsonl")
     page = client.get(f"/datasets/join?first={key(first)}").text
-    assert "Put together" in page and f'name="use.{key(first)}" checked' in page
+    assert "Concatenate" in page and f'name="use.{key(first)}" checked' in page
     chosen = {"first": key(second), f"use.{key(first)}": "on", f"use.{key(second)}": "on", f"weight.{key(second)}": "2"}
     answer = client.post("/datasets/join", data={"operation": "mix", "rows": "9", **chosen}, follow_redirects=False)
     assert answer.status_code == 303, answer.text

@@ -51,7 +51,7 @@ def test_a_table_with_headers_of_its_own_is_mapped_by_one_click(page, served, tm
         assert "classification" in page.inner_text("main").lower()
 
 
-def test_unknown_roles_are_asked_in_one_panel(page, served, tmp_path):
+def test_unknown_roles_are_asked_and_tables_are_pasted(page, served, tmp_path):
     talk = [{"role": "customer", "content": "Hi?"}, {"role": "agent", "content": "Yes."}, {"role": "narrator", "content": "He left."}]
     rows = [json.dumps({"messages": [*talk[: 2 + n % 2]], "n": n}) for n in range(12)]
     (tmp_path / "chats.jsonl").write_text("\n".join(rows))
@@ -64,3 +64,20 @@ def test_unknown_roles_are_asked_in_one_panel(page, served, tmp_path):
         panel.get_by_role("button", name="Change roles").click()
         page.get_by_text("Changed roles: ").wait_for()
         assert "6" in page.locator(".facts").first.inner_text() and page.locator("#roles").get_by_label("narrator").is_visible()
+
+        page.goto(f"{served}/datasets/new")
+        page.get_by_role("button", name="Add the sample DPO preferences").click()
+        page.wait_for_url("**/datasets/ds-*")
+        page.goto(f"{served}/datasets/new")
+        page.get_by_role("link", name="Added: DPO preferences").wait_for()
+        page.locator("summary", has_text="Paste a table").click()
+        page.get_by_label("Table").fill(ENGLISH.replace(",", "\t"))
+        look_at(page, "upload", tmp_path)
+        page.get_by_role("button", name="Create dataset").click()
+        page.locator("summary", has_text="Map the columns").wait_for()
+        assert "→ label" in page.locator("table.first th", has_text="queue").inner_text()
+        page.goto(f"{served}/datasets")
+        page.get_by_role("link", name="Pasted table").wait_for()
+        look_at(page, "datasets", tmp_path)
+        page.goto(f"{served}/datasets/join")
+        look_at(page, "join", tmp_path)

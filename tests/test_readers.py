@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import zipfile
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from app import readers
 from app.errors import BadData, Unsupported
 from app.readers import _base, _json, _tables
+from tests.malformed_sheets import ROWS, workbook
 
 
 def read(tmp_path, name, data):
@@ -139,7 +141,7 @@ def test_any_table_written_by_the_csv_module_is_read_back(cells):
     assert [tuple(raw.row.values()) for raw in raws if raw.row] == cells
 
 
-@given(data=st.binary(max_size=400), name=st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.zip", "x.txt.gz"]))  # fmt: skip
+@given(data=st.binary(max_size=400), name=st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.xlsx", "x.zip", "x.txt.gz"]))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_no_bytes_at_all_raise_anything_but_our_own_errors(tmp_path_factory, data, name):
     path = tmp_path_factory.getbasetemp() / "any"
@@ -209,6 +211,23 @@ def test_text_in_paragraphs_lines_and_one_long_passage(tmp_path):
     pieces = [row["text"] for _, row in rows(read(tmp_path, "x.txt", text))]
     assert all(len(piece) <= _base.LONGEST_PASSAGE and piece.endswith(".") for piece in pieces)
     assert " ".join(pieces) == text.strip()
+
+
+def test_a_workbook_gives_values_by_their_kind_and_names_what_it_left(tmp_path):
+    when = datetime(2026, 3, 1)
+    table = [
+        ["text", "when", "n", "share", "ok"],
+        ["Grüße\nAda", when, 3.0, 0.25, True],
+        [],
+        [None, when.replace(hour=9), None, 1e300, None],
+    ]
+    raws = read(tmp_path, "x.xlsx", workbook([], [["Tickets 2026"], [], *table], [["other"]]))
+    assert rows(raws) == [
+        (4, {"text": "Grüße\nAda", "when": "2026-03-01", "n": 3, "share": 0.25, "ok": True}),
+        (6, {"text": None, "when": "2026-03-01T09:00:00", "n": None, "share": 1e300, "ok": None}),
+    ]
+    assert problems(raws, notes=True) == [(1, "other_sheets"), (1, "title_rows")]
+    assert rows(read(tmp_path, "x.xlsx.gz", gzip.compress(workbook(ROWS))))[0][0] == 2
 
 
 def test_parquet_with_nested_rows(tmp_path):

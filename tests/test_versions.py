@@ -99,7 +99,7 @@ def test_unknown_roles_are_asked_once_and_no_fix_drops_their_rows(session, user,
     new = read(session, session.get(Dataset, ids.parse(ids.DATASET, made["id"])))
     assert [message["role"] for message in rows_of(new, data_dir)[11]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert new.good_rows == 12 and versions.describe(new).startswith("Changed roles: ") and not datasets.unknown_roles(new)
-    assert new.report["reason"] == "The format of the version before."
+    assert new.report["reason"] == "As in the version before."
 
 
 @pytest.mark.parametrize(

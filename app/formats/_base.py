@@ -91,8 +91,8 @@ class Format(ABC):
         good = sum(not any(f.severity == "error" for f in self.check(row, mapping)) for row in rows) / len(rows)
         claimed = len(set(mapping.values())) / max(1, len(columns))
         named = ", ".join(f"“{column}”" for column in mapping.values())
-        columns_of_it = "the columns" if len(mapping) > 1 else "the column"
-        reason = f"It has {columns_of_it} {named}, and {good:.0%} of the first {len(rows)} rows can be read so."
+        columns_of_it = "Columns" if len(mapping) > 1 else "Column"
+        reason = f"{columns_of_it} {named}; {good:.0%} of {len(rows)} sampled rows match."
         # Good rows decide; among formats that fit equally well, the one that explains more columns wins.
         return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason, good)
 

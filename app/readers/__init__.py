@@ -21,6 +21,7 @@ from app.readers._base import CHUNK_BYTES, Raw
 from app.readers._bytes import Unpacked, decode_marks
 from app.readers._json import parse_json, read_json, read_jsonl
 from app.readers._passages import read_txt
+from app.readers._sheets import read_xlsx
 from app.readers._tables import read_csv, read_parquet, read_tsv
 
 __all__ = ["ACCEPTED", "Raw", "kind_of", "parse_json", "read"]
@@ -37,8 +38,9 @@ EXTENSIONS = {
     ".md": "txt",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".xlsx": "xlsx",
 }
-ACCEPTED = ".jsonl, .json, .csv, .tsv, .txt and .parquet, and any of these as .gz or .zip"
+ACCEPTED = ".jsonl, .json, .csv, .tsv, .xlsx, .txt and .parquet, and any of these as .gz or .zip"
 READERS: dict[str, Callable[[Iterator[bytes]], Iterator[Raw]]] = {
     "jsonl": read_jsonl,
     "json": read_json,
@@ -46,10 +48,12 @@ READERS: dict[str, Callable[[Iterator[bytes]], Iterator[Raw]]] = {
     "tsv": read_tsv,
     "txt": read_txt,
 }
+WHOLE: dict[str, Callable[[Path], Iterator[Raw]]] = {"parquet": read_parquet, "xlsx": read_xlsx}
+"""Kinds that are read from their end, so their bytes must lie in a file."""
 
 
 def kind_of(filename: str) -> str:
-    """jsonl, json, csv, tsv, txt or parquet. Raises Unsupported for an extension no reader takes."""
+    """jsonl, json, csv, tsv, txt, parquet or xlsx. Raises Unsupported for an extension no reader takes."""
     path = Path(filename.lower())
     suffixes = path.suffixes
     if suffixes and suffixes[-1] == ".zip":
@@ -59,7 +63,7 @@ def kind_of(filename: str) -> str:
     kind = EXTENSIONS.get(suffixes[-1]) if suffixes else None
     if kind is None:
         raise Unsupported(
-            f"“{shown(filename, 80)}” has an extension that no reader here takes.",
+            f"File type not supported: “{shown(filename, 80)}”.",
             way_out=f"Save it as one of {ACCEPTED}.",
             param="file",
         )
@@ -75,8 +79,8 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
         yield from read_zip(path)
         return
     packed = filename.lower().endswith(".gz")
-    if kind == "parquet" and not packed:
-        yield from read_parquet(path)
+    if kind in WHOLE and not packed:
+        yield from WHOLE[kind](path)
         return
     with path.open("rb") as opened:
         stream: BinaryIO = Unpacked(gzip.GzipFile(fileobj=opened), path.stat().st_size, opened) if packed else opened  # type: ignore[assignment]
@@ -87,8 +91,8 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
 
 
 def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
-    if kind == "parquet":
-        yield from _read_unpacked_parquet(stream)
+    if kind in WHOLE:
+        yield from _read_unpacked(stream, kind)
         return
     chunks, notes = decode_marks(stream)
     yield from notes
@@ -99,7 +103,7 @@ def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
 
 
 def read_zip(path: Path) -> Iterator[Raw]:
-    """The data files of an archive, one after the other. Only Parquet is unpacked to disk, to a file with a name of our own, so
+    """The data files of an archive, one after the other. Only Parquet and Excel are unpacked to disk, to a file with a name of our own, so
     no name in the archive can lead anywhere."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -146,10 +150,9 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 _ABOUT = ("readme", "license", "licence", "changelog", "notice")
 
 
-def _read_unpacked_parquet(stream: BinaryIO) -> Iterator[Raw]:
-    """Parquet is read from its end, so its bytes go to a temporary file first."""
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
+def _read_unpacked(stream: BinaryIO, kind: str) -> Iterator[Raw]:
+    with tempfile.NamedTemporaryFile() as copy:
         while data := stream.read(CHUNK_BYTES):
             copy.write(data)
         copy.flush()
-        yield from read_parquet(Path(copy.name))
+        yield from WHOLE[kind](Path(copy.name))

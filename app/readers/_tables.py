@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]
         line = lines.first
         if lines.problem:
             row = dict(zip(header, cells, strict=True)) if lines.whole and len(cells) == len(header) else None
-            yield Raw(line, None, offer(lines.problem, row), row, _as_json(cells, header))
+            yield Raw(line, None, offer(lines.problem, row), row, as_json(cells, header))
         elif len(cells) == len(header):
             yield Raw(line, dict(zip(header, cells, strict=True)))
         elif any(cell.strip() for cell in cells):
-            yield Raw(line, None, _ragged(cells, header, delimiter), None, _as_json(cells, header))
+            yield Raw(line, None, _ragged(cells, header, delimiter), None, as_json(cells, header))
 
 
 def _chain_text(head: str, feed: Iterator[str]) -> Iterator[str]:
@@ -98,11 +98,11 @@ def _header(reader: Any) -> list[str]:
             f"The first line is not a header of column names ({error}).", way_out="Begin the file with one line of names.", param="file"
         ) from None
     names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
-    _check_names(names)
+    check_names(names)
     return names
 
 
-def _check_names(names: list[str]) -> None:
+def check_names(names: list[str]) -> None:
     if len(names) > _MOST_COLUMNS:
         way_out = f"Keep the ones to learn from; at most {_MOST_COLUMNS:,} are read."
         raise BadData(f"The file has {len(names):,} columns.", way_out=way_out, param="file")
@@ -111,7 +111,7 @@ def _check_names(names: list[str]) -> None:
         raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
 
 
-def _as_json(cells: list[str], header: list[str]) -> str | None:
+def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
     """A row of too few or too many cells, so that a person can move them to their columns; None for more than a file may have."""
     if len(cells) > _MOST_COLUMNS:
         return None
@@ -150,7 +150,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
 
     try:
         file = pq.ParquetFile(path)
-        _check_names(file.schema_arrow.names)
+        check_names(file.schema_arrow.names)
         number, unpacked = 0, 0
         # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
         limit = max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)

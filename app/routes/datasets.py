@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Query, Request
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, readers, samples, schemas, versions
+from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, pasting, readers, samples, schemas, versions
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
@@ -38,12 +39,21 @@ def list_(request: Request, user: CurrentUser, session: Db) -> Response:
     newest: dict[Any, Dataset] = {}
     for dataset in rows:  # one line per dataset: its newest version
         newest.setdefault(dataset.name if dataset.file_id is None else (dataset.file_id, dataset.name), dataset)
-    return render(request, "datasets.html", datasets=list(newest.values()), samples=_samples(rows), titles=_titles())
+    shown = list(newest.values())
+    names = Counter(dataset.name for dataset in shown)
+    return render(
+        request,
+        "datasets.html",
+        datasets=shown,
+        twins={name for name, count in names.items() if count > 1},
+        samples=_samples(rows),
+        titles=_titles(),
+    )
 
 
 def _samples(rows: list[Dataset]) -> list[dict[str, Any]]:
-    have = {dataset.name for dataset in rows}
-    return [{**sample, "format_title": formats.get(sample["format"]).title, "added": sample["title"] in have} for sample in samples.list_()]
+    found = [(sample, samples.added(rows, sample)) for sample in samples.list_()]
+    return [{**sample, "format_title": formats.get(sample["format"]).title, "added": here and _path(here)} for sample, here in found]
 
 
 def _titles() -> dict[str, str]:
@@ -56,6 +66,7 @@ def new(request: Request, user: CurrentUser, session: Db) -> Response:
         request,
         "upload.html",
         accepted=readers.ACCEPTED,
+        extensions=[*readers.EXTENSIONS, ".gz", ".zip"],
         offline=get_settings().offline,
         limit=get_settings().upload_limit_bytes,
         formats=list(formats.FORMATS.values()),
@@ -95,6 +106,12 @@ def _path(dataset: Dataset) -> str:
     return f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
 
 
+@pages.post("/datasets/paste")
+def paste(user: CurrentUser, session: Db, text: Annotated[str, Form()] = "", name: Annotated[str, Form(max_length=200)] = "") -> Response:
+    """A table that was pasted instead of uploaded."""
+    return RedirectResponse(_path(pasting.paste(session, user, text, name)), 303)
+
+
 @pages.post("/datasets/samples/{name}")
 def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> Response:
     return RedirectResponse(_path(samples.add(session, user, name)), 303)
@@ -103,10 +120,10 @@ def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> R
 # Joining ----------------------------------------------------------------------------------------------------------------
 
 OPERATIONS = {
-    "concatenate": ("Put together", "All rows of each, one dataset after the other."),
-    "mix": ("Mix by weights", "Rows of each in the share its weight gives it, in an order drawn by the seed."),
-    "sample": ("Draw at random", "Some rows of one dataset, drawn by the seed."),
-    "deduplicate": ("Take repetitions out", "Each row once: the first of those that say the same."),
+    "concatenate": ("Concatenate", "All rows of each dataset, one after the other."),
+    "mix": ("Mix (weighted)", "Rows of each dataset in proportion to its weight, shuffled by the seed."),
+    "sample": ("Sample", "A random sample of one dataset's rows, drawn by the seed."),
+    "deduplicate": ("Deduplicate", "Each row once: the first of those with the same content."),
     "convert": ("Convert", "The rows of one dataset in another format."),
 }
 
@@ -167,7 +184,7 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
         )
     ]
     if not parts:
-        raise BadField("No dataset was chosen.", way_out="Tick at least one.", param="datasets")
+        raise BadField("No dataset was chosen.", way_out="Select at least one.", param="datasets")
     try:
         return joining.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:

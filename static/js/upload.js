@@ -58,15 +58,15 @@ form.addEventListener("submit", async (event) => {
     bar.value = sent / file.size;
     const passed = (performance.now() - start) / 1000;
     const left = sent > first && passed > 1 ? `, about ${seconds((passed / (sent - first)) * (file.size - sent))} left` : "";
-    const state = sent === file.size ? "all sent; the studio is storing it" : `${bytes(sent)} of ${bytes(file.size)}${left}`;
+    const state = sent === file.size ? "uploaded; saving" : `${bytes(sent)} of ${bytes(file.size)}${left}`;
     text.textContent = note ? `${state}; ${note}` : state;
   });
   try {
     location.assign(`/datasets/${await upload.send()}`);
   } catch (error) {
     sending.hidden = true;
-    if (!upload.stopped) complain(error.message, remembered().some(({ name }) => name === file.name) ? "Choose the same file again to go on where it stopped." : "");
-    else complain("Stopped; nothing was saved.");
+    if (!upload.stopped) complain(error.message, remembered().some(({ name }) => name === file.name) ? "Choose the same file again to resume." : "");
+    else complain("Upload canceled; nothing was saved.");
   } finally {
     upload = null;
     document.getElementById("send").disabled = false;
@@ -75,7 +75,7 @@ form.addEventListener("submit", async (event) => {
 
 document.getElementById("stop").addEventListener("click", () => upload?.stop());
 
-// After a reload: each bar stands where its upload stands, and goes on once the same file is chosen.
+// After a reload: each bar shows how far its upload is, and it resumes once the same file is chosen.
 const unfinished = document.getElementById("unfinished");
 for (const before of remembered()) {
   const state = await offsetOf(before.url).catch(() => null);
@@ -88,8 +88,8 @@ for (const before of remembered()) {
   const bar = item.querySelector("progress");
   bar.value = state.offset / before.size;
   bar.setAttribute("aria-label", `Uploaded of ${before.name}`);
-  item.querySelector("span").textContent = `${before.name}: ${bytes(state.offset)} of ${bytes(before.size)} are here. Choose the same file again to go on.`;
-  item.querySelector("button").setAttribute("aria-label", `Take back ${before.name}`);
+  item.querySelector("span").textContent = `${before.name}: ${bytes(state.offset)} of ${bytes(before.size)} uploaded. Choose the same file again to resume.`;
+  item.querySelector("button").setAttribute("aria-label", `Discard ${before.name}`);
   item.querySelector("button").addEventListener("click", async () => {
     await takeBack(before);
     item.remove();

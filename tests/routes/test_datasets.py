@@ -36,7 +36,7 @@ def test_upload_then_reading_then_the_report(client, session):
     assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None, "so_far": ""}
     path = read(session, answer)
     page = client.get(path).text
-    assert "Recognised as chat" in page and "wrong role" in page and "Change to “user”" in page and "invalid json" in page
+    assert "Detected format: Chat" in page and "wrong role" in page and "Change to “user”" in page and "invalid json" in page
     assert "&lt;b&gt;ask&lt;/b&gt;" in page and "<b>ask" not in page
     assert f"/jobs/new?dataset={path.rsplit('/', 1)[1]}" in page
     only = client.get(path + "?rule=wrong_role&sort=severity").text
@@ -48,16 +48,16 @@ def test_upload_then_reading_then_the_report(client, session):
 
 def test_overruling_makes_a_new_version_and_leaves_the_old_one(client, session):
     path = read(session, upload(client, "pairs.csv", "question,answer,note\nq1,a1,x\nq2,a2,y\n"))
-    assert "Recognised as instruction" in client.get(path).text
+    assert "Detected format: Instruction" in client.get(path).text
     form = {"format": "completion", "map.completion.prompt": "answer", "map.completion.completion": "question"}
     second = read(session, client.post(path + "/read", data=form, follow_redirects=False))
     assert second != path
     page = client.get(second).text
-    assert "Recognised as completion" in page and "You chose this format" in page
+    assert "Format: Completion" in page and "Chosen by you" in page
     old, new = session.scalars(select(Dataset).order_by(Dataset.version)).all()
     assert (old.format, new.format, new.version, new.parent_id) == ("instruction", "completion", 2, old.id)
     assert datasets.preview(new)[0] == {"prompt": "a1", "completion": "q1", "metadata": {"note": "x"}}
-    assert "Read as you said" in client.get(path).text
+    assert "Re-mapped" in client.get(path).text
 
 
 def test_a_file_no_format_fits_says_so_and_offers_the_columns(client, session):
@@ -70,7 +70,7 @@ def test_a_file_no_format_fits_says_so_and_offers_the_columns(client, session):
     ("name", "data", "words"),
     [
         ("x.jsonl", b"", "empty"),
-        ("x.exe", b"MZ", "no reader"),
+        ("x.exe", b"MZ", "not supported"),
         ("", b"x", "No file"),
     ],
 )
@@ -98,10 +98,44 @@ def test_every_sample_is_good_in_every_row_and_is_what_the_index_says(client, se
     assert client.post("/datasets/samples/nothing").status_code == 404
 
 
-def test_the_same_sample_again_is_ready_at_once(client, session):
-    read(session, client.post("/datasets/samples/support-replies", follow_redirects=False))
-    again = client.post("/datasets/samples/support-replies", follow_redirects=False)
-    assert "Recognised as chat" in client.get(again.headers["location"]).text
+def test_a_sample_is_added_once_and_the_page_says_that_it_is_there(client, session):
+    path = read(session, client.post("/datasets/samples/support-replies", follow_redirects=False))
+    page = client.get("/datasets").text
+    assert f'href="{path}" aria-label="Added: Support replies (chat)"' in page and page.count("Added ✓") == 1
+    assert client.post("/datasets/samples/support-replies", follow_redirects=False).headers["location"] == path
+    assert len(session.scalars(select(Dataset)).all()) == 1
+
+
+def test_two_datasets_of_one_name_are_told_apart(client):
+    upload(client, "talk.jsonl")
+    assert "talk.jsonl" not in client.get("/datasets").text
+    upload(client, "talk.jsonl")
+    page = client.get("/datasets").text
+    assert page.count("talk.jsonl <time") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "extension", "columns"),
+    [
+        ("Frage\tKategorie\r\nWo, bitte?\tKonto\r\n", ".tsv", ["Frage", "Kategorie"]),
+        ("Frage;Kategorie\nWo?;Konto", ".csv", ["Frage", "Kategorie"]),
+        ("Frage\nWo, bitte?\nUnd wann?", ".tsv", ["Frage"]),
+        ('{"Frage": "Wo?"}\n{"Frage": "Wann?"}', ".jsonl", ["Frage"]),
+        ('[{"Frage": "Wo?"},\n{"Frage": "Wann?"}]', ".json", ["Frage"]),
+    ],
+)
+def test_a_pasted_table_becomes_a_file(client, session, text, extension, columns):
+    read(session, client.post("/datasets/paste", data={"text": text, "name": "Fragen"}, follow_redirects=False))
+    dataset = session.scalars(select(Dataset)).one()
+    assert dataset.origin["filename"] == f"pasted{extension}" and dataset.name == "Fragen"
+    assert dataset.error["columns"] == columns and dataset.error["preview"]
+
+
+def test_what_is_no_table_is_not_pasted(client, session):
+    for text, status in (("", 400), ("only,names", 400), ("a\n" * 2_500_001, 413)):
+        answer = client.post("/datasets/paste", data={"text": text})
+        assert answer.status_code == status and ("at least one row" in answer.text or "Upload it as a file" in answer.text)
+    assert session.scalars(select(Dataset)).all() == []
 
 
 def test_deleting_takes_the_rows_away(client, session, data_dir):

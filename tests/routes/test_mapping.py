@@ -5,6 +5,7 @@ import json
 import pytest
 
 from app import datasets, files, formats, ids
+from tests.malformed_sheets import workbook
 
 GERMAN = "\ufeffNr;Frage;Kategorie\n" + "".join(
     f"{n};Wo bleibt meine Geige Nummer {n}, die ich über Ihre Seite bestellt habe?;{('Lieferung', 'Rückgabe', 'Zahlung')[n % 3]}\n"
@@ -73,6 +74,20 @@ def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api,
     assert (after["status"], after["good_rows"], after["mapping"], after["error"]) == ("ready", 12, mapping, None)
     page = client.get(f"/datasets/{made['id']}").text
     assert "Change format or columns" in page and error["preview"][0][mapping["text"]] in page
+
+
+def test_an_excel_file_is_read_in_the_limited_child(api, session, user):
+    table = [line.split(";") for line in GERMAN.removeprefix("\ufeff").splitlines()]
+    dataset = datasets.create(session, user, files.add_bytes(session, user, workbook(table, [["notes"]]), "fragen.xlsx", "fine-tune"))
+    session.commit()
+    datasets.read(dataset.id)
+    key = ids.public(ids.DATASET, dataset.id)
+    suggested = api.get(f"/v1/datasets/{key}").json()["error"]["suggested"]
+    assert suggested == {"format": "classification", "mapping": {"text": "Frage", "label": "Kategorie"}}
+    made = api.post(f"/v1/datasets/{key}/readings", json=suggested).json()
+    datasets.read(ids.parse(ids.DATASET, made["id"]))
+    report = api.get(f"/v1/datasets/{made['id']}/report").json()
+    assert report["good_rows"] == 12 and "other_sheets" in {entry["rule"] for entry in report["rules"]}
 
 
 def test_a_format_chosen_at_the_upload_is_suggested_with_its_columns(api, session, user):
