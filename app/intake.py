@@ -29,6 +29,8 @@ VERSION = 6
 
 SAMPLE_ROWS = 200
 MOST_COLUMNS = 10_000
+MAPPED_COLUMNS = 500
+"""Columns an error names, to choose from; a mapping may name any."""
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 5, 60, 160
 """Of the file as it is: what a person sees who maps its columns."""
 Say = Any
@@ -184,7 +186,7 @@ def _to_map(sample: list[Row], wished: str | None) -> dict[str, Any]:
     best, mappings = formats.suggest(sample)
     best = wished or best
     return {
-        "columns": _shown_columns(sample),
+        "columns": _shown_columns(sample)[:MAPPED_COLUMNS],
         "preview": _first(sample),
         "suggested": {"format": best, "mapping": mappings[best]} if best else None,
         "mappings": mappings,

@@ -113,16 +113,16 @@ def shape_of(dataset: Dataset) -> str:
 def _check_sources(found: list[Dataset], wish: JoinOrder) -> None:
     for dataset in found:
         if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
-            state = "has no good row" if dataset.status == "ready" else f"is {dataset.status}"
-            raise Conflict(f"The dataset {dataset.name} {state}.", way_out="Wait until it is ready, or leave it out.")
+            state = "has no valid rows" if dataset.status == "ready" else f"is {dataset.status}"
+            raise Conflict(f"The dataset {dataset.name} {state}.", way_out="Wait until it is ready, or exclude it.")
     if wish.operation in ("sample", "convert") and len(found) > 1:
         raise BadField(
-            f"Only one dataset can be {'drawn from' if wish.operation == 'sample' else 'converted'} at a time, and {len(found)} were chosen.",
-            way_out="Choose one; join several first.",
+            f"Only one dataset can be {'sampled' if wish.operation == 'sample' else 'converted'} at a time, and {len(found)} were chosen.",
+            way_out="Choose one, or combine several first.",
             param="datasets",
         )
     if wish.operation in ("concatenate", "mix") and len(found) < 2:
-        raise BadField("Joining takes at least two datasets.", way_out="Choose another one beside it.", param="datasets")
+        raise BadField("Combining needs at least two datasets.", way_out="Choose another one.", param="datasets")
 
 
 def _shape(found: list[Dataset], wish: JoinOrder) -> str:
@@ -133,15 +133,17 @@ def _shape(found: list[Dataset], wish: JoinOrder) -> str:
         if common is None:
             named = "; ".join(f"{dataset.name} is {_title(shape)}" for dataset, shape in zip(found, shapes, strict=True))
             raise BadField(
-                f"These datasets have rows of different kinds, and none can become another without losing something: {named}.",
-                way_out="Choose datasets of one kind, or convert one of them first, which says what is lost.",
+                f"These datasets have different formats, and none converts to another without loss: {named}.",
+                way_out="Choose datasets of one format, or convert one of them first; the result lists what was lost.",
                 param="datasets",
             )
         return common
     wanted = formats.get(wish.format).shape if wish.format else ""
     if wanted == shapes[0] or mixing.conversion(shapes[0], wanted) is None:
         able = ", ".join(name for name in mixing.MAPPINGS if name != shapes[0] and mixing.conversion(shapes[0], name)) or "nothing else"
-        raise BadField(f"Rows of the kind {_title(shapes[0])} can become {able}.", way_out="Send format with one of these.", param="format")
+        raise BadField(
+            f"Rows in the format {_title(shapes[0])} can be converted to {able}.", way_out="Send format with one of these.", param="format"
+        )
     return wanted
 
 
@@ -165,24 +167,22 @@ def _rows(found: list[Dataset], weights: list[float], wish: JoinOrder) -> int | 
     sizes = [dataset.good_rows or 0 for dataset in found]
     if wish.operation == "sample":
         if wish.rows is None:
-            raise BadField("How many rows to draw was not said.", way_out=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
+            raise BadField("The number of rows to sample is missing.", way_out=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
         if wish.rows > sizes[0]:
-            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", way_out="Draw fewer.", param="rows")
+            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", way_out="Sample fewer.", param="rows")
         return wish.rows
     if wish.operation != "mix":
         return None
     most = mixing.most_rows(weights, sizes)
     if wish.rows is None:
         if most < 1:
-            raise BadField(
-                "At these weights not one row can be drawn.", way_out="Choose weights that are less far apart.", param="datasets"
-            )
+            raise BadField("At these weights no row can be used.", way_out="Choose weights that are closer together.", param="datasets")
         return min(most, MOST_ROWS)
     for dataset, size, count in zip(found, sizes, mixing.shares(weights, wish.rows), strict=True):
         if count > size and not wish.repeat:
             raise BadField(
                 f"{wish.rows:,} rows at these weights take {count:,} of {dataset.name}, which has {size:,}.",
-                way_out=f"Ask for at most {most:,} rows, or let rows come several times.",
+                way_out=f"Ask for at most {most:,} rows, or allow repeated rows.",
                 param="rows",
             )
     return wish.rows

@@ -119,7 +119,7 @@ def test_a_sample_is_drawn_once_each_and_in_the_order_of_the_file(session, user,
     assert len(set(lines)) == 20 and lines == sorted(lines) and lines != list(range(1, 21))
     with pytest.raises(BadField, match="50 rows, fewer than 51"):
         join(session, user, "sample", dataset, rows=51)
-    with pytest.raises(BadField, match="not said"):
+    with pytest.raises(BadField, match="rows to sample is missing"):
         join(session, user, "sample", dataset)
 
 
@@ -164,7 +164,7 @@ def test_formats_that_differ_are_brought_together_where_nothing_is_lost(session,
     assert [m["content"] for m in rows[12]["messages"]] == ["Once 0", " upon a time"] and len(rows[23]["messages"]) == 1
     assert new.origin["converted"][1] == "c, completion to chat: each prompt becomes the user's turn and its completion the assistant's."
     texts = make([{"text": f"Some text {n}"} for n in range(10)], "t.jsonl")
-    with pytest.raises(BadField, match=r"different kinds.*i is instruction; t is plain text"):
+    with pytest.raises(BadField, match=r"different formats.*i is instruction; t is plain text"):
         join(session, user, "concatenate", told, texts)
 
 
@@ -181,7 +181,7 @@ def test_pairs_become_ratings_and_ratings_pairs(session, user, make, data_dir):
     assert [bare(row) for row in rows_of(back, data_dir)] == [bare(row) for row in rows_of(pairs, data_dir)]
     good = read(session, join(session, user, "convert", rated, format="chat"))
     assert good.good_rows == 10 and good.origin["left_out"] == {"left_out": 10}
-    with pytest.raises(BadField, match="can become chat, preference"):
+    with pytest.raises(BadField, match="can be converted to chat, preference"):
         join(session, user, "convert", rated, format="plain_text")
     with pytest.raises(BadField, match="No strategy here learns from those"):
         datasets.reference(rated)

@@ -16,6 +16,7 @@ from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.formats._messages import CHOICES
+from app.intake import MAPPED_COLUMNS
 from app.multipart import Form as StreamedForm
 from app.multipart import read_form
 from app.openapi import answers
@@ -29,8 +30,6 @@ pages = APIRouter()
 api = APIRouter(prefix="/v1")
 FINDINGS_PER_PAGE = 50
 SAMPLES_OF_PREVIEW = 8
-MOST_COLUMNS = 500
-"""Columns a select offers; programs may name any."""
 
 
 @pages.get("/datasets")
@@ -259,7 +258,7 @@ def _to_map(dataset: Dataset) -> dict[str, Any]:
     """What the panel that maps columns shows: the file's own, and for each format what is chosen now or was suggested."""
     failed = dataset.status == "error"
     found = (dataset.error if failed else dataset.report) or {}
-    columns = (found.get("columns") or [])[:MOST_COLUMNS]
+    columns = (found.get("columns") or [])[:MAPPED_COLUMNS]
     mappings = found.get("mappings") or {name: entry.guess_mapping(columns) for name, entry in formats.FORMATS.items()}
     if dataset.format:
         chosen = {field: column for field, column in dataset.mapping.items() if column in columns}
