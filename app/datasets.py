@@ -269,6 +269,10 @@ def rules(dataset: Dataset) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: (order.get(entry["severity"], 3), -entry["count"], entry["rule"]))
 
 
+ORDERS: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
+"""How findings can be sorted."""
+
+
 def findings(
     session: Session,
     dataset: Dataset,
@@ -284,10 +288,9 @@ def findings(
         query = query.where(Finding.rule == rule)
     if severity:
         query = query.where(Finding.severity == severity)
-    orders: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
-    if sort not in orders:
+    if sort not in ORDERS:
         raise BadField(f"Findings cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
-    query = query.order_by(*orders[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
+    query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
 

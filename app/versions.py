@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import datasets, edits, formats, ids
+from app import datasets, edits, formats, ids, issues
 from app.errors import BadField, Conflict
 from app.readers import parse_json
 from app.reading import lines_path
@@ -27,29 +27,60 @@ _OF_THE_READER = {"repair"}
 MOST_LINES = 1_000_000
 MOST_FINDINGS = 1000
 """Findings fixed by name at once; all of a kind are fixed by its rule."""
+MOST_TOLD = 50
+"""Issues without a fix that a version remembers to list."""
 
 
-def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Dataset:
-    """A version with the fixes of these findings. Raises BadField when one has none."""
-    wanted = sorted(set(finding_ids))[: MOST_FINDINGS + 1]
-    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted[:MOST_FINDINGS])).order_by(Finding.id)
+class Fixed(NamedTuple):
+    """A new version, how many rows were fixed in it, and the issues that were chosen and have no automatic fix."""
+
+    dataset: Dataset
+    rows: int
+    unfixed: list[Finding]
+
+
+def why_unfixed(found: Finding) -> str | None:
+    """Why an issue has no automatic fix; None where it has one."""
+    if not found.line:
+        return "It is about the whole dataset, not one row."
+    return None if found.fix else "No automatic fix. Edit or remove the row."
+
+
+def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Fixed:
+    """A version with the fixes of these findings that have one. Raises BadField when none has."""
+    wanted = sorted(set(finding_ids))
+    if len(wanted) > MOST_FINDINGS:
+        raise BadField(f"At most {MOST_FINDINGS:,} issues are fixed at once.", way_out="Fix all of one rule instead.", param="finding")
+    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted)).order_by(Finding.id)
     found = session.scalars(query).all()
-    if not found or len(found) != len(wanted) or not all(one.fix and one.line for one in found):
-        raise BadField("A finding that was chosen has no fix to apply.", way_out="Edit its row, or drop it.", param="finding")
-    lines = sorted({one.line for one in found if one.line})
-    rules = " and ".join(dict.fromkeys(one.rule for one in found))
-    made = [_edit(one, [one.line]) for one in found if one.line]
-    return make(session, user, dataset, made, {"operation": "fix", "rule": rules, **_named(lines)})
+    if gone := set(wanted) - {one.id for one in found}:
+        raise BadField(f"Version {dataset.version} has no issue {min(gone)}.", way_out="Load the page again.", param="finding")
+    fixed, unfixed = [one for one in found if not why_unfixed(one)], [one for one in found if why_unfixed(one)]
+    if not fixed:
+        raise BadField("None of the selected issues has an automatic fix.", way_out="Edit or remove their rows.", param="finding")
+    lines = sorted({one.line for one in fixed if one.line})
+    rules = " and ".join(dict.fromkeys(one.rule for one in fixed))
+    made = [_edit(one, [one.line]) for one in fixed if one.line]
+    origin = {"operation": "fix", "rule": rules, **_named(lines), **_told_unfixed(unfixed)}
+    return Fixed(make(session, user, dataset, made, origin), len(lines), unfixed)
 
 
-def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Dataset:
+def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
     """A version with the fix of every finding of a rule, also of those that are not listed. Raises BadField when it has none."""
-    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.rule == rule, Finding.fix.is_not(None)).order_by(Finding.id)
-    found = session.scalars(query.limit(1)).first()
+    query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.rule == rule).order_by(Finding.id)
+    found = session.scalars(query.where(Finding.fix.is_not(None)).limit(1)).first()
     lines = lines_of(session, dataset, rule) if found is not None else []
     if found is None or not lines:
-        raise BadField(f"Nothing found under “{rule[:60]}” has a fix.", way_out="Edit the rows, or drop them.", param="rule")
-    return make(session, user, dataset, [_edit(found, lines)], {"operation": "fix", "rule": rule, "count": len(lines)})
+        raise BadField(f"No issue “{rule[:60]}” has an automatic fix.", way_out="Edit or remove the rows.", param="rule")
+    unfixed = [one for one in session.scalars(query.where(Finding.fix.is_(None)).limit(MOST_FINDINGS))]
+    origin = {"operation": "fix", "rule": rule, "count": len(lines), **_told_unfixed(unfixed)}
+    return Fixed(make(session, user, dataset, [_edit(found, lines)], origin), len(lines), unfixed)
+
+
+def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
+    """The first issues that were left, kept with the version so that its page can list them."""
+    told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MOST_TOLD]]
+    return {"unfixed": told, "unfixed_count": len(unfixed)} if unfixed else {}
 
 
 def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
@@ -175,7 +206,7 @@ def describe(dataset: Dataset) -> str:
     origin = dataset.origin or {}
     count = origin.get("count") or len(origin.get("lines", ()))
     rows = f"{count:,} row{'s' if count != 1 else ''}"
-    rule = str(origin.get("rule", "")).replace("_", " ")
+    rule = " and ".join(issues.title(rule) for rule in str(origin.get("rule", "")).split(" and "))
     return {
         "upload": "Uploaded",
         "read_as": "Read as you said",

@@ -9,14 +9,14 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, findings, hub_datasets, ids, joining, schemas, versions
+from app import dataset_view, datasets, findings, hub_datasets, ids, joining, schemas, versions
 from app.accounts import CurrentUser
 from app.db import Db
-from app.errors import BadField
+from app.errors import BadField, Conflict
 from app.openapi import answers
 from app.pages import MAX_NUMBER
 from app.tables import Dataset, User
-from app.web import flash
+from app.web import flash, plural, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -68,20 +68,34 @@ def fix(
     session: Db,
     key: Key,
     finding: Annotated[list[Number] | None, Form()] = None,
-    rule: Annotated[str | None, Form()] = None,
+    all_of: Annotated[str | None, Form(description="Fix all issues of this rule.")] = None,
     do: Annotated[Literal["fix", "drop"], Form()] = "fix",
+    rule: Annotated[str, Form()] = "",
+    severity: Annotated[str, Form()] = "",
+    sort: Annotated[str, Form()] = "line",
+    page: Annotated[int, Form(ge=1, le=MAX_NUMBER)] = 1,
 ) -> Response:
-    """Apply the fixes of some findings, or leave their rows out, or fix all under a rule; the answer leads to the new version."""
+    """Apply the fixes of some findings, or remove their rows, or fix all of a rule; the answer leads to the new version. The other
+    fields say which list was shown, so that an error comes back on it with the same boxes ticked."""
     dataset = dataset_of(session, user, key)
-    if finding and do == "drop":
-        new = versions.drop_found(session, user, dataset, finding)
-    elif finding:
-        new = versions.fix_some(session, user, dataset, finding)
-    elif rule:
-        new = versions.fix_all(session, user, dataset, rule)
-    else:
-        raise BadField("No finding was chosen.", way_out="Tick at least one.", param="finding")
-    flash(request, f"Version {new.version} is made; version {dataset.version} stays as it is.")
+    try:
+        if finding and do == "drop":
+            new = versions.drop_found(session, user, dataset, finding)
+            told = f"Version {new.version} is created; version {dataset.version} is kept."
+        elif finding or all_of:
+            fixed = (
+                versions.fix_some(session, user, dataset, finding) if finding else versions.fix_all(session, user, dataset, all_of or "")
+            )
+            new = fixed.dataset
+            left = f" {plural(len(fixed.unfixed), 'issue has', 'issues have')} no automatic fix: see below." if fixed.unfixed else ""
+            told = f"Version {new.version} is created with {plural(fixed.rows, 'row')} fixed; version {dataset.version} is kept.{left}"
+        else:
+            raise BadField("No issue was selected.", way_out="Select at least one.", param="finding")
+    except (BadField, Conflict) as error:
+        chosen = dataset_view.Chosen(rule, severity, sort if sort in datasets.ORDERS else "line", page)
+        values = dataset_view.context(session, dataset, chosen, error, finding or ())
+        return render(request, "dataset.html", status_code=error.status, **values)
+    flash(request, told)
     return RedirectResponse(path_of(new), 303)
 
 
@@ -154,18 +168,27 @@ def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> di
     return to_json(hub_datasets.order(session, user, order))
 
 
-@api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.Dataset, 409))
+@api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.FixedDataset, 409))
 def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
-    """The next version, with the fixes of some findings or of all under a rule."""
+    """The next version, with the fixes of some findings or of all of a rule. What has no automatic fix is left as it is and listed
+    under `unfixed`; it is an error only where nothing can be fixed."""
     dataset = dataset_of(session, user, key)
     wanted = order.findings + ([order.finding] if order.finding is not None else [])
     if wanted:
-        return to_json(versions.fix_some(session, user, dataset, wanted))
+        return _fixed_json(versions.fix_some(session, user, dataset, wanted))
     if order.rule:
-        return to_json(versions.fix_all(session, user, dataset, order.rule))
+        return _fixed_json(versions.fix_all(session, user, dataset, order.rule))
     if order.repair:
-        return to_json(versions.repair(session, user, dataset))
-    raise BadField("Nothing to fix was named.", way_out="Send finding, or rule.", param="finding")
+        return to_json(versions.repair(session, user, dataset)) | {"fixed": None, "unfixed": []}
+    raise BadField("Nothing to fix was named.", way_out="Send finding, findings, rule or repair.", param="finding")
+
+
+def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
+    left = [
+        {"finding": one.id, "line": one.line, "rule": one.rule, "message": one.message, "why": versions.why_unfixed(one)}
+        for one in fixed.unfixed
+    ]
+    return to_json(fixed.dataset) | {"fixed": fixed.rows, "unfixed": left}
 
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))

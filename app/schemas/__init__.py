@@ -23,6 +23,7 @@ from app.schemas.datasets import (
     DatasetSplit,
     DatasetWithVersions,
     FileReport,
+    FixedDataset,
     VoteDataset,
 )
 from app.schemas.evaluations import Evaluation
@@ -72,6 +73,7 @@ __all__ = [
     "FineTuningCheckpoint",
     "FineTuningJob",
     "FineTuningJobEvent",
+    "FixedDataset",
     "JobEstimate",
     "LoadedModels",
     "Model",

@@ -50,6 +50,23 @@ class DatasetWithVersions(Dataset):
     versions: list[str]
 
 
+class UnfixedFinding(Schema):
+    """A finding that was to be fixed and has no automatic fix."""
+
+    finding: int
+    line: int | None
+    rule: str
+    message: str
+    why: str
+
+
+class FixedDataset(Dataset):
+    """A version that was just made by fixing another."""
+
+    fixed: int | None = Field(description="Rows that are fixed in it; null where a whole file is repaired.")
+    unfixed: list[UnfixedFinding]
+
+
 class VoteDataset(Schema):
     """A dataset that was just made from votes."""
 

@@ -1,5 +1,5 @@
 // A dataset's page while its file is read: the bar moves, and the page is loaded again when there is a report.
-// Also: only the fields of the chosen format are shown when a person overrules how it was read.
+// Also: only the fields of the chosen format are shown when a person overrules how it was read, and one box ticks all issues.
 const reading = document.getElementById("reading");
 if (reading) {
   const bar = reading.querySelector("progress");
@@ -24,5 +24,19 @@ if (choice) {
     for (const group of document.querySelectorAll("[data-format]")) group.hidden = group.dataset.format !== choice.value;
   };
   choice.addEventListener("change", show);
+  show();
+}
+
+const all = document.querySelector("[data-tick-all]");
+if (all) {
+  const boxes = [...document.querySelectorAll(`input[type=checkbox][name="${all.dataset.tickAll}"]`)];
+  const show = () => {
+    const ticked = boxes.filter((box) => box.checked).length;
+    all.checked = ticked === boxes.length;
+    all.indeterminate = ticked > 0 && !all.checked;
+  };
+  all.addEventListener("change", () => boxes.forEach((box) => (box.checked = all.checked)));
+  boxes.forEach((box) => box.addEventListener("change", show));
+  all.hidden = false;
   show();
 }
