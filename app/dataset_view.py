@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app import datasets, formats, ids, ledger, versions
+from app import datasets, formats, ids, issues, ledger, versions
 from app.errors import StudioError
 from app.tables import Dataset
 from app.web import human_seconds
@@ -55,6 +55,7 @@ def context(
         "warnings": sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
         "findings": found,
         "why_unfixed": versions.why_unfixed,
+        "conflicts": issues.CONFLICTS,
         "ticked": set(ticked),
         "origin_words": versions.describe,
         "again": datasets.can_be_read_again(dataset),

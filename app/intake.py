@@ -24,7 +24,7 @@ from app.readers import Raw
 from app.report import Report
 from app.rows import RowsFile
 
-VERSION = 5
+VERSION = 6
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
@@ -106,7 +106,7 @@ def _repaired(raws: Iterator[Raw], edits: Edits) -> Iterator[Raw]:
 
 def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
     """The good row of a raw one, after what this version changes in it; None when it is left out."""
-    if raw.line not in edits.by_line:
+    if not edits.at(raw.line):
         return report.check(raw)
     row, typed = edits.apply(raw.line, raw.row or {}, report.entry, report.mapping)
     if typed is not None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+CONFLICTS = ("other_label", "other_answer", "opposite_verdict")
+"""Rules under which rows contradict each other: which one is right is a person's choice (`app/conflicts.py`)."""
+CHOOSE = "choose"
 TITLES = {
     "bom": "byte-order mark",
     "wrong_role": "invalid role",
@@ -11,6 +16,7 @@ TITLES = {
     "opposite_verdict": "conflicting preferences",
     "nothing_left": "no trainable tokens",
     "over_long": "truncated",
+    "label_variants": "label variants",
     "rare_label": "rare class",
     "one_class": "single class",
     "no_label": "missing label",
@@ -23,3 +29,8 @@ TITLES = {
 def title(rule: str) -> str:
     """A rule in the field's words."""
     return TITLES.get(rule, rule.replace("_", " "))
+
+
+def choice(line: int) -> dict[str, Any]:
+    """The fix of a row that contradicts the one at `line`."""
+    return {"label": "Compare rows", "operation": CHOOSE, "arguments": {"line": line}}

@@ -13,6 +13,7 @@ from typing import Any
 from app.edits import CONTROL, check_normalised, markers
 from app.formats import Finding, Format
 from app.formats._base import LONGEST_NAME, Row, fix, shown
+from app.issues import choice
 from app.readers import Raw
 from app.rules._base import calls_of, seen
 from app.storable import shortened, storable
@@ -153,12 +154,12 @@ class Report:
         if self.entry.task == "preference":
             same = "the same two answers the other way round" if "chosen" in row else f"the same answer {'bad' if row['good'] else 'good'}"
             message = f"Line {before} {'ranks' if 'chosen' in row else 'calls'} {same}. One of the two is wrong."
-            repair = fix("Drop the row", "drop_row")
-            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", repair))
+            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", choice(before)))
             return
-        severity = "warning" if self.entry.task == "classification" else "note"
-        message = f"Line {before} has the same prompt and another {'label' if self.entry.task == 'classification' else 'answer'}."
-        self.add(line, Finding("other_answer", message, None, shown(_shown_question(row), 120), severity, fix("Drop the row", "drop_row")))
+        labeled = self.entry.task == "classification"
+        rule, severity = ("other_label", "warning") if labeled else ("other_answer", "note")
+        message = f"Line {before} has the same input and another {'label' if labeled else 'answer'}."
+        self.add(line, Finding(rule, message, None, shown(_shown_question(row), 120), severity, choice(before)))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         if self.good == 0:
@@ -166,7 +167,6 @@ class Report:
         for rule in self._rules:
             rule.finish()
         if self.entry.task == "classification":
-            self._check_labels()
             return
         if self.entry.shape == "rated" and len(self.labels) == 1:
             only = next(iter(self.labels))
@@ -175,37 +175,6 @@ class Report:
         if self.good < 10:
             message = f"Only {self.good} good row{'s' if self.good != 1 else ''}: enough to try things out, too few to learn from. A few dozen good rows already show an effect."
             self.add(1, Finding("few_rows", message, severity="warning"))
-
-    def _check_labels(self) -> None:
-        """What is wrong with the labels as a whole."""
-        if len(self.labels) == 1:
-            only = next(iter(self.labels))
-            self.add(
-                1,
-                Finding(
-                    "one_class",
-                    f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two.",
-                    self.mapping.get("label"),
-                    shown(only),
-                    "warning",
-                ),
-            )
-        for label, count in self.labels.items():
-            if count == 1 and len(self.labels) > 1:
-                self.add(
-                    1,
-                    Finding(
-                        "rare_label",
-                        f"Only one row has the label “{shown(label, 60)}”; it cannot be both learnt and checked.",
-                        self.mapping.get("label"),
-                        shown(label),
-                        "warning",
-                    ),
-                )
-        numbers = sum(re.fullmatch(r"-?\d+(\.\d+)?", label) is not None for label in self.labels)
-        if 0 < numbers < len(self.labels):
-            message = "Some labels are numbers and some are words."
-            self.add(1, Finding("mixed_labels", message, self.mapping.get("label"), None, "warning"))
 
     def result(self) -> dict[str, Any]:
         return {

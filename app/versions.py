@@ -25,6 +25,7 @@ _OF_THE_READER = {"repair"}
 """What is done to a line before there is a row."""
 
 MOST_LINES = 1_000_000
+LONGEST_LABEL = 200
 MOST_FINDINGS = 1000
 """Findings fixed by name at once; all of a kind are fixed by its rule."""
 MOST_TOLD = 50
@@ -43,7 +44,9 @@ def why_unfixed(found: Finding) -> str | None:
     """Why an issue has no automatic fix; None where it has one."""
     if not found.line:
         return "It is about the whole dataset, not one row."
-    return None if found.fix else "No automatic fix. Edit or remove the row."
+    if found.fix is None:
+        return "No automatic fix. Edit or remove the row."
+    return "Two rows contradict each other: choose which one is right." if found.fix["operation"] == issues.CHOOSE else None
 
 
 def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Fixed:
@@ -58,23 +61,38 @@ def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequen
     fixed, unfixed = [one for one in found if not why_unfixed(one)], [one for one in found if why_unfixed(one)]
     if not fixed:
         raise BadField("None of the selected issues has an automatic fix.", way_out="Edit or remove their rows.", param="finding")
-    lines = sorted({one.line for one in fixed if one.line})
     rules = " and ".join(dict.fromkeys(one.rule for one in fixed))
+    merges, others = [one for one in fixed if _merges(one)], [one for one in fixed if not _merges(one)]
+    lines = sorted({one.line for one in others if one.line})
+    rows = len(lines) + sum(_merged_rows(dataset, one) for one in merges)
+    origin = {"operation": "fix", "rule": rules, **({"count": rows} if merges else _named(lines)), **_told_unfixed(unfixed)}
     made = [_edit(one, [one.line]) for one in fixed if one.line]
-    origin = {"operation": "fix", "rule": rules, **_named(lines), **_told_unfixed(unfixed)}
-    return Fixed(make(session, user, dataset, made, origin), len(lines), unfixed)
+    return Fixed(make(session, user, dataset, made, origin), rows, unfixed)
 
 
 def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
     """A version with the fix of every finding of a rule, also of those that are not listed. Raises BadField when it has none."""
     query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.rule == rule).order_by(Finding.id)
     found = session.scalars(query.where(Finding.fix.is_not(None)).limit(1)).first()
-    lines = lines_of(session, dataset, rule) if found is not None else []
+    lines = lines_of(session, dataset, rule) if found is not None and not why_unfixed(found) else []
     if found is None or not lines:
-        raise BadField(f"No issue “{rule[:60]}” has an automatic fix.", way_out="Edit or remove the rows.", param="rule")
-    unfixed = [one for one in session.scalars(query.where(Finding.fix.is_(None)).limit(MOST_FINDINGS))]
+        why = "its rows contradict each other, and which one is right is your choice" if rule in issues.CONFLICTS else "it has none"
+        raise BadField(f"No automatic fix for “{issues.title(rule[:60])}”: {why}.", way_out="Edit or remove the rows.", param="rule")
+    if _merges(found):
+        return fix_some(session, user, dataset, [one.id for one in session.scalars(query.limit(MOST_FINDINGS))])
+    unfixed = list(session.scalars(query.where(Finding.fix.is_(None)).limit(MOST_FINDINGS)))
     origin = {"operation": "fix", "rule": rule, "count": len(lines), **_told_unfixed(unfixed)}
     return Fixed(make(session, user, dataset, [_edit(found, lines)], origin), len(lines), unfixed)
+
+
+def _merges(found: Finding) -> bool:
+    """Whether its fix changes a label in every row that has it."""
+    return found.fix is not None and found.fix["operation"] == "merge_labels"
+
+
+def _merged_rows(dataset: Dataset, found: Finding) -> int:
+    labels = (dataset.report or {}).get("labels", {})
+    return sum(labels.get(label, 0) for label in (found.fix or {})["arguments"]["from"])
 
 
 def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
@@ -86,6 +104,9 @@ def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
 def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
     assert found.fix is not None
     operation = found.fix["operation"]
+    if _merges(found):
+        arguments = found.fix["arguments"]
+        return {"operation": "relabel", "all": True, "from": arguments["from"], "label": arguments["into"], "lines": []}
     # Where one rule has several fixes, as roles do, each row takes its own.
     own = operation not in _OF_THE_READER and (operation not in _OF_THE_REPORT or found.severity == "error")
     return {"operation": "mend" if own else operation, "rule": found.rule, "lines": list(lines)}
@@ -130,10 +151,30 @@ def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[in
     return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
 
 
+def keep_row(session: Session, user: User, dataset: Dataset, line: int, others: Sequence[int]) -> Dataset:
+    """A version without the rows that contradict the one at `line`."""
+    origin = {"operation": "keep", "kept": line, **_named(others)}
+    return make(session, user, dataset, [{"operation": "drop_row", "lines": list(others)}], origin)
+
+
 def drop_found(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Dataset:
     """A version without the lines of these findings."""
     query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.id.in_(sorted(set(finding_ids))[:MOST_FINDINGS]))
     return drop_rows(session, user, dataset, [line for line in session.scalars(query) if line])
+
+
+def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int], label: str) -> Dataset:
+    """A version in which these lines have this label. Raises BadField for a dataset without labels, and for what is no label."""
+    label = label.strip()
+    if dataset.task != "classification":
+        raise BadField(f"The rows of {dataset.name} have no label.", way_out="Edit the rows instead.", param="label")
+    if not label or len(label) > LONGEST_LABEL or "\0" in label:
+        raise BadField(f"A label has 1 to {LONGEST_LABEL} characters.", way_out="Type another one.", param="label")
+    if not lines or len(lines) > MOST_LINES:
+        raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
+    kept = sorted(set(lines))
+    edit = {"operation": "relabel", "lines": kept, "label": label}
+    return make(session, user, dataset, [edit], {"operation": "relabel", "label": label, **_named(kept)})
 
 
 def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
@@ -212,6 +253,8 @@ def describe(dataset: Dataset) -> str:
         "read_as": "Read as you said",
         "fix": f"Fixed {rule} in {rows}",
         "drop": f"Left out {rows}",
+        "relabel": f"Changed the label of {rows} to “{origin.get('label')}”",
+        "keep": f"Kept line {origin.get('kept')}, removed {rows} that contradicted it",
         "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
         "concatenate": "Joined, one after the other",
         "mix": "Mixed by weights",

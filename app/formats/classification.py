@@ -54,6 +54,11 @@ class Classification(Format):
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        label: Any = row[mapping["label"]]
-        name = str(int(label)) if isinstance(label, float) else (text_of(row, mapping["label"]) or "")
-        return {"text": text_of(row, mapping["text"]) or "", "label": name.strip()}
+        return {"text": text_of(row, mapping["text"]) or "", "label": label_of(row, mapping["label"])}
+
+
+def label_of(row: Row, column: str) -> str:
+    """The label in a column, by the name it has in a normalised row."""
+    label: Any = row.get(column)
+    name = str(int(label)) if isinstance(label, float) and label.is_integer() else (text_of(row, column) or "")
+    return name.strip()

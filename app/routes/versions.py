@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app import dataset_view, datasets, findings, hub_datasets, ids, joining, schemas, versions
 from app.accounts import CurrentUser
@@ -139,13 +139,25 @@ class Fix(BaseModel):
 
 
 class Edit(BaseModel):
-    """A row to put in the place of a line, or lines to leave out."""
+    """A row to put in the place of a line, a label for some lines, or lines to remove."""
 
     model_config = ConfigDict(extra="forbid")
     line: int | None = Field(default=None, ge=1)
     row: dict[str, Any] | None = Field(default=None, description="A row of the report's shape, as `rows` shows it.")
     raw: dict[str, Any] | None = Field(default=None, description="Or the line of the file, with the file's own columns.")
+    label: str | None = Field(default=None, description="The label that `lines` get.")
+    lines: list[int] = Field(default_factory=list)
     drop: list[int] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_change(self) -> Edit:
+        """Whatever is sent is done: one change, with all that it needs."""
+        row, typed, labeled = self.row is not None, self.raw is not None, self.label is not None
+        if row + typed + labeled + bool(self.drop) != 1:
+            raise ValueError("Send one of row, raw, label and drop.")
+        if (row or typed) != (self.line is not None) or labeled != bool(self.lines):
+            raise ValueError("row and raw need line, label needs lines.")
+        return self
 
 
 class Reading(BaseModel):
@@ -193,15 +205,15 @@ def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))
 def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
-    """The next version, with one row replaced or some left out."""
+    """The next version, with one row replaced, or some relabeled or removed."""
     dataset = dataset_of(session, user, key)
     if order.row is not None and order.line is not None:
         return to_json(versions.edit_row(session, user, dataset, order.line, json.dumps(order.row)))
     if order.raw is not None and order.line is not None:
         return to_json(versions.retype_line(session, user, dataset, order.line, json.dumps(order.raw)))
-    if order.drop:
-        return to_json(versions.drop_rows(session, user, dataset, order.drop))
-    raise BadField("No change was named.", way_out="Send line and row (or raw), or drop with the lines to leave out.", param="line")
+    if order.label is not None:
+        return to_json(versions.relabel(session, user, dataset, order.lines, order.label))
+    return to_json(versions.drop_rows(session, user, dataset, order.drop))
 
 
 @api.post("/datasets/{key}/readings", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
