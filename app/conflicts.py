@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import BigInteger, func, select
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import Session
 
@@ -29,7 +29,7 @@ class Group(NamedTuple):
     lines: list[int]
 
 
-_FIRST = Finding.fix["arguments"]["line"].as_integer()
+_FIRST = Finding.fix["arguments"]["line"].astext.cast(BigInteger)
 
 
 def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None = None) -> tuple[list[Group], bool]:

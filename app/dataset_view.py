@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app import datasets, formats, ids, issues, ledger, versions
+from app import changes, datasets, formats, ids, inspections, issues, ledger, rowedit, versions
 from app.errors import StudioError
+from app.spec import RunSettings
 from app.tables import Dataset
-from app.web import human_seconds
+from app.web import human_number, human_seconds, plural
 
 FINDINGS_PER_PAGE = 50
-SAMPLES_OF_PREVIEW = 8
+SAMPLES_OF_PREVIEW = 5
+MOST_LINES = 5
+WAIT_SECONDS = 2.5
 
 
 @dataclass(slots=True)
 class Chosen:
-    """Which issues are listed, as the page's address says."""
+    """Which part is shown, and which issues are listed, as the page's address says."""
 
+    tab: str = "report"
     rule: str = ""
     severity: str = ""
     sort: str = "line"
@@ -40,7 +45,11 @@ def context(
     return {
         "dataset": dataset,
         "key": ids.public(ids.DATASET, dataset.id),
+        "tab": chosen.tab,
         "problem": problem,
+        "health": health(dataset),
+        "changed": None,
+        "parts_of": rowedit.parts,
         "before": before and (before[0].name, ids.public(ids.JOB, before[0].id), before[1].version),
         "with_ledger": bool(ledger.jobs_of(session, dataset)),
         "entry": formats.FORMATS.get(dataset.format or ""),
@@ -51,8 +60,6 @@ def context(
         "columns": report.get("columns", []),
         "preview": report.get("preview", [])[:SAMPLES_OF_PREVIEW],
         "rules": rules,
-        "errors": sum(entry["count"] for entry in rules if entry["severity"] == "error"),
-        "warnings": sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
         "findings": found,
         "why_unfixed": versions.why_unfixed,
         "conflicts": issues.CONFLICTS,
@@ -62,11 +69,72 @@ def context(
         "fixable": any(not versions.why_unfixed(one) for one in found),
         "more": more,
         "page": chosen.page,
-        "chosen": asdict(chosen),
+        "chosen": {name: value for name, value in asdict(chosen).items() if name != "tab"},
         "versions": [(version, ids.public(ids.DATASET, version.id)) for version in datasets.versions(session, dataset)],
         "file_key": ids.public(ids.FILE, dataset.file_id) if dataset.file_id else None,
         "lengths": _bars(report.get("token_lengths") or report.get("lengths", [])),
     }
+
+
+def changed(session: Session, dataset: Dataset) -> dict[str, Any] | None:
+    """What the page says of its changes, without the answer: `with_answer` waits for that while no connection is held."""
+    asked = changes.ask(session, dataset)
+    if asked is None:
+        return None
+    return {"parent": changes.parent_of(session, dataset), "asked": asked.id, "kinds": changes.KINDS, "shown": changes.EXAMPLES}
+
+
+def with_answer(found: dict[str, Any]) -> dict[str, Any]:
+    answer = inspections.wait(found["asked"], WAIT_SECONDS)
+    return found | {"result": answer.result, "error": answer.error, "words": changes.words(answer.result) if answer.result else ""}
+
+
+class Line(NamedTuple):
+    """One line of a dataset's health: how bad, what, and where to go."""
+
+    severity: str
+    text: str
+    path: str = ""
+    link: str = ""
+
+
+def health(dataset: Dataset) -> list[Line]:
+    """At most MOST_LINES lines: what can be used of it, and its heaviest issues."""
+    if dataset.status != "ready":
+        return []
+    rows, good = dataset.rows or 0, dataset.good_rows or 0
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    worst = "ready" if good == rows else "warning" if good else "error"
+    why = (f"{path}?tab=issues&severity=error", "See why") if good < rows else ()
+    lines = [Line(worst, f"{human_number(good)} of {plural(rows, 'row')} usable", *why)]
+    if cut := _truncated(dataset, path):
+        lines.append(cut)
+    for rule in datasets.rules(dataset):
+        if rule["rule"] == "over_long":
+            continue
+        text = rule["message"] if rule["rule"] in issues.WHOLE else f"{plural(rule['count'], 'row')}: {issues.title(rule['rule'])}"
+        if rule["rule"] in issues.CONFLICTS:
+            lines.append(Line(rule["severity"], text, f"{path}/conflicts", "Resolve"))
+        else:
+            lines.append(Line(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", "See rows"))
+    return lines[:MOST_LINES]
+
+
+def _truncated(dataset: Dataset, path: str) -> Line | None:
+    """Rows that a job's usual max length cuts, and the smallest length that spares nearly all of them. None is offered where it is the
+    window of the model that counted which cuts them."""
+    report, rows = dataset.report or {}, dataset.good_rows or 0
+    cut, usual = dict(report.get("rows_cut", [])), report.get("cutoff")
+    if not cut.get(usual):
+        return None
+    text = f"{plural(cut[usual], 'row')} longer than {human_number(usual)} tokens: truncated"
+    longer = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]
+    if usual < RunSettings().max_length or not longer:
+        return Line("note", text, f"{path}/rows?sort=longest#rows", "See rows")
+    better = next((cutoff for cutoff in longer if cut[cutoff] <= 0.05 * rows), longer[-1])
+    kept = math.floor(100 * (rows - cut[better]) / rows)
+    address = f"/jobs/new?dataset={ids.public(ids.DATASET, dataset.id)}&run.max_length={better}"
+    return Line("note", text, address, f"Raise max length to {human_number(better)} (keeps {kept} % whole)")
 
 
 def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:

@@ -289,7 +289,7 @@ def findings(
     if severity:
         query = query.where(Finding.severity == severity)
     if sort not in ORDERS:
-        raise BadField(f"Findings cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
+        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
     query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit

@@ -6,6 +6,8 @@ from typing import Any
 
 CONFLICTS = ("other_label", "other_answer", "opposite_verdict")
 """Rules under which rows contradict each other: which one is right is a person's choice (`app/conflicts.py`)."""
+WHOLE = ("few_rows", "one_class")
+"""Rules about all rows together."""
 CHOOSE = "choose"
 TITLES = {
     "bom": "byte-order mark",
@@ -18,6 +20,7 @@ TITLES = {
     "over_long": "truncated",
     "label_variants": "label variants",
     "rare_label": "rare class",
+    "few_rows": "too few rows",
     "one_class": "single class",
     "no_label": "missing label",
     "label_noise": "likely mislabeled",

@@ -48,6 +48,7 @@ class Report:
         self.lengths: Counter[int] = Counter()
         self.preview: list[dict[str, Any]] = []
         self._room = PREVIEW_BYTES
+        self._told: dict[str, int | None] = {}
         self._seen: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
 
@@ -82,10 +83,14 @@ class Report:
         self.good += good
         return good
 
-    def add(self, line: int, finding: Finding) -> None:
+    def add(self, line: int | None, finding: Finding) -> None:
+        """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
+        if self._told.get(finding.rule, -1) == line:
+            return
+        self._told[finding.rule] = line
         entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
         entry["count"] += 1
-        if finding.fix is not None:
+        if finding.fix is not None and line is not None:
             kept = self.lines.setdefault(finding.rule, array("q"))
             if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):
                 kept.append(line)
@@ -141,8 +146,8 @@ class Report:
         print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
         first = self._seen.setdefault(print_, line)
         if first != line:
-            message = f"This row says exactly the same as line {first}."
-            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Drop the row", "drop_row")))
+            message = f"This row is the same as line {first}."
+            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
             return
         asked, said = _question(row)
         if not asked:
@@ -170,11 +175,11 @@ class Report:
             return
         if self.entry.shape == "rated" and len(self.labels) == 1:
             only = next(iter(self.labels))
-            message = f"Every answer is rated {only}; what sets good answers apart can only be learnt from both kinds."
-            self.add(1, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
+            message = f"Every answer is rated {only}; training needs both kinds."
+            self.add(None, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
         if self.good < 10:
-            message = f"Only {self.good} good row{'s' if self.good != 1 else ''}: enough to try things out, too few to learn from. A few dozen good rows already show an effect."
-            self.add(1, Finding("few_rows", message, severity="warning"))
+            message = f"Only {self.good} valid row{'s' if self.good != 1 else ''}: enough to try things out, too few to train on. A few dozen valid rows already show an effect."
+            self.add(None, Finding("few_rows", message, severity="warning"))
 
     def result(self) -> dict[str, Any]:
         return {

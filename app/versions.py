@@ -1,4 +1,4 @@
-"""New versions of a dataset: mended, edited, thinned. The parent stays as it is; the new version is its file read again
+"""New versions of a dataset: fixed, edited, with rows removed. The parent stays as it is; the new version is its file read again
 under a longer list of edits (`app/edits.py`)."""
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
 def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
     """A version of a file that could not be read at all, its lines taken as they were probably meant. Raises Conflict for others."""
     if dataset.status != "error" or not (dataset.error or {}).get("repair"):
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", way_out="Look at its findings.")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", way_out="Look at its issues.")
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -184,13 +184,13 @@ def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: st
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadField(f"The row is not valid JSON: {error}.", way_out="Mend the text and save again.", param="row") from None
+        raise BadField(f"The row is not valid JSON: {error}.", way_out="Fix the text and save again.", param="row") from None
     if too_deep(row):
         message = f"The row is nested deeper than {DEEPEST} levels."
         raise BadField(message, way_out="Flatten it and save again.", param="row")
     for found in edits.check_normalised(row, formats.get(dataset.format).shape):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Fix the row and save again.", param="row")
     edit = {"operation": "replace", "lines": [line], "row": row}
     return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
 
@@ -202,10 +202,10 @@ def retype_line(session: Session, user: User, dataset: Dataset, line: int, text:
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
     row = parse_json(text)
     if not isinstance(row, dict):
-        raise BadField(row.message, way_out="Mend the text and save again.", param="row")
+        raise BadField(row.message, way_out="Fix the text and save again.", param="row")
     for found in formats.get(dataset.format or "").check(row, dataset.mapping):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Mend the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Fix the row and save again.", param="row")
     return make(session, user, dataset, [{"operation": "retype", "lines": [line], "row": row}], {"operation": "edit", "lines": [line]})
 
 
@@ -243,24 +243,24 @@ def _named(lines: Sequence[int]) -> dict[str, Any]:
 
 
 def describe(dataset: Dataset) -> str:
-    """How a version was made, in a few words."""
+    """Where a version comes from, in a few words."""
     origin = dataset.origin or {}
     count = origin.get("count") or len(origin.get("lines", ()))
     rows = f"{count:,} row{'s' if count != 1 else ''}"
     rule = " and ".join(issues.title(rule) for rule in str(origin.get("rule", "")).split(" and "))
     return {
         "upload": "Uploaded",
-        "read_as": "Read as you said",
+        "read_as": "Re-mapped",
         "fix": f"Fixed {rule} in {rows}",
-        "drop": f"Left out {rows}",
+        "drop": f"Removed {rows}",
         "relabel": f"Changed the label of {rows} to “{origin.get('label')}”",
         "keep": f"Kept line {origin.get('kept')}, removed {rows} that contradicted it",
         "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
-        "concatenate": "Joined, one after the other",
-        "mix": "Mixed by weights",
-        "sample": f"Drawn at random: {origin.get('rows') or 0:,} rows",
-        "deduplicate": "Repeated rows taken out",
+        "concatenate": "Concatenated",
+        "mix": "Mixed (weighted)",
+        "sample": f"Sampled {origin.get('rows') or 0:,} rows",
+        "deduplicate": "Deduplicated",
         "convert": "Converted",
         "repair": "Repaired line by line",
-        "hub": f"From the hub: {', '.join(str(origin[part]) for part in ('repo', 'subset', 'split') if origin.get(part))}",
+        "hub": f"From Hugging Face: {', '.join(str(origin[part]) for part in ('repo', 'subset', 'split') if origin.get(part))}",
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

@@ -41,7 +41,12 @@ def test_each_choice_does_exactly_what_it_says(session, user, tickets, data_dir,
 
 
 def test_a_choice_that_is_none_is_refused(session, user, tickets):
-    for first, do, label, error in ((4, "keep:5", "", BadField), (4, "relabel", " ", BadField), (5, "remove", "", NotFound)):
+    for first, do, label, error in (
+        (4, "keep:5", "", BadField),
+        (4, "relabel", " ", BadField),
+        (5, "remove", "", NotFound),
+        (2**53, "remove", "", NotFound),
+    ):
         with pytest.raises(error):
             conflicts.resolve(session, user, tickets, first, do, label)
     (found, *_), _ = datasets.findings(session, tickets, rule="other_label")
@@ -75,7 +80,7 @@ def test_both_rows_are_on_the_page_with_their_texts(session, user, client):
     data = "\n".join(map(json.dumps, talk)).encode()
     dataset = read(session, datasets.create(session, user, files.add_bytes(session, user, data, "talk.jsonl", "fine-tune")))
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    assert f"{path}/conflicts?line=12" in client.get(path).text
+    assert f"{path}/conflicts?line=12" in client.get(path + "?tab=issues").text
     with data_worker():
         page = client.get(f"{path}/conflicts?line=12").text
     assert "answer 3" in page and "not that" in page and page.count("Keep this") == 2 and "Remove both" in page and "Relabel" not in page

@@ -68,7 +68,7 @@ def test_one_after_the_other_with_the_lineage_of_every_row(session, user, make, 
     file = session.get(File, new.file_id)
     assert file.status == "processed" and file.purpose == "fine-tune"
     assert datasets.for_file(session, user, file.id).id == new.id
-    assert versions.describe(new) == "Joined, one after the other"
+    assert versions.describe(new) == "Concatenated"
 
 
 def test_what_is_joined_can_be_mended_and_joined_again(session, user, make, data_dir):

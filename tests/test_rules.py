@@ -217,4 +217,4 @@ def test_labels_are_looked_at_where_they_are():
     assert "Did you mean “billing”?" in said[7].message and said[7].fix["label"] == "Change to “billing”"
     assert said[8].fix is None and "Did you mean" not in said[8].message
     (only,) = run(Labels, [("a", "x"), ("b", "x")], "classification")
-    assert (only[0], only[1].rule) == (1, "one_class")
+    assert (only[0], only[1].rule) == (None, "one_class")

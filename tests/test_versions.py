@@ -113,7 +113,7 @@ def test_edits_add_up_over_versions_and_lines_keep_their_numbers(session, user, 
     assert list(rows) == [3, 4, 5, 6, 7, 8, 9, 10, 11] and rows[5] == row
     assert [v.version for v in datasets.versions(session, first)] == [1, 2, 3, 4]
     assert rows_of(first, data_dir)[5] != row
-    assert [versions.describe(v) for v in (second, fourth)] == ["Left out 2 rows", "Edited line 5"]
+    assert [versions.describe(v) for v in (second, fourth)] == ["Removed 2 rows", "Edited line 5"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_findings_taken_away_hold_no_formula(session, make, client):
 def test_a_click_on_the_page_makes_the_version(session, make, client):
     dataset = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    assert "Fix all 1" in client.get(path + "?rule=wrong_role").text
+    assert "Fix all 1" in client.get(path + "?tab=issues&rule=wrong_role").text
     answer = client.post(path + "/fix", data={"all_of": "wrong_role"}, follow_redirects=False)
     assert answer.status_code == 303
     new = session.get(type(dataset), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1]))
@@ -186,12 +186,12 @@ def test_what_has_a_fix_is_fixed_and_the_rest_is_listed(session, make, client, a
     dataset = make([*some(10), "{broken", chat(("customer", "a"), ("assistant", "b"))])
     found = {one.rule: one for one in datasets.findings(session, dataset)[0]}
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    boxes = set(re.findall(r'name="finding" value="(\d+)"[^>]*aria-label', client.get(path).text))
+    boxes = set(re.findall(r'name="finding" value="(\d+)"[^>]*aria-label', client.get(path + "?tab=issues").text))
     assert boxes == {str(one.id) for one in found.values() if one.fix}, "only what can be fixed has a box"
     answer = client.post(path + "/fix", data={"finding": [one.id for one in found.values()]}, follow_redirects=False)
     new = read(session, session.get(type(dataset), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1])))
     assert new.good_rows == 11
-    page = client.get(answer.headers["location"]).text
+    page = client.get(answer.headers["location"] + "?tab=issues").text
     assert "1 issue could not be fixed automatically" in page and "No automatic fix" in page and "/rows/11" in page
     told = api.post(f"/v1{path}/fixes", json={"findings": [one.id for one in found.values()]}).json()
     assert (told["fixed"], [(one["line"], one["rule"]) for one in told["unfixed"]]) == (1, [(11, "invalid_json")])

@@ -42,11 +42,11 @@ class Classification(Format):
         label: Any = row.get(column)
         if isinstance(label, float) and not label.is_integer():
             text = "A label must be a name or a whole number; numbers to predict are not supported."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Drop the row", "drop_row"))]
+            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         findings += check_text(row, column, "label", rule="no_label")
         if isinstance(label, str) and "\0" in label:
             text = "The label holds a NUL character, which no database can store. Take it out."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Drop the row", "drop_row"))]
+            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         if isinstance(label, str) and len(label) > 200:
             findings.append(
                 Finding("wrong_label", "A label of more than 200 characters is hardly a class.", column, shown(label), "warning")

@@ -187,15 +187,23 @@ def from_hub(
 def show(
     request: Request,
     user: CurrentUser,
-    session: Db,
     key: str,
+    tab: Literal["report", "issues", "rows", "split", "versions"] = "report",
     rule: str = "",
     severity: str = "",
     sort: str = "line",
     page: cursor.PageNumber = 1,
 ) -> Response:
-    chosen = dataset_view.Chosen(rule, severity, sort, page)
-    return render(request, "dataset.html", **dataset_view.context(session, _get(session, user, key), chosen))
+    """One part of the page; rows and split have pages of their own."""
+    with transaction() as session:
+        dataset = _get(session, user, key)
+        if tab in ("rows", "split"):
+            return RedirectResponse(f"{_path(dataset)}/{tab}", 303)
+        values = dataset_view.context(session, dataset, dataset_view.Chosen(tab, rule, severity, sort, page))
+        found = dataset_view.changed(session, dataset) if tab == "versions" else None
+    if found is not None:
+        values["changed"] = dataset_view.with_answer(found)
+    return render(request, "dataset.html", **values)
 
 
 @pages.get("/datasets/{key}/state")

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app import dataset_view, datasets, findings, hub_datasets, ids, joining, schemas, versions
+from app import changes, dataset_view, datasets, findings, hub_datasets, ids, inspections, joining, schemas, versions
 from app.accounts import CurrentUser
-from app.db import Db
+from app.db import Db, transaction
 from app.errors import BadField, Conflict
 from app.openapi import answers
 from app.pages import MAX_NUMBER
@@ -92,7 +92,7 @@ def fix(
         else:
             raise BadField("No issue was selected.", way_out="Select at least one.", param="finding")
     except (BadField, Conflict) as error:
-        chosen = dataset_view.Chosen(rule, severity, sort if sort in datasets.ORDERS else "line", page)
+        chosen = dataset_view.Chosen("issues", rule, severity, sort if sort in datasets.ORDERS else "line", page)
         values = dataset_view.context(session, dataset, chosen, error, finding or ())
         return render(request, "dataset.html", status_code=error.status, **values)
     flash(request, told)
@@ -103,7 +103,7 @@ def fix(
 def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Response:
     """Read a file none of whose lines could be read, each line as it was probably meant."""
     new = versions.repair(session, user, dataset_of(session, user, key))
-    flash(request, f"Version {new.version} reads the lines as they were probably meant. Look at its rows before you tune on them.")
+    flash(request, f"Version {new.version} reads the lines as they were probably meant. Check its rows before you fine-tune on them.")
     return RedirectResponse(path_of(new), 303)
 
 
@@ -111,7 +111,7 @@ def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Respon
 def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[Number], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
     new = versions.drop_rows(session, user, dataset, line)
-    flash(request, f"Version {new.version} leaves out {len(set(line))} row{'s' if len(set(line)) != 1 else ''}.")
+    flash(request, f"Version {new.version} is created without {plural(len(set(line)), 'row')}; version {dataset.version} is kept.")
     return RedirectResponse(path_of(new), 303)
 
 
@@ -146,7 +146,7 @@ class Edit(BaseModel):
     row: dict[str, Any] | None = Field(default=None, description="A row of the report's shape, as `rows` shows it.")
     raw: dict[str, Any] | None = Field(default=None, description="Or the line of the file, with the file's own columns.")
     label: str | None = Field(default=None, description="The label that `lines` get.")
-    lines: list[int] = Field(default_factory=list)
+    lines: list[Number] = Field(default_factory=list)
     drop: list[int] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -214,6 +214,25 @@ def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str
     if order.label is not None:
         return to_json(versions.relabel(session, user, dataset, order.lines, order.label))
     return to_json(versions.drop_rows(session, user, dataset, order.drop))
+
+
+@api.get("/datasets/{key}/changes", operation_id="retrieve_dataset_changes", responses=answers(schemas.DatasetChanges, 409))
+def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
+    """What this version changed against the one it was made from: counts, and the first rows of each kind of change."""
+    with transaction() as session:
+        dataset = dataset_of(session, user, key)
+        if dataset.status != "ready":
+            raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+        parent, asked = changes.parent_of(session, dataset), changes.ask(session, dataset)
+    found = inspections.wait(asked.id, dataset_view.WAIT_SECONDS) if asked is not None else None
+    return {
+        "object": "dataset.changes",
+        "dataset": key,
+        "parent": ids.public(ids.DATASET, parent.id) if parent is not None else None,
+        "status": found.status if found else "ready",
+        "error": found.error if found else None,
+        **((found.result or {}) if found else {}),
+    }
 
 
 @api.post("/datasets/{key}/readings", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))

@@ -35,7 +35,8 @@ class Labels(Rule):
             return
         if len(self._counts) == 1:
             (only,) = self._counts
-            self._warn(only, "one_class", f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two.")
+            message = f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two."
+            self.say(None, Finding("one_class", message, None, shown(only), "warning"))
             return
         spelled = self._variants()
         often = [label for label, count in self._counts.items() if count > 1]

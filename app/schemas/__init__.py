@@ -17,6 +17,7 @@ from app.schemas.base import Deleted, list_of, page_of
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
     Dataset,
+    DatasetChanges,
     DatasetLine,
     DatasetReport,
     DatasetRows,
@@ -59,6 +60,7 @@ __all__ = [
     "CreatePrompt",
     "CreatePromptRun",
     "Dataset",
+    "DatasetChanges",
     "DatasetLine",
     "DatasetReport",
     "DatasetRows",
