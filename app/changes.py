@@ -22,9 +22,14 @@ EXAMPLES, EXAMPLE_BYTES = 5, 4 << 10
 
 
 def parent_of(session: Session, dataset: Dataset) -> Dataset | None:
-    """The version it was made from, where its rows are still there."""
-    parent = session.get(Dataset, dataset.parent_id) if dataset.parent_id else None
+    """The version it was made from, where its rows are still there and come from the same file."""
+    parent = session.get(Dataset, dataset.parent_id) if same_file(dataset) else None
     return parent if parent is not None and parent.status == "ready" and parent.rows_path and parent.deleted_at is None else None
+
+
+def same_file(dataset: Dataset) -> bool:
+    """Whether it is a version by edits or another reading; a dataset made of others has lines of its own."""
+    return dataset.parent_id is not None and not (dataset.origin or {}).get("sources")
 
 
 def ask(session: Session, dataset: Dataset) -> Inspection | None:

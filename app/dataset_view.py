@@ -49,6 +49,7 @@ def context(
         "problem": problem,
         "health": health(dataset),
         "changed": None,
+        "changes_of": changes.same_file,
         "parts_of": rowedit.parts,
         "before": before and (before[0].name, ids.public(ids.JOB, before[0].id), before[1].version),
         "with_ledger": bool(ledger.jobs_of(session, dataset)),

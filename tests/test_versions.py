@@ -136,7 +136,7 @@ def test_what_cannot_be_fixed_says_so(session, user, make):
     (broken,), _ = datasets.findings(session, dataset, rule="invalid_json")
     with pytest.raises(BadField, match="None of the selected"):
         versions.fix_some(session, user, dataset, [broken.id])
-    with pytest.raises(BadField, match="has an automatic fix"):
+    with pytest.raises(BadField, match="No automatic fix"):
         versions.fix_all(session, user, dataset, "duplicate")
     files.delete(session, user, dataset.file_id)
     with pytest.raises(Conflict, match="deleted"):
