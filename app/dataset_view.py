@@ -48,6 +48,7 @@ def context(
         "tab": chosen.tab,
         "problem": problem,
         "health": health(dataset),
+        "longer": longer(dataset) if chosen.rule in issues.LENGTHS else None,
         "changed": None,
         "changes_of": changes.same_file,
         "parts_of": rowedit.parts,
@@ -108,7 +109,7 @@ def health(dataset: Dataset) -> list[Line]:
     worst = "ready" if good == rows else "warning" if good else "error"
     why = (f"{path}?tab=issues&severity=error", "See why") if good < rows else ()
     lines = [Line(worst, f"{human_number(good)} of {plural(rows, 'row')} usable", *why)]
-    if cut := _truncated(dataset, path):
+    if cut := longer(dataset):
         lines.append(cut)
     for rule in datasets.rules(dataset):
         if rule["rule"] == "over_long":
@@ -121,21 +122,26 @@ def health(dataset: Dataset) -> list[Line]:
     return lines[:MOST_LINES]
 
 
-def _truncated(dataset: Dataset, path: str) -> Line | None:
+def longer(dataset: Dataset) -> Line | None:
     """Rows that a job's usual max length cuts, and the smallest length that spares nearly all of them. None is offered where it is the
     window of the model that counted which cuts them."""
     report, rows = dataset.report or {}, dataset.good_rows or 0
     cut, usual = dict(report.get("rows_cut", [])), report.get("cutoff")
+    key = ids.public(ids.DATASET, dataset.id)
     if not cut.get(usual):
         return None
     text = f"{plural(cut[usual], 'row')} longer than {human_number(usual)} tokens: truncated"
-    longer = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]
-    if usual < RunSettings().max_length or not longer:
-        return Line("note", text, f"{path}/rows?sort=longest#rows", "See rows")
-    better = next((cutoff for cutoff in longer if cut[cutoff] <= 0.05 * rows), longer[-1])
+    others = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]
+    if usual < RunSettings().max_length or not others:
+        return Line("note", text, f"/datasets/{key}/rows?sort=longest#rows", "See rows")
+    better = next((cutoff for cutoff in others if cut[cutoff] <= 0.05 * rows), others[-1])
     kept = math.floor(100 * (rows - cut[better]) / rows)
-    address = f"/jobs/new?dataset={ids.public(ids.DATASET, dataset.id)}&run.max_length={better}"
-    return Line("note", text, address, f"Raise max length to {human_number(better)} (keeps {kept} % whole)")
+    return Line(
+        "note",
+        text,
+        f"/jobs/new?dataset={key}&run.max_length={better}",
+        f"Raise max length to {human_number(better)} (keeps {kept} % whole)",
+    )
 
 
 def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:

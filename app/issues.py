@@ -8,6 +8,8 @@ CONFLICTS = ("other_label", "other_answer", "opposite_verdict")
 """Rules under which rows contradict each other: which one is right is a person's choice (`app/conflicts.py`)."""
 WHOLE = ("few_rows", "one_class")
 """Rules about all rows together."""
+LENGTHS = ("over_long", "nothing_left")
+"""Rules about rows that a longer limit of the job would keep whole."""
 CHOOSE = "choose"
 TITLES = {
     "bom": "byte-order mark",

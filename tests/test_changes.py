@@ -77,6 +77,7 @@ def test_a_longer_limit_is_offered_where_rows_are_truncated():
     assert second.text == f"30 rows longer than 1{NARROW}024 tokens: truncated"
     assert second.link == f"Raise max length to 2{NARROW}048 (keeps 97 % whole)"
     assert second.path.endswith("&run.max_length=2048")
+    assert dataset_view.longer(dataset) == second
     dataset.report = report | {"cutoff": 512}
     assert dataset_view.health(dataset)[1].link == "See rows", "the model's window cannot be raised"
 
