@@ -225,11 +225,11 @@ def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, ses
         assert boxes.count() > 3 and all(box.is_checked() for box in boxes.all())
         boxes.first.uncheck()
         assert page.get_by_label("Select all").evaluate("box => box.indeterminate")
-        page.get_by_role("link", name="Compare rows, line 42").click()
+        page.get_by_role("link", name="Compare rows at line 42").click()
         page.get_by_role("button", name="Keep this").first.wait_for(timeout=20_000)
         assert page.locator(".conflict article").count() == 2
         look_at(page, "conflict", tmp_path)
-        page.get_by_role("button", name="Keep this: line 42").click()
+        page.get_by_role("button", name="Keep this row, line 42").click()
         page.get_by_role("heading", name="Conflicting labels: lines 6, 43").wait_for(timeout=20_000)
         page.locator("select[name=label]").select_option("delivery")
         page.get_by_role("button", name="Relabel").click()

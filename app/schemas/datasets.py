@@ -63,7 +63,7 @@ class UnfixedFinding(Schema):
 class FixedDataset(Dataset):
     """A version that was just made by fixing another."""
 
-    fixed: int | None = Field(description="Rows that are fixed in it; null where a whole file is repaired.")
+    fixed: int | None = Field(description="Rows that the fixes change or remove; null where a whole file is repaired.")
     unfixed: list[UnfixedFinding]
 
 

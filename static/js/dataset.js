@@ -37,6 +37,6 @@ if (all) {
   };
   all.addEventListener("change", () => boxes.forEach((box) => (box.checked = all.checked)));
   boxes.forEach((box) => box.addEventListener("change", show));
-  all.hidden = false;
+  all.closest("label").hidden = false;
   show();
 }
