@@ -253,7 +253,7 @@ def describe(dataset: Dataset) -> str:
         "read_as": "Re-mapped",
         "fix": f"Fixed {rule} in {rows}",
         "drop": f"Removed {rows}",
-        "relabel": f"Changed the label of {rows} to “{origin.get('label')}”",
+        "relabel": f"Labeled {rows} as “{origin.get('label')}”",
         "keep": f"Kept line {origin.get('kept')}, removed {rows} that contradicted it",
         "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
         "concatenate": "Concatenated",

@@ -217,9 +217,7 @@ def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, ses
     with data_worker():
         page.goto(path)
         page.get_by_text("45 of 46 rows usable").wait_for(timeout=20_000)
-        look_at(page, "health", tmp_path)
         page.get_by_role("link", name="Issues").click()
-        look_at(page, "issues", tmp_path)
         boxes = page.locator("td.tick input")
         page.get_by_label("Select all").check()
         assert boxes.count() > 3 and all(box.is_checked() for box in boxes.all())
@@ -228,7 +226,7 @@ def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, ses
         page.get_by_role("link", name="Compare rows at line 42").click()
         page.get_by_role("button", name="Keep this").first.wait_for(timeout=20_000)
         assert page.locator(".conflict article").count() == 2
-        look_at(page, "conflict", tmp_path)
+        check(page, tmp_path, "conflict")
         page.get_by_role("button", name="Keep this row, line 42").click()
         page.get_by_role("heading", name="Conflicting labels: lines 6, 43").wait_for(timeout=20_000)
         page.locator("select[name=label]").select_option("delivery")
@@ -237,12 +235,12 @@ def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, ses
         page.get_by_role("link", name="Back to the issues").click()
         page.get_by_role("link", name="Versions").click()
         page.get_by_text("1 row relabeled.").wait_for(timeout=20_000)
-        look_at(page, "changes", tmp_path)
+        check(page, tmp_path, "changes")
         page.get_by_role("link", name="Changes in version 2").click()
         page.get_by_text("1 row removed.").wait_for(timeout=20_000)
         page.get_by_role("link", name="Split").click()
         page.get_by_text("Line ").first.wait_for(timeout=20_000)
-        look_at(page, "sides", tmp_path)
+        check(page, tmp_path, "sides")
         low = page.evaluate(
             "[...document.querySelectorAll('.looking .field > :last-child, .looking > button')].map(one => one.getBoundingClientRect().bottom)"
         )
