@@ -276,6 +276,10 @@ def unknown_roles(dataset: Dataset) -> list[dict[str, Any]]:
     return [{"role": role, "messages": count, "suggested": known_role(role)} for role, count in found.items()]
 
 
+ORDERS: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
+"""How findings can be sorted."""
+
+
 def findings(
     session: Session,
     dataset: Dataset,
@@ -291,10 +295,9 @@ def findings(
         query = query.where(Finding.rule == rule)
     if severity:
         query = query.where(Finding.severity == severity)
-    orders: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
-    if sort not in orders:
-        raise BadField(f"Findings cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
-    query = query.order_by(*orders[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
+    if sort not in ORDERS:
+        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
+    query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
 

@@ -8,6 +8,7 @@ changed in place. One edit is {"operation", "lines": […], …}:
     mend            the row's own fix for `rule` is applied, again and again until the rule is silent
     replace         the row is `row`, a normalised row as a person typed it
     retype          the line of the file is `row`, in the file's own columns, as a person typed it
+    relabel         the label is `label`; with `all`, of every row whose label is one of `from`
     strip_control   control characters go            strip_markers   chat-template markers go
     roles           messages of some speakers, in every row, are given to other roles: `roles` maps names to roles
     mask            what looks like a secret or personal data becomes a placeholder
@@ -23,6 +24,7 @@ from app import formats
 from app.formats import Finding, Format
 from app.formats._base import Row, parsed
 from app.formats._messages import recast
+from app.formats.classification import label_of
 
 CONTROL = re.compile("\x1b\\[[0-9;?]{0,20}[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ufeff\ufffe\uffff]")
 """A terminal's colours; characters that show nothing, turn the writing round, or are left over from another encoding."""
@@ -44,32 +46,41 @@ def markers(text: str) -> Iterator[re.Match[str]]:
 
 
 class Edits:
-    """The edits of a version, ready to be laid over its rows."""
+    """The edits of a version, ready to be laid over its rows in the order they were made."""
 
     def __init__(self, edits: Iterable[Edit]) -> None:
-        self.by_line: dict[int, list[Edit]] = {}
-        self.repairs_all = False
-        self.roles: dict[str, str] = {}
-        for edit in edits:
-            self.repairs_all |= edit["operation"] == "repair" and edit.get("all", False)
-            self.roles |= edit.get("roles", {})
+        self._by_line: dict[int, list[tuple[int, Edit]]] = {}
+        self._everywhere: list[tuple[int, Edit]] = []
+        self._repairs_all = False
+        self._roles: dict[str, str] = {}
+        for place, edit in enumerate(edits):
+            self._roles |= edit.get("roles", {})
+            if edit.get("all") and edit["operation"] == "repair":
+                self._repairs_all = True
+            elif edit.get("all"):
+                self._everywhere.append((place, edit))
             for line in edit["lines"]:
-                self.by_line.setdefault(line, []).append(edit)
+                self._by_line.setdefault(line, []).append((place, edit))
+
+    def at(self, line: int) -> list[Edit]:
+        """What is changed in a line."""
+        own = self._by_line.get(line, [])
+        return [edit for _, edit in (sorted([*own, *self._everywhere], key=lambda one: one[0]) if self._everywhere else own)]
 
     def repairs(self, line: int) -> bool:
         """Whether a line that cannot be read is to be taken as it was probably meant."""
-        return self.repairs_all or any(edit["operation"] == "repair" for edit in self.by_line.get(line, ()))
+        return self._repairs_all or any(edit["operation"] == "repair" for edit in self.at(line))
 
     def touches(self, line: int) -> bool:
         """Whether a row may be another in this version than in the file."""
-        return bool(self.roles) or line in self.by_line
+        return bool(self._roles or self.at(line))
 
     def apply(self, line: int, row: Row, entry: Format, mapping: Mapping[str, str]) -> tuple[Row | None, Row | None]:
         """(raw row, normalised row): the first when it must still be checked, the second when a person typed it; neither when
         it is dropped."""
         typed: Row | None = None
-        row = recast(row, mapping.values(), self.roles)
-        for edit in self.by_line.get(line, ()):
+        row = recast(row, mapping.values(), self._roles)
+        for edit in self.at(line):
             operation = edit["operation"]
             if operation == "drop_row":
                 return None, None
@@ -77,6 +88,8 @@ class Edits:
                 typed = edit["row"]
             elif operation == "retype":
                 row, typed = edit["row"], None
+            elif operation == "relabel":
+                row, typed = _relabeled(row, edit, mapping.get("label")), typed and _relabeled(typed, edit, "label")
             elif operation in TEXT_EDITS:
                 change = TEXT_EDITS[operation]
                 row, typed = _in_texts(row, change), typed and _in_texts(typed, change)
@@ -86,6 +99,12 @@ class Edits:
                     return None, None
                 row = mended
         return (None, typed) if typed is not None else (row, None)
+
+
+def _relabeled(row: Row, edit: Edit, column: str | None) -> Row:
+    if column not in row or ("from" in edit and label_of(row, column) not in edit["from"]):
+        return row
+    return {**row, column: edit["label"]}
 
 
 def mend(row: Row, rule: str, entry: Format, mapping: Mapping[str, str]) -> Row | None:

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from app.db import transaction
 from app.tables import Finding
 
-COLUMNS = ("line", "column", "rule", "severity", "message", "value", "way_out")
+COLUMNS = ("line", "column", "rule", "severity", "message", "value", "fix")
 
 
 def download(dataset_id: uuid.UUID, kind: str) -> Iterator[str]:

@@ -25,12 +25,18 @@ from app.settings import get_settings
 from app.spec import ModelRef, RunSettings
 from app.tables import Dataset, File, Finding, Inspection, Model
 
-FUNCTIONS = {"lengths": "worker.inspect:lengths", "rows": "worker.inspect:rows", "split": "app.splits:look", "line": "app.rawline:look"}
+FUNCTIONS = {
+    "lengths": "worker.inspect:lengths",
+    "rows": "worker.inspect:rows",
+    "split": "app.splits:look",
+    "line": "app.rawline:look",
+    "changes": "app.changes:look",
+}
 """What the child runs. Names, because nothing here imports the worker."""
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
 LEASE_SECONDS = 60
 ASK_AGAIN_SECONDS = 20
-ANSWERS = 3
+ANSWERS = 4
 """Raised when the same question is answered differently, so that older answers are not shown."""
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
@@ -113,7 +119,7 @@ def answer(inspection_id: uuid.UUID) -> None:
                 payload,
                 LIMITS,
                 folder=get_settings().folder("tmp"),
-                read=[payload[name] for name in ("rows", "validation", "path", "tokenizer") if name in payload],
+                read=[payload[name] for name in ("rows", "validation", "before", "path", "tokenizer") if name in payload],
                 keep_going=lambda: _beat(inspection_id),
             ),
             None,
@@ -135,8 +141,9 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
     data = get_settings().data_dir
     payload = {**found.arguments, "rows": str(data / dataset.rows_path), "count_of_rows": dataset.good_rows, "task": dataset.task}
     payload.setdefault("count", dataset.good_rows)
-    if "validation_rows" in payload:
-        payload["validation"] = str(data / payload["validation_rows"])
+    for name in ("validation", "before"):
+        if other := payload.get(f"{name}_rows"):
+            payload[name] = str(data / other)
     if found.kind == "line":
         file = session.get(File, dataset.file_id) if dataset.file_id else None
         if file is None or file.deleted_at is not None:
@@ -169,7 +176,7 @@ def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] |
         overlap.tell_jobs(session, found)
 
 
-KEPT_DAYS = {"rows": 7, "line": 1}
+KEPT_DAYS = {"rows": 7, "side": 7, "line": 1}
 """Answers of a page of rows are soon asked again, and cost little to make; the others are kept as long as their dataset."""
 
 

@@ -38,7 +38,8 @@ CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
 
 
 def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None) -> dict[str, Any]:
-    """Read one file. `payload`: path, filename, format or null, mapping or null, edits, rows and lines (where to write).
+    """Read one file. `payload`: path, filename, format or null, mapping or null, edits, rows and lines (where to write), and the
+    reason of the format where an earlier version has found it.
 
     A counter sees every good row as it goes by and ends in columns of the report: `counter_of(task, add)` makes one, and
     `worker/inspect.py` brings the trainer's own converter and tokenizer that way.
@@ -67,8 +68,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
     except BadData as error:
         error.details = _to_map(sample, wished)  # type: ignore[attr-defined]
         raise
-    if payload.get("edits"):
-        reason = "As in the version before."
+    reason = payload.get("reason") or reason
     report = Report(entry, mapping, say)
     counter = counter_of(entry.task, report.add) if counter_of else None
     with RowsFile(Path(payload["rows"])) as rows:

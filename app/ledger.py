@@ -17,9 +17,9 @@ from app.tables import Dataset, Event, Job, User
 
 FILE = "ledger.json"
 SORTS = {
-    "after": "highest loss at the end",
-    "before": "highest loss before",
-    "gain": "least learnt",
+    "after": "highest final loss",
+    "before": "highest initial loss",
+    "gain": "smallest improvement",
 }
 
 

@@ -219,14 +219,15 @@ def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
     longest = report.get("longest") or report.get("longest_characters", 0) / 4
     if longest <= limit:
         return []
-    # A bucket begins at a power of two, so those that begin beyond the limit are surely longer.
-    rows = sum(count for start, count in report.get("token_lengths", []) if start > limit)
+    # Known exactly for the usual limits. A bucket begins at a power of two, so those that begin beyond the limit are surely longer.
+    exact = dict(report.get("rows_cut", []))
+    rows = exact.get(limit, sum(count for start, count in report.get("token_lengths", []) if start > limit))
     window = spec.model.shape.positions <= spec.run.max_length
     whose = f"the model reads {limit:,} at once" if window else f"this order cuts rows to {limit:,}"
     way_out = (
         "Split long texts into several rows, or take a model with a longer window." if window else "Raise “Max length” to keep them whole."
     )
-    many = f", and at least {_count(rows, 'row is', 'rows are')} longer than that" if rows else ""
+    many = f", and {'' if limit in exact else 'at least '}{_count(rows, 'row is', 'rows are')} longer than that" if rows else ""
     return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. What is beyond is cut off. {way_out}"]
 
 

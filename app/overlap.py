@@ -1,4 +1,4 @@
-"""What an order would be measured on although it learns from it: the rows on both sides of its split.
+"""What a job would be evaluated on although it is trained on it: the rows on both sides of its split.
 
     of an order ── asked ──→ waiting ──→ the data worker's answer, which is told wherever the order is shown
 
@@ -39,8 +39,8 @@ def ask(session: Session, spec: JobSpec) -> Inspection | None:
 
 
 def told(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
-    """(what an estimate says of it, warnings). `status` is none, waiting, ready or error; `rows` are held-out rows that are
-    learnt from too, of `held_out`; `page` lists them."""
+    """(what an estimate says of it, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that
+    are in the training set too, of `held_out`; `page` lists them."""
     found = ask(session, spec)
     if found is None:
         return {"status": "none", "rows": 0}, []
@@ -53,7 +53,7 @@ def told(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
 
 def page_of(spec: JobSpec) -> str:
     """The page that shows both sides of this order's split."""
-    query: dict[str, Any] = {"fraction": spec.run.validation_fraction, "seed": spec.run.seed}
+    query: dict[str, Any] = {"side": "overlap", "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
     if spec.validation is not None:
         query["validation"] = ids.public(ids.DATASET, spec.validation.id)
     elif spec.split is not None:
@@ -67,9 +67,9 @@ def words(spec: JobSpec, result: dict[str, Any]) -> str:
     alike = {0: "by their prompt", count: "as whole rows"}.get(whole, f"{whole:,} as whole rows, {count - whole:,} by their prompt")
     lines = ", ".join(f"{item['line']:,}" for item in result["examples"][:NAMED]) + (", …" if count > NAMED else "")
     return (
-        f"{count:,} of the {result['validation']:,} held-out rows stand among the rows of {spec.dataset.name} to learn from too, {alike} "
-        f"(held-out {'line' if count == 1 else 'lines'} {lines}). What is measured on them looks better than it is. The page of the split "
-        "lists every line, and leaves them out with one click."
+        f"{count:,} of the {result['validation']:,} validation rows {'is' if count == 1 else 'are'} also in the training set of "
+        f"{spec.dataset.name}, {alike} (validation {'line' if count == 1 else 'lines'} {lines}). Metrics on them look better than they "
+        "are. The split page lists every line and removes them from the training set with one click."
     )
 
 

@@ -137,8 +137,15 @@ def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
         "filename": file.filename if file else "",
         "format": dataset.format if dataset.format_chosen else None,
         "mapping": dataset.mapping,
+        "reason": _reason(session, dataset),
         "edits": dataset.edits or [],
     }
+
+
+def _reason(session: Session, dataset: Dataset) -> str | None:
+    """Why it has its format, where that was found or chosen for the version it was made from by an edit."""
+    parent = session.get(Dataset, dataset.parent_id) if dataset.parent_id and dataset.format_chosen else None
+    return (parent.report or {}).get("reason") if parent is not None and (dataset.origin or {}).get("operation") != "read_as" else None
 
 
 class _Reading:

@@ -14,6 +14,7 @@ from app.edits import CONTROL, check_normalised, markers
 from app.formats import Finding, Format
 from app.formats._base import LONGEST_NAME, Row, fix, shown
 from app.formats._messages import named
+from app.issues import choice
 from app.readers import Raw
 from app.rules._base import calls_of, seen
 from app.storable import shortened, storable
@@ -51,6 +52,7 @@ class Report:
         self.lengths: Counter[int] = Counter()
         self.preview: list[dict[str, Any]] = []
         self._room = PREVIEW_BYTES
+        self._told: dict[str, int | None] = {}
         self._seen: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
 
@@ -85,13 +87,17 @@ class Report:
         self.good += good
         return good
 
-    def add(self, line: int, finding: Finding) -> None:
+    def add(self, line: int | None, finding: Finding) -> None:
+        """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
+        if self._told.get(finding.rule, -1) == line:
+            return
+        self._told[finding.rule] = line
         entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
         entry["count"] += 1
         role = named(finding.value) if finding.rule == "wrong_role" else None
         if role and (role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES):
             self.unknown_roles[role] += 1
-        if finding.fix is not None:
+        if finding.fix is not None and line is not None:
             kept = self.lines.setdefault(finding.rule, array("q"))
             if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):
                 kept.append(line)
@@ -147,8 +153,8 @@ class Report:
         print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
         first = self._seen.setdefault(print_, line)
         if first != line:
-            message = f"This row says exactly the same as line {first}."
-            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Drop the row", "drop_row")))
+            message = f"This row is the same as line {first}."
+            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
             return
         asked, said = _question(row)
         if not asked:
@@ -160,12 +166,12 @@ class Report:
         if self.entry.task == "preference":
             same = "the same two answers the other way round" if "chosen" in row else f"the same answer {'bad' if row['good'] else 'good'}"
             message = f"Line {before} {'ranks' if 'chosen' in row else 'calls'} {same}. One of the two is wrong."
-            repair = fix("Drop the row", "drop_row")
-            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", repair))
+            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", choice(before)))
             return
-        severity = "warning" if self.entry.task == "classification" else "note"
-        message = f"Line {before} has the same prompt and another {'label' if self.entry.task == 'classification' else 'answer'}."
-        self.add(line, Finding("other_answer", message, None, shown(_shown_question(row), 120), severity, fix("Drop the row", "drop_row")))
+        labeled = self.entry.task == "classification"
+        rule, severity = ("other_label", "warning") if labeled else ("other_answer", "note")
+        message = f"Line {before} has the same input and another {'label' if labeled else 'answer'}."
+        self.add(line, Finding(rule, message, None, shown(_shown_question(row), 120), severity, choice(before)))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         if self.good == 0:
@@ -173,46 +179,14 @@ class Report:
         for rule in self._rules:
             rule.finish()
         if self.entry.task == "classification":
-            self._check_labels()
             return
         if self.entry.shape == "rated" and len(self.labels) == 1:
             only = next(iter(self.labels))
-            message = f"Every answer is rated {only}; what sets good answers apart can only be learnt from both kinds."
-            self.add(1, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
+            message = f"Every answer is rated {only}; training needs both kinds."
+            self.add(None, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
         if self.good < 10:
-            message = f"Only {self.good} good row{'s' if self.good != 1 else ''}: enough to try things out, too few to learn from. A few dozen good rows already show an effect."
-            self.add(1, Finding("few_rows", message, severity="warning"))
-
-    def _check_labels(self) -> None:
-        """What is wrong with the labels as a whole."""
-        if len(self.labels) == 1:
-            only = next(iter(self.labels))
-            self.add(
-                1,
-                Finding(
-                    "one_class",
-                    f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two.",
-                    self.mapping.get("label"),
-                    shown(only),
-                    "warning",
-                ),
-            )
-        for label, count in self.labels.items():
-            if count == 1 and len(self.labels) > 1:
-                self.add(
-                    1,
-                    Finding(
-                        "rare_label",
-                        f"Only one row has the label “{shown(label, 60)}”; it cannot be both learnt and checked.",
-                        self.mapping.get("label"),
-                        shown(label),
-                        "warning",
-                    ),
-                )
-        numbers = sum(re.fullmatch(r"-?\d+(\.\d+)?", label) is not None for label in self.labels)
-        if 0 < numbers < len(self.labels):
-            message = "Some labels are numbers and some are words."
-            self.add(1, Finding("mixed_labels", message, self.mapping.get("label"), None, "warning"))
+            message = f"Only {self.good} valid row{'s' if self.good != 1 else ''}: enough to try things out, too few to train on. A few dozen valid rows already show an effect."
+            self.add(None, Finding("few_rows", message, severity="warning"))
 
     def result(self) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ def parts(row: dict[str, Any]) -> list[Part]:
     for key in ("text", "prompt", "completion", "label"):
         if isinstance(row.get(key), str):
             found.append(Part(key, key.capitalize(), row[key]))
-    for key, title in (("messages", "Message"), ("chosen", "Better answer"), ("rejected", "Worse answer"), ("answer", "Answer")):
+    for key, title in (("messages", "Message"), ("chosen", "Chosen answer"), ("rejected", "Rejected answer"), ("answer", "Answer")):
         for place, message in enumerate(row.get(key) or ()):
             if isinstance(message, dict):
                 found.append(Part(f"{key}[{place}]", f"{title} {place + 1}", message.get("content") or "", message.get("role")))

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData
 from app.rows import read_rows
+from app.storable import shortened
 
 MOST_OVERLAPS = 2000
 """Rows on both sides that a look lists. All of them are counted, and all can be dropped at once."""
 MOST_ROUNDS = 20
+SHOWN_ROW_BYTES = 8 << 10
 
 
 class Line(NamedTuple):
@@ -136,8 +138,20 @@ def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
         "whole": sum(how == "row" for _, _, how in found),
         "examples": [{"line": line, "train_line": other, "how": how} for line, other, how in found[:MOST_OVERLAPS]],
         "drop": _to_drop(rows, others, payload) if found else [],
-        "lines": [row.line for row in held[:20]],
     }
+
+
+def side(payload: dict[str, Any], say: Any) -> dict[str, Any]:
+    """`count` rows of one side from number `skip` on, in the order of the file, each with the line of the other side that says the
+    same. `payload`: as for `look`, and `side`, train or validation."""
+    rows = list(_read(Path(payload["rows"])))
+    others = list(_read(Path(payload["validation"]))) if payload.get("validation") else None
+    train, held = _sides(rows, others, payload)
+    ours, theirs = (train, held) if payload["side"] == "train" else (held, train)
+    shown = ours[payload["skip"] : payload["skip"] + payload["count"]]
+    same = {line: other for line, other, _ in overlap(theirs, shown)}
+    rows_ = [{"line": row.line, "row": shortened(row.row, SHOWN_ROW_BYTES)[0], "other_line": same.get(row.line)} for row in shown]
+    return {"rows": rows_, "matches": len(ours)}
 
 
 def _sides(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> tuple[Sequence[Line], Sequence[Line]]:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
+from app import issues
 from app.settings import PROJECT
 
 STATIC = PROJECT / "static"
@@ -51,7 +52,7 @@ def environment() -> Environment:
     )
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
-        "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json,
+        "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issues.title,
     }  # fmt: skip
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,

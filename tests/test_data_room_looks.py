@@ -87,7 +87,15 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
 def test_the_data_room(page, served, room, tmp_path, theme, width):
     page.set_viewport_size({"width": width, "height": 900})
     page.context.add_cookies([{"name": "luthier_theme", "value": theme, "url": served}])
-    places = [("report", ""), ("fix", "?rule=wrong_role"), ("mask", "/rows?cutoff=64"), ("ledger", "/rows?sort=after"), ("edit", "/rows/2")]
+    places = [
+        ("report", ""),
+        ("issues", "?tab=issues"),
+        ("fix", "?tab=issues&rule=wrong_role"),
+        ("versions", "?tab=versions"),
+        ("mask", "/rows?cutoff=64"),
+        ("ledger", "/rows?sort=after"),
+        ("edit", "/rows/2"),
+    ]
     places += [("upload", "/../new")]
     for name, tail in places:
         page.goto(f"{served}{room}{tail}")
@@ -185,17 +193,58 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
     page.locator("#rows").fill("30")
     look_at(page, "join", tmp_path)
     page.get_by_role("button", name="Create dataset").click()
-    page.get_by_text("Made of").wait_for()
-    page.get_by_text("Good rows").first.wait_for()
+    page.locator(".facts").wait_for()
     assert "30" in page.locator(".facts").first.inner_text()
+    page.get_by_role("link", name="Versions").click()
+    page.get_by_text("Made of").wait_for()
     look_at(page, "joined", tmp_path)
     page.goto(f"{served}/datasets/{ids.public(ids.DATASET, other.id)}/split")
     page.locator("#fraction").fill("0.25")
-    page.get_by_role("button", name="Look").click()
-    page.get_by_text("nothing in common").wait_for()
+    page.get_by_role("button", name="Preview").click()
+    page.get_by_text("no leakage").wait_for()
     facts = page.locator(".facts").first.inner_text()
     assert "15" in facts and "5" in facts
     look_at(page, "split", tmp_path)
+
+
+def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, session, user, tmp_path):
+    words = [f"order {n} is late and the parcel {n} is wet" for n in range(40)]
+    rows = ["text,label", *(f"{text},{'account' if n % 2 else 'delivery'}" for n, text in enumerate(words))]
+    rows += [f"{words[2]},account", f"{words[4]},Delivery", "my parcel,delivry", *["mail a@harbor.de,account"] * 2, "empty label,"]
+    dataset = datasets.create(session, user, files.add_bytes(session, user, "\n".join(rows).encode(), "tickets.csv", "fine-tune"))
+    session.commit()
+    path = f"{served}/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    with data_worker():
+        page.goto(path)
+        page.get_by_text("45 of 46 rows usable").wait_for(timeout=20_000)
+        page.get_by_role("link", name="Issues").click()
+        boxes = page.locator("td.tick input")
+        page.get_by_label("Select all").check()
+        assert boxes.count() > 3 and all(box.is_checked() for box in boxes.all())
+        boxes.first.uncheck()
+        assert page.get_by_label("Select all").evaluate("box => box.indeterminate")
+        page.get_by_role("link", name="Compare rows at line 42").click()
+        page.get_by_role("button", name="Keep this").first.wait_for(timeout=20_000)
+        assert page.locator(".conflict article").count() == 2
+        check(page, tmp_path, "conflict")
+        page.get_by_role("button", name="Keep this row, line 42").click()
+        page.get_by_role("heading", name="Conflicting labels: lines 6, 43").wait_for(timeout=20_000)
+        page.locator("select[name=label]").select_option("delivery")
+        page.get_by_role("button", name="Relabel").click()
+        page.get_by_text("No conflicting rows").wait_for(timeout=20_000)
+        page.get_by_role("link", name="Back to the issues").click()
+        page.get_by_role("link", name="Versions").click()
+        page.get_by_text("1 row relabeled.").wait_for(timeout=20_000)
+        check(page, tmp_path, "changes")
+        page.get_by_role("link", name="Changes in version 2").click()
+        page.get_by_text("1 row removed.").wait_for(timeout=20_000)
+        page.get_by_role("link", name="Split").click()
+        page.get_by_text("Line ").first.wait_for(timeout=20_000)
+        check(page, tmp_path, "sides")
+        low = page.evaluate(
+            "[...document.querySelectorAll('.looking .field > :last-child, .looking > button')].map(one => one.getBoundingClientRect().bottom)"
+        )
+        assert max(low) - min(low) < 0.6, "the fields and the button of a row end on one line"
 
 
 def test_a_row_is_found_by_its_words(page, served, room):
@@ -203,19 +252,19 @@ def test_a_row_is_found_by_its_words(page, served, room):
     page.locator("#search").fill("Write to anna")
     page.wait_for_timeout(1500)  # the page may still wait for its rows; what is typed stays
     assert page.locator("#search").input_value() == "Write to anna"
-    page.get_by_role("button", name="Show").click()
+    page.get_by_role("button", name="Apply").click()
     page.get_by_text("1 row with “Write to anna”").wait_for(timeout=60_000)
     assert page.locator("article.sample").count() == 1
     page.get_by_role("link", name="Edit line").click()
     page.locator('[name="text.messages[1]"]').fill("Write to the harbour.")
     page.get_by_role("button", name="Save").first.click()
     page.wait_for_url("**/datasets/ds-*")
-    page.get_by_text("is made with this change").wait_for()
+    page.get_by_text("is created with this change").wait_for()
 
 
 def test_from_the_ledger_to_a_better_version_and_its_job(page, served, room, session):
     page.goto(f"{served}{room}")
-    page.get_by_role("link", name="See the hardest rows").click()
+    page.get_by_role("link", name="Show the hardest rows").click()
     first = page.locator("article.sample").first
     first.get_by_role("link", name="Edit").wait_for(timeout=60_000)
     first.get_by_role("link", name="Edit").click()

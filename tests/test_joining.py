@@ -68,7 +68,7 @@ def test_one_after_the_other_with_the_lineage_of_every_row(session, user, make, 
     file = session.get(File, new.file_id)
     assert file.status == "processed" and file.purpose == "fine-tune"
     assert datasets.for_file(session, user, file.id).id == new.id
-    assert versions.describe(new) == "Joined, one after the other"
+    assert versions.describe(new) == "Concatenated"
 
 
 def test_what_is_joined_can_be_mended_and_joined_again(session, user, make, data_dir):
@@ -250,8 +250,8 @@ def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     assert answer.status_code == 303, answer.text
     new = session.scalars(select(Dataset).where(Dataset.origin["operation"].astext == "mix")).one()
     assert (read(session, new).parent_id, new.name) == (second.id, "b"), "the dataset it was asked from comes first"
-    shown = client.get(answer.headers["location"]).text
-    assert "Made of" in shown and "weight 2" in shown and "drawn by the seed 42" in shown
+    shown = client.get(answer.headers["location"] + "?tab=versions").text
+    assert "Made of" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
     wrong = client.post("/datasets/join", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
     for data, words in (({"operation": "mix"}, "Tick at least one"), ({"operation": "boil", **chosen}, "operation"),

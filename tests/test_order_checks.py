@@ -124,6 +124,9 @@ def test_texts_beyond_the_window_or_the_longest_length_are_told(session, user, t
     assert "this order cuts rows to 64" in found and "Raise “Max length”" in found
     dataset.report = {**dataset.report, "longest": 9000, "tokens": 30_000, "token_lengths": [[4, 12], [512, 2], [8192, 1]]}
     (found,) = told(session, user, order_of(dataset))
+    assert "and 3 rows are longer" in found, "the report's own count of rows, as its page shows it"
+    dataset.report = {**dataset.report, "rows_cut": []}
+    (found,) = told(session, user, order_of(dataset))
     assert "about 9,000 tokens" in found and "at least 1 row is longer" in found, "512 itself still fits"
 
 
@@ -234,7 +237,7 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
         assert said["overlap"]["rows"] == 4 and said["overlap"]["held_out"] == 5
         (warning,) = said["warnings"]
         assert (
-            warning.startswith("4 of the 5 held-out rows")
+            warning.startswith("4 of the 5 validation rows")
             and "3 as whole rows, 1 by their prompt" in warning
             and "lines 1, 2, 3, 4" in warning
         )
@@ -243,7 +246,7 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
         page = html.unescape(client.get("/jobs/new", params={"model": "tiny", "dataset": keys[0], "validation": keys[1]}).text)
         assert warning in page and said["overlap"]["page"] in page
         both = client.get(said["overlap"]["page"]).text
-        assert f"/datasets/{keys[1]}/rows?line=4" in both and "Leave 4 rows out of what is learnt" in both
+        assert f"/datasets/{keys[1]}/rows?line=4" in both and "Remove 4 rows from the training set" in both
         done = client.post(f"/datasets/{keys[0]}/split/drop", data={"validation": keys[1]}, follow_redirects=False)
         assert done.status_code == 303, done.text
         new = session.scalars(select(Dataset).where(Dataset.version == 2)).one()
@@ -260,7 +263,7 @@ def test_the_form_asks_for_rows_on_both_sides_of_its_own_split(client, session, 
             if "Looking for" not in page:
                 break
             time.sleep(0.1)
-    assert "10 of the 10 held-out rows stand among the rows of same to learn from too, by their prompt" in page
+    assert "10 of the 10 validation rows are also in the training set of same, by their prompt" in page
 
 
 def test_a_request_cannot_put_its_job_into_a_comparison(api, session, user, tiny_registered, read):

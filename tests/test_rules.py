@@ -9,6 +9,7 @@ from app.report import texts
 from app.rules import RULES
 from app.rules._base import seen
 from app.rules.label_noise import LabelNoise
+from app.rules.labels import Labels
 from app.rules.languages import Languages, language
 from app.rules.near_duplicates import NearDuplicates
 from app.rules.secrets import find, mask
@@ -27,7 +28,7 @@ def run(rule, rows, task="generation"):
 
 
 def test_the_folder_is_the_registry():
-    assert [rule.__name__ for rule in RULES] == ["LabelNoise", "Languages", "NearDuplicates", "Secrets"]
+    assert [rule.__name__ for rule in RULES] == ["LabelNoise", "Labels", "Languages", "NearDuplicates", "Secrets"]
 
 
 def test_near_duplicates_are_found_at_every_distance_and_strangers_are_not():
@@ -206,3 +207,14 @@ def test_template_markers_are_told_from_code_and_html(text, stripped):
 def test_control_characters_go_with_the_colours_they_bring():
     assert edits.TEXT_EDITS["strip_control"]("\x1b[1;31mred\x1b[0m\ufeff \x85\u202etxt") == "red txt"
     assert not edits.CONTROL.search("tab\t, line\r\n, é, 👩\u200d🔬, שלום\u200f")
+
+
+def test_labels_are_looked_at_where_they_are():
+    labels = ["billing"] * 3 + ["Billing", "delivery", "delivery", "biling", "other"]
+    said = dict(run(Labels, [(f"text {n}", label) for n, label in enumerate(labels)], "classification"))
+    assert {line: found.rule for line, found in said.items()} == {4: "label_variants", 7: "rare_label", 8: "rare_label"}
+    assert said[4].fix["arguments"] == {"from": ["Billing"], "into": "billing"}
+    assert "Did you mean “billing”?" in said[7].message and said[7].fix["label"] == "Change to “billing”"
+    assert said[8].fix is None and "Did you mean" not in said[8].message
+    (only,) = run(Labels, [("a", "x"), ("b", "x")], "classification")
+    assert (only[0], only[1].rule) == (None, "one_class")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -52,13 +53,13 @@ def test_one_finding_is_fixed_and_the_parent_stays_as_it_is(session, user, make,
     parent = make([*some(12), chat(("customer", "a"), ("assistant", "b")), chat(("customer", "c"), ("assistant", "d"))])
     before = (parent.rows_sha256, parent.good_rows)
     found, _ = datasets.findings(session, parent, rule="wrong_role")
-    new = read(session, versions.fix_some(session, user, parent, [found[0].id]))
+    new = read(session, versions.fix_some(session, user, parent, [found[0].id]).dataset)
     assert (new.version, new.parent_id, new.good_rows) == (2, parent.id, 13)
     assert rows_of(new, data_dir)[13]["messages"][0] == {"role": "user", "content": "a"}
     assert [f.line for f in datasets.findings(session, new, rule="wrong_role")[0]] == [14]
     session.refresh(parent)
     assert (parent.rows_sha256, parent.good_rows) == before and parent.edits is None
-    assert versions.describe(new) == "Fixed wrong role in 1 row"
+    assert versions.describe(new) == "Fixed invalid role in 1 row"
 
 
 def test_all_of_a_kind_are_fixed_each_by_its_own_fix(session, user, make, data_dir):
@@ -71,7 +72,7 @@ def test_all_of_a_kind_are_fixed_each_by_its_own_fix(session, user, make, data_d
         ]
     )
     assert parent.good_rows == 10
-    new = read(session, versions.fix_all(session, user, parent, "wrong_role_order"))
+    new = read(session, versions.fix_all(session, user, parent, "wrong_role_order").dataset)
     rows = rows_of(new, data_dir)
     assert [m["content"] for m in rows[11]["messages"]] == ["a\n\nb\n\nc", "d"]
     assert [m["role"] for m in rows[12]["messages"]] == ["user", "assistant"]
@@ -113,7 +114,7 @@ def test_unknown_roles_are_asked_once_and_no_fix_drops_their_rows(session, user,
 )
 def test_texts_are_cleaned(session, user, make, data_dir, text, rule, wanted):
     parent = make([*some(10), chat(("user", "a"), ("assistant", text))])
-    new = read(session, versions.fix_all(session, user, parent, rule))
+    new = read(session, versions.fix_all(session, user, parent, rule).dataset)
     assert rows_of(new, data_dir)[11]["messages"][1]["content"] == wanted
     assert rule not in {entry["rule"] for entry in datasets.rules(new)}
 
@@ -121,21 +122,21 @@ def test_texts_are_cleaned(session, user, make, data_dir, text, rule, wanted):
 def test_a_fix_reaches_findings_that_are_not_listed(session, user, make, monkeypatch):
     parent = make(some(3) + [GOOD.replace("{}", "the same")] * 5500)
     assert len(session.query(Finding.id).filter_by(dataset_id=parent.id, rule="duplicate").all()) == 5000
-    new = read(session, versions.fix_all(session, user, parent, "duplicate"))
+    new = read(session, versions.fix_all(session, user, parent, "duplicate").dataset)
     assert new.good_rows == 4 and "duplicate" not in {entry["rule"] for entry in datasets.rules(new)}
 
 
 def test_edits_add_up_over_versions_and_lines_keep_their_numbers(session, user, make, data_dir):
     first = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
     second = read(session, versions.drop_rows(session, user, first, [1, 2, 2]))
-    third = read(session, versions.fix_all(session, user, second, "wrong_role"))
+    third = read(session, versions.fix_all(session, user, second, "wrong_role").dataset)
     row = {"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "answer"}]}
     fourth = read(session, versions.edit_row(session, user, third, 5, json.dumps(row)))
     rows = rows_of(fourth, data_dir)
     assert list(rows) == [3, 4, 5, 6, 7, 8, 9, 10, 11] and rows[5] == row
     assert [v.version for v in datasets.versions(session, first)] == [1, 2, 3, 4]
     assert rows_of(first, data_dir)[5] != row
-    assert [versions.describe(v) for v in (second, fourth)] == ["Left out 2 rows", "Edited line 5"]
+    assert [versions.describe(v) for v in (second, fourth)] == ["Removed 2 rows", "Edited line 5"]
 
 
 @pytest.mark.parametrize(
@@ -156,9 +157,9 @@ def test_a_typed_row_is_checked_before_anything_is_made(session, user, make, tex
 def test_what_cannot_be_fixed_says_so(session, user, make):
     dataset = make([*some(10), "{broken"])
     (broken,), _ = datasets.findings(session, dataset, rule="invalid_json")
-    with pytest.raises(BadField, match="no fix"):
+    with pytest.raises(BadField, match="None of the selected"):
         versions.fix_some(session, user, dataset, [broken.id])
-    with pytest.raises(BadField, match="Nothing found"):
+    with pytest.raises(BadField, match="No automatic fix"):
         versions.fix_all(session, user, dataset, "duplicate")
     files.delete(session, user, dataset.file_id)
     with pytest.raises(Conflict, match="deleted"):
@@ -194,14 +195,42 @@ def test_findings_taken_away_hold_no_formula(session, make, client):
 def test_a_click_on_the_page_makes_the_version(session, make, client):
     dataset = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    assert "Fix all 1 of this kind" in client.get(path + "?rule=wrong_role").text
-    answer = client.post(path + "/fix", data={"rule": "wrong_role"}, follow_redirects=False)
+    assert "Fix all 1" in client.get(path + "?tab=issues&rule=wrong_role").text
+    answer = client.post(path + "/fix", data={"all_of": "wrong_role"}, follow_redirects=False)
     assert answer.status_code == 303
     new = session.get(type(dataset), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1]))
     assert read(session, new).good_rows == 11
-    assert "Fixed wrong role in 1 row" in client.get(answer.headers["location"]).text
+    assert "Fixed invalid role in 1 row" in client.get(answer.headers["location"]).text
     assert client.post(path + "/fix", data={}).status_code == 400
     assert client.post(path + "/drop", data={"line": ["1", "2"]}, follow_redirects=False).status_code == 303
+
+
+def test_what_has_a_fix_is_fixed_and_the_rest_is_listed(session, make, client, api):
+    dataset = make([*some(10), "{broken", chat(("customer", "a"), ("assistant", "b"))])
+    found = {one.rule: one for one in datasets.findings(session, dataset)[0]}
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    boxes = set(re.findall(r'name="finding" value="(\d+)"[^>]*aria-label', client.get(path + "?tab=issues").text))
+    assert boxes == {str(one.id) for one in found.values() if one.fix}, "only what can be fixed has a box"
+    answer = client.post(path + "/fix", data={"finding": [one.id for one in found.values()]}, follow_redirects=False)
+    new = read(session, session.get(type(dataset), ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1])))
+    assert new.good_rows == 11
+    page = client.get(answer.headers["location"] + "?tab=issues").text
+    assert "1 issue could not be fixed automatically" in page and "No automatic fix" in page and "/rows/11" in page
+    told = api.post(f"/v1{path}/fixes", json={"findings": [one.id for one in found.values()]}).json()
+    assert (told["fixed"], [(one["line"], one["rule"]) for one in told["unfixed"]]) == (1, [(11, "invalid_json")])
+    assert api.post(f"/v1{path}/fixes", json={"finding": found["invalid_json"].id}).status_code == 400
+
+
+def test_what_is_ticked_stays_so_after_an_error(session, user, make, client):
+    dataset = make([*some(10), chat(("customer", "a"), ("assistant", "b"))])
+    (found,), _ = datasets.findings(session, dataset, rule="wrong_role")
+    files.delete(session, user, dataset.file_id)
+    session.commit()
+    path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}/fix"
+    answer = client.post(path, data={"finding": [found.id], "rule": "wrong_role", "page": "1"})
+    assert answer.status_code == 409 and "was deleted" in answer.text and "Fix all 1" in answer.text
+    assert re.search(rf'value="{found.id}" checked', answer.text)
+    assert client.post(path, data={}).status_code == 400 and versions.next_number(session, dataset) == 2
 
 
 BROKEN = {
@@ -219,7 +248,7 @@ def test_a_line_that_cannot_be_read_is_repaired_by_click(session, user, make, da
     parent = make([*rows, line, *rows[:1]])
     (found,), _ = datasets.findings(session, parent, rule=rule)
     assert (found.line, found.fix["operation"]) == (11, "repair") and parent.good_rows == 11
-    new = read(session, versions.fix_some(session, user, parent, [found.id]))
+    new = read(session, versions.fix_some(session, user, parent, [found.id]).dataset)
     assert rows_of(new, data_dir)[11] == wanted and new.good_rows == 12
     assert rule not in {entry["rule"] for entry in datasets.rules(new)}
     edited = read(session, versions.drop_rows(session, user, new, [1]))
@@ -236,7 +265,7 @@ def test_lines_of_another_encoding_are_read_as_windows_wrote_them(session, user,
     data = b"\n".join(line.encode("cp1252" if n in (3, 7) else "utf-8") for n, line in enumerate(lines))
     parent = datasets.create(session, user, files.add_bytes(session, user, data, name, "fine-tune"))
     assert read(session, parent).good_rows == 10
-    new = read(session, versions.fix_all(session, user, parent, "not_utf8"))
+    new = read(session, versions.fix_all(session, user, parent, "not_utf8").dataset)
     assert new.good_rows == 12 and {row["text"] for row in rows_of(new, data_dir).values()} == {f"Passage {n} über" for n in range(12)}
 
 

@@ -121,6 +121,7 @@ class Counter:
         self._kind = payload["kind"]
         self.counts = {"over_long": 0, "nothing_left": 0, "template_refuses": 0}
         self.rows, self._last = 0, -1
+        self._told: dict[str, int] = {}
         self.lines, self.total, self.trained, self.first = array("q"), array("q"), array("q"), array("q")
         self._tokenizer, self._texts = tokenizer, list[tuple[int, str]]()
         self._frame = len(tokenizer("")["input_ids"]) if task == "classification" else 0
@@ -156,37 +157,60 @@ class Counter:
     def _look(self, line: int, tokens: int, first: int) -> None:
         if first >= self.cutoff:
             why = "no token of it is an answer" if first >= ALL else f"its answer begins at token {first + 1:,}"
-            self._say(line, "nothing_left", f"Nothing is left to learn within {self.cutoff:,} tokens: {why}.", "warning", tokens)
+            self._say(line, "nothing_left", f"No trainable tokens within {self.cutoff:,} tokens: {why}.", "warning", tokens)
         elif tokens > self.cutoff:
             cut = tokens - self.cutoff
             of = f" of {self._name}" if self._name else ""
-            message = f"The row has {tokens:,} tokens{of}; {cut:,} of them ({cut / tokens:.0%}) are cut at {self.cutoff:,}."
+            message = f"The row has {tokens:,} tokens{of}; {cut:,} of them ({cut / tokens:.0%}) are truncated at {self.cutoff:,}."
             self._say(line, "over_long", message, "note", tokens)
 
     def _say(self, line: int, rule: str, message: str, severity: Severity, tokens: int | None) -> None:
+        if self._told.get(rule) == line:  # the other answer of a pair
+            return
+        self._told[rule] = line
         self.counts[rule] += 1
         value = None if tokens is None else f"{tokens:,} tokens"
-        self._add(line, Finding(rule, message[:600], None, value, severity, fix("Drop the row", "drop_row")))
+        self._add(line, Finding(rule, message[:600], None, value, severity, fix("Remove row", "drop_row")))
 
     def result(self) -> dict[str, Any]:
         """`report`: the columns of a dataset's report; `lengths`: what the page of rows shows."""
         self._count_texts()
         self._renderer.finish()
+        longest = self._by_row(self.total)
+        first = self._by_row(self.first)
+        cutoffs = sorted({*CUTOFFS, self.cutoff})
         found = {
             "rows": self.rows,
             "tokens": sum(self.total),
             "trained_tokens": sum(self.trained),
             "longest": max(self.total, default=0),
-            "histogram": _histogram(self.total),
-            "cutoffs": [_at(cutoff, self.total, self.first) for cutoff in sorted({*CUTOFFS, self.cutoff})],
+            "histogram": _histogram(longest),
+            "cutoffs": [
+                _at(cutoff, self.total, self.first)
+                | {"rows_cut": sum(tokens > cutoff for tokens in longest), "nothing_left": sum(at >= cutoff for at in first)}
+                for cutoff in cutoffs
+            ],
             "refused": self.counts["template_refuses"],
             "counts": self.counts,
             "longest_rows": self._longest(),
         }
-        doubling = collections.Counter(tokens.bit_length() for tokens in self.total)
+        doubling = collections.Counter(tokens.bit_length() for tokens in longest)
         bins = [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(doubling.items())]
         report = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {"token_lengths": bins, "tokenizer": self._name}
+        report["cutoff"] = self.cutoff
+        report["rows_cut"] = [[at["cutoff"], at["rows_cut"]] for at in found["cutoffs"]]
         return {"report": report, "lengths": found | {"report": report}}
+
+    def _by_row(self, values: array[int]) -> array[int]:
+        """One value for each row: of a pair, the higher one of its two sequences."""
+        found, last = array("q"), -1
+        for line, value in zip(self.lines, values, strict=True):
+            if line == last:
+                found[-1] = max(found[-1], value)
+            else:
+                found.append(value)
+            last = line
+        return found
 
     def _longest(self) -> list[list[int]]:
         """[line, tokens] of the longest rows, the longest first; of a pair its longer sequence."""
@@ -207,15 +231,13 @@ def _histogram(total: array[int]) -> list[list[int]]:
 
 
 def _at(cutoff: int, total: array[int], first: array[int]) -> dict[str, Any]:
-    """What a longest length of `cutoff` tokens does: rows and tokens cut, and how well packs of as many tokens are filled."""
+    """What a longest length of `cutoff` tokens does to the sequences: tokens cut, and how well packs of as many tokens are filled."""
     kept = [min(tokens, cutoff) for tokens, at in zip(total, first, strict=True) if at < cutoff]
     budget = max(2048, cutoff)
     packs = plan(kept, budget, seed=42, epoch=0) if kept else []
     return {
         "cutoff": cutoff,
-        "rows_cut": sum(tokens > cutoff for tokens in total),
         "tokens_cut": sum(max(0, tokens - cutoff) for tokens in total),
-        "nothing_left": sum(at >= cutoff for at in first),
         "budget": budget,
         "packs": len(packs),
         "fill": sum(kept) / (len(packs) * budget) if packs else 0.0,

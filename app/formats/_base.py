@@ -150,12 +150,10 @@ def check_text(row: Row, column: str | None, field: str, *, empty: Severity | No
     if value is None or (isinstance(value, str) and not value.strip()):
         if empty is None:
             return []
-        return [Finding(rule, f"“{at}” is empty.", at, "", empty, fix("Drop the row", "drop_row"))]
+        return [Finding(rule, f"“{at}” is empty.", at, "", empty, fix("Remove row", "drop_row"))]
     if text_of(row, at) is None:
         kind = "a list" if isinstance(value, list) else "an object"
-        return [
-            Finding("wrong_shape", f"“{at}” must be text, but holds {kind}.", at, shown(value), "error", fix("Drop the row", "drop_row"))
-        ]
+        return [Finding("wrong_shape", f"“{at}” must be text, but holds {kind}.", at, shown(value), "error", fix("Remove row", "drop_row"))]
     return []
 
 

@@ -39,7 +39,7 @@ OTHER_NAMES = {
 CHOICES = ("user", "assistant", "system", "tool")
 """Roles that a person may give to messages of another name."""
 KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
-DROP = fix("Drop the row", "drop_row")
+DROP = fix("Remove row", "drop_row")
 
 
 def as_messages(value: Any, role: str = "user") -> list[Any]:

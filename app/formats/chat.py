@@ -46,12 +46,12 @@ class Chat(Format):
         if column not in row:
             known = ", ".join(f"“{key}”" for key in list(row)[:6]) or "nothing"
             text = f"The row has no “{column}”; it has {known}."
-            return [Finding("missing_field", text, column, shown(row), "error", fix("Drop the row", "drop_row"))]
+            return [Finding("missing_field", text, column, shown(row), "error", fix("Remove row", "drop_row"))]
         findings = check_messages(row[column], column)
         tools = parsed(row.get(mapping.get("tools", "tools")))
         if tools is not None and not isinstance(tools, list):
             findings.append(
-                Finding("wrong_shape", "“tools” must be a list.", "tools", shown(tools), "error", fix("Drop the row", "drop_row"))
+                Finding("wrong_shape", "“tools” must be a list.", "tools", shown(tools), "error", fix("Remove row", "drop_row"))
             )
         return findings
 

@@ -46,11 +46,11 @@ class Classification(Format):
         label: Any = row.get(column)
         if isinstance(label, float) and not label.is_integer():
             text = "A label must be a name or a whole number; numbers to predict are not supported."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Drop the row", "drop_row"))]
+            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         findings += check_text(row, column, "label", rule="no_label")
         if isinstance(label, str) and "\0" in label:
             text = "The label holds a NUL character, which no database can store. Take it out."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Drop the row", "drop_row"))]
+            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         if isinstance(label, str) and len(label) > 200:
             findings.append(
                 Finding("wrong_label", "A label of more than 200 characters is hardly a class.", column, shown(label), "warning")
@@ -58,6 +58,11 @@ class Classification(Format):
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        label: Any = row[mapping["label"]]
-        name = str(int(label)) if isinstance(label, float) else (text_of(row, mapping["label"]) or "")
-        return {"text": text_of(row, mapping["text"]) or "", "label": name.strip()}
+        return {"text": text_of(row, mapping["text"]) or "", "label": label_of(row, mapping["label"])}
+
+
+def label_of(row: Row, column: str) -> str:
+    """The label in a column, by the name it has in a normalised row."""
+    label: Any = row.get(column)
+    name = str(int(label)) if isinstance(label, float) and label.is_integer() else (text_of(row, column) or "")
+    return name.strip()

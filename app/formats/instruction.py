@@ -39,7 +39,7 @@ class Instruction(Format):
         history = parsed(row.get(mapping["history"])) if "history" in mapping else None
         if history and not is_history(history):
             text = "“history” must be a list of pairs of question and answer."
-            findings.append(Finding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Drop the row", "drop_row")))
+            findings.append(Finding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Remove row", "drop_row")))
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

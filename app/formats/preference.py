@@ -9,7 +9,7 @@ from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, 
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, PROMPT, prompt_of
 
-DROP = fix("Drop the row", "drop_row")
+DROP = fix("Remove row", "drop_row")
 
 
 class Preference(Format):

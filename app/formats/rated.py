@@ -11,7 +11,7 @@ from app.formats._prompt import FIELDS, PROMPT, prompt_of
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
-DROP = fix("Drop the row", "drop_row")
+DROP = fix("Remove row", "drop_row")
 
 
 class Rated(Format):

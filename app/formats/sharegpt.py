@@ -29,11 +29,11 @@ class ShareGpt(Format):
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         column = mapping.get("conversations", "conversations")
         if column not in row:
-            return [Finding("missing_field", f"The row has no “{column}”.", column, shown(row), "error", fix("Drop the row", "drop_row"))]
+            return [Finding("missing_field", f"The row has no “{column}”.", column, shown(row), "error", fix("Remove row", "drop_row"))]
         turns = parsed(row[column])
         if not isinstance(turns, list) or not all(map(is_sharegpt, turns)):
             text = f"“{column}” must be a list of {{from, value}}, or of {{human, assistant}}."
-            return [Finding("wrong_shape", text, column, shown(row[column]), "error", fix("Drop the row", "drop_row"))]
+            return [Finding("wrong_shape", text, column, shown(row[column]), "error", fix("Remove row", "drop_row"))]
         return check_messages(turns, column)
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

@@ -12,7 +12,7 @@ from app.storable import finite, storable, too_deep
 
 LABELS = {
     "duplicate_key": "Keep the last of them",
-    "not_a_number": "Put null there",
+    "not_a_number": "Replace with null",
     "lone_surrogate": "Put � there",
     "invalid_json": "Repair the line",
     "not_utf8": "Read the line as Windows-1252",

@@ -10,13 +10,11 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, formats, hub_datasets, ids, joining, ledger, mixing, pasting, readers, samples, schemas, versions
+from app import dataset_view, datasets, files, formats, hub_datasets, ids, joining, mixing, pasting, readers, samples, schemas
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.formats._messages import CHOICES
-from app.intake import MAPPED_COLUMNS
 from app.multipart import Form as StreamedForm
 from app.multipart import read_form
 from app.openapi import answers
@@ -24,12 +22,10 @@ from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.settings import get_settings
 from app.tables import Dataset, User
-from app.web import flash, human_seconds, render
+from app.web import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
-FINDINGS_PER_PAGE = 50
-SAMPLES_OF_PREVIEW = 8
 
 
 @pages.get("/datasets")
@@ -208,89 +204,30 @@ def from_hub(
 def show(
     request: Request,
     user: CurrentUser,
-    session: Db,
     key: str,
+    tab: Literal["report", "issues", "rows", "split", "versions"] = "report",
     rule: str = "",
     severity: str = "",
     sort: str = "line",
     page: cursor.PageNumber = 1,
 ) -> Response:
-    dataset = _get(session, user, key)
-    found, more = datasets.findings(
-        session, dataset, rule or None, severity or None, sort, (page - 1) * FINDINGS_PER_PAGE, FINDINGS_PER_PAGE
-    )
-    rules = datasets.rules(dataset)
-    before = ledger.job_before(session, dataset) if dataset.status == "ready" else None
-    return render(
-        request,
-        "dataset.html",
-        before=before and (before[0].name, ids.public(ids.JOB, before[0].id), before[1].version),
-        with_ledger=bool(ledger.jobs_of(session, dataset)),
-        dataset=dataset,
-        key=key,
-        entry=formats.FORMATS.get(dataset.format or ""),
-        formats=list(formats.FORMATS.values()),
-        stats=datasets.stats(dataset),
-        report=dataset.report or {},
-        so_far=so_far(dataset),
-        columns=(dataset.report or {}).get("columns", []),
-        to_map=_to_map(dataset),
-        preview=(dataset.report or {}).get("preview", [])[:SAMPLES_OF_PREVIEW],
-        rules=rules,
-        unknown_roles=datasets.unknown_roles(dataset),
-        roles=CHOICES,
-        errors=sum(entry["count"] for entry in rules if entry["severity"] == "error"),
-        warnings=sum(entry["count"] for entry in rules if entry["severity"] == "warning"),
-        findings=found,
-        origin_words=versions.describe,
-        again=datasets.can_be_read_again(dataset),
-        fixable=any(finding.fix for finding in found),
-        more=more,
-        page=page,
-        chosen={"rule": rule, "severity": severity, "sort": sort},
-        versions=[(version, ids.public(ids.DATASET, version.id)) for version in datasets.versions(session, dataset)],
-        file_key=ids.public(ids.FILE, dataset.file_id) if dataset.file_id else None,
-        lengths=_bars((dataset.report or {}).get("token_lengths") or (dataset.report or {}).get("lengths", [])),
-    )
-
-
-def _to_map(dataset: Dataset) -> dict[str, Any]:
-    """What the panel that maps columns shows: the file's own, and for each format what is chosen now or was suggested."""
-    failed = dataset.status == "error"
-    found = (dataset.error if failed else dataset.report) or {}
-    columns = (found.get("columns") or [])[:MAPPED_COLUMNS]
-    mappings = found.get("mappings") or {name: entry.guess_mapping(columns) for name, entry in formats.FORMATS.items()}
-    if dataset.format:
-        chosen = {field: column for field, column in dataset.mapping.items() if column in columns}
-        mappings = mappings | {dataset.format: (mappings.get(dataset.format, {}) | chosen) if failed else chosen}
-    return {
-        "columns": columns,
-        "preview": found.get("preview" if failed else "first") or [],
-        "format": dataset.format or (found.get("suggested") or {}).get("format"),
-        "mappings": {name: mappings.get(name, {}) for name in formats.FORMATS},
-    }
-
-
-def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:
-    """The length histogram with each bar's share of the tallest, 0 to 1."""
-    most = max((count for _, count in lengths), default=1)
-    return [{"low": low, "high": max(2 * low - 1, low), "count": count, "share": count / most} for low, count in lengths]
+    """One part of the page; rows and split have pages of their own."""
+    with transaction() as session:
+        dataset = _get(session, user, key)
+        if tab in ("rows", "split"):
+            return RedirectResponse(f"{_path(dataset)}/{tab}", 303)
+        values = dataset_view.context(session, dataset, dataset_view.Chosen(tab, rule, severity, sort, page))
+        found = dataset_view.changed(session, dataset) if tab == "versions" else None
+    if found is not None:
+        values["changed"] = dataset_view.with_answer(found)
+    return render(request, "dataset.html", **values)
 
 
 @pages.get("/datasets/{key}/state")
 def state(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """What the page asks once a second while the file is read."""
     dataset = _get(session, user, key)
-    return {"status": dataset.status, "progress": dataset.progress, "so_far": so_far(dataset)}
-
-
-def so_far(dataset: Dataset) -> str:
-    """Rows read and time left, in words; empty before any is known."""
-    found = (dataset.report or {}).get("so_far") or {}
-    if not found:
-        return ""
-    left = found.get("seconds_left")
-    return f"{found['rows']:,} rows so far" + (f", about {human_seconds(max(1, left))} left." if left is not None else ".")
+    return {"status": dataset.status, "progress": dataset.progress, "so_far": dataset_view.so_far(dataset)}
 
 
 @pages.post("/datasets/{key}/read")

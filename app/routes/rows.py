@@ -137,7 +137,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
 
 @pages.get("/datasets/{key}/rows/{line}")
 def edit(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
-    """The editor of one row, or of a line that is no good row as it stands in the file."""
+    """The editor of one row, or of the raw line of one that is not valid."""
     dataset, found = _row(user, key, line)
     if found is not None:
         return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=found, parts=rowedit.parts(found), problem=None)
@@ -175,7 +175,7 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
 
 @pages.post("/datasets/{key}/rows/{line}")
 async def save(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
-    """Save one row as a new version, or leave it out there. `row` is its JSON, `text.PATH` and `role.N` what the fields hold."""
+    """Save one row as a new version, or remove it there. `row` is its JSON, `text.PATH` and `role.N` what the fields hold."""
     form = await request.form(max_fields=2000, max_part_size=16 << 20)
     typed = {name: value for name, value in form.items() if isinstance(value, str)}
     return await run_in_threadpool(_save, request, user, key, line, typed)
@@ -193,7 +193,7 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
             else:
                 text = rowedit.merged(text, typed) if typed.get("do") != "json" else text
                 new = versions.edit_row(session, user, dataset, line, text)
-        flash(request, f"Version {new.version} is made with this change; version {dataset.version} stays as it is.")
+        flash(request, f"Version {new.version} is created with this change; version {dataset.version} is kept.")
         return RedirectResponse(path_of(new), 303)
     except BadField as error:
         if typed.get("do") == "raw":
@@ -207,7 +207,7 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
         )  # fmt: skip
 
 
-_NOT_YET = NotFound("The row is not there yet: the data worker has not answered.", way_out="Load the page again in a moment.")
+_NOT_YET = NotFound("The row is not loaded yet: the data worker has not answered.", way_out="Reload the page in a moment.")
 
 
 def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | None]:

@@ -1,14 +1,14 @@
-"""A look at a split before it is used: both sides, their labels, and what stands on both."""
+"""A look at a split before it is used: the rows and labels of both sides, and what is on both."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import datasets, ids, inspections, schemas, versions
+from app import datasets, ids, inspections, rowedit, schemas, versions
 from app.accounts import CurrentUser
 from app.db import transaction
 from app.errors import BadField, Conflict
@@ -16,6 +16,7 @@ from app.openapi import answers
 from app.pages import PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.spec import RunSettings
+from app.tables import Dataset, Inspection
 from app.web import flash, render
 
 pages = APIRouter()
@@ -24,24 +25,40 @@ Method = Literal["random", "stratified", "grouped"]
 Fraction = Annotated[float, Query(ge=0, lt=1)]
 Seed = Annotated[int, Query(ge=0, le=2**31 - 1)]
 WAIT_SECONDS = 3.0
-PER_PAGE = 50
+PER_PAGE, ROWS_PER_PAGE = 50, 20
+SIDES = ("validation", "train")
 DEFAULTS = RunSettings()
 
 
-def _ask(user: CurrentUser, key: str, method: str, column: str, fraction: float, seed: int, validation: str) -> tuple[Any, Any, Any]:
+class Look(NamedTuple):
+    """A dataset, what was asked of its split, the rows of one side, and the datasets that could validate instead."""
+
+    dataset: Dataset
+    split: Inspection | None
+    rows: Inspection | None
+    others: list[Dataset]
+
+
+def _ask(
+    user: CurrentUser, key: str, method: str, column: str, fraction: float, seed: int, validation: str, side: str = "", page: int = 1
+) -> Look:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
-            return dataset, None, []
+            return Look(dataset, None, None, [])
         mine = [found for found in datasets.list_(session, user) if found.status == "ready" and found.task == dataset.task]
         arguments: dict[str, Any] = {"method": method, "column": column or None, "fraction": fraction, "seed": seed}
         if validation:
             other = dataset_of(session, user, validation)
             if other.status != "ready" or not other.rows_path:
-                raise BadField(f"The dataset {other.name} is not ready.", way_out="Wait until it is read.", param="validation")
+                raise BadField(f"The dataset {other.name} is not ready.", way_out="Wait until it is ready.", param="validation")
             arguments = {"validation_rows": other.rows_path}
         asked = inspections.ask(session, dataset, "split", arguments)
-        return dataset, asked, [found for found in mine if found.id != dataset.id]
+        rows = None
+        if side in SIDES:
+            wanted = {"side": side, "skip": (page - 1) * ROWS_PER_PAGE, "count": ROWS_PER_PAGE}
+            rows = inspections.ask(session, dataset, "side", arguments | wanted)
+        return Look(dataset, asked, rows, [found for found in mine if found.id != dataset.id])
 
 
 @pages.get("/datasets/{key}/split")
@@ -54,27 +71,33 @@ def show(
     fraction: Fraction = DEFAULTS.validation_fraction,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
+    side: Literal["validation", "train", "overlap"] = "validation",
     page: PageNumber = 1,
 ) -> Response:
-    dataset, asked, others = _ask(user, key, method, column, fraction, seed, validation)
-    if asked is None:
-        return RedirectResponse(path_of(dataset), 303)
+    look = _ask(user, key, method, column, fraction, seed, validation, side, page)
+    if look.split is None:
+        return RedirectResponse(path_of(look.dataset), 303)
     chosen = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
-    found = inspections.wait(asked.id, WAIT_SECONDS)
-    columns = [name for name in (dataset.report or {}).get("columns", []) if name not in dataset.mapping.values()]
+    found = inspections.wait(look.split.id, WAIT_SECONDS)
+    rows = inspections.wait(look.rows.id, WAIT_SECONDS) if look.rows is not None else None
+    examples = (found.result or {}).get("examples", [])
+    listed, per_page = ((rows.result or {}).get("matches", 0), ROWS_PER_PAGE) if rows is not None else (len(examples), PER_PAGE)
     return render(
         request,
         "split.html",
-        dataset=dataset,
+        dataset=look.dataset,
         key=key,
         chosen=chosen,
         query=urlencode(chosen),
+        side=side,
+        rows=rows,
+        parts_of=rowedit.parts,
         page=page,
-        examples=((found.result or {}).get("examples", []))[(page - 1) * PER_PAGE : page * PER_PAGE],
-        listed=len((found.result or {}).get("examples", [])),
-        per_page=PER_PAGE,
-        columns=columns,
-        others=[(other, ids.public(ids.DATASET, other.id)) for other in others],
+        pages=-(-listed // per_page),
+        examples=examples[(page - 1) * PER_PAGE : page * PER_PAGE],
+        listed=len(examples),
+        columns=[name for name in (look.dataset.report or {}).get("columns", []) if name not in look.dataset.mapping.values()],
+        others=[(other, ids.public(ids.DATASET, other.id)) for other in look.others],
         found=found,
     )
 
@@ -90,15 +113,18 @@ def drop(
     seed: Annotated[int, Form(ge=0, le=2**31 - 1)] = DEFAULTS.seed,
     validation: Annotated[str, Form()] = "",
 ) -> Response:
-    """A version that learns from none of the rows it is measured on; the answer leads to its split."""
-    dataset, asked, _ = _ask(user, key, method, column, fraction, seed, validation)
+    """A version whose training set has none of its validation rows; the answer leads to its split."""
+    dataset, asked, *_ = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     if found is None or not found.result:
-        raise Conflict("Both sides are not compared yet.", way_out="Load the page of the split again, and wait until its rows are shown.")
+        raise Conflict("The two sides are not compared yet.", way_out="Reload the split page and wait until its rows are shown.")
     lines = found.result["drop"]
     with transaction() as session:
         new = versions.drop_rows(session, user, dataset, lines)
-    flash(request, f"Version {new.version} leaves out {len(lines):,} row{'s' if len(lines) != 1 else ''} that stood on both sides.")
+    flash(
+        request,
+        f"Version {new.version} removes {len(lines):,} row{'s' if len(lines) != 1 else ''} from the training set that leaked into validation.",
+    )
     query = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
     return RedirectResponse(f"{path_of(new)}/split?{urlencode(query)}", 303)
 
@@ -112,13 +138,19 @@ def show_json(
     fraction: Fraction = DEFAULTS.validation_fraction,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
+    side: Annotated[Literal["validation", "train"] | None, Query(description="The side whose rows are listed.")] = None,
+    page: PageNumber = 1,
 ) -> dict[str, Any]:
-    """Both sides of a split before it is used, and what stands on both. `status` is waiting until the data worker has answered."""
-    _, asked, _ = _ask(user, key, method, column, fraction, seed, validation)
-    found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
+    """Both sides of a split before it is used, what is on both, and the rows of one side. `status` is waiting until the data worker
+    has answered."""
+    look = _ask(user, key, method, column, fraction, seed, validation, side or "", page)
+    found = inspections.wait(look.split.id, WAIT_SECONDS) if look.split is not None else None
+    rows = inspections.wait(look.rows.id, WAIT_SECONDS) if look.rows is not None else None
+    unready = next((one for one in (found, rows) if one is not None and one.status != "ready"), None)
     return {
         "object": "dataset.split",
-        "status": found.status if found else "reading",
+        "status": unready.status if unready else found.status if found else "reading",
         **((found.result or {}) if found else {}),
-        "error": found.error if found else None,
+        **({"rows": (rows.result or {}).get("rows", [])} if rows else {}),
+        "error": unready.error if unready else None,
     }

@@ -7,17 +7,17 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, findings, hub_datasets, ids, joining, schemas, versions
+from app import changes, dataset_view, datasets, findings, hub_datasets, ids, inspections, joining, schemas, versions
 from app.accounts import CurrentUser
 from app.db import Db, transaction
-from app.errors import BadField
+from app.errors import BadField, Conflict
 from app.openapi import answers
 from app.pages import MAX_NUMBER
 from app.tables import Dataset, User
-from app.web import flash
+from app.web import flash, plural, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -69,20 +69,34 @@ def fix(
     session: Db,
     key: Key,
     finding: Annotated[list[Number] | None, Form()] = None,
-    rule: Annotated[str | None, Form()] = None,
+    all_of: Annotated[str | None, Form(description="Fix all issues of this rule.")] = None,
     do: Annotated[Literal["fix", "drop"], Form()] = "fix",
+    rule: Annotated[str, Form()] = "",
+    severity: Annotated[str, Form()] = "",
+    sort: Annotated[str, Form()] = "line",
+    page: Annotated[int, Form(ge=1, le=MAX_NUMBER)] = 1,
 ) -> Response:
-    """Apply the fixes of some findings, or leave their rows out, or fix all under a rule; the answer leads to the new version."""
+    """Apply the fixes of some findings, or remove their rows, or fix all of a rule; the answer leads to the new version. The other
+    fields say which list was shown, so that an error comes back on it with the same boxes ticked."""
     dataset = dataset_of(session, user, key)
-    if finding and do == "drop":
-        new = versions.drop_found(session, user, dataset, finding)
-    elif finding:
-        new = versions.fix_some(session, user, dataset, finding)
-    elif rule:
-        new = versions.fix_all(session, user, dataset, rule)
-    else:
-        raise BadField("No finding was chosen.", way_out="Tick at least one.", param="finding")
-    flash(request, f"Version {new.version} is made; version {dataset.version} stays as it is.")
+    try:
+        if finding and do == "drop":
+            new = versions.drop_found(session, user, dataset, finding)
+            told = f"Version {new.version} is created; version {dataset.version} is kept."
+        elif finding or all_of:
+            fixed = (
+                versions.fix_some(session, user, dataset, finding) if finding else versions.fix_all(session, user, dataset, all_of or "")
+            )
+            new = fixed.dataset
+            left = f" {plural(len(fixed.unfixed), 'issue has', 'issues have')} no automatic fix: see below." if fixed.unfixed else ""
+            told = f"Version {new.version} is created with {plural(fixed.rows, 'row')} fixed; version {dataset.version} is kept.{left}"
+        else:
+            raise BadField("No issue was selected.", way_out="Select at least one.", param="finding")
+    except (BadField, Conflict) as error:
+        chosen = dataset_view.Chosen("issues", rule, severity, sort if sort in datasets.ORDERS else "line", page)
+        values = dataset_view.context(session, dataset, chosen, error, finding or ())
+        return render(request, "dataset.html", status_code=error.status, **values)
+    flash(request, told)
     return RedirectResponse(path_of(new), 303)
 
 
@@ -90,7 +104,7 @@ def fix(
 def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Response:
     """Read a file none of whose lines could be read, each line as it was probably meant."""
     new = versions.repair(session, user, dataset_of(session, user, key))
-    flash(request, f"Version {new.version} reads the lines as they were probably meant. Look at its rows before you tune on them.")
+    flash(request, f"Version {new.version} reads the lines as they were probably meant. Check its rows before you fine-tune on them.")
     return RedirectResponse(path_of(new), 303)
 
 
@@ -113,7 +127,7 @@ def _change_roles(user: User, key: str, roles: dict[str, str]) -> str:
 def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[Number], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
     new = versions.drop_rows(session, user, dataset, line)
-    flash(request, f"Version {new.version} leaves out {len(set(line))} row{'s' if len(set(line)) != 1 else ''}.")
+    flash(request, f"Version {new.version} is created without {plural(len(set(line)), 'row')}; version {dataset.version} is kept.")
     return RedirectResponse(path_of(new), 303)
 
 
@@ -144,13 +158,25 @@ class Fix(BaseModel):
 
 
 class Edit(BaseModel):
-    """A row to put in the place of a line, or lines to leave out."""
+    """A row to put in the place of a line, a label for some lines, or lines to remove."""
 
     model_config = ConfigDict(extra="forbid")
     line: int | None = Field(default=None, ge=1)
     row: dict[str, Any] | None = Field(default=None, description="A row of the report's shape, as `rows` shows it.")
     raw: dict[str, Any] | None = Field(default=None, description="Or the line of the file, with the file's own columns.")
+    label: str | None = Field(default=None, description="The label that `lines` get.")
+    lines: list[Number] = Field(default_factory=list)
     drop: list[int] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_change(self) -> Edit:
+        """Whatever is sent is done: one change, with all that it needs."""
+        row, typed, labeled = self.row is not None, self.raw is not None, self.label is not None
+        if row + typed + labeled + bool(self.drop) != 1:
+            raise ValueError("Send one of row, raw, label and drop.")
+        if (row or typed) != (self.line is not None) or labeled != bool(self.lines):
+            raise ValueError("row and raw need line, label needs lines.")
+        return self
 
 
 class Reading(BaseModel):
@@ -173,33 +199,61 @@ def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> di
     return to_json(hub_datasets.order(session, user, order))
 
 
-@api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.Dataset, 409))
+@api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.FixedDataset, 409))
 def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
-    """The next version, with the fixes of some findings or of all under a rule."""
+    """The next version, with the fixes of some findings or of all of a rule. What has no automatic fix is left as it is and listed
+    under `unfixed`; it is an error only where nothing can be fixed."""
     dataset = dataset_of(session, user, key)
     wanted = order.findings + ([order.finding] if order.finding is not None else [])
     if wanted:
-        return to_json(versions.fix_some(session, user, dataset, wanted))
+        return _fixed_json(versions.fix_some(session, user, dataset, wanted))
     if order.rule:
-        return to_json(versions.fix_all(session, user, dataset, order.rule))
+        return _fixed_json(versions.fix_all(session, user, dataset, order.rule))
     if order.roles:
-        return to_json(versions.change_roles(session, user, dataset, order.roles))
+        return to_json(versions.change_roles(session, user, dataset, order.roles)) | {"fixed": None, "unfixed": []}
     if order.repair:
-        return to_json(versions.repair(session, user, dataset))
+        return to_json(versions.repair(session, user, dataset)) | {"fixed": None, "unfixed": []}
     raise BadField("Nothing to fix was named.", way_out="Send finding, findings, rule, roles or repair.", param="finding")
+
+
+def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
+    left = [
+        {"finding": one.id, "line": one.line, "rule": one.rule, "message": one.message, "why": versions.why_unfixed(one)}
+        for one in fixed.unfixed
+    ]
+    return to_json(fixed.dataset) | {"fixed": fixed.rows, "unfixed": left}
 
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))
 def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
-    """The next version, with one row replaced or some left out."""
+    """The next version, with one row replaced, or some relabeled or removed."""
     dataset = dataset_of(session, user, key)
     if order.row is not None and order.line is not None:
         return to_json(versions.edit_row(session, user, dataset, order.line, json.dumps(order.row)))
     if order.raw is not None and order.line is not None:
         return to_json(versions.retype_line(session, user, dataset, order.line, json.dumps(order.raw)))
-    if order.drop:
-        return to_json(versions.drop_rows(session, user, dataset, order.drop))
-    raise BadField("No change was named.", way_out="Send line and row (or raw), or drop with the lines to leave out.", param="line")
+    if order.label is not None:
+        return to_json(versions.relabel(session, user, dataset, order.lines, order.label))
+    return to_json(versions.drop_rows(session, user, dataset, order.drop))
+
+
+@api.get("/datasets/{key}/changes", operation_id="retrieve_dataset_changes", responses=answers(schemas.DatasetChanges, 409))
+def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
+    """What this version changed against the one it was made from: counts, and the first rows of each kind of change."""
+    with transaction() as session:
+        dataset = dataset_of(session, user, key)
+        if dataset.status != "ready":
+            raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+        parent, asked = changes.parent_of(session, dataset), changes.ask(session, dataset)
+    found = inspections.wait(asked.id, dataset_view.WAIT_SECONDS) if asked is not None else None
+    return {
+        "object": "dataset.changes",
+        "dataset": key,
+        "parent": ids.public(ids.DATASET, parent.id) if parent is not None else None,
+        "status": found.status if found else "ready",
+        "error": found.error if found else None,
+        **((found.result or {}) if found else {}),
+    }
 
 
 @api.post("/datasets/{key}/readings", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))

@@ -16,7 +16,7 @@ WORD = re.compile(r"\w+")
 MOST_ROWS = 400_000
 """Rows a rule remembers something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
-Say = Callable[[int, Finding], None]
+Say = Callable[[int | None, Finding], None]
 
 
 MOST_WORDS = 20_000
@@ -70,7 +70,7 @@ def _words(text: str) -> list[str]:
 
 
 class Rule(ABC):
-    """One rule. `say(line, finding)` reports; `task` is that of the dataset."""
+    """One rule. `say(line, finding)` reports, with no line for what is about all rows; `task` is that of the dataset."""
 
     def __init__(self, say: Say, task: str) -> None:
         self.say, self.task = say, task

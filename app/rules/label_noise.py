@@ -84,5 +84,5 @@ class LabelNoise(Rule):
         return np.log(prior / prior.sum()), np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
 
     def _tell(self, row: int, own: str, other: str) -> None:
-        message = f"The words of this row speak for “{shown(other, 60)}”, not “{shown(own, 60)}”. Its label may be wrong."
-        self.say(self._lines[row], Finding("label_noise", message, None, shown(own, 60), "warning", fix("Drop the row", "drop_row")))
+        message = f"Its words are typical of “{shown(other, 60)}”, not of “{shown(own, 60)}”. The label may be wrong."
+        self.say(self._lines[row], Finding("label_noise", message, None, shown(own, 60), "warning", fix("Remove row", "drop_row")))

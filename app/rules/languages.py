@@ -104,5 +104,5 @@ class Languages(Rule):
         for line, number in zip(self._lines, self._of, strict=True):
             if number != main:
                 message = f"This row looks like {names[number]}, and most rows are {names[main]}."
-                repair = fix("Drop the row", "drop_row")
+                repair = fix("Remove row", "drop_row")
                 self.say(line, Finding("other_language", message, None, shown(names[number], 60), "note", repair))

@@ -107,8 +107,8 @@ class NearDuplicates(Rule):
                     if share >= ALIKE and share > best.get(row, (0.0, 0))[0] and self._ends_alike(first, row):
                         best[row] = (share, first)
         for row, (share, first) in sorted(best.items()):
-            message = f"This row says nearly the same as line {self._lines[first]} (about {share:.0%} alike)."
-            self.say(self._lines[row], Finding("near_duplicate", message, severity="warning", fix=fix("Drop the row", "drop_row")))
+            message = f"This row is nearly the same as line {self._lines[first]} (about {share:.0%} alike)."
+            self.say(self._lines[row], Finding("near_duplicate", message, severity="warning", fix=fix("Remove row", "drop_row")))
 
     def _ends_alike(self, one: int, other: int) -> bool:
         """Whether two prompts begin and end with nearly the same words."""

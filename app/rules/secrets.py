@@ -208,4 +208,4 @@ class Secrets(Rule):
                 told.add(name)
                 message = f"The text holds what looks like {name}; a model may repeat it to anyone."
                 hidden = text[start : start + 3] + "…" if rule == "secret" else text[start:end]
-                self.say(seen.line, Finding(rule, message, column, hidden, "warning", fix("Put a placeholder there", "mask")))
+                self.say(seen.line, Finding(rule, message, column, hidden, "warning", fix("Redact", "mask")))

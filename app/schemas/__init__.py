@@ -17,12 +17,14 @@ from app.schemas.base import Deleted, list_of, page_of
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
     Dataset,
+    DatasetChanges,
     DatasetLine,
     DatasetReport,
     DatasetRows,
     DatasetSplit,
     DatasetWithVersions,
     FileReport,
+    FixedDataset,
     VoteDataset,
 )
 from app.schemas.evaluations import Evaluation
@@ -59,6 +61,7 @@ __all__ = [
     "CreatePrompt",
     "CreatePromptRun",
     "Dataset",
+    "DatasetChanges",
     "DatasetLine",
     "DatasetReport",
     "DatasetRows",
@@ -73,6 +76,7 @@ __all__ = [
     "FineTuningCheckpoint",
     "FineTuningJob",
     "FineTuningJobEvent",
+    "FixedDataset",
     "JobEstimate",
     "LoadedModels",
     "Model",

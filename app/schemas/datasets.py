@@ -64,6 +64,48 @@ class DatasetWithVersions(Dataset):
     versions: list[str]
 
 
+class UnfixedFinding(Schema):
+    """A finding that was to be fixed and has no automatic fix."""
+
+    finding: int
+    line: int | None
+    rule: str
+    message: str
+    why: str
+
+
+class FixedDataset(Dataset):
+    """A version that was just made by fixing another."""
+
+    fixed: int | None = Field(description="Rows that the fixes change or remove; null where a whole file is repaired.")
+    unfixed: list[UnfixedFinding]
+
+
+class Change(Schema):
+    """A row that a version changed: as it was, and as it is; null where a version has no such row. Long rows are shortened."""
+
+    line: int
+    kind: Literal["removed", "relabeled", "edited", "added"]
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class DatasetChanges(Schema):
+    """What a version changed against the one it was made from. Ask again while `status` is waiting or running."""
+
+    object: Literal["dataset.changes"]
+    dataset: str
+    parent: str | None = Field(description="Null where there is no version to compare with.")
+    status: Literal["waiting", "running", "ready", "error"]
+    error: Problem | None
+    removed: int | None = None
+    relabeled: int | None = None
+    edited: int | None = None
+    added: int | None = Field(None, description="Rows that are valid in this version only.")
+    kept: int | None = None
+    examples: list[Change] | None = Field(None, description="The first of each kind.")
+
+
 class VoteDataset(Schema):
     """A dataset that was just made from votes."""
 
@@ -74,10 +116,10 @@ class VoteDataset(Schema):
 
 
 class FindingFix(Schema):
-    """How a finding can be mended by one click or call."""
+    """How a finding can be fixed by one click or call."""
 
     label: str
-    operation: str
+    operation: str = Field(description="`choose` is no automatic fix: rows contradict each other, and one of them is edited or removed.")
     arguments: dict[str, Any]
 
 
@@ -224,24 +266,32 @@ class DatasetRows(Schema):
 
 
 class Overlap(Schema):
-    """A held-out line, and the line to learn from that says the same."""
+    """A validation line, and the training line that says the same."""
 
     line: int
     train_line: int
     how: Literal["row", "prompt"]
 
 
+class SplitRow(Schema):
+    """A row of one side of a split."""
+
+    line: int
+    row: dict[str, Any]
+    other_line: int | None = Field(description="The line of the other side that says the same.")
+
+
 class DatasetSplit(Schema):
-    """Both sides of a split, and what stands on both. Ask again while `status` is waiting or running."""
+    """Both sides of a split, and what is on both. Ask again while `status` is waiting or running."""
 
     object: Literal["dataset.split"]
     status: Literal["reading", "waiting", "running", "ready", "error"]
     error: Problem | None
     train: int | None = None
     validation: int | None = None
-    labels: list[tuple[str, int, int]] | None = Field(None, description="[label, rows to learn from, held-out rows], the commonest first.")
-    overlap: int | None = Field(None, description="Held-out rows that are learned from too.")
+    labels: list[tuple[str, int, int]] | None = Field(None, description="[label, training rows, validation rows], the most frequent first.")
+    overlap: int | None = Field(None, description="Validation rows that are in the training set too.")
     whole: int | None = Field(None, description="Of these, rows that are the same as a whole.")
     examples: list[Overlap] | None = None
-    drop: list[int] | None = Field(None, description="Lines to leave out, so that nothing stands on both sides.")
-    lines: list[int] | None = Field(None, description="The first held-out lines.")
+    drop: list[int] | None = Field(None, description="Lines to remove, so that nothing is on both sides.")
+    rows: list[SplitRow] | None = Field(None, description="One page of the rows of the side that was asked for.")

@@ -36,13 +36,13 @@ def test_upload_then_reading_then_the_report(client, session):
     assert client.get(answer.headers["location"] + "/state").json() == {"status": "reading", "progress": None, "so_far": ""}
     path = read(session, answer)
     page = client.get(path).text
-    assert "Detected format: Chat" in page and "wrong role" in page and "Change to “user”" in page and "invalid json" in page
+    assert "Detected format: Chat" in page and "invalid role" in page and "12 of 14 rows usable" in page and "invalid JSON" in page
     assert "&lt;b&gt;ask&lt;/b&gt;" in page and "<b>ask" not in page
     assert f"/jobs/new?dataset={path.rsplit('/', 1)[1]}" in page
-    only = client.get(path + "?rule=wrong_role&sort=severity").text
-    table = only[only.index('id="findings"') : only.index('id="preview"')]
+    only = client.get(path + "?tab=issues&rule=wrong_role&sort=severity").text
+    table = only[only.index('id="findings"') :]
     assert "Change to “user”" in table and "Not valid JSON" not in table
-    assert client.get(path + "?sort=colour").status_code == 400
+    assert client.get(path + "?tab=issues&sort=colour").status_code == 400
     assert "talk" in client.get("/datasets").text
 
 
@@ -57,7 +57,7 @@ def test_overruling_makes_a_new_version_and_leaves_the_old_one(client, session):
     old, new = session.scalars(select(Dataset).order_by(Dataset.version)).all()
     assert (old.format, new.format, new.version, new.parent_id) == ("instruction", "completion", 2, old.id)
     assert datasets.preview(new)[0] == {"prompt": "a1", "completion": "q1", "metadata": {"note": "x"}}
-    assert "Re-mapped" in client.get(path).text
+    assert "Re-mapped" in client.get(path + "?tab=versions").text
 
 
 def test_a_file_no_format_fits_says_so_and_offers_the_columns(client, session):

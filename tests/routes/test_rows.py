@@ -57,7 +57,7 @@ def test_rows_are_shown_token_by_token_with_their_mask(client, tiny_registered, 
     first = re.search(r'aria-label="Tokens of line 1">(.*?)</div>', page, re.DOTALL)[1]
     learnt = "".join(re.findall(r'<span class="t1">(.*?)</span>', first, re.DOTALL))
     assert learnt == "It is made of &lt;b&gt;spruce&lt;/b&gt;.&lt;|im_end|&gt;"
-    assert "Rows cut at 128" in page and 'class="lengths"' in page
+    assert "Rows truncated at 128" in page and 'class="lengths"' in page
     assert "Line 11" in until_ready(client, path + "/rows?page=2")
     assert "1 row" in until_ready(client, path + "/rows?search=number+17+made")
     assert 'class="t2"' in until_ready(client, path + "/rows?cutoff=16").split("</header>")[-1].split('id="rows"')[1].split("</p>", 1)[1]
@@ -112,10 +112,10 @@ def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user
     session.expire_all()
     key = ids.public(ids.DATASET, dataset.id)
     path = f"/datasets/{key}"
-    report = client.get(path + "?severity=error").text
+    report = client.get(path + "?tab=issues&severity=error").text
     assert f'href="{path}/rows/13"' in report and f'href="{path}/rows/14"' in report
     page = client.get(path + "/rows/13").text
-    assert "&lt;i&gt;a" in page and "invalid json" in page and "Leave this line out" in page
+    assert "&lt;i&gt;a" in page and "invalid JSON" in page and "Remove row" in page
     other = client.get(path + "/rows/14").text
     assert "customer" in other and "Change to “user”" in other
     assert client.get(path + "/rows/15").status_code == 404

@@ -1,0 +1,73 @@
+"""Rows that contradict each other, beside each other, with what can be done about them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app import conflicts, inspections, rowedit
+from app.accounts import CurrentUser
+from app.db import Db, transaction
+from app.errors import BadField, Conflict
+from app.pages import MAX_NUMBER, PageNumber
+from app.routes.versions import dataset_of, path_of
+from app.tables import User
+from app.web import flash, render
+
+pages = APIRouter()
+WAIT_SECONDS = 2.5
+
+
+@pages.get("/datasets/{key}/conflicts")
+def show(request: Request, user: CurrentUser, key: str, page: PageNumber = 1, line: PageNumber | None = None) -> Response:
+    """A page of conflicts, or the one that holds a line. A version that is still being read is waited for."""
+    return _page(request, user, key, page, line)
+
+
+def _page(request: Request, user: User, key: str, page: int, line: int | None, problem: BadField | Conflict | None = None) -> Response:
+    with transaction() as session:
+        dataset = dataset_of(session, user, key)
+        if dataset.status == "error":
+            return RedirectResponse(path_of(dataset), 303)
+        groups, more = conflicts.groups(session, dataset, page, line) if dataset.status == "ready" else ([], False)
+        asked = conflicts.ask(session, dataset, groups) if groups else None
+    found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
+    return render(
+        request,
+        "conflicts.html",
+        status_code=problem.status if problem else 200,
+        dataset=dataset,
+        key=key,
+        groups=groups,
+        rows={item["line"]: item for item in (found.result or {}).get("rows", [])} if found else {},
+        fault=found.error if found else None,
+        waiting=dataset.status == "reading" or (found is not None and found.status in ("waiting", "running")),
+        parts=rowedit.parts,
+        labels=list((dataset.report or {}).get("labels", {}))[:500] if dataset.task == "classification" else [],
+        page=page,
+        more=more,
+        line=line,
+        problem=problem,
+    )
+
+
+@pages.post("/datasets/{key}/conflicts")
+def resolve(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    key: str,
+    first: Annotated[int, Form(ge=1, le=MAX_NUMBER)],
+    do: Annotated[str, Form(max_length=40)],
+    label: Annotated[str, Form(max_length=1000)] = "",
+) -> Response:
+    """Decide one conflict; the answer leads to those that are left in the new version."""
+    dataset = dataset_of(session, user, key)
+    try:
+        new = conflicts.resolve(session, user, dataset, first, do, label)
+    except (BadField, Conflict) as error:
+        return _page(request, user, key, 1, first, error)
+    flash(request, f"Version {new.version} is created; version {dataset.version} is kept.")
+    return RedirectResponse(f"{path_of(new)}/conflicts", 303)
