@@ -254,7 +254,7 @@ def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     assert "Made of" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
     wrong = client.post("/datasets/join", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
-    for data, words in (({"operation": "mix"}, "Tick at least one"), ({"operation": "boil", **chosen}, "operation"),
+    for data, words in (({"operation": "mix"}, "Select at least one"), ({"operation": "boil", **chosen}, "operation"),
                         ({"operation": "sample", "rows": "x", **chosen}, "rows")):  # fmt: skip
         wrong = client.post("/datasets/join", data=data)
         assert wrong.status_code == 400 and words in wrong.text

@@ -26,6 +26,8 @@ from app.web import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
+MOST_FORM_BYTES = 32 << 20
+"""Of one field of a form: a pasted table, each character written as up to nine."""
 
 
 @pages.get("/datasets")
@@ -102,9 +104,15 @@ def _path(dataset: Dataset) -> str:
 
 
 @pages.post("/datasets/paste")
-def paste(user: CurrentUser, session: Db, text: Annotated[str, Form()] = "", name: Annotated[str, Form(max_length=200)] = "") -> Response:
-    """A table that was pasted instead of uploaded."""
-    return RedirectResponse(_path(pasting.paste(session, user, text, name)), 303)
+async def paste(request: Request, user: CurrentUser) -> Response:
+    """A table that was pasted instead of uploaded: `text`, and `name` where one is wished."""
+    form = await request.form(max_part_size=MOST_FORM_BYTES)
+    return RedirectResponse(await run_in_threadpool(_paste, user, str(form.get("text", "")), str(form.get("name", ""))), 303)
+
+
+def _paste(user: User, text: str, name: str) -> str:
+    with transaction() as session:
+        return _path(pasting.paste(session, user, text, name))
 
 
 @pages.post("/datasets/samples/{name}")
