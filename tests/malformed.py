@@ -496,7 +496,7 @@ def texts() -> Iterator[Case]:
     for name in (
         "x",
         "x.exe",
-        "x.xlsx",
+        "x.xls",
         "x.pdf",
         "x.tar.gz",
         "x.7z",
