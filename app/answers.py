@@ -23,7 +23,7 @@ from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Un
 log = structlog.get_logger("luthier.web")
 POSTGRES_DISK_FULL, POSTGRES_OUT_OF_RANGE = "53100", "22003"
 _WAYS_OUT = {
-    404: "Check the address, or start again from the Overview.",
+    404: "Check the address, or start again from Home.",
     405: "This address exists, but it does not take this method.",
     413: "Send less at once.",
     416: "Ask for a part that is there.",

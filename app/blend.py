@@ -92,10 +92,10 @@ class Panel(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Score and forgetting at each place, as drawings and as rows of a table, and what a reader may take from them."""
+    """Score and general ability at each place, as drawings and as rows of a table, and what a reader may take from them."""
 
     score: Panel
-    forgetting: Panel | None
+    ability: Panel | None
     rows: list[dict[str, Any]]
     advice: str
     best: float
@@ -110,11 +110,11 @@ def curve(result: Mapping[str, Any] | None) -> Curve | None:
     if len(points) < 2:
         return None
     loss = [(p["blend"], p["score"], None, None) for p in points]
-    forgot = [(p["blend"], 100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
+    kept = [(p["blend"], -100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
     best, advice = advise(points)
     return Curve(
         score=_panel("Validation loss", "nats per token", loss, "{:.3f}", zero=False),
-        forgetting=_panel("Forgetting", "% more bits on general text", forgot, "{:+.1f}", zero=True) if len(forgot) > 1 else None,
+        ability=_panel("General ability", "% against the base", kept, "{:+.1f}", zero=True) if len(kept) > 1 else None,
         rows=points,
         advice=advice,
         best=best,
@@ -122,7 +122,7 @@ def curve(result: Mapping[str, Any] | None) -> Curve | None:
 
 
 def _ends(interval: Any) -> tuple[float | None, float | None]:
-    return (100 * interval[0], 100 * interval[1]) if interval else (None, None)
+    return (-100 * interval[1], -100 * interval[0]) if interval else (None, None)
 
 
 def _panel(title: str, unit: str, values: list[tuple[float, float, float | None, float | None]], form: str, *, zero: bool) -> Panel:
@@ -153,7 +153,7 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     lowest = min(points, key=lambda p: p["score"])
     gain = base["score"] - lowest["score"]
     if gain <= 0:
-        return 0.0, "The base scores best on these rows: tuning gained nothing here, at any blend."
+        return 0.0, "The base scores best on these rows: fine-tuning gained nothing here, at any strength."
     if any(p.get("forgetting") is None for p in points):
         return lowest["blend"], f"The loss is lowest at {lowest['blend']:g}."
     good = [p for p in points if base["score"] - p["score"] >= ENOUGH_GAIN * gain - 1e-9]
@@ -166,8 +166,8 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     milder = max(points[1:-1], key=lambda p: _saved(p, tuned) * (base["score"] - p["score"]))
     if _saved(milder, tuned) >= LITTLE:
         trade = _trade(milder, base, tuned)
-        return 1.0, f"The tuned model as it is scores best. If forgetting matters more: {trade[0].lower()}{trade[1:]}"
-    return 1.0, "The tuned model as it is: a blend would lose on the task and save no forgetting worth the name."
+        return 1.0, f"The tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
+    return 1.0, "The tuned model as it is: a lower strength would lose on the task and keep no general ability worth the name."
 
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:

@@ -30,7 +30,7 @@ def card(model: Model, chain: list[Model], job: Job | None, made_of: MadeOf) -> 
         "tags": ["luthier", *([model.strategy] if model.strategy else [])],
     }
     parts = [_front(front), f"# {model.title}\n", _origin(model, chain, job)]
-    if job is not None:
+    if job is not None and model.step is None:  # a checkpoint was not scored as its job's result was
         parts.append(_results(job))
     parts.append(f"## Load it\n\n{requirements(code)}\n\n```python\n{code}```\n")
     return "\n".join(part for part in parts if part)

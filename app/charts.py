@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.progress import Point, Progress, downsample
+from app.score_view import SCORES
 
 POINTS = 600
 """Points per line sent to a browser: more than a chart has pixels to tell apart."""
@@ -79,13 +80,17 @@ def charts(progress: Progress) -> list[Chart]:
     explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
     own, judged_only = [], []
     for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
-        title, trained = name.replace("_", " ").capitalize(), progress.step_metrics.get(name)
+        title, trained = _title(name), progress.step_metrics.get(name)
         judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
         chart = Chart(name, title, "", [Series("training", "training", 1, trained), judged] if trained else [judged])
         (own if trained else judged_only).append(chart)
     if progress.total_steps == 1:  # a recipe that solves instead of stepping draws no curves
         return [loss, *judged_only]
     return [loss, *own, *explaining, *judged_only]
+
+
+def _title(name: str) -> str:
+    return SCORES[name][0] if name in SCORES else name.replace("_", " ").capitalize()
 
 
 def data(found: list[Chart], progress: Progress) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from app.charts import Dot, Picture, Scale
 from app.comparison_table import Column, Table, is_number
 from app.job_view import count
 from app.score_view import ABILITY, ability
+from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
 from app.web import NOTHING, human_bytes, human_number, human_percent, human_seconds
 
@@ -54,7 +55,8 @@ def _row(comparison: Comparison, found: list[Job]) -> dict[str, Any]:
         "comparison": comparison,
         "url": url(comparison),
         "kind": "learning curve" if comparison.kind == "learning_curve" else "strategies",
-        "status": comparisons.status_of(found),
+        "status": (status := comparisons.status_of(found)),
+        "open": status in OPEN,
         "jobs": len(found),
         "ended": sum(job.status not in OPEN for job in found),
         "failed": sum(job.status == "failed" for job in found),
@@ -77,7 +79,8 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "comparison": comparison,
         "url": url(comparison),
         "curve": curve,
-        "status": comparisons.status_of(found),
+        "status": (status := comparisons.status_of(found)),
+        "open": status in OPEN,
         "ended": sum(job.status not in OPEN for job in found),
         "seconds_left": _seconds_left(found),
         "table": table,
@@ -120,12 +123,21 @@ def _lines(table: Table) -> list[dict[str, Any]]:
                 "text": write(row[column.key], column.unit),
                 "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
                 "best": row["job"] in table.winners[column.key],
-                "note": ABILITY.get(row["verdict"], row["verdict"]) if column.key == "forgetting" else "",
+                "note": _ability_note(row) if column.key == "forgetting" else "",
             }
             for column in table.columns
         ]
         found.append({**row, "number": number, "url": f"/jobs/{row['job']}", "cells": cells})
     return found
+
+
+def _ability_note(row: dict[str, Any]) -> str:
+    """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
+    between = f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+    removable = (
+        "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
+    )
+    return ", ".join(part for part in (ABILITY.get(row["verdict"], row["verdict"] or ""), between, removable) if part)
 
 
 def _scatter(table: Table, x: Column, y: Column) -> Picture | None:

@@ -282,10 +282,10 @@ def jobs_of(session: Session, *found: Comparison) -> list[Job]:
 
 
 def status_of(found: list[Job]) -> str:
-    """`queued`, `running`, `paused`, or `ended` once every job is."""
+    """`queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
     states = {job.status for job in found}
     if states <= set(jobs.ENDED):
-        return "ended"
+        return next((status for status in ("succeeded", "failed", "cancelled") if status in states), "cancelled")
     if states <= {"queued"}:
         return "queued"
     return "paused" if states <= {"paused", *jobs.ENDED} else "running"

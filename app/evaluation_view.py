@@ -9,17 +9,17 @@ from app import ids
 from app.tables import Evaluation
 
 SCORES: dict[str, tuple[str, str, bool]] = {
-    "loss": ("Loss", "nats per learnt token", True),
-    "perplexity": ("Perplexity", "how many tokens it wavers between", True),
+    "loss": ("Loss", "mean cross-entropy (nats)", True),
+    "perplexity": ("Perplexity", "exponential of the loss", True),
     "bits_per_byte": ("Bits per byte", "comparable between models with other tokenizers", True),
-    "token_accuracy": ("Token accuracy", "share of tokens it would have written itself", False),
+    "token_accuracy": ("Token accuracy", "next-token accuracy", False),
     "exact_match": ("Exact match", "share of answers equal to the reference", False),
-    "rouge_l": ("ROUGE-L", "longest common sequence of words, 0 to 1", False),
-    "chrf": ("chrF", "common character sequences, 0 to 1", False),
-    "accuracy": ("Accuracy", "share of rows it gets right", False),
+    "rouge_l": ("ROUGE-L", "longest common subsequence of words, 0 to 1", False),
+    "chrf": ("chrF", "character n-gram overlap, 0 to 1", False),
+    "accuracy": ("Accuracy", "share of rows classified correctly", False),
     "macro_f1": ("Macro F1", "every class counts the same", False),
     "log_loss": ("Log loss", "nats per row, of its probabilities", True),
-    "calibration_error": ("Calibration error", "how far its confidence is from the truth", True),
+    "calibration_error": ("Calibration error", "stated probability against observed accuracy", True),
 }
 """Title, meaning and whether less is better, in the order in which they are shown."""
 KINDS = {"scores": "Scores", "advice": "Before tuning", "blend": "Blend"}
@@ -70,7 +70,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "lines": [_line(name, base.get(name), scores, result) for name in SCORES if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
-        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Guessing",
+        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Prior baseline",
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,

@@ -216,10 +216,14 @@ _REASONS = {
 }
 
 
+_AFTER = {"cancelled": "after it was cancelled", "failed": "after it failed"}
+
+
 def _queued(progress: Progress, event: Queued) -> None:
     progress.status = "queued"
     progress.failure = None
-    progress.resume_reason = _REASONS[event.reason]
+    ended = progress.status if progress.status in ("cancelled", "failed") else ""
+    progress.resume_reason = _AFTER[ended] if event.reason == "resumed" and ended else _REASONS[event.reason]
 
 
 def _claimed(progress: Progress, event: Claimed) -> None:

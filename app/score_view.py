@@ -99,7 +99,7 @@ def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
         rows=_whole(whole.get("rows")) or _whole(tuned.get("rows")),
         answers=_whole(whole.get("answers")),
         unanswered=_whole(whole.get("unanswered")),
-        base_title="Guessing" if task == "classification" else "Base",
+        base_title="Prior baseline" if task == "classification" else "Base",
         lines=[
             _line(name, base, tuned, task, by_chance(whole, name))
             for name in SCORES

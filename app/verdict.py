@@ -138,7 +138,7 @@ def diverged(spec: JobSpec, error: Mapping[str, Any] | None) -> Verdict:
 
 
 def interrupted(step: int | None) -> Verdict:
-    at = f"Stopped at step {step}" if step else "Stopped before the first step"
+    at = f"Cancelled at step {step}" if step else "Cancelled before the first step"
     return Verdict(outcome="undertrained", sentence=f"{at}, so it was not compared with its base.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -54,6 +55,9 @@ def environment() -> Environment:
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
         "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issues.title,
     }  # fmt: skip
+    from app import score_view  # it needs the filters of this module
+
+    env.filters |= {"ability": score_view.ability, "ability_word": lambda said: score_view.ABILITY.get(said or "", said or "")}
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
         "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],
@@ -216,15 +220,23 @@ def human_seconds(value: float) -> str:
 
 @_or_nothing
 def human_number(value: float, digits: int | None = None) -> str:
-    """1204 → `1 204` with a thin space, 1.0834 → `1.08`, 0.00002 → `2e-05`."""
+    """1204 → `1,204`, 1.0834 → `1.08`, 0.00002 → `0.00002`."""
     if digits is None:
         if isinstance(value, int) or abs(value) >= 1000:
             digits = 0
         elif value and abs(value) < 0.01:
-            return f"{value:.3g}"
+            return _small(value)
         else:
             digits = 2
-    return f"{value:,.{digits}f}".replace(",", NARROW)
+    return f"{value:,.{digits}f}"
+
+
+def _small(value: float) -> str:
+    """Three figures, written out as far as an eye can count the zeros."""
+    if abs(value) < 1e-6:
+        return f"{value:.3g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".rstrip("0")
 
 
 @_or_nothing
@@ -242,7 +254,7 @@ def kind_word(kind: str) -> str:
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
-    """`1 row`, `1 204 rows`."""
+    """`1 row`, `1,204 rows`."""
     return f"{human_number(count)} {one if count == 1 else many or one + 's'}"
 
 

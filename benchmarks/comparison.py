@@ -74,7 +74,7 @@ def compare(here: Studio, model: str, given: argparse.Namespace) -> dict[str, An
         for refused in found["refused"]:
             print(f"  {refused['title']} is refused: {refused['reason']}", flush=True)
         told: set[str] = set()
-        while found["status"] != "ended":
+        while found["status"] in ("queued", "running", "paused"):
             time.sleep(2)
             found = client.get(f"/comparisons/{found['id']}", cast_to=object)
             for row in found["data"]:

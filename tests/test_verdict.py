@@ -77,7 +77,7 @@ def test_a_diverged_job_offers_a_lower_rate_and_an_interrupted_one_says_so():
     assert told.outcome == "diverged" and told.suggestions[0].order == {"run": {"learning_rate": 0.001}}
     assert "learning rate 0.001" in told.suggestions[0].label
     stopped = verdict("cancelled", spec(), None, None, step=5)
-    assert stopped.outcome == "undertrained" and "Stopped at step 5" in stopped.sentence
+    assert stopped.outcome == "undertrained" and "Cancelled at step 5" in stopped.sentence
     assert verdict("failed", spec(), None, {"code": "disk_full"}) is None and verdict("running", spec(), None) is None
     assert verdict("succeeded", spec(), {"tuned": {"loss": 1.0}}) is None, "a job of an earlier version is not judged"
 

@@ -106,7 +106,9 @@ class Comparison(Schema):
     created_at: int = Field(description="Seconds since 1970.")
     name: str
     kind: Kind
-    status: Literal["queued", "running", "paused", "ended"]
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] = Field(
+        description="Once all its jobs have ended: succeeded if one of them did."
+    )
     model: str
     score: str = Field(description="Key of the column the jobs are judged by.")
     columns: list[ComparisonColumn]

@@ -145,7 +145,7 @@ export class Chart {
   tick(value, gap) {
     if (this.logarithmic) return value == null ? "" : String(Number(value.toPrecision(3)));
     if (this.unit === "bytes") return value === 0 ? "0" : bytes(value);
-    if (this.unit === "rate") return value === 0 ? "0" : value.toExponential(gap / value < 0.1 ? 1 : 0);
+    if (this.unit === "rate") return value === 0 ? "0" : number(Number(value.toPrecision(2)));
     return number(value, Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9))));
   }
 

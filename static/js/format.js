@@ -3,7 +3,7 @@
 const NARROW = "\u202f";
 const NOTHING = "–";
 const unknown = (value) => value === null || value === undefined || Number.isNaN(value);
-const grouped = (text) => text.replace(/^(-?\d+)/, (whole) => whole.replace(/\B(?=(\d{3})+(?!\d))/g, NARROW));
+const grouped = (text) => text.replace(/^(-?\d+)/, (whole) => whole.replace(/\B(?=(\d{3})+(?!\d))/g, ","));
 
 /** 1360000000 → "1.36 GB" */
 export function bytes(value) {
@@ -26,7 +26,7 @@ export function seconds(value) {
   return parts.slice(0, 2).filter(([count]) => count).map(([count, unit]) => `${count} ${unit}`).join(" ");
 }
 
-/** 1204 → "1 204", 1.0834 → "1.08", 0.00002 → "2e-05" */
+/** 1204 → "1,204", 1.0834 → "1.08", 0.00002 → "0.00002" */
 export function number(value, digits) {
   if (unknown(value)) return NOTHING;
   if (digits === undefined || digits === null) {
@@ -39,7 +39,7 @@ export function number(value, digits) {
 
 function small(value) {
   const [mantissa, exponent] = value.toExponential(2).split("e");
-  if (Number(exponent) >= -4) return String(Number(value.toPrecision(3)));
+  if (Math.abs(value) >= 1e-6) return value.toFixed(2 - Number(exponent)).replace(/0+$/, "");
   const power = Math.abs(Number(exponent)).toString().padStart(2, "0");
   return `${Number(mantissa)}e-${power}`;
 }

@@ -41,7 +41,7 @@ async function look() {
   clearTimeout(timer);
   let pause = document.hidden ? HIDDEN_MS : LOOK_MS;
   try {
-    const answer = await fetch(`/shell?watch=${Object.keys(watched()).join(",")}`, { headers: { accept: "application/json" }, redirect: "manual" });
+    const answer = await fetch(`/shell?watch=${Object.keys(watched()).join(",")}`, { redirect: "manual" });
     if (answer.status === 401 || answer.type === "opaqueredirect") return; // signed out: the next click says so
     if (answer.status >= 500) throw new Error(answer.statusText);
     if (answer.ok) show(await answer.json());
@@ -54,8 +54,8 @@ async function look() {
 }
 
 function show({ counts, foot, jobs }) {
-  for (const place of document.querySelectorAll("[data-note]")) {
-    const text = counts[place.dataset.note] ?? "";
+  for (const place of document.querySelectorAll("[data-count]")) {
+    const text = counts[place.dataset.count] ?? "";
     if (place.textContent !== text) place.textContent = text;
   }
   const place = document.querySelector("[data-foot]");

@@ -176,7 +176,7 @@ LOOK = "document.dispatchEvent(new Event('visibilitychange'))"
 
 
 def note(page, path: str) -> str:
-    return page.inner_text(f".side .wide [data-note='{path}']").replace("\u202f", " ")
+    return page.inner_text(f".side .wide [data-count='{path}']").replace("\u202f", " ")
 
 
 def test_the_menu_stays_true_and_says_when_the_studio_is_away(page, served, session, user, tiny_registered, said):
@@ -187,11 +187,11 @@ def test_the_menu_stays_true_and_says_when_the_studio_is_away(page, served, sess
     assert page.inner_text(".wide [aria-current]").startswith("Datasets")
     life.say(*lives.steps(75, 84))
     page.evaluate(LOOK)
-    until(page, "document.querySelector('.wide [data-note=\"/jobs\"]').textContent.startsWith('70')")
+    until(page, "document.querySelector('.wide [data-count=\"/jobs\"]').textContent.startsWith('70')")
     jobs.pause(session, user, life.job_id)
     life.leave(84)
     page.evaluate(LOOK)
-    until(page, "document.querySelector('.wide [data-note=\"/jobs\"]').textContent === '2'")
+    until(page, "document.querySelector('.wide [data-count=\"/jobs\"]').textContent === '2'")
 
     page.goto(served + address(life))
     page.context.set_offline(True)

@@ -46,7 +46,7 @@ def points(page) -> dict:
 
 def test_an_empty_list_says_how_to_fill_it(client):
     page = client.get("/jobs")
-    assert page.status_code == 200 and "No job yet" in page.text and 'href="/jobs/new"' in page.text
+    assert page.status_code == 200 and "No run yet" in page.text and 'href="/jobs/new"' in page.text
 
 
 def test_the_list_shows_each_job_with_what_was_measured_and_predicted(client, session, user, tiny_registered):
@@ -203,7 +203,8 @@ def test_a_cancelled_job_with_a_checkpoint_can_be_resumed(client, api, session, 
     assert api.post(f"{where}/resume", json={"steps": 72}).status_code == 400
     unwhole = api.post(f"{where}/checkpoints/72/keep")
     assert unwhole.status_code == 400 and "cannot be trusted" in unwhole.json()["error"]["message"]
-    assert api.post(f"{where}/resume").json()["status"] == "queued"
+    assert "Queued" in words(client.post(f"{address(life)}/resume"))
+    assert jobs.get(session, user, life.job_id).finished_at is None
 
 
 def test_the_config_orders_the_same_job_again_and_the_log_can_be_taken_away(client, api, session, user, tiny_registered, dataset):

@@ -110,7 +110,7 @@ def test_many_classes_are_told_by_their_mistakes_alone():
 def test_a_classifier_is_held_against_guessing(client, session, user, tiny_registered):
     found = score_view.view(classified(5), "classification")
     titles = [line.title for line in found.lines]
-    assert found.base_title == "Guessing" and "Loss" not in titles and "Log loss" in titles, "its loss is its log loss, said once"
+    assert found.base_title == "Prior baseline" and "Loss" not in titles and "Log loss" in titles, "its loss is its log loss, said once"
     assert all(line.better for line in found.lines if line.title in ("Accuracy", "Macro F1", "Log loss"))
     assert found.worst[0].probability is not None and found.worst[0].base is None and not found.base_answered
     losses = [row.tuned_loss for row in found.worst]
