@@ -107,7 +107,7 @@ def test_a_running_evaluation_follows_and_is_stopped(page, served: str, session,
     page.get_by_label("Dataset").select_option(label="replies")
     page.get_by_role("button", name="Score it").click()
     page.wait_for_url("**/evaluations/eval-*")
-    assert "Waits for the train worker" in page.locator("#evaluation").inner_text()
+    assert "Queued" in page.locator("#evaluation").inner_text()
     made = session.query(Evaluation).one()
     made.status, made.progress, made.stage = "running", 0.5, "Reading half of it"
     session.commit()

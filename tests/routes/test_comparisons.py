@@ -340,7 +340,7 @@ def test_a_comparison_is_ordered_once_followed_and_deleted(client, session, user
     )
     assert len(jobs.list_(session, user)) == 2
     page = client.get(where)
-    assert "0 of 2 jobs" in words(page) and "every 3s" in page.text and "Stop all" in page.text
+    assert "0 of 2 jobs" in words(page) and "every 3s" in page.text and "Cancel all" in page.text
     part = client.get(f"{where}?part=live")
     assert "<html" not in part.text and part.text.lstrip().startswith('<div id="comparison"')
     one, two = jobs.list_(session, user)
@@ -348,7 +348,7 @@ def test_a_comparison_is_ordered_once_followed_and_deleted(client, session, user
         end(session, job, loss=loss, memory=10**9, seconds=50 * loss, change=0.03, verdict="forgot some")
     page = client.get(where)
     assert "every 3s" not in page.text and page.text.count('class="winner"') >= 2 and '<svg class="picture"' in page.text
-    assert f'href="/jobs/{ids.public(ids.JOB, one.id)}"' in page.text and "Before tuning" in page.text
+    assert f'href="/jobs/{ids.public(ids.JOB, one.id)}"' in page.text and ">Base</td>" in page.text
     assert "mine" in client.get("/compare").text
     assert f'href="{where}"' in client.get(f"/jobs/{ids.public(ids.JOB, one.id)}").text, "a job leads to its comparison"
     assert client.post(f"{where}/delete", follow_redirects=False).headers["location"] == "/compare"
@@ -383,7 +383,7 @@ def test_a_learning_curve_is_ordered_and_drawn(client, session, user, tiny_regis
     for job, loss in zip(sorted(jobs.list_(session, user), key=lambda j: j.created_at), (2.0, 1.5, 1.1), strict=True):
         end(session, job, loss=loss, memory=1, seconds=1)
     page = client.get(where)
-    assert "More data would very likely help." in words(page) and "<polyline" in page.text and "before tuning" in page.text
+    assert "More data would very likely help." in words(page) and "<polyline" in page.text and ">base</text>" in page.text
     assert "25% of the rows" in words(page) and "100% of the rows" in words(page)
 
 
