@@ -172,6 +172,6 @@ def _find_user(request: Request) -> None:
     if not hasattr(request.state, "user"):
         try:
             request.state.user = user = identify(request)
-            request.state.notes = shell.notes(user) if user else {}
+            request.state.notes = shell.notes(user) if user else shell.Notes()
         except Exception:  # the page must be shown whatever is broken
             request.state.user = None

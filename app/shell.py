@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Request
@@ -37,10 +37,11 @@ MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (
 
 
 class Notes(NamedTuple):
-    """What the menu says beside its pages, and what is being trained."""
+    """What the menu says beside its pages, what of this person's is being trained, and whether anything is."""
 
-    counts: dict[str, str]
-    training: list[str]
+    counts: dict[str, str] = {}  # noqa: RUF012  never changed
+    training: tuple[str, ...] = ()
+    busy: bool = False
 
 
 def paths(app: Any) -> set[str]:
@@ -85,8 +86,8 @@ def menu(request: Request, user: User) -> dict[str, Any]:
 
 def state(request: Request) -> dict[str, Any]:
     """What changes around a page while it stands: the counts beside the menu and the lines at its foot."""
-    notes: Notes = getattr(request.state, "notes", Notes({}, []))
-    return {"counts": notes.counts, "foot": foot(notes.training)}
+    notes: Notes = getattr(request.state, "notes", Notes())
+    return {"counts": notes.counts, "foot": foot(notes)}
 
 
 def _longest(path: str, pages: list[str]) -> str:
@@ -112,20 +113,22 @@ def notes(user: User) -> Notes:
     )  # versions of one dataset share its file and name, as on its list
     try:
         with transaction() as session:
-            datasets, models, jobs = session.execute(
+            datasets, models, jobs, busy = session.execute(
                 select(
                     files.scalar_subquery(),
                     _count(Model, or_(Model.owner_id == user.id, Model.owner_id.is_(None))),
                     _count(Job, Job.owner_id == user.id),
+                    _count(Job, Job.status == "running"),
                 )
             ).one()
             query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
             running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MOST_NAMED + 1))]
     except DBAPIError:
-        return Notes({}, [])
+        return Notes()
     beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
     counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
-    return Notes({path: text for path, text in counts.items() if text != NOTHING}, [f"{name} {share}".strip() for name, share in running])
+    shown = {path: text for path, text in counts.items() if text != NOTHING}
+    return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy))
 
 
 MOST_NAMED = 9
@@ -139,7 +142,7 @@ def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
     return select(func.count()).select_from(table).where(table.deleted_at.is_(None), *conditions).scalar_subquery()
 
 
-def foot(training: Sequence[str] = ()) -> list[str]:
+def foot(notes: Notes) -> list[str]:
     """Two or three lines: what the machine is, how many workers are online, and what they train."""
     from app.workers import alive
 
@@ -148,9 +151,9 @@ def foot(training: Sequence[str] = ()) -> list[str]:
     if not trainers:
         return [*lines, "no train worker online"]
     online = f"{plural(len(trainers), 'worker')} online"
-    if not training:
-        return [*lines, f"{online} · idle"]
-    return [*lines, online, f"training {training[0] if len(training) == 1 else plural(len(training), 'run')}"]
+    if not notes.training:
+        return [*lines, f"{online} · {'busy' if notes.busy else 'idle'}"]
+    return [*lines, online, f"training {notes.training[0] if len(notes.training) == 1 else plural(len(notes.training), 'run')}"]
 
 
 def machine_line() -> str:
