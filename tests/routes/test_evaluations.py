@@ -54,11 +54,7 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
     said = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "rows": "9"}, follow_redirects=False)
     assert said.status_code == 303
     page = client.get(said.headers["location"])
-<<<<<<< HEAD
-    assert "Scoring five blends" in page.text and 'hx-trigger="every 2s"' in page.text
-=======
     assert "Queued" in page.text and 'hx-trigger="every 2s"' in page.text
->>>>>>> 62a9142 (Evaluations say what they show in the field's words)
     appraise.work(session.query(Evaluation).one().id)
     page = html.unescape(client.get(said.headers["location"]).text)
     assert "Scores on 9 rows" in page and "Perplexity" in page and "Highest loss" in page and "hx-trigger" not in page
@@ -69,13 +65,8 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
 
 def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, user, data_dir, tiny_registered, data):
     job, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=4)
-<<<<<<< HEAD
     page = f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=evaluations"
-    assert "Adapter strength" in client.get(page).text
-=======
-    page = f"/models/{ids.public(ids.MODEL, tuned.id)}"
     assert ">Measure<" in client.get(page).text
->>>>>>> 62a9142 (Evaluations say what they show in the field's words)
     form = {"model": tuned.name, "dataset": dataset_id(data), "kind": "blend", "next": page}
     said = client.post("/evaluations", data=form, follow_redirects=False)
     assert said.headers["location"] == page and "Queued" in client.get(page).text
@@ -111,12 +102,7 @@ def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, 
 
 def test_soft_prompts_say_why_they_have_no_halfway(client, api, session, user, data_dir, tiny_registered, data):
     _, tuned = tune(session, user, data_dir, tiny_registered, data, {"name": "prompt_tuning", "tokens": 4}, epochs=1)
-<<<<<<< HEAD
     page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=evaluations")
     assert "Not available:" in page.text and ">Measure<" not in page.text
-=======
-    page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}")
-    assert "cannot run at a lower strength" in page.text and ">Measure<" not in page.text
->>>>>>> 62a9142 (Evaluations say what they show in the field's words)
     said = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data)})
     assert said.status_code == 400 and "learnt vectors" in said.json()["error"]["message"]
