@@ -115,7 +115,7 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost],
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
         why_not = (
             f"It needs {_gb(cost.memory_bytes)} and this machine has {_gb(facts.memory_bytes)}. "
-            "Choose a shorter length, fewer tokens per step, or another strategy."
+            "Choose a shorter length, fewer tokens per batch, or another strategy."
         )
     advice = Advice(
         strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost

@@ -17,6 +17,7 @@ from app.comparisons import ComparisonOrder, Kind
 from app.errors import StudioError
 from app.forms import Control, Fault, as_text, controls, fill
 from app.order_form import ranking_of
+from app.run_settings import displaced
 from app.schedule import Schedule
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Strategy
@@ -167,6 +168,7 @@ def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
 def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[Control]:
     """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
     empty = {"learning_rate": "each strategy’s own", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
+    empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
     found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
     says = {"epochs": "How often the data is seen, unless a number of steps ends it before."}
     basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}

@@ -185,7 +185,8 @@ def _same_tokens(run: Mapping[str, Any], fraction: float) -> dict[str, Any]:
     epochs, evaluations = (run.get(name, fields[name].default) for name in ("epochs", "evaluations_per_epoch"))
     if not isinstance(epochs, int | float) or not isinstance(evaluations, int | float):
         return {"data_fraction": fraction}  # what is wrong with them is said where the settings are read
-    return {"data_fraction": fraction, "epochs": epochs / fraction, "evaluations_per_epoch": evaluations * fraction}
+    again = {"data_fraction": fraction, "epochs": epochs / fraction}
+    return again if run.get("eval_steps") else again | {"evaluations_per_epoch": evaluations * fraction}
 
 
 def _try(session: Session, found: orders.Ground, order: JobOrder) -> tuple[str, JSON | None]:
@@ -201,7 +202,7 @@ def _try(session: Session, found: orders.Ground, order: JobOrder) -> tuple[str, 
     if not cost["fits"]:
         return (
             f"{spec.strategy.title} needs {cost['memory_bytes'] / 1e9:.1f} GB of memory, which this machine does not have. "
-            "Choose a shorter length or fewer tokens per step.",
+            "Choose a shorter length or fewer tokens per batch.",
             None,
         )
     return "", cost
@@ -215,7 +216,7 @@ def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
     if not plan.jobs:
         raise DoesNotFit(
             f"No strategy of this comparison fits. {reasons[:1500]}",
-            way_out="Take other strategies, another model, or fewer tokens per step.",
+            way_out="Take other strategies, another model, or fewer tokens per batch.",
             param="strategies",
             code="no_strategy_fits",
         )

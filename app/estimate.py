@@ -140,10 +140,12 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> C
         if validation is not None:
             held_out, _ = _placed(spec, validation)
     train = rows * share
-    steps = total_steps(train, run)
-    tokens = int(min(run.epochs * train, steps * run.max_tokens_per_step))
-    learnt = 0.0 if spec.task == "classification" else learnt_share(stats)
-    return Course(train, held_out, longest, tokens, steps, learnt, math.ceil(stats.rows * share), stats.labels or 0)
+    learned_from = math.ceil(stats.rows * share)
+    mean = train / max(learned_from, 1)
+    steps = total_steps(train, learned_from, run)
+    tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
+    learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
+    return Course(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
@@ -174,9 +176,10 @@ def learnt_share(stats: Stats) -> float:
     return min(1.0, stats.trained_tokens / stats.tokens)
 
 
-def total_steps(train_tokens: float, run: RunSettings) -> int:
-    """Optimizer steps of a job whose epoch has this many tokens."""
-    steps = max(1, math.ceil(run.epochs * max(1, math.ceil(train_tokens / run.max_tokens_per_step))))
+def total_steps(train_tokens: float, rows: int, run: RunSettings) -> int:
+    """Optimizer steps of a job whose epoch has so many tokens and rows."""
+    batches = rows / run.batch_size if run.batch_size else train_tokens / (run.max_tokens_per_step or 1)
+    steps = max(1, math.ceil(run.epochs * max(1, math.ceil(batches)) / run.gradient_accumulation_steps))
     return min(steps, run.max_steps) if run.max_steps else steps
 
 
@@ -241,9 +244,12 @@ def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
         return _fit_seconds(spec, course)
     classes = spec.task == "classification"
     forward = forward_operations(shape, course.learnt)
-    saves = max(1, math.ceil(run.evaluations_per_epoch * course.tokens / max(course.train, 1)))
-    # The held-out rows are scored before the first step and at every save; classes once more at the end, for their evaluation.
-    scored = (saves + 1 + classes) * course.held_out * forward
+    often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.tokens / max(course.train, 1)
+    saves = judged = max(1, math.ceil(often))
+    if run.save_steps:
+        saves = math.ceil(course.steps / run.save_steps)
+    # The held-out rows are scored before the first step and at every evaluation; classes once more at the end, for their evaluation.
+    scored = (judged + 1 + classes) * course.held_out * forward
     # At the end every training row is scored, but for classes also with the model before tuning, and so are the texts that
     # show forgetting; an encoder writes none.
     passes = (1 if classes else 2) if run.row_losses else 0
@@ -255,7 +261,7 @@ def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
     if spec.task == "preference":  # the model before tuning reads every pair once
         scored += (course.train + course.held_out) * forward
     # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
-    written = 0 if classes else run.samples * run.sample_tokens * (saves + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
+    written = 0 if classes else run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
 

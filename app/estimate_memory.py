@@ -65,7 +65,7 @@ class MemoryParts(BaseModel):
 
 def passes(run: RunSettings, processes: int) -> int:
     """Passes of a step: as many as ordered, or the next number that so many processes share evenly."""
-    return -(-run.accumulation // processes) * processes
+    return -(-run.passes // processes) * processes
 
 
 def parts_of(tokens: int, threads: int) -> int:
@@ -82,8 +82,10 @@ def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int
 
 
 def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
-    """Tokens of one pass: a step's share, or the longest row where that is more."""
-    return max(math.ceil(run.max_tokens_per_step / passes(run, processes)), longest)
+    """Tokens of one pass: a step's share, or the longest row where that is more; of a batch in rows, as many of the longest."""
+    if run.max_tokens_per_step is None:
+        return longest * math.ceil((run.batch_size or 1) * run.gradient_accumulation_steps / passes(run, processes))
+    return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)), longest)
 
 
 def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:

@@ -53,7 +53,7 @@ class Started(_Event):
 
 
 class Step(_Event):
-    """One optimizer step. `loss` is the mean over the trained tokens of the whole accumulation window."""
+    """One optimizer step. `loss` is the mean over the trained tokens of all its passes."""
 
     type: Literal["step"] = "step"
     step: int

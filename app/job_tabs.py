@@ -16,6 +16,7 @@ from app.evaluation_view import between, by_chance
 from app.forms import as_text
 from app.job_view import count, dataset_url, forgetting, head, model_url, url
 from app.progress import Progress
+from app.run_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
 from app.web import NOTHING, human_bytes, human_number, human_percent, human_seconds
@@ -166,8 +167,9 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
     failed = live.progress_of(session, job).failure if job.status == "failed" else None
     if failed is None or not failed.suggestion:
         return []
-    settings = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in failed.suggestion.items())
-    return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": failed.suggestion})]
+    changed = renamed(failed.suggestion)
+    settings = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changed.items())
+    return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": changed})]
 
 
 def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:

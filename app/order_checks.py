@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from app.errors import BadField
+from app.estimate_memory import passes
 from app.formats._base import shown
 from app.machine import Machine
 from app.optimizers import OPTIMIZERS
+from app.run_settings import GRADIENT_ONLY, STEPS_ONLY
 from app.schedule import MIN_STEPS
 from app.shapes import Shape
-from app.spec import GRADIENT_ONLY, MOST_CLASSES, STEPS_ONLY, JobSpec, ModelRef, RunSettings
+from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._chosen import ChosenLowRank
 from app.tables import Dataset
@@ -99,6 +101,19 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
             )
 
 
+def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
+    """Raises BadField for a choice of turns where rows have none to choose from."""
+    if run.train_on == "assistant" or (task == "generation" and format_ != "text"):
+        return
+    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which learns from them as they are"
+    raise BadField(
+        f"train_on chooses among the turns of a conversation, and these rows are {rows}.",
+        way_out="Leave train_on out.",
+        param="run.train_on",
+        code="setting_without_use",
+    )
+
+
 def refuse_modules(strategy: Strategy, shape: Shape) -> None:
     """Raises BadField for names of modules that the model has none of."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
@@ -116,8 +131,8 @@ def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
     if OPTIMIZERS[run.optimizer].needs_gpu and not machine.cuda:
         raise BadField(
             f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and the machine that trains shows none.",
-            way_out="Take adamw. To save memory without a GPU, tune fewer weights (LoRA and its relatives), take fewer tokens per step, "
-            "or split each step over more passes (accumulation).",
+            way_out="Take adamw. To save memory without a GPU, tune fewer weights (LoRA and its relatives), take fewer tokens per batch, "
+            "or split each batch over more passes (micro_batches).",
             param="run.optimizer",
             code="needs_gpu",
         )
@@ -132,6 +147,14 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
             way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or tune by LoRA.",
             param="run.optimizer",
             code="needs_whole_weights",
+        )
+    each = passes(run, machine.processes)
+    if run.batch_size and (run.batch_size * run.gradient_accumulation_steps) % each:
+        raise BadField(
+            f"{machine.processes} processes share a step in {each} passes, which its rows cannot be shared out to evenly.",
+            way_out=f"Take a batch size that {each} divides.",
+            param="run.batch_size",
+            code="uneven_batch",
         )
     if run.frozen_weights != "fp8":
         return
@@ -197,7 +220,7 @@ def few_steps(spec: JobSpec, steps: int) -> list[str]:
     if steps >= MIN_STEPS or type(spec.strategy).recipe == "features":
         return []
     return [
-        f"{steps} optimizer steps are few: most methods have hardly begun to learn after {MIN_STEPS}. Raise the epochs, or lower the tokens per step."
+        f"{steps} optimizer steps are few: most methods have hardly begun to learn after {MIN_STEPS}. Raise the epochs, or lower the tokens per batch."
     ]
 
 

@@ -23,6 +23,7 @@ from app.advisor import Advice
 from app.errors import NotFound, StudioError
 from app.forms import Control, Fault, Filled, as_text, controls, fill
 from app.orders import JobOrder
+from app.run_settings import displaced, renamed
 from app.schedule import Schedule
 from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
@@ -176,6 +177,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
             errors=run.errors,
             placeholders={
                 "learning_rate": f"{usual_learning_rate(strategy, task, run.settings.get('optimizer', 'adamw')):g}",
+                **dict.fromkeys(displaced(run.settings), ""),
                 **{name: as_text(value) for name, value in usual.items()},
             },
         ),
@@ -315,7 +317,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "strategy": spec["strategy"]["name"],
         "name": job.name,
         **{f"strategy.{name}": value for name, value in strategy.items()},
-        **{f"run.{name}": as_text(value) for name, value in spec["run"].items() if value is not None},
+        **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None},
         **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
         **{f"preference.{name}": as_text(value) for name, value in (spec.get("preference") or {}).items()},
     }

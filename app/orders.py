@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import ids, order_checks
 from app.errors import BadField, StudioError, field_path, plain
-from app.optimizers import OPTIMIZERS
+from app.run_settings import RENAMED, displaced
 from app.schedule import MIN_ROWS_PER_STEP, schedule
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
@@ -120,9 +120,8 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadFie
     first = error.errors(include_url=False, include_context=False)[0]
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
-        return BadField(
-            f"There is no setting {param!r}.", way_out="Leave it out, or look up the settings under /v1/strategies.", param=param
-        )
+        _, now = RENAMED.get(param.rpartition(".")[2], ("", "Leave it out, or look up the settings under /v1/strategies."))
+        return BadField(f"There is no setting {param!r}.", way_out=now, param=param)
     if first["type"] == "missing":
         return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
     shown = repr(first["input"])
@@ -206,6 +205,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     run = _run_settings(order, strategy, dataset, task)
     order_checks.refuse_no_room(strategy, run, model.shape)
     order_checks.refuse_unread(strategy, run)
+    order_checks.refuse_turns(run, task, dataset.format)
     order_checks.refuse_without_gpu(strategy, run, task, workers.training_machine())
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",
@@ -342,10 +342,9 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
     if asked.n_epochs != "auto":
         settings.setdefault("epochs", asked.n_epochs)
     if asked.learning_rate_multiplier != "auto":
-        kind = settings.get("optimizer")
-        usual = usual_learning_rate(strategy, task, kind if kind in OPTIMIZERS else "adamw")
+        usual = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
         settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
-    if asked.batch_size != "auto" and dataset.status == "ready":
+    if asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:
         settings.setdefault(
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
         )
@@ -401,13 +400,15 @@ def usual_run(dataset: Dataset, asked: Mapping[str, Any], *, validated_elsewhere
         rows,
         each,
         gpu_memory_bytes=workers.training_machine().gpu_memory_bytes,
-        max_tokens_per_step=wanted.max_tokens_per_step if "max_tokens_per_step" in asked else None,
+        max_tokens_per_step=max(1, round(wanted.step_tokens(each))) if {"max_tokens_per_step", "batch_size"} & asked.keys() else None,
         epochs=wanted.epochs if "epochs" in asked else None,
     )._asdict()
-    return {name: value for name, value in found.items() if name not in asked}
+    found["max_tokens_per_step"] = max(16, found["max_tokens_per_step"] // wanted.gradient_accumulation_steps)
+    given = {*asked, *displaced(dict(asked))}
+    return {name: value for name, value in found.items() if name not in given}
 
 
-SIZED = ("max_tokens_per_step", "epochs", "validation_fraction", "data_fraction", "max_length")
+SIZED = ("max_tokens_per_step", "batch_size", "gradient_accumulation_steps", "epochs", "validation_fraction", "data_fraction", "max_length")
 """Settings that decide how many steps a dataset gives."""
 
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from app import ids, inspections, ledger, models, recount
 from app.errors import NotFound
+from app.run_settings import TrainOn
 from app.tables import Dataset, Inspection, Model, User
 
 ROWS_PER_PAGE = 10
@@ -27,6 +28,7 @@ class Wish:
     search: str = ""
     page: int = 1
     lines: list[int] | None = None
+    train_on: TrainOn = "assistant"
 
 
 @dataclass(slots=True)
@@ -69,17 +71,22 @@ def cutoffs(model: Model | None, cutoff: int) -> list[int]:
     return sorted({cutoff, *(c for c in CUTOFFS if c <= most), *({most} if most <= CUTOFFS[-1] else ())})
 
 
-def ask_lengths(session: Session, dataset: Dataset, model: Model | None, cutoff: int) -> Inspection | None:
+def ask_lengths(session: Session, dataset: Dataset, model: Model | None, cutoff: int, train_on: TrainOn) -> Inspection | None:
     """How long every row is for a model's trainer; None without a model."""
     if model is None:
         return None
     known = inspections.report_cutoff(model)
-    return inspections.ask(session, dataset, "lengths", {"cutoff": known if cutoff in CUTOFFS else cutoff}, model)
+    return inspections.ask(session, dataset, "lengths", {"cutoff": known if cutoff in CUTOFFS else cutoff, **_turns(train_on)}, model)
+
+
+def _turns(train_on: TrainOn) -> dict[str, Any]:
+    """As an inspection is told of it: not at all where it is as ever, so that what was found before is found again."""
+    return {} if train_on == "assistant" else {"train_on": train_on}
 
 
 def ask_rows(session: Session, dataset: Dataset, wish: Wish) -> Inspection:
     """Some rows, token by token where there is a model."""
-    arguments: dict[str, Any] = {"count": ROWS_PER_PAGE, "cutoff": wish.cutoff}
+    arguments: dict[str, Any] = {"count": ROWS_PER_PAGE, "cutoff": wish.cutoff, **_turns(wish.train_on)}
     if wish.lines is not None:
         arguments["lines"] = wish.lines
     else:

@@ -1,7 +1,7 @@
 """Is what a job was said to cost what it cost? Every strategy on this machine, predicted and measured side by side.
 
     python -m benchmarks.estimates [--only lora,encoder] [--steps 6] [--tokens 256] [--json FILE]
-        [--model FOLDER] [--encoder FOLDER] [--set accumulation=4 --set gradient_checkpointing=all]
+        [--model FOLDER] [--encoder FOLDER] [--set micro_batches=4 --set gradient_checkpointing=all]
 
 Three parts: `generation` on a decoder learns `samples/support-replies.jsonl`; `classification` on the decoder and on an
 `encoder` learns `samples/shop-questions.csv`, three tenths of it held out. The models are the studio's starters unless folders

@@ -62,7 +62,7 @@ def test_full_needs_sixteen_bytes_a_weight() -> None:
 
 def test_what_saves_memory_saves_memory() -> None:
     plain = estimate.estimate(spec(gradient_checkpointing="none"), STATS, CPU)
-    for other in ({"accumulation": 4}, {"max_tokens_per_step": 512}, {"gradient_checkpointing": "all"}):
+    for other in ({"micro_batches": 4}, {"max_tokens_per_step": 512}, {"gradient_checkpointing": "all"}):
         assert (
             estimate.estimate(spec(**{"gradient_checkpointing": "none", **other}), STATS, CPU).memory.activations
             < plain.memory.activations / 1.5
@@ -114,7 +114,7 @@ def test_processes_share_passes_and_the_weights_of_full_tuning() -> None:
     assert shared_full.memory.optimizer == pytest.approx(8 * (SHAPE.parameters() - blocks * 3 / 4), rel=1e-6)
     assert shared_full.memory_bytes < full.memory_bytes and shared_full.steps == full.steps
     assert shared_full.tokens_per_second == pytest.approx(4 * full.tokens_per_second)
-    assert estimate_memory.passes(RunSettings(accumulation=6), 4) == 8 and estimate_memory.passes(RunSettings(accumulation=3), 1) == 3
+    assert estimate_memory.passes(RunSettings(micro_batches=6), 4) == 8 and estimate_memory.passes(RunSettings(micro_batches=3), 1) == 3
 
 
 def test_the_gpus_attention_is_counted_with_its_table() -> None:

@@ -163,6 +163,22 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     )
 
 
+def test_accumulation_means_the_usual_thing_or_nothing(session, user, tiny_registered, read):
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(40)], "chats.jsonl")
+    error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"accumulation": 4}))
+    assert error.param == "run.accumulation" and "micro_batches" in error.way_out and "gradient_accumulation_steps" in error.way_out
+    run = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2, "validation_fraction": 0}
+    built = orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "lora"}, run=run)))
+    assert built.run.max_tokens_per_step is None and orders.estimate_of(session, built)["steps"] == 10
+    assert (
+        refused(session, user, order_of(chats, strategy={"name": "lora"}, run={**run, "max_tokens_per_step": 256})).param
+        == "run.batch_size"
+    )
+    text = read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")
+    error = refused(session, user, order_of(text, strategy={"name": "lora"}, run={"train_on": "all_turns"}))
+    assert error.param == "run.train_on"
+
+
 def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tiny_registered, read, monkeypatch):
     """By the API, the form, the advice and a comparison, with what to take instead."""
     kinds = read(labelled("card", "cash"))

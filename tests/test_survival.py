@@ -23,7 +23,7 @@ ORDER = {
     "run": {
         "epochs": 16,
         "max_tokens_per_step": 256,
-        "accumulation": 2,
+        "micro_batches": 2,
         "evaluations_per_epoch": 0.5,
         "samples": 0,
         "early_stopping_patience": 0,

@@ -14,6 +14,7 @@ import torch
 
 from app import rows as stored
 from app.errors import BadData
+from app.run_settings import TrainOn
 from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
 from app.splits import divide, key_of
@@ -131,7 +132,9 @@ class Tokenised:
         return len(self.lines)
 
 
-def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> Tokenised:
+def tokenise(
+    tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, lead: Sequence[int] = (), train_on: TrainOn = "assistant"
+) -> Tokenised:
     """Every row rendered once, at most `max_length` tokens with the placeholders of `lead` before it. Raises BadRow with the
     line of the first row that cannot be rendered."""
     ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
@@ -148,7 +151,7 @@ def tokenise(tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, le
         starts.append(starts[-1] + len(ids[-1]))
         lines.append(line)
 
-    renderer = Renderer(tokenizer, kind, ids_of, lambda draft, encoded: filled(draft, encoded, max_length - len(lead)), done)
+    renderer = Renderer(tokenizer, kind, ids_of, lambda draft, encoded: filled(draft, encoded, max_length - len(lead)), done, train_on)
     for line, row in rows:
         renderer.add(line, row)
     renderer.finish()

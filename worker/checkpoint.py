@@ -48,7 +48,7 @@ class State:
     wall_seconds: float = 0.0  # of everything: loading, evaluating, saving
     not_finite: int = 0  # steps in a row whose loss or gradient was not finite
     evaluated_at: int = -1
-    best_loss: float | None = None
+    best_loss: float | None = None  # or less the accuracy, where the best goes by that
     best_step: int | None = None
     best_path: str | None = None  # its checkpoint, relative to the data folder
     without_better: int = 0

@@ -18,31 +18,39 @@ from worker.pack import plan
 class Course:
     """How a lesson's rows become steps."""
 
-    budget: int  # tokens of a pass
+    budget: int  # tokens of a pass, at most where it has so many rows
     packs_per_epoch: int
     total_steps: int
     evaluate_every: int  # steps; total_steps when only the end is evaluated
+    save_every: int | None = None  # steps; None saves at every evaluation
     most: int | None = None  # rows that a pack holds at most
+    rows: int | None = None  # rows of a pass, where these are counted instead of tokens
 
     def due(self, step: int) -> bool:
+        """Whether the held-out rows are scored after this step."""
         return step == self.total_steps or step % self.evaluate_every == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved after this step, whatever its score."""
+        return self.due(step) if self.save_every is None else step == self.total_steps or step % self.save_every == 0
 
 
 def course_of(lesson: Lesson, engine: Engine) -> Course:
     """The lesson's packs and steps, counted."""
     run, lengths = lesson.spec.run, lesson.train.lengths
-    budget = math.ceil(run.max_tokens_per_step / run.accumulation)
-    if engine.framed and lesson.spec.task == "generation":
+    rows = run.batch_size and run.batch_size // run.micro_batches
+    budget = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) / run.micro_batches)
+    if engine.framed and lesson.spec.task == "generation" and not rows:
         lesson.frame = attention.frame_of(lengths, budget)
     most = lesson.frame.most() if lesson.frame else None
-    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most))
-    total = max(1, math.ceil(run.epochs * packs / run.accumulation))
+    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows))
+    total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
-    every = max(1, round(packs / run.accumulation / run.evaluations_per_epoch)) if run.evaluations_per_epoch else total
-    return Course(budget, packs, total, every, most)
+    every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
+    return Course(budget, packs, total, every, run.save_steps, most, rows)
 
 
 def seconds_expected(spec: JobSpec, course: Course) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
     work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
-    return course.total_steps * spec.run.max_tokens_per_step * work / speed_of(spec, this_machine())
+    return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine())

@@ -198,7 +198,7 @@ def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
 
 
 def _out_of_memory(message: str) -> events.Failed:
-    way_out = "Use fewer tokens per step, shorter rows or a smaller model, or run fewer workers at a time."
+    way_out = "Use fewer tokens per batch, shorter rows or a smaller model, or run fewer workers at a time."
     return events.Failed(kind="out_of_memory", message=message, way_out=way_out)
 
 

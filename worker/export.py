@@ -10,7 +10,7 @@ import torch
 
 from app import manifest
 from app.cards import Laid, MadeOf, load_code, requirements
-from app.spec import JobSpec
+from app.spec import JobSpec, RunSettings
 from worker.checkpoint import State, Written, write_folder, write_weights
 from worker.classifier import Classifier
 from worker.load import folder_of, load_strategy
@@ -63,7 +63,7 @@ tags: [luthier, {strategy.name}]
 | strategy | {strategy.title} |
 {settings}
 | optimizer steps | {state.best_step or state.step} |
-| tokens per step | {run.max_tokens_per_step} |
+| batch | {_batch(run)} |
 | learning rate | {spec.learning_rate} |
 | optimizer | {run.optimizer} |
 | schedule | {run.schedule} |
@@ -80,6 +80,11 @@ tags: [luthier, {strategy.name}]
 
 The tokenizer in this folder holds the chat template it was trained with.
 """
+
+
+def _batch(run: RunSettings) -> str:
+    one = f"{run.batch_size} rows" if run.batch_size else f"{run.max_tokens_per_step} tokens"
+    return one if run.gradient_accumulation_steps == 1 else f"{run.gradient_accumulation_steps} × {one}"
 
 
 def made_of(spec: JobSpec, labels: int) -> MadeOf:

@@ -47,7 +47,7 @@ def of_gpu(said: str) -> events.Failed | None:
     if any(text in said for text in MISTAKES):
         return None
     if any(text in said for text in MEMORY):
-        way_out = "Split each step over more passes (accumulation), cut the rows shorter, or recompute activations."
+        way_out = "Split each batch over more passes (micro_batches), cut the rows shorter, or recompute activations."
         return events.Failed(kind="cuda_out_of_memory", message="The GPU ran out of memory.", way_out=way_out)
     found = next((text for text in CARD if text in said), None)
     if found is None:

@@ -125,7 +125,7 @@ class Counter:
         self.lines, self.total, self.trained, self.first = array("q"), array("q"), array("q"), array("q")
         self._tokenizer, self._texts = tokenizer, list[tuple[int, str]]()
         self._frame = len(tokenizer("")["input_ids"]) if task == "classification" else 0
-        self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done)
+        self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done, payload.get("train_on", "assistant"))
 
     def add(self, row: dict[str, Any], line: int) -> None:
         if self.task == "classification":
@@ -297,7 +297,7 @@ def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[
 
 
 def _sequence(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
-    rendered = render_row(tokenizer, row, payload["kind"], ALL)
+    rendered = render_row(tokenizer, row, payload["kind"], ALL, payload.get("train_on", "assistant"))
     ids = rendered.ids[:MOST_TOKENS_SHOWN]
     texts = tokenizer.pieces(ids) if hasattr(tokenizer, "pieces") else [tokenizer.decode([key]) for key in ids]
     return _told(texts, [2 if place >= payload["cutoff"] else int(learnt) for place, learnt in enumerate(rendered.trained)])

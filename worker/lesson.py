@@ -48,6 +48,7 @@ class Lesson(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
+    accuracy: ClassVar[str] = "accuracy"  # which of the scores is the share that it gets right
     measures: ClassVar[int] = 0  # how many sums `Passed.measured` has
     train: Tokenised
     held_out: Tokenised

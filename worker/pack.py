@@ -18,12 +18,16 @@ UNEVEN = 1.6
 """How many times its even share the largest part of a pack may have: what parts side by side gain on two cores."""
 
 
-def plan(lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None, rows: int | None = None
+) -> list[list[int]]:
     """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does,
-    nor more than `most` rows."""
+    nor more than `most` rows. With `rows` each has so many, whatever their tokens, and only the last may have fewer."""
     draw = random.Random(f"luthier/{seed}/{epoch}")
     order = list(range(len(lengths)))
     draw.shuffle(order)
+    if rows:
+        return [order[at : at + rows] for at in range(0, len(order), rows)]
     packs: list[list[int]] = []
     window: list[int] = []
     held = 0
@@ -112,7 +116,7 @@ def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: i
 
 
 def stream(
-    lengths: Sequence[int], budget: int, *, seed: int, start: int = 0, most: int | None = None
+    lengths: Sequence[int], budget: int, *, seed: int, start: int = 0, most: int | None = None, rows: int | None = None
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Packs without end, epoch after epoch, as (epoch, place in the epoch, rows), beginning at pack number `start`.
 
@@ -120,7 +124,7 @@ def stream(
     """
     epoch = 0
     while True:
-        packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most)
+        packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most, rows=rows)
         if start < len(packs):
             for place in range(start, len(packs)):
                 yield epoch, place, packs[place]

@@ -97,6 +97,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 
 class Preferring(Writing):
     unit: ClassVar = "pair"
+    accuracy: ClassVar = "reward_accuracy"
     measures: ClassVar = 4  # those of `sums_of`
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:

@@ -1,7 +1,7 @@
 """Several processes that train one job together, started by torchrun; one process alone is a world of size one.
 
 Data parallel: each holds the whole model, computes its share of the packs of every step, and the gradients are summed in one
-flat message. The packs of a step, and so the result, are those of one process with the same accumulation; float error apart.
+flat message. The packs of a step, and so the result, are those of one process with as many passes; float error apart.
 The first process alone evaluates, saves and speaks; the others follow what it decides after each step.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from app.errors import DoesNotFit
 from app.estimate_memory import passes
 from app.spec import JobSpec
 from app.strategies import Strategy
@@ -149,8 +150,17 @@ def _die_with_parent() -> None:
 
 
 def spread(spec: JobSpec) -> JobSpec:
-    """The order with a step's tokens split over at least as many passes as there are processes, evenly."""
-    accumulation = passes(spec.run, size())
-    if accumulation == spec.run.accumulation:
+    """The order with a step's tokens or rows split over at least as many passes as there are processes, evenly. Raises DoesNotFit where
+    its rows cannot be."""
+    run, count = spec.run, passes(spec.run, size())
+    if count == run.passes:
         return spec
-    return spec.model_copy(update={"run": spec.run.model_copy(update={"accumulation": accumulation})})
+    batches = run.gradient_accumulation_steps
+    whole = {name: getattr(run, name) and getattr(run, name) * batches for name in ("max_tokens_per_step", "batch_size")}
+    if whole["batch_size"] and whole["batch_size"] % count:
+        raise DoesNotFit(
+            f"{whole['batch_size']} rows of a step cannot be shared out evenly to {size()} processes in {count} passes.",
+            way_out=f"Take a batch size that {count} divides, or say the batch in tokens.",
+            param="batch_size",
+        )
+    return spec.model_copy(update={"run": run.model_copy(update={**whole, "micro_batches": count, "gradient_accumulation_steps": 1})})

@@ -153,7 +153,7 @@ def floor_of(spec: JobSpec, seen: Window) -> tuple[float, float]:
     work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1)) + attention) * seen.tokens
     learnt = strategy.learns(shape)
     width = type(strategy).base_bits / 8 if type(strategy).base_bits else 2 if strategy.adapter else 4
-    return work, STEPS * (2 * spec.run.accumulation * shape.parameters() * width + 28 * learnt)
+    return work, STEPS * (2 * spec.run.passes * shape.parameters() * width + 28 * learnt)
 
 
 def machine_speeds() -> tuple[float, float]:

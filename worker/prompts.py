@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.errors import BadData, BadRequest
 from worker import markers, templates
 from worker.templates import Chat, Span, Written
+
+if TYPE_CHECKING:
+    from app.run_settings import TrainOn
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -71,8 +74,8 @@ def tuned_kind(kind: str, format_: str) -> str:
     return kind
 
 
-def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) -> Rendered:
-    """Token ids of a normalised row (shapes in `app/formats`), cut to `max_length`, and the mask of what is learnt.
+def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> Rendered:
+    """Token ids of a normalised row (shapes in `app/formats`), cut to `max_length`, and the mask of what is learnt, by `train_on`.
 
     Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
     """
@@ -80,7 +83,7 @@ def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int) 
     written = templates.write_many(tokenizer, template_of(tokenizer), [asked.chat])[0] if asked else None
     if isinstance(written, BadData):
         raise written
-    return lay_out(tokenizer, row, max_length, written, asked)
+    return lay_out(tokenizer, row, max_length, written, asked, train_on)
 
 
 class Asked(NamedTuple):
@@ -103,23 +106,40 @@ def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
     return Asked(Chat(veiled, tools or None), kept)
 
 
-def lay_out(tokenizer: Any, row: dict[str, Any], max_length: int, written: Written | None, chat: Asked | None) -> Rendered:
+def lay_out(
+    tokenizer: Any,
+    row: dict[str, Any],
+    max_length: int,
+    written: Written | None,
+    chat: Asked | None,
+    train_on: TrainOn = "assistant",
+) -> Rendered:
     """`render_row` of a row whose conversation has been written; None for both where it is no conversation."""
     if "text" in row:
         ids = _lead(tokenizer) + _encode(tokenizer, row["text"]) + [tokenizer.eos_token_id]
         trained = [True] * len(ids)
     elif written is not None and chat is not None:
         turns = conversation(row)
-        learnt = [span for i, span in written.answers.items() if turns[i].get("weight", 1) != 0]
+        learnt = _learnt(written, [turn.get("weight", 1) != 0 for turn in turns], train_on)
         ids, trained = _tokens(tokenizer, written.text, learnt, [edge for span in written.answers.values() for edge in span], chat.kept)
     else:
         asked, said = (message["content"] for message in conversation(row))
         prompt = _lead(tokenizer) + _encode(tokenizer, asked)
         answer = [*_encode(tokenizer, said), tokenizer.eos_token_id]
-        ids, trained = prompt + answer, [False] * len(prompt) + [True] * len(answer)
+        ids, trained = prompt + answer, [train_on == "all_turns"] * len(prompt) + [True] * len(answer)
     if trained:
         trained[0] = False  # nothing stands before the first token, so nothing predicts it
     return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
+
+
+def _learnt(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
+    """The parts of a written conversation that are learnt; `weighed` says of each turn whether it may be."""
+    answers = [span for i, span in sorted(written.answers.items()) if weighed[i]]
+    if train_on != "all_turns":
+        return answers[-1:] if train_on == "last_turn" else answers
+    masked = [span for i, span in sorted(written.answers.items()) if not weighed[i]]
+    starts, ends = [0, *(span.end for span in masked)], [*(span.start for span in masked), len(written.text)]
+    return [Span(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
 
 def render_prompt(

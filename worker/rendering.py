@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from app.errors import BadData
 from worker import templates
 from worker.prompts import Asked, Rendered, characters, chat_of, lay_out, template_of
+
+if TYPE_CHECKING:
+    from app.run_settings import TrainOn
 
 BATCH_ROWS, BATCH_CHARACTERS, WAITING_BATCHES = 128, 1 << 20, 3
 T, Made = TypeVar("T"), TypeVar("Made")
@@ -62,7 +65,9 @@ class Renderer(Generic[T, Made]):
         encode: Callable[[Any, list[str]], list[T]],
         make: Callable[[Rendered, Sequence[T]], Made],
         done: Callable[[Any, Made | BadData], None],
+        train_on: TrainOn = "assistant",
     ) -> None:
+        self.train_on = train_on
         self.tokenizer, self.kind, self.encode, self.make, self.done = tokenizer, kind, encode, make, done
         self._rows: list[tuple[Any, dict[str, Any]]] = []
         self._characters = 0
@@ -95,7 +100,7 @@ class Renderer(Generic[T, Made]):
         """The rows as drafts, and what was made of their texts."""
         later, drafts = _Later(self.tokenizer), list[tuple[Any, Rendered | BadData]]()
         for (tag, row), (asked, text) in zip(rows, written.result(), strict=True):
-            drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked)))
+            drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked, self.train_on)))
         return drafts, self.encode(self.tokenizer, later.texts)
 
     def _finish_one(self) -> None:

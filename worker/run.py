@@ -112,12 +112,13 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
 
 def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
     """The failure's class, what to do about it and, where one setting mends it, that setting."""
-    smaller = {"accumulation": spec.run.accumulation * 2}
+    twice, rows = spec.run.micro_batches * 2, spec.run.batch_size
+    smaller = None if rows and rows % twice else {"micro_batches": twice}
     if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
         suggestion = smaller if fault.kind == "cuda_out_of_memory" else None
         return fault.model_copy(update={"step": step, "suggestion": suggestion})
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        message, way_out = "The machine ran out of memory.", "Split each step over more passes (accumulation), or cut the rows shorter."
+        message, way_out = "The machine ran out of memory.", "Split each batch over more passes (micro_batches), or cut the rows shorter."
         return events.Failed(kind="out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
     if disk_is_full(error):
         message, way_out = "The disk of the data folder is full.", "Free some space and resume; the newest checkpoint is whole."

@@ -41,7 +41,7 @@ def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Cou
 
 def next_window(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> Window:
     """The packs of the next step, this process's share of them sent to the device."""
-    rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.accumulation)]
+    rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
     lengths = job.lesson.train.lengths
     batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, job.parts)] for pack in job.world.share(rows)]
     return Window(job.lesson.learnt(rows), batches)

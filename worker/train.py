@@ -23,6 +23,7 @@ import torch
 from app import events
 from app.errors import StudioError
 from app.estimate_memory import recomputed_layers
+from app.run_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker import attention, checkpoint, kernels, neftune, optim, processes, results, rooms
@@ -143,8 +144,10 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
         kernels.round_embeddings(plain(model), engine.compute)
-    # Packs of pairs or texts have many shapes, so compiled layers would be compiled again and again.
-    done = kernels.speed_up(body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" else 0.0)
+    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
+    done = kernels.speed_up(
+        body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and not run.batch_size else 0.0
+    )
     trained = trained_parameters(model)
     wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
     optimizer = optim.optimizer_of(trained, spec)
@@ -154,7 +157,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     parts = parts_of(lesson, model, engine, course)
     facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
     if wholes:
-        facts["whole"] = "apart" if rooms.keep(wholes, parts, run.accumulation, optimizer) else True
+        facts["whole"] = "apart" if rooms.keep(wholes, parts, run.passes, optimizer) else True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
@@ -193,7 +196,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         from worker import shards  # most jobs do without
 
         job.shards = shards.spread(job, saved)
-    packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.accumulation, most=course.most)
+    packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.passes, most=course.most, rows=course.rows)
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
@@ -209,14 +212,15 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
             yield _log("warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may say why.")
         # Wishes are only ever added to what was heard: one may come while the others are asked.
         stop, saving = world.agree(control.stop, control.save)
-        if course.due(state.step) or saving or stop:
+        if course.due(state.step) or course.saves(state.step) or saving or stop:
             while late:
                 yield report(job, *late.popleft())
             with shards.whole(job) if job.shards else contextlib.nullcontext():
                 if world.first:
                     if course.due(state.step):
                         yield from judge(job)
-                    yield save(job)
+                    if course.saves(state.step) or saving or stop or (run.load_best and state.best_step == state.step):
+                        yield save(job)
             world.wait()
             control.save = False
             if stop and state.step < course.total_steps:
@@ -232,7 +236,12 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
 
 
 def spec_digest(spec: JobSpec) -> str:
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    """What tells an order from every other. A setting that has another name now goes by its old one, so that a job which began under it
+    is the same order."""
+    told = spec.model_dump_json()
+    for old, (new, _) in RENAMED.items():
+        told = told.replace(f'"{new}":', f'"{old}":', 1)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
@@ -271,7 +280,7 @@ def _step_event(job: Trainee) -> events.Step:
     state = job.state
     return events.Step(
         step=state.step,
-        epoch=round(state.step * job.spec.run.accumulation / job.course.packs_per_epoch, 4),
+        epoch=round(state.step * job.spec.run.passes / job.course.packs_per_epoch, 4),
         loss=0.0,
         learning_rate=job.optimizer.param_groups[0]["lr"],
         grad_norm=0.0,
@@ -355,15 +364,17 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
 
 def _remember(job: Trainee, scored: Scored) -> bool:
     state, loss = job.state, scored.metrics["loss"]
+    metric = job.spec.run.metric_for_best
+    value = loss if metric == "loss" else -scored.metrics[job.lesson.accuracy]
     state.curve = [*state.curve, (state.step, loss)]
     state.last, state.last_rows = scored.metrics, scored.rows
     if state.step == 0:
         state.before, state.base_rows = scored.metrics, scored.rows
         return False
-    if state.best_loss is not None and not loss < state.best_loss:
+    if state.best_loss is not None and not value < state.best_loss:
         state.without_better += 1
         return False
-    state.best, state.best_rows, state.best_loss, state.best_step, state.without_better = scored.metrics, scored.rows, loss, state.step, 0
+    state.best, state.best_rows, state.best_loss, state.best_step, state.without_better = scored.metrics, scored.rows, value, state.step, 0
     state.best_path = relative(job.attempt / f"checkpoint-{state.step}")
     return True
 
@@ -375,7 +386,9 @@ def save(job: Trainee) -> events.Saved:
     tensors = job.pieces or optim.state_tensors(job.optimizer, job.trained)
     rng = rng_tensors(job.engine.device)
     written = checkpoint.save(job.attempt, state, job.model, job.spec.strategy, job.lesson.tokenizer, job.trained, tensors, rng)
-    checkpoint.prune(job.attempt, get_settings().keep_checkpoints, state.best_path)
+    run = job.spec.run
+    keep = run.save_total_limit or get_settings().keep_checkpoints
+    checkpoint.prune(job.attempt, keep, state.best_path if run.load_best else None)
     return events.Saved(
         step=state.step,
         path=relative(written.path),
@@ -387,13 +400,15 @@ def save(job: Trainee) -> events.Saved:
 
 
 def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished]:
-    """Write the result: the best checkpoint's weights where rows were held out, else the last ones. Then base and result are
+    """Write the result: the best checkpoint's weights where rows were held out and it is asked for, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson
     if job.factors:
         job.factors.give_back()
         job.factors = None
-    if state.best_path and state.best_step != state.step:
+    if not spec.run.load_best and state.best_step is not None:
+        state.best, state.best_rows, state.best_step = state.last, state.last_rows, state.step
+    elif state.best_path and state.best_step != state.step:
         best = get_settings().data_dir / state.best_path
         checkpoint.load_weights(best, job.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights

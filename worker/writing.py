@@ -51,6 +51,7 @@ class FewShotRows(NamedTuple):
 
 class Writing(Lesson):
     unit: ClassVar = "token"
+    accuracy: ClassVar = "token_accuracy"
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer)
@@ -58,8 +59,8 @@ class Writing(Lesson):
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batches.sides(spec)
         self.train_rows = train_rows
-        self.train = batches.tokenise(tokenizer, train_rows, kind, self.longest, self.lead)
-        self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead)
+        self.train = batches.tokenise(tokenizer, train_rows, kind, self.longest, self.lead, run.train_on)
+        self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead, run.train_on)
         if not len(self.train):
             raise BadData(
                 f"None of the {len(train_rows)} rows has an answer to learn within {self.longest} tokens.",

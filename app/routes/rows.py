@@ -15,6 +15,7 @@ from app.errors import BadField, NotFound
 from app.openapi import answers
 from app.pages import MAX_NUMBER, PageNumber
 from app.routes.versions import dataset_of, path_of
+from app.run_settings import TRAIN_ON, TrainOn
 from app.tables import Dataset, Job, Model, User
 from app.web import flash, render
 
@@ -32,6 +33,7 @@ class Asked(NamedTuple):
     line: int | None
     sort: str
     job: str
+    train_on: TrainOn | None
 
 
 class Found(NamedTuple):
@@ -44,6 +46,7 @@ class Found(NamedTuple):
     entries: list[ledger.Entry]
     shown: rowview.Shown
     more: bool
+    train_on: TrainOn
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -62,10 +65,13 @@ def asked(
     line: PageNumber | None = None,
     sort: Annotated[str, Query(description="longest, or by a job's losses: after, before, gain.")] = "",
     job: Annotated[str, Query(description="The job whose losses are meant; without it, the newest.")] = "",
+    train_on: Annotated[
+        TrainOn | None, Query(description="Turns that carry a loss; without it, those of the job named, else assistant.")
+    ] = None,
 ) -> Asked:
     if sort and sort not in rowview.SORTS:
         raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(rowview.SORTS)}.", param="sort")
-    return Asked(model, cutoff, search, page, line, sort, job)
+    return Asked(model, cutoff, search, page, line, sort, job, train_on)
 
 
 Line = Annotated[int, Path(ge=1, le=MAX_NUMBER)]
@@ -80,7 +86,8 @@ def _find(user: User, key: str, want: Asked) -> Found:
         cutoff = min(want.cutoff or rowview.DEFAULT_CUTOFF, rowview.window(chosen))
         judged = ledger.job_of(session, user, dataset, want.job or None)
         entries = ledger.read(session, judged) if judged else []
-        lengths = rowview.ask_lengths(session, dataset, chosen, cutoff)
+        turns = want.train_on or (judged.spec["run"].get("train_on") if judged and want.job else None) or "assistant"
+        lengths = rowview.ask_lengths(session, dataset, chosen, cutoff, turns)
     if want.sort == "longest" and lengths is not None:
         lengths = inspections.wait(lengths.id, rowview.WAIT_SECONDS)
     lines, more = [want.line] if want.line else None, None
@@ -88,11 +95,11 @@ def _find(user: User, key: str, want: Asked) -> Found:
         first = (want.page - 1) * rowview.ROWS_PER_PAGE
         lines, more = ordered[first : first + rowview.ROWS_PER_PAGE], len(ordered) > first + rowview.ROWS_PER_PAGE
     with transaction() as session:
-        rows = rowview.ask_rows(session, dataset, rowview.Wish(chosen, cutoff, want.search, want.page, lines))
+        rows = rowview.ask_rows(session, dataset, rowview.Wish(chosen, cutoff, want.search, want.page, lines, turns))
     shown = rowview.look(rows, lengths, cutoff)
     if more is None:
         more = lines is None and want.page * rowview.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)
-    return Found(dataset, chosen, cutoff, judged, entries, shown, more)
+    return Found(dataset, chosen, cutoff, judged, entries, shown, more, turns)
 
 
 @pages.get("/datasets/{key}/rows")
@@ -114,6 +121,8 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         found=found,
         chosen=found.model,
         cutoff=found.cutoff,
+        train_on=found.train_on,
+        turns=TRAIN_ON if dataset.task == "generation" and dataset.format != "text" else {},
         cutoffs=rowview.cutoffs(found.model, found.cutoff),
         search=want.search,
         page=want.page,

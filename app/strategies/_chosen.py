@@ -27,7 +27,7 @@ class ChosenLowRank(LowRank):
         None,
         min_length=1,
         max_length=2000,
-        description="Names of the modules that get a correction instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
+        description="Names of the modules that are trained beside, instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
         "and * stands for anything: layers.[01].*.q_proj.",
         exclude_if=lambda names: names is None,
     )

@@ -60,11 +60,11 @@ class LowRank(PeftStrategy):
     default_learning_rate: ClassVar = 5e-4
 
     rank: int = Field(
-        8, ge=1, le=1024, description="Width of the correction. More learns more and costs more.", json_schema_extra={"basic": True}
+        8, ge=1, le=1024, description="Rank r of the update. Higher = more capacity and memory.", json_schema_extra={"basic": True}
     )
-    alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the correction's inputs dropped at random while training.")
-    layers: LayerChoice = Field("all-linear", description="Which linear layers get a correction.")
+    alpha: float = Field(16, gt=0, le=4096, description="Scale of the update: alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
+    layers: LayerChoice = Field("all-linear", description="Which linear layers are trained beside. Target modules name single ones.")
 
     def targets(self, shape: Shape) -> list[str]:
         return linear_names(shape, self.layers)

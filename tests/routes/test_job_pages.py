@@ -249,7 +249,7 @@ def test_without_data_the_form_says_where_to_get_it(client, tiny_registered):
 def test_the_form_comes_from_the_class_with_an_estimate_beside_it(client, tiny_registered, dataset):
     page = client.get(f"/jobs/new?dataset={ids.public(ids.DATASET, dataset.id)}&model=tiny")
     said = words(page)
-    assert "Width of the correction. More learns more and costs more." in said
+    assert "Rank r of the update. Higher = more capacity and memory." in said
     assert re.search(r'name="strategy\.rank"[^>]*value="8"', page.text) and 'min="1" max="1024"' in page.text
     assert "It fits this machine." in said and "Learns" in said and "60 good rows" in said
     assert all(html.escape(cls.title) in page.text for cls in STRATEGIES.values())

@@ -188,7 +188,7 @@ def plenty(data_dir: Path, tiny_model: Path, strategy: str = "lora", settings: d
 def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(
     data_dir: Path, tiny_model: Path, strategy: str, threads: int
 ) -> None:
-    spec = plenty(data_dir, tiny_model, strategy, accumulation=2, max_tokens_per_step=1200, evaluations_per_epoch=2)
+    spec = plenty(data_dir, tiny_model, strategy, micro_batches=2, max_tokens_per_step=1200, evaluations_per_epoch=2)
     environment = {"OMP_NUM_THREADS": str(threads)}
     whole, code = Trainer(spec, "whole", 1, environment).run()
     assert code == 0

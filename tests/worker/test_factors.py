@@ -42,11 +42,11 @@ class Job(test_rooms.Job):
     """The same of a job with LoRA, its gradients past autograd where `past`."""
 
     def __init__(
-        self, parts=2, threads=2, past=True, longest=1.0, tokens=32, accumulation=1, recomputed=0, precision="bf16", **model
+        self, parts=2, threads=2, past=True, longest=1.0, tokens=32, micro_batches=1, recomputed=0, precision="bf16", **model
     ) -> None:
         self.model, self.engine, self.wholes, self.apart = tuned(**model), engine_of(precision, threads), [], parts > 1
         kernels.recompute_layers(self.model.get_base_model(), recomputed)
-        self.order(parts, longest, tokens, accumulation)
+        self.order(parts, longest, tokens, micro_batches)
         self.factors = lora.keep(self.model, parts, self.engine, self.optimizer) if past else None
 
     def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
@@ -72,7 +72,7 @@ def stands(job: Job) -> bool:
         ({}, {}),
         ({"parts": 1, "threads": 1, "longest": 0.05}, {"r": 4}),
         ({"parts": 3, "threads": 3, "longest": 0}, {"r": 24}),
-        ({"accumulation": 2}, {"use_rslora": True, "r": 8}),
+        ({"micro_batches": 2}, {"use_rslora": True, "r": 8}),
         ({"recomputed": 1}, {"biases": True}),
         ({"longest": 0.01}, {"use_dora": True}),
         ({}, {"target_modules": ["q_proj", "up_proj", "down_proj"]}),

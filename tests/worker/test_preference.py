@@ -261,7 +261,7 @@ def weights(finished: events.TrainerEvent) -> dict[str, str]:
 
 @pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), ("full", {})])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict[str, Any]) -> None:
-    spec = pair_order(tiny_model, strategy, settings, accumulation=2, evaluations_per_epoch=3, epochs=3, max_tokens_per_step=240)
+    spec = pair_order(tiny_model, strategy, settings, micro_batches=2, evaluations_per_epoch=3, epochs=3, max_tokens_per_step=240)
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
     draw, said, resumed = random.Random(5), [], []

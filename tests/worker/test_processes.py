@@ -26,7 +26,7 @@ from worker.train import Control, train
 
 @pytest.fixture
 def spec(data_dir, tiny_model):
-    return order(put_model(tiny_model), put_dataset(chat_rows(24)), accumulation=2, epochs=1, evaluations_per_epoch=2)
+    return order(put_model(tiny_model), put_dataset(chat_rows(24)), micro_batches=2, epochs=1, evaluations_per_epoch=2)
 
 
 class Pair:
@@ -108,7 +108,7 @@ def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch)
 
 def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
     """Each process holds its rows of the blocks; the result and the checkpoints are those of one process alone."""
-    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=2, epochs=1, learning_rate=1e-3)
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=2, epochs=1, learning_rate=1e-3)
     alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
     pair = Pair(spec, "pair")
     said = list(pair)
@@ -132,7 +132,7 @@ def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
 
 @pytest.mark.parametrize(("began_with", "ends_with"), [(2, 1), (1, 2), (2, 3)])
 def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with, ends_with):
-    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", accumulation=6, epochs=5, learning_rate=1e-3)
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=6, epochs=5, learning_rate=1e-3)
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
     runs = data_dir / "runs" / "shared"
     if began_with == 2:

@@ -34,7 +34,7 @@ def weights(finished: events.Finished) -> dict[str, str]:
 @pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), ("full", {}), ("pissa", {})])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict) -> None:
     model, data = put_model(tiny_model), put_dataset(chat_rows())
-    spec = order(model, data, strategy, settings, accumulation=2, evaluations_per_epoch=3, epochs=3)
+    spec = order(model, data, strategy, settings, micro_batches=2, evaluations_per_epoch=3, epochs=3)
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
 

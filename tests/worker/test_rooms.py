@@ -93,13 +93,13 @@ class Job:
 
     apart, factors, more = False, None, 0.0
 
-    def __init__(self, family="tied", parts=2, threads=2, apart=True, longest=1.0, tokens=9, precision="bf16", accumulation=1) -> None:
+    def __init__(self, family="tied", parts=2, threads=2, apart=True, longest=1.0, tokens=9, precision="bf16", micro_batches=1) -> None:
         self.model, self.engine = model_of(family), engine_of(precision, threads)
         self.wholes = use_whole(self.model, self.engine)
-        self.order(parts, longest, tokens, accumulation)
-        self.kept = apart and rooms.keep(self.wholes, parts, accumulation, self.optimizer)
+        self.order(parts, longest, tokens, micro_batches)
+        self.kept = apart and rooms.keep(self.wholes, parts, micro_batches, self.optimizer)
 
-    def order(self, parts: int, longest: float, tokens: int, accumulation: int) -> None:
+    def order(self, parts: int, longest: float, tokens: int, micro_batches: int) -> None:
         """What is asked of it, and what it begins with."""
         self.trained, self.shards = optim.trained_parameters(self.model), None
         self.began = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -108,7 +108,7 @@ class Job:
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=strategy, learning_rate=1e-2), SimpleNamespace(total_steps=9)
         self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), processes.World()
-        self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * accumulation)
+        self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
 
     def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
         loss = linear_cross_entropy(evaluate.hidden_states(model, batch, engine), head_of(model), batch.targets, engine.compute)
@@ -234,7 +234,7 @@ def test_a_resumed_job_is_the_same_bit_for_bit(family: str, tmp_path) -> None:
     assert between(summing, job, "exp_avg/") < 1e-2
 
 
-@pytest.mark.parametrize("given", [{"accumulation": 2}, {"parts": 3, "threads": 3}, {"precision": "fp32"}, {}])
+@pytest.mark.parametrize("given", [{"micro_batches": 2}, {"parts": 3, "threads": 3}, {"precision": "fp32"}, {}])
 def test_what_cannot_be_kept_apart_is_summed(given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     if not given:
         monkeypatch.setattr(simd, "works", lambda: False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +19,11 @@ from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
+from worker.inspect import _look
+from worker.lesson import lesson_of
+from worker.load import load_tokenizer
 from worker.neftune import add_noise
+from worker.prompts import render_row
 
 
 def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:
@@ -77,6 +83,9 @@ def test_a_schedule_moves_the_learning_rate(data_dir: Path, tiny_model: Path, se
     ("settings", "said"),
     [
         ({"warmup_steps": 5, "warmup_fraction": 0.1}, "same as warmup_fraction"),
+        ({"batch_size": 4, "max_tokens_per_step": 512}, "same as max_tokens_per_step"),
+        ({"batch_size": 6, "micro_batches": 4}, "A batch of 6 rows cannot be split over 4"),
+        ({"eval_steps": 4, "evaluations_per_epoch": 2}, "same as evaluations_per_epoch"),
         ({"num_cycles": 3}, "for schedule cosine_with_restarts"),
         ({"schedule": "linear", "decay_fraction": 0.2}, "for schedule wsd"),
         ({"schedule": "constant", "min_lr_fraction": 0.2}, "schedule is constant"),
@@ -170,8 +179,111 @@ def test_the_noise_of_a_row_is_by_its_length(network) -> None:
     assert not seen[1].any()
 
 
+def test_a_batch_in_rows_is_so_many_rows_however_it_is_put_together(data_dir: Path, tiny_model: Path) -> None:
+    """Four rows at once, in two passes, and as two batches added up: the same rows, losses and gradients."""
+    model, data = put_model(tiny_model), put_dataset(chat_rows(24))
+    quick = {**TEN, "max_steps": None, "epochs": 1, "max_tokens_per_step": None}
+    ways = [{"batch_size": 4}, {"batch_size": 4, "micro_batches": 2}, {"batch_size": 2, "gradient_accumulation_steps": 2}]
+    found = []
+    for number, way in enumerate(ways):
+        said = run(order(model, data, **quick, **way), data_dir, f"way{number}")
+        steps = of(said, events.Step)
+        assert len(steps) == of(said, events.Started)[0].total_steps == 6 and steps[-1].epoch == 1
+        found.append([(e.trained_tokens, e.loss, e.grad_norm) for e in steps])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert one[0] == two[0] and one[1:] == pytest.approx(two[1:], rel=1e-4)
+    spec = order(model, data, **quick, **ways[2])
+    same(in_two(spec, data_dir, 3), run(spec, data_dir, "whole"))
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    twice = order(model, data, **{**TEN, "max_steps": None, "epochs": 2}, gradient_accumulation_steps=2, max_tokens_per_step=200)
+    once = order(model, data, **{**TEN, "max_steps": None, "epochs": 2}, micro_batches=2, max_tokens_per_step=400)
+    both = [
+        [(e.trained_tokens, e.loss) for e in of(run(s, data_dir, s.run.model_dump_json()[-40:-20]), events.Step)] for s in (twice, once)
+    ]
+    assert both[0] == both[1], "two batches of 200 tokens are one of 400 in two passes"
+
+
+def test_an_order_of_an_older_studio_is_read_under_the_names_of_today(data_dir: Path, tiny_model: Path) -> None:
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(3)), micro_batches=4)
+    stored = spec.model_dump_json().replace('"micro_batches":4', '"accumulation":4')
+    assert JobSpec.model_validate_json(stored) == spec and JobSpec.model_validate(json.loads(stored)) == spec
+    assert train.spec_digest(spec) == hashlib.sha256(stored.encode()).hexdigest(), "a job that began under the old name is resumed exactly"
+    with pytest.raises(ValidationError):
+        RunSettings(accumulation=4)
+
+
+def test_evaluations_and_checkpoints_by_steps(data_dir: Path, tiny_model: Path) -> None:
+    quick = {**TEN, "max_steps": 14, "validation_fraction": 0.2, "max_tokens_per_step": 320, "early_stopping_patience": 0}
+    spec = order(
+        put_model(tiny_model),
+        put_dataset(chat_rows()),
+        "lora",
+        **{**quick, "learning_rate": 0.3},
+        eval_steps=4,
+        save_steps=3,
+        save_total_limit=1,
+    )
+    said = run(spec, data_dir)
+    scored, saved = [e.step for e in of(said, events.Evaluated)], [e.step for e in of(said, events.Saved)]
+    bests = [e.step for e in of(said, events.Evaluated) if e.best]
+    assert scored == [0, 4, 8, 12, 14] and set(saved) == {3, 6, 9, 12, 14, *bests}
+    best = said[-1].best_step
+    kept = {int(path.name.rpartition("-")[2]) for path in (data_dir / "runs/job").glob("a*/checkpoint-*")}
+    assert kept == {14, best} and best == bests[-1] < 14, "so large a rate spoils what the first steps learned"
+    same(in_two(spec, data_dir, 7), said)
+
+    last = run(order(spec.model, spec.dataset, "lora", **{**quick, "learning_rate": 0.3}, eval_steps=4, load_best=False), data_dir, "last")
+    final = next(e for e in reversed(of(last, events.Saved)))
+    ours, theirs = (load_file(data_dir / folder / "adapter_model.safetensors") for folder in (last[-1].path, final.path + "/weights"))
+    assert last[-1].best_step == final.step == 14 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert last[-1].evaluation["tuned"]["loss"] == pytest.approx(of(last, events.Evaluated)[-1].loss)
+
+
+def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for(data_dir: Path, tiny_model: Path) -> None:
+    quick = {**TEN, "max_steps": 12, "validation_fraction": 0.3, "max_tokens_per_step": 320, "learning_rate": 0.1, "eval_steps": 1}
+    model, data = put_model(tiny_model), put_dataset(chat_rows())
+    for metric, key in (("loss", lambda e: e.loss), ("accuracy", lambda e: -e.metrics["token_accuracy"])):
+        said = run(order(model, data, **quick, metric_for_best=metric), data_dir, metric)
+        assert said[-1].best_step == min((e for e in of(said, events.Evaluated) if e.step), key=key).step
+
+
+TALK = [("system", "You are a luthier."), ("user", "What wood is the belly made of?"), ("assistant", "Spruce."), ("user", "And the back?")]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "learned"),
+    [
+        ("assistant", ["Spruce.<|im_end|>", "Maple.<|im_end|>"]),
+        ("last_turn", ["Maple.<|im_end|>"]),
+        ("all_turns", ["|im_start|>system", "What wood is", "Spruce.", "And the back?", "Maple."]),
+    ],
+)
+def test_the_trainer_and_the_token_view_learn_the_same_turns(data_dir: Path, tiny_model: Path, tokenizer, train_on: str, learned) -> None:
+    messages = [{"role": role, "content": text} for role, text in [*TALK, ("assistant", "Maple.")]]
+    rows = [{"messages": messages}, *chat_rows(4)]
+    spec = order(put_model(tiny_model), put_dataset(rows), train_on=train_on, validation_fraction=0, max_steps=1, max_tokens_per_step=4000)
+    data = lesson_of(spec, load_tokenizer(spec.model)).train
+    first = data.only({1})
+    shown = _look(tokenizer, rows[0], {"kind": "dialogue", "cutoff": 1024, "train_on": train_on})["tokens"]
+    assert [state for _, state in shown] == first.trained.astype(int).tolist()
+    text = "".join(piece if state else "~" for piece, state in shown)
+    assert all(part in text for part in learned) and ("What wood" in text) == (train_on == "all_turns")
+    assert ("Spruce" in text) == (train_on != "last_turn")
+    step = of(run(spec, data_dir), events.Step)[0]
+    assert step.trained_tokens == int(data.trained.sum())
+
+
+def test_a_turn_of_no_weight_is_never_learned(tokenizer) -> None:
+    row = {"messages": [{"role": role, "content": text} for role, text in [*TALK, ("assistant", "Maple.")]]}
+    row["messages"][2]["weight"] = 0
+    ids, trained, _ = render_row(tokenizer, row, "dialogue", 1024, "all_turns")
+    kept = tokenizer.decode([token for token, learned in zip(ids, trained, strict=True) if not learned][1:])
+    assert kept == "Spruce.<|im_end|>"
+
+
 BEFORE = {
-    "epochs", "learning_rate", "max_tokens_per_step", "max_length", "max_steps", "accumulation", "schedule", "warmup_fraction", "weight_decay",
+    "epochs", "learning_rate", "max_tokens_per_step", "max_length", "max_steps", "micro_batches", "schedule", "warmup_fraction", "weight_decay",
     "max_grad_norm", "validation_fraction", "data_fraction", "evaluations_per_epoch", "early_stopping_patience", "samples", "sample_tokens",
     "forgetting", "row_losses", "precision", "optimizer", "gradient_checkpointing", "seed",
 }  # fmt: skip

@@ -64,7 +64,7 @@ def test_the_loss_of_a_step_is_its_packs_together(data_dir: Path, tiny_model: Pa
     model, data = put_model(tiny_model), put_dataset(chat_rows(12))
     run_settings = {"epochs": 1, "validation_fraction": 0, "max_steps": 1, "warmup_fraction": 0, "max_grad_norm": 0, "precision": "fp32"}
     whole = run(order(model, data, max_tokens_per_step=4000, **run_settings), data_dir, "whole")
-    parts = run(order(model, data, max_tokens_per_step=600, accumulation=2, **run_settings), data_dir, "parts")
+    parts = run(order(model, data, max_tokens_per_step=600, micro_batches=2, **run_settings), data_dir, "parts")
     one, two = of(whole, events.Step)[0], of(parts, events.Step)[0]
     assert one.trained_tokens == two.trained_tokens
     assert one.loss == pytest.approx(two.loss, abs=1e-5) and one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
