@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
 from app import comparisons, ids, models, orders, workers
 from app.comparisons import ComparisonOrder, Kind
 from app.errors import StudioError
-from app.forms import Control, as_text, controls, fill
+from app.forms import Control, Fault, as_text, controls, fill
 from app.order_form import ranking_of
 from app.schedule import Schedule
 from app.spec import RunSettings
@@ -62,6 +63,7 @@ class CompareForm:
     errors: dict[str, str] = field(default_factory=dict)
     order: ComparisonOrder | None = None
     memory_bytes: int = 0
+    asked: list[str] = field(default_factory=list)  # strategies that came checked
 
     @property
     def chosen(self) -> list[Pick]:
@@ -82,8 +84,34 @@ class CompareForm:
 
     @property
     def ready(self) -> bool:
-        """Whether the comparison can be ordered as it stands."""
+        """Whether the comparison can be started with what the form holds."""
         return self.order is not None and not self.errors
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is wrong, each with the id of the element where it can be put right."""
+        places = {"model": "model", "dataset": "dataset", "strategy": "methods"} | {c.key: c.id for c in self.run_controls}
+        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+
+    @property
+    def unseen(self) -> str | None:
+        """Why these are not the jobs that the person saw when they pressed Start; None where they are."""
+        gone = [pick for pick in self.picks if pick.name in self.asked and not pick.checked]
+        return f"{gone[0].cls.title} cannot be part of it. {gone[0].reason} Check what is chosen now, then press Start." if gone else None
+
+    @property
+    def address(self) -> str:
+        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        chosen = {
+            "kind": self.kind,
+            "shown": self.kind,
+            "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
+            "model": self.model.name if self.model else self.typed.get("model"),
+            "strategy": [pick.name for pick in self.chosen] or self.asked,
+            **{c.key: c.value for c in self.run_controls if c.changed},
+            "name": self.typed.get("name"),
+        }
+        return f"/compare/new?{urlencode({name: value for name, value in chosen.items() if value}, doseq=True)}"
 
     def families(self) -> list[tuple[str, list[Pick]]]:
         """The strategies by family, those that can be had first."""
@@ -121,9 +149,10 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
         run_controls=_controls(run.typed, run.errors, usual),
         errors=errors,
         memory_bytes=workers.training_machine().training_memory_bytes,
+        asked=[name for name in strategies if name in STRATEGIES],
     )
     if model and dataset and not run.errors:
-        _fill_picks(session, user, form, run.settings, [name for name in strategies if name in STRATEGIES])
+        _fill_picks(session, user, form, run.settings)
         _try(form, run.settings)
     return form
 
@@ -144,7 +173,7 @@ def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mappin
     return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]
 
 
-def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON, asked: list[str]) -> None:
+def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> None:
     """Every strategy with what its jobs would take. Where none was shown before, each family's first that fits is checked."""
     assert form.model and form.dataset
     everything = _order(form, list(STRATEGIES), run)
@@ -157,7 +186,7 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON, aske
     reasons = {r["strategy"]: r["reason"] for r in plan.refused}
     advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
     fits = [name for name in STRATEGIES if costs[name] and name not in reasons]
-    checked = asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
+    checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
         form.picks.append(Pick(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))

@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ValidationError
@@ -48,6 +48,13 @@ class Control:
     @property
     def changed(self) -> bool:
         return self.value != self.default
+
+
+class Fault(NamedTuple):
+    """What is wrong with a form, and the id of the element where it can be put right."""
+
+    text: str
+    place: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import pprint
 import shlex
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlencode
 
 import yaml
 from sqlalchemy.orm import Session
@@ -20,15 +21,26 @@ from sqlalchemy.orm import Session
 from app import ids, jobs, models, order_checks, orders
 from app.advisor import Advice
 from app.errors import NotFound, StudioError
-from app.forms import Control, Filled, as_text, controls, fill
+from app.forms import Control, Fault, Filled, as_text, controls, fill
 from app.orders import JobOrder
 from app.schedule import Schedule
 from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Job, Model, User
 
-FIELDS = {"dataset_id": "dataset", "training_file": "dataset", "validation_dataset_id": "validation", "task": "dataset"}
+FIELDS = {
+    "dataset_id": "dataset",
+    "training_file": "dataset",
+    "validation_dataset_id": "validation",
+    "task": "dataset",
+    "split": "split.method",
+    "strategy.name": "strategy",
+}
 """Fields of an order → inputs of the form, where they differ."""
+PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods"} | {
+    name: name for name in ("split.method", "split.column")
+}
+"""Inputs that are no settings → the ids of their elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +77,49 @@ class OrderForm:
 
     @property
     def ready(self) -> bool:
-        """Whether the order can be given as it stands."""
+        """Whether the job can be started with what the form holds."""
         return self.order is not None and not self.errors
+
+    @property
+    def controls(self) -> list[Control]:
+        return [*self.strategy_controls, *self.preference_controls, *self.run_controls]
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is wrong, each with the id of the element where it can be put right; none for what has no element."""
+        places = PLACES | {c.key: c.id for c in self.controls}
+        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+
+    @property
+    def method(self) -> str:
+        return str(self.strategy.model_fields["name"].default)
+
+    @property
+    def unseen(self) -> str | None:
+        """Why these are not the settings that the person saw when they pressed Start; None where they are."""
+        shown = self.typed.get("shown", self.method)
+        if shown == self.method:
+            return None
+        before = STRATEGIES[shown].title if shown in STRATEGIES else shown[:60]
+        return (
+            f"You chose {self.strategy.title}, and the page still showed the settings of {before}, so nothing was started. "
+            f"Now it shows those of {self.strategy.title}: check them, then press Start."
+        )
+
+    @property
+    def address(self) -> str:
+        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        chosen = {
+            "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
+            "model": self.model.name if self.model else self.typed.get("model"),
+            "validation": self.typed.get("validation"),
+            "strategy": self.method,
+            **{name: self.typed.get(name) for name in ("split.method", "split.column")},
+            **{c.key: c.value for c in self.controls if c.changed},
+            **self.kept,
+            "name": self.typed.get("name"),
+        }
+        return f"/jobs/new?{urlencode({name: value for name, value in chosen.items() if value})}"
 
 
 def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
@@ -84,6 +137,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["model"] = f"There is no model {typed['model'][:80]}. It may have been deleted; choose another."
     if typed.get("dataset") and dataset is None:
         errors["dataset"] = _why_not(rows, typed["dataset"])
+    if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
+        errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
     task = (dataset.task if dataset else None) or "generation"
     checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
     validation = _chosen(checking, typed["validation"], lambda d: (ids.public(ids.DATASET, d.id),)) if typed.get("validation") else None
@@ -131,6 +186,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     )
     if model and dataset and not errors:
         _try(session, user, form, filled, run, compared)
+        for found in (form.strategy_controls, form.run_controls, form.preference_controls):
+            found[:] = [replace(c, error=form.errors.get(c.key)) for c in found]
     return form
 
 

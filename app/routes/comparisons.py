@@ -111,8 +111,11 @@ def new_comparison(request: Request, user: CurrentUser, session: Db) -> Response
 @pages.post("/compare")
 def order_comparison(request: Request, user: CurrentUser, session: Db, items: Form) -> Response:
     form, typed = _read(session, user, items)
+    if form.unseen:
+        return _form_page(request, session, user, items, problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
-        return _form_page(request, session, user, items, problem=True)
+        said = next(iter(form.errors.values()), "something below is not right yet.")
+        return _form_page(request, session, user, items, problem=said, status_code=400)
     found = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
@@ -133,7 +136,9 @@ def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple
     return compare_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
 
 
-def _form_page(request: Request, session: Db, user: CurrentUser, items: list[tuple[str, str]], *, problem: bool = False) -> Response:
+def _form_page(
+    request: Request, session: Db, user: CurrentUser, items: list[tuple[str, str]], *, problem: str | None = None, status_code: int = 200
+) -> Response:
     form, typed = _read(session, user, items)
     command = ""
     if form.ready and form.order:
@@ -143,16 +148,19 @@ def _form_page(request: Request, session: Db, user: CurrentUser, items: list[tup
             '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
             f"  -d {shlex.quote(body)}"
         )
-    return render(
+    answer = render(
         request,
         "new_comparison.html",
-        status_code=400 if problem else 200,
+        status_code=status_code,
         form=form,
         key=typed.get("key") or uuid.uuid4().hex,
         problem=problem,
         command=command,
         ids=ids,
     )
+    if "hx-request" in request.headers:  # an estimate: the address follows what the form shows, so that Back and reload show it too
+        answer.headers["hx-replace-url"] = form.address
+    return answer
 
 
 @pages.get("/compare/{comparison_id}")

@@ -68,8 +68,11 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
 @pages.post("/jobs")
 def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> Response:
     form = order_form.order_form(session, user, typed)
+    if form.unseen:
+        return _order_page(request, session, form, typed.get("key"), problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
-        return _order_page(request, session, form, typed.get("key"), problem=True)
+        said = "The job was not started: something below is not right yet."
+        return _order_page(request, session, form, typed.get("key"), problem=said, status_code=400)
     job = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(view.url(job), status_code=303)
 
@@ -85,26 +88,26 @@ def _create_once(session: Db, user: CurrentUser, order: JobOrder, key: str) -> J
         return jobs.create(session, user, order)
 
 
-def _order_page(request: Request, session: Db, form: order_form.OrderForm, key: str | None, *, problem: bool = False) -> Response:
+def _order_page(
+    request: Request, session: Db, form: order_form.OrderForm, key: str | None, *, problem: str | None = None, status_code: int = 200
+) -> Response:
     texts = {}
     if form.ready and form.order and form.dataset:
         texts = order_form.as_texts(order_form.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
-    known = {"model", "dataset", "validation", "strategy"} | {
-        c.key for c in (*form.strategy_controls, *form.run_controls, *form.preference_controls)
-    }
-    elsewhere = " ".join(text for name, text in form.errors.items() if name not in known)
-    said = elsewhere or "The job was not started: something below is not right yet."
-    return render(
+    answer = render(
         request,
         "new_job.html",
-        status_code=400 if problem else 200,
+        status_code=status_code,
         form=form,
         key=key or uuid.uuid4().hex,
-        problem=said if problem or elsewhere else None,
+        problem=problem,
         texts=texts,
         ids=ids,
         **view.facts_of(form),
     )
+    if "hx-request" in request.headers:  # an estimate: the address follows what the form shows, so that Back and reload show it too
+        answer.headers["hx-replace-url"] = form.address
+    return answer
 
 
 # One job --------------------------------------------------------------------------------------------------------------
