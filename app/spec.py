@@ -23,81 +23,145 @@ class _Frozen(BaseModel):
 
 
 class RunSettings(_Frozen):
-    """How training runs, whatever the strategy. The descriptions are the help under each field of the form."""
+    """How training runs, whatever the method. The descriptions are the help under each field of the form, and `group` is its heading."""
 
     epochs: float = Field(
         3,
         gt=0,
         le=1000,
-        description="How often the data is seen. Training stops early when validation stops improving.",
-        json_schema_extra={"basic": True},
+        description="Passes over the data. Training stops early when validation stops improving.",
+        json_schema_extra={"basic": True, "group": "Optimization"},
     )
     learning_rate: float | None = Field(
-        None, gt=0, le=10, description="Size of each step. Empty takes the strategy's own advice.", json_schema_extra={"basic": True}
+        None,
+        gt=0,
+        le=10,
+        description="Peak learning rate. Leave empty for the method's default.",
+        json_schema_extra={"basic": True, "group": "Optimization"},
     )
     max_tokens_per_step: int = Field(
         2048,
         ge=16,
         le=1_048_576,
-        description="Tokens of data behind each optimizer step; padding is not counted.",
-        json_schema_extra={"basic": True, "unit": "tokens"},
+        title="Tokens per batch",
+        description="Tokens behind each optimizer step; padding is not counted.",
+        json_schema_extra={"basic": True, "group": "Optimization"},
     )
     max_length: int = Field(
         1024,
         ge=8,
         le=131_072,
-        description="Longer rows are cut to this many tokens; the report says which.",
-        json_schema_extra={"unit": "tokens"},
+        description="In tokens. Longer examples are truncated; the report says which.",
+        json_schema_extra={"group": "Data"},
     )
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs say.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.", json_schema_extra={"group": "Optimization"}
+    )
     accumulation: int = Field(
-        1, ge=1, le=1024, description="Split each step's tokens over this many passes: less memory, the same result, a little slower."
+        1,
+        ge=1,
+        le=1024,
+        title="Micro-batches",
+        description="Passes that each batch is split into: less memory, the same result, a little slower. It does not enlarge the batch.",
+        json_schema_extra={"group": "Hardware"},
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after warm-up.")
-    warmup_fraction: float = Field(0.05, ge=0, le=0.5, description="Share of the steps during which the learning rate rises from zero.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Pulls trained weights towards zero at each step.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are shortened to this. 0 turns it off.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", title="LR scheduler", description="How the learning rate falls after warmup.", json_schema_extra={"group": "Optimization"}
+    )
+    warmup_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="Fraction of the steps during which the learning rate rises from zero.",
+        json_schema_extra={"group": "Optimization"},
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 decay.", json_schema_extra={"group": "Optimization"})
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping. 0 turns it off.", json_schema_extra={"group": "Optimization"})
     validation_fraction: float = Field(
-        0.1, ge=0, lt=1, description="Share of the rows held out, drawn by the seed, when no validation file is given."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of the rows in the validation set, drawn by the seed, when no validation data is chosen.",
+        json_schema_extra={"group": "Data"},
     )
     data_fraction: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of the training rows to learn from, drawn by the seed; the held-out rows stay the same. A learning curve is made of such jobs.",
+        title="Use fraction of data",
+        description="Fraction of the training rows to use, drawn by the seed; the validation set stays the same. A learning curve is made of such jobs.",
+        json_schema_extra={"group": "Data"},
     )
     evaluations_per_epoch: float = Field(
-        2, ge=0, le=100, description="How often validation loss is measured and a checkpoint saved. 0 measures only at the end."
+        2,
+        ge=0,
+        le=100,
+        description="How often validation loss is measured and a checkpoint saved. 0 evaluates only at the end.",
+        json_schema_extra={"group": "Evaluation"},
     )
     early_stopping_patience: int = Field(
-        3, ge=0, description="Stop after this many evaluations without a better validation loss. 0 never stops early."
+        3,
+        ge=0,
+        description="Stop after this many evaluations without a better validation loss. 0 never stops early.",
+        json_schema_extra={"group": "Evaluation"},
     )
-    samples: int = Field(3, ge=0, le=16, description="Answers written to held-out prompts at each evaluation, to read how it goes.")
-    sample_tokens: int = Field(64, ge=1, le=1024, description="Longest sample answer.", json_schema_extra={"unit": "tokens"})
+    samples: int = Field(
+        3,
+        ge=0,
+        le=16,
+        title="Sample generations",
+        description="Answers to validation prompts that are written at each evaluation.",
+        json_schema_extra={"group": "Evaluation"},
+    )
+    sample_tokens: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        title="Max new tokens",
+        description="Longest sample generation, in tokens.",
+        json_schema_extra={"group": "Evaluation"},
+    )
     forgetting: bool = Field(
-        True, description="Score the model on general texts before and at the end, to see what it forgot. Takes some seconds."
+        True,
+        title="General-ability check",
+        description="Score the model on general text before and after training. Takes some seconds.",
+        json_schema_extra={"group": "Evaluation"},
     )
     row_losses: bool = Field(
         True,
-        description="Write down each row's loss before and at the end, which shows rows that are wrong. Costs two passes over the rows without learning.",
+        title="Per-example loss",
+        description="Record each row's loss before and after training, which finds bad rows. Costs two passes over the data.",
+        json_schema_extra={"group": "Evaluation"},
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Number format of the arithmetic. auto takes bf16 where this machine gains by it."
+        "auto",
+        description="Precision of the arithmetic. auto takes bf16 where this machine gains by it.",
+        json_schema_extra={"group": "Hardware"},
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps the optimizer's memory in 8 bits; it needs a GPU."
+        "adamw", description="adamw_8bit keeps the optimizer state in 8 bits; it needs a GPU.", json_schema_extra={"group": "Optimization"}
     )
     frozen_weights: Literal["auto", "fp8"] = Field(
         "auto",
-        description="fp8 keeps the layers that do not learn in 8 bits and multiplies in them: less memory and faster, a little less "
+        title="Base weight dtype",
+        description="fp8 keeps the frozen layers in 8 bits and multiplies in them: less memory and faster, a little less "
         "exact. For LoRA on NVIDIA GPUs of capability 8.9 or later (Ada, Hopper).",
         exclude_if=lambda kind: kind == "auto",
+        json_schema_extra={"group": "Hardware"},
     )
     gradient_checkpointing: Literal["auto", "none", "all"] = Field(
         "auto",
         description="Recompute activations instead of keeping them: less memory, slower. auto does it for as many layers as the memory needs.",
+        json_schema_extra={"group": "Hardware"},
     )
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of the data, the split and every random draw.")
+    seed: int = Field(
+        42,
+        ge=0,
+        le=2**31 - 1,
+        title="Random seed",
+        description="Seeds the order of the data, the split and every random draw.",
+        json_schema_extra={"group": "Data"},
+    )
 
 
 class PreferenceSettings(_Frozen):
@@ -107,15 +171,17 @@ class PreferenceSettings(_Frozen):
         0.1,
         gt=0,
         le=10,
-        description="Pull back to the model before tuning: higher changes less, lower follows the preferences further.",
+        description="KL penalty β: higher stays closer to the base model, lower follows the preferences further.",
         json_schema_extra={"basic": True},
     )
-    loss: Literal["dpo", "ipo"] = Field("dpo", description="dpo widens the margin without end; ipo stops at a margin that beta sets.")
+    loss: Literal["dpo", "ipo"] = Field("dpo", description="DPO has no margin target; IPO has one, which beta sets.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs expected to be labelled the wrong way round; dpo only."
+        0.0, ge=0, lt=0.5, description="Fraction of the pairs expected to be labeled the wrong way round; DPO only."
     )
     length_normalised: bool = Field(
-        False, description="Compare likelihood per token, so that long answers weigh no more than short ones. ipo always does."
+        False,
+        title="Length normalized",
+        description="Compare likelihood per token, so that long answers weigh no more than short ones. IPO always does.",
     )
 
     @property

@@ -102,7 +102,7 @@ def test_a_label_for_nearly_every_row_is_told(session, user, tiny_registered, re
 
 def test_empty_texts_are_told(session, user, tiny_registered, read):
     found = told(session, user, order_of(read([*labelled("card", "cash"), {"text": " ", "label": "card"}, {"text": "", "label": "cash"}])))
-    assert found[0].startswith("2 of 14 rows of kinds are left out, 2 of them because a text is empty.")
+    assert found[0].startswith("2 of 14 rows of kinds are excluded, 2 of them because a text is empty.")
 
 
 def test_nothing_but_empty_texts_is_refused(session, user, tiny_registered, data_dir):
@@ -121,7 +121,7 @@ def test_texts_beyond_the_window_or_the_longest_length_are_told(session, user, t
     (found,) = told(session, user, order_of(dataset))
     assert "the model reads 512 at once" in found and "a model with a longer window" in found
     (found,) = told(session, user, order_of(dataset, run={"max_length": 64}))
-    assert "this order cuts rows to 64" in found and "Raise “Max length”" in found
+    assert "this job truncates rows to 64" in found and "Raise “Max length”" in found
     dataset.report = {**dataset.report, "longest": 9000, "tokens": 30_000, "token_lengths": [[4, 12], [512, 2], [8192, 1]]}
     (found,) = told(session, user, order_of(dataset))
     assert "about 9,000 tokens" in found and "at least 1 row is longer" in found, "512 itself still fits"
@@ -239,11 +239,11 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
 def test_the_form_asks_for_rows_on_both_sides_of_its_own_split(client, session, user, tiny_registered, read):
     found = read(chats(*((f"Question {n % 10}", f"Answer {n}") for n in range(40))), "same.jsonl")
     params = {"model": "tiny", "dataset": ids.public(ids.DATASET, found.id), "run.validation_fraction": "0.25"}
-    assert "Looking for rows that stand on both sides" in client.get("/jobs/new", params=params).text
+    assert "Checking for train/validation leakage" in client.get("/jobs/new", params=params).text
     with data_worker():
         for _ in range(100):
             page = html.unescape(client.get("/jobs/new", params=params).text)
-            if "Looking for" not in page:
+            if "Checking for" not in page:
                 break
             time.sleep(0.1)
     assert "10 of the 10 held-out rows stand among the rows of same to learn from too, by their prompt" in page

@@ -68,7 +68,7 @@ def test_another_persons_job_is_not_there(client, session, tiny_registered):
     session.commit()
     job = lives.order(session, other, tiny_registered)
     assert "support-tone" not in client.get("/jobs").text
-    for path in ("", "/stream", "/results.csv"):
+    for path in ("", "/stream", "/results.csv", "/job.yaml"):
         assert client.get(address(job) + path).status_code == 404
     for action in ("pause", "resume", "stop", "save", "again", "delete"):
         assert client.post(f"{address(job)}/{action}").status_code == 404
@@ -205,9 +205,9 @@ def test_without_data_the_form_says_where_to_get_it(client, tiny_registered):
 def test_the_form_comes_from_the_class_with_an_estimate_beside_it(client, tiny_registered, dataset):
     page = client.get(f"/jobs/new?dataset={ids.public(ids.DATASET, dataset.id)}&model=tiny")
     said = words(page)
-    assert "Width of the correction. More learns more and costs more." in said
+    assert "LoRA rank r. Higher = more capacity and memory." in said
     assert re.search(r'name="strategy\.rank"[^>]*value="8"', page.text) and 'min="1" max="1024"' in page.text
-    assert "It fits this machine." in said and "Learns" in said and "60 good rows" in said
+    assert "Fits in memory." in said and "Trainable" in said and "60 valid rows" in said
     assert all(html.escape(cls.title) in page.text for cls in STRATEGIES.values())
 
 
