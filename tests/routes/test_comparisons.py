@@ -96,7 +96,7 @@ def test_a_comparison_in_which_none_fits_is_refused_with_the_reasons(api, sessio
     answer = api.post("/v1/comparisons", json=body(chats, "bitfit", "feature_extraction"))
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["code"] == "no_strategy_fits" and error["param"] == "strategies"
-    assert "bias" in error["message"].lower() and "does not learn the task generation" in error["message"]
+    assert "bias" in error["message"].lower() and "does not support the task generation" in error["message"]
     only = api.post("/v1/comparisons", json=body(chats, "lora", "bitfit")).json()["error"]
     assert only["code"] == "nothing_to_compare" and "Only LoRA is left" in only["message"]
     from app import workers

@@ -224,6 +224,7 @@ def test_a_jobs_file_gives_the_same_job_again(client, session, user, tiny_regist
     typed = {name: value for name, value in client.get(loaded.headers["location"]).request.url.params.items()}
     assert started(session, user, client.post("/jobs", data=typed, follow_redirects=False)).spec == {**first.spec, "name": typed["name"]}
     for wrong, said in (
+        (b" " * 100_000, "too large"),
         (b"model: [", "The file is not YAML"),
         (b"- 1", "holds no settings"),
         (b"model: tiny\nspeed: 9", "The form has no 'speed'"),
@@ -231,3 +232,28 @@ def test_a_jobs_file_gives_the_same_job_again(client, session, user, tiny_regist
     ):
         refused = client.post("/jobs/new/file", files={"file": ("job.yaml", wrong)})
         assert refused.status_code in (400, 422) and said in html.unescape(refused.text), refused.text
+
+
+def test_a_comparison_shows_the_batch_that_its_jobs_run_with(client, session, user, tiny_registered, kinds):
+    page = client.get("/compare/new", params={"model": "tiny", "dataset": public(kinds)}).text
+    shown = re.search(r'name="run\.max_tokens_per_step"[^>]*placeholder="(\d+)"', page).group(1)
+    rows = re.search(r'for="run-max-tokens-per-step">Tokens per batch <span class="unit">≈ (\d+) rows</span>', page).group(1)
+    sent = {"model": "tiny", "dataset": public(kinds), "shown": "strategies", "strategy": ["dense_head", "feature_extraction"]}
+    assert client.post("/compare", data=sent, follow_redirects=False).status_code == 303
+    assert {str(job.spec["run"]["max_tokens_per_step"]) for job in jobs.list_(session, user)} == {shown} and shown != "2048"
+    assert 5 <= int(rows) < 60 and f"≈ {rows} rows per step" in page
+    refused = client.post("/compare", data=sent | {"strategy": ["dense_head", "full", "qlora"]})
+    assert refused.status_code == 409 and "QLoRA cannot be part of it." in refused.text, "what cannot be had is not left out in silence"
+
+
+def test_the_api_says_what_auto_came_to(api, session, user, tiny_registered, chats):
+    from tests.lives import Life
+
+    made = api.post("/v1/fine_tuning/jobs", json={"model": "tiny", "dataset_id": public(chats), "strategy": {"name": "lora"}}).json()
+    assert set(made["hyperparameters"].values()) == {"auto"}
+    Life(session, jobs.get(session, user, ids.parse(ids.JOB, made["id"]))).claim()
+    begun = api.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
+    rows = begun["hyperparameters"]["batch_size"]
+    assert begun["hyperparameters"] == {"n_epochs": begun["run"]["epochs"], "batch_size": rows, "learning_rate_multiplier": 1.0}
+    assert isinstance(rows, int) and 1 < rows < 60 and begun["run"]["learning_rate"] == 5e-4
+    assert begun["method"]["supervised"]["hyperparameters"] == begun["hyperparameters"]
