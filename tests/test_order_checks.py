@@ -71,7 +71,7 @@ def test_labels_that_only_the_validation_rows_have(session, user, tiny_registere
     body = order_of(train, validation_dataset_id=ids.public(ids.DATASET, check.id))
     error = refused(session, user, body)
     assert error.code == "unseen_labels" and error.param == "validation_dataset_id"
-    assert "2 labels of the validation dataset check stand in no training row: “coin”, “note”." in error.message
+    assert "2 labels of the validation dataset check are in no training row: “coin”, “note”." in error.message
     fewer = read(labelled("card", each=2), "fewer.jsonl")  # a class nobody checks is no fault
     assert told(session, user, order_of(train, validation_dataset_id=ids.public(ids.DATASET, fewer.id))) == []
 
@@ -317,7 +317,7 @@ def test_what_the_trainer_would_refuse_to_tune_further_is_refused_before(api, cl
 def test_a_classifier_adapter_is_not_tuned_further(session, user, tiny_registered, read):
     model = tuned(session, user, tiny_registered, "lora", labels=["card", "cash"])
     error = refused(session, user, order_of(read(labelled("card", "cash")), model=model.name))
-    assert error.code == "cannot_be_tuned" and "stands on another model" in error.message
+    assert error.code == "cannot_be_tuned" and "on top of another model" in error.message
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
     assert "writes no text" in refused(session, user, order_of(chats, model=model.name, strategy={"name": "lora"})).message
 
