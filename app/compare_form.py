@@ -12,24 +12,25 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids, models, orders, workers
+from app import comparisons, ids, models, pairs, workers
 from app.comparisons import ComparisonOrder, Kind
 from app.errors import StudioError
 from app.forms import Control, Fault, as_text, controls, fill
-from app.order_form import ranking_of
+from app.order_form import ranking_of, with_rows
 from app.run_settings import displaced
 from app.schedule import Schedule
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.tables import JSON, Dataset, Model, User
+from app.usual import rows_per_step, usual_run
 
 FAMILIES = {
-    "reparametrized": "Low-rank corrections",
+    "reparametrized": "LoRA family",
     "additive": "Adapters and soft prompts",
-    "selective": "A few of its own numbers",
-    "partial": "Some of its layers",
-    "full": "All of it",
-    "feature": "None of it: frozen features",
+    "selective": "Selective",
+    "partial": "Partial",
+    "full": "Full",
+    "feature": "Feature extraction",
 }
 """Families in the order of the form, in plain words."""
 NOT_ASKED = ("data_fraction", "early_stopping_patience")
@@ -64,6 +65,7 @@ class CompareForm:
     errors: dict[str, str] = field(default_factory=dict)
     order: ComparisonOrder | None = None
     memory_bytes: int = 0
+    rows_per_step: int = 0
     asked: list[str] = field(default_factory=list)  # strategies that came checked
 
     @property
@@ -78,6 +80,16 @@ class CompareForm:
     @property
     def jobs(self) -> int:
         return len(self.chosen) * (len(comparisons.FRACTIONS) if self.kind == "learning_curve" else 1)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(pick.estimate["memory_bytes"] for pick in self.chosen if pick.estimate)
+
+    @property
+    def steps(self) -> str:
+        """Optimizer steps of the jobs: one number, or from the least to the most."""
+        found = sorted({pick.estimate["steps"] for pick in self.chosen if pick.estimate and pick.cls.recipe != "features"})
+        return "–".join(f"{n:,}" for n in (found[:1] + found[-1:] if len(found) > 1 else found)) or "0"
 
     @property
     def warnings(self) -> list[str]:
@@ -129,15 +141,14 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
     ready = [m for m in models.list_(session, user) if m.status == "ready"]
     usable = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows]
     errors: dict[str, str] = {}
-    model = _chosen(ready, typed.get("model"), lambda m: (m.name, ids.public(ids.MODEL, m.id)))
-    dataset = _chosen(usable, typed.get("dataset"), lambda d: (ids.public(ids.DATASET, d.id),))
+    model, dataset = pairs.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     for name, found in (("model", model), ("dataset", dataset)):
         if typed.get(name) and found is None:
             errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
     run = fill(
         RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=Schedule._fields
     )
-    usual = orders.usual_run(dataset, run.settings) if dataset else {}
+    usual = usual_run(dataset, run.settings) if dataset else {}
     errors |= {f"run.{name}": text for name, text in run.errors.items()}
     form = CompareForm(
         typed=typed,
@@ -153,24 +164,19 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
         asked=[name for name in strategies if name in STRATEGIES],
     )
     if model and dataset and not run.errors:
+        form.rows_per_step = rows_per_step(dataset, RunSettings(**{**usual, **run.settings}))
+        form.run_controls = with_rows(form.run_controls, form.rows_per_step)
         _fill_picks(session, user, form, run.settings)
         _try(form, run.settings)
     return form
 
 
-def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
-    """The row of that name; the first one when none was named."""
-    if not wanted:
-        return rows[0] if rows else None
-    return next((row for row in rows if wanted in names(row)), None)
-
-
 def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[Control]:
     """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
-    empty = {"learning_rate": "each strategy’s own", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
+    empty = {"learning_rate": "each method’s default", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
     empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
     found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
-    says = {"epochs": "How often the data is seen, unless a number of steps ends it before."}
+    says = {"epochs": "Passes over the data, unless a number of steps ends it before."}
     basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}
     return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]
 
@@ -225,11 +231,11 @@ def _try(form: CompareForm, run: JSON) -> None:
         return
     names = [pick.name for pick in form.chosen]
     if not any(pick.estimate for pick in form.picks):
-        form.errors["strategy"] = "No strategy fits this model, this data and this machine; the reasons stand beside each."
+        form.errors["strategy"] = "No method fits this model, this data and this machine; each shows the reason."
     elif form.kind == "learning_curve" and len(names) != 1:
-        form.errors["strategy"] = "A learning curve is drawn for one strategy. Choose one."
+        form.errors["strategy"] = "A learning curve is for one method. Choose one."
     elif len(names) < 2 and form.kind == "strategies":
-        form.errors["strategy"] = "Choose at least two strategies to compare."
+        form.errors["strategy"] = "Choose at least two methods to compare."
     else:
         form.order = _order(form, names, run)
 

@@ -25,6 +25,7 @@ from app.orders import DatasetId, JobOrder, bad_field
 from app.spec import RunSettings, Split, Task
 from app.strategies import Strategy
 from app.tables import JSON, Comparison, Job, User
+from app.usual import usual_run
 
 Kind = Literal["strategies", "learning_curve"]
 FRACTIONS = (0.25, 0.5, 1.0)
@@ -125,7 +126,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
             param="dataset_id",
             code="still_reading",
         )
-    usual = orders.usual_run(found.dataset, order.run, validated_elsewhere=found.validation is not None)
+    usual = usual_run(found.dataset, order.run, validated_elsewhere=found.validation is not None)
     for strategy in _read_strategies(order):
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
             asked = {"name": strategy.name, **strategy.model_dump(mode="json", exclude_defaults=True)}

@@ -41,6 +41,7 @@ class Control:
     step: str | None = None
     choices: tuple[str, ...] = ()
     words: Mapping[str, str] = field(default_factory=dict)  # choice → how the form says it
+    group: str = "Method"
     error: str | None = None
 
     @property
@@ -97,6 +98,7 @@ def controls(
                 basic=bool(_extra(info, "basic")),
                 unit=_extra(info, "unit"),
                 words=_extra(info, "words") or {},
+                group=_extra(info, "group") or "Method",
                 **_widget(info),
             )
         )

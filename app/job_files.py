@@ -1,22 +1,18 @@
-"""What a job leaves to take away: its settings as a file that orders it again, its logs, and the folder TensorBoard reads."""
+"""What a job leaves to take away: its logs, and the folder TensorBoard reads."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from sqlalchemy.orm import Session
 
-from app import jobs, order_form
+from app import jobs
 from app.events import from_row
-from app.orders import JobOrder
 from app.progress import Progress, fold
 from app.settings import get_settings
-from app.spec import JobSpec
-from app.tables import Dataset, Job
+from app.tables import Job
 
 TAIL_BYTES = 64 * 1024
 """Of a trainer's output shown on the page; the download has all of it."""
@@ -24,18 +20,6 @@ TAIL_BYTES = 64 * 1024
 
 def folder(job: Job) -> Path:
     return get_settings().data_dir / "runs" / str(job.id)
-
-
-def config(session: Session, job: Job) -> str:
-    """The settings the job ran with, every default written out, as `luthier train` and POST /v1/fine_tuning/jobs take them."""
-    spec = JobSpec.model_validate(job.spec)
-    body: dict[str, Any] = order_form.body_of(session, session.get_one(Dataset, job.dataset_id), JobOrder.model_validate(job.order))
-    run = spec.run.model_dump(mode="json", exclude_none=True)
-    run.setdefault("learning_rate", type(spec.strategy).learning_rate_for(spec.task))
-    body |= {"strategy": spec.strategy.model_dump(mode="json", exclude_none=True), "run": run, "name": spec.name}
-    if spec.preference is not None:
-        body["preference"] = spec.preference.model_dump(mode="json")
-    return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
 
 
 def tensorboard(job: Job) -> str:

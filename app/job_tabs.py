@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app import charts, checkpoints, evaluations, ids, job_files, jobs, ledger, live, models, score_view, tryout, verdict
+from app import charts, checkpoints, evaluations, ids, job_files, jobs, ledger, live, models, order_file, score_view, tryout, verdict
 from app.evaluation_view import between, by_chance
 from app.forms import as_text
 from app.job_view import count, dataset_url, forgetting, head, model_url, url
@@ -304,7 +304,7 @@ def _config(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Pa
     progress, started = top["progress"], top["progress"].started
     return {
         "asked": {"filter": wish.filter, "level": wish.level},
-        "yaml": job_files.config(session, job),
+        "yaml": order_file.of_job(job),
         "environment": [(name, as_text(value)) for name, value in (started.details if started else {}).items() if _plain(value)],
         "tensorboard": job_files.tensorboard(job),
         "lines": [line for line in reversed(progress.log) if _wanted(line.level, line.message, wish)],

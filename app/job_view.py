@@ -10,14 +10,14 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import comparisons, ids, jobs, live, orders, score_view, studio, verdict, workers
+from app import comparisons, ids, jobs, live, score_view, studio, verdict, workers
 from app.order_form import OrderForm
 from app.progress import Progress
 from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job
-from app.web import NARROW, NOTHING, human_number, human_percent, human_seconds
+from app.web import NARROW, NOTHING, human_number, human_percent, human_seconds, plural
 
 
 def url(job: Job) -> str:
@@ -98,21 +98,15 @@ def facts_of(form: OrderForm) -> dict[str, Any]:
         from app import datasets
 
         tokens = datasets.stats(dataset).tokens
+    trained = form.estimate["trainable_parameters"] if form.estimate else 0
     return {
         "model_parameters": count(shape.parameters()) if shape else "",
         "bad_rows": (dataset.rows or 0) - (dataset.good_rows or 0) if dataset else 0,
         "tokens": tokens,
-        "rows_per_step": _rows_per_step(form),
-        "learns": count(form.estimate["trainable_parameters"]) if form.estimate else "",
+        "rows_per_step": plural(form.rows_per_step, "row") if form.rows_per_step else "",
+        "trainable": count(trained) if trained else "",
+        "trainable_share": trained / shape.parameters() if trained and shape else None,
     }
-
-
-def _rows_per_step(form: OrderForm) -> str:
-    """`about 4`: the batch size as other tools count it; nothing where steps do not read rows."""
-    if form.spec is None or form.dataset is None or form.dataset.status != "ready" or type(form.spec.strategy).recipe == "features":
-        return ""
-    rows = form.spec.run.max_tokens_per_step / (orders.mean_tokens(form.dataset) * (2 if form.spec.task == "preference" else 1))
-    return f"about {max(1, round(rows)):,}"
 
 
 # The head of one job's page ---------------------------------------------------------------------------------------------

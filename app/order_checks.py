@@ -39,14 +39,14 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
     if count == 1:
         raise BadField(
             f"All {dataset.good_rows or 0:,} rows of {dataset.name} have the label “{shown(next(iter(labels)), 60)}”, "
-            "so there is nothing to tell apart.",
+            "so there is nothing to classify.",
             way_out="Add rows of another class, or check on the dataset's page which column holds the label.",
             param=param,
             code="one_class",
         )
     if count > MOST_CLASSES:
         raise BadField(
-            f"The rows of {dataset.name} have {count:,} different labels; a classifier learns at most {MOST_CLASSES:,}.",
+            f"The rows of {dataset.name} have {count:,} different labels; a classifier takes at most {MOST_CLASSES:,}.",
             way_out="Check on the dataset's page which column holds the label: one that names every row is none.",
             param=param,
             code="too_many_classes",
@@ -56,8 +56,8 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
         if unseen:
             raise BadField(
                 f"{_count(len(unseen), 'label', 'labels')} of the validation dataset {validation.name} "
-                f"{'stands' if len(unseen) == 1 else 'stand'} in no training row: {_named(unseen)}.",
-                way_out="Add training rows of these classes, or drop or mend those rows of the validation dataset.",
+                f"{'is' if len(unseen) == 1 else 'are'} in no training row: {_named(unseen)}.",
+                way_out="Add training rows of these classes, or remove or fix those rows of the validation dataset.",
                 param=validation_param,
                 code="unseen_labels",
             )
@@ -66,7 +66,7 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
 def refuse_untunable(model: ModelRef, task: str) -> None:
     """Raises BadField for a model that no strategy can tune further for this task."""
     if reason := why_not_tuned(model, task):
-        raise BadField(reason, way_out="Tune the model it came from instead.", param="model", code="cannot_be_tuned")
+        raise BadField(reason, way_out="Fine-tune the base model instead.", param="model", code="cannot_be_tuned")
 
 
 def why_not_tuned(model: ModelRef, task: str) -> str | None:
@@ -75,14 +75,14 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
     Further tuning starts from the plain model, so everything it was tuned to must be folded into its weights first.
     """
     if model.labels and task != "classification":
-        return f"{model.name} is a classifier: it writes no text, so so it cannot learn to write."
+        return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
     if model.labels and model.adapters:
-        return f"{model.name} is a classifier that stands on another model, so it cannot be tuned further."
+        return f"{model.name} is a classifier on top of another model, so it cannot be fine-tuned further."
     for adapter in model.adapters:
         cls = STRATEGIES.get(adapter.strategy)
         if cls is None or not cls.merges:
             how = cls.title if cls else adapter.strategy
-            return f"{model.name} was made by {how}, which cannot be merged, so it cannot be tuned further."
+            return f"{model.name} was made by {how}, which cannot be merged, so it cannot be fine-tuned further."
     return None
 
 
@@ -131,8 +131,8 @@ def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
     if OPTIMIZERS[run.optimizer].needs_gpu and not machine.cuda:
         raise BadField(
             f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and the machine that trains shows none.",
-            way_out="Take adamw. To save memory without a GPU, tune fewer weights (LoRA and its relatives), take fewer tokens per batch, "
-            "or split each batch over more passes (micro_batches).",
+            way_out="Take adamw. To save memory without a GPU, train fewer weights (LoRA and its variants), lower the tokens per batch, "
+            "or split each batch into more micro-batches.",
             param="run.optimizer",
             code="needs_gpu",
         )
@@ -166,9 +166,9 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
             f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
         )
     elif not strategy.takes_fp8:
-        reason = f"{strategy.title} changes or reads the frozen weights themselves, which fp8 would round."
+        reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
     elif task != "generation" or run.precision == "fp32":
-        reason = "Products in fp8 are offered for jobs that learn to write, in bf16."
+        reason = "Products in fp8 are offered for generation jobs, in bf16."
     if reason:
         raise BadField(reason, way_out="Set frozen_weights to auto.", param="run.frozen_weights", code="no_fp8")
 
@@ -179,8 +179,8 @@ def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
     if before and longest - before < LEAST_ROOM:
         whose = "the model reads at once" if shape.positions <= run.max_length else "a row may have"
         raise BadField(
-            f"{strategy.title} puts {before} learnt tokens before each row, and {longest} are all that {whose}: no room is left.",
-            way_out="Choose fewer learnt tokens, or a greater longest length.",
+            f"{strategy.title} puts {before} trained tokens before each row, and {longest} are all that {whose}: no room is left.",
+            way_out="Choose fewer trained tokens, or a greater max length.",
             param="strategy",
             code="no_room",
         )
@@ -208,7 +208,7 @@ def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
     """That a newer reading of the same file failed, so that an older one is learnt from."""
     if later is None:
         return []
-    said = (later.error or {}).get("message") or "It has no good row."
+    said = (later.error or {}).get("message") or "It has no valid row."
     return [
         f"Version {later.version} of {later.name}, read from the same file, failed, so version {dataset.version} is used. It said: {said} "
         "Change its format or columns on its page, or delete it."
@@ -220,7 +220,7 @@ def few_steps(spec: JobSpec, steps: int) -> list[str]:
     if steps >= MIN_STEPS or type(spec.strategy).recipe == "features":
         return []
     return [
-        f"{steps} optimizer steps are few: most methods have hardly begun to learn after {MIN_STEPS}. Raise the epochs, or lower the tokens per batch."
+        f"{steps} optimizer steps are few: most methods have hardly begun to train after {MIN_STEPS}. Choose a longer preset, raise the epochs, or lower the tokens per batch."
     ]
 
 
@@ -231,7 +231,7 @@ def _left_out(dataset: Dataset) -> list[str]:
     empty = _finding(dataset, "empty")
     which = f", {empty:,} of them because a text is empty" if empty else ""
     return [
-        f"{bad:,} of {dataset.rows:,} rows of {dataset.name} are left out{which}. The dataset's report lists each with its line and a fix."
+        f"{bad:,} of {dataset.rows:,} rows of {dataset.name} are excluded{which}. The dataset's report lists each with its line and a fix."
     ]
 
 
@@ -246,12 +246,12 @@ def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
     exact = dict(report.get("rows_cut", []))
     rows = exact.get(limit, sum(count for start, count in report.get("token_lengths", []) if start > limit))
     window = spec.model.shape.positions <= spec.run.max_length
-    whose = f"the model reads {limit:,} at once" if window else f"this order cuts rows to {limit:,}"
+    whose = f"the model reads {limit:,} at once" if window else f"this job truncates rows to {limit:,}"
     way_out = (
         "Split long texts into several rows, or take a model with a longer window." if window else "Raise “Max length” to keep them whole."
     )
     many = f", and {'' if limit in exact else 'at least '}{_count(rows, 'row is', 'rows are')} longer than that" if rows else ""
-    return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. What is beyond is cut off. {way_out}"]
+    return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. They are truncated. {way_out}"]
 
 
 def _odd_labels(dataset: Dataset) -> list[str]:
@@ -265,8 +265,8 @@ def _odd_labels(dataset: Dataset) -> list[str]:
     elif lone := _finding(dataset, "rare_label"):
         names = [label for label, number in labels.items() if number == 1]
         found.append(
-            f"{_count(lone, 'class has', 'classes have')} one row only ({_named(names)}): it can be learnt from or checked, not both. "
-            "Add rows, or join such classes to others."
+            f"{_count(lone, 'class has', 'classes have')} one row only ({_named(names)}): it can be trained or evaluated, not both. "
+            "Add rows, or merge such classes with others."
         )
     if _finding(dataset, "mixed_labels"):
         numbers = [label for label in labels if label.lstrip("-").replace(".", "", 1).isdigit()]

@@ -6,28 +6,24 @@ and `kept.rank` for settings of a strategy that was looked at before, so that tr
 
 from __future__ import annotations
 
-import json
-import pprint
-import shlex
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
-import yaml
 from sqlalchemy.orm import Session
 
-from app import ids, jobs, models, order_checks, orders
+from app import ids, models, order_checks, orders, pairs
 from app.advisor import Advice
-from app.errors import NotFound, StudioError
+from app.errors import StudioError
 from app.forms import Control, Fault, Filled, as_text, controls, fill
 from app.orders import JobOrder
-from app.run_settings import displaced, renamed
-from app.schedule import Schedule
+from app.run_settings import displaced
+from app.schedule import GOVERNED, PRESETS, PresetName
 from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Dataset, Job, Model, User
+from app.tables import Dataset, Model, User
+from app.usual import rows_per_step, usual_run
 
 FIELDS = {
     "dataset_id": "dataset",
@@ -54,9 +50,27 @@ class Card:
     advised: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PresetCard:
+    """One preset to choose, with what the job would take by it."""
+
+    name: PresetName
+    title: str
+    summary: str
+    chosen: bool
+    estimate: dict[str, Any] | None = None
+
+
+GROUPS = ("Data", "Method", "Optimization", "Evaluation", "Hardware")
+"""The headings of the advanced settings, in order."""
+
+
 @dataclass(slots=True)
 class OrderForm:
     typed: dict[str, str]
+    task: str
+    moved: bool  # data for another task was chosen than the form was shown for
+    presets: list[PresetCard]
     models: list[Model]
     datasets: list[Dataset]
     model: Model | None
@@ -86,6 +100,36 @@ class OrderForm:
         return [*self.strategy_controls, *self.preference_controls, *self.run_controls]
 
     @property
+    def groups(self) -> list[tuple[str, list[Control]]]:
+        return [(title, [c for c in self.controls if c.group == title]) for title in GROUPS]
+
+    @property
+    def touched(self) -> bool:
+        """Whether a setting was changed or is wrong, so that it must be seen."""
+        places = {c.key for c in self.controls} | {"validation", "split.method", "split.column"}
+        return (
+            any(c.changed for c in self.controls)
+            or any(self.typed.get(n) for n in ("validation", "split.column"))
+            or bool(places & set(self.errors))
+        )
+
+    @property
+    def overruled(self) -> list[Control]:
+        """What a preset would decide, and a person did."""
+        return [c for c in self.run_controls if c.name in GOVERNED and c.changed and c.value]
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """None where steps do not read rows, or nobody knows yet."""
+        if self.spec is None or self.dataset is None or self.dataset.status != "ready" or type(self.spec.strategy).recipe == "features":
+            return None
+        return rows_per_step(self.dataset, self.spec.run)
+
+    @property
+    def preset(self) -> PresetName:
+        return next(card.name for card in self.presets if card.chosen)
+
+    @property
     def faults(self) -> list[Fault]:
         """What is wrong, each with the id of the element where it can be put right; none for what has no element."""
         places = PLACES | {c.key: c.id for c in self.controls}
@@ -98,6 +142,8 @@ class OrderForm:
     @property
     def unseen(self) -> str | None:
         """Why these are not the settings that the person saw when they pressed Start; None where they are."""
+        if self.moved and self.dataset:
+            return f"You chose {self.dataset.name}, which is for another task, so nothing was started. Check the model and the method, then press Start."
         shown = self.typed.get("shown", self.method)
         if shown == self.method:
             return None
@@ -115,6 +161,7 @@ class OrderForm:
             "model": self.model.name if self.model else self.typed.get("model"),
             "validation": self.typed.get("validation"),
             "strategy": self.method,
+            "preset": self.preset if self.preset != "balanced" else "",
             **{name: self.typed.get(name) for name in ("split.method", "split.column")},
             **{c.key: c.value for c in self.controls if c.changed},
             **self.kept,
@@ -132,8 +179,10 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     rows = datasets.list_(session, user)
     usable = [d for d in rows if d.status in ("ready", "reading")]
     errors: dict[str, str] = {}
-    model = _chosen(ready, typed.get("model"), lambda m: (m.name, ids.public(ids.MODEL, m.id)))
-    dataset = _chosen(usable, typed.get("dataset"), lambda d: (ids.public(ids.DATASET, d.id),))
+    moved = _moved(usable, typed)
+    if moved:  # data for another task: the model and the method are matched anew
+        typed = {name: value for name, value in typed.items() if name not in ("model", "strategy")}
+    model, dataset = pairs.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     if typed.get("model") and model is None:
         errors["model"] = f"There is no model {typed['model'][:80]}. It may have been deleted; choose another."
     if typed.get("dataset") and dataset is None:
@@ -142,7 +191,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
     task = (dataset.task if dataset else None) or "generation"
     checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
-    validation = _chosen(checking, typed["validation"], lambda d: (ids.public(ids.DATASET, d.id),)) if typed.get("validation") else None
+    validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
     # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
         errors["validation"] = _why_not(rows, typed["validation"])
@@ -150,8 +199,12 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
-    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=Schedule._fields)
-    usual = orders.usual_run(dataset, run.settings, validated_elsewhere=validation is not None) if dataset else {}
+    preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
+    if typed.get("preset") and typed["preset"] != preset:
+        errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=GOVERNED)
+    usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset) if dataset else {}
+    usual = {"early_stopping_patience": RunSettings().early_stopping_patience} | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
@@ -160,6 +213,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     first, more = _split(cards)
     form = OrderForm(
         typed=typed,
+        task=task,
+        moved=moved,
+        presets=[PresetCard(name, p.title, p.summary, name == preset) for name, p in PRESETS.items()],
         models=ready,
         datasets=usable,
         model=model,
@@ -190,6 +246,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         _try(session, user, form, filled, run, compared)
         for found in (form.strategy_controls, form.run_controls, form.preference_controls):
             found[:] = [replace(c, error=form.errors.get(c.key)) for c in found]
+        form.run_controls[:] = with_rows(form.run_controls, form.rows_per_step)
     return form
 
 
@@ -201,14 +258,19 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         dataset_id=form.dataset.id,
         validation_dataset_id=form.validation.id if form.validation else None,
         name=form.typed.get("name", "").strip()[:200] or None,
-        strategy={"name": form.strategy.model_fields["name"].default, **filled.settings},
+        preset=form.preset if form.preset != "balanced" else None,
+        strategy={"name": form.method, **filled.settings},
         run=run.settings,
         split=None if form.validation else _split_asked(form.typed),
         preference=(compared and compared.settings) or None,
     )
     try:
-        form.spec = orders.build_spec(session, user, form.order)
+        found = orders.ground(session, user, form.order)
+        form.spec = orders.spec_on(found, form.order)
         form.estimate = orders.estimate_of(session, form.spec)
+        for place, card in enumerate(form.presets):
+            spec = orders.spec_on(found, form.order.model_copy(update={"preset": card.name}))
+            form.presets[place] = replace(card, estimate=orders.figures_of(session, spec))
     except StudioError as error:
         form.errors[FIELDS.get(error.param or "", error.param or "")] = str(error)
 
@@ -219,11 +281,17 @@ def _split_asked(typed: Mapping[str, str]) -> Split | None:
     return Split(method=method, column=column) if method in ("stratified", "grouped") else None  # type: ignore[arg-type]
 
 
-def _chosen(rows: list[Any], wanted: str | None, names: Any) -> Any:
-    """The row of that name; the first one when none was named."""
-    if not wanted:
-        return rows[0] if rows else None
-    return next((row for row in rows if wanted in names(row)), None)
+def with_rows(found: list[Control], rows: int | None) -> list[Control]:
+    """The controls, the size of a batch in rows too, as other tools count it."""
+    return [
+        replace(c, unit=f"≈ {rows:,} {'row' if rows == 1 else 'rows'}") if rows and c.name == "max_tokens_per_step" else c for c in found
+    ]
+
+
+def _moved(usable: list[Dataset], typed: Mapping[str, str]) -> bool:
+    """Whether a dataset for another task was chosen after the form was shown for `task`."""
+    dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == typed.get("dataset")), None)
+    return bool(typed.get("task") and dataset and dataset.task and dataset.task != typed["task"])
 
 
 def _why_not(rows: list[Dataset], wanted: str) -> str:
@@ -301,84 +369,3 @@ def _carried(typed: Mapping[str, str], strategy: type[Strategy]) -> dict[str, st
             values.pop(name, None)
     known = {f"strategy.{name}": value for name, value in values.items() if name in strategy.model_fields and name != "name"}
     return known | {f"kept.{name}": value for name, value in values.items() if name not in strategy.model_fields}
-
-
-# From a job, and as text ----------------------------------------------------------------------------------------------
-
-
-def typed_from(job: Job) -> dict[str, str]:
-    """A job's order as the form would have been typed, for cloning it."""
-    spec = job.spec
-    strategy = {k: as_text(v) for k, v in spec["strategy"].items() if k != "name"}
-    return {
-        "model": spec["model"]["name"],
-        "dataset": ids.public(ids.DATASET, job.dataset_id),
-        **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
-        "strategy": spec["strategy"]["name"],
-        "name": job.name,
-        **{f"strategy.{name}": value for name, value in strategy.items()},
-        **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None},
-        **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
-        **{f"preference.{name}": as_text(value) for name, value in (spec.get("preference") or {}).items()},
-    }
-
-
-def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
-    """`typed_from` a job named by its public id; nothing when there is none such."""
-    try:
-        return typed_from(jobs.get(session, user, ids.parse(ids.JOB, public_id)))
-    except NotFound:
-        return {}
-
-
-def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
-    """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
-    own = spec_dataset.file_id is not None and spec_dataset.edits is None  # a file's id names what was read from it unchanged
-    data = (
-        {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if own else {"dataset_id": ids.public(ids.DATASET, spec_dataset.id)}
-    )  # type: ignore[arg-type]
-    split = order.split.model_dump(exclude_none=True) if order.split else None
-    body = {
-        "model": order.model,
-        **data,
-        "validation_dataset_id": ids.public(ids.DATASET, order.validation_dataset_id) if order.validation_dataset_id else None,
-        "strategy": order.strategy,
-        "run": order.run,
-        "preference": order.preference,
-        "split": split,
-        "name": order.name,
-    }
-    return {key: value for key, value in body.items() if value not in (None, {})}
-
-
-def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
-    """The order to copy: as a YAML file, a curl command and a Python program. Each of them works as it stands, with the
-    key of an account in `LUTHIER_API_KEY`."""
-    ours = {
-        key: body[key] for key in ("dataset_id", "validation_dataset_id", "strategy", "run", "preference", "split", "name") if key in body
-    }
-    arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]
-    if "training_file" not in body:
-        arguments.append('    training_file="",  # the data is named by dataset_id')
-    return {
-        "YAML": "# luthier train order.yaml\n" + yaml.safe_dump(dict(body), sort_keys=False, allow_unicode=True),
-        "curl": f"curl {base_url}/v1/fine_tuning/jobs \\\n"
-        '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
-        f"  -d {shlex.quote(json.dumps(body, indent=2, ensure_ascii=False))}",
-        "Python": "\n".join(
-            [
-                "import os",
-                "",
-                "from openai import OpenAI",
-                "",
-                f'client = OpenAI(base_url="{base_url}/v1", api_key=os.environ["LUTHIER_API_KEY"])',
-                "job = client.fine_tuning.jobs.create(",
-                *arguments,
-                textwrap.indent(f"extra_body={pprint.pformat(ours, sort_dicts=False, width=88)},", "    ").replace(
-                    "\n    ", "\n" + " " * 15
-                ),
-                ")",
-                "print(job.id, job.status)",
-            ]
-        ),
-    }

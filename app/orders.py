@@ -15,12 +15,13 @@ from sqlalchemy.orm import Session
 
 from app import ids, order_checks
 from app.errors import BadField, StudioError, field_path, plain
-from app.run_settings import RENAMED, displaced
-from app.schedule import MIN_ROWS_PER_STEP, schedule
+from app.run_settings import RENAMED
+from app.schedule import PresetName
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
 from app.strategies import STRATEGIES, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
+from app.usual import mean_tokens, usual_run
 
 Number = float | Literal["auto"]
 Count = int | Literal["auto"]
@@ -31,8 +32,8 @@ class Hyperparameters(BaseModel):
 
     n_epochs: Annotated[Count, Field(description="Epochs, 1 to 1000.")] = "auto"
     batch_size: Annotated[Count, Field(description="Rows behind each step.")] = "auto"
-    learning_rate_multiplier: Annotated[Number, Field(description="Times the strategy's own learning rate.")] = "auto"
-    beta: Annotated[Number, Field(description="Strength of preference tuning's pull to the base model.")] = "auto"
+    learning_rate_multiplier: Annotated[Number, Field(description="Multiplier of the method's default learning rate.")] = "auto"
+    beta: Annotated[Number, Field(description="KL penalty β of preference training.")] = "auto"
 
 
 class MethodOrder(BaseModel):
@@ -75,6 +76,11 @@ class JobOrder(BaseModel):
     validation_file: str | None = None
     split: Split | None = None
     task: Task | None = None
+    preset: PresetName | None = Field(
+        None,
+        description="How long to train: quick (about 25 steps), balanced (at least 60 steps or 3 epochs; the default) or best (at least 150 "
+        "steps or 5 epochs). It decides tokens per batch, epochs, evaluations, max steps and patience where `run` leaves them out.",
+    )
     run: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
     preference: dict[str, Any] | None = None
@@ -139,7 +145,7 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
     """The strategy with its settings. Raises BadField."""
     name = asked.get("name", "lora")
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Take one of {', '.join(STRATEGIES)}.", param="strategy.name")
+        raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
     try:
         return _strategies.validate_python({**asked, "name": name})
     except ValidationError as error:
@@ -166,7 +172,7 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
     from app import models
 
     if order.method and order.method.type == "reinforcement":
-        raise BadField("Reinforcement tuning is not offered.", way_out="Use the method supervised.", param="method.type")
+        raise BadField("Reinforcement fine-tuning is not offered.", way_out="Use the method supervised.", param="method.type")
     resolved = _with_param("model", models.resolve, session, user, order.model)
     if resolved.model.status != "ready":
         raise BadField(
@@ -175,8 +181,8 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
             param="model",
         )
     if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
-        way_out = "Tune the model itself, or its base, and blend the result."
-        raise BadField(f"{order.model} is a blend, which is played and scored but not tuned.", way_out=way_out, param="model")
+        way_out = "Fine-tune the model itself, or its base, and blend the result."
+        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", way_out=way_out, param="model")
     dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
     if dataset is None:
         raise BadField(
@@ -201,7 +207,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     order_checks.refuse_modules(strategy, model.shape)
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
     if reason:
-        raise BadField(reason, way_out="Take another strategy or model.", param="strategy", code="strategy_unavailable")
+        raise BadField(reason, way_out="Choose another method or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset, task)
     order_checks.refuse_no_room(strategy, run, model.shape)
     order_checks.refuse_unread(strategy, run)
@@ -260,12 +266,12 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
 def _task(order: JobOrder, dataset: Dataset) -> Task:
     if order.method and order.method.type == "dpo":
         if order.task not in (None, "preference"):
-            raise BadField(f"The method dpo learns preferences, not {order.task}.", way_out="Leave out task.", param="task")
+            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Leave out task.", param="task")
         return "preference"
     if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
         raise BadField(
-            f"The method supervised learns from answers, and the dataset {dataset.name} holds pairs of them.",
-            way_out="Set the method to dpo, or take a dataset with one answer to each prompt.",
+            f"The method supervised needs single answers, and the dataset {dataset.name} holds pairs of them.",
+            way_out="Set the method to dpo, or choose a dataset with one answer to each prompt.",
             param="method.type",
         )
     return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
@@ -283,21 +289,21 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
         said = (dataset.error or {}).get("message", "It could not be read.")
         raise BadField(
             f"The dataset {dataset.name} has an error: {said}",
-            way_out=(dataset.error or {}).get("way_out") or "Mend the file and upload it again.",
+            way_out=(dataset.error or {}).get("way_out") or "Fix the file and upload it again.",
             param=param,
             code="invalid_training_file",
         )
     if not dataset.good_rows:
         raise BadField(
-            f"The dataset {dataset.name} has no good row.",
+            f"The dataset {dataset.name} has no valid row.",
             way_out="Its report lists every bad row with the reason.",
             param=param,
             code="invalid_training_file",
         )
     if dataset.task and dataset.task != task:
         raise BadField(
-            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot teach {task}.",
-            way_out=f"Set task to {dataset.task}, or take a dataset for {task}.",
+            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
+            way_out=f"Set task to {dataset.task}, or choose a dataset for {task}.",
             param="task" if param != "validation_file" else param,
         )
 
@@ -308,16 +314,16 @@ def _split(order: JobOrder, dataset: Dataset) -> Split | None:
     if asked is None or asked.method == "random":
         return None
     if order.validation_file or order.validation_dataset_id:
-        raise BadField("A validation file was named and a split too.", way_out="Leave one of them out.", param="split")
+        raise BadField("Both a validation file and a split are set.", way_out="Remove one of them.", param="split")
     if asked.method == "grouped" and not asked.column:
-        raise BadField("Which column names the groups was not said.", way_out="Send split.column.", param="split.column")
+        raise BadField("The group column is missing.", way_out="Send split.column.", param="split.column")
     if dataset.status == "ready":
         known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
         if asked.column and asked.column not in known | {"label"}:
             way_out = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
             raise BadField(f"There is no column “{asked.column[:60]}” to split by.", way_out=way_out, param="split.column")
         if asked.method == "stratified" and not asked.column and dataset.task != "classification":
-            raise BadField("Only labelled rows can be split by label.", way_out="Send split.column, or split at random.", param="split")
+            raise BadField("Only labeled rows can be split by label.", way_out="Send split.column, or split at random.", param="split")
     return asked
 
 
@@ -348,7 +354,10 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
         settings.setdefault(
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
         )
-    settings |= usual_run(dataset, settings, validated_elsewhere=bool(order.validation_file or order.validation_dataset_id))
+    elsewhere = bool(order.validation_file or order.validation_dataset_id)
+    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced")
+    if settings.get("learning_rate") is None:
+        settings["learning_rate"] = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
     if order.seed is not None:
         settings.setdefault("seed", order.seed)
     try:
@@ -363,8 +372,8 @@ def _preference(order: JobOrder, task: Task, dataset: Dataset) -> PreferenceSett
         # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.
         if order.preference is not None and dataset.status == "ready":
             raise BadField(
-                f"The settings “preference” are for jobs that learn from pairs of answers; this one learns {task}.",
-                way_out="Leave them out, or take a dataset of preferences.",
+                f"The settings “preference” are for preference datasets; this job is for {task}.",
+                way_out="Remove them, or choose a preference dataset.",
                 param="preference",
             )
         return None
@@ -381,64 +390,33 @@ def _preference(order: JobOrder, task: Task, dataset: Dataset) -> PreferenceSett
         raise bad_field(error, "preference") from None
 
 
-def usual_run(dataset: Dataset, asked: Mapping[str, Any], *, validated_elsewhere: bool = False) -> dict[str, Any]:
-    """Tokens per step, epochs and evaluations that suit this dataset and this machine, those in `asked` as they are (app/schedule.py);
-    nothing while the dataset is being read."""
-    from app import workers
-
-    if dataset.status != "ready" or dataset.task not in MIN_ROWS_PER_STEP:
-        return {}
-    try:
-        wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
-    except ValidationError:
-        return {}  # what is wrong with them is said where the settings are read
-    held_out = 0.0 if validated_elsewhere else wanted.validation_fraction
-    rows = (dataset.good_rows or 0) * (1 - held_out) * wanted.data_fraction
-    each = min(mean_tokens(dataset), wanted.max_length) * (2 if dataset.task == "preference" else 1)
-    found = schedule(
-        dataset.task,
-        rows,
-        each,
-        gpu_memory_bytes=workers.training_machine().gpu_memory_bytes,
-        max_tokens_per_step=max(1, round(wanted.step_tokens(each))) if {"max_tokens_per_step", "batch_size"} & asked.keys() else None,
-        epochs=wanted.epochs if "epochs" in asked else None,
-    )._asdict()
-    found["max_tokens_per_step"] = max(16, found["max_tokens_per_step"] // wanted.gradient_accumulation_steps)
-    given = {*asked, *displaced(dict(asked))}
-    return {name: value for name, value in found.items() if name not in given}
-
-
-SIZED = ("max_tokens_per_step", "batch_size", "gradient_accumulation_steps", "epochs", "validation_fraction", "data_fraction", "max_length")
-"""Settings that decide how many steps a dataset gives."""
-
-
-def mean_tokens(dataset: Dataset) -> float:
-    """Mean tokens of a row; where they are not counted yet, a token is taken for four characters."""
-    from app import datasets
-
-    stats = datasets.stats(dataset)
-    total = stats.tokens if stats.tokens is not None else stats.characters / 4
-    return max(total / max(stats.rows, 1), 1.0)
-
-
 def has_gpu() -> bool:
     from app import workers
 
     return workers.training_machine().cuda
 
 
-def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
-    """What the job will take on the machine that trains, with `warnings` about its data and what stands on both sides of its split
-    (`overlap`, see there); None while its rows are not known."""
-    from app import datasets, estimate, inspections, overlap, workers
+def figures_of(session: Session, spec: JobSpec) -> JSON | None:
+    """Memory, time and steps of a job on the machine that trains; None while its rows are not known."""
+    from app import estimate, inspections, workers
 
     if not spec.dataset.path:
         return None
+    stats = inspections.stats_for(session, session.get_one(Dataset, spec.dataset.id), spec.model)
+    checked_on = inspections.stats_for(session, session.get_one(Dataset, spec.validation.id), spec.model) if spec.validation else None
+    return estimate.estimate(spec, stats, workers.training_machine(), checked_on).model_dump(mode="json")
+
+
+def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
+    """The job's figures, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows are
+    not known."""
+    from app import datasets, overlap
+
+    found = figures_of(session, spec)
+    if found is None:
+        return None
     dataset = session.get_one(Dataset, spec.dataset.id)
     validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
-    stats = inspections.stats_for(session, dataset, spec.model)
-    checked_on = inspections.stats_for(session, validation, spec.model) if validation else None
-    found = estimate.estimate(spec, stats, workers.training_machine(), checked_on).model_dump(mode="json")
     both_sides, warnings = overlap.told(session, spec)
     later = datasets.failed_later(session, dataset)
     warnings = [

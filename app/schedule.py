@@ -7,12 +7,11 @@ anything has changed. So small data gets smaller steps first, and is then read m
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-TARGET_STEPS = 60
 MIN_STEPS = 30
 """Fewer are warned about: most methods have then hardly begun to learn."""
-MAX_EPOCHS = 15
 EPOCHS = 3
 """Of data that gives steps enough; the default of `RunSettings.epochs`."""
 MAX_EVALUATIONS = 10
@@ -29,10 +28,42 @@ GPU_STEP_TOKENS = ((40 * 2**30, 16_384), (16 * 2**30, 8192), (0, 4096))
 rows. Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
 
 
+PresetName = Literal["quick", "balanced", "best"]
+
+
+class Preset(NamedTuple):
+    """How long to train, as one choice: the steps that small data is brought to, and the passes over data that has more."""
+
+    title: str
+    summary: str
+    steps: int
+    epochs: float
+    max_epochs: float
+    more: Mapping[str, Any]  # run settings beside the schedule
+
+
+PRESETS: Mapping[PresetName, Preset] = {
+    "quick": Preset("Quick look", "About 25 steps, to see whether the data and the settings work.", 25, EPOCHS, 15, {"max_steps": 25}),
+    "balanced": Preset("Balanced", "At least 60 steps, or 3 passes over larger data. Keeps the best checkpoint.", 60, EPOCHS, 15, {}),
+    "best": Preset(
+        "Best",
+        "At least 150 steps, or 5 passes, with more patience before it stops early. Keeps the best checkpoint.",
+        150,
+        5,
+        40,
+        {"early_stopping_patience": 5},
+    ),
+}
+
+
 class Schedule(NamedTuple):
     max_tokens_per_step: int
     epochs: float
     evaluations_per_epoch: float
+
+
+GOVERNED = (*Schedule._fields, "max_steps", "early_stopping_patience")
+"""Run settings that a preset decides where they are left empty."""
 
 
 def schedule(
@@ -43,11 +74,13 @@ def schedule(
     gpu_memory_bytes: int | None = None,
     max_tokens_per_step: int | None = None,
     epochs: float | None = None,
+    preset: PresetName = "balanced",
 ) -> Schedule:
     """For `rows` training rows of `mean_tokens` on average. A value that somebody chose is kept, and the other made to fit it."""
-    epoch = max(1.0, rows * mean_tokens)
-    tokens = max_tokens_per_step or _step_tokens(task, epoch, mean_tokens, gpu_memory_bytes, epochs or EPOCHS)
-    read = epochs or _epochs(epoch, tokens)
+    epoch, aim = max(1.0, rows * mean_tokens), PRESETS[preset]
+    enough = (epochs or aim.epochs) * epoch / aim.steps
+    tokens = max_tokens_per_step or _step_tokens(task, enough, mean_tokens, gpu_memory_bytes)
+    read = epochs or _epochs(epoch, tokens, aim)
     return Schedule(tokens, read, 2.0 if read <= EPOCHS else max(0.5, round(MAX_EVALUATIONS / read, 2)))
 
 
@@ -56,21 +89,21 @@ def steps(epoch: float, max_tokens_per_step: int, epochs: float) -> int:
     return max(1, math.ceil(epochs * math.ceil(epoch / max_tokens_per_step)))
 
 
-def _step_tokens(task: str, epoch: float, mean_tokens: float, gpu_memory_bytes: int | None, epochs: float) -> int:
+def _step_tokens(task: str, enough: float, mean_tokens: float, gpu_memory_bytes: int | None) -> int:
+    """`enough` is the size of a step that gives the steps aimed at."""
     most = STEP_TOKENS
     if task == "classification":
         most = max(MIN_STEP_TOKENS, min(round(ROWS_PER_STEP * mean_tokens), STEP_TOKENS))
     elif task == "generation" and gpu_memory_bytes is not None:
         most = next(tokens for least, tokens in GPU_STEP_TOKENS if gpu_memory_bytes >= least)
     least = max(MIN_STEP_TOKENS if task != "classification" else 64, math.ceil(MIN_ROWS_PER_STEP[task] * mean_tokens))
-    enough = epochs * epoch / TARGET_STEPS
     if enough >= most:
         return most
     return min(most, max(least, int(enough) // 64 * 64))
 
 
-def _epochs(epoch: float, tokens: int) -> float:
-    found = EPOCHS
-    while found < MAX_EPOCHS and steps(epoch, tokens, found) < TARGET_STEPS:
+def _epochs(epoch: float, tokens: int, aim: Preset) -> float:
+    found = aim.epochs
+    while found < aim.max_epochs and steps(epoch, tokens, found) < aim.steps:
         found += 1
     return found

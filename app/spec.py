@@ -31,15 +31,17 @@ class PreferenceSettings(_Frozen):
         0.1,
         gt=0,
         le=10,
-        description="Pull back to the model before tuning: higher changes less, lower follows the preferences further.",
+        description="KL penalty β: higher stays closer to the base model, lower follows the preferences further.",
         json_schema_extra={"basic": True},
     )
-    loss: Literal["dpo", "ipo"] = Field("dpo", description="dpo widens the margin without end; ipo stops at a margin that beta sets.")
+    loss: Literal["dpo", "ipo"] = Field("dpo", description="DPO has no margin target; IPO has one, which beta sets.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs expected to be labelled the wrong way round; dpo only."
+        0.0, ge=0, lt=0.5, description="Fraction of the pairs expected to be labeled the wrong way round; DPO only."
     )
     length_normalised: bool = Field(
-        False, description="Compare likelihood per token, so that long answers weigh no more than short ones. ipo always does."
+        False,
+        title="Length normalized",
+        description="Compare likelihood per token, so that long answers weigh no more than short ones. IPO always does.",
     )
 
     @property

@@ -36,7 +36,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     look_at(page, "comparison-new", tmp_path)
     while page.locator("input[name=strategy]:checked").count():
         page.locator("input[name=strategy]:checked").first.uncheck()
-    expect(page.locator("#before")).to_contain_text("Choose at least two strategies")
+    expect(page.locator("#before")).to_contain_text("Choose at least two methods")
     expect(start).to_be_disabled()
     for name in ("lora", "ia3"):
         page.locator(f'input[name=strategy][value="{name}"]').check()
@@ -118,10 +118,10 @@ def test_the_form_of_a_job_with_advice_and_rows_to_check_with(
 
     other = make(session, user, [{"text": f"another {n}", "label": "abx"[n % 3]} for n in range(9)], "others.jsonl")
     page.goto(f"{served}/jobs/new?model=tiny&dataset={public(kinds)}")
-    expect(page.locator(".card.on")).to_contain_text("advised")
+    expect(page.locator("#methods .card.on")).to_contain_text("Recommended")
     expect(page.locator("#start")).to_be_enabled()
     page.locator("#validation").select_option(public(other))
-    expect(page.locator("#before")).to_contain_text("stands in no training row: “x”")
+    expect(page.locator("#before")).to_contain_text("is in no training row: “x”")
     expect(page.locator("#start")).to_be_disabled()
     look_at(page, "new-job-validation", tmp_path)
     page.locator("#validation").select_option("")

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_before_a_job_exists(session, user, order, dataset
     ("state", "words"),
     [
         ({"status": "error", "error": {"message": "Line 3 is broken.", "way_out": "Mend it."}}, "Line 3 is broken. Mend it."),
-        ({"good_rows": 0}, "no good row"),
+        ({"good_rows": 0}, "no valid row"),
         ({"task": "classification", "format": "classification"}, "classification"),
     ],
 )

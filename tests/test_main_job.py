@@ -87,8 +87,8 @@ def test_in_the_browser(studio, browser_page, note):
     page.get_by_role("link", name="Tune a model on it").click()
 
     # Order a short LoRA; the estimate stands beside the form.
+    page.locator("#advanced > summary").click()
     page.locator("input[name='strategy.rank']").fill("8")
-    page.locator("#more-run > summary").click()
     page.locator("input[name='run.max_steps']").fill(str(STEPS))
     page.locator("input[name='run.max_tokens_per_step']").fill("512")
     page.locator("input[name='run.evaluations_per_epoch']").fill("1")

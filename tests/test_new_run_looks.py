@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app import jobs
+from tests.looks import look_at
 from tests.routes.test_job_pages import dataset
 from tests.test_looks import page, served
 
@@ -31,12 +32,12 @@ def test_the_form_starts_what_it_shows(page: Page, served: str, session, user, t
     choose(page, "dora")
     expect(page.locator("#shown")).to_have_value("dora")
     page.locator("#run-epochs").fill("7")
-    page.get_by_role("link", name="Which one suits this data?").click()
+    page.get_by_role("link", name="Get a recommendation").click()
     page.wait_for_url("**/jobs/advice*")
     page.go_back()
     for _ in ("Back", "reload"):
         expect(page.locator("#method-dora")).to_be_checked()
-        expect(page.locator(".card.on")).to_contain_text("DoRA")
+        expect(page.locator("#methods .card.on")).to_contain_text("DoRA")
         expect(page.locator("#run-epochs")).to_have_value("7")
         expect(page.locator("#shown")).to_have_value("dora")
         page.reload()
@@ -67,3 +68,36 @@ def test_the_form_starts_what_it_shows(page: Page, served: str, session, user, t
     other.wait_for_url("**/jobs/ftjob-*")
     assert (started()["strategy"]["name"], started()["run"]["epochs"], started()["run"]["seed"]) == ("rslora", 7, 11)
     other.close()
+
+
+@pytest.mark.parametrize("path", ["/jobs/new", "/compare/new"])
+def test_the_summary_stays_in_sight(page: Page, served: str, session, user, tiny_registered, dataset, path: str, tmp_path):
+    page.goto(served + path)
+    open_settings(page)
+    for width in (1360, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate("scrollTo(0, 1500)")
+        assert page.evaluate("scrollY") == 1500
+        expect(page.locator("#start")).to_be_in_viewport(ratio=1)
+    expect(page.locator(".in-short")).to_contain_text("steps")
+    page.evaluate("scrollTo(0, 1e6)")
+    last, bar = page.locator("#name").bounding_box(), page.locator(".bar").bounding_box()
+    assert last["y"] + last["height"] <= bar["y"], "the bar hides no field"
+    look_at(page, "new-run" + path.replace("/", "-"), tmp_path)
+
+
+def test_a_wrong_value_is_marked_where_it_stands(page: Page, served: str, session, user, tiny_registered, dataset):
+    page.goto(f"{served}/jobs/new")
+    open_settings(page)
+    rank = page.locator("#strategy-rank")
+    rank.fill("0")
+    sentence = "Rank must be 1 or more; you wrote 0."
+    expect(page.locator("#strategy-rank-error")).to_have_text(sentence)
+    expect(rank).to_have_attribute("aria-invalid", "true")
+    assert "strategy-rank-error" in rank.get_attribute("aria-describedby") and rank.evaluate("e => e === document.activeElement")
+    assert rank.input_value() == "0" and page.locator("#start").is_disabled()
+    page.locator("#before").get_by_role("link", name=sentence).click()
+    expect(rank).to_be_in_viewport()
+    rank.fill("4")
+    expect(page.locator("#start")).to_be_enabled()
+    expect(page.locator("#strategy-rank-error")).to_have_count(0)

@@ -71,7 +71,7 @@ def test_labels_that_only_the_validation_rows_have(session, user, tiny_registere
     body = order_of(train, validation_dataset_id=ids.public(ids.DATASET, check.id))
     error = refused(session, user, body)
     assert error.code == "unseen_labels" and error.param == "validation_dataset_id"
-    assert "2 labels of the validation dataset check stand in no training row: “coin”, “note”." in error.message
+    assert "2 labels of the validation dataset check are in no training row: “coin”, “note”." in error.message
     fewer = read(labelled("card", each=2), "fewer.jsonl")  # a class nobody checks is no fault
     assert told(session, user, order_of(train, validation_dataset_id=ids.public(ids.DATASET, fewer.id))) == []
 
@@ -102,7 +102,7 @@ def test_a_label_for_nearly_every_row_is_told(session, user, tiny_registered, re
 
 def test_empty_texts_are_told(session, user, tiny_registered, read):
     found = told(session, user, order_of(read([*labelled("card", "cash"), {"text": " ", "label": "card"}, {"text": "", "label": "cash"}])))
-    assert found[0].startswith("2 of 14 rows of kinds are left out, 2 of them because a text is empty.")
+    assert found[0].startswith("2 of 14 rows of kinds are excluded, 2 of them because a text is empty.")
 
 
 def test_nothing_but_empty_texts_is_refused(session, user, tiny_registered, data_dir):
@@ -121,7 +121,7 @@ def test_texts_beyond_the_window_or_the_longest_length_are_told(session, user, t
     (found,) = told(session, user, order_of(dataset))
     assert "the model reads 512 at once" in found and "a model with a longer window" in found
     (found,) = told(session, user, order_of(dataset, run={"max_length": 64}))
-    assert "this order cuts rows to 64" in found and "Raise “Max length”" in found
+    assert "this job truncates rows to 64" in found and "Raise “Max length”" in found
     dataset.report = {**dataset.report, "longest": 9000, "tokens": 30_000, "token_lengths": [[4, 12], [512, 2], [8192, 1]]}
     (found,) = told(session, user, order_of(dataset))
     assert "and 3 rows are longer" in found, "the report's own count of rows, as its page shows it"
@@ -272,11 +272,11 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
 def test_the_form_asks_for_rows_on_both_sides_of_its_own_split(client, session, user, tiny_registered, read):
     found = read(chats(*((f"Question {n % 10}", f"Answer {n}") for n in range(40))), "same.jsonl")
     params = {"model": "tiny", "dataset": ids.public(ids.DATASET, found.id), "run.validation_fraction": "0.25"}
-    assert "Looking for rows that stand on both sides" in client.get("/jobs/new", params=params).text
+    assert "Checking for train/validation leakage" in client.get("/jobs/new", params=params).text
     with data_worker():
         for _ in range(100):
             page = html.unescape(client.get("/jobs/new", params=params).text)
-            if "Looking for" not in page:
+            if "Checking for" not in page:
                 break
             time.sleep(0.1)
     assert "10 of the 10 validation rows are also in the training set of same, by their prompt" in page
@@ -350,7 +350,7 @@ def test_what_the_trainer_would_refuse_to_tune_further_is_refused_before(api, cl
 def test_a_classifier_adapter_is_not_tuned_further(session, user, tiny_registered, read):
     model = tuned(session, user, tiny_registered, "lora", labels=["card", "cash"])
     error = refused(session, user, order_of(read(labelled("card", "cash")), model=model.name))
-    assert error.code == "cannot_be_tuned" and "stands on another model" in error.message
+    assert error.code == "cannot_be_tuned" and "on top of another model" in error.message
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
     assert "writes no text" in refused(session, user, order_of(chats, model=model.name, strategy={"name": "lora"})).message
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app import advice, datasets, evaluations, ids, models, schemas
+from app import advice, datasets, evaluations, ids, models, pairs, schemas
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import StudioError
@@ -56,11 +56,10 @@ def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -
 
 @pages.get("/jobs/advice")
 def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str = "", model: str = "") -> Response:
-    """Without a choice the first model and dataset that are ready are taken."""
+    """Without a choice the model and dataset that were used last are taken."""
     usable = [m for m in models.list_(session, user) if m.status == "ready"]
     sets = [d for d in datasets.list_(session, user) if d.status == "ready"]
-    chosen = next((m for m in usable if model in (m.name, ids.public(ids.MODEL, m.id))), usable[0] if usable and not model else None)
-    data = next((d for d in sets if ids.public(ids.DATASET, d.id) == dataset), sets[0] if sets and not dataset else None)
+    chosen, data = pairs.pair(session, user, usable, sets, model, dataset)
     found, fault = None, None
     if chosen is not None and data is not None:
         try:

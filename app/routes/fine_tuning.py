@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import checkpoints, events, ids, jobs, leases, models, order_form, schemas, verdict, watch
+from app import checkpoints, events, ids, jobs, leases, models, order_file, schemas, verdict, watch
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, NotFound
@@ -20,7 +20,9 @@ from app.openapi import answers, takes
 from app.orders import Hyperparameters, JobOrder, read_order
 from app.pages import MAX_NUMBER, After, Limit, Offset, Step, page
 from app.routes.models import to_json as model_json
+from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
+from app.usual import rows_per_step
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
@@ -218,8 +220,8 @@ def job_json(session: Session, job: Job) -> Json:
         "result_files": [ids.public(ids.FILE, job.result_file_id)] if job.result_file_id else [],
         "trained_tokens": job.trained_tokens,
         "seed": job.spec["run"]["seed"],
-        "hyperparameters": hyperparameters(job, order.asked()),
-        "method": method_json(job, order),
+        "hyperparameters": hyperparameters(session, job, order.asked()),
+        "method": method_json(session, job, order),
         "integrations": order.integrations or [],
         "metadata": job.user_metadata,
         "error": {**job.error, "param": job.error.get("param")} if job.error else None,
@@ -245,7 +247,7 @@ def verdict_json(session: Session, job: Job, order: JobOrder) -> Json | None:
     found = verdict.of_job(job)
     if found is None:
         return None
-    body = order_form.body_of(session, session.get_one(Dataset, job.dataset_id), order)
+    body = order_file.body_of(session, session.get_one(Dataset, job.dataset_id), order)
     orders = [{**body, "run": {**body.get("run", {}), **s.order["run"]}} for s in found.suggestions]
     told = [{"label": s.label, "order": one} for s, one in zip(found.suggestions, orders, strict=True)]
     return {**found.model_dump(mode="json"), "suggestions": told}
@@ -263,20 +265,29 @@ def progress_json(job: Job) -> Json:
     }
 
 
-def hyperparameters(job: Job, asked: Hyperparameters) -> Json:
-    """OpenAI's settings as they were asked for. Once the job runs, "auto" for the epochs is the number that it trains for."""
+def hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json:
+    """OpenAI's settings as they were asked for. Once the job has begun, "auto" is what it came to."""
     settings = asked.model_dump(include={"n_epochs", "batch_size", "learning_rate_multiplier"})
-    if settings["n_epochs"] == "auto" and job.attempt:
-        settings["n_epochs"] = max(1, round(job.spec["run"]["epochs"]))
-    return settings
+    if not job.attempt:
+        return settings
+    spec = JobSpec.model_validate(job.spec)
+    rate = usual_learning_rate(spec.strategy, spec.task, spec.run.optimizer)
+    dataset = session.get_one(Dataset, job.dataset_id)
+    came_to = {
+        "n_epochs": max(1, round(spec.run.epochs)),
+        "batch_size": rows_per_step(dataset, spec.run),
+        "learning_rate_multiplier": float(f"{(spec.run.learning_rate or rate) / rate:.6g}"),
+    }
+    return {name: came_to[name] if value == "auto" else value for name, value in settings.items()}
 
 
-def method_json(job: Job, order: JobOrder) -> Json:
+def method_json(session: Session, job: Job, order: JobOrder) -> Json:
     """The method as it was asked for; where nobody said, the one that follows from the data."""
     kind = order.method.type if order.method else "dpo" if job.spec["task"] == "preference" else "supervised"
-    settings = hyperparameters(job, order.asked())
+    settings = hyperparameters(session, job, order.asked())
     if kind == "dpo":
-        settings["beta"] = order.asked().beta
+        beta = order.asked().beta
+        settings["beta"] = job.spec["preference"]["beta"] if beta == "auto" and job.attempt and job.spec.get("preference") else beta
     return {"type": kind, kind: {"hyperparameters": settings}}
 
 

@@ -25,19 +25,19 @@ from app.web import render
 pages = APIRouter()
 
 FAMILIES = {
-    "feature": ("Frozen features", "The model is only read; a small classifier learns on what it says."),
-    "partial": ("A part on top", "New layers, or the topmost ones, learn; the rest is frozen."),
-    "full": ("Everything", "Every weight learns."),
-    "additive": ("Something added", "Adapters between the layers, or vectors before the text, learn; the model itself is frozen."),
-    "selective": ("A few of its own numbers", "Only the model's biases, norms or scales learn."),
-    "reparametrized": ("A correction beside each layer", "The change of a layer is learnt as something much smaller than the layer."),
+    "feature": ("Feature extraction", "The model is frozen; a small classifier is trained on its vectors."),
+    "partial": ("Partial re-training", "New layers, or the last ones, are trained; the rest is frozen."),
+    "full": ("Full", "Every weight is trained."),
+    "additive": ("Additive (adapters, soft prompts)", "Layers or vectors are added and trained; the model itself is frozen."),
+    "selective": ("Selective", "Only the model's biases, norms or scales are trained."),
+    "reparametrized": ("Reparametrized (LoRA family)", "The change of a layer is trained as something much smaller than the layer."),
 }
 """Families in plain words. A family that is not here is shown under its own name."""
 
 FORGETS = {
-    "little": "Little: the base stays as it was, and what is learnt can be taken off again.",
-    "some": "Some: parts of the model itself move. Look at the forgetting score of the job.",
-    "much": "Much: every weight moves. Look at the forgetting score of the job, and keep the learning rate low.",
+    "little": "Low: the base is unchanged, and the adapter can be removed.",
+    "some": "Medium: parts of the model itself change. Check the general ability on the job's page.",
+    "much": "High: every weight changes. Check the general ability on the job's page, and keep the learning rate low.",
 }
 
 WORDS = [

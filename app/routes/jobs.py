@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import uuid
 from typing import Annotated, Literal
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 
-from app import cards, checkpoints, downloads, first_model, ids, job_files, job_tabs, jobs, live, models, order_form, watch
+from app import cards, checkpoints, downloads, first_model, ids, job_files, job_tabs, jobs, live, models, order_file, order_form, watch
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
-from app.errors import BadField, Conflict
+from app.errors import BadData, BadField, Conflict
 from app.orders import JobOrder
 from app.pages import MAX_NUMBER, Offset, Step
+from app.schedule import GOVERNED
 from app.tables import Job, Model
 from app.web import flash, human_number, render
 
@@ -61,8 +63,46 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
     """The form for what stands in the address: `?dataset=&model=`, all it was typed so far, or `?clone=ftjob-…`."""
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
-        typed = order_form.typed_of(session, user, clone) | typed
+        typed = order_file.typed_of(session, user, clone) | typed
     return _order_page(request, session, user, order_form.order_form(session, user, typed), typed.get("key"))
+
+
+@pages.get("/jobs/new/file")
+def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Response:
+    """The job that the form would start, every setting with its value, as a file for `luthier train`."""
+    form = order_form.order_form(session, user, dict(request.query_params.multi_items()))
+    if form.unseen or form.spec is None or not form.ready:
+        said = form.unseen or "There is no file of it: something below is not right yet."
+        return _order_page(request, session, user, form, None, problem=said, status_code=409 if form.unseen else 400)
+    return _yaml_file(order_file.as_file(form.spec), "job.yaml")
+
+
+async def _file(request: Request) -> bytes:
+    """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
+    length = request.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > order_file.LARGEST_FILE:
+        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {order_file.LARGEST_FILE:,} bytes.")
+    sent = (await request.form(max_files=1)).get("file")
+    if not isinstance(sent, UploadFile) or not sent.filename:
+        raise BadField("No file was chosen.", way_out="Choose the YAML file of a job.", param="file")
+    return await sent.read()
+
+
+@pages.post("/jobs/new/file")
+def load_job_file(user: CurrentUser, session: Db, sent: Annotated[bytes, Depends(_file)]) -> Response:
+    """The form as a configuration file fills it in."""
+    return RedirectResponse(f"/jobs/new?{urlencode(order_file.read(session, user, sent))}", status_code=303)
+
+
+@pages.get("/jobs/{job_id}/job.yaml")
+def job_file(user: CurrentUser, session: Db, job_id: str) -> Response:
+    """Everything that decided the job, as a file for `luthier train`."""
+    job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
+    return _yaml_file(order_file.of_job(job), f"job-{job.id.hex[:8]}.yaml")
+
+
+def _yaml_file(text: str, name: str) -> Response:
+    return Response(text, media_type="application/yaml", headers={"content-disposition": f'attachment; filename="{name}"'})
 
 
 @pages.post("/jobs")
@@ -100,7 +140,7 @@ def _order_page(
 ) -> Response:
     texts = {}
     if form.ready and form.order and form.dataset:
-        texts = order_form.as_texts(order_form.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
+        texts = order_file.as_texts(order_file.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
     answer = render(
         request,
         "new_job.html",
@@ -108,6 +148,7 @@ def _order_page(
         form=form,
         key=key or uuid.uuid4().hex,
         problem=problem,
+        governed=[f"run.{name}" for name in GOVERNED],
         texts=texts,
         ids=ids,
         offer=None if form.models else first_model.offer(session, user),
@@ -147,13 +188,6 @@ def job_page(
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     context = job_tabs.page(session, user, job, tab, wish, points=part != "live")
     return render(request, "parts/job_live.html" if part == "live" else "job.html", **context)
-
-
-@pages.get("/jobs/{job_id}/config.yaml")
-def job_config(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """All settings as a file that `luthier train` takes."""
-    job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    return Response(job_files.config(session, job), media_type="application/yaml", headers=_attached(f"job-{job.id.hex[:8]}.yaml"))
 
 
 @pages.get("/jobs/{job_id}/log.txt")

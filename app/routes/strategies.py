@@ -51,7 +51,7 @@ def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str 
     if model is not None:
         reason = order_checks.why_not_tuned(model, task or "classification") or orders.why_not(cls(), model.shape, task)
     elif task is not None and task not in cls.tasks:
-        reason = f"{cls.title} does not learn the task {task}; it learns {' and '.join(cls.tasks)}."
+        reason = f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
     return {
         "object": "strategy",
         "name": cls.model_fields["name"].default,

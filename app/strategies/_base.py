@@ -132,7 +132,7 @@ class Strategy(BaseModel, ABC):
         if task != "classification" and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
         if task not in self.tasks:
-            return f"{self.title} does not learn the task {task}; it learns {' and '.join(self.tasks)}."
+            return f"{self.title} does not support the task {task}; it supports {' and '.join(self.tasks)}."
         return None
 
     @classmethod

@@ -59,12 +59,10 @@ class LowRank(PeftStrategy):
     scaled: ClassVar = (".lora_B.",)
     default_learning_rate: ClassVar = 5e-4
 
-    rank: int = Field(
-        8, ge=1, le=1024, description="Rank r of the update. Higher = more capacity and memory.", json_schema_extra={"basic": True}
-    )
-    alpha: float = Field(16, gt=0, le=4096, description="Scale of the update: alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
-    layers: LayerChoice = Field("all-linear", description="Which linear layers are trained beside. Target modules name single ones.")
+    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r. Higher = more capacity and memory.", json_schema_extra={"basic": True})
+    alpha: float = Field(16, gt=0, le=4096, description="LoRA alpha (scale = alpha/r).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the adapter's inputs dropped at random during training.")
+    layers: LayerChoice = Field("all-linear", description="Which linear layers are adapted. Target modules name single ones.")
 
     def targets(self, shape: Shape) -> list[str]:
         return linear_names(shape, self.layers)

@@ -32,7 +32,11 @@ class SoftPrompt(Strategy):
     no_blend: ClassVar = "its learnt vectors stand before the text or they do not; half of each is another prompt that was never tried."
 
     tokens: int = Field(
-        20, ge=1, le=1024, description="How many vectors are learnt. Each takes a place of the context.", json_schema_extra={"basic": True}
+        20,
+        ge=1,
+        le=1024,
+        description="Number of trained vectors (virtual tokens). Each takes one token of the context.",
+        json_schema_extra={"basic": True},
     )
 
     def virtual_tokens(self) -> int:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class AdaLora(InOnePass, LowRank):
     name: Literal["adalora"] = "adalora"
     title: ClassVar = "AdaLoRA"
-    summary: ClassVar = "LoRA that moves its rank to the layers that need it."
-    when_to_use: ClassVar = "For longer runs with a tight size limit. It needs some hundred steps to find out where rank is needed."
+    summary: ClassVar = "LoRA that allocates its rank to the layers that need it."
+    when_to_use: ClassVar = "For longer runs with a tight size limit. It needs a few hundred steps to find out where rank is needed."
     paper: ClassVar = (
         "Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
         "https://arxiv.org/abs/2303.10512",
@@ -28,11 +28,9 @@ class AdaLora(InOnePass, LowRank):
     default_learning_rate: ClassVar = 1e-3
     scaled: ClassVar = (".lora_E.",)
 
-    rank: int = Field(8, ge=1, le=512, description="Mean width that is left in the end.", json_schema_extra={"basic": True})
-    start_rank: int | None = Field(
-        None, ge=1, le=1024, description="Width of every correction at the start. Empty takes one and a half times the rank."
-    )
-    orthogonality: float = Field(0.5, ge=0, le=10, description="How strongly the directions of a correction are kept apart.")
+    rank: int = Field(8, ge=1, le=512, description="Mean rank at the end.", json_schema_extra={"basic": True})
+    start_rank: int | None = Field(None, ge=1, le=1024, description="Initial rank of every layer. Leave empty for 1.5 × the rank.")
+    orthogonality: float = Field(0.5, ge=0, le=10, description="Weight of the orthogonality regularization.")
 
     def first_rank(self) -> int:
         return self.start_rank or -(-3 * self.rank // 2)

@@ -22,24 +22,24 @@ _BESIDE = """if place.endswith("mlp"):
 
 class BottleneckAdapter(Added):
     name: Literal["bottleneck_adapter"] = "bottleneck_adapter"
-    title: ClassVar = "Bottleneck adapters"
-    summary: ClassVar = "Small dense layers slipped in after the layers of every block."
-    when_to_use: ClassVar = "When the task asks for new computation, not only for a change of weights: it can learn more than LoRA per parameter, and costs a little at every answer."
+    title: ClassVar = "Adapters (Houlsby/Pfeiffer)"
+    summary: ClassVar = "Small bottleneck layers inserted into every block."
+    when_to_use: ClassVar = "When the task asks for new computation, not only for a change of weights: more capacity than LoRA per parameter, a little slower at inference."
     paper: ClassVar = ("Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP", "https://arxiv.org/abs/1902.00751")
     place: ClassVar = 20
     default_learning_rate: ClassVar = 5e-4
 
     width: int = Field(
-        32, ge=1, le=8192, description="Width of the bottleneck. More learns more and costs more.", json_schema_extra={"basic": True}
+        32, ge=1, le=8192, description="Bottleneck size. Higher = more capacity and memory.", json_schema_extra={"basic": True}
     )
     arrangement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "houlsby",
         description="houlsby: after attention and after feed-forward. pfeiffer: after feed-forward alone (Pfeiffer et al. 2021). "
-        "parallel: beside feed-forward (He et al. 2022).",
+        "parallel: parallel to feed-forward (He et al. 2022).",
         json_schema_extra={"basic": True},
     )
-    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="The bend between the two dense layers.")
-    scale: float = Field(1.0, gt=0, le=100, description="Strength of what the adapters add.")
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the two dense layers.")
+    scale: float = Field(1.0, gt=0, le=100, description="Scale of the adapter output.")
 
     def trainable(self, shape: Shape) -> int:
         one = 2 * shape.hidden * self.width + self.width + shape.hidden

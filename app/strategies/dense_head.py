@@ -24,11 +24,11 @@ class DenseHead(Added):
     last norm and the output layer, zero at the start, so the model starts as it was."""
 
     name: Literal["dense_head"] = "dense_head"
-    title: ClassVar = "Dense head"
+    title: ClassVar = "Trainable head"
     family: ClassVar = "partial"
-    summary: ClassVar = "New dense layers on top; the model below is not touched."
+    summary: ClassVar = "New dense layers on top; the model below is frozen."
     when_to_use: ClassVar = (
-        "For classes, when there are a few thousand labelled texts or more; for text, to shift word choice without changing what is read."
+        "For classes, when there are a few thousand labeled texts or more; for text, to shift word choice without changing what is read."
     )
     paper: ClassVar = (
         "Peters et al. 2019, To Tune or Not to Tune? Adapting Pretrained Representations to Diverse Tasks",
@@ -37,10 +37,10 @@ class DenseHead(Added):
     place: ClassVar = 25
     default_learning_rate: ClassVar = 1e-3
 
-    width: int = Field(256, ge=1, le=65_536, description="Width of the new layers.", json_schema_extra={"basic": True})
-    depth: int = Field(1, ge=1, le=8, description="How many dense layers of that width stand before the classes.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Share of the new layers' inputs dropped at random while training.")
-    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="The bend between the layers.")
+    width: int = Field(256, ge=1, le=65_536, description="Hidden size of the new layers.", json_schema_extra={"basic": True})
+    depth: int = Field(1, ge=1, le=8, description="Number of hidden layers.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of the new layers' inputs dropped at random during training.")
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the layers.")
 
     def trainable(self, shape: Shape) -> int:
         return 2 * shape.hidden * self.width + self.width + shape.hidden

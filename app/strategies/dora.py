@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Dora(InOnePass, ChosenLowRank):
     name: Literal["dora"] = "dora"
     title: ClassVar = "DoRA"
-    summary: ClassVar = "LoRA for the direction of each weight row, and one learnt length beside it."
+    summary: ClassVar = "LoRA for the direction of each weight row, plus a trained magnitude."
     when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
     paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
     place: ClassVar = 12

@@ -20,13 +20,11 @@ class FeatureExtraction(Strategy):
     The recipe stands in `worker/features.py`."""
 
     name: Literal["feature_extraction"] = "feature_extraction"
-    title: ClassVar = "Frozen features"
+    title: ClassVar = "Feature extraction (linear probe)"
     family: ClassVar = "feature"
     tasks: ClassVar = ("classification",)
-    summary: ClassVar = "The model is frozen and turns each text into a vector; a small classifier learns on those."
-    when_to_use: ClassVar = (
-        "The first thing to try for classes: minutes on a laptop, nothing is forgotten, and hard to beat with few examples."
-    )
+    summary: ClassVar = "The model is frozen and embeds each text; a small classifier is trained on the vectors."
+    when_to_use: ClassVar = "The first thing to try for classes: minutes on a laptop, no forgetting, and hard to beat with few examples."
     paper: ClassVar = (
         "Peters et al. 2019, To Tune or Not to Tune? Adapting Pretrained Representations to Diverse Tasks",
         "https://arxiv.org/abs/1903.05987",
@@ -38,20 +36,18 @@ class FeatureExtraction(Strategy):
 
     classifier: Literal["logistic", "dense"] = Field(
         "logistic",
-        description="logistic: logistic regression, its strength chosen by cross-validation. dense: one hidden layer.",
+        description="logistic: logistic regression, C chosen by cross-validation. dense: one hidden layer.",
         json_schema_extra={"basic": True},
     )
     pooling: Literal["auto", "mean", "last", "first"] = Field(
-        "auto", description="Which states make the vector. auto: the mean for encoders, the last token for decoders."
+        "auto", description="Which hidden states make the vector. auto: the mean for encoders, the last token for decoders."
     )
     regularisation: float | None = Field(
-        None, gt=0, le=1e6, description="Inverse strength C of logistic regression. Empty chooses it by cross-validation."
+        None, gt=0, le=1e6, description="Inverse regularization strength C of logistic regression. Leave empty for cross-validation."
     )
-    width: int = Field(256, ge=1, le=8192, description="Width of the hidden layer of a dense classifier.")
+    width: int = Field(256, ge=1, le=8192, description="Hidden size of a dense classifier.")
 
-    passes: int = Field(
-        60, ge=1, le=10_000, description="How often a dense classifier sees the vectors; it stops early when validation does not improve."
-    )
+    passes: int = Field(60, ge=1, le=10_000, description="Epochs of a dense classifier; it stops early when validation does not improve.")
 
     def trainable(self, shape: Shape) -> int:
         return 0

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 class Full(Strategy):
     name: Literal["full"] = "full"
-    title: ClassVar = "Full re-training"
+    title: ClassVar = "Full fine-tuning"
     family: ClassVar = "full"
-    summary: ClassVar = "Moves every weight. Learns most, forgets most."
+    summary: ClassVar = "Trains every weight. Most capacity, most forgetting."
     when_to_use: ClassVar = (
         "When the data is far from what the model has read, there is much of it, and memory to spare: each weight "
         "needs sixteen bytes while it is trained."

@@ -17,8 +17,8 @@ class Ia3(PeftStrategy):
     title: ClassVar = "(IA)³"
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Learns to turn single features up or down: a few thousand numbers a layer."
-    when_to_use: ClassVar = "With tens of examples: so little can be learnt that it hardly overfits."
+    summary: ClassVar = "Rescales activations: a few thousand trainable parameters per layer."
+    when_to_use: ClassVar = "With tens of examples: so few trainable parameters that it hardly overfits."
     paper: ClassVar = (
         "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
         "https://arxiv.org/abs/2205.05638",

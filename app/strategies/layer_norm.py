@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 class LayerNorm(Selected):
     name: Literal["layer_norm"] = "layer_norm"
-    title: ClassVar = "LayerNorm tuning"
+    title: ClassVar = "Norm tuning"
     family: ClassVar = "selective"
-    summary: ClassVar = "Learns only the norms between the layers: how strongly each feature speaks."
+    summary: ClassVar = "Trains only the norm gains between the layers."
     when_to_use: ClassVar = "When a change of tone or format is enough and the result must be a few hundred kilobytes."
     paper: ClassVar = (
         "Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 class LoHa(LowRank):
     name: Literal["loha"] = "loha"
     title: ClassVar = "LoHa"
-    summary: ClassVar = "A correction made of two small ones multiplied: more expressive at the same rank."
-    when_to_use: ClassVar = "When LoRA at a small rank learns too little and the file must stay small. It is slower: the whole correction is built at every step."
+    summary: ClassVar = "Hadamard product of two low-rank matrices: more expressive at the same rank."
+    when_to_use: ClassVar = (
+        "When LoRA at a small rank underfits and the file must stay small. Slower: the full update is built at every step."
+    )
     paper: ClassVar = (
         "Hyeon-Woo et al. 2021, FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
         "https://arxiv.org/abs/2108.06098",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class LoKr(LowRank):
     name: Literal["lokr"] = "lokr"
     title: ClassVar = "LoKr"
-    summary: ClassVar = "A correction woven from two small matrices: the smallest file with a full rank."
-    when_to_use: ClassVar = "When the result must be tiny yet change every direction a little. Slower than LoRA at every step."
+    summary: ClassVar = "Kronecker product of two matrices: the smallest file with full rank."
+    when_to_use: ClassVar = "When the result must be tiny yet full-rank. Slower than LoRA at every step."
     paper: ClassVar = (
         "Yeh et al. 2023, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
         "https://arxiv.org/abs/2309.14859",
@@ -27,7 +27,7 @@ class LoKr(LowRank):
     default_learning_rate: ClassVar = 1e-3
     scaled: ClassVar = (".lokr_w1.", ".lokr_w1_a.")
 
-    factor: int = Field(-1, ge=-1, le=1024, description="Size of the smaller matrix. -1 makes both about equally large.")
+    factor: int = Field(-1, ge=-1, le=1024, description="Size of the smaller matrix. -1 makes both about equal.")
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))

@@ -11,7 +11,7 @@ from app.strategies._low_rank import InOnePass
 class Lora(InOnePass, ChosenLowRank):
     name: Literal["lora"] = "lora"
     title: ClassVar = "LoRA"
-    summary: ClassVar = "Learns a small correction beside each layer. Fits most tasks."
+    summary: ClassVar = "Trains low-rank matrices next to each linear layer. Fits most tasks."
     when_to_use: ClassVar = (
         "The first thing to try: it learns nearly as much as full re-training with a hundredth of the memory for "
         "gradients, forgets little, and its result is a small file."

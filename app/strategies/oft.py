@@ -20,7 +20,7 @@ class Oft(PeftStrategy):
     title: ClassVar = "OFT"
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Turns the weights without stretching them, so that what the model knows keeps its geometry."
+    summary: ClassVar = "Orthogonal rotation of weights, which preserves the geometry of what the model knows."
     when_to_use: ClassVar = "When forgetting is the worry. It is slower than LoRA at every step."
     paper: ClassVar = ("Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning", "https://arxiv.org/abs/2306.07280")
     place: ClassVar = 18
@@ -33,11 +33,11 @@ class Oft(PeftStrategy):
         32,
         ge=2,
         le=1024,
-        description="Width of the blocks that are turned. More learns more and costs more.",
+        description="Block size of the rotations. Higher = more capacity and memory.",
         json_schema_extra={"basic": True},
     )
-    layers: LayerChoice = Field("all-linear", description="Which linear layers are turned.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the rotations left out at random while training.")
+    layers: LayerChoice = Field("all-linear", description="Which linear layers are rotated (target modules).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the rotations dropped at random during training.")
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(linear_names(shape, self.layers))

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 class PTuning(SoftPrompt):
     name: Literal["p_tuning"] = "p_tuning"
     title: ClassVar = "P-tuning"
-    summary: ClassVar = "Learns a prompt of vectors through a small network, which makes learning steadier."
-    when_to_use: ClassVar = "Where prompt tuning learns too slowly. The network is thrown away afterwards; only the vectors are kept."
+    summary: ClassVar = "Trains a soft prompt through a small encoder network, which is more stable."
+    when_to_use: ClassVar = "Where prompt tuning trains too slowly. The network is discarded afterwards; only the vectors are kept."
     paper: ClassVar = ("Liu et al. 2021, GPT Understands, Too", "https://arxiv.org/abs/2103.10385")
     place: ClassVar = 61
     default_learning_rate: ClassVar = 1e-3
 
-    width: int = Field(128, ge=1, le=8192, description="Width of the small network.")
+    width: int = Field(128, ge=1, le=8192, description="Hidden size of the encoder network.")
 
     def trainable(self, shape: Shape) -> int:
         h, w = shape.hidden, self.width

@@ -24,8 +24,8 @@ class Pissa(InOnePass, LowRank):
 
     name: Literal["pissa"] = "pissa"
     title: ClassVar = "PiSSA"
-    summary: ClassVar = "LoRA that starts from the most important directions of each weight."
-    when_to_use: ClassVar = "When few steps must do much: it converges faster than LoRA, and its start takes longer."
+    summary: ClassVar = "LoRA initialized from the principal singular vectors of each weight."
+    when_to_use: ClassVar = "When there are few steps: it converges faster than LoRA, and takes longer to initialize."
     paper: ClassVar = (
         "Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation",
         "https://arxiv.org/abs/2404.02948",

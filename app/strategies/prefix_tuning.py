@@ -18,7 +18,7 @@ _OPEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 class PrefixTuning(SoftPrompt):
     name: Literal["prefix_tuning"] = "prefix_tuning"
     title: ClassVar = "Prefix tuning"
-    summary: ClassVar = "Learns a few vectors placed before every layer's input."
+    summary: ClassVar = "Trains a few vectors (keys and values) placed before every layer's input."
     when_to_use: ClassVar = (
         "For a change of style or format that must be switched on and off at will. Stronger than prompt tuning, still small."
     )

@@ -12,7 +12,7 @@ from app.strategies._chosen import ChosenLowRank
 class QLora(ChosenLowRank):
     name: Literal["qlora"] = "qlora"
     title: ClassVar = "QLoRA"
-    summary: ClassVar = "LoRA on a base squeezed into 4 bits: a quarter of the memory for weights."
+    summary: ClassVar = "LoRA on a 4-bit base: a quarter of the memory for weights."
     when_to_use: ClassVar = "When the model does not fit the GPU otherwise. Slower than LoRA, and nearly as good."
     paper: ClassVar = ("Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs", "https://arxiv.org/abs/2305.14314")
     place: ClassVar = 19

@@ -13,8 +13,8 @@ from app.strategies._low_rank import InOnePass
 class RankStabilizedLora(InOnePass, ChosenLowRank):
     name: Literal["rslora"] = "rslora"
     title: ClassVar = "Rank-stabilized LoRA"
-    summary: ClassVar = "LoRA whose strength does not fade as its rank grows."
-    when_to_use: ClassVar = "When you have much data and want a rank of 32 or more: plain LoRA learns ever more slowly there."
+    summary: ClassVar = "LoRA scaled by alpha/√r, so that high ranks stay effective."
+    when_to_use: ClassVar = "When you have much data and want a rank of 32 or more: plain LoRA trains ever more slowly there."
     paper: ClassVar = (
         "Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
         "https://arxiv.org/abs/2312.03732",

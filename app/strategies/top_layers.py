@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 class TopLayers(Selected):
     name: Literal["top_layers"] = "top_layers"
-    title: ClassVar = "Top layers"
+    title: ClassVar = "Last layers only"
     family: ClassVar = "partial"
-    summary: ClassVar = "Re-trains the last blocks, leaves the rest."
+    summary: ClassVar = "Trains the last blocks; the rest is frozen."
     when_to_use: ClassVar = (
-        "When the model already understands the text and must learn what to do with it. No gradient flows through the "
+        "When the model already understands the text and must be taught what to do with it. No gradient flows through the "
         "frozen blocks below, so it is quick and light."
     )
     forgets: ClassVar = "some"
@@ -33,11 +33,13 @@ class TopLayers(Selected):
     default_learning_rate: ClassVar = 1e-4
     preference_share: ClassVar = 1 / 30
 
-    layers: int = Field(2, ge=1, le=1000, description="How many of the last blocks learn.", json_schema_extra={"basic": True})
-    norm: bool = Field(True, description="The norm after the last block learns too.")
+    layers: int = Field(
+        2, ge=1, le=1000, description="Number of trainable blocks, counted from the last.", json_schema_extra={"basic": True}
+    )
+    norm: bool = Field(True, description="Train the final norm too.")
     output_layer: bool = Field(
         False,
-        description="The output layer learns too. Where it shares its weights with the input embedding, both change, and gradients pass every block: as slow as full re-training.",
+        description="Train the output layer too. Where it shares its weights with the input embedding, both change, and gradients pass every block: as slow as full fine-tuning.",
     )
 
     def trainable(self, shape: Shape) -> int:

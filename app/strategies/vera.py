@@ -20,9 +20,9 @@ class Vera(InOnePass, PeftStrategy):
     title: ClassVar = "VeRA"
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Random matrices shared by all layers; each layer learns only how to scale them."
+    summary: ClassVar = "Frozen random matrices shared by all layers; each layer trains only scaling vectors."
     when_to_use: ClassVar = (
-        "When as little as possible should learn in every layer: some ten times fewer numbers than LoRA. The file also holds the random "
+        "When the result must be small: some ten times fewer trainable parameters than LoRA. The file also holds the random "
         "matrices, so of a small model it may be larger than a LoRA's."
     )
     paper: ClassVar = ("Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation", "https://arxiv.org/abs/2310.11454")
@@ -33,9 +33,9 @@ class Vera(InOnePass, PeftStrategy):
     scaled: ClassVar = (".vera_lambda_b.",)
     default_learning_rate: ClassVar = 5e-3
 
-    rank: int = Field(128, ge=1, le=4096, description="Width of the shared random matrices.", json_schema_extra={"basic": True})
+    rank: int = Field(128, ge=1, le=4096, description="Rank of the shared random matrices.", json_schema_extra={"basic": True})
     layers: LayerChoice = Field("all-linear", description="Which linear layers are scaled.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the inputs dropped at random while training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the inputs dropped at random during training.")
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(linear_names(shape, self.layers))

@@ -25,8 +25,16 @@ function takeChoices() {
   for (const option of form.querySelectorAll("option")) if (option.defaultSelected) option.selected = true;
 }
 
+/** A preset that is chosen decides again what was set by hand before. */
+function takePreset() {
+  for (const name of document.getElementById("presets").dataset.clears.split(" ")) {
+    if (form.elements[name]) form.elements[name].value = "";
+  }
+}
+
 form?.addEventListener("input", (event) => {
   if (!event.target.name) return;
+  if (event.target.name === "preset") takePreset();
   keepAddress();
   const chosen = event.target.matches("select, [type=radio], [type=checkbox]");
   if (chosen) start().disabled = true; // until the settings and the estimate of this choice are there

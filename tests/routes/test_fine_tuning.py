@@ -200,7 +200,7 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(ai, tiny_registe
     [
         ({"method": {"type": "supervised"}}, "method.type", "pairs"),
         ({"extra_body": {"task": "generation"}}, "task", "cannot teach generation"),
-        ({"extra_body": {"strategy": {"name": "feature_extraction"}}}, "strategy", "does not learn the task preference"),
+        ({"extra_body": {"strategy": {"name": "feature_extraction"}}}, "strategy", "does not support the task preference"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}}, "hyperparameters.beta", "beta cannot be -1"),
         ({"extra_body": {"preference": {"beta": 0}}}, "preference.beta", "beta cannot be 0"),
         ({"extra_body": {"preference": {"gamma": 1}}}, "preference.gamma", "no setting"),

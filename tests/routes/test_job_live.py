@@ -251,6 +251,7 @@ def test_a_chart_says_the_value_under_the_pointer(page, served, session, user, t
 
 def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session, user, tiny_registered, dataset):  # noqa: F811
     page.goto(f"{served}/jobs/new?model=tiny")
+    page.click("#advanced > summary")
     before = page.inner_text("#before")
     page.fill("#strategy-rank", "64")
     until(page, "document.querySelector('#before').innerText !== " + json.dumps(before))
@@ -259,7 +260,7 @@ def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session
     assert page.is_disabled("#start")
     page.fill("#strategy-rank", "16")
     until(page, "!document.querySelector('#start').disabled")
-    page.locator(".card", has_text="Full re-training").click()
+    page.locator(".card", has_text="Full fine-tuning").click()
     page.wait_for_selector("#strategy-rank", state="detached")
     page.locator(".card", has_text="LoRA").first.click()
     page.wait_for_selector("#strategy-rank")

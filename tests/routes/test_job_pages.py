@@ -69,7 +69,7 @@ def test_another_persons_job_is_not_there(client, session, tiny_registered):
     session.commit()
     job = lives.order(session, other, tiny_registered)
     assert "support-tone" not in client.get("/jobs").text
-    for path in ("", "/stream", "/results.csv", "/config.yaml", "/log.txt"):
+    for path in ("", "/stream", "/results.csv", "/job.yaml", "/log.txt"):
         assert client.get(address(job) + path).status_code == 404
     for action in ("pause", "resume", "stop", "save", "again", "delete"):
         assert client.post(f"{address(job)}/{action}").status_code == 404
@@ -212,7 +212,7 @@ def test_the_config_orders_the_same_job_again_and_the_log_can_be_taken_away(clie
 
     answer = client.post("/jobs", data=typed(tiny_registered, dataset, **{"strategy.rank": "4", "run.epochs": "2"}), follow_redirects=False)
     job = jobs.get(session, user, ids.parse(ids.JOB, answer.headers["location"].rpartition("/")[2]))
-    body = yaml.safe_load(client.get(f"{address(job)}/config.yaml").text)
+    body = yaml.safe_load(client.get(f"{address(job)}/job.yaml").text)
     assert body["model"] == "tiny" and body["run"]["learning_rate"] == 5e-4 and body["run"]["seed"] == 42  # also what nobody typed
     again = api.post("/v1/fine_tuning/jobs", json=body)
     assert again.status_code == 200, again.text
@@ -249,9 +249,9 @@ def test_without_data_the_form_says_where_to_get_it(client, tiny_registered):
 def test_the_form_comes_from_the_class_with_an_estimate_beside_it(client, tiny_registered, dataset):
     page = client.get(f"/jobs/new?dataset={ids.public(ids.DATASET, dataset.id)}&model=tiny")
     said = words(page)
-    assert "Rank r of the update. Higher = more capacity and memory." in said
+    assert "LoRA rank r. Higher = more capacity and memory." in said
     assert re.search(r'name="strategy\.rank"[^>]*value="8"', page.text) and 'min="1" max="1024"' in page.text
-    assert "It fits this machine." in said and "Learns" in said and "60 good rows" in said
+    assert "Fits in memory." in said and "Trainable" in said and "60 valid rows" in said
     assert all(html.escape(cls.title) in page.text for cls in STRATEGIES.values())
 
 

@@ -48,7 +48,7 @@ def test_the_advised_strategy_is_marked_and_chosen_where_none_was_named(client, 
         first = next(a.strategy for a in advice.advise(session, user, "tiny", data).ranking if a.advised)
         page = client.get("/jobs/new", params={"model": "tiny", "dataset": public(data)}).text
         card = re.search(rf'value="{first}" checked.*?</label>', page, re.S)
-        assert card and 'class="pill ok">advised' in card.group(0) and page.count('class="pill ok">advised') == 1
+        assert card and 'class="pill ok">Recommended' in card.group(0) and page.count('class="pill ok">Recommended') == 1
 
 
 def test_rows_to_check_with_can_come_from_another_dataset(client, session, user, tiny_registered, kinds, more_kinds, chats):
@@ -73,8 +73,8 @@ def test_labels_that_cannot_be_checked_stand_beside_the_choice(client, session, 
     asked = {"model": "tiny", "dataset": public(kinds), "strategy": "dense_head", "validation": public(odd)}
     page = client.post("/jobs", data=asked)
     assert page.status_code == 400 and jobs.list_(session, user) == []
-    place = re.search(r'<p id="validation-help">(.*?)</p>', page.text, re.S).group(1)
-    assert "1 label of the validation dataset odd stands in no training row: “x”." in html.unescape(place)
+    place = re.search(r'id="validation-error">(.*?)</p>', page.text, re.S).group(1)
+    assert "1 label of the validation dataset odd is in no training row: “x”." in html.unescape(place)
 
 
 def test_a_choice_of_another_kind_is_forgotten_and_one_that_is_gone_is_told(client, tiny_registered, kinds, chats):
@@ -106,3 +106,154 @@ def test_a_strategy_too_large_for_the_machine_says_so(api, session, user, tiny_r
     found = api.get("/v1/strategies", params={"model": "tiny", "dataset": public(chats)}).json()["data"]
     full = next(s for s in found if s["name"] == "full")
     assert not full["available"] and "this machine has 0.2 GB" in full["reason"]
+
+
+def started(session, user, answer):
+    assert answer.status_code == 303, answer.text
+    return jobs.get(session, user, ids.parse(ids.JOB, answer.headers["location"].rpartition("/")[2]))
+
+
+def test_settings_that_were_not_shown_are_refused_and_nothing_typed_is_lost(client, session, user, tiny_registered, kinds, chats):
+    sent = {"model": "tiny", "dataset": public(chats), "strategy": "dora", "shown": "lora", "run.epochs": "7", "name": "mine"}
+    page = client.post("/jobs", data=sent)
+    assert page.status_code == 409 and jobs.list_(session, user) == []
+    said = html.unescape(page.text)
+    assert "You chose DoRA, and the page still showed the settings of LoRA, so nothing was started." in said
+    assert re.search(r'id="method-dora"[^>]* checked', said) and 'id="shown" name="shown" value="dora"' in said
+    assert re.search(r'name="run\.epochs"[^>]*value="7"', said) and 'value="mine"' in said
+    assert (
+        started(session, user, client.post("/jobs", data=sent | {"shown": "dora"}, follow_redirects=False)).spec["strategy"]["name"]
+        == "dora"
+    )
+    moved = client.post("/jobs", data=sent | {"shown": "dora", "dataset": public(kinds), "task": "generation"})
+    assert moved.status_code == 409 and "which is for another task" in moved.text
+    gone = client.post("/jobs", data=sent | {"shown": "", "strategy": "magic"})
+    assert gone.status_code in (400, 409) and "There is no method magic." in gone.text
+
+
+def test_the_address_opens_the_same_form(client, session, user, tiny_registered, chats):
+    typed = {
+        "model": "tiny",
+        "dataset": public(chats),
+        "strategy": "full",
+        "shown": "lora",
+        "strategy.rank": "24",
+        "run.epochs": "7",
+        "run.seed": "42",
+    }
+    address = client.get("/jobs/new", params=typed, headers={"hx-request": "true"}).headers["hx-replace-url"]
+    assert "strategy=full" in address and "kept.rank=24" in address and "run.epochs=7" in address and "seed" not in address
+    assert "hx-replace-url" not in client.get(address).headers
+    assert client.get(address, headers={"hx-request": "true"}).headers["hx-replace-url"] == address
+
+
+def test_what_is_wrong_stands_at_its_field_and_the_summary_leads_there(client, tiny_registered, kinds):
+    """Also what only the whole job shows to be wrong: the 8-bit optimizer without a GPU."""
+    page = client.get(
+        "/jobs/new", params={"model": "tiny", "dataset": public(kinds), "strategy": "dense_head", "run.optimizer": "adamw_8bit"}
+    ).text
+    field = re.search(r'<div class="field wrong">\s*<label for="run-optimizer">.*?</div>', page, re.S).group(0)
+    assert 'aria-describedby="run-optimizer-help run-optimizer-error"' in field and 'aria-invalid="true"' in field
+    assert "The 8-bit optimizer needs an NVIDIA GPU" in field
+    assert re.search(r'<a class="fault" href="#run-optimizer">The 8-bit optimizer', page[page.index('id="before"') :])
+
+
+def test_a_preset_sets_settings_and_each_says_its_time(client, api, session, user, tiny_registered, chats):
+    asked = {"model": "tiny", "dataset": public(chats), "strategy": "lora"}
+    page = html.unescape(client.get("/jobs/new", params=asked).text)
+    cards = re.findall(r'id="preset-(\w+)".*?<b>([^<]+)</b>, (\d+) steps', page, re.S)
+    assert [name for name, _, _ in cards] == ["quick", "balanced", "best"] and 'value="balanced" checked' in page
+    quick, balanced, best = (int(steps) for _, _, steps in cards)
+    assert 20 <= quick <= 30 and 50 <= balanced <= 100 and 120 <= best <= 250
+    job = started(session, user, client.post("/jobs", data={**asked, "preset": "best", "run.epochs": "2"}, follow_redirects=False))
+    assert job.order["preset"] == "best" and job.order["run"] == {"epochs": 2.0}
+    assert (job.spec["run"]["epochs"], job.spec["run"]["early_stopping_patience"]) == (2, 5), "what is explicit goes before the preset"
+    body = {"model": "tiny", "dataset_id": public(chats), "strategy": {"name": "lora"}, "preset": "quick"}
+    made = api.post("/v1/fine_tuning/jobs", json=body).json()
+    assert made["run"]["max_steps"] == 25 and made["estimate"]["steps"] == quick and made["run"]["learning_rate"] == 5e-4
+    wrong = api.post("/v1/fine_tuning/jobs", json=body | {"preset": "slow"})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "preset"
+    assert "There is no preset slow" in client.get("/jobs/new", params={**asked, "preset": "slow"}).text
+
+
+def test_the_pair_used_last_is_chosen_and_the_model_suits_the_task(client, session, user, tiny_registered, kinds, chats):
+    from app.pairs import pair
+    from app.tables import Model
+
+    both = [session.get_one(Model, tiny_registered.id)]
+    assert pair(session, user, both, [chats, kinds], None, None) == (both[0], chats), "nothing was used yet"
+    jobs.create(session, user, jobs.read_order({"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "dense_head"}}))
+    session.commit()
+    encoder = Model(name="mini", title="Mini", kind="encoder")
+    assert pair(session, user, [*both, encoder], [], None, None)[0] is both[0], "for text a model that writes"
+    newest = make(session, user, [{"prompt": f"{n}!", "completion": "No."} for n in range(20)], "newest.jsonl")
+    assert pair(session, user, both, [newest, chats, kinds], None, None) == (both[0], kinds)
+    page = client.get("/jobs/new").text
+    assert re.search(rf'value="{public(kinds)}" selected', page)
+
+
+def test_a_jobs_file_gives_the_same_job_again(client, session, user, tiny_registered, kinds, tmp_path):
+    from app.cli import read_spec, submit
+
+    asked = {
+        "model": "tiny",
+        "dataset": public(kinds),
+        "strategy": "dense_head",
+        "strategy.width": "32",
+        "split.method": "stratified",
+        "run.max_steps": "9",
+    }
+    first = started(session, user, client.post("/jobs", data=asked, follow_redirects=False))
+    path = tmp_path / "job.yaml"
+    for source in (
+        f"/jobs/{ids.public(ids.JOB, first.id)}/job.yaml",
+        "/jobs/new/file?" + client.get("/jobs/new", params=asked, headers={"hx-request": "1"}).headers["hx-replace-url"].partition("?")[2],
+    ):
+        answer = client.get(source)
+        assert answer.status_code == 200 and answer.headers["content-disposition"].startswith("attachment"), answer.text
+        path.write_text(answer.text)
+        assert (
+            "  width: 32\n" in answer.text
+            and "  seed: 42  # default\n" in answer.text
+            and "  learning_rate: 0.001  # default" in answer.text
+        )
+        again = jobs.get(session, user, ids.parse(ids.JOB, submit(session, user, read_spec(path, None), tmp_path)))
+        assert {**again.spec, "name": ""} == {**first.spec, "name": ""}
+    loaded = client.post("/jobs/new/file", files={"file": ("job.yaml", path.read_bytes())}, follow_redirects=False)
+    assert loaded.status_code == 303, loaded.text
+    typed = {name: value for name, value in client.get(loaded.headers["location"]).request.url.params.items()}
+    assert started(session, user, client.post("/jobs", data=typed, follow_redirects=False)).spec == {**first.spec, "name": typed["name"]}
+    for wrong, said in (
+        (b" " * 100_000, "too large"),
+        (b"model: [", "The file is not YAML"),
+        (b"- 1", "holds no settings"),
+        (b"model: tiny\nspeed: 9", "The form has no 'speed'"),
+        (b"\xff", "not text in UTF-8"),
+    ):
+        refused = client.post("/jobs/new/file", files={"file": ("job.yaml", wrong)})
+        assert refused.status_code in (400, 422) and said in html.unescape(refused.text), refused.text
+
+
+def test_a_comparison_shows_the_batch_that_its_jobs_run_with(client, session, user, tiny_registered, kinds):
+    page = client.get("/compare/new", params={"model": "tiny", "dataset": public(kinds)}).text
+    shown = re.search(r'name="run\.max_tokens_per_step"[^>]*placeholder="(\d+)"', page).group(1)
+    rows = re.search(r'for="run-max-tokens-per-step">Tokens per batch <span class="unit">≈ (\d+) rows</span>', page).group(1)
+    sent = {"model": "tiny", "dataset": public(kinds), "shown": "strategies", "strategy": ["dense_head", "feature_extraction"]}
+    assert client.post("/compare", data=sent, follow_redirects=False).status_code == 303
+    assert {str(job.spec["run"]["max_tokens_per_step"]) for job in jobs.list_(session, user)} == {shown} and shown != "2048"
+    assert 5 <= int(rows) < 60 and f"≈ {rows} rows per step" in page
+    refused = client.post("/compare", data=sent | {"strategy": ["dense_head", "full", "qlora"]})
+    assert refused.status_code == 409 and "QLoRA cannot be part of it." in refused.text, "what cannot be had is not left out in silence"
+
+
+def test_the_api_says_what_auto_came_to(api, session, user, tiny_registered, chats):
+    from tests.lives import Life
+
+    made = api.post("/v1/fine_tuning/jobs", json={"model": "tiny", "dataset_id": public(chats), "strategy": {"name": "lora"}}).json()
+    assert set(made["hyperparameters"].values()) == {"auto"}
+    Life(session, jobs.get(session, user, ids.parse(ids.JOB, made["id"]))).claim()
+    begun = api.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
+    rows = begun["hyperparameters"]["batch_size"]
+    assert begun["hyperparameters"] == {"n_epochs": begun["run"]["epochs"], "batch_size": rows, "learning_rate_multiplier": 1.0}
+    assert isinstance(rows, int) and 1 < rows < 60 and begun["run"]["learning_rate"] == 5e-4
+    assert begun["method"]["supervised"]["hyperparameters"] == begun["hyperparameters"]

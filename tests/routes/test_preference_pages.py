@@ -46,7 +46,7 @@ def test_the_form_has_the_settings_for_pairs_alone(client, tiny_registered, pair
     page = client.get(f"/jobs/new?model=tiny&dataset={pairs}")
     beta = re.search(r'<input id="preference-beta"[^>]*>', page.text).group(0)
     assert 'value="0.1"' in beta and 'type="number"' in beta and "Rafailov" in page.text
-    assert "does not learn the task preference" in html.unescape(page.text), "strategies that cannot are named with the reason"
+    assert "does not support the task preference" in html.unescape(page.text), "strategies that cannot are named with the reason"
     assert "preference-beta" not in client.get(f"/jobs/new?model=tiny&dataset={chats}").text
 
 
