@@ -93,10 +93,10 @@ def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
 
 
 @api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
-def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob | None = None) -> Json:
+def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob = ResumeJob()) -> Json:
     """Queue a paused, failed or cancelled job again, from its newest checkpoint, or from the one of `step`: then the later ones
     are deleted. A cancelled job without a checkpoint is refused."""
-    return job_json(session, checkpoints.resume(session, user, job_key(job_id), order.step if order else None))
+    return job_json(session, checkpoints.resume(session, user, job_key(job_id), order.step))
 
 
 @api.get("/jobs/{job_id}/events", operation_id="list_job_events", responses=answers(schemas.page_of(schemas.FineTuningJobEvent)))
