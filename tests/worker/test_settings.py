@@ -19,10 +19,12 @@ from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
+from worker.batches import make_batch
 from worker.inspect import _look
 from worker.lesson import lesson_of
 from worker.load import load_tokenizer
 from worker.neftune import add_noise
+from worker.pack import plan
 from worker.prompts import render_row
 
 
@@ -246,6 +248,22 @@ def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for(data_dir: Pat
     for metric, key in (("loss", lambda e: e.loss), ("accuracy", lambda e: -e.metrics["token_accuracy"])):
         said = run(order(model, data, **quick, metric_for_best=metric), data_dir, metric)
         assert said[-1].best_step == min((e for e in of(said, events.Evaluated) if e.step), key=key).step
+
+
+def test_padding_instead_of_packing_gives_the_same_loss(data_dir: Path, tiny_model: Path) -> None:
+    model, data = put_model(tiny_model), put_dataset(chat_rows(24))
+    quick = {**TEN, "max_steps": None, "epochs": 1, "batch_size": 4, "max_tokens_per_step": None}
+    packed, padded = ([*of(run(order(model, data, **quick, packing=p), data_dir, f"packing-{p}"), events.Step)] for p in (True, False))
+    for one, two in zip(packed, padded, strict=True):
+        assert one.tokens == two.tokens and (one.loss, one.grad_norm) == pytest.approx((two.loss, two.grad_norm), rel=1e-4)
+    tokenised = lesson_of(order(model, data, **quick), load_tokenizer(model)).train
+    rows = sorted(range(len(tokenised)), key=lambda row: tokenised.lengths[row])[:: len(tokenised) - 1]
+    shortest, longest = (tokenised.lengths[row] for row in rows)
+    batch = make_batch(tokenised, rows, torch.device("cpu"), padded=True)
+    assert batch.arguments["sequence_lengths"][:3] == [shortest, longest - shortest, longest] and batch.tokens == shortest + longest
+    assert batch.input_ids[0, batch.sources + 1].tolist() == batch.targets.tolist()
+    for pack in plan(tokenised.lengths, 200, seed=1, epoch=0, padded=True):
+        assert len(pack) == 1 or len(pack) * max(tokenised.lengths[row] for row in pack) <= 200
 
 
 TALK = [("system", "You are a luthier."), ("user", "What wood is the belly made of?"), ("assistant", "Spruce."), ("user", "And the back?")]
