@@ -15,13 +15,13 @@ MOST_NAMES = 64
 
 
 def _listed(value: Any) -> Any:
-    """A list of names as the text that is kept; anything else as it came."""
+    """A list of names, which other trainers take, as the text that is kept; anything else as it came."""
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return ", ".join(value)
     return value
 
 
-ModuleNames = Annotated[str, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+ModuleNames = Annotated[str, BeforeValidator(_listed)]
 
 
 class ChosenLowRank(LowRank):
