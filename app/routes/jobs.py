@@ -13,7 +13,7 @@ from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import FormData
 
-from app import ids, jobs, live, order_form, watch
+from app import first_model, ids, jobs, live, order_form, watch
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
@@ -62,14 +62,14 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
         typed = order_form.typed_of(session, user, clone) | typed
-    return _order_page(request, session, order_form.order_form(session, user, typed), typed.get("key"))
+    return _order_page(request, session, user, order_form.order_form(session, user, typed), typed.get("key"))
 
 
 @pages.post("/jobs")
 def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> Response:
     form = order_form.order_form(session, user, typed)
     if not form.ready or form.order is None:
-        return _order_page(request, session, form, typed.get("key"), problem=True)
+        return _order_page(request, session, user, form, typed.get("key"), problem=True)
     job = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(view.url(job), status_code=303)
 
@@ -85,7 +85,9 @@ def _create_once(session: Db, user: CurrentUser, order: JobOrder, key: str) -> J
         return jobs.create(session, user, order)
 
 
-def _order_page(request: Request, session: Db, form: order_form.OrderForm, key: str | None, *, problem: bool = False) -> Response:
+def _order_page(
+    request: Request, session: Db, user: CurrentUser, form: order_form.OrderForm, key: str | None, *, problem: bool = False
+) -> Response:
     texts = {}
     if form.ready and form.order and form.dataset:
         texts = order_form.as_texts(order_form.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
@@ -103,6 +105,7 @@ def _order_page(request: Request, session: Db, form: order_form.OrderForm, key: 
         problem=said if problem or elsewhere else None,
         texts=texts,
         ids=ids,
+        offer=None if form.models else first_model.offer(session, user),
         **view.facts_of(form),
     )
 

@@ -279,11 +279,11 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
 
 
 @pages.post("/models/{key}/retry")
-def retry(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
+def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "/models") -> Response:
     model = models.get(session, user, key)
     _may_change(user, model)
     fetching.try_again(session, model)
-    return RedirectResponse("/models", status_code=303)
+    return RedirectResponse(safe_next(then), status_code=303)
 
 
 @pages.post("/models/{key}/merge")

@@ -1,12 +1,13 @@
-"""The first page: what is going on, and what to do next."""
+"""The first page: what is going on, and what to do next; and the offer of a first model, which other pages make too."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from app import ids, studio
+from app import first_model, ids, studio
 from app.accounts import CurrentUser
 from app.db import Db
+from app.routes.accounts import safe_next
 from app.web import render
 
 pages = APIRouter()
@@ -26,5 +27,16 @@ def overview(request: Request, user: CurrentUser, session: Db) -> Response:
         models=seen.models,
         troubles=troubles,
         bad=bad,
+        offer=first_model.offer(session, user),
         ids=ids,
     )
+
+
+@pages.get("/first-model")
+def first_model_part(request: Request, user: CurrentUser, session: Db, next: str = "/") -> Response:
+    """The offer alone, for a page that watches a download; once there is a model that page is loaded anew."""
+    offer = first_model.offer(session, user)
+    answer = render(request, "parts/first_model.html", offer=offer, next=safe_next(next))
+    if offer is None:
+        answer.headers["hx-refresh"] = "true"
+    return answer
