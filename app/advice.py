@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app import advisor, datasets, estimate, evaluations, ids, inspections, models, order_checks, orders, workers
+from app import advisor, datasets, estimate, evaluations, ids, inspections, models, order_checks, workers
 from app.advice_cards import Card, Step, cards, steps
 from app.advisor import Advice, Cost, Facts, Rule
 from app.errors import Conflict
@@ -20,6 +20,7 @@ from app.shapes import Shape
 from app.spec import JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
 from app.tables import JSON, Dataset, Evaluation, User
+from app.usual import usual_run
 from app.web import human_bytes, human_number
 
 
@@ -71,7 +72,7 @@ HOW_TO_MEASURE = "Send the same request with measure set to true: the base model
 def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
     """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
     asked = dict(run or {})
-    settings = RunSettings.model_validate(orders.usual_run(dataset, asked) | asked)
+    settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
     order_checks.refuse_optimizer(settings, workers.training_machine())
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
