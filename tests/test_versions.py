@@ -89,7 +89,7 @@ def test_unknown_roles_are_asked_once_and_no_fix_drops_their_rows(session, user,
     path = f"/v1/datasets/{ids.public(ids.DATASET, parent.id)}"
     asked = {entry["role"]: (entry["messages"], entry["suggested"]) for entry in api.get(f"{path}/report").json()["unknown_roles"]}
     assert asked == {"narrator": (2, None), "customer": (1, "user"), "agent": (1, "assistant")}
-    fixed = read(session, versions.fix_all(session, user, parent, "wrong_role"))
+    fixed = read(session, versions.fix_all(session, user, parent, "wrong_role").dataset)
     assert fixed.rows == 13 and fixed.good_rows == 10  # still there, and still asked about
     assert [entry["role"] for entry in datasets.unknown_roles(fixed)] == ["narrator"]
     for wrong in ({"narrator": "judge"}, {"stranger": "user"}):
