@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import redis
 from pydantic import BaseModel
 from sqlalchemy import func, or_, select
@@ -130,6 +131,11 @@ _DUTIES = {
     "generate": ("Inference", "Models cannot answer."),
     "relay": ("Job dispatcher", "No new job starts."),
 }
+
+
+def seconds_up() -> float:
+    """How long this web process has been running."""
+    return time.time() - psutil.Process().create_time()
 
 
 def duties(workers: list[Worker] | None = None) -> list[Duty]:
