@@ -199,7 +199,7 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(ai, tiny_registe
     ("ask", "param", "says"),
     [
         ({"method": {"type": "supervised"}}, "method.type", "pairs"),
-        ({"extra_body": {"task": "generation"}}, "task", "cannot teach generation"),
+        ({"extra_body": {"task": "generation"}}, "task", "cannot be used for generation"),
         ({"extra_body": {"strategy": {"name": "feature_extraction"}}}, "strategy", "does not support the task preference"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}}, "hyperparameters.beta", "beta cannot be -1"),
         ({"extra_body": {"preference": {"beta": 0}}}, "preference.beta", "beta cannot be 0"),

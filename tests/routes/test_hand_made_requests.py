@@ -127,4 +127,4 @@ def test_the_epochs_of_a_job_are_told_once_it_runs(api, session, user, tiny_regi
     Life(session, session.get_one(Job, ids.parse(ids.JOB, made["id"]))).claim()
     told = api.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
     assert told["hyperparameters"]["n_epochs"] == 2 == told["method"]["supervised"]["hyperparameters"]["n_epochs"]
-    assert told["hyperparameters"]["batch_size"] == "auto"
+    assert told["hyperparameters"]["batch_size"] >= 1 and told["hyperparameters"]["learning_rate_multiplier"] == 1
