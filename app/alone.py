@@ -102,7 +102,7 @@ def rows_of(name: str, folder: Path, param: str) -> tuple[DatasetRef, Task]:
     kept = get_settings().folder("rows", str(key)) / "rows.parquet"
     found = intake.read({"path": str(path), "filename": path.name, "rows": str(kept)}, lambda _: None)
     if not found["good_rows"]:
-        raise BadData(f"None of the {found['rows']} rows of {path.name} is good.", way_out="Mend the file, or look at it in the studio.")
+        raise BadData(f"None of the {found['rows']} rows of {path.name} is valid.", way_out="Fix the file, or look at it in the studio.")
     where = kept.relative_to(get_settings().data_dir).as_posix()
     ref = DatasetRef(id=key, name=path.stem, path=where, sha256=found["sha256"], format=found["format"], rows=found["good_rows"])
     return ref, found["task"]

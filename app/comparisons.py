@@ -224,7 +224,7 @@ def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
     if len(plan.jobs) < 2:
         raise DoesNotFit(
             f"Only {plan.jobs[0].title} is left to compare. {reasons[:1500]}".strip(),
-            way_out="Name at least two strategies that can run, or order one job.",
+            way_out="Choose at least two methods that can run, or create one job.",
             param="strategies",
             code="nothing_to_compare",
         )

@@ -22,7 +22,7 @@ SCORES: dict[str, tuple[str, str, bool]] = {
     "calibration_error": ("Calibration error", "stated probability against observed accuracy", True),
 }
 """Title, meaning and whether less is better, in the order in which they are shown."""
-KINDS = {"scores": "Scores", "advice": "Before tuning", "blend": "Blend"}
+KINDS = {"scores": "Scores", "advice": "Base model", "blend": "Blend"}
 
 
 class Line(NamedTuple):
@@ -42,7 +42,7 @@ def row(evaluation: Evaluation) -> dict[str, Any]:
         "kind": KINDS.get(evaluation.kind, evaluation.kind),
         "model": spec["model"]["name"],
         "dataset": spec["dataset"]["name"],
-        "part": "held-out rows" if spec["part"] == "validation" else "all rows",
+        "part": "validation rows" if spec["part"] == "validation" else "all rows",
         "status": evaluation.status,
         "progress": evaluation.progress,
         "at": evaluation.created_at,

@@ -54,13 +54,13 @@ class EvaluationOrder(BaseModel):
     rows: int | None = Field(None, ge=1, le=100_000, description="Rows drawn from the dataset by the seed; empty takes a fair number.")
     part: Part | None = Field(
         None,
-        description="All rows, or the share that a job holds out. Empty takes the held-out rows of a dataset that the model was tuned on, and all rows of any other.",
+        description="All rows, or the share that a job holds out. Empty takes the validation rows of a dataset that the model was fine-tuned on, and all rows of any other.",
     )
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="The held-out share; empty takes that of the model's job.")
     max_length: int = Field(1024, ge=8, le=131_072, description="Longer rows are cut to this many tokens.")
     answers: int = Field(8, ge=0, le=64, description="Rows that are answered in full, to be compared word by word.")
     answer_tokens: int = Field(64, ge=1, le=1024, description="Longest such answer.")
-    forgetting: bool = Field(True, description="Score general texts too, to see what a tuned model forgot.")
+    forgetting: bool = Field(True, description="Score general texts too, to see whether a fine-tuned model lost general ability.")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Decides the split and the draw; empty takes that of the model's job.")
 
 
@@ -132,8 +132,8 @@ def find_dataset(session: Session, user: User, dataset_id: str | None, file: str
 def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(
-            f"The dataset {dataset.name} cannot be scored on: it is {dataset.status} and has {dataset.good_rows or 0} good rows.",
-            way_out="Wait until it has been read, or mend what its report lists.",
+            f"The dataset {dataset.name} cannot be scored on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
+            way_out="Wait until it has been read, or fix the issues that its report lists.",
             param="dataset_id",
         )
     task: Task = dataset.task or "generation"  # type: ignore[assignment]
@@ -166,8 +166,8 @@ def _note(shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, An
     """What a reader of the scores should know about rows that the model may have learnt."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
-        return "The model was tuned on these rows, or on some of them: its scores say how well it remembers, not how well it will do on new ones."
-    return "" if same else "The model was tuned on another version of this dataset: it may have learnt a few of these rows."
+        return "The model was fine-tuned on these rows, or on some of them: its scores show how well it remembers, not how well it will do on new ones."
+    return "" if same else "The model was fine-tuned on another version of this dataset: it may have been trained on a few of these rows."
 
 
 def origin(session: Session, resolved: models.Resolved) -> tuple[Job | None, Model | None]:
@@ -196,7 +196,7 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
         )
     if kind == "blend":
         if ref.name != blend.split_name(ref.name)[0]:
-            raise BadField(f"{name} is a blend already.", way_out="Name the tuned model itself.", param="model")
+            raise BadField(f"{name} is a blend already.", way_out="Name the fine-tuned model itself.", param="model")
         if reason := blend.why_not(_strategy(job), labels=bool(ref.labels)):
             raise BadField(f"{name} cannot be blended with its base: {reason}", way_out="Score it as it is.", param="model")
     if kind == "advice":
@@ -208,7 +208,7 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
     if task == "classification" and not ref.labels:
         raise BadField(
             f"{name} is no classifier, so it cannot be scored on labels.",
-            way_out="Take a model tuned on labelled rows; what a prompt alone reaches is measured by kind “advice”.",
+            way_out="Take a model fine-tuned on labeled rows; what a prompt alone reaches is measured by kind “advice”.",
             param="model",
         )
     if task == "generation" and not writes:

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m app.intake", description="Read a dataset file and print what was found.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--format", choices=list(formats.FORMATS))
-    parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the good rows go")
+    parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the valid rows go")
     options = parser.parse_args(arguments)
     payload = {
         "path": options.file,

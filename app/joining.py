@@ -23,7 +23,7 @@ MOST_SOURCES, MOST_ROWS = 20, 5_000_000
 
 
 class Part(BaseModel):
-    """One dataset of an order, and its weight in a mixture."""
+    """One dataset of a combination, and its weight in a mixture."""
 
     model_config = ConfigDict(extra="forbid")
     dataset: str = Field(description="Its id.")

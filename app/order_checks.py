@@ -105,7 +105,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     """Raises BadField for a choice of turns where rows have none to choose from."""
     if run.train_on == "assistant" or (task == "generation" and format_ != "text"):
         return
-    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which learns from them as they are"
+    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which trains on them as they are"
     raise BadField(
         f"train_on chooses among the turns of a conversation, and these rows are {rows}.",
         way_out="Leave train_on out.",
@@ -144,7 +144,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     if machine.processes > 1 and not strategy.adapter and not OPTIMIZERS[run.optimizer].spreads:
         raise BadField(
             f"{run.optimizer} needs whole weights, and {machine.processes} processes share those of {strategy.title}.",
-            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or tune by LoRA.",
+            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or use LoRA.",
             param="run.optimizer",
             code="needs_whole_weights",
         )

@@ -266,7 +266,7 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
 def _task(order: JobOrder, dataset: Dataset) -> Task:
     if order.method and order.method.type == "dpo":
         if order.task not in (None, "preference"):
-            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Leave out task.", param="task")
+            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Omit task.", param="task")
         return "preference"
     if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
         raise BadField(
@@ -296,7 +296,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
     if not dataset.good_rows:
         raise BadField(
             f"The dataset {dataset.name} has no valid row.",
-            way_out="Its report lists every bad row with the reason.",
+            way_out="Its report lists every invalid row with the reason.",
             param=param,
             code="invalid_training_file",
         )

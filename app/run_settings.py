@@ -215,7 +215,7 @@ class RunSettings(BaseModel):
         1.0,
         gt=0,
         le=1,
-        description="Share of the training rows to train on, drawn by the seed; the held-out rows stay the same. A learning curve is made "
+        description="Share of the training rows to train on, drawn by the seed; the validation rows stay the same. A learning curve is made "
         "of such jobs.",
         json_schema_extra={"group": "Data"},
     )
@@ -259,7 +259,7 @@ class RunSettings(BaseModel):
     )
     load_best: bool = Field(
         True,
-        description="The result is the best checkpoint on the held-out rows. Off keeps the last weights.",
+        description="The result is the best checkpoint on the validation rows. Off keeps the last weights.",
         json_schema_extra={"group": "Evaluation"},
         exclude_if=lambda best: best is True,
     )
@@ -288,7 +288,7 @@ class RunSettings(BaseModel):
     forgetting: bool = Field(
         True,
         title="General-ability check",
-        description="Score the model on general texts before and at the end, to see what it forgot. Takes some seconds.",
+        description="Score the model on general texts before and at the end, to see whether it lost general ability. Takes some seconds.",
         json_schema_extra={"group": "Evaluation"},
     )
     row_losses: bool = Field(
@@ -373,7 +373,7 @@ class RunSettings(BaseModel):
     def _not_both(cls, value: Any, info: ValidationInfo) -> Any:
         other, off = INSTEAD_OF[info.field_name or ""]
         if value is not None and info.data.get(other, off) != off:
-            raise ValueError(f"It says the same as {other}, which was given too: leave out one of the two")
+            raise ValueError(f"It means the same as {other}, which was given too: omit one of the two")
         return value
 
     @field_validator("micro_batches")

@@ -50,7 +50,7 @@ class Suggestion(BaseModel):
 
 
 class Verdict(BaseModel):
-    """`interval` is the 95 % interval of tuned less base, in the metric's unit, over `n` held-out rows."""
+    """`interval` is the 95 % interval of fine-tuned less base, in the metric's unit, over `n` validation rows."""
 
     outcome: Outcome
     sentence: str
@@ -157,7 +157,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     more = _more_epochs(spec, found) if still_falling(curve) else []
     lower = [Suggestion(label=f"Try again with learning rate {spec.learning_rate / 3:.1g}", order=_rate(spec, 1 / 3))]
     if base.rows < MIN_ROWS or base.interval is None:
-        return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+        return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
     if base.worse:
         return _Judged("worse", [f"Worse than the base. {against}", "The base answers better; do not use this result."], lower)
     if (best := overfitted(curve)) is not None and not base.better:
@@ -169,7 +169,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
             words = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
             return _Judged("undertrained", [words], more or _more_epochs(spec, found))
         if base.rows < FEW_ROWS:
-            return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+            return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
         return _Judged("no_better", [f"No better than the base, as far as {base.rows} rows can tell. {against}"], more)
     if few_shot is not None and few_shot.worse:
         words = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
@@ -202,7 +202,7 @@ def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any])
         if base.interval
         else ""
     )
-    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} held-out rows"
+    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} validation rows"
     return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
 
 

@@ -113,6 +113,4 @@ def test_a_field_at_its_default_gives_way_to_the_one_that_says_the_same():
     filled = fill(RunSettings, {**untouched, "run.warmup_steps": "20"}, "run")
     assert filled.errors == {} and filled.settings == {"warmup_steps": 20}
     both = fill(RunSettings, {**untouched, "run.warmup_steps": "20", "run.warmup_fraction": "0.2"}, "run")
-    assert both.errors == {
-        "warmup_steps": "Warmup steps: It says the same as warmup_fraction, which was given too: leave out one of the two."
-    }
+    assert both.errors == {"warmup_steps": "Warmup steps: It means the same as warmup_fraction, which was given too: omit one of the two."}

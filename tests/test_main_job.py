@@ -82,9 +82,9 @@ def test_in_the_browser(studio, browser_page, note):
     page.set_input_files("#file", str(SAMPLE))
     page.fill("#name", "browser-replies")
     page.click("#send")
-    wait_for(page, "Tune a model on it", 60)
+    wait_for(page, "Fine-tune on this dataset", 60)
     assert "118" in page.inner_text("main")
-    page.get_by_role("link", name="Tune a model on it").click()
+    page.get_by_role("link", name="Fine-tune on this dataset").click()
 
     # Order a short LoRA; the estimate stands beside the form.
     page.locator("#advanced > summary").click()

@@ -226,7 +226,7 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session,
     assert "b is preferred" in page.get_by_role("row", name="a against b").inner_text()
     with data_worker():
         page.get_by_role("button", name="Create preference dataset").click()
-        page.get_by_role("link", name="Tune a model on it").click(timeout=60_000)
+        page.get_by_role("link", name="Fine-tune on this dataset").click(timeout=60_000)
         page.goto(page.url + "&model=tiny&run.epochs=8&run.learning_rate=0.01&run.max_tokens_per_step=256&run.forgetting=false")
         page.get_by_role("button", name="Start").click()
         page.wait_for_url("**/jobs/ftjob-*")

@@ -309,7 +309,7 @@ def test_prompts_and_a_tuned_model_are_asked_lines_that_it_has_not_learnt(sessio
     whole = spec.model_copy(update={"validation": spec.dataset.model_copy(update={"id": job.id})})
     job.spec = whole.model_dump(mode="json")
     session.commit()
-    with pytest.raises(BadData, match="Every row of sums was learnt"):
+    with pytest.raises(BadData, match="Every row of sums was trained on"):
         _rows(prompt_runs.RunSpec.model_validate(order(session, user, sums, {"max_tokens": 2}, "ft:tiny:sums").spec))
 
 
@@ -334,7 +334,7 @@ def test_the_verdict_compares_line_by_line(session, user, sums):
         return enough.verdict(session, rows)
 
     scored("tiny", range(1, 21))
-    assert says().startswith("Run a prompt on a base model and on a tuned one")
+    assert says().startswith("Run a prompt on a base model and on a fine-tuned one")
     scored("ft:tiny:sums", range(1, 26))  # five more, and none lost: p = 0.0625, although the intervals are far from apart
     assert says().startswith("A prompt may have been enough.") and "ahead on 5 lines and behind on 0" in says() and "p = 0.062" in says()
     scored("ft:tiny:sums", range(1, 27))

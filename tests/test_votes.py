@@ -211,6 +211,6 @@ def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):
     page.goto(f"{studio.url}/playground/ab")
     page.get_by_role("button", name="Create preference dataset").click()
     page.get_by_role("heading", name="Preferences from votes").wait_for()
-    page.get_by_role("link", name="Tune a model on it").wait_for(timeout=60_000)
+    page.get_by_role("link", name="Fine-tune on this dataset").wait_for(timeout=60_000)
     facts = " ".join(page.locator("main").inner_text().split())
     assert "12 of 12" in facts and "preference" in facts.lower()

@@ -12,8 +12,8 @@ import pytest
 from app.settings import PROJECT
 
 INSTEAD = {
-    r"order(s|ed|ing)? (a|an|the|this|that|another) (job|run|fine-tune)s?|(a|the) job (is|was) ordered|jobs? ordered": "create or start a job",
-    r"(the|this|an|same|your|a job.s) orders?(?! (of|in which|by|does|is kept|as)\b)|^orders?\b|orders refused": "the job, its configuration, or the request",
+    r"order(s|ed|ing)? (a|an|the|this|that|another|one) ?(job|model|run|fine-tune)?s?|(job|model)s? (is |was )?ordered": "create or start a job",
+    r"(this|an|such an|your|same) orders?(?! of\b)|orders? (for a job|refused)": "the job, its configuration, or the request",
     r"learnt": "learned, or trained",
     r"to learn from": "to train on, or training rows",
     r"(what|that|which|always|hardly) learns": "trained, or trainable",
@@ -26,16 +26,16 @@ INSTEAD = {
     r"(good|bad) rows?|no row is good": "valid rows, invalid rows",
     r"held[- ]out (from|rows?|data|examples?|set|lines?|fraction|column)|share held[- ]out": "validation rows, validation split",
     r"rows? to check with|checked with": "validation set, evaluated on",
-    r"(?<!fine-)(?<!per-)tuned?(?!-)|(?<!fine-)tunes|(before|after|without|worth|while|until) tuning": "fine-tune, fine-tuned",
-    r"licence[sd]?|colou?red by heart|colour\w*|behaviour\w*|favour\w*|catalogues?|grey|centre[sd]?": "American spelling",
+    r"(?<!fine-)(?<!instruction-)(?<!dialogue-)(?<!Not to )(?<!To )tuned?|(?<!fine-)tunes|(before|after|without|worth|while|until) tuning": "fine-tune, fine-tuned",
+    r"licence[sd]?|colour\w*|behaviour\w*|favour\w*|catalogues?|grey|centre[sd]?": "American spelling",
     r"\w*(normalis|recognis|serialis|initialis|optimis|organis|summaris|quantis|tokenis|memoris|minimis|maximis)\w+": "American spelling: -ize",
-    r"(mis)?labell(ed|ing)|cancell(ing)|modell(ed|ing)|travell\w+": "labeled, mislabeled: one l",
+    r"(mis)?labell(ed|ing)|travell\w+": "labeled, mislabeled: one l",
     r"figures?": "numbers, metrics, values",
     r"by heart": "memorize, overfit",
     r"side by side with its base|beside its base|beside the base": "next to, compared with the base model",
     r"was said|is said|are told|is told|is not told|what it says|what they say": "shown, reported, results",
     r"asks? (it|the model|them) (a|by|for|with)": "send a request, prompt",
-    r"forgot much|what it forgot|forgets? nothing": "general ability dropped, unchanged",
+    r"what it forgot|forgets? nothing": "general ability: dropped, unchanged",
     r"woven|wavers|slipped in|squeezed|wholly its own": "plain technical words",
     r"put away|made ready|under way": "unloaded, preparing, running",
     r"ticked(?= (ones|rows|findings))": "selected",
@@ -57,7 +57,7 @@ LABELS = {
 }
 """Words that are wrong as the whole of a label or status, and right inside a sentence."""
 
-SHOWN_ATTRIBUTES = ("title", "alt", "placeholder", "aria-label", "label", "hx-confirm", "data-confirm")
+SHOWN_ATTRIBUTES = ("title", "alt", "placeholder", "aria-label", "label", "data-label", "hx-confirm", "data-confirm")
 KEY = re.compile(r"[a-z_]+")
 """A string that is one lower-case word is a key, a class or a stored value: those keep their names."""
 
@@ -66,17 +66,24 @@ LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"' + r"|'(?:[^'\\\n]|\\.)*'" + r"|`(?:[
 FORBIDDEN = [(re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE), instead) for pattern, instead in INSTEAD.items()]
 
 
+def unseen(node: ast.AST) -> Iterator[ast.AST]:
+    """Strings under a node that nobody is shown: docstrings, but for those of routes and commands; comments of tables; assertions."""
+    command = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(isinstance(mark, ast.Call) for mark in node.decorator_list)
+    body = getattr(node, "body", None)
+    for line in body[command:] if isinstance(body, list) else []:
+        if isinstance(line, ast.Expr):
+            yield line.value
+    if isinstance(node, ast.keyword) and node.arg == "comment":
+        yield node.value
+    if isinstance(node, ast.Assert) and node.msg:
+        yield from ast.walk(node.msg)
+
+
 def messages(source: str) -> Iterator[tuple[int, str]]:
-    """Strings of a Python file that may be shown: all but docstrings, though routes and commands show theirs."""
-    tree = ast.parse(source)
-    hidden = set()
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        for at, line in enumerate(body if isinstance(body, list) else []):
-            shown = at == 0 and any(isinstance(mark, ast.Call) for mark in getattr(node, "decorator_list", []))
-            if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and not shown:
-                hidden.add(line.value)
-    for node in ast.walk(tree):
+    """The strings of a Python file that people may read, those of routes and commands included."""
+    nodes = list(ast.walk(ast.parse(source)))
+    hidden = {found for node in nodes for found in unseen(node)}
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in hidden and not KEY.fullmatch(node.value):
             yield node.lineno, node.value
 

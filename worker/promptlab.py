@@ -284,8 +284,8 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
         held = [row for row in held if key_of(row.row, "") not in taught]
         if not held:
             raise BadData(
-                f"Every row of {spec.dataset.name} was learnt by a model that is compared here.",
-                way_out="Take the dataset it was validated on, or tune it again with some rows held out.",
+                f"Every row of {spec.dataset.name} was trained on by a model that is compared here.",
+                way_out="Take the dataset it was validated on, or fine-tune it again with some rows held out.",
             )
     # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
     held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]

@@ -136,7 +136,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
+    yield from Telling("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
@@ -352,7 +352,7 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
     state.evaluated_at = state.step
     if len(lesson.held_out):
         began = time.monotonic()
-        scored = yield from Telling("Scoring the held-out rows")(lesson.validate(job.model, job.course.budget, job.engine))
+        scored = yield from Telling("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began

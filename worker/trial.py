@@ -108,8 +108,8 @@ def has_working_template(tokenizer: Any) -> bool:
         raise
     except Exception as error:
         raise Unsupported(
-            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Mend or remove the template."
+            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Fix or remove the template."
         ) from error
     if "Hello." not in text or len(text) > 100_000:
-        raise Unsupported("The model's chat template does not write what it is given.", way_out="Mend or remove the template.")
+        raise Unsupported("The model's chat template does not write what it is given.", way_out="Fix or remove the template.")
     return True

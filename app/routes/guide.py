@@ -44,12 +44,12 @@ WORDS = [
     ("File", "uploaded bytes, stored once; with the purpose fine-tune it becomes a dataset"),
     ("Dataset", "a file read as rows of one format, with a report on every row"),
     ("Format", "what a row looks like: plain text, completion, instruction, chat, preference, rated answers or classification"),
-    ("Task", "what is learnt: generation, classification or preference"),
-    ("Model", "base or tuned; its kind says what it does: generic, instruction, dialogue, classifier or encoder"),
-    ("Strategy", "how a model is tuned: what is frozen and what learns"),
-    ("Job", "one order to tune, and everything that happened to it; an attempt is one try of it"),
+    ("Task", "what is trained: generation, classification or preference"),
+    ("Model", "base or fine-tuned; its kind says what it does: generic, instruction, dialogue, classifier or encoder"),
+    ("Method", "how a model is fine-tuned: what is frozen and what is trained; `strategy` in the API"),
+    ("Job", "one fine-tuning run, and everything that happened to it; an attempt is one try of it"),
     ("Checkpoint", "a saved state that a job can go on from and that the playground can load"),
-    ("Forgetting", "what a tuned model lost on general text that its base had"),
+    ("Forgetting", "general ability that a fine-tuned model lost compared with its base"),
 ]
 
 

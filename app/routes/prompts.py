@@ -84,7 +84,7 @@ def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
 
 @api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """A new version; what is left out is as in the newest."""
+    """A new version; what is omitted is as in the newest."""
     prompt = prompts.get(session, user, key_of(prompt_id))
     prompts.revise(session, user, prompt, prompts.read_body({**prompts.version(session, prompt).body, **body}))
     return prompts.to_json(session, prompt)

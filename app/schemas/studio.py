@@ -31,7 +31,7 @@ class Paper(Schema):
 
 
 class Strategy(Schema):
-    """A way to tune a model. With a model or a task in the question, `available` and `reason` are about these; with a dataset
+    """A fine-tuning method. With a model or a task in the question, `available` and `reason` are about these; with a dataset
     besides, `advised` and `cost` are there too."""
 
     object: Literal["strategy"]
@@ -55,7 +55,7 @@ class Strategy(Schema):
 
 
 class StrategyAdvice(Schema):
-    """Whether to tune at all, and how, with what the advice stands on."""
+    """Whether to fine-tune at all, and how, with the facts behind the recommendation."""
 
     object: Literal["advice"]
     model: str
