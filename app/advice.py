@@ -13,12 +13,14 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from app import advisor, datasets, estimate, evaluations, ids, inspections, models, order_checks, workers
-from app.advisor import Advice, Cost, Facts
+from app.advice_cards import Card, Step, cards, steps
+from app.advisor import Advice, Cost, Facts, Rule
 from app.errors import Conflict
 from app.shapes import Shape
 from app.spec import JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
 from app.tables import JSON, Dataset, Evaluation, User
+from app.usual import usual_run
 from app.web import human_bytes, human_number
 
 
@@ -46,6 +48,7 @@ class Tune(BaseModel):
     chance: float | None = None
     rows: int = 0
     how: str | None = None
+    changed: str | None = None  # what the test changed in the ranking
 
 
 class Advised(BaseModel):
@@ -55,17 +58,21 @@ class Advised(BaseModel):
     facts: Facts
     shown: list[Shown]
     tune: Tune
+    cards: list[Card]
+    steps: list[Step]
     ranking: list[Advice]
+    rules: list[Rule]
     evaluation: JSON | None = None
     how_to_measure: str | None = None
 
 
-HOW_TO_MEASURE = "Send the same request with measure set to true: the model then reads some rows and tries held-out ones by a prompt alone."
+HOW_TO_MEASURE = "Send the same request with measure set to true: the base model is then tested on validation rows, zero-shot and few-shot."
 
 
 def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
     """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
-    settings = RunSettings.model_validate(dict(run or {}))
+    asked = dict(run or {})
+    settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
     order_checks.refuse_optimizer(settings, workers.training_machine())
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
@@ -75,17 +82,38 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     facts = facts_of(dataset, result)
     why_not = order_checks.why_not_tuned(resolved.ref, facts.task)
     costs = {} if why_not else costs_of(session, resolved.ref, dataset, facts, settings)
+    ranking = advisor.advise(facts, resolved.ref.shape, costs, why_not)
+    tune = should_tune(facts, result)
+    if result and not why_not:
+        tune.changed = changed(ranking, advisor.advise(facts_of(dataset), resolved.ref.shape, costs))
     return Advised(
         model=resolved.model.name,
         dataset=dataset.name,
         dataset_id=ids.public(ids.DATASET, dataset.id),
         facts=facts,
         shown=show(facts, resolved.ref.shape),
-        tune=should_tune(facts, result),
-        ranking=advisor.advise(facts, resolved.ref.shape, costs, why_not),
+        tune=tune,
+        cards=cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id)),
+        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.list_(session, user)),
+        ranking=ranking,
+        rules=advisor.rules(ranking),
         evaluation=evaluations.to_json(measured) if measured else None,
         how_to_measure=HOW_TO_MEASURE if measured is None or measured.status == "failed" else None,
     )
+
+
+def changed(ranking: list[Advice], before: list[Advice]) -> str:
+    """What the test of the base model did to the order, in a sentence: the first place, else the largest move."""
+    places = {a.strategy: n for n, a in enumerate(before, 1)}
+    first = ranking[0]
+    if places[first.strategy] != 1:
+        return f"The test moved {first.title} from place {places[first.strategy]} to the top."
+    moves = {a.strategy: places[a.strategy] - n for n, a in enumerate(ranking, 1) if a.available}
+    most = max(moves, key=lambda name: abs(moves[name]), default="")
+    if not most or not moves[most]:
+        return f"The test changed no rank: {first.title} stays first."
+    title = STRATEGIES[most].title
+    return f"The test moved {title} from place {places[most]} to {places[most] - moves[most]}; {first.title} stays first."
 
 
 def measure(session: Session, user: User, model: str, dataset: Dataset) -> Evaluation:
@@ -152,7 +180,7 @@ def show(facts: Facts, shape: Shape) -> list[Shown]:
     found = [Shown(name="Rows", value=human_number(facts.rows), note=facts.task)]
     if facts.tokens is not None:
         each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
-        found.append(Shown(name="Tokens", value=human_number(facts.tokens), note=f"{each}; what a job reads stands beside each strategy"))
+        found.append(Shown(name="Tokens", value=human_number(facts.tokens), note=each))
     if facts.classes:
         note = (
             "" if facts.smallest_class is None else f"{human_number(facts.smallest_class)} to {human_number(facts.largest_class)} rows each"
@@ -160,29 +188,27 @@ def show(facts: Facts, shape: Shape) -> list[Shown]:
         found.append(Shown(name="Classes", value=human_number(facts.classes), note=note))
         if facts.smallest_class is not None:
             uneven = advisor.balance(facts)
-            even = "uneven: judge by macro F1, not by accuracy" if uneven >= advisor.UNEVEN else "largest class to smallest"
+            even = "imbalanced: judge by macro F1, not accuracy" if uneven >= advisor.UNEVEN else "largest class to smallest"
             found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
     found.append(Shown(name="Model", value=f"{human_number(shape.parameters() / 1e6, 1)} M", note=f"parameters, {shape.architecture}"))
-    found.append(Shown(name="Memory here", value=human_bytes(facts.memory_bytes), note="of the GPU" if facts.cuda else "of the machine"))
-    found.append(_unlike(facts))
+    found.append(Shown(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
+    found.append(_domain(facts))
     return found
 
 
-def _unlike(facts: Facts) -> Shown:
+def _domain(facts: Facts) -> Shown:
     if facts.distance is None:
-        return Shown(
-            name="Unlike general text", value="–", note="an encoder foresees no text" if facts.how == "vectors" else "not measured"
-        )
-    return Shown(name="Unlike general text", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
+        return Shown(name="Domain distance", value="–", note="not applicable to encoders" if facts.how == "vectors" else "not measured")
+    return Shown(name="Domain distance", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
 
 
 def closeness(distance: float) -> str:
     if distance <= advisor.CLOSE:
-        return "close to what the model knows"
-    return "far from what the model knows" if distance >= advisor.FAR else "somewhat new to the model"
+        return "close to general text"
+    return "far from general text" if distance >= advisor.FAR else "somewhat new to the model"
 
 
-# Should you tune at all? ----------------------------------------------------------------------------------------------
+# Should you fine-tune at all? ----------------------------------------------------------------------------------------------
 
 NAMES = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
 
@@ -195,15 +221,13 @@ def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float
 
 
 def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
-    """From the scores of a prompt alone on held-out rows: zero-shot, and with solved examples before the question."""
+    """From the scores of a prompt alone on validation rows, zero-shot and few-shot."""
     if not result:
-        return Tune(
-            answer="Nobody knows yet. Let the model try some held-out rows by a prompt alone first: if that is good enough, there is nothing to tune."
-        )
+        return Tune(answer="Not measured yet. Test the base model first: if a prompt is good enough, there is nothing to train.")
     metric, zero, few = prompted(result)
     if metric is None or facts.prompted is None:
         reason = result.get("reason") or "No prompt could be tried on these rows."
-        return Tune(answer=f"{reason} Whether tuning is worth it shows after a short job.", measured=True)
+        return Tune(answer=f"{reason} A short job shows whether fine-tuning is worth it.", measured=True)
     return Tune(
         answer=_answer(facts, zero, few) + _foreseen(result),
         worth_it=advisor.worth_tuning(facts),
@@ -222,21 +246,19 @@ def _answer(facts: Facts, zero: float | None, few: float | None) -> str:
     reached = f"{NAMES[facts.metric or 'accuracy']} {facts.prompted:.2f}"
     by = _by(facts, examples=few is not None and (zero is None or few > zero))
     if not advisor.worth_tuning(facts):
-        return f"Perhaps not. {by} it reaches {reached} on held-out rows already: try a good prompt first, in the prompt lab."
+        return f"Perhaps not. {by} the base model reaches {reached} on the validation set: a prompt may be sufficient."
     if facts.chance is not None and (facts.prompted or 0) <= facts.chance + 0.05:
-        return f"Yes. {by} it reaches {reached}, no more than always giving the commonest label ({facts.chance:.2f}): there is everything to learn."
-    return f"Yes. {by} it reaches {reached} on held-out rows, which leaves much to learn."
+        return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({facts.chance:.2f}): much headroom."
+    return f"Yes. {by} the base model reaches {reached} on the validation set: headroom for fine-tuning."
 
 
 def _by(facts: Facts, *, examples: bool) -> str:
     if facts.how == "vectors":
-        return "By the nearest vectors of a few examples" if examples else "By the vector nearest to a label's name"
-    return "With a few examples in the prompt" if examples else "With the bare question"
+        return "By nearest neighbor among a few examples" if examples else "By the label name with the nearest vector"
+    return "Few-shot" if examples else "Zero-shot"
 
 
 def _foreseen(result: Mapping[str, Any]) -> str:
-    """What examples do to how well the right answers are foreseen, which is steadier than a few written answers."""
+    """What examples do to the likelihood of the references, which is steadier than a few generated answers."""
     before, after = ((result.get(name) or {}).get("bits_per_byte") for name in ("zero_shot", "few_shot"))
-    return (
-        f" The right answers take {before:.2f} bits a byte after the bare question, {after:.2f} after examples." if before and after else ""
-    )
+    return f" Bits per byte of the references: {before:.2f} zero-shot, {after:.2f} few-shot." if before and after else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
@@ -85,8 +85,16 @@ class Reason(NamedTuple):
     text: str
 
 
+class Rule(BaseModel):
+    """A sentence that holds for several strategies, said once, with what it adds to the score of each."""
+
+    text: str
+    points: int
+    strategies: list[str]
+
+
 class Advice(BaseModel):
-    """One strategy's place. `reasons` speak for it, `warnings` against; `reason` says why it cannot run."""
+    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it cannot run."""
 
     strategy: str
     title: str
@@ -98,6 +106,14 @@ class Advice(BaseModel):
     reasons: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     cost: Cost | None = None
+    _weighed: list[Reason] = PrivateAttr(default_factory=list)
+
+    def decisive(self, *, speaks_for: bool = False) -> str | None:
+        """The weightiest sentence that is its own; one that speaks for it, where only those are wanted, else a shared one."""
+        found = [r for r in self._weighed if r.points > 0] if speaks_for else self._weighed
+        own = [r for r in found if r.text in (*self.reasons, *self.warnings)]
+        most = max(own or (found if speaks_for else []), key=lambda r: abs(r.points), default=None)
+        return most.text if most else None
 
 
 def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None = None) -> list[Advice]:
@@ -106,7 +122,22 @@ def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | No
     found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
     if found and found[0].available:
         found[0].advised = True
+    shared = {rule.text for rule in rules(found)}
+    for advice in found:
+        own = [r for r in advice._weighed if r.text not in shared]
+        advice.reasons = [r.text for r in own if r.points > 0]
+        advice.warnings = [r.text for r in own if r.points < 0]
     return found
+
+
+def rules(ranking: list[Advice]) -> list[Rule]:
+    """What was weighed for more than one strategy, the weightiest first."""
+    found: dict[Reason, list[str]] = {}
+    for advice in ranking:
+        for reason in advice._weighed:
+            found.setdefault(reason, []).append(advice.strategy)
+    shared = [Rule(text=r.text, points=r.points, strategies=names) for r, names in found.items() if len(names) > 1]
+    return sorted(shared, key=lambda rule: -abs(rule.points))
 
 
 def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None) -> Advice:
@@ -115,17 +146,15 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost],
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
         why_not = (
             f"It needs {_gb(cost.memory_bytes)} and this machine has {_gb(facts.memory_bytes)}. "
-            "Choose a shorter length, fewer tokens per batch, or another strategy."
+            "Lower the max length or the tokens per batch, or choose another method."
         )
     advice = Advice(
         strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost
     )
     if why_not is None:
-        weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_prompts(strategy, facts)]
-        weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *_by_nature(strategy)]
-        advice.score = sum(r.points for r in weighed)
-        advice.reasons = [r.text for r in weighed if r.points > 0]
-        advice.warnings = [r.text for r in weighed if r.points < 0]
+        advice._weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_prompts(strategy, facts)]
+        advice._weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *_by_nature(strategy)]
+        advice.score = sum(r.points for r in advice._weighed)
     return advice
 
 
@@ -136,17 +165,17 @@ def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
     if facts.rows < FEW_ROWS:
         # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
         if strategy.name in ("ia3", "prompt_tuning", "layer_norm"):
-            return [Reason(12, f"With {rows} there is little to learn from, and this learns so little that it hardly overfits.")]
+            return [Reason(12, f"{rows} are few, and so few trainable parameters hardly overfit.")]
         if strategy.family == "full":
-            return [Reason(-40, f"{rows} cannot guide every weight: it would learn them by heart.")]
+            return [Reason(-40, f"{rows} are too few to train every weight: it would overfit.")]
         return []
     if facts.rows >= MANY_ROWS:
         if strategy.family == "full":
-            return [Reason(15, f"{rows} are enough to guide every weight.")]
+            return [Reason(15, f"{rows} are enough to train every weight.")]
         if strategy.name in ("rslora", "dora", "bottleneck_adapter"):
-            return [Reason(8, f"{rows} can fill the room that it offers beyond plain LoRA.")]
+            return [Reason(8, f"{rows} can use the capacity beyond plain LoRA.")]
         if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "bitfit"):
-            return [Reason(-15, f"{rows} hold more than its few numbers can take up.")]
+            return [Reason(-15, f"{rows} hold more than so few trainable parameters can take up.")]
     return []
 
 
@@ -156,29 +185,36 @@ def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
     found = []
     per_class = facts.rows / max(facts.classes or 1, 1)
     least = per_class if facts.smallest_class is None else facts.smallest_class
-    words = f"{facts.rows:,} labelled rows in {facts.classes} classes ({_rows_a_class(facts, per_class)})"
+    words = f"{facts.rows:,} labeled rows in {facts.classes} classes ({_rows_a_class(facts, per_class)})"
     large = facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
     if strategy.family == "feature":
-        quick = "a frozen model with a small classifier is quick, hard to beat, and forgets nothing."
+        quick = "a classifier on the frozen model is quick, hard to beat, and forgets nothing."
         found.append(Reason(30 if large else 35, f"{words}: {quick}"))
         if facts.distance is not None and facts.distance >= FAR:
-            found.append(Reason(-20, "The texts are foreign to the model, so its frozen vectors may not tell the classes apart."))
+            found.append(
+                Reason(-20, "The texts are far from what the model was trained on, so its frozen vectors may not separate the classes.")
+            )
     elif strategy.name == "dense_head":
         if _told_apart(facts) is False:
-            found.append(Reason(-14, "The frozen model hardly tells these classes apart, and new layers on it see no more than it does."))
+            found.append(Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else."))
         elif large:
-            found.append(Reason(55, f"{words}: enough to train new layers of their own on the frozen model, which stays as it is."))
+            found.append(Reason(55, f"{words}: enough to train new layers on top, while the model itself stays unchanged."))
         elif least >= MANY_PER_CLASS:
             found.append(Reason(28, f"{words}: enough to train new layers on the frozen model."))
         else:
-            found.append(Reason(-5, f"{_rows_a_class(facts, per_class)} are few for new layers; frozen features overfit less."))
+            found.append(Reason(-5, f"{_rows_a_class(facts, per_class)} are few for new layers; feature extraction overfits less."))
     elif least < FEW_PER_CLASS:
-        found.append(Reason(-15, f"{_rows_a_class(facts, per_class)} are few to move the model itself."))
+        found.append(Reason(-15, f"{_rows_a_class(facts, per_class)} are few to train the model itself."))
     elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
-        found.append(Reason(10, f"{words}: enough to let the model itself adapt."))
+        found.append(Reason(10, f"{words}: enough to adapt the model itself."))
     if balance(facts) >= UNEVEN and strategy.family in ("full", "partial", "reparametrized"):
         uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
-        found.append(Reason(-4, f"{uneven}: what moves much soon answers the large one always. Watch macro F1, or even the classes out."))
+        found.append(
+            Reason(
+                -4,
+                f"{uneven}, so a model with many trainable parameters soon predicts only the large one. Watch macro F1, or balance the classes.",
+            )
+        )
     return found
 
 
@@ -202,19 +238,19 @@ def _told_apart(facts: Facts) -> bool | None:
 def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
     if facts.distance is None:
         return []
-    says = f"The base needs {facts.distance:.2f} times the bits per byte of general text for this data"
+    says = f"This data is {facts.distance:.2f} × as hard to predict as general text for the base model"
     if facts.distance >= FAR:
         if strategy.family == "full":
-            return [Reason(32, f"{says}: far from what it has read, so there is much to move.")]
+            return [Reason(32, f"{says}: far from what it was trained on, so every weight may have to change.")]
         if strategy.family in ("selective",) or strategy.name in ("prompt_tuning", "ia3"):
-            return [Reason(-12, f"{says}: too far for so few numbers.")]
+            return [Reason(-12, f"{says}: too far for so few trainable parameters.")]
         if strategy.name in ("rslora", "bottleneck_adapter", "top_layers"):
-            return [Reason(6, f"{says}: more room to learn helps.")]
+            return [Reason(6, f"{says}: more capacity helps.")]
     if facts.distance <= CLOSE:
         if strategy.family == "full":
-            return [Reason(-15, f"{says}: it knows such text already, so moving every weight mostly makes it forget.")]
+            return [Reason(-15, f"{says}: it predicts such text already, so training every weight mostly makes it forget.")]
         if strategy.name in ("lora", "prefix_tuning", "prompt_tuning", "ia3", "layer_norm", "feature_extraction"):
-            return [Reason(6, f"{says}: close to what it knows, so a small change is enough.")]
+            return [Reason(6, f"{says}: a small change is enough.")]
     return []
 
 
@@ -222,21 +258,21 @@ def _by_prompts(strategy: Strategy, facts: Facts) -> list[Reason]:
     """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
     skill = task_skill(facts)
     if skill is not None and facts.how == "vectors":
-        says = f"A few examples a class alone reach accuracy {facts.prompted:.2f} by the nearest vector"
+        says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
         if strategy.family == "feature" and skill >= CLOSE_TASK:
-            return [Reason(8, f"{says}: the task is close to what the model knows.")]
+            return [Reason(8, f"{says}: its vectors separate these classes already.")]
         if strategy.family == "feature" and skill <= FAR_TASK:
-            return [Reason(-14, f"{says}: its frozen vectors hardly tell these classes apart.")]
+            return [Reason(-14, f"{says}: its frozen vectors hardly separate these classes.")]
         if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
-            return [Reason(8, f"{says}, so the model itself has to learn to see the difference.")]
+            return [Reason(8, f"{says}, so the model itself has to be trained.")]
         return []
     if worth_tuning(facts) is False:
         words = "ROUGE-L" if facts.metric == "rouge_l" else facts.metric
-        says = f"A prompt alone reaches {words} {facts.prompted:.2f} on held-out rows"
+        says = f"A prompt alone reaches {words} {facts.prompted:.2f} on the validation set"
         if strategy.family == "full":
-            return [Reason(-12, f"{says}: too little is missing to move every weight for it.")]
+            return [Reason(-12, f"{says}: little headroom for full fine-tuning.")]
         if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "feature_extraction"):
-            return [Reason(6, f"{says}: little is missing, so a small change is enough.")]
+            return [Reason(6, f"{says}: little headroom, so a small change is enough.")]
     return []
 
 
@@ -248,9 +284,9 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason
     if share > TIGHT:
         return [Reason(-10, f"It needs {needs} of memory: it may just fit.")]
     if strategy.base_bits and share < ROOMY:
-        return [Reason(-12, "There is memory enough to keep the base in full precision, which is faster and a little better.")]
+        return [Reason(-12, "There is enough memory for the base model in full precision, which is faster and slightly better.")]
     if strategy.family == "full" and share < ROOMY:
-        return [Reason(4, f"It needs {needs} of memory, which this machine can spare.")]
+        return [Reason(4, f"It needs {needs} of memory, so there is room for it.")]
     return []
 
 
@@ -261,14 +297,16 @@ def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -
         return []
     found = []
     if cost.recomputed_layers:
-        found.append(Reason(-10, f"It fits only because {cost.recomputed_layers} layers are computed twice, which takes time."))
+        found.append(
+            Reason(-10, f"It fits only because {cost.recomputed_layers} layers are recomputed in the backward pass, which takes time.")
+        )
     small = {n: c for n, c in costs.items() if STRATEGIES[n].family in ("reparametrized", "additive", "selective")}
     if strategy.name in small:
         least = min(small.values(), key=lambda c: (c.recomputed_layers, c.memory_bytes))
         near = cost.recomputed_layers <= least.recomputed_layers and cost.memory_bytes <= NEAR_LEAST * least.memory_bytes
         if cost is least or near:
-            says = "Memory is short here, and of all that adapt the whole model with few weights this needs the least"
-            says = says if cost is least else "Memory is short here, and this needs hardly more than the least"
+            says = "Memory is short, and of all parameter-efficient methods this needs the least"
+            says = says if cost is least else "Memory is short, and this needs hardly more than the least"
             found.append(
                 Reason(
                     25 if cost is least else 18,
@@ -283,13 +321,13 @@ def _by_nature(strategy: Strategy) -> list[Reason]:
     less (Biderman et al. 2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
     found = []
     if strategy.name == "lora":
-        found.append(Reason(30, "On sets like most people's it learns as much as full re-training, and forgets less."))
+        found.append(Reason(30, "Matches full fine-tuning on most datasets and forgets less."))
     elif strategy.name in ("dora", "rslora", "pissa"):
-        found.append(Reason(22, "A relative of LoRA, as dependable; worth a comparison once LoRA has shown what is possible."))
+        found.append(Reason(22, "LoRA variant, as dependable: compare it once plain LoRA has shown what is possible."))
     elif strategy.family in ("reparametrized", "additive", "partial"):
-        found.append(Reason(10, "Trains a small part, so the base stays whole and can be shared."))
+        found.append(Reason(10, "Trains a small part: the base model stays unchanged and can be shared."))
     if strategy.forgets == "much":
-        found.append(Reason(-8, "Moves every weight: it forgets most of all. Watch the forgetting score."))
+        found.append(Reason(-8, "Trains every weight, so it forgets most: watch general ability."))
     return found
 
 

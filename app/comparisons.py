@@ -195,7 +195,7 @@ def _try(session: Session, found: orders.Ground, order: JobOrder) -> tuple[str, 
     try:
         spec = orders.spec_on(found, order)
     except StudioError as error:
-        if error.code in ("strategy_unavailable", "no_room"):
+        if error.code in ("strategy_unavailable", "no_room", "setting_without_use", "needs_whole_weights"):
             return error.message, None
         raise
     cost = orders.estimate_of(session, spec)

@@ -41,29 +41,29 @@ def verdict(session: Session, rows: Sequence[Row]) -> str:
     tuned = next((row for row in done if is_tuned(row[0]) and row[0].spec["part"] == "validation"), None)
     plain = [row for row in done if not is_tuned(row[0])]
     if tuned is None or not plain:
-        return "Run a prompt on a base model and on a fine-tuned one, over validation rows, to see whether prompting is sufficient."
+        return "Run a prompt on a base model and on a fine-tuned one, on the validation set, to see whether prompting is sufficient."
     rule = tuned[0].spec["body"]["score"]
     prompt = next((row for row in plain if row[0].spec["body"]["score"] == rule), None)
     if prompt is None:
-        return "The fine-tuned models and the prompts were scored by different metrics, so they cannot be compared."
+        return "The fine-tuned models and the prompts were scored with different metrics, so they cannot be compared."
     found = paired(session, tuned[0], prompt[0])
     if found.lines < FEWEST:
         return (
-            f"Only {found.lines} lines were asked of both the best prompt and the best fine-tuned model. "
-            "Run them together, so that both are put to rows that neither was trained on."
+            f"Only {found.lines} rows were run with both the best prompt and the best fine-tuned model. "
+            "Run them together, on rows that neither was trained on."
         )
     return _in_words(found, tuned[0].spec["model"]["name"], f"“{prompt[1].name}” on {prompt[0].spec['model']['name']}")
 
 
 def _in_words(found: Paired, tuned: str, prompt: str) -> str:
-    on = f"On the {found.lines} lines asked of both, {tuned} scores {found.tuned:.1%} and {prompt} {found.prompt:.1%}"
-    counted = f"it is ahead on {found.tuned_better} lines and behind on {found.prompt_better}"
+    on = f"On the {found.lines} rows of both, {tuned} scores {found.tuned:.1%} and {prompt} {found.prompt:.1%}"
+    counted = f"it is ahead on {found.tuned_better} rows and behind on {found.prompt_better}"
     test = f"(exact paired test, p = {max(found.p, 1e-4):.2g})"
     if found.p >= chance.SURE:
-        return f"A prompt may have been enough. {on}; {counted}, which chance alone explains {test}. More rows would tell."
+        return f"Prompting may be sufficient. {on}; {counted}: no significant difference {test}. More rows would tell."
     if found.tuned_better > found.prompt_better:
-        return f"Tuning was needed. {on}; {counted}, which chance does not explain {test}."
-    return f"A prompt was enough. {on}; the fine-tuned model is ahead on {found.tuned_better} lines and behind on {found.prompt_better} {test}."
+        return f"Fine-tuning was needed. {on}; {counted}, a significant difference {test}."
+    return f"Prompting is sufficient. {on}; the fine-tuned model is ahead on {found.tuned_better} rows and behind on {found.prompt_better} {test}."
 
 
 def paired(session: Session, tuned: PromptRun, prompt: PromptRun) -> Paired:

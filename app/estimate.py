@@ -142,7 +142,7 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> C
     train = rows * share
     learned_from = math.ceil(stats.rows * share)
     mean = train / max(learned_from, 1)
-    steps = total_steps(train, learned_from, run)
+    steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
     learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
     return Course(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
@@ -176,9 +176,11 @@ def learnt_share(stats: Stats) -> float:
     return min(1.0, stats.trained_tokens / stats.tokens)
 
 
-def total_steps(train_tokens: float, rows: int, run: RunSettings) -> int:
+def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) -> int:
     """Optimizer steps of a job whose epoch has so many tokens and rows."""
     batches = rows / run.batch_size if run.batch_size else train_tokens / (run.max_tokens_per_step or 1)
+    if not run.packing and not run.batch_size:  # at most, as if every row were as long as the longest
+        batches = rows / max(1, (run.max_tokens_per_step or 1) // longest)
     steps = max(1, math.ceil(run.epochs * max(1, math.ceil(batches)) / run.gradient_accumulation_steps))
     return min(steps, run.max_steps) if run.max_steps else steps
 
@@ -234,7 +236,8 @@ def step_seconds(spec: JobSpec, course: Course, speed: float, recompute: float =
     shape = spec.model.shape
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
-    return course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
+    padded = 1.0 if spec.run.packing else max(1.0, course.longest * course.rows / max(course.train, 1))
+    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
 
 
 def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
@@ -273,7 +276,7 @@ def _contest_tokens(spec: JobSpec, course: Course) -> float:
     held = course.held_out / max(mean, 1.0)
     if spec.task == "classification":
         return mean * (min(EXAMPLES_A_CLASS * max(course.labels, 1), course.rows, 800) + min(held, 400))
-    if spec.task == "preference" or spec.dataset.format == "text":
+    if spec.task == "preference" or spec.dataset.format == "plain_text":
         return 0.0
     bare = min(held, CONTEST_ROWS) * mean
     return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)

@@ -11,18 +11,18 @@ from app.tables import Evaluation
 SCORES: dict[str, tuple[str, str, bool]] = {
     "loss": ("Loss", "mean cross-entropy (nats)", True),
     "perplexity": ("Perplexity", "exponential of the loss", True),
-    "bits_per_byte": ("Bits per byte", "comparable between models with other tokenizers", True),
+    "bits_per_byte": ("Bits per byte", "comparable across tokenizers", True),
     "token_accuracy": ("Token accuracy", "next-token accuracy", False),
     "exact_match": ("Exact match", "share of answers equal to the reference", False),
-    "rouge_l": ("ROUGE-L", "longest common subsequence of words, 0 to 1", False),
-    "chrf": ("chrF", "character n-gram overlap, 0 to 1", False),
-    "accuracy": ("Accuracy", "share of rows classified correctly", False),
-    "macro_f1": ("Macro F1", "every class counts the same", False),
+    "rouge_l": ("ROUGE-L", "longest common sequence of words, 0 to 1", False),
+    "chrf": ("chrF", "common character sequences, 0 to 1", False),
+    "accuracy": ("Accuracy", "share of correct labels", False),
+    "macro_f1": ("Macro F1", "mean F1 over classes", False),
     "log_loss": ("Log loss", "nats per row, of its probabilities", True),
-    "calibration_error": ("Calibration error", "stated probability against observed accuracy", True),
+    "calibration_error": ("Calibration error", "mean gap between confidence and observed accuracy", True),
 }
 """Title, meaning and whether less is better, in the order in which they are shown."""
-KINDS = {"scores": "Scores", "advice": "Base model", "blend": "Blend"}
+KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
 
 
 class Line(NamedTuple):
@@ -42,7 +42,7 @@ def row(evaluation: Evaluation) -> dict[str, Any]:
         "kind": KINDS.get(evaluation.kind, evaluation.kind),
         "model": spec["model"]["name"],
         "dataset": spec["dataset"]["name"],
-        "part": "validation rows" if spec["part"] == "validation" else "all rows",
+        "part": "validation split" if spec["part"] == "validation" else "all rows",
         "status": evaluation.status,
         "progress": evaluation.progress,
         "at": evaluation.created_at,
@@ -70,7 +70,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "lines": [_line(name, base.get(name), scores, result) for name in SCORES if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
-        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Prior baseline",
+        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Majority baseline",
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,

@@ -51,17 +51,19 @@ class EvaluationOrder(BaseModel):
     dataset_id: str | None = None
     file: str | None = None
     kind: Literal["scores", "advice", "blend"] = "scores"
-    rows: int | None = Field(None, ge=1, le=100_000, description="Rows drawn from the dataset by the seed; empty takes a fair number.")
+    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a fair number.")
     part: Part | None = Field(
         None,
-        description="All rows, or the share that a job holds out. Empty takes the validation rows of a dataset that the model was fine-tuned on, and all rows of any other.",
+        description="All rows, or the validation split. Empty takes the validation split of a dataset that the model was trained on, and all rows of any other.",
     )
-    validation_fraction: float | None = Field(None, gt=0, lt=1, description="The held-out share; empty takes that of the model's job.")
-    max_length: int = Field(1024, ge=8, le=131_072, description="Longer rows are cut to this many tokens.")
-    answers: int = Field(8, ge=0, le=64, description="Rows that are answered in full, to be compared word by word.")
-    answer_tokens: int = Field(64, ge=1, le=1024, description="Longest such answer.")
-    forgetting: bool = Field(True, description="Score general texts too, to see whether a fine-tuned model lost general ability.")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Decides the split and the draw; empty takes that of the model's job.")
+    validation_fraction: float | None = Field(None, gt=0, lt=1, description="Validation fraction; empty takes that of the model's job.")
+    max_length: int = Field(1024, ge=8, le=131_072, description="Longer examples are truncated to this many tokens.")
+    answers: int = Field(8, ge=0, le=64, description="Rows that are answered in full and compared with their references.")
+    answer_tokens: int = Field(64, ge=1, le=1024, description="Max new tokens of such an answer.")
+    forgetting: bool = Field(True, description="Score general texts too, to see what a fine-tuned model forgot.")
+    seed: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="Random seed of the split and the draw; empty takes that of the model's job."
+    )
 
 
 class EvaluationSpec(BaseModel):
@@ -132,8 +134,8 @@ def find_dataset(session: Session, user: User, dataset_id: str | None, file: str
 def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(
-            f"The dataset {dataset.name} cannot be scored on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
-            way_out="Wait until it has been read, or fix the issues that its report lists.",
+            f"The dataset {dataset.name} cannot be evaluated on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
+            way_out="Wait until it has been read, or fix the issues of its report.",
             param="dataset_id",
         )
     task: Task = dataset.task or "generation"  # type: ignore[assignment]
@@ -166,8 +168,8 @@ def _note(shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, An
     """What a reader of the scores should know about rows that the model may have learnt."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
-        return "The model was fine-tuned on these rows, or on some of them: its scores show how well it remembers, not how well it will do on new ones."
-    return "" if same else "The model was fine-tuned on another version of this dataset: it may have been trained on a few of these rows."
+        return "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
+    return "" if same else "The model was trained on another version of this dataset: a few of these rows may be among its training rows."
 
 
 def origin(session: Session, resolved: models.Resolved) -> tuple[Job | None, Model | None]:
@@ -201,18 +203,22 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
             raise BadField(f"{name} cannot be blended with its base: {reason}", way_out="Score it as it is.", param="model")
     if kind == "advice":
         if ref.labels:
-            raise BadField(f"{name} is a classifier already, so there is no advice for tuning it.", way_out="Take its base.", param="model")
+            raise BadField(
+                f"{name} is a classifier already, so it cannot be tested before fine-tuning.", way_out="Take its base.", param="model"
+            )
         return
     if task == "preference":
         raise BadField("Preference rows cannot be scored yet.", way_out="Take a dataset of answers or of labels.", param="dataset_id")
     if task == "classification" and not ref.labels:
         raise BadField(
-            f"{name} is no classifier, so it cannot be scored on labels.",
-            way_out="Take a model fine-tuned on labeled rows; what a prompt alone reaches is measured by kind “advice”.",
+            f"{name} is not a classifier, so it cannot be scored on labels.",
+            way_out="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
             param="model",
         )
     if task == "generation" and not writes:
-        raise BadField(f"{name} writes no text, so it cannot be scored on answers.", way_out="Take a decoder.", param="model")
+        raise BadField(
+            f"{name} generates no text, so it cannot be scored on answers.", way_out="Use a model that generates text.", param="model"
+        )
 
 
 # Looking ------------------------------------------------------------------------------------------------------------

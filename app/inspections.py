@@ -29,6 +29,7 @@ FUNCTIONS = {
     "lengths": "worker.inspect:lengths",
     "rows": "worker.inspect:rows",
     "split": "app.splits:look",
+    "side": "app.splits:side",
     "line": "app.rawline:look",
     "changes": "app.changes:look",
 }

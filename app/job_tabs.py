@@ -127,6 +127,10 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     evaluation = _told(job, progress, "evaluation") or {}
     tuned, base = evaluation.get("tuned"), evaluation.get("base")
     tuned, base = tuned if isinstance(tuned, Mapping) else {}, base if isinstance(base, Mapping) else {}
+    contest = evaluation.get("contest") or {}
+    if contest.get("cross_validated"):  # of all rows, where the few held-out ones say little
+        score, before = contest["base"]["tuned"], contest["base"]["score"]
+        return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
     for name in TASK_SCORES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:

@@ -165,7 +165,7 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
             _starting(progress), doing or f"the first of {human_number(progress.total_steps)} steps is being made"
         )
     parts = [Markup("<b>Step {} of {}</b>").format(human_number(progress.step), human_number(progress.total_steps))]
-    if progress.latest and not spec.run.max_steps:
+    if progress.latest and not spec.run.max_steps and type(spec.strategy).recipe != "features":
         epochs = max(1, -int(-spec.run.epochs // 1))
         parts.append(Markup("epoch {} of {}").format(min(epochs, int(progress.epoch) + 1), human_number(epochs)))
     if progress.attempt > 1:

@@ -102,8 +102,15 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
 
 
 def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
-    """Raises BadField for a choice of turns where rows have none to choose from."""
-    if run.train_on == "assistant" or (task == "generation" and format_ != "text"):
+    """Raises BadField for a choice of turns where rows have none to choose from, and for padding where there is none."""
+    if not run.packing and task != "generation":
+        raise BadField(
+            f"Rows are always packed where a job learns {task}.",
+            way_out="Leave packing out.",
+            param="run.packing",
+            code="setting_without_use",
+        )
+    if run.train_on == "assistant" or (task == "generation" and format_ != "plain_text"):
         return
     rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which trains on them as they are"
     raise BadField(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ from app import chance, datasets, ids, playground, queue
 from app.claims import storable
 from app.errors import BadField, Conflict, NotFound
 from app.generation import ExternalEngine
+from app.orders import bad_field
 from app.prompts import PromptBody
 from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
@@ -61,6 +62,7 @@ class RunSpec(BaseModel):
     split_seed: int
     split: Split | None = None
     learnt: tuple[Learnt, ...] = ()
+    trial: bool = False  # a try of the form, which is in no list
 
 
 class RunOrder(BaseModel):
@@ -78,13 +80,22 @@ class RunOrder(BaseModel):
     beside: list[str] = Field([], max_length=16, description="Models this one is compared with.")
 
 
-def create(session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder) -> PromptRun:
+def read_order(given: JSON) -> RunOrder:
+    try:
+        return RunOrder.model_validate(given)
+    except ValidationError as error:
+        raise bad_field(error) from None
+
+
+def create(
+    session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder, *, trial: bool = False
+) -> PromptRun:
     """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
     who = playground.speaker(session, user, model)
     ref = datasets.reference(dataset)
     if ref.format == "plain_text" or dataset.task == "preference":
         raise BadField(
-            f"The rows of {dataset.name} have no right answer to compare with.",
+            f"The rows of {dataset.name} have no reference answers.",
             way_out="Take a dataset of instructions, conversations, completions or labels.",
             param="dataset_id",
         )
@@ -94,13 +105,13 @@ def create(session: Session, user: User, version: PromptVersion, model: str, dat
     held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
     if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
         raise BadField(
-            "Examples come from the training rows, and a run over all rows leaves none.",
-            way_out="Run over the validation rows, or name the example lines.",
+            "Examples come from the training set, and a run over all rows leaves none.",
+            way_out="Run on the validation set, or use fixed rows as examples.",
             param="part",
         )
     spec = RunSpec(
         owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", part=order.part,
-        rows=order.rows, **held,
+        rows=order.rows, trial=trial, **held,
     )  # fmt: skip
     run = PromptRun(
         id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
@@ -152,6 +163,14 @@ def mine(user: User) -> Select[tuple[PromptRun]]:
     return select(PromptRun).where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
 
 
+def is_trial() -> ColumnElement[bool]:
+    return func.coalesce(PromptRun.spec["trial"].as_boolean(), False)
+
+
+def trial(session: Session, run_id: uuid.UUID) -> bool:
+    return bool(session.scalar(select(PromptRun.id).where(PromptRun.id == run_id, is_trial())))
+
+
 def get(session: Session, user: User, run_id: uuid.UUID) -> PromptRun:
     found = session.scalar(mine(user).where(PromptRun.id == run_id).execution_options(populate_existing=True))
     if found is None:
@@ -176,7 +195,7 @@ def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset,
         .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
         .join(Prompt, Prompt.id == PromptVersion.prompt_id)
         .join(Dataset, Dataset.id == PromptRun.dataset_id)
-        .where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
+        .where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None), ~is_trial())
         .order_by(PromptRun.created_at.desc())
         .limit(limit)
     )
@@ -228,7 +247,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
 
 def delete(session: Session, user: User, run: PromptRun) -> None:
     if run.status in ("queued", "running"):
-        raise Conflict("The run has not ended.", way_out="Stop it first.")
+        raise Conflict("The run has not ended.", way_out="Cancel it first.")
     run.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
     session.flush()
 

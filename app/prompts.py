@@ -12,7 +12,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from sqlalchemy import Select, func, select
@@ -32,9 +32,9 @@ NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 Text = Annotated[str, StringConstraints(max_length=20_000)]
 Rule = Literal["all", "first_line", "last_line", "after", "last_number"]
 Score = Literal["exact", "numeric", "contains", "rouge_l", "label"]
-BUILDERS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "chain_of_thought": "chain of thought"}
+BUILDERS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "chain_of_thought": "chain-of-thought"}
 _RULES = {
-    "all": "all of it",
+    "all": "whole text",
     "first_line": "first line",
     "last_line": "last line",
     "after": "after the marker",
@@ -50,31 +50,49 @@ class PromptBody(BaseModel):
 
     builder: Literal["zero_shot", "few_shot", "chain_of_thought"] = Field(
         "zero_shot",
-        description="The question alone; with solved examples before it; or asking for the reasoning before the answer.",
+        title="Strategy",
+        description="Zero-shot: the question alone. Few-shot: examples before it. Chain-of-thought: the model reasons before it answers.",
         json_schema_extra={"words": BUILDERS},
     )
-    system: Text = Field("", description="System message for models that take one; put before the text for a generic one.")
-    template: Text = Field("{{input}}", min_length=1, description="The text each row is put into.")
-    example: Text = Field("{{input}}\n{{output}}", description="How one example is written.")
-    separator: Text = Field("\n\n", description="Stands after each example.")
-    instruction: Text = Field("Think step by step, then give the final answer after ####.", description="What {{instruction}} says.")
+    system: Text = Field("", title="System prompt", description="For models that take one; put before the text for a base model.")
+    template: Text = Field(
+        "{{input}}",
+        min_length=1,
+        title="Prompt template",
+        description="{{input}} is the row's question, {{examples}} the few-shot examples.",
+    )
+    example: Text = Field("{{input}}\n{{output}}", title="Example template", description="How one few-shot example is written.")
+    separator: Text = Field("\n\n", title="Example separator", description="Comes after each example.")
+    instruction: Text = Field("Think step by step, then give the final answer after ####.", description="The text of {{instruction}}.")
     variables: dict[str, Text] = Field(default_factory=dict, max_length=50)
-    shots: int = Field(0, ge=0, le=32, description="Examples before the question, taken from the training rows only.")
+    shots: int = Field(
+        0, ge=0, le=32, title="Number of examples", description="Few-shot examples before the question, taken from the training set only."
+    )
     choose: Literal["chosen", "random", "balanced", "similar"] = Field(
         "random",
-        description="Which examples: named lines, a random draw, evenly over the answers, or those most similar to the question.",
-        json_schema_extra={"words": {"chosen": "the lines below", "balanced": "evenly over the answers", "similar": "most similar"}},
+        title="Example selection",
+        description="Fixed rows, a random draw, balanced over the answers, or the nearest neighbors of the question.",
+        json_schema_extra={"words": {"chosen": "fixed rows", "balanced": "balanced", "similar": "nearest neighbors"}},
     )
-    lines: list[int] = Field(default_factory=list, max_length=32, description="Lines of the dataset, for chosen examples.")
-    extract: Rule = Field("all", description="Which part of what the model wrote is its answer.", json_schema_extra={"words": _RULES})
-    reference: Rule = Field("all", description="Which part of the row's own answer is the right one.", json_schema_extra={"words": _RULES})
-    marker: str = Field("####", min_length=1, max_length=64, description="What the final answer stands after, where a rule says so.")
-    score: Score = Field("exact", description="How an answer is compared with the right one.", json_schema_extra={"words": SCORES})
-    samples: int = Field(1, ge=1, le=16, description="Answers to each question; the commonest one counts (self-consistency).")
-    temperature: float = Field(0.0, ge=0, le=2, description="0 is the likeliest answer. Several samples need more than 0.")
+    lines: list[int] = Field(default_factory=list, max_length=32, title="Row numbers", description="Lines of the dataset, for fixed rows.")
+    extract: Rule = Field(
+        "all", title="Answer parser", description="Which part of the output is the answer.", json_schema_extra={"words": _RULES}
+    )
+    reference: Rule = Field(
+        "all",
+        title="Reference parser",
+        description="Which part of the row's own answer is the reference.",
+        json_schema_extra={"words": _RULES},
+    )
+    marker: str = Field("####", min_length=1, max_length=64, description="The final answer comes after it, where a parser uses it.")
+    score: Score = Field(
+        "exact", title="Metric", description="How the parsed answer is compared with the reference.", json_schema_extra={"words": SCORES}
+    )
+    samples: int = Field(1, ge=1, le=16, description="Answers per question; the most frequent one counts (self-consistency).")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 = deterministic. Several samples need more than 0.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Longest answer.", json_schema_extra={"unit": "tokens"})
-    stop: Text = Field("", description="The answer ends before any of these texts; one in each line, \\n for a line break.")
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the examples drawn and the samples.")
+    stop: Text = Field("", title="Stop sequences", description="Generation stops before any of these; one per line, \\n for a line break.")
+    seed: int = Field(42, ge=0, le=2**31 - 1, title="Random seed", description="Decides the examples drawn and the samples.")
 
     @model_validator(mode="after")
     def _fits(self) -> PromptBody:
@@ -86,11 +104,11 @@ class PromptBody(BaseModel):
         if "input" not in VARIABLE.findall(self.template):
             raise ValueError("the template must name {{input}}, or every row would be asked the same")
         if self.builder == "few_shot" and (self.shots or len(self.lines)) == 0:
-            raise ValueError("a few-shot prompt needs at least one shot")
+            raise ValueError("a few-shot prompt needs at least one example")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples at temperature 0 would all be the same; raise the temperature")
         if self.choose == "chosen" and self.shots and not self.lines:
-            raise ValueError("chosen examples need their lines")
+            raise ValueError("fixed examples need their row numbers")
         return self
 
     def stops(self) -> tuple[str, ...]:
@@ -104,10 +122,45 @@ STARTS: dict[str, JSON] = {
         "shots": 4, "choose": "similar", "extract": "first_line", "stop": "\\nQuestion:",
     },
     "chain_of_thought": {
-        "builder": "chain_of_thought", "template": "{{input}}\n\n{{instruction}}", "extract": "after", "max_tokens": 256,
+        "builder": "chain_of_thought",
+        "template": "Question: A farmer has 4 pens with 6 cows in each, and buys 5 more cows. How many cows does he have?\n"
+        "Reasoning: 4 pens with 6 cows are 4 × 6 = 24 cows. With 5 more there are 24 + 5 = 29.\n#### 29\n\n"
+        "Question: {{input}}\nReasoning:",
+        "extract": "after", "reference": "after", "score": "numeric", "max_tokens": 256, "stop": "\\nQuestion:",
     },
 }  # fmt: skip
-"""What the form begins with for each builder."""
+"""What the form begins with for each strategy."""
+
+
+class Solved(NamedTuple):
+    """A row as a question, its whole answer, and its line."""
+
+    line: int
+    question: str
+    answer: str
+
+
+def solved(line: int, row: Mapping[str, Any]) -> tuple[Solved, list[dict[str, Any]]]:
+    """A normalised row as a question and its answer, and the turns of the conversation before the question."""
+    if "messages" in row:
+        messages = row["messages"]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        asked = max((i for i, m in enumerate(messages[:last]) if m["role"] == "user"), default=-1) if last > 0 else -1
+        if asked < 0:
+            return Solved(line, "", ""), []
+        return Solved(line, _words(messages[asked]), _words(messages[last])), [_bare(m) for m in messages[:asked]]
+    if "label" in row:
+        return Solved(line, str(row["text"]), str(row["label"])), []
+    return Solved(line, str(row.get("prompt", "")), str(row.get("completion", "")).strip()), []
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _bare(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": message["role"], "content": _words(message)}
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

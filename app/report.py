@@ -89,14 +89,14 @@ class Report:
 
     def add(self, line: int | None, finding: Finding) -> None:
         """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
+        role = named(finding.value) if finding.rule == "wrong_role" else None
+        if role and (role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES):
+            self.unknown_roles[role] += 1
         if self._told.get(finding.rule, -1) == line:
             return
         self._told[finding.rule] = line
         entry = self.found.setdefault(finding.rule, {"severity": finding.severity, "count": 0, "message": finding.message})
         entry["count"] += 1
-        role = named(finding.value) if finding.rule == "wrong_role" else None
-        if role and (role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES):
-            self.unknown_roles[role] += 1
         if finding.fix is not None and line is not None:
             kept = self.lines.setdefault(finding.rule, array("q"))
             if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):

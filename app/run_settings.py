@@ -36,7 +36,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Settings that mean something beside some values of another one alone; they are refused elsewhere."""
 GRADIENT_ONLY = (
-    "batch_size", "gradient_accumulation_steps", "neftune_noise_alpha", "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best",
+    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha",
+    "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best",
 )  # fmt: skip
 """Settings that mean nothing where frozen features are computed once and a classifier is fitted to them."""
 STEPS_ONLY = ("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "num_cycles", "decay_fraction", "min_lr_fraction")
@@ -120,6 +121,13 @@ class RunSettings(BaseModel):
         "last of the assistant's. A turn of weight 0 never does.",
         json_schema_extra={"group": "Data", "words": TRAIN_ON},
         exclude_if=lambda turns: turns == "assistant",
+    )
+    packing: bool = Field(
+        True,
+        description="Rows of a batch are laid end to end without padding, and never see each other. Off pads each to the longest of its pass: "
+        "the same loss, fewer rows in as many tokens, slower.",
+        json_schema_extra={"group": "Data"},
+        exclude_if=lambda packed: packed is True,
     )
     max_steps: int | None = Field(
         None,
@@ -397,7 +405,7 @@ class RunSettings(BaseModel):
     @classmethod
     def _has_its_use(cls, value: Any, info: ValidationInfo) -> Any:
         other, needed = ONLY_WITH[info.field_name or ""]
-        if value and info.data.get(other) not in needed:
+        if value != cls.model_fields[info.field_name or ""].default and info.data.get(other) not in needed:
             raise ValueError(
                 f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: leave it out, or change that"
             )

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import redis
 from pydantic import BaseModel
 from sqlalchemy import func, or_, select
@@ -46,7 +47,7 @@ def checks(session: Session | None = None) -> list[Check]:
 
 
 def _away(name: str) -> Check:
-    return Check(name=name, good=False, message="does not answer", way_out="It comes back by itself when `luthier up` runs it.")
+    return Check(name=name, good=False, message="does not respond", way_out="It comes back by itself when `luthier up` runs it.")
 
 
 CHECK_SECONDS = 2.0
@@ -87,7 +88,7 @@ def _database(session: Session | None) -> list[Check]:
         return [_away("database")]
     schema = "up to date" if current else "of another version"
     return [
-        Check(name="database", good=True, message="answers"),
+        Check(name="database", good=True, message="online"),
         Check(name="migrations", good=current, message=schema, way_out="" if current else "`luthier up` brings it up to date."),
     ]
 
@@ -97,11 +98,11 @@ def _broker() -> Check:
         get_redis().ping()
     except redis.RedisError as error:
         if cannot_write(error):
-            return Check(name="redis", good=False, message="answers, and takes no orders: its disk is full", way_out=MAKE_ROOM)
+            return Check(name="redis", good=False, message="is read-only: its disk is full", way_out=MAKE_ROOM)
         return _away("redis")
     except RuntimeError:
         return _away("redis")
-    return Check(name="redis", good=True, message="answers")
+    return Check(name="redis", good=True, message="online")
 
 
 MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."
@@ -125,11 +126,16 @@ class Duty(BaseModel):
 
 _DUTIES = {
     "train": ("Training", "Jobs stay queued."),
-    "data": ("Reading datasets", "Uploads stay unread."),
-    "import": ("Bringing in models", "New models stay unfetched."),
-    "generate": ("Answering", "The playground cannot answer."),
-    "relay": ("Sending orders on", "Nothing new is started."),
+    "data": ("Data workers", "Datasets are not read."),
+    "import": ("Model downloads", "Models are not downloaded."),
+    "generate": ("Inference", "Models cannot answer."),
+    "relay": ("Job dispatcher", "No new job starts."),
 }
+
+
+def seconds_up() -> float:
+    """How long this web process has been running."""
+    return time.time() - psutil.Process().create_time()
 
 
 def duties(workers: list[Worker] | None = None) -> list[Duty]:
@@ -225,7 +231,7 @@ def versions() -> list[tuple[str, str]]:
         try:
             found.append((name.capitalize() if name == "luthier" else name, version(name)))
         except PackageNotFoundError:
-            found.append((name, "not installed here"))
+            found.append((name, "not installed"))
     return found
 
 
@@ -236,7 +242,7 @@ _FOLDERS = (
     ("runs", "Checkpoints and runs"),
     ("postgres", "Database"),
     ("logs", "Logs"),
-    ("tmp", "Being written"),
+    ("tmp", "Temporary files"),
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from app.advisor import Cost, Facts, advise, worth_tuning
+from app.advice_cards import cards
+from app.advisor import Cost, Facts, advise, rules, worth_tuning
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
 
@@ -36,7 +37,7 @@ def test_a_usual_chat_set_gets_lora():
 def test_labels_and_a_close_task_get_frozen_features():
     best = ranked(Facts(task="classification", rows=770, classes=77, distance=1.0, memory_bytes=24 * GB), ENCODER)[0]
     assert best.strategy == "feature_extraction"
-    assert any("770 labelled rows" in text for text in best.reasons)
+    assert any("770 labeled rows" in text for text in best.reasons)
 
 
 def test_a_large_labelled_set_lifts_the_dense_head():
@@ -51,6 +52,38 @@ def test_far_data_with_room_gets_full_and_is_warned_of_forgetting():
     best = ranked(Facts(task="generation", rows=50_000, distance=2.5, memory_bytes=80 * GB))[0]
     assert best.strategy == "full"
     assert any("forgets" in text for text in best.warnings)
+
+
+def test_no_sentence_is_said_of_two_methods_and_every_point_is_accounted_for():
+    costs = {name: Cost(memory_bytes=(n + 1) * GB // 10, seconds=60 + n, trainable_parameters=n) for n, name in enumerate(STRATEGIES)}
+    for facts, shape in (
+        (Facts(task="generation", rows=60, distance=1.0, memory_bytes=24 * GB), DECODER),
+        (Facts(task="generation", rows=9000, distance=2.5, memory_bytes=24 * GB, metric="rouge_l", prompted=0.9), DECODER),
+        (classes(20_000, smallest_class=4, largest_class=15_000), ENCODER),
+    ):
+        found = advise(facts, shape, costs)
+        said = [text for a in found for text in (*a.reasons, *a.warnings)]
+        together = [rule.text for rule in rules(found)]
+        assert len(said) == len(set(said)) and len(together) == len(set(together)) and not set(said) & set(together)
+        for a in found:
+            shared = sum(rule.points for rule in rules(found) if a.strategy in rule.strategies)
+            own = sum(r.points for r in a._weighed if r.text in (*a.reasons, *a.warnings))
+            assert a.score == shared + own
+
+
+def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
+    def cost(memory: float, trained: int) -> Cost:
+        return Cost(memory_bytes=int(memory * GB), seconds=60 * memory, trainable_parameters=trained)
+
+    costs = {name: cost(3, 1000) for name in STRATEGIES} | {"full": cost(8, 135_000_000), "prompt_tuning": cost(2, 100)}
+    facts = Facts(task="generation", rows=1200, memory_bytes=24 * GB)
+    found = cards(ranked(facts, costs=costs), facts, "m", "ds-1")
+    assert [(c.kind, c.strategy) for c in found] == [("recommended", "lora"), ("cheaper", "prompt_tuning"), ("stronger", "full")]
+    assert "2.00 GB instead of 3.00 GB and 2 min instead of 3 min" in found[1].sentence
+    assert all(c.label == "Use this method" and f"strategy={c.strategy}" in c.url for c in found)
+    enough = facts.model_copy(update={"metric": "rouge_l", "prompted": 0.9, "how": "answers"})
+    first = cards(ranked(enough, costs=costs), enough, "m", "ds-1")[0]
+    assert first.strategy is None and "ROUGE-L 0.90" in first.sentence and first.url.startswith("/playground/lab/new?builder=few_shot")
 
 
 def test_what_does_not_fit_cannot_be_advised():
@@ -99,9 +132,9 @@ def test_the_smallest_class_decides_what_is_enough():
     even, uneven = classes(20_000, smallest_class=2000, largest_class=2000), classes(20_000, smallest_class=4, largest_class=15_000)
     best = ranked(uneven, ENCODER)[0]
     assert ranked(even, ENCODER)[0].strategy == "dense_head" and best.strategy == "feature_extraction"
-    lora = next(a for a in ranked(uneven, ENCODER) if a.strategy == "lora")
-    assert any("4 in the smallest are few" in text for text in lora.warnings)
-    assert any("3,750 times the rows of the smallest" in text and "macro F1" in text for text in lora.warnings)
+    against_lora = [rule.text for rule in rules(ranked(uneven, ENCODER)) if "lora" in rule.strategies and rule.points < 0]
+    assert any("4 in the smallest are few" in text for text in against_lora)
+    assert any("3,750 times the rows of the smallest" in text and "macro F1" in text for text in against_lora)
 
 
 def test_short_memory_gets_the_parameter_efficient_strategy_that_needs_least():
@@ -125,7 +158,7 @@ def test_short_memory_gets_the_parameter_efficient_strategy_that_needs_least():
     )
     place = {a.strategy: n for n, a in enumerate(ranked(facts, costs=short)) if a.strategy in names}
     assert place["ia3"] < place["lora"] and "full" not in place
-    assert any("12 layers are computed twice" in t for a in ranked(facts, costs=short) if a.strategy == "lora" for t in a.warnings)
+    assert any("12 layers are recomputed" in rule.text for rule in rules(ranked(facts, costs=short)) if "lora" in rule.strategies)
     roomy = {name: cost(2) for name in STRATEGIES}
     assert ranked(facts, costs=roomy)[0].strategy == "lora"
     near = {**short, "lora": cost(3.2)}

@@ -10,10 +10,20 @@ from app.rows import write_rows
 from app.tables import Dataset
 from app.web import NARROW
 from tests.data_worker import data_worker
+from tests.routes.test_rows import until_ready
 from tests.test_versions import make, read
 
 __all__ = ["make"]
 TABLE = "\n".join(["text,label", *(f"text {n},{'account' if n % 2 else 'delivery'}" for n in range(12))])
+
+
+def answered(api, address):
+    """What the API says once the data worker has answered."""
+    for _ in range(20):
+        told = api.get(address).json()
+        if told["status"] not in ("waiting", "running"):
+            return told
+    raise AssertionError("never answered")
 
 
 def test_every_kind_of_change_is_counted_and_shown(tmp_path):
@@ -39,9 +49,9 @@ def test_a_version_says_what_it_changed(session, user, make, client, api):
     assert second.report["reason"] == first.report["reason"] and "You chose" not in third.report["reason"]
     path = f"/datasets/{ids.public(ids.DATASET, third.id)}"
     with data_worker():
-        page = client.get(f"{path}?tab=versions").text
-        told = api.get(f"/v1/datasets/{ids.public(ids.DATASET, second.id)}/changes").json()
-    assert "2 rows removed." in page and "text 1" in page and "8 rows unchanged" not in page and "10 rows unchanged" in page
+        page = until_ready(client, f"{path}?tab=versions")
+        told = answered(api, f"/v1/datasets/{ids.public(ids.DATASET, second.id)}/changes")
+    assert "2 rows removed." in page and "text 1" in page and "10 rows unchanged" in page
     assert page.count("Changes<span") == 2, "each later version leads to its changes"
     assert (told["relabeled"], told["examples"][0]["after"]["label"]) == (1, "account")
     assert api.get(f"/v1/datasets/{ids.public(ids.DATASET, first.id)}/changes").json()["parent"] is None
@@ -87,9 +97,9 @@ def test_both_sides_of_a_split_are_listed(session, make, client, api, side):
     dataset = make(TABLE + "\n" + "text 3,account", "tickets.csv")
     key = ids.public(ids.DATASET, dataset.id)
     with data_worker():
-        found = api.get(f"/v1/datasets/{key}/split?fraction=0.25&side={side}").json()
-        page = client.get(f"/datasets/{key}/split?fraction=0.25&side={side}").text
-        itself = api.get(f"/v1/datasets/{key}/split?validation={key}&side={side}").json()
+        found = answered(api, f"/v1/datasets/{key}/split?fraction=0.25&side={side}")
+        page = until_ready(client, f"/datasets/{key}/split?fraction=0.25&side={side}")
+        itself = answered(api, f"/v1/datasets/{key}/split?validation={key}&side={side}")
     other = api.get(f"/v1/datasets/{key}/split?fraction=0.25&side={'train' if side == 'validation' else 'validation'}")
     assert other.json()["status"] == "waiting"
     assert len(found["rows"]) == found[side] and all(f">Line {row['line']}</a>" in page for row in found["rows"])

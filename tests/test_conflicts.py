@@ -8,6 +8,7 @@ from app import conflicts, datasets, files, ids, versions
 from app.errors import BadField, NotFound
 from app.tables import Dataset
 from tests.data_worker import data_worker
+from tests.routes.test_rows import until_ready
 from tests.test_versions import make, read, rows_of
 
 __all__ = ["make"]
@@ -82,7 +83,7 @@ def test_both_rows_are_on_the_page_with_their_texts(session, user, client):
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
     assert f"{path}/conflicts?line=12" in client.get(path + "?tab=issues").text
     with data_worker():
-        page = client.get(f"{path}/conflicts?line=12").text
+        page = until_ready(client, f"{path}/conflicts?line=12")
     assert "answer 3" in page and "not that" in page and page.count("Keep this") == 2 and "Remove both" in page and "Relabel" not in page
     answer = client.post(f"{path}/conflicts", data={"first": 4, "do": "keep:12"}, follow_redirects=False)
     new = session.get(Dataset, ids.parse(ids.DATASET, answer.headers["location"].split("/")[2]))

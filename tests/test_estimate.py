@@ -349,3 +349,17 @@ def test_whole_weights_in_several_processes_take_an_optimizer_that_moves_rows_al
             order_checks.refuse_without_gpu(order.strategy, order.run, "generation", four)
         assert caught.value.param == "run.optimizer" and "lion" in caught.value.way_out
         order_checks.refuse_without_gpu(spec("lora").strategy, order.run, "generation", four)
+
+
+def test_batches_in_rows_are_counted_by_rows_and_held_by_the_longest() -> None:
+    tokens, rows, twice = (
+        estimate.estimate(spec(epochs=2, validation_fraction=0, **batch), STATS, CPU)
+        for batch in ({"max_tokens_per_step": 1040}, {"batch_size": 8}, {"batch_size": 8, "gradient_accumulation_steps": 2})
+    )
+    assert (tokens.steps, rows.steps, twice.steps) == (250, 250, 125), "8 rows of 130 tokens in the mean"
+    assert rows.tokens == twice.tokens == 260_000
+    assert rows.memory.activations == twice.memory.activations > 1.3 * tokens.memory.activations, "8 of 200 tokens may meet"
+    parts = [estimate_memory.pack_tokens(spec(batch_size=8, micro_batches=m).run, 200) for m in (1, 2, 8)]
+    assert parts == [1600, 800, 200]
+    padded = estimate.estimate(spec(epochs=2, validation_fraction=0, packing=False, max_tokens_per_step=1040), STATS, CPU)
+    assert padded.steps == 2 * 1000 / 5 and padded.seconds > 1.3 * tokens.seconds

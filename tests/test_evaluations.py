@@ -223,5 +223,5 @@ def test_a_classifier_on_the_rows_its_job_held_out(session, user, data_dir, tiny
     assert found["base"]["accuracy"] == pytest.approx(told["base"]["accuracy"])
     with pytest.raises(BadField, match="never heard of"):
         order(session, user, tuned, labelled, kind="blend")
-    with pytest.raises(BadField, match="writes no text"):
+    with pytest.raises(BadField, match="generates no text"):
         order(session, user, tuned, make_dataset(session, user, data_dir))

@@ -80,7 +80,11 @@ def test_the_rest_of_the_form_is_another_class_matter():
         ("dropout", "1", "Dropout must be less than 1; you wrote 1."),
         ("dropout", "nan", "Dropout takes a number; you wrote nan."),
         ("layers", "all", "Layers is one of all-linear, attention, feed-forward; you wrote all."),
-        ("width", "3", "There is no setting 'width'. There is: rank, alpha, dropout, layers."),
+        (
+            "width",
+            "3",
+            "There is no setting 'width'. There is: rank, alpha, dropout, layers, target_modules, init_lora_weights, loraplus_lr_ratio.",
+        ),
     ],
 )
 def test_an_error_stands_beside_its_field_and_the_value_is_kept(field, typed, sentence):

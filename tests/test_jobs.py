@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from sqlalchemy import func, select, update
 
 from app import claims, db, ids, jobs, queue
@@ -61,6 +65,24 @@ def test_openai_settings_become_ours(session, user, order, dataset):
     assert spec.run.epochs == 12, "as many as it takes to sixty steps"
     spec = JobSpec.model_validate(make(session, user, order(hyperparameters=hyper, run={"epochs": 1})).spec)
     assert spec.run.epochs == 1
+
+
+def test_stored_jobs_take_the_new_name_of_a_setting(session, user, order):
+    """Down to the name that a batch's passes had before, and up again: the job is the same."""
+    job = make(session, user, order(run={"micro_batches": 4, "epochs": 1}))
+    before = dict(job.spec)
+    path = Path(__file__).parents[1] / "migrations/versions/0007_micro_batches.py"
+    found = importlib.util.spec_from_file_location("renames", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    with Operations.context(MigrationContext.configure(session.connection())):
+        module.downgrade()
+        session.expire_all()
+        assert job.spec["run"]["accumulation"] == job.order["run"]["accumulation"] == 4 and "micro_batches" not in job.spec["run"]
+        assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(before)
+        module.upgrade()
+        session.expire_all()
+    assert job.spec == before and job.order["run"] == {"micro_batches": 4, "epochs": 1}
 
 
 def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, user, order, dataset, monkeypatch):

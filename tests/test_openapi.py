@@ -67,7 +67,7 @@ def test_every_route_says_what_it_takes_and_answers(document):
             assert "$ref" in said["schema"] or said["schema"] == openapi.BYTES, f"{where}: the body has no model"
 
 
-BODYLESS = re.compile(r"/(cancel|pause|resume|again|retry)$|^/v1/tus$")
+BODYLESS = re.compile(r"/(cancel|pause|again|keep)$|^/v1/tus$")
 
 
 def test_whatever_takes_a_body_says_so(document):
@@ -191,8 +191,7 @@ def test_a_body_that_was_accepted_is_checked(contract):
     contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "rule": None})
     with pytest.raises(AssertionError, match="fix_dataset"):
         contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "mood": "good"})
-    with pytest.raises(AssertionError, match="cancel_job"):
-        contract.check_request("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {"reason": "dear"})
+    contract.check_request("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {"reason": "a body that nobody reads"})
 
 
 # Methods --------------------------------------------------------------------------------------------------------------

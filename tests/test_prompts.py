@@ -12,7 +12,7 @@ from sqlalchemy import select
 from app import chance, datasets, enough, files, ids, prompt_runs, prompts, queue
 from app.errors import BadData, BadField
 from app.prompts import PromptBody
-from app.tables import Outbox, PromptResult, PromptRun
+from app.tables import Outbox, Prompt, PromptResult, PromptRun
 from tests.conftest import wait_until
 from tests.generating import _running, live, register_tiny, start_worker, stop_worker  # noqa: F401
 
@@ -64,9 +64,9 @@ def test_a_template_is_filled_in_one_pass():
     [
         ({"template": "no variable"}, "{{input}}"),
         ({"template": "{{input}} {{oops}}"}, "oops"),
-        ({"builder": "few_shot"}, "at least one shot"),
+        ({"builder": "few_shot"}, "at least one example"),
         ({"samples": 3}, "raise the temperature"),
-        ({"choose": "chosen", "shots": 1}, "need their lines"),
+        ({"choose": "chosen", "shots": 1}, "need their row numbers"),
     ],
 )
 def test_prompts_that_cannot_work_say_why(change, says):
@@ -309,7 +309,7 @@ def test_prompts_and_a_tuned_model_are_asked_lines_that_it_has_not_learnt(sessio
     whole = spec.model_copy(update={"validation": spec.dataset.model_copy(update={"id": job.id})})
     job.spec = whole.model_dump(mode="json")
     session.commit()
-    with pytest.raises(BadData, match="Every row of sums was trained on"):
+    with pytest.raises(BadData, match="Every row of sums was in the training set"):
         _rows(prompt_runs.RunSpec.model_validate(order(session, user, sums, {"max_tokens": 2}, "ft:tiny:sums").spec))
 
 
@@ -336,13 +336,13 @@ def test_the_verdict_compares_line_by_line(session, user, sums):
     scored("tiny", range(1, 21))
     assert says().startswith("Run a prompt on a base model and on a fine-tuned one")
     scored("ft:tiny:sums", range(1, 26))  # five more, and none lost: p = 0.0625, although the intervals are far from apart
-    assert says().startswith("A prompt may have been enough.") and "ahead on 5 lines and behind on 0" in says() and "p = 0.062" in says()
+    assert says().startswith("Prompting may be sufficient.") and "ahead on 5 rows and behind on 0" in says() and "p = 0.062" in says()
     scored("ft:tiny:sums", range(1, 27))
-    assert says().startswith("Tuning was needed. On the 40 lines") and "p = 0.031" in says() and "65.0%" in says() and "50.0%" in says()
+    assert says().startswith("Fine-tuning was needed. On the 40 rows") and "p = 0.031" in says() and "65.0%" in says() and "50.0%" in says()
     scored("tiny", range(1, 41))
-    assert says().startswith("A prompt was enough.") and "ahead on 0 lines and behind on 14" in says()
+    assert says().startswith("Prompting is sufficient.") and "ahead on 0 rows and behind on 14" in says()
     scored("ft:tiny:sums", range(41, 61), lines=range(41, 61))  # the best of all, but on other lines
-    assert says().startswith("Only 0 lines were asked of both")
+    assert says().startswith("Only 0 rows were run with both")
 
 
 def test_the_api_and_versions(api, session, user, sums):
@@ -369,39 +369,86 @@ def test_the_api_and_versions(api, session, user, sums):
     assert api.delete(place).json()["deleted"] and api.get(place).status_code == 404
 
 
+def test_prompts_times_models_are_one_matrix(client, session, user, sums):
+    """Every chosen prompt runs on every chosen model, each cell shows its newest run, and nothing is made of an order that is too much."""
+    for name in ("tiny", "tiny-2"):
+        register_tiny(session, name)
+    versions = [prompts.create(session, user, name, PromptBody())[0] for name in ("one", "two")]
+    session.commit()
+    names = [f"{ids.public(ids.PROMPT, prompt.id)}:1" for prompt in versions]
+    data = {"prompts": names, "models": ["tiny", "tiny-2"], "dataset": ids.public(ids.DATASET, sums.id), "rows": "5"}
+    assert client.post("/playground/lab/runs", data=data, follow_redirects=False).status_code == 303
+    runs = session.scalars(select(PromptRun)).all()
+    assert len(runs) == 4 and {run.spec["rows"] for run in runs} == {5}
+    page = client.get("/playground/lab").text
+    assert page.count('<th scope="col" class="n">tiny') == 2 and page.count("Queued") == 4
+    wrong = client.post("/playground/lab/runs", data=data | {"models": [f"m{n}" for n in range(20)]})
+    assert wrong.status_code == 400 and "2 prompts × 20 models are 40 runs; at most 32" in wrong.text
+    for missing, says in (("prompts", "No prompt was chosen."), ("models", "No model was chosen.")):
+        assert says in client.post("/playground/lab/runs", data=data | {missing: []}).text
+    assert "gone" in client.post("/playground/lab/runs", data=data | {"models": ["tiny", "gone"]}).text
+    assert session.query(PromptRun).count() == 4
+
+
+def test_a_field_that_is_wrong_says_so_itself_and_nothing_is_saved(client, session, sums):
+    register_tiny(session)
+    form = {"name": "x", "prompt.template": "{{input}}", "prompt.max_tokens": "0", "dataset": ids.public(ids.DATASET, sums.id)}
+    page = client.post("/playground/lab/prompts", data=form | {"deed": "run", "models": ["tiny"]})
+    assert page.status_code == 400 and 'id="prompt-max-tokens-error"' in page.text and "<details open>" in page.text
+    assert (
+        client.post("/playground/lab/prompts", data=form | {"prompt.max_tokens": "4", "deed": "run", "models": ["gone"]}).status_code == 404
+    )
+    assert session.query(PromptRun).count() == 0 and session.query(Prompt).count() == 0
+
+
 def test_in_the_browser_through_a_real_worker(browser_page, live, session, user, sums, data_dir, valkey):  # noqa: F811
+    """The preview follows the keys, a try shows three answers and is kept nowhere, and Save & run ends with a score."""
     import os
 
     from tests.looks import look_at, sign_in
 
     register_tiny(session)
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/lab")
-    page.get_by_role("link", name="Few-shot").click()
-    page.get_by_label("Name").fill("Four like it")
-    page.get_by_label("Max tokens").fill("3")
-    page.get_by_label("Score", exact=True).select_option("numeric")
-    page.get_by_label("Reference").select_option("after")
-    look_at(page, "prompt", data_dir)
-    page.get_by_role("button", name="Save").click()
-    page.get_by_text("Saved “Four like it”, version 1.").wait_for()
-    page.goto(f"{live}/playground/lab")
-    page.get_by_label("tiny dialogue").check()
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.get_by_text("Queued").wait_for()
     for other in _running:  # one without a database, on the same queue, would take the run
         stop_worker(other)
     worker = start_worker(data_dir, valkey.url, LUTHIER_DATABASE_URL=os.environ["LUTHIER_DATABASE_URL"])
     try:
-        run = session.scalars(select(PromptRun)).one()
+        page.goto(f"{live}/playground/lab")
+        page.get_by_role("link", name="Few-shot").click()
+        assert page.locator("#prompt-form > .field").count() == 5
+        page.get_by_label("Name").fill("Four like it")
+        page.get_by_label("Number of examples").fill("2")
+        shown = page.locator("#preview pre")
+        wait_until(lambda: shown.inner_text().count("Question:") == 3, what="the preview of two examples")
+        assert "What is 0 plus 1, in red?" in shown.inner_text()
+        page.get_by_label("Prompt template").fill("{{nobody}}")
+        page.locator("#preview .error").wait_for()
+        page.get_by_label("Prompt template").fill("{{examples}}Question: {{input}}\nSum:")
+        page.locator("#preview pre", has_text="Sum:").wait_for()
+        page.get_by_text("Advanced", exact=True).click()
+        page.get_by_label("Max tokens").fill("3")
+        page.get_by_label("Metric").select_option("numeric")
+        page.get_by_label("Reference parser").select_option("after")
+        page.get_by_role("button", name="Try on 3 rows").click()
+        page.locator("#trial .pill", has_text="Queued").wait_for()
+        trial = session.scalars(select(PromptRun)).one()
+        queue.celery.send_task(queue.PROMPT, args=[str(trial.id)])
+        page.locator("#trial article.sample").nth(2).wait_for(timeout=90_000)
+        one = page.locator("#trial article.sample").first.inner_text()
+        assert "Parsed answer" in one and "Reference" in one and ("right" in one or "wrong" in one) and one.count("Question:") >= 3
+        look_at(page, "prompt", data_dir)
+        page.get_by_role("button", name="Save & run").click()
+        page.get_by_text("Saved “Four like it”, version 1.").wait_for()
+        session.rollback()
+        run = session.scalars(select(PromptRun).where(PromptRun.id != trial.id)).one()
         queue.celery.send_task(queue.PROMPT, args=[str(run.id)])
         page.get_by_text("Succeeded").wait_for(timeout=90_000)
-        time.sleep(0.1)
+        assert page.locator("table.scored tbody tr").count() == 1, "the try is not among the scores"
         look_at(page, "lab", data_dir)
-        page.get_by_role("link", name="Four like it").first.click()
+        page.locator("table.scored a").first.click()
         page.locator("article.sample").first.wait_for()
-        page.get_by_text("What was asked and said").first.click()
-        assert page.locator("article.sample pre").first.inner_text().count("Question:") == 5, "four examples and the question"
+        page.get_by_text("Full transcript").first.click()
+        assert page.locator("article.sample pre").first.inner_text().count("Question:") == 3, "two examples and the question"
         look_at(page, "prompt-run", data_dir)
     finally:
         stop_worker(worker)

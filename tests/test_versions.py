@@ -83,13 +83,13 @@ def test_all_of_a_kind_are_fixed_each_by_its_own_fix(session, user, make, data_d
 def test_unknown_roles_are_asked_once_and_no_fix_drops_their_rows(session, user, make, data_dir, api):
     nested = json.dumps({"input": {"messages": [{"role": "kunde", "content": "a"}]}, "preferred_output": "b", "non_preferred_output": "c"})
     pairs = make([nested] * 2, "pairs.jsonl")
-    assert read(session, versions.fix_all(session, user, pairs, "wrong_role")).good_rows == 2
+    assert read(session, versions.fix_all(session, user, pairs, "wrong_role").dataset).good_rows == 2
     talk = chat(("Customer", "a"), ("narrator", "b"), ("user", "c"), ("agent", "d"))
     parent = make([*some(10), talk, chat(("user", "x"), ("narrator", "y")), chat(("user", "x"), (3, "y"))])
     path = f"/v1/datasets/{ids.public(ids.DATASET, parent.id)}"
     asked = {entry["role"]: (entry["messages"], entry["suggested"]) for entry in api.get(f"{path}/report").json()["unknown_roles"]}
     assert asked == {"narrator": (2, None), "customer": (1, "user"), "agent": (1, "assistant")}
-    fixed = read(session, versions.fix_all(session, user, parent, "wrong_role"))
+    fixed = read(session, versions.fix_all(session, user, parent, "wrong_role").dataset)
     assert fixed.rows == 13 and fixed.good_rows == 10  # still there, and still asked about
     assert [entry["role"] for entry in datasets.unknown_roles(fixed)] == ["narrator"]
     for wrong in ({"narrator": "judge"}, {"stranger": "user"}):

@@ -13,7 +13,7 @@ from app.settings import PROJECT
 
 INSTEAD = {
     r"order(s|ed|ing)? (a|an|the|this|that|another|one) ?(job|model|run|fine-tune)?s?|(job|model)s? (is |was )?ordered": "create or start a job",
-    r"(this|an|such an|your|same) orders?(?! of\b)|orders? (for a job|refused)": "the job, its configuration, or the request",
+    r"(an|such an|your) orders?(?! of\b)|orders? (for a job|refused)": "the job, its configuration, or the request",
     r"learnt": "learned, or trained",
     r"to learn from": "to train on, or training rows",
     r"(what|that|which|always|hardly) learns": "trained, or trainable",

@@ -179,24 +179,31 @@ NOT_LEARNT = -100
 """The target of such a filling place."""
 
 
-def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: Frame | None = None) -> Batch:
-    """The tensors of a pack of row numbers, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
+def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: Frame | None = None, padded: bool = False) -> Batch:
+    """The tensors of a pack of row numbers, each `padded` to the longest where that is asked for, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
     pinned memory without waiting."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
     tokens = sum(lengths)
-    ids = np.concatenate([data.ids[s] for s in spans]).astype(np.int64)
-    learnt = np.flatnonzero(np.concatenate([data.trained[s] for s in spans]))
+    spare = [max(lengths) - length if padded else 0 for length in lengths]  # a sequence of its own behind its row
+    ids = _laid([data.ids[s] for s in spans], spare).astype(np.int64)
+    learnt = np.flatnonzero(_laid([data.trained[s] for s in spans], spare))
+    lengths = [length for pair in zip(lengths, spare, strict=True) for length in pair if length]
     sources, targets = learnt - 1, ids[learnt]
-    more = frame.filling(tokens) if frame else filling(tokens, device)
+    more = frame.filling(len(ids)) if frame else filling(len(ids), device)
     lengths, ids = lengths + more, np.concatenate([ids, np.zeros(sum(more), np.int64)])
     if frame:
-        spare = -len(learnt) % LEARNT_MULTIPLE
-        sources = np.concatenate([sources, np.zeros(spare, np.int64)])
-        targets = np.concatenate([targets, np.full(spare, NOT_LEARNT)])
+        more_learnt = -len(learnt) % LEARNT_MULTIPLE
+        sources = np.concatenate([sources, np.zeros(more_learnt, np.int64)])
+        targets = np.concatenate([targets, np.full(more_learnt, NOT_LEARNT)])
     places = np.concatenate([np.arange(n) for n in lengths])
     tensors = [sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets)]
     return Batch(*tensors, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
+
+
+def _laid(pieces: Sequence[np.ndarray], spare: Sequence[int]) -> np.ndarray:
+    """Pieces end to end, so many zeros behind each."""
+    return np.concatenate([part for piece, more in zip(pieces, spare, strict=True) for part in (piece, np.zeros(more, piece.dtype))])
 
 
 def trained_in(data: Tokenised, packs: Iterable[Sequence[int]]) -> int:

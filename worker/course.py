@@ -40,10 +40,10 @@ def course_of(lesson: Lesson, engine: Engine) -> Course:
     run, lengths = lesson.spec.run, lesson.train.lengths
     rows = run.batch_size and run.batch_size // run.micro_batches
     budget = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) / run.micro_batches)
-    if engine.framed and lesson.spec.task == "generation" and not rows:
+    if engine.framed and lesson.spec.task == "generation" and run.packing and not rows:
         lesson.frame = attention.frame_of(lengths, budget)
     most = lesson.frame.most() if lesson.frame else None
-    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows))
+    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total

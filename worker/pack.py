@@ -19,15 +19,20 @@ UNEVEN = 1.6
 
 
 def plan(
-    lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None, rows: int | None = None
+    lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None, rows: int | None = None, padded: bool = False
 ) -> list[list[int]]:
     """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does,
-    nor more than `most` rows. With `rows` each has so many, whatever their tokens, and only the last may have fewer."""
+    nor more than `most` rows. With `rows` each has so many, whatever their tokens, and only the last may have fewer;
+    `padded`, all rows of a pack count as its longest."""
     draw = random.Random(f"luthier/{seed}/{epoch}")
     order = list(range(len(lengths)))
     draw.shuffle(order)
     if rows:
         return [order[at : at + rows] for at in range(0, len(order), rows)]
+    if padded:
+        apart = _padded(order, lengths, budget)
+        draw.shuffle(apart)
+        return apart
     packs: list[list[int]] = []
     window: list[int] = []
     held = 0
@@ -40,6 +45,20 @@ def plan(
             held = sum(lengths[r] for r in window)
     packs += fit(window, lengths, budget, most)
     draw.shuffle(packs)
+    return packs
+
+
+def _padded(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows as they come, a new pack where one more would make the longest times their number too much."""
+    packs: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if packs and longest * (len(packs[-1]) + 1) <= budget:
+            packs[-1].append(row)
+        else:
+            packs.append([row])
+            longest = lengths[row]
     return packs
 
 
@@ -116,7 +135,14 @@ def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: i
 
 
 def stream(
-    lengths: Sequence[int], budget: int, *, seed: int, start: int = 0, most: int | None = None, rows: int | None = None
+    lengths: Sequence[int],
+    budget: int,
+    *,
+    seed: int,
+    start: int = 0,
+    most: int | None = None,
+    rows: int | None = None,
+    padded: bool = False,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Packs without end, epoch after epoch, as (epoch, place in the epoch, rows), beginning at pack number `start`.
 
@@ -124,7 +150,7 @@ def stream(
     """
     epoch = 0
     while True:
-        packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most, rows=rows)
+        packs = plan(lengths, budget, seed=seed, epoch=epoch, most=most, rows=rows, padded=padded)
         if start < len(packs):
             for place in range(start, len(packs)):
                 yield epoch, place, packs[place]

@@ -96,7 +96,7 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
 
     def in_turn() -> None:
         try:
-            with _turns:
+            with contextlib.nullcontext() if _is_trial(run_id) else _turns:
                 work(run_id, going_down)
         except SQLAlchemyError as error:  # the lease runs out, and the run is announced again
             log.warning("The run %s was left: %s", run_id, error)
@@ -105,6 +105,12 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
                 _held.discard(run_id)
 
     threading.Thread(target=in_turn, name=f"run-{run_id.hex[:6]}", daemon=True).start()
+
+
+def _is_trial(run_id: uuid.UUID) -> bool:
+    """A person waits for a try of three rows, which must not stand behind runs of hours."""
+    with transaction() as session:
+        return prompt_runs.trial(session, run_id)
 
 
 def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
@@ -284,14 +290,15 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
         held = [row for row in held if key_of(row.row, "") not in taught]
         if not held:
             raise BadData(
-                f"Every row of {spec.dataset.name} was trained on by a model that is compared here.",
-                way_out="Take the dataset it was validated on, or fine-tune it again with some rows held out.",
+                f"Every row of {spec.dataset.name} was in the training set of a model that is compared here.",
+                way_out="Use the dataset it was validated on, or fine-tune it again with a validation split.",
             )
     # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
     held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
     held.sort(key=lambda row: row.line)
     labels = sorted({str(row.row["label"]) for row in rows if "label" in row.row})
-    return [solved(r) for r in held], [solved(r)[0] for r in training], [solved(r)[0] for r in rows], labels
+    asked, examples, everything = ([prompts.solved(row.line, row.row) for row in some] for some in (held, training, rows))
+    return asked, [row for row, _ in examples], [row for row, _ in everything], labels
 
 
 def _taught(one: Learnt) -> list[bytes]:
@@ -300,29 +307,3 @@ def _taught(one: Learnt) -> list[bytes]:
 
     training, _ = split(read_rows(one.dataset), one.validation_fraction, one.seed, one.split)
     return [key_of(row.row, "") for row in training]
-
-
-def solved(row: Any) -> tuple[Any, list[dict[str, Any]]]:
-    """A normalised row as a question and its answer, and the turns of the conversation before the question."""
-    from worker.shots import Solved
-
-    said = row.row
-    if "messages" in said:
-        messages = said["messages"]
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        asked = max((i for i, m in enumerate(messages[:last]) if m["role"] == "user"), default=-1) if last > 0 else -1
-        if asked < 0:
-            return Solved(row.line, "", ""), []
-        return Solved(row.line, _words(messages[asked]), _words(messages[last])), [_bare(m) for m in messages[:asked]]
-    if "label" in said:
-        return Solved(row.line, str(said["text"]), str(said["label"])), []
-    return Solved(row.line, str(said.get("prompt", "")), str(said.get("completion", "")).strip()), []
-
-
-def _words(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _bare(message: dict[str, Any]) -> dict[str, Any]:
-    return {"role": message["role"], "content": _words(message)}

@@ -5,20 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from app.errors import BadData
-from app.prompts import PromptBody
-
-
-class Solved(NamedTuple):
-    """A row as a question, its whole answer, and its line."""
-
-    line: int
-    question: str
-    answer: str
+from app.prompts import PromptBody, Solved
 
 
 class Shots:

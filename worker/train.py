@@ -146,7 +146,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         kernels.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
     done = kernels.speed_up(
-        body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and not run.batch_size else 0.0
+        body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
     )
     trained = trained_parameters(model)
     wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
@@ -196,7 +196,15 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         from worker import shards  # most jobs do without
 
         job.shards = shards.spread(job, saved)
-    packs = stream(lesson.train.lengths, course.budget, seed=run.seed, start=state.step * run.passes, most=course.most, rows=course.rows)
+    packs = stream(
+        lesson.train.lengths,
+        course.budget,
+        seed=run.seed,
+        start=state.step * run.passes,
+        most=course.most,
+        rows=course.rows,
+        padded=not run.packing,
+    )
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()

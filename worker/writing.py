@@ -93,7 +93,7 @@ class Writing(Lesson):
         return batches.trained_in(self.train, window)
 
     def batch(self, pack: Sequence[int], engine: Engine) -> Any:
-        return make_batch(self.train, pack, engine.device, self.frame)
+        return make_batch(self.train, pack, engine.device, self.frame, not self.spec.run.packing)
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
         hidden = evaluate.hidden_states(model, batch, engine)

@@ -1,4 +1,4 @@
-"""Advice: which strategy to pick for this model and data, and whether to tune at all. A page and `POST /v1/advice`."""
+"""Advice: which method to use for this model and data, and whether to fine-tune at all. A page and `POST /v1/advice`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app import advice, datasets, evaluations, ids, models, pairs, schemas
+from app import advice, datasets, evaluations, first_model, ids, models, pairs, schemas
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import StudioError
@@ -32,13 +32,13 @@ class AdviceOrder(BaseModel):
     model: str
     dataset_id: str | None = None
     training_file: str | None = None
-    measure: bool = Field(False, description="Let the model read the data and try held-out rows by a prompt alone, if it has not yet.")
+    measure: bool = Field(False, description="Test the base model on validation rows, zero-shot and few-shot, if that was not done yet.")
     run: dict[str, Any] = Field(default_factory=dict, description="Run settings the costs are estimated with.")
 
 
 @api.post("/advice", operation_id="create_advice", responses=answers(schemas.StrategyAdvice, 404, 409), openapi_extra=takes(AdviceOrder))
 def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """Which strategy to pick for this model and data on this machine, and whether to tune at all."""
+    """Which method to use for this model and data on this machine, and whether to fine-tune at all."""
     try:
         order = AdviceOrder.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
@@ -71,12 +71,12 @@ def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str =
     )
     return render(
         request, "advice.html", models=usable, datasets=sets, model=chosen, dataset=data, found=found, fault=fault, ids=ids,
-        strategies=STRATEGIES, order_url=order_url,
+        strategies=STRATEGIES, order_url=order_url, offer=None if usable else first_model.offer(session, user),
     )  # fmt: skip
 
 
 @pages.post("/jobs/advice")
 def measure(user: CurrentUser, session: Db, model: Annotated[str, Form()], dataset: Annotated[str, Form()]) -> Response:
-    """Let the model read the data and try its questions, so that the advice knows more."""
+    """Test the base model, so that the recommendation can use the result."""
     advice.measure(session, user, model, datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")))
     return RedirectResponse(f"/jobs/advice?{urlencode({'model': model, 'dataset': dataset})}#measured", status_code=303)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import blend, datasets, evaluation_view, evaluations, forms, ids, models, schemas, score_view
+from app import blend, datasets, evaluation_view, evaluations, first_model, forms, ids, models, schemas, score_view
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -100,6 +100,7 @@ def _list_page(
         typed={"rows": "500", "part": ""} | typed,
         fault=fault,
         ids=ids,
+        offer=None if usable else first_model.offer(session, user),
     )
 
 
@@ -132,7 +133,7 @@ def _number(text: str) -> int | None:
         return None
     number = forms.whole_number(text.strip())
     if number is None:
-        raise BadField(f"“{text[:20]}” is no number of rows.", way_out="Write a whole number, or leave it empty.", param="rows")
+        raise BadField(f"“{text[:20]}” is not a number of rows.", way_out="Enter a whole number, or leave it empty.", param="rows")
     return number
 
 

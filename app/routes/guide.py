@@ -1,9 +1,11 @@
-"""The guide: how to use the studio, and a page per strategy rendered from its class, so that it cannot go stale."""
+"""The guide: how to use the studio, a path through the field, and a page per method rendered from its class, so that it cannot go stale."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import annotated_types
 from fastapi import APIRouter, Request
@@ -11,12 +13,14 @@ from fastapi.responses import Response
 from pydantic.fields import FieldInfo
 from sqlalchemy import select
 
-from app import models, orders
+from app import calculator, models, orders
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import NotFound
 from app.formats import FORMATS
-from app.forms import Control, controls
+from app.forms import Control, controls, whole_number
+from app.glossary import GLOSSARY
+from app.learning_path import PATH
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Job
@@ -26,50 +30,68 @@ pages = APIRouter()
 
 FAMILIES = {
     "feature": ("Feature extraction", "The model is frozen; a small classifier is trained on its vectors."),
-    "partial": ("Partial re-training", "New layers, or the last ones, are trained; the rest is frozen."),
+    "partial": ("Partial re-training", "New layers on top, or the last ones, are trained; the rest is frozen."),
     "full": ("Full", "Every weight is trained."),
-    "additive": ("Additive (adapters, soft prompts)", "Layers or vectors are added and trained; the model itself is frozen."),
-    "selective": ("Selective", "Only the model's biases, norms or scales are trained."),
-    "reparametrized": ("Reparametrized (LoRA family)", "The change of a layer is trained as something much smaller than the layer."),
+    "additive": ("Additive (adapters, soft prompts)", "New layers or vectors are trained; the model itself is frozen."),
+    "selective": ("Selective", "Only some of the model's own parameters are trained: biases, norms or scales."),
+    "reparametrized": ("Reparametrized (LoRA family)", "The change of a weight matrix is trained in a much smaller form."),
 }
-"""Families in plain words. A family that is not here is shown under its own name."""
+"""Families in the field's words. A family that is not here is shown under its own name."""
 
 FORGETS = {
-    "little": "Low: the base is unchanged, and the adapter can be removed.",
-    "some": "Medium: parts of the model itself change. Check the general ability on the job's page.",
-    "much": "High: every weight changes. Check the general ability on the job's page, and keep the learning rate low.",
+    "little": "Low: the base model stays unchanged, and the adapter can be removed.",
+    "some": "Medium: parts of the model itself change. Check general ability on the job's page.",
+    "much": "High: every weight changes. Check general ability on the job's page, and keep the learning rate low.",
 }
+EXAMPLES = ("1.5", "175")
+"""Billions of parameters that the calculator offers."""
 
-WORDS = [
-    ("File", "uploaded bytes, stored once; with the purpose fine-tune it becomes a dataset"),
-    ("Dataset", "a file read as rows of one format, with a report on every row"),
-    ("Format", "what a row looks like: plain text, completion, instruction, chat, preference, rated answers or classification"),
-    ("Task", "what is trained: generation, classification or preference"),
-    ("Model", "base or fine-tuned; its kind says what it does: generic, instruction, dialogue, classifier or encoder"),
-    ("Method", "how a model is fine-tuned: what is frozen and what is trained; `strategy` in the API"),
-    ("Job", "one fine-tuning run, and everything that happened to it; an attempt is one try of it"),
-    ("Checkpoint", "a saved state that a job can go on from and that the playground can load"),
-    ("Forgetting", "general ability that a fine-tuned model lost compared with its base"),
-]
+
+class Wanted(NamedTuple):
+    """What was typed into the calculator, and the table for it or what is wrong."""
+
+    parameters: str
+    tokens: str
+    shape: Shape | None = None
+    rows: Sequence[calculator.Row] = ()
+    fault: str = ""
 
 
 @pages.get("/guide")
-def guide(request: Request, user: CurrentUser) -> Response:
+def guide(request: Request, user: CurrentUser, parameters: str = EXAMPLES[0], tokens: str = "2048") -> Response:
     by_family = sorted(STRATEGIES.values(), key=lambda cls: list(FAMILIES).index(cls.family) if cls.family in FAMILIES else 99)
     families = [
         (family, *FAMILIES.get(family, (family.capitalize(), "")), list(group))
         for family, group in groupby(by_family, lambda cls: cls.family)
     ]
+    wanted = calculate(parameters, tokens)
     return render(
-        request, "guide.html", families=families, words=WORDS, formats=FORMATS.values(), name_of=name_of, address=str(request.base_url)
-    )
+        request, "guide.html", status_code=400 if wanted.fault else 200, families=families, glossary=GLOSSARY, path=PATH,
+        formats=FORMATS.values(), name_of=name_of, address=str(request.base_url), wanted=wanted, bits=calculator.BITS, examples=EXAMPLES,
+    )  # fmt: skip
+
+
+def calculate(parameters: str, tokens: str) -> Wanted:
+    """Memory for so many billions of parameters, and so many tokens per batch."""
+    asked = Wanted(parameters[:20], tokens[:20])
+    try:
+        billions = float(parameters.strip().removesuffix("B").strip())
+    except ValueError:
+        billions = math.nan
+    if not calculator.LEAST <= billions <= calculator.MOST:
+        return asked._replace(fault=f"Parameters are a number of billions from {calculator.LEAST} to {calculator.MOST:,}, such as 1.5.")
+    count = whole_number(tokens.strip())
+    if count is None or not 16 <= count <= 131_072:
+        return asked._replace(fault="Tokens per batch are a whole number from 16 to 131,072, such as 2048.")
+    shape = calculator.shape_for(billions)
+    return asked._replace(shape=shape, rows=calculator.table(shape, count))
 
 
 @pages.get("/guide/{strategy}")
 def strategy_page(request: Request, user: CurrentUser, session: Db, strategy: str) -> Response:
     cls = STRATEGIES.get(strategy)
     if cls is None:
-        raise NotFound(f"There is no strategy {strategy[:60]!r}.", way_out="The guide lists every one.", param="strategy")
+        raise NotFound(f"There is no method {strategy[:60]!r}.", way_out="The guide lists every one.", param="strategy")
     done = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.status == "succeeded")
     jobs = session.scalars(done.where(Job.spec["strategy"]["name"].astext == strategy).order_by(Job.created_at.desc()).limit(5)).all()
     return render(
@@ -104,13 +126,15 @@ def bounds(control: Control, info: FieldInfo) -> str:
 
 
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
-    """How much of each base model here it would train, with its own settings: counted, not listed by hand."""
+    """How much of each base model here it would train, with its own settings, at the first of its tasks that the model can do:
+    counted, not listed by hand."""
     found, cuda = [], orders.has_gpu()
     for model in models.list_(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)
-            task = cls.tasks[0]
-            reason = cls().unavailable(shape, task=task, cuda=cuda)
-            learns = None if reason else cls().learns(shape, task=task, labels=10)
-            found.append({"model": model, "learns": learns, "share": learns / shape.parameters() if learns else None, "reason": reason})
+            reasons = {task: cls().unavailable(shape, task=task, cuda=cuda) for task in cls.tasks}
+            task = next((task for task, reason in reasons.items() if reason is None), None)
+            learns = cls().learns(shape, task=task, labels=10) if task else None
+            share = learns / shape.parameters() if learns else None
+            found.append({"model": model, "learns": learns, "share": share, "task": task, "reason": next(iter(reasons.values()))})
     return found[:6]

@@ -11,12 +11,15 @@ from app.routes.accounts import safe_next
 from app.web import render
 
 pages = APIRouter()
+STARTING_SECONDS = 60
+"""For so long after the web process the workers of the same start may take to come online, and nothing is wrong."""
 
 
 @pages.get("/")
 def overview(request: Request, user: CurrentUser, session: Db) -> Response:
     seen = studio.overview(session, user)
     troubles = [duty for duty in studio.duties() if not duty.alive]
+    starting = bool(troubles) and studio.seconds_up() < STARTING_SECONDS
     bad = [check for check in studio.checks(session) if not check.good]
     return render(
         request,
@@ -25,7 +28,8 @@ def overview(request: Request, user: CurrentUser, session: Db) -> Response:
         jobs=seen.jobs,
         datasets=seen.datasets,
         models=seen.models,
-        troubles=troubles,
+        troubles=[] if starting else troubles,
+        starting=starting,
         bad=bad,
         offer=first_model.offer(session, user),
         ids=ids,

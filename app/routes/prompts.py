@@ -1,4 +1,4 @@
-"""`/v1/prompts` and the prompt lab's pages: prompts with versions, and what they score on held-out rows."""
+"""`/v1/prompts` and the prompt lab's pages: prompts with versions, and what they score on the validation set."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 from fastapi.responses import RedirectResponse, Response
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, enough, forms, ids, playground, prompt_runs, prompts, schemas, web
+from app import datasets, enough, first_model, forms, ids, lab, playground, prompt_runs, prompts, schemas, web
 from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.openapi import answers, takes
-from app.orders import bad_field
 from app.pages import After, Limit, Offset, PageNumber, page
-from app.prompt_runs import RUN, RunOrder
+from app.prompt_runs import RUN
 from app.prompts import PromptBody
-from app.tables import Dataset, Prompt, PromptRun, User
+from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/prompts")
 Json = dict[str, Any]
-TEXTS = ("system", "template", "example", "separator", "instruction", "variables", "stop")
 PREFIX = "prompt"
 
 
@@ -134,85 +131,171 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: Any) -> Datase
 
 
 def _run(session: Session, user: User, prompt: Prompt, number: int | None, model: str, dataset: Dataset, order: Json) -> PromptRun:
-    try:
-        ordered = RunOrder.model_validate(order)
-    except ValidationError as error:
-        raise bad_field(error) from None
-    return prompt_runs.create(session, user, prompts.version(session, prompt, number), model, dataset, ordered)
+    return prompt_runs.create(session, user, prompts.version(session, prompt, number), model, dataset, prompt_runs.read_order(order))
 
 
 # The pages ------------------------------------------------------------------------------------------------------------
 
 
+Typed = dict[str, str]
+
+
 @pages.get("/playground/lab")
-def lab(request: Request, session: Db, user: CurrentUser) -> Response:
+def lab_page(request: Request, session: Db, user: CurrentUser) -> Response:
     return web.render(request, "lab.html", **_lab(session, user))
 
 
 def _lab(session: Session, user: User) -> Json:
-    scored = [d for d in datasets.list_(session, user) if d.status == "ready" and d.format != "plain_text" and d.task != "preference"]
-    listed = [(p, prompts.versions(session, p)) for p in prompts.list_(session, user)]
-    table = [(dataset, rows, enough.verdict(session, rows)) for dataset, rows in prompt_runs.table(session, user)]
+    runs = prompt_runs.table(session, user)
+    choices = playground.choices(session, user)
     return {
-        "prompts": listed, "datasets": scored, "choices": playground.choices(session, user), "table": table,
-        "public": ids.public, "error": None, "builders": prompts.BUILDERS, "rules": prompts.SCORES,
-        "live": any(run.status in ("queued", "running") for _, rows, _ in table for run, _, _ in rows),
+        "prompts": [(p, prompts.versions(session, p)) for p in prompts.list_(session, user)],
+        "datasets": lab.usable(session, user), "choices": choices, "error": None, "public": ids.public,
+        "table": [(dataset, lab.matrix(rows), enough.verdict(session, rows)) for dataset, rows in runs],
+        "builders": prompts.BUILDERS, "metrics": prompts.SCORES,
+        "offer": None if choices else first_model.offer(session, user),
+        "live": any(run.status in ("queued", "running") for _, rows in runs for run, _, _ in rows),
     }  # fmt: skip
 
 
 @pages.get("/playground/lab/new")
-def new(request: Request, user: CurrentUser, builder: Annotated[str, Query()] = "zero_shot") -> Response:
+def new(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    builder: Annotated[str, Query()] = "zero_shot",
+    dataset: Annotated[str, Query()] = "",
+    model: Annotated[str, Query()] = "",
+) -> Response:
+    """A preset. Of a dataset of labels the answer is the label that is named first."""
     start = prompts.STARTS.get(builder, prompts.STARTS["zero_shot"])
-    return web.render(request, "prompt.html", **_form(PromptBody(**start), "", None, []))
+    chosen = _chosen(session, user, {"dataset": dataset})
+    if chosen is not None and chosen.task == "classification":
+        start = start | {"score": "label", "max_tokens": 16}
+    return web.render(request, "prompt.html", **_form(session, user, PromptBody(**start), {"dataset": dataset}, [model]))
 
 
-def _form(body: PromptBody, name: str, prompt: Prompt | None, versions: list[Any], **more: Any) -> Json:
+def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
+    """The dataset that was chosen, or the newest that can be used."""
+    found = lab.usable(session, user)
+    return next((d for d in found if ids.public(ids.DATASET, d.id) == data.get("dataset")), found[0] if found else None)
+
+
+def _form(
+    session: Session, user: User, body: PromptBody | None, data: Typed, models: list[str], prompt: Prompt | None = None, **more: Any
+) -> Json:
+    """The context of the form. `more` holds what was typed where it could not be read, and the error that says why."""
+    fault: StudioError | None = more.get("error")
+    choices = playground.choices(session, user)
+    first = next((option.name for group in choices.values() for option in group), "")
+    chosen = _chosen(session, user, data)
+    errors = {fault.param: fault.message} if fault and fault.param in PromptBody.model_fields else {}
+    controls = forms.controls(
+        PromptBody,
+        PREFIX,
+        typed=more.pop("typed", None) or _as_typed(body or PromptBody()),
+        errors=errors,
+        placeholders={"lines": "3, 17, 42"},
+    )
+    return {
+        "controls": {c.name: c for c in controls}, "name": data.get("name", ""), "prompt": prompt, "error": None, "public": ids.public,
+        "versions": prompts.versions(session, prompt) if prompt else [], "presets": prompts.BUILDERS, "choices": choices,
+        "datasets": lab.usable(session, user), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
+        "try_rows": lab.TRY_ROWS, "preview": lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
+    }  # fmt: skip
+
+
+def _as_typed(body: PromptBody) -> Typed:
     typed = {key: forms.as_text(value) for key, value in body.model_dump(mode="json").items()}
     typed |= {"lines": ", ".join(map(str, body.lines)), "variables": "\n".join(f"{k} = {v}" for k, v in body.variables.items())}
-    typed["separator"] = body.separator.replace("\n", "\\n")
-    controls = {c.name: c for c in forms.controls(PromptBody, PREFIX, typed=more.pop("typed", typed), placeholders={"lines": "3, 17, 42"})}
-    return {"controls": controls, "name": name, "prompt": prompt, "versions": versions, "error": None, "public": ids.public, **more}
+    return typed | {"separator": body.separator.replace("\n", "\\n")}
+
+
+async def _posted(request: Request) -> tuple[Typed, list[str], list[str]]:
+    """The fields of a posted form, the models and the prompts that were ticked."""
+    form = await request.form(max_fields=256, max_files=0)
+    data = {key: str(value).replace("\r\n", "\n") for key, value in form.items()}
+    return data, [str(name) for name in form.getlist("models") if name], [str(name) for name in form.getlist("prompts") if name]
+
+
+def _typed(data: Typed) -> Typed:
+    return {key.removeprefix(f"{PREFIX}."): value for key, value in data.items() if key.startswith(f"{PREFIX}.")}
+
+
+@pages.post("/playground/lab/preview")
+async def preview(request: Request, user: CurrentUser) -> Response:
+    """The prompt of the form as it stands, filled in with the first row; or what is wrong with it."""
+    data, _, _ = await _posted(request)
+    return await run_in_threadpool(_preview, request, user, data)
+
+
+def _preview(request: Request, user: User, data: Typed) -> Response:
+    found, error = None, None
+    with transaction() as session:
+        try:
+            found = lab.preview(prompts.read_body(_typed_body(_typed(data))), _chosen(session, user, data))
+        except StudioError as fault:
+            error = fault
+        return web.render(request, "parts/prompt_preview.html", preview=found, error=error)
+
+
+@pages.post("/playground/lab/try")
+async def try_out(request: Request, user: CurrentUser) -> Response:
+    """Three validation rows through the first chosen model, with the prompt as it is in the form; nothing is saved."""
+    return await run_in_threadpool(_save, request, user, *(await _posted(request))[:2], "try")
 
 
 @pages.post("/playground/lab/prompts")
 async def save(request: Request, user: CurrentUser) -> Response:
-    """A new prompt, or with `prompt_id` a new version of one."""
-    form = await request.form(max_fields=64, max_files=0)
-    data = {key: str(value).replace("\r\n", "\n") for key, value in form.items()}
-    return await run_in_threadpool(_save, request, user, data)
+    """A new prompt, or with `prompt_id` a new version of one; with the deed `run` also a run on each chosen model."""
+    data, models, _ = await _posted(request)
+    return await run_in_threadpool(_save, request, user, data, models, data.get("deed", "save"))
 
 
-def _save(request: Request, user: User, data: dict[str, str]) -> Response:
-    typed = {key.removeprefix(f"{PREFIX}."): value for key, value in data.items() if key.startswith(f"{PREFIX}.")}
+def _save(request: Request, user: User, data: Typed, models: list[str], deed: str) -> Response:
     try:
         with transaction() as session:
-            body = prompts.read_body(_typed_body(typed))
-            if data.get("prompt_id"):
-                prompt = prompts.get(session, user, key_of(data["prompt_id"]))
-                made = prompts.revise(session, user, prompt, body)
-            else:
-                prompt, made = prompts.create(session, user, data.get("name", ""), body)
+            body = prompts.read_body(_typed_body(_typed(data)))
+            if deed == "try":
+                dataset = _dataset(session, user, data.get("dataset"), None)
+                if not models:
+                    raise BadField("No model was chosen.", way_out="Choose one to try the prompt on.", param="models")
+                run = lab.try_out(session, user, body, models[0], dataset)
+                return RedirectResponse(f"/playground/lab/runs/{ids.public(RUN, run.id)}", status_code=303)
+            prompt, made = _saved(session, user, data, body)
+            if deed == "run":
+                lab.run_matrix(session, user, [made], models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
             name, number, place = prompt.name, made.number, ids.public(ids.PROMPT, prompt.id)
-    except BadField as error:
+    except StudioError as error:
         with transaction() as session:
             prompt_ = prompts.get(session, user, key_of(data["prompt_id"])) if data.get("prompt_id") else None
-            versions = prompts.versions(session, prompt_) if prompt_ else []
-            context = _form(PromptBody(), data.get("name", ""), prompt_, versions, typed=typed, error=error)
+            context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
             return web.render(request, "prompt.html", status_code=error.status, **context)
     web.flash(request, f"Saved “{name}”, version {number}.")
-    return RedirectResponse(f"/playground/lab/prompts/{place}", status_code=303)
+    return RedirectResponse("/playground/lab#scores" if deed == "run" else f"/playground/lab/prompts/{place}", status_code=303)
 
 
-def _typed_body(typed: dict[str, str]) -> Json:
+def _saved(session: Session, user: User, data: Typed, body: PromptBody) -> tuple[Prompt, PromptVersion]:
+    if data.get("prompt_id"):
+        prompt = prompts.get(session, user, key_of(data["prompt_id"]))
+        return prompt, prompts.revise(session, user, prompt, body)
+    return prompts.create(session, user, data.get("name", ""), body)
+
+
+def _rows_of(data: Typed) -> Json:
+    return {k: data[k] for k in ("part", "rows") if data.get(k)}
+
+
+def _typed_body(typed: Typed) -> Json:
     """What a person typed, as PromptBody takes it. Texts are kept to the letter; an empty number is its default."""
     found: Json = {k: v for k, v in typed.items() if v != "" or k in ("system", "example")}
     found["separator"] = typed.get("separator", "\\n\\n").replace("\\n", "\n")
     lines = [forms.whole_number(part) for part in typed.get("lines", "").replace(",", " ").split()]
     if None in lines:
-        raise BadField("Lines are whole numbers with commas between.", param="lines")
+        raise BadField("Row numbers are whole numbers separated by commas.", param="lines")
     pairs = [line.partition("=") for line in typed.get("variables", "").splitlines() if line.strip()]
     if not all(sign and name.strip() for name, sign, _ in pairs):
-        raise BadField("Write each variable as name = text, one in each line.", param="variables")
+        raise BadField("Write each variable as name = text, one per line.", param="variables")
     return found | {"lines": lines, "variables": {n.strip(): v.strip() for n, _, v in pairs}}
 
 
@@ -220,7 +303,7 @@ def _typed_body(typed: dict[str, str]) -> Json:
 def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: PageNumber | None = None) -> Response:
     prompt = prompts.get(session, user, key_of(prompt_id))
     found = prompts.version(session, prompt, version)
-    context = _form(PromptBody(**found.body), prompt.name, prompt, prompts.versions(session, prompt), shown=found.number)
+    context = _form(session, user, PromptBody(**found.body), {"name": prompt.name}, [], prompt, shown=found.number)
     return web.render(request, "prompt.html", **context)
 
 
@@ -234,27 +317,25 @@ def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> 
 
 @pages.post("/playground/lab/runs")
 async def start(request: Request, user: CurrentUser) -> Response:
-    """One run for each chosen model."""
-    form = await request.form(max_fields=64, max_files=0)
-    names = [str(name) for name in form.getlist("models") if name]
-    return await run_in_threadpool(_start, request, user, {k: str(v) for k, v in form.items()}, names)
+    """One run for each chosen prompt and model."""
+    return await run_in_threadpool(_start, request, user, *await _posted(request))
 
 
-def _start(request: Request, user: User, data: dict[str, str], names: list[str]) -> Response:
+def _start(request: Request, user: User, data: Typed, models: list[str], chosen: list[str]) -> Response:
     try:
         with transaction() as session:
-            if not names:
-                raise BadField("No model was chosen.", way_out="Choose at least one.", param="models")
-            prompt_id, _, number = data.get("prompt", "").partition(":")
-            prompt = prompts.get(session, user, key_of(prompt_id))
-            dataset = _dataset(session, user, data.get("dataset"), None)
-            order: Json = {k: data[k] for k in ("part", "rows") if data.get(k)} | {"beside": names[:16]}
-            for name in dict.fromkeys(names[:16]):
-                _run(session, user, prompt, forms.whole_number(number), name, dataset, order)
+            versions = [_version(session, user, name) for name in chosen]
+            lab.run_matrix(session, user, versions, models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
     except StudioError as error:
         with transaction() as session:
             return web.render(request, "lab.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
     return RedirectResponse("/playground/lab#scores", status_code=303)
+
+
+def _version(session: Session, user: User, name: str) -> PromptVersion:
+    """`prompt-…:2`; the newest where no number is named."""
+    prompt_id, _, number = name.partition(":")
+    return prompts.version(session, prompts.get(session, user, key_of(prompt_id)), forms.whole_number(number) if number else None)
 
 
 @pages.get("/playground/lab/runs/{run_id}")
@@ -263,17 +344,17 @@ def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, afte
     found = prompt_runs.results(session, run, after, 51)
     return web.render(
         request, "prompt_run.html", run=run, key=run_id, results=found[:50], more=found[49].line if len(found) > 50 else None,
-        live=run.status in ("queued", "running"), rules=prompts.SCORES,
+        live=run.status in ("queued", "running"), metrics=prompts.SCORES, trial=bool(run.spec.get("trial")),
     )  # fmt: skip
 
 
 @pages.post("/playground/lab/runs/{run_id}/{deed}")
 def run_deed(session: Db, user: CurrentUser, run_id: str, deed: str) -> Response:
     run = prompt_runs.get(session, user, run_key(run_id))
-    if deed == "stop":
+    if deed == "cancel":
         prompt_runs.cancel(session, user, run)
     elif deed == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run cannot be told to {deed[:40]}.", way_out="It can be stopped and deleted.", param="deed")
+        raise BadField(f"A run cannot be told to {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
     return RedirectResponse("/playground/lab#scores", status_code=303)

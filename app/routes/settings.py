@@ -52,5 +52,5 @@ def revoke_key(request: Request, user: CurrentUser, session: Db, key: str) -> Re
     except ValueError:
         raise NotFound("No such API key.") from None
     name = accounts.revoke_key(session, user, key_id).name
-    flash(request, f"The key “{name}” is revoked. Programs that use it are refused from now on.")
+    flash(request, f"The key “{name}” is revoked. Programs that use it have lost access.")
     return RedirectResponse("/settings#keys", 303)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from app.advice import Tune
-from app.advisor import Advice, Cost, Facts
+from app.advice_cards import Card, Step
+from app.advisor import Advice, Cost, Facts, Rule
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
 from app.strategies._base import Family
@@ -55,7 +56,7 @@ class Strategy(Schema):
 
 
 class StrategyAdvice(Schema):
-    """Whether to fine-tune at all, and how, with the facts behind the recommendation."""
+    """Whether to fine-tune at all, and how, with what the advice is based on."""
 
     object: Literal["advice"]
     model: str
@@ -63,7 +64,10 @@ class StrategyAdvice(Schema):
     dataset_id: str
     facts: Facts
     tune: Tune
+    cards: list[Card]
+    steps: list[Step]
     ranking: list[Advice]
+    rules: list[Rule]
     evaluation: Evaluation | None
     how_to_measure: str | None
 

@@ -11,15 +11,17 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from app.shapes import Linear, Shape
 from app.strategies._low_rank import LowRank
 
+MOST_NAMES = 64
+
 
 def _listed(value: Any) -> Any:
-    """A list of names as the text that is kept; anything else as it came."""
+    """A list of names, which other trainers take, as the text that is kept; anything else as it came."""
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return ", ".join(value)
     return value
 
 
-ModuleNames = Annotated[str, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+ModuleNames = Annotated[str, BeforeValidator(_listed)]
 
 
 class ChosenLowRank(LowRank):
@@ -51,16 +53,17 @@ class ChosenLowRank(LowRank):
     def _instead_of_layers(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("layers", "all-linear") != "all-linear":
             raise ValueError("It means the same as layers, which was given too: omit one of the two")
-        if value is not None and not _names(value):
-            raise ValueError("It names no module: write q_proj, v_proj, or leave it empty")
+        if value is not None and not 0 < len(_names(value)) <= MOST_NAMES:
+            raise ValueError(f"It takes 1 to {MOST_NAMES} names: write q_proj, v_proj, or leave it empty")
         return value
 
     def unknown_modules(self, shape: Shape) -> list[str]:
         """The names that no module of such a model has."""
-        return [name for name in _names(self.target_modules) if not any(_has(whole, name) for whole, _ in shape.modules())]
+        return [name for name in _names(self.target_modules) if not any(_pattern(name).match(f".{whole}") for whole, _ in shape.modules())]
 
     def _found(self, shape: Shape) -> list[tuple[str, Linear]]:
-        return [(whole, linear) for whole, linear in shape.modules() if any(_has(whole, name) for name in _names(self.target_modules))]
+        patterns = [_pattern(name) for name in _names(self.target_modules)]
+        return [(whole, linear) for whole, linear in shape.modules() if any(pattern.match(f".{whole}") for pattern in patterns)]
 
     def chosen(self, shape: Shape) -> list[Linear]:
         return super().chosen(shape) if self.target_modules is None else [linear for _, linear in self._found(shape)]
@@ -89,7 +92,7 @@ def _names(given: str | None) -> list[str]:
     return [name for name in re.split(r"[,\s]+", given or "") if name]
 
 
-def _has(whole: str, name: str) -> bool:
-    """Whether a module's whole name is `name` or ends in it. Patterns are a shell's, which are matched in linear time, unlike
-    regular expressions that anyone may send."""
-    return fnmatch.fnmatchcase(f".{whole}", f"*.{name}")
+def _pattern(name: str) -> re.Pattern[str]:
+    """Matches a point and the whole name of a module that is `name` or ends in it. Patterns are a shell's, which do not try again and
+    again what a regular expression that anyone may send would."""
+    return re.compile(fnmatch.translate(f"*.{name}"))

@@ -163,8 +163,10 @@ UNSAFE: dict[str, Sample] = {
     "POST /jobs/new/file": Sample(multipart=[("file", "job.yaml", b"model: tiny\nstrategy: {name: lora, rank: 4}\n")]),
     "POST /playground/lab/prompts": Sample(form=PROMPT_FORM),
     "POST /playground/lab/prompts/{prompt_id}/delete": Sample({"prompt_id": "+prompt"}),
-    "POST /playground/lab/runs": Sample(form=[("models", "$model_name"), ("prompt", "$prompt:1"), ("dataset", "$dataset"), ("part", "validation"), ("rows", "5")]),
-    "POST /playground/lab/runs/{run_id}/{deed}": Sample({"run_id": "+run", "deed": "stop"}),
+    "POST /playground/lab/preview": Sample(form=PROMPT_FORM),
+    "POST /playground/lab/try": Sample(form=[*PROMPT_FORM, ("models", "$model_name"), ("dataset", "$dataset")]),
+    "POST /playground/lab/runs": Sample(form=[("models", "$model_name"), ("prompts", "$prompt:1"), ("dataset", "$dataset"), ("part", "validation"), ("rows", "5")]),
+    "POST /playground/lab/runs/{run_id}/{deed}": Sample({"run_id": "+run", "deed": "cancel"}),
 }  # fmt: skip
 
 SAFE: dict[str, Sample] = {

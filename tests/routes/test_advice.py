@@ -8,10 +8,16 @@ import re
 
 import pytest
 
-from app import datasets, files, ids
+from app import calculator, datasets, estimate_memory, files, ids
+from app.glossary import GLOSSARY
+from app.learning_path import PATH
 from app.machine import this_machine
 from app.shapes import Shape
+from app.spec import RunSettings
 from app.strategies import STRATEGIES
+from app.tables import Model
+from app.web import human_bytes, human_number
+from tests.test_advisor import ENCODER
 
 
 def make(session, user, rows: list[dict], name: str):
@@ -94,10 +100,31 @@ def test_the_form_leads_to_the_advice_and_the_advice_back(client, tiny_registere
     form = client.get(f"/jobs/new?dataset={ids.public(ids.DATASET, chats.id)}")
     link = html.unescape(re.search(r'href="(/jobs/advice[^"]*)"', form.text).group(1))
     page = client.get(link)
-    assert page.status_code == 200 and 'class="pill ok">advised' in page.text
+    assert page.status_code == 200 and 'class="pill ok">Recommended' in page.text and "Use this method" in page.text
+    assert "Add rows: 60 are few" in page.text
     back = html.unescape(re.search(r'href="(/jobs/new\?[^"]*strategy=[^"]*)"', page.text).group(1))
     named = re.search(r"strategy=(\w+)", back).group(1)
     assert re.search(rf'value="{named}" checked', client.get(back).text)
+
+
+def test_what_would_help_more_than_another_method_is_said_first(api, client, session, user, tiny_registered, labelled, data_dir):
+    """An encoder for labels, rows for a small class, even classes, and a max length that keeps the rows whole."""
+    rows = [{"text": "a text", "label": "a"}] * 50 + [{"text": "a rare text", "label": "b"}]
+    uneven = make(session, user, rows, "uneven.jsonl")
+    uneven.report = uneven.report | {"token_lengths": [[512, 90], [1024, 8], [2048, 2]]}
+    tiny_registered.shape = tiny_registered.shape | {"positions": 4096}
+    session.commit()
+    steps = {s["about"]: s for s in ask(api, tiny_registered, uneven).json()["steps"]}
+    assert steps["classes"]["text"].startswith("Balance the classes: the largest has 50 times")
+    assert "the smallest class has 1" in steps["rows"]["text"] and "all-MiniLM" in steps["model"]["text"]
+    assert steps["length"]["text"].startswith("Raise max length to 2,048: it keeps 98") and "run.max_length=2048" in steps["length"]["url"]
+    assert 'value="2048"' in client.get(steps["length"]["url"]).text
+    encoder = Model(name="mini", title="Mini", kind="encoder", status="ready", shape=ENCODER.model_dump())
+    session.add(encoder)
+    tiny_registered.shape = tiny_registered.shape | {"layers": 2000}
+    session.commit()
+    step = next(s for s in ask(api, tiny_registered, uneven).json()["steps"] if s["about"] == "model")
+    assert "Use the encoder Mini for labels" in step["text"] and step["url"].startswith("/jobs/advice?model=mini&")
 
 
 def test_without_data_the_advice_says_where_to_get_it(client, tiny_registered):
@@ -116,6 +143,54 @@ def test_the_guide_has_a_page_for_every_strategy_with_all_its_settings(client, t
     assert client.get("/guide/nothing").status_code == 404
 
 
+def test_the_guide_counts_by_a_task_that_the_model_can_do(client, session):
+    session.add(Model(name="mini", title="Mini", kind="encoder", status="ready", shape=ENCODER.model_dump()))
+    session.commit()
+    for name in ("lora", "full"):
+        text = html.unescape(client.get(f"/guide/{name}").text)
+        learns = STRATEGIES[name]().learns(ENCODER, task="classification", labels=10)
+        assert human_number(learns) in text and "not available" not in text, name
+    assert "not available" in client.get("/guide/qlora").text or this_machine().cuda
+
+
+def test_the_guide_explains_the_words_of_the_field(client):
+    text = html.unescape(client.get("/guide").text)
+    entries = re.findall(r'<dt id="word-[^"]+">', text)
+    assert len(entries) == len(set(entries)) == len(GLOSSARY) >= 30
+    for word in (
+        "zero-shot", "few-shot", "prompt engineering", "epoch", "step", "batch", "loss", "token", "learning rate", "rank", "overfitting",
+        "validation set", "perplexity", "quantization",
+    ):  # fmt: skip
+        assert f'id="word-{word.replace(" ", "-")}"' in text, word
+    for step in PATH:
+        for _, url in step.links:
+            assert client.get(url.split("#")[0]).status_code == 200, url
+
+
+def test_the_calculator_is_the_estimate(client):
+    shape = calculator.shape_for(175)
+    assert (shape.hidden, shape.layers) == (12288, 96) and shape.parameters() == pytest.approx(175e9, rel=0.01)
+    for billions in (0.1, 1.5, 7, 70):
+        assert calculator.shape_for(billions).parameters() == pytest.approx(billions * 1e9, rel=0.05)
+    rows = {row.strategy: row for row in calculator.table(shape, 2048)}
+    for name, bits, precision in (("full", 0, "fp32"), ("lora", 1, "bf16")):
+        run = RunSettings(precision=precision, max_tokens_per_step=2048, max_length=2048)
+        parts = estimate_memory.memory_of(shape, STRATEGIES[name](), run, 2048, calculator.GPU, 0)
+        assert rows[name].bytes[bits] == sum(parts.model_dump().values())
+    assert rows["full"].bytes[0] > 16 * shape.parameters() and rows["full"].bytes[2:] == (None, None)
+    assert list(rows["lora"].bytes) == sorted(rows["lora"].bytes, reverse=True)
+    assert rows[None].bytes == tuple(shape.parameters() * bits // 8 for bits in calculator.BITS)
+    page = client.get("/guide?parameters=175").text
+    assert human_bytes(rows["lora"].bytes[3]) in page and human_bytes(rows["full"].bytes[1]) in page
+    for query, says in (
+        ("parameters=much", "a number of billions"),
+        ("parameters=nan", "a number of billions"),
+        ("tokens=0", "a whole number from 16"),
+    ):
+        answer = client.get(f"/guide?{query}")
+        assert answer.status_code == 400 and says in answer.text
+
+
 def test_the_guide_tells_open_bounds_from_closed_ones(client, tiny_registered):
     text = html.unescape(client.get("/guide/lora").text)
     assert "1 or more, up to 1024" in text and "more than 0, up to 4096" in text and "0 or more, less than 1" in text
@@ -132,7 +207,7 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
     assert asked["evaluation"]["status"] == "queued" and asked["evaluation"]["kind"] == "advice"
     assert ask(api, tiny_registered, chats, {"measure": True}).json()["evaluation"]["id"] == asked["evaluation"]["id"]
     page = f"/jobs/advice?model=tiny&dataset={ids.public(ids.DATASET, chats.id)}"
-    assert "Waits for the train worker" in client.get(page).text
+    assert "waiting for the train worker" in client.get(page).text
     made = session.query(Evaluation).one()
     appraise.work(made.id)
     after = ask(api, tiny_registered, chats, {"measure": True}).json()
@@ -145,7 +220,12 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
     assert after["tune"]["metric"] == "ROUGE-L" and after["tune"]["rows"] == 6 and after["tune"]["shots"] == 4
     assert after["how_to_measure"] is None and session.query(Evaluation).count() == 1
     shown = html.unescape(client.get(page).text)
-    assert "Let the model try first" not in shown and "The bare question" in shown and f"{found['distance']:.2f} ×" in shown
+    assert (
+        "Test the base model (1 min)" not in shown
+        and "Zero-shot" in shown
+        and after["tune"]["changed"] in shown
+        and f"{found['distance']:.2f} ×" in shown
+    )
 
 
 def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, user, tiny_registered, labelled):
@@ -171,13 +251,13 @@ def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, 
     [
         (
             {"zero_shot": {"accuracy": 0.95}, "few_shot": {"accuracy": 0.9}, "chance": 0.3, "how": "labels"},
-            "Perhaps not. With the bare question",
+            "Perhaps not. Zero-shot the base model reaches accuracy 0.95",
             False,
         ),
-        ({"zero_shot": {"accuracy": 0.2}, "few_shot": {"accuracy": 0.3}, "chance": 0.3, "how": "vectors"}, "everything to learn", True),
+        ({"zero_shot": {"accuracy": 0.2}, "few_shot": {"accuracy": 0.3}, "chance": 0.3, "how": "vectors"}, "much headroom", True),
         (
             {"zero_shot": {"rouge_l": 0.2}, "few_shot": {"rouge_l": 0.4}, "how": "answers"},
-            "With a few examples in the prompt it reaches ROUGE-L 0.40",
+            "Few-shot the base model reaches ROUGE-L 0.40",
             True,
         ),
         ({"zero_shot": None, "few_shot": None, "reason": "These rows are plain texts."}, "plain texts", None),

@@ -65,7 +65,7 @@ def test_rows_are_shown_token_by_token_with_their_mask(client, tiny_registered, 
 
 def test_without_a_model_the_rows_are_shown_all_the_same(client, dataset, path, worker):
     page = until_ready(client, path + "/rows")
-    assert "25 rows" in page and "number 3 made" in page and "Once a model is here" in page
+    assert "25 rows" in page and "number 3 made" in page and "Once a model is available" in page
 
 
 def test_long_rows_are_cut_on_the_page_and_whole_in_their_editor(client, session, user, tiny_registered, worker):
@@ -153,7 +153,7 @@ def test_the_ledger_sorts_the_rows(client, session, user, dataset, path, tiny_re
     (folder / "ledger.json").write_text(json.dumps(ledger))
     page = until_ready(client, path + "/rows?sort=after")
     assert [int(n) for n in re.findall(r'name="line" value="(\d+)"', page)] == [3, 2, 1]
-    assert "2.750" in page and "1 row got harder" in page and "Clone the job" in page
+    assert "2.750" in page and "for 1 row the loss increased" in page and "Clone the job" in page
     assert [int(n) for n in re.findall(r'name="line" value="(\d+)"', until_ready(client, path + "/rows?sort=before"))] == [2, 3, 1]
     assert client.get(path + "/rows?sort=colour").status_code == 400
 

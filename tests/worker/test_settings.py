@@ -19,10 +19,12 @@ from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
+from worker.batches import make_batch
 from worker.inspect import _look
 from worker.lesson import lesson_of
 from worker.load import load_tokenizer
 from worker.neftune import add_noise
+from worker.pack import plan
 from worker.prompts import render_row
 
 
@@ -90,6 +92,7 @@ def test_a_schedule_moves_the_learning_rate(data_dir: Path, tiny_model: Path, se
         ({"schedule": "linear", "decay_fraction": 0.2}, "for schedule wsd"),
         ({"schedule": "constant", "min_lr_fraction": 0.2}, "schedule is constant"),
         ({"optimizer": "adafactor", "adam_beta2": 0.9}, "optimizer is adafactor"),
+        ({"optimizer": "adafactor", "adam_beta1": 0}, "optimizer is adafactor"),
         ({"optimizer": "lion", "adam_epsilon": 1e-6}, "optimizer is lion"),
     ],
 )
@@ -175,7 +178,7 @@ def test_the_noise_of_a_row_is_by_its_length(network) -> None:
     network.eval()(input_ids=ids, position_ids=places)
     for part, length in ((seen[0][:9], 9), (seen[0][9:], 16)):
         most = 5.0 / math.sqrt(length * part.shape[1])
-        assert 0.9 * most < float(part.abs().max()) <= most
+        assert 0.9 * most < float(part.detach().abs().max()) <= most
     assert not seen[1].any()
 
 
@@ -198,9 +201,7 @@ def test_a_batch_in_rows_is_so_many_rows_however_it_is_put_together(data_dir: Pa
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
     twice = order(model, data, **{**TEN, "max_steps": None, "epochs": 2}, gradient_accumulation_steps=2, max_tokens_per_step=200)
     once = order(model, data, **{**TEN, "max_steps": None, "epochs": 2}, micro_batches=2, max_tokens_per_step=400)
-    both = [
-        [(e.trained_tokens, e.loss) for e in of(run(s, data_dir, s.run.model_dump_json()[-40:-20]), events.Step)] for s in (twice, once)
-    ]
+    both = [[(e.trained_tokens, e.loss) for e in of(run(s, data_dir, n), events.Step)] for s, n in ((twice, "twice"), (once, "once"))]
     assert both[0] == both[1], "two batches of 200 tokens are one of 400 in two passes"
 
 
@@ -214,30 +215,25 @@ def test_an_order_of_an_older_studio_is_read_under_the_names_of_today(data_dir: 
 
 
 def test_evaluations_and_checkpoints_by_steps(data_dir: Path, tiny_model: Path) -> None:
-    quick = {**TEN, "max_steps": 14, "validation_fraction": 0.2, "max_tokens_per_step": 320, "early_stopping_patience": 0}
-    spec = order(
-        put_model(tiny_model),
-        put_dataset(chat_rows()),
-        "lora",
-        **{**quick, "learning_rate": 0.3},
-        eval_steps=4,
-        save_steps=3,
-        save_total_limit=1,
-    )
+    quick = {**TEN, "max_steps": 200, "validation_fraction": 0.2, "learning_rate": 3e-2, "early_stopping_patience": 2, "eval_steps": 4}
+    model, data = put_model(tiny_model), put_dataset(chat_rows())
+    spec = order(model, data, "full", **quick, save_steps=3, save_total_limit=1)
     said = run(spec, data_dir)
-    scored, saved = [e.step for e in of(said, events.Evaluated)], [e.step for e in of(said, events.Saved)]
-    bests = [e.step for e in of(said, events.Evaluated) if e.best]
-    assert scored == [0, 4, 8, 12, 14] and set(saved) == {3, 6, 9, 12, 14, *bests}
-    best = said[-1].best_step
+    finished, bests = said[-1], {e.step for e in of(said, events.Evaluated) if e.best}
+    last, best = finished.step, finished.best_step
+    assert finished.reason == "early_stopped" and best == max(bests) == last - 8
+    assert [e.step for e in of(said, events.Evaluated)] == [*range(0, last + 1, 4)]
+    assert {e.step for e in of(said, events.Saved)} == {*range(3, last + 1, 3), *bests}
     kept = {int(path.name.rpartition("-")[2]) for path in (data_dir / "runs/job").glob("a*/checkpoint-*")}
-    assert kept == {14, best} and best == bests[-1] < 14, "so large a rate spoils what the first steps learned"
-    same(in_two(spec, data_dir, 7), said)
+    assert kept == {best, max(e.step for e in of(said, events.Saved))}
+    same(in_two(spec, data_dir, 5), said)
 
-    last = run(order(spec.model, spec.dataset, "lora", **{**quick, "learning_rate": 0.3}, eval_steps=4, load_best=False), data_dir, "last")
-    final = next(e for e in reversed(of(last, events.Saved)))
-    ours, theirs = (load_file(data_dir / folder / "adapter_model.safetensors") for folder in (last[-1].path, final.path + "/weights"))
-    assert last[-1].best_step == final.step == 14 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert last[-1].evaluation["tuned"]["loss"] == pytest.approx(of(last, events.Evaluated)[-1].loss)
+    newest = run(order(model, data, "full", **quick, load_best=False), data_dir, "last")
+    final = of(newest, events.Saved)[-1]
+    ours, theirs = (load_file(data_dir / folder / "model.safetensors") for folder in (newest[-1].path, final.path + "/weights"))
+    assert newest[-1].best_step == final.step == last and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert newest[-1].evaluation["tuned"]["loss"] == pytest.approx(of(newest, events.Evaluated)[-1].loss)
+    assert newest[-1].evaluation["tuned"]["loss"] > finished.evaluation["tuned"]["loss"]
 
 
 def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for(data_dir: Path, tiny_model: Path) -> None:
@@ -248,6 +244,22 @@ def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for(data_dir: Pat
         assert said[-1].best_step == min((e for e in of(said, events.Evaluated) if e.step), key=key).step
 
 
+def test_padding_instead_of_packing_gives_the_same_loss(data_dir: Path, tiny_model: Path) -> None:
+    model, data = put_model(tiny_model), put_dataset(chat_rows(24))
+    quick = {**TEN, "max_steps": None, "epochs": 1, "batch_size": 4, "max_tokens_per_step": None}
+    packed, padded = ([*of(run(order(model, data, **quick, packing=p), data_dir, f"packing-{p}"), events.Step)] for p in (True, False))
+    for one, two in zip(packed, padded, strict=True):
+        assert one.tokens == two.tokens and (one.loss, one.grad_norm) == pytest.approx((two.loss, two.grad_norm), rel=1e-4)
+    tokenised = lesson_of(order(model, data, **quick), load_tokenizer(model)).train
+    rows = sorted(range(len(tokenised)), key=lambda row: tokenised.lengths[row])[:: len(tokenised) - 1]
+    shortest, longest = (tokenised.lengths[row] for row in rows)
+    batch = make_batch(tokenised, rows, torch.device("cpu"), padded=True)
+    assert batch.arguments["sequence_lengths"][:3] == [shortest, longest - shortest, longest] and batch.tokens == shortest + longest
+    assert batch.input_ids[0, batch.sources + 1].tolist() == batch.targets.tolist()
+    for pack in plan(tokenised.lengths, 200, seed=1, epoch=0, padded=True):
+        assert len(pack) == 1 or len(pack) * max(tokenised.lengths[row] for row in pack) <= 200
+
+
 TALK = [("system", "You are a luthier."), ("user", "What wood is the belly made of?"), ("assistant", "Spruce."), ("user", "And the back?")]
 
 
@@ -256,7 +268,7 @@ TALK = [("system", "You are a luthier."), ("user", "What wood is the belly made 
     [
         ("assistant", ["Spruce.<|im_end|>", "Maple.<|im_end|>"]),
         ("last_turn", ["Maple.<|im_end|>"]),
-        ("all_turns", ["|im_start|>system", "What wood is", "Spruce.", "And the back?", "Maple."]),
+        ("all_turns", ["~system\nYou are a luthier.", "What wood is", "Spruce.", "And the back?", "Maple."]),
     ],
 )
 def test_the_trainer_and_the_token_view_learn_the_same_turns(data_dir: Path, tiny_model: Path, tokenizer, train_on: str, learned) -> None:
