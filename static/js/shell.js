@@ -1,5 +1,5 @@
 // What every page has: the menu kept true, the bar while the studio is away, actions that never end on the browser's own error
-// page, the theme switch, copy buttons, questions before a step that cannot be undone, local times.
+// page, the theme switch, copy buttons, the list of keys, questions before a step that cannot be undone, local times.
 
 const csrf = () => document.querySelector('meta[name="csrf-token"]').content;
 
@@ -131,6 +131,20 @@ document.addEventListener("submit", (event) => {
     send(form.action, { method: "POST", body: new URLSearchParams({ theme: event.submitter.value }), redirect: "manual" });
   }
 });
+
+// The list of keys -----------------------------------------------------------------------------------------------------------
+
+const keys = document.getElementById("keys");
+if (keys) {
+  const opener = document.querySelector("[data-keys]");
+  opener.hidden = false;
+  opener.addEventListener("click", () => keys.showModal());
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "?" || event.target.closest("input, textarea, select, [contenteditable]")) return;
+    event.preventDefault();
+    if (!keys.open) keys.showModal();
+  });
+}
 
 // Copying and times --------------------------------------------------------------------------------------------------------
 
