@@ -198,15 +198,15 @@ def test_the_keyboard_reaches_the_content(page: Page, served: str):
 def test_a_question_mark_lists_the_keys(page: Page, served: str):
     page.goto(f"{served}/datasets/new")
     page.locator("#name").press("?")
-    assert page.locator("#name").input_value() == "?" and not page.locator("#keys").is_visible()
+    assert page.locator("#name").input_value() == "?" and not page.locator("#shortcuts").is_visible()
     page.locator("main").press("?")
     page.get_by_role("dialog", name="Keyboard shortcuts").get_by_text("Vote for a tie").wait_for()
     assert Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"] == []
     page.keyboard.press("Escape")
-    assert not page.locator("#keys").is_visible()
+    assert not page.locator("#shortcuts").is_visible()
     page.get_by_role("button", name="Shortcuts").click()
-    page.locator("#keys").get_by_role("button", name="Close").click()
-    assert not page.locator("#keys").is_visible()
+    page.locator("#shortcuts").get_by_role("button", name="Close").click()
+    assert not page.locator("#shortcuts").is_visible()
 
 
 def test_sign_in(browser_page: Page, served: str, monkeypatch, session, tmp_path: Path):

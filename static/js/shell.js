@@ -134,15 +134,15 @@ document.addEventListener("submit", (event) => {
 
 // The list of keys -----------------------------------------------------------------------------------------------------------
 
-const keys = document.getElementById("keys");
-if (keys) {
+const shortcuts = document.getElementById("shortcuts");
+if (shortcuts) {
   const opener = document.querySelector("[data-keys]");
   opener.hidden = false;
-  opener.addEventListener("click", () => keys.showModal());
+  opener.addEventListener("click", () => shortcuts.showModal());
   document.addEventListener("keydown", (event) => {
     if (event.key !== "?" || event.target.closest("input, textarea, select, [contenteditable]")) return;
     event.preventDefault();
-    if (!keys.open) keys.showModal();
+    if (!shortcuts.open) shortcuts.showModal();
   });
 }
 
