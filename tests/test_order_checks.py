@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import time
 
 import pytest
@@ -163,7 +164,7 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     )
 
 
-def test_accumulation_means_the_usual_thing_or_nothing(session, user, tiny_registered, read):
+def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, tiny_registered, read):
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(40)], "chats.jsonl")
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"accumulation": 4}))
     assert error.param == "run.accumulation" and "micro_batches" in error.way_out and "gradient_accumulation_steps" in error.way_out
@@ -174,6 +175,18 @@ def test_accumulation_means_the_usual_thing_or_nothing(session, user, tiny_regis
         refused(session, user, order_of(chats, strategy={"name": "lora"}, run={**run, "max_tokens_per_step": 256})).param
         == "run.batch_size"
     )
+    typed = {
+        "model": "tiny",
+        "dataset": ids.public(ids.DATASET, chats.id),
+        "strategy": "lora",
+        "run.batch_size": "4",
+        "run.eval_steps": "5",
+    }
+    page = html.unescape(client.get("/jobs/new", params=typed).text)
+    for name in ("max_tokens_per_step", "evaluations_per_epoch"):  # sent back as it stands, it is no second wish
+        field = re.search(rf'<input[^>]*name="run\.{name}"[^>]*>', page)
+        assert field and re.search(r'value="[^"]+"', field.group(0)) is None, name
+    assert "It says the same" not in page
     text = read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")
     error = refused(session, user, order_of(text, strategy={"name": "lora"}, run={"train_on": "all_turns"}))
     assert error.param == "run.train_on"

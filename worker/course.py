@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from app.estimate import operations_per_token, speed_of
 from app.machine import this_machine
+from app.run_settings import RunSettings
 from app.spec import JobSpec
 from worker import attention
 from worker.device import Engine
 from worker.lesson import Lesson
-from worker.pack import plan
+from worker.pack import plan, stream
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Course:
     def due(self, step: int) -> bool:
         """Whether the held-out rows are scored after this step."""
         return step == self.total_steps or step % self.evaluate_every == 0
+
+    def packs(self, lengths: Sequence[int], run: RunSettings, start: int) -> Iterator[tuple[int, int, list[int]]]:
+        """The packs of all epochs from number `start` on."""
+        return stream(lengths, self.budget, seed=run.seed, start=start, most=self.most, rows=self.rows, padded=not run.packing)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is saved after this step, whatever its score."""

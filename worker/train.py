@@ -35,7 +35,6 @@ from worker.export import export
 from worker.late import Figures, depth
 from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
 from worker.load import load_tokenizer
-from worker.pack import stream
 from worker.rotary import use_fused_rotary
 from worker.step import next_window, parts_of, take_step
 from worker.telling import Telling
@@ -196,15 +195,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         from worker import shards  # most jobs do without
 
         job.shards = shards.spread(job, saved)
-    packs = stream(
-        lesson.train.lengths,
-        course.budget,
-        seed=run.seed,
-        start=state.step * run.passes,
-        most=course.most,
-        rows=course.rows,
-        padded=not run.packing,
-    )
+    packs = course.packs(lesson.train.lengths, run, state.step * run.passes)
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()

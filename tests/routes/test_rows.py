@@ -58,6 +58,10 @@ def test_rows_are_shown_token_by_token_with_their_mask(client, tiny_registered, 
     learnt = "".join(re.findall(r'<span class="t1">(.*?)</span>', first, re.DOTALL))
     assert learnt == "It is made of &lt;b&gt;spruce&lt;/b&gt;.&lt;|im_end|&gt;"
     assert "Rows truncated at 128" in page and 'class="lengths"' in page
+    turns = until_ready(client, path + "/rows?cutoff=128&train_on=all_turns")
+    everything = re.search(r'aria-label="Tokens of line 1">(.*?)</div>', turns, re.DOTALL)[1]
+    assert everything.count('class="t0"') == 1 and "train_on=all_turns" in turns.split('aria-label="Tokens')[-1]
+    assert '<option value="all_turns" selected>all turns' in turns
     assert "Line 11" in until_ready(client, path + "/rows?page=2")
     assert "1 row" in until_ready(client, path + "/rows?search=number+17+made")
     assert 'class="t2"' in until_ready(client, path + "/rows?cutoff=16").split("</header>")[-1].split('id="rows"')[1].split("</p>", 1)[1]

@@ -12,13 +12,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from app import events
+from app import events, order_checks
+from app.errors import BadField, DoesNotFit
+from app.machine import Machine
 from app.shapes import shape_of
 from app.spec import JobSpec, RunSettings
 from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
-from worker import train
+from worker import processes, train
 from worker.batches import make_batch
 from worker.inspect import _look
 from worker.lesson import lesson_of
@@ -203,6 +205,21 @@ def test_a_batch_in_rows_is_so_many_rows_however_it_is_put_together(data_dir: Pa
     once = order(model, data, **{**TEN, "max_steps": None, "epochs": 2}, micro_batches=2, max_tokens_per_step=400)
     both = [[(e.trained_tokens, e.loss) for e in of(run(s, data_dir, n), events.Step)] for s, n in ((twice, "twice"), (once, "once"))]
     assert both[0] == both[1], "two batches of 200 tokens are one of 400 in two passes"
+
+
+def test_processes_share_a_step_evenly_or_say_why_not(data_dir: Path, tiny_model: Path, monkeypatch) -> None:
+    monkeypatch.setattr(processes, "size", lambda: 4)
+    model, data = put_model(tiny_model), put_dataset(chat_rows(3))
+    rows = processes.spread(order(model, data, batch_size=6, max_tokens_per_step=None, gradient_accumulation_steps=2)).run
+    assert (rows.batch_size, rows.passes, rows.gradient_accumulation_steps, rows.max_tokens_per_step) == (12, 4, 1, None)
+    tokens = processes.spread(order(model, data, max_tokens_per_step=300, gradient_accumulation_steps=3)).run
+    assert (tokens.max_tokens_per_step, tokens.passes) == (900, 4)
+    uneven = order(model, data, batch_size=6, max_tokens_per_step=None)
+    with pytest.raises(DoesNotFit, match="6 rows of a step"):
+        processes.spread(uneven)
+    four = Machine(cores=4, memory_bytes=2**34, processes=4)
+    with pytest.raises(BadField, match="4 processes share a step"):
+        order_checks.refuse_without_gpu(uneven.strategy, uneven.run, "generation", four)
 
 
 def test_an_order_of_an_older_studio_is_read_under_the_names_of_today(data_dir: Path, tiny_model: Path) -> None:
