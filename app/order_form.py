@@ -232,7 +232,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
             typed=run.typed,
             errors=run.errors,
             placeholders={
-                "learning_rate": f"{usual_learning_rate(strategy, task, run.settings.get('optimizer', 'adamw')):g}",
+                "learning_rate": as_text(usual_learning_rate(strategy, task, run.settings.get("optimizer", "adamw"))),
                 **dict.fromkeys(displaced(run.settings), ""),
                 **{name: as_text(value) for name, value in usual.items()},
             },

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         "", description="Folders, with colons, below which a model folder may be added from the browser; `import` in data_dir always is."
     )
     train_workers: int = Field(1, ge=0, le=64, description="Train workers that `luthier up` starts: one per GPU.")
-    upload_limit_bytes: int = Field(8 * 2**30, ge=1, description="Largest upload accepted, in bytes.")
+    upload_limit_bytes: int = Field(8 * 10**9, ge=1, description="Largest upload accepted, in bytes.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim on a job lasts without a beat.")
     beat_seconds: float = Field(5.0, gt=0, description="Pause between two beats of a running job.")
     reap_seconds: float = Field(5.0, gt=0, description="Pause between two rounds of the reaper.")

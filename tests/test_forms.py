@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.forms import controls, explain, fill
+from app.forms import as_text, controls, explain, fill
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
 
@@ -94,6 +94,10 @@ def test_an_error_stands_beside_its_field_and_the_value_is_kept(field, typed, se
     shown = by_name(controls(STRATEGIES["lora"], "strategy", typed=filled.typed, errors=filled.errors))
     if field in shown:
         assert (shown[field].value, shown[field].error) == (typed, sentence)
+
+
+def test_small_numbers_are_written_out():
+    assert [as_text(value) for value in (5e-05, 0.1, 1e-8, 2.0, 1.5)] == ["0.00005", "0.1", "1e-08", "2", "1.5"]
 
 
 def test_every_wrong_field_is_named_at_once():

@@ -240,6 +240,8 @@ def test_scripts_and_filters_write_numbers_alike(page: Page, served: str):
         999_499,
         999_600,
         1_360_000_000,
+        8_000_000_000,
+        12_040_000_000,
         0.0312,
         0.37,
         1.0834,

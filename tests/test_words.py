@@ -61,6 +61,9 @@ SHOWN_ATTRIBUTES = ("title", "alt", "placeholder", "aria-label", "label", "data-
 KEY = re.compile(r"[a-z_]+")
 """A string that is one lower-case word is a key, a class or a stored value: those keep their names."""
 
+INDEX = re.compile(r"""\[["']\w+["']\]""")
+"""A stored key in a line of code that people may copy."""
+
 LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"' + r"|'(?:[^'\\\n]|\\.)*'" + r"|`(?:[^`\\]|\\.)*`")
 
 FORBIDDEN = [(re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE), instead) for pattern, instead in INSTEAD.items()]
@@ -85,7 +88,7 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
     hidden = {found for node in nodes for found in unseen(node)}
     for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in hidden and not KEY.fullmatch(node.value):
-            yield node.lineno, node.value
+            yield node.lineno, INDEX.sub("", node.value)
 
 
 def blank(found: re.Match[str]) -> str:
@@ -114,6 +117,11 @@ def template_text(source: str) -> str:
     return re.sub(r"</?[a-z][^<>]*>", lambda found: found[0] if "\0" in found[0] else "\0" + blank(found)[1:], text)
 
 
+def document_text(source: str) -> str:
+    """A document without the names of fields and schemas."""
+    return re.sub(r"`\w+`|<a id=\"\w+\"></a>\w+|\[\w+\]\(#\w+\)", blank, source)
+
+
 def script_text(source: str) -> str:
     return literals(re.sub(r"/\*.*?\*/|(?m:^\s*//.*$)", blank, source, flags=re.DOTALL))
 
@@ -124,7 +132,7 @@ def passages(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix == ".py":
         yield from messages(source)
         return
-    text = {".html": template_text, ".js": script_text}.get(path.suffix, str)(source)
+    text = {".html": template_text, ".js": script_text, ".md": document_text}[path.suffix](source)
     yield from enumerate(text.splitlines(), start=1)
 
 
@@ -180,7 +188,7 @@ def test_a_planted_word_is_found(tmp_path, name, source, phrase):
         ("a.py", '"""What was left out."""\ndef a():\n    """Mends."""\n    return row["learnt"]'),
         ("a.html", '{# left out #}<p class="coloured learns" aria-labelledby="a">{{ row["learnt"] }}{% if a.left_out %}'),
         ("a.js", "// left out\nrow.learnt = 'learnt';"),
-        ("a.md", "The training has finished. A fine-tuned model."),
+        ("a.md", "The training has finished. A fine-tuned model: `tuned`."),
     ],
 )
 def test_code_keeps_its_names(tmp_path, name, source):
