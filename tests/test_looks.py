@@ -98,6 +98,8 @@ def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width:
     for name, path in (("overview", "/"), ("settings", "/settings"), ("error", "/nothing")):
         page.goto(served + path)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
+        for button in page.get_by_role("button", name="Revoke").all():
+            assert (box := button.bounding_box()) and box["x"] + box["width"] <= width, "a key cannot be revoked without scrolling sideways"
         check(page, tmp_path, f"{name}-{theme}-{width}")
 
 
