@@ -86,7 +86,7 @@ class Reason(NamedTuple):
 
 
 class Rule(BaseModel):
-    """A sentence that holds for several strategies, said once, with what it adds to the score of each."""
+    """A sentence that holds for several methods, once, with what it adds to the score of each."""
 
     text: str
     points: int

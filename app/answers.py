@@ -30,7 +30,7 @@ _WAYS_OUT = {
 }
 
 
-NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Take it out and send the request again.")
+NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Remove it and send the request again.")
 
 
 def fault_of(error: Exception) -> StudioError:

@@ -343,7 +343,9 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
             path = folder / name
             if not path.is_file():
                 raise BadField(
-                    f"{field} names {path}, which is not a file.", way_out="Write a path beside the YAML file, or a file id.", param=field
+                    f"{field} names {path}, which is not a file.",
+                    way_out="Write a path relative to the YAML file, or a file id.",
+                    param=field,
                 )
             file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
             datasets.create(session, user, file)

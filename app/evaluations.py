@@ -51,7 +51,7 @@ class EvaluationOrder(BaseModel):
     dataset_id: str | None = None
     file: str | None = None
     kind: Literal["scores", "advice", "blend"] = "scores"
-    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a fair number.")
+    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a default.")
     part: Part | None = Field(
         None,
         description="All rows, or the validation split. Empty takes the validation split of a dataset that the model was trained on, and all rows of any other.",

@@ -71,7 +71,7 @@ def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) 
         sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":
-        sentence = "An encoder writes no text, so how much of it was forgotten cannot be told in bits per byte. Its vectors did change: "
+        sentence = "An encoder writes no text, so its general ability cannot be measured in bits per byte. Its vectors did change: "
         sentence += "use the base for anything but these classes."
         return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
     return None

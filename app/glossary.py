@@ -44,7 +44,7 @@ GLOSSARY: dict[str, str] = {
     "Seed": "Decides every random draw; the same seed gives the same split and the same order.",
     "Soft prompt": "A prompt of trainable vectors instead of words (prompt tuning, prefix tuning, P-tuning).",
     "Step": "One update of the trainable parameters, from one batch. A few dozen are the least that shows an effect.",
-    "System prompt": "An instruction before the conversation that says how the model should behave.",
+    "System prompt": "An instruction before the conversation that defines how the model behaves.",
     "Temperature": "How random sampling is: 0 is deterministic, above 1 is erratic.",
     "Token": "The unit a model reads and writes: a word or a part of one. English has about four characters per token.",
     "Validation set": "Rows that are not trained on. They show whether the model learned the task or only the rows.",

@@ -170,7 +170,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         return entry, mapping, "Chosen by you.", others
     if not ranked:
         named = ", ".join(f"“{shown(column, 40)}”" for column in formats.judging(sample))
-        hint = f" The column {named} seems to say which answers are bad, and no format has a field for it." if named else ""
+        hint = f" The column {named} seems to mark bad answers, and no format has a field for it." if named else ""
         raise BadData(
             f"We could not match the columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} to a format.{hint}",
             way_out="Map them: choose a format and a column for each of its fields.",

@@ -95,7 +95,7 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
         if getattr(run, name) != RunSettings.model_fields[name].default:
             raise BadField(
                 f"{strategy.title} reads the base once and fits a classifier to its vectors, where {name} means nothing.",
-                way_out="Leave it out, or take another strategy.",
+                way_out="Omit it, or choose another method.",
                 param=f"run.{name}",
                 code="setting_without_use",
             )

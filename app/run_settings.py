@@ -88,7 +88,7 @@ class RunSettings(BaseModel):
         ge=16,
         le=1_048_576,
         title="Tokens per batch",
-        description="Tokens of data in a batch, padding not counted. Batch size says it in rows.",
+        description="Tokens of data in a batch, padding not counted. Batch size sets it in rows.",
         json_schema_extra={"group": "Optimization", "basic": True, "unit": "tokens"},
     )
     batch_size: int | None = Field(
@@ -112,7 +112,7 @@ class RunSettings(BaseModel):
         1024,
         ge=8,
         le=131_072,
-        description="Longer examples are truncated to this many tokens; the report says which.",
+        description="Longer examples are truncated to this many tokens; the report lists them.",
         json_schema_extra={"group": "Data", "unit": "tokens"},
     )
     train_on: TrainOn = Field(
@@ -132,7 +132,7 @@ class RunSettings(BaseModel):
     max_steps: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many optimizer steps, whatever the epochs say.",
+        description="Stop after this many optimizer steps, whatever the epochs are.",
         json_schema_extra={"group": "Optimization", "unit": "steps"},
     )
     micro_batches: int = Field(
@@ -154,7 +154,7 @@ class RunSettings(BaseModel):
         0.05,
         ge=0,
         le=0.5,
-        description="Share of the steps during which the learning rate rises from zero. Warmup steps say the same as a number.",
+        description="Share of the steps during which the learning rate rises from zero. Warmup steps set the same as a number.",
         json_schema_extra={"group": "Optimization"},
     )
     warmup_steps: int | None = Field(
@@ -406,7 +406,5 @@ class RunSettings(BaseModel):
     def _has_its_use(cls, value: Any, info: ValidationInfo) -> Any:
         other, needed = ONLY_WITH[info.field_name or ""]
         if value != cls.model_fields[info.field_name or ""].default and info.data.get(other) not in needed:
-            raise ValueError(
-                f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: leave it out, or change that"
-            )
+            raise ValueError(f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: omit it, or change that")
         return value

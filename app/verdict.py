@@ -39,7 +39,7 @@ LOST_AGAIN = 0.5
 METRICS: dict[str, tuple[str, str, bool]] = {
     "loss": ("validation loss", "nats per token", True),
     "accuracy": ("accuracy", "", False),
-    "reward_accuracy": ("pairs told apart", "", False),
+    "reward_accuracy": ("preference accuracy", "", False),
 }
 """Name in a sentence, unit, and whether less is better."""
 
@@ -104,7 +104,7 @@ def verdict(
     if base is None:
         return Verdict(
             outcome="too_few_rows",
-            sentence="No rows were held out, so nothing says whether it is better than its base.",
+            sentence="No rows were held out, so it is not known whether it is better than its base.",
             suggestions=[Suggestion(label="Hold out 20 % and train again", order={"run": {"validation_fraction": 0.2}})],
         )
     figures = {
@@ -211,7 +211,7 @@ def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: st
         return []
     if few_shot.better:
         return [f"Better than {_prompt(contest)} too ({_told(few_shot.score, metric)})."]
-    return [f"Not told apart from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
+    return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
 
 
 def _prompt(contest: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ INSTEAD = {
     r"stands? (ready|beside|between|before|in|on|at|for|there|today)|stood (in|on|at|beside)": "is, is loaded, next to",
     r"mend(s|ed|ing)?|mendable": "fix",
     r"ways? out": "Suggested fix",
-    r"(left|leaves?|leaving|takes?|taken) out": "exclude, remove, omit",
+    r"(left|leaves?|leaving|takes?|taken)( it| them)? out": "exclude, remove, omit",
     r"(good|bad) rows?|no row is good": "valid rows, invalid rows",
     r"held[- ]out (from|rows?|data|examples?|set|lines?|fraction|column)|share held[- ]out": "validation rows, validation split",
     r"rows? to check with|checked with": "validation set, evaluated on",
@@ -33,13 +33,16 @@ INSTEAD = {
     r"figures?": "numbers, metrics, values",
     r"by heart": "memorize, overfit",
     r"side by side with its base|beside its base|beside the base": "next to, compared with the base model",
-    r"was said|is said|are told|is told|is not told|what it says|what they say": "shown, reported, results",
+    r"was said|is said|are told|is not told|what it says|what they say": "shown, reported, results",
     r"asks? (it|the model|them) (a|by|for|with)": "send a request, prompt",
     r"what it forgot|forgets? nothing": "general ability: dropped, unchanged",
+    r"beside": "next to, compared with, in addition to",
+    r"(cannot|can|could not|may|to) be (fore)?told|is told|told apart|foretold|nobody (knows|can say)": "unclear, predicted, distinguished",
+    r"(several|which|other|two|more|more than \d+|every) strateg(y|ies)": "methods (the API's field stays `strategy`)",
     r"woven|wavers|slipped in|squeezed|wholly its own": "plain technical words",
     r"put away|made ready|under way": "unloaded, preparing, running",
     r"ticked(?= (ones|rows|findings))": "selected",
-    r"strategies (here|for|to choose)|which strategy": "method (the API's field stays `strategy`)",
+    r"which strategy": "method (the API's field stays `strategy`)",
 }
 """Words that are not used any more, as patterns of whole words in any case, and what is said instead."""
 

@@ -65,7 +65,7 @@ def advise(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
         if spec.task == "classification":
             prompted = _by_labels(spec, reader, say, training, held)
         elif spec.task == "preference":
-            prompted = _none("Pairs say which of two answers is better; no prompt can be scored by them.")
+            prompted = _none("Preference pairs cannot score a prompt.")
         else:
             prompted = _by_answers(spec, reader, say, training, held)
     return {**found, **prompted}

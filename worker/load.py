@@ -99,8 +99,8 @@ def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any
         return {}
     if find_spec("bitsandbytes") is None:
         raise DoesNotFit(
-            f"A base in {bits} bits needs the package bitsandbytes, which is not installed beside this worker's torch.",
-            way_out="Install the extra `gpu` again (`luthier doctor` says what is missing), or choose lora.",
+            f"A base in {bits} bits needs the package bitsandbytes, which is not installed with this worker's torch.",
+            way_out="Install the extra `gpu` again (`luthier doctor` shows what is missing), or choose lora.",
             param="strategy",
         )
     from transformers import BitsAndBytesConfig

@@ -208,7 +208,9 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         while len(late) > unread:
             yield report(job, *late.popleft())
         if state.step == before + 2 and (missed := kernels.given_up()):
-            yield _log("warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may say why.")
+            yield _log(
+                "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
+            )
         # Wishes are only ever added to what was heard: one may come while the others are asked.
         stop, saving = world.agree(control.stop, control.save)
         if course.due(state.step) or course.saves(state.step) or saving or stop:

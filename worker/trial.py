@@ -77,7 +77,7 @@ def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
         try:
             pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError):
-            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json beside it.") from None
+            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json next to it.") from None
         found |= dict.fromkeys(map(pieces.id_to_piece, range(pieces.get_piece_size())))
     return found
 

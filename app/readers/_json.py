@@ -127,7 +127,7 @@ def _unwritable(value: Any) -> Finding | None:
     if not isinstance(value, dict):
         return None
     if nul := next((key for key in value if "\0" in key), None):
-        text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Take it out."
+        text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Remove it."
         return Finding("nul", text, None, shown(nul, 60))
     inner = next((_inside(shown(key, 60), found) for key, item in value.items() if (found := _unwritable(item))), None)
     return inner or next((found for key in value if (found := _unwritable(key))), None)

@@ -356,5 +356,5 @@ def run_deed(session: Db, user: CurrentUser, run_id: str, deed: str) -> Response
     elif deed == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run cannot be told to {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
+        raise BadField(f"A run has no action {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
     return RedirectResponse("/playground/lab#scores", status_code=303)

@@ -278,7 +278,7 @@ class SplitRow(Schema):
 
     line: int
     row: dict[str, Any]
-    other_line: int | None = Field(description="The line of the other side that says the same.")
+    other_line: int | None = Field(description="The line of the other side with the same text.")
 
 
 class DatasetSplit(Schema):

@@ -83,7 +83,7 @@ class JobProgress(Schema):
     fraction: float
     seconds_left: float | None
     attempt: int
-    asked: Literal["cancelling", "pausing"] | None = Field(description="What was asked of it and has not happened yet.")
+    asked: Literal["cancelling", "pausing"] | None = Field(description="What was requested and has not happened yet.")
 
 
 class ListedRow(Schema):
@@ -226,7 +226,7 @@ class FineTuningCheckpoint(Schema):
     object: Literal["fine_tuning.job.checkpoint"]
     id: str
     created_at: int
-    fine_tuned_model_checkpoint: str = Field(description="The name under which it can be asked.")
+    fine_tuned_model_checkpoint: str = Field(description="The name to send requests to.")
     fine_tuning_job_id: str
     step_number: int
     metrics: CheckpointMetrics
