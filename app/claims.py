@@ -265,9 +265,9 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     try:
         jobs.write_results(session, job)
     except OSError as error:  # the model is what was worked for; its page draws the same figures from the events
-        log.warning("Job %s: the file of its figures could not be written: %s", job.id, error)
+        log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
         why = getattr(error, "message", None) or str(error)
-        message = f"The figures of the steps are not kept as a file. {why} They stand on this page and can be saved from it."
+        message = f"The metrics of the steps are not kept as a file. {why} They are on this page and can be downloaded from it."
         say(session, held.job_id, held.attempt, events.Log(level="warn", message=message))
 
 

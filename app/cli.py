@@ -215,7 +215,7 @@ def status(data_dir: DataDir = None) -> None:
 @app.command()
 @plainly
 def doctor(data_dir: DataDir = None) -> None:
-    """Look at this machine and say what is missing. Exit code 1 when something must be mended."""
+    """Look at this machine and say what is missing. Exit code 1 when something must be fixed."""
     from app.doctor import examine
 
     choose(data_dir=data_dir)
@@ -316,7 +316,7 @@ def read_spec(path: Path, variant: str | None) -> dict[str, Any]:
     try:
         order = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadData(f"{path} is not YAML: {error}", way_out="Mend the line it names.") from None
+        raise BadData(f"{path} is not YAML: {error}", way_out="Fix the line it names.") from None
     if not isinstance(order, dict):
         raise BadData(f"{path} holds no settings.", way_out="It needs at least `model:` and `training_file:`.")
     variants = order.pop("variants", None) or {}
@@ -343,7 +343,9 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
             path = folder / name
             if not path.is_file():
                 raise BadField(
-                    f"{field} names {path}, which is not a file.", way_out="Write a path beside the YAML file, or a file id.", param=field
+                    f"{field} names {path}, which is not a file.",
+                    way_out="Write a path relative to the YAML file, or a file id.",
+                    param=field,
                 )
             file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
             datasets.create(session, user, file)

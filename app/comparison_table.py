@@ -49,7 +49,7 @@ SCORES = {
         Column("macro_f1", "Macro F1", "share", False),
         Column("loss", "Validation loss", "", True),
     ],
-    "preference": [Column("reward_accuracy", "Pairs told apart", "share", False), Column("loss", "Validation loss", "", True)],
+    "preference": [Column("reward_accuracy", "Preference accuracy", "share", False), Column("loss", "Validation loss", "", True)],
 }
 SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
 COSTS = [
@@ -194,7 +194,7 @@ def more_data(session: Session, found: Table) -> Says | None:
         return _by_share(moved, before, now, newest["rows"])
     low, high = _moved_by(session, last["job"], newest["job"]) or (now - before, now - before)
     if low < high:
-        moved += f" ({low:+.3f} to {high:+.3f} on the same held-out rows)"
+        moved += f" ({low:+.3f} to {high:+.3f} on the same validation rows)"
     return _by_loss(moved, before, now, low, high)
 
 
@@ -204,10 +204,10 @@ def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> 
     if gain >= WORTH_MORE and high < 0:
         return Says("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
     if low > 0 and gain <= -WORTH_MORE:
-        return Says("unclear", f"It cannot be told. {moved}, which is worse: training may have gone on for too long.")
+        return Says("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
     if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
-        return Says("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another strategy might.")
-    return Says("unclear", f"It cannot be told. {moved}: the held-out rows are too few.")
+        return Says("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might.")
+    return Says("unclear", f"Inconclusive. {moved}: too few validation rows.")
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
@@ -227,12 +227,12 @@ def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
     """The same for a share of right answers, which is known no better than the number of held-out rows allows."""
     noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
     gain = now - before
-    held = f" on {rows:,} held-out rows" if rows else ""
+    held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:
         return Says("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
     if gain > -noise:
         return Says("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
-    return Says("unclear", f"It cannot be told. {moved}{held}, which is worse: training may have gone on for too long.")
+    return Says("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------

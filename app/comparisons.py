@@ -121,7 +121,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
     plan = Plan(found.dataset.name, [], [])
     if found.dataset.status != "ready":
         raise Conflict(
-            f"The dataset {found.dataset.name} is still being read, so nobody can say yet which strategies fit.",
+            f"The dataset {found.dataset.name} is still being read, so it is not known yet which methods fit.",
             way_out="Ask again in a moment.",
             param="dataset_id",
             code="still_reading",
@@ -152,7 +152,7 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
         if strategy in found:
             raise BadField(
                 f"{title_of(strategy)} is named twice with the same settings.",
-                way_out="Leave one of them out, or give it other settings.",
+                way_out="Remove one of them, or give it other settings.",
                 param=f"strategies.{place}",
             )
         found.append(strategy)
@@ -216,15 +216,15 @@ def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
         raise BadField("A learning curve is drawn for one strategy.", way_out="Name exactly one.", param="strategies")
     if not plan.jobs:
         raise DoesNotFit(
-            f"No strategy of this comparison fits. {reasons[:1500]}",
-            way_out="Take other strategies, another model, or fewer tokens per batch.",
+            f"No method of this comparison fits. {reasons[:1500]}",
+            way_out="Choose other methods, another model, or fewer tokens per batch.",
             param="strategies",
             code="no_strategy_fits",
         )
     if len(plan.jobs) < 2:
         raise DoesNotFit(
             f"Only {plan.jobs[0].title} is left to compare. {reasons[:1500]}".strip(),
-            way_out="Name at least two strategies that can run, or order one job.",
+            way_out="Choose at least two methods that can run, or create one job.",
             param="strategies",
             code="nothing_to_compare",
         )
@@ -240,7 +240,7 @@ def title_of(strategy: Strategy) -> str:
 def _title(order: ComparisonOrder, plan: Plan) -> str:
     if order.kind == "learning_curve":
         return f"Learning curve of {_read_strategies(order)[0].title}"
-    return f"{len(plan.jobs)} strategies"
+    return f"{len(plan.jobs)} methods"
 
 
 def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison | None:

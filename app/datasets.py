@@ -232,7 +232,7 @@ def reference(dataset: Dataset) -> DatasetRef:
         )
     if formats.get(dataset.format).shape == "rated":
         raise BadField(
-            f"The dataset {dataset.name} holds single answers with a rating. No strategy here learns from those as they are.",
+            f"The dataset {dataset.name} holds single answers with a rating. No method here trains on those as they are.",
             way_out="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
             param="dataset",
         )

@@ -61,7 +61,7 @@ def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
 
 @functools.lru_cache(maxsize=512)
 def _plain_lora(path: str) -> bool:
-    """Whether a folder holds LoRA and nothing else, which is all that servers hold beside a base. It is never changed in place."""
+    """Whether a folder holds LoRA and nothing else, which is all that servers hold in addition to a base. It is never changed in place."""
     try:
         config = json.loads((get_settings().data_dir / path / "adapter_config.json").read_text())
     except (OSError, ValueError):

@@ -51,7 +51,7 @@ class EvaluationOrder(BaseModel):
     dataset_id: str | None = None
     file: str | None = None
     kind: Literal["scores", "advice", "blend"] = "scores"
-    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a fair number.")
+    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a default.")
     part: Part | None = Field(
         None,
         description="All rows, or the validation split. Empty takes the validation split of a dataset that the model was trained on, and all rows of any other.",
@@ -198,7 +198,7 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
         )
     if kind == "blend":
         if ref.name != blend.split_name(ref.name)[0]:
-            raise BadField(f"{name} is a blend already.", way_out="Name the tuned model itself.", param="model")
+            raise BadField(f"{name} is a blend already.", way_out="Name the fine-tuned model itself.", param="model")
         if reason := blend.why_not(_strategy(job), labels=bool(ref.labels)):
             raise BadField(f"{name} cannot be blended with its base: {reason}", way_out="Score it as it is.", param="model")
     if kind == "advice":

@@ -114,7 +114,7 @@ class Measured(_Event):
 
 
 class Finished(_Event):
-    """The job's result stands at `path` (relative to the data folder) with a verified manifest."""
+    """The job's result is at `path` (relative to the data folder) with a verified manifest."""
 
     type: Literal["finished"] = "finished"
     reason: Literal["completed", "early_stopped"]
@@ -123,11 +123,11 @@ class Finished(_Event):
     bytes: int
     revision: str
     adapter_sha256: str | None
-    kind: str = Field(description="kind of the tuned model")
+    kind: str = Field(description="kind of the fine-tuned model")
     best_step: int | None = None
     labels: list[str] | None = None
     measured: Measured
-    evaluation: dict[str, Any] = Field(default_factory=dict, description="base and tuned scored on the same rows")
+    evaluation: dict[str, Any] = Field(default_factory=dict, description="base and fine-tuned model scored on the same rows")
     forgetting: dict[str, Any] | None = None
 
 
@@ -142,7 +142,7 @@ class Failed(_Event):
 
 
 class Doing(_Event):
-    """Long work that is no step, as scoring the held-out rows or comparing base and result, and how far it is."""
+    """Long work that is no step, as scoring the validation rows or comparing base and result, and how far it is."""
 
     type: Literal["doing"] = "doing"
     what: str = Field(description="`Comparing base and result`")

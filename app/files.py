@@ -219,7 +219,7 @@ def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
         raise BadField(
             f"“{purpose[:80]}” is not a purpose." if purpose else "The purpose is missing.",
-            way_out=f"Use one of {', '.join(UPLOAD_PURPOSES)}; a dataset to tune on is “fine-tune”.",
+            way_out=f"Use one of {', '.join(UPLOAD_PURPOSES)}; a dataset to fine-tune on is “fine-tune”.",
             param="purpose",
         )
 

@@ -68,10 +68,10 @@ def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) 
     if task != "classification":
         return None
     if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
-        sentence = "Only the classifier on top learnt. Not a weight of the model below it moved, so it knows all that it knew."
+        sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":
-        sentence = "An encoder writes no text, so how much of it was forgotten cannot be told in bits per byte. Its vectors did change: "
+        sentence = "An encoder writes no text, so its general ability cannot be measured in bits per byte. Its vectors did change: "
         sentence += "use the base for anything but these classes."
         return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
     return None
@@ -121,7 +121,7 @@ def _change(before: Sequence[TextScore], after: Sequence[TextScore], seed: int) 
 
 def _sentence(verdict: Verdict, change: float, skills: dict[str, SkillChange], texts: int) -> str:
     if verdict == "within noise":
-        return f"On general text the tuned model is as good as its base, as far as {texts} texts can tell."
+        return f"On general text the fine-tuned model is as good as its base, as far as {texts} texts can tell."
     worst = max(skills, key=lambda name: skills[name].change)
     if verdict == "gained":
         return f"General text takes {-change:.1%} fewer bits than before: nothing was forgotten."

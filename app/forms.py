@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import annotated_types
@@ -169,7 +170,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return f"{value:.10g}"
+        text = f"{value:.10g}"
+        return f"{Decimal(text):f}" if 1e-6 <= abs(value) < 1 else text  # 0.00005, which Python calls 5e-05
     return str(value)
 
 

@@ -67,7 +67,7 @@ class ExternalEngine(_Frozen):
 
     url: str = Field(description="base address, one of LUTHIER_ENGINES")
     model: str = Field(description="what that server calls the model")
-    adapter: str | None = Field(None, description="a LoRA folder, relative to the data folder, that the server is told to load first")
+    adapter: str | None = Field(None, description="a LoRA folder, relative to the data folder, that the server loads first")
     via: Literal["tokens", "chat"] = Field("tokens", description="send the rendered prompt's tokens, or messages the server renders")
 
     @property

@@ -34,7 +34,7 @@ class HubOrder(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     repo: str = Field(max_length=200, description="Its name there, owner/name.")
-    revision: str | None = Field(default=None, max_length=200, description="Branch, tag or commit; the newest when left out.")
+    revision: str | None = Field(default=None, max_length=200, description="Branch, tag or commit; the newest if omitted.")
     subset: str | None = Field(default=None, max_length=100, description="Which of its subsets (configurations), where it has several.")
     split: str = Field(default="train", max_length=60, description="Which of its parts.")
     file: str | None = Field(default=None, max_length=300, description="A file of the repository, where its name does not say the split.")

@@ -170,7 +170,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         return entry, mapping, "Chosen by you.", others
     if not ranked:
         named = ", ".join(f"“{shown(column, 40)}”" for column in formats.judging(sample))
-        hint = f" The column {named} seems to say which answers are bad, and no format has a field for it." if named else ""
+        hint = f" The column {named} seems to mark bad answers, and no format has a field for it." if named else ""
         raise BadData(
             f"We could not match the columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} to a format.{hint}",
             way_out="Map them: choose a format and a column for each of its fields.",
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m app.intake", description="Read a dataset file and print what was found.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--format", choices=list(formats.FORMATS))
-    parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the good rows go")
+    parser.add_argument("--rows", type=Path, default=Path("rows.parquet"), help="where the valid rows go")
     options = parser.parse_args(arguments)
     payload = {
         "path": options.file,

@@ -79,8 +79,8 @@ def tell(damaged: BadModel) -> None:
         with transaction() as session:
             held = select(Model).where(Model.path == damaged.path, Model.status == "ready", Model.deleted_at.is_(None)).with_for_update()
             for model in session.scalars(held):
-                tuned = "Put its folder back from a copy and try again, or tune again."
-                way_out = tuned if model.job_id else "Try again: it is fetched or made anew. What was tuned from it stays."
+                tuned = "Put its folder back from a copy and try again, or fine-tune again."
+                way_out = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
                 model.status, model.error = "error", {"code": damaged.code, "message": damaged.message, "way_out": way_out}
                 log.error("The model %s is damaged: %s", model.name, damaged.message)
     except (SQLAlchemyError, RuntimeError) as error:  # whoever meets it next tells it

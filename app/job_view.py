@@ -186,7 +186,7 @@ STARTING_SECONDS = 60
 
 def _starting(progress: Progress) -> str:
     seconds = (datetime.now(UTC) - progress.claimed_at).total_seconds() if progress.claimed_at else 0.0
-    return "Starting" if seconds < STARTING_SECONDS else f"Still starting, after {human_seconds(seconds)}"
+    return "Starting up" if seconds < STARTING_SECONDS else f"Still starting, after {human_seconds(seconds)}"
 
 
 def time_line(progress: Progress, job: Job) -> str:

@@ -23,11 +23,13 @@ MOST_SOURCES, MOST_ROWS = 20, 5_000_000
 
 
 class Part(BaseModel):
-    """One dataset of an order, and its weight in a mixture."""
+    """One dataset of a combination, and its weight in a mixture."""
 
     model_config = ConfigDict(extra="forbid")
     dataset: str = Field(description="Its id.")
-    weight: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="Its share of a mixture, beside the others' weights.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="Its share of a mixture, relative to the weights of the others."
+    )
 
 
 def _bare_id(value: Any) -> Any:
@@ -49,7 +51,7 @@ class JoinOrder(BaseModel):
     )
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Decides which rows are drawn, and the order of a mixture.")
     repeat: bool = Field(default=False, description="Whether rows of a dataset that is too small for its share may come several times.")
-    near: bool = Field(default=False, description="Whether rows that say nearly the same are repetitions too.")
+    near: bool = Field(default=False, description="Whether near duplicates are removed too.")
     format: str | None = Field(default=None, description="What a conversion makes of the rows.")
     name: str | None = Field(default=None, max_length=200)
 

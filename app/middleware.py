@@ -118,10 +118,11 @@ def _keep_messages(request: Request, headers: MutableHeaders) -> None:
 
 
 def _note(request: Request, status: int, seconds: float) -> None:
-    route = getattr(request.scope.get("route"), "path", "none")
+    path = request.url.path
+    route = getattr(request.scope.get("route"), "path", "/static" if path.startswith("/static/") else "none")
     measures.answered(request.method, route, status, seconds)
-    if not request.url.path.startswith(QUIET):
-        log.info("request", method=request.method, path=request.url.path, status=status, ms=round(seconds * 1000, 1))
+    if not path.startswith(QUIET):
+        log.info("request", method=request.method, path=path, status=status, ms=round(seconds * 1000, 1))
 
 
 class Hosts:

@@ -80,16 +80,16 @@ def _with_rest(row: Row, made: Row) -> Row:
 _TURNS = Conversion("each prompt becomes the user's turn and its completion the assistant's", True, _turns)
 CONVERSIONS: dict[tuple[str, str], Conversion] = {
     ("instruction", "chat"): Conversion("an instruction is a conversation of one turn, so nothing changes", True, _as_it_is),
-    ("chat", "instruction"): Conversion("conversations of more than one turn, or with tools or weights, are left out", False, _single),
+    ("chat", "instruction"): Conversion("conversations of more than one turn, or with tools or weights, are excluded", False, _single),
     ("completion", "chat"): _TURNS,
     ("completion", "instruction"): Conversion(
-        f"{_TURNS.words}; rows without a prompt are left out", False, lambda row: [made for one in _turns(row) for made in _single(one)]
+        f"{_TURNS.words}; rows without a prompt are excluded", False, lambda row: [made for one in _turns(row) for made in _single(one)]
     ),
     ("chat", "completion"): Conversion(
-        "the system's and the user's text become the prompt; conversations of more than one turn are left out", False, _prompt_and_completion
+        "the system's and the user's text become the prompt; conversations of more than one turn are excluded", False, _prompt_and_completion
     ),
     ("instruction", "completion"): Conversion(
-        "the system's and the user's text become the prompt; earlier turns are left out with their rows", False, _prompt_and_completion
+        "the system's and the user's text become the prompt; earlier turns are excluded with their rows", False, _prompt_and_completion
     ),
     ("preference", "chat"): Conversion(
         "the better answer is kept and the worse one goes", False, lambda row: _answer_of(row, "chosen")

@@ -329,13 +329,13 @@ def merge(session: Session, user: User, model: Model) -> Model:
 def dependants(session: Session, model: Model) -> list[str]:
     """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons = [f"The job “{job.name}” is {job.status} and tunes it." for job in session.scalars(open_jobs)]
+    reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
     scored = select(Evaluation).where(
         Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
     )
     reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
     tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
-    return reasons + [f"The tuned model {m.name} is a correction to its weights." for m in tuned]
+    return reasons + [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
 
 
 def delete(session: Session, user: User, model: Model) -> None:

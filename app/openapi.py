@@ -41,7 +41,7 @@ REFUSALS: dict[int, str] = {
     422: "The model's chat template had to be stopped for this conversation.",
     423: "Another request is sending bytes of the same upload.",
     429: "Too many requests of this account are being answered, or too many passwords are being tried.",
-    500: "A fault of the studio. The request id stands in its log.",
+    500: "A fault of the studio. Its log has the request id.",
     503: "A part of the studio is away. Nothing is lost; ask again.",
     507: "A disk of the studio is full.",
 }
@@ -184,10 +184,10 @@ Every refusal is `{"error": {"message", "type", "param", "code"}}`. Lists come i
 `after` set to `last_id`. Times are seconds since 1970. An object of another account is a 404."""
 
 TAGS = {
-    "advice": "Whether to tune at all, and by which strategy.",
+    "advice": "Whether to fine-tune at all, and by which method.",
     "chat": "Answers to conversations.",
     "classify": "Labels of texts.",
-    "comparisons": "The same data under several strategies.",
+    "comparisons": "Several methods on the same data.",
     "completions": "Continuations of texts.",
     "datasets": "Datasets: their versions, reports, rows and splits.",
     "embeddings": "Vectors of texts.",
@@ -197,12 +197,12 @@ TAGS = {
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
     "fine_tuning": "Jobs, their events and checkpoints.",
-    "models": "Models: bases, and what was tuned from them.",
-    "next_tokens": "What a model would say next, and how likely a text is to it.",
+    "models": "Base models and their fine-tunes.",
+    "next_tokens": "The next tokens a model predicts, and the likelihood of a text.",
     "openapi": "This document.",
     "prompts": "Prompts in versions, and their runs over the rows of a dataset.",
     "standby": "Models that are loaded.",
-    "strategies": "Ways to tune a model.",
+    "strategies": "Fine-tuning methods.",
     "studio": "The health of the studio.",
     "tus": "Resumable uploads: tus 1.0.0.",
     "votes": "Blind votes between two answers.",

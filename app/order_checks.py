@@ -95,7 +95,7 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
         if getattr(run, name) != RunSettings.model_fields[name].default:
             raise BadField(
                 f"{strategy.title} reads the base once and fits a classifier to its vectors, where {name} means nothing.",
-                way_out="Leave it out, or take another strategy.",
+                way_out="Omit it, or choose another method.",
                 param=f"run.{name}",
                 code="setting_without_use",
             )
@@ -112,7 +112,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
         )
     if run.train_on == "assistant" or (task == "generation" and format_ != "plain_text"):
         return
-    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which learns from them as they are"
+    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which trains on them as they are"
     raise BadField(
         f"train_on chooses among the turns of a conversation, and these rows are {rows}.",
         way_out="Leave train_on out.",
@@ -151,7 +151,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     if machine.processes > 1 and not strategy.adapter and not OPTIMIZERS[run.optimizer].spreads:
         raise BadField(
             f"{run.optimizer} needs whole weights, and {machine.processes} processes share those of {strategy.title}.",
-            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or tune by LoRA.",
+            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or use LoRA.",
             param="run.optimizer",
             code="needs_whole_weights",
         )

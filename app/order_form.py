@@ -232,7 +232,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
             typed=run.typed,
             errors=run.errors,
             placeholders={
-                "learning_rate": f"{usual_learning_rate(strategy, task, run.settings.get('optimizer', 'adamw')):g}",
+                "learning_rate": as_text(usual_learning_rate(strategy, task, run.settings.get("optimizer", "adamw"))),
                 **dict.fromkeys(displaced(run.settings), ""),
                 **{name: as_text(value) for name, value in usual.items()},
             },
@@ -297,7 +297,7 @@ def _moved(usable: list[Dataset], typed: Mapping[str, str]) -> bool:
 def _why_not(rows: list[Dataset], wanted: str) -> str:
     for row in rows:
         if ids.public(ids.DATASET, row.id) == wanted:
-            return f"{row.name} has an error: {(row.error or {}).get('message', 'it could not be read')} Its page says what to do."
+            return f"{row.name} has an error: {(row.error or {}).get('message', 'it could not be read')} Its page shows what to do."
     return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
 
 

@@ -79,7 +79,7 @@ class JobOrder(BaseModel):
     preset: PresetName | None = Field(
         None,
         description="How long to train: quick (about 25 steps), balanced (at least 60 steps or 3 epochs; the default) or best (at least 150 "
-        "steps or 5 epochs). It decides tokens per batch, epochs, evaluations, max steps and patience where `run` leaves them out.",
+        "steps or 5 epochs). It decides tokens per batch, epochs, evaluations, max steps and patience where `run` omits them.",
     )
     run: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
@@ -126,7 +126,7 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadFie
     first = error.errors(include_url=False, include_context=False)[0]
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
-        _, now = RENAMED.get(param.rpartition(".")[2], ("", "Leave it out, or look up the settings under /v1/strategies."))
+        _, now = RENAMED.get(param.rpartition(".")[2], ("", "Omit it, or look up the settings under /v1/strategies."))
         return BadField(f"There is no setting {param!r}.", way_out=now, param=param)
     if first["type"] == "missing":
         return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
@@ -266,7 +266,7 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
 def _task(order: JobOrder, dataset: Dataset) -> Task:
     if order.method and order.method.type == "dpo":
         if order.task not in (None, "preference"):
-            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Leave out task.", param="task")
+            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Omit task.", param="task")
         return "preference"
     if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
         raise BadField(
@@ -296,7 +296,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
     if not dataset.good_rows:
         raise BadField(
             f"The dataset {dataset.name} has no valid row.",
-            way_out="Its report lists every bad row with the reason.",
+            way_out="Its report lists every invalid row with the reason.",
             param=param,
             code="invalid_training_file",
         )

@@ -131,7 +131,7 @@ def column_speaker(session: Session, user: User, name: str) -> Speaker:
         return speaker(session, user, name)
     look = tryout.of_name(session, user, name)
     if look is None or not look.examples:
-        raise BadField(f"{name} has no solved examples.", way_out="Choose a model tuned on questions with answers.", param="models")
+        raise BadField(f"{name} has no solved examples.", way_out="Choose a model fine-tuned on questions with answers.", param="models")
     return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
 
 

@@ -81,7 +81,7 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     resolved = models.resolve(session, user, model)
     _check_is_here(resolved)
     if resolved.ref.labels:
-        raise BadField(f"{model} is a classifier.", way_out="Take an embedding model, or the base it was tuned from.", param="model")
+        raise BadField(f"{model} is a classifier.", way_out="Take an embedding model, or the base it was fine-tuned from.", param="model")
     dataset = evaluations.find_dataset(session, user, dataset_id, None)
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(f"{dataset.name} is {dataset.status}.", way_out="Take a dataset that is ready.", param="dataset_id")

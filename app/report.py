@@ -142,7 +142,7 @@ class Report:
             self.add(line, Finding("control_character", message, column, _around(part, found), "warning", repair))
         found = next(markers(part), None)
         if found is not None:
-            message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would learn to write it."
+            message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would be trained to write it."
             repair = fix("Remove it", "strip_markers")
             self.add(line, Finding("template_marker", message, column, _around(part, found), "warning", repair))
 

@@ -88,7 +88,7 @@ class RunSettings(BaseModel):
         ge=16,
         le=1_048_576,
         title="Tokens per batch",
-        description="Tokens of data in a batch, padding not counted. Batch size says it in rows.",
+        description="Tokens of data in a batch, padding not counted. Batch size sets it in rows.",
         json_schema_extra={"group": "Optimization", "basic": True, "unit": "tokens"},
     )
     batch_size: int | None = Field(
@@ -112,7 +112,7 @@ class RunSettings(BaseModel):
         1024,
         ge=8,
         le=131_072,
-        description="Longer examples are truncated to this many tokens; the report says which.",
+        description="Longer examples are truncated to this many tokens; the report lists them.",
         json_schema_extra={"group": "Data", "unit": "tokens"},
     )
     train_on: TrainOn = Field(
@@ -132,7 +132,7 @@ class RunSettings(BaseModel):
     max_steps: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many optimizer steps, whatever the epochs say.",
+        description="Stop after this many optimizer steps, whatever the epochs are.",
         json_schema_extra={"group": "Optimization", "unit": "steps"},
     )
     micro_batches: int = Field(
@@ -154,7 +154,7 @@ class RunSettings(BaseModel):
         0.05,
         ge=0,
         le=0.5,
-        description="Share of the steps during which the learning rate rises from zero. Warmup steps say the same as a number.",
+        description="Share of the steps during which the learning rate rises from zero. Warmup steps set the same as a number.",
         json_schema_extra={"group": "Optimization"},
     )
     warmup_steps: int | None = Field(
@@ -223,7 +223,7 @@ class RunSettings(BaseModel):
         1.0,
         gt=0,
         le=1,
-        description="Share of the training rows to train on, drawn by the seed; the held-out rows stay the same. A learning curve is made "
+        description="Share of the training rows to train on, drawn by the seed; the validation rows stay the same. A learning curve is made "
         "of such jobs.",
         json_schema_extra={"group": "Data"},
     )
@@ -267,7 +267,7 @@ class RunSettings(BaseModel):
     )
     load_best: bool = Field(
         True,
-        description="The result is the best checkpoint on the held-out rows. Off keeps the last weights.",
+        description="The result is the best checkpoint on the validation rows. Off keeps the last weights.",
         json_schema_extra={"group": "Evaluation"},
         exclude_if=lambda best: best is True,
     )
@@ -296,7 +296,7 @@ class RunSettings(BaseModel):
     forgetting: bool = Field(
         True,
         title="General-ability check",
-        description="Score the model on general texts before and at the end, to see what it forgot. Takes some seconds.",
+        description="Score the model on general texts before and at the end, to see whether it lost general ability. Takes some seconds.",
         json_schema_extra={"group": "Evaluation"},
     )
     row_losses: bool = Field(
@@ -381,7 +381,7 @@ class RunSettings(BaseModel):
     def _not_both(cls, value: Any, info: ValidationInfo) -> Any:
         other, off = INSTEAD_OF[info.field_name or ""]
         if value is not None and info.data.get(other, off) != off:
-            raise ValueError(f"It says the same as {other}, which was given too: leave out one of the two")
+            raise ValueError(f"It means the same as {other}, which was given too: omit one of the two")
         return value
 
     @field_validator("micro_batches")
@@ -406,7 +406,5 @@ class RunSettings(BaseModel):
     def _has_its_use(cls, value: Any, info: ValidationInfo) -> Any:
         other, needed = ONLY_WITH[info.field_name or ""]
         if value != cls.model_fields[info.field_name or ""].default and info.data.get(other) not in needed:
-            raise ValueError(
-                f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: leave it out, or change that"
-            )
+            raise ValueError(f"It is for {other} {' or '.join(needed)}, and {other} is {info.data.get(other)}: omit it, or change that")
         return value

@@ -17,10 +17,10 @@ MOST_NAMED_CLASSES = 14
 """Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
 
 SCORES: dict[str, tuple[str, str, bool]] = MODEL_SCORES | {
-    "reward_accuracy": ("Pairs told apart", "share of pairs whose chosen answer became likelier than the rejected one", False),
+    "reward_accuracy": ("Preference accuracy", "share of pairs whose chosen answer became likelier than the rejected one", False),
     "reward_margin": ("Reward margin", "how much likelier, in rewards", False),
-    "chosen_reward": ("Reward of chosen answers", "against the model before tuning", False),
-    "rejected_reward": ("Reward of rejected answers", "against the model before tuning", True),
+    "chosen_reward": ("Reward of chosen answers", "against the base model", False),
+    "rejected_reward": ("Reward of rejected answers", "against the base model", True),
 }
 """Title, meaning and whether less is better, in the order in which they are shown."""
 

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=default_data_dir, description="Folder of the database, files, models and runs.")
     host: str = Field("127.0.0.1", description="Address the web process listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the web process listens on.")
-    public_url: str | None = Field(None, description="Address people type, when a proxy stands in front; otherwise host and port.")
+    public_url: str | None = Field(None, description="Address people type, when a proxy is in front; otherwise host and port.")
     admin_name: str = Field("owner", min_length=1, max_length=80, description="Name of the first account.")
     admin_password: str | None = Field(
         None, description="Password of the first account; needed before another address than 127.0.0.1 is opened."
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         "", description="Folders, with colons, below which a model folder may be added from the browser; `import` in data_dir always is."
     )
     train_workers: int = Field(1, ge=0, le=64, description="Train workers that `luthier up` starts: one per GPU.")
-    upload_limit_bytes: int = Field(8 * 2**30, ge=1, description="Largest upload accepted, in bytes.")
+    upload_limit_bytes: int = Field(8 * 10**9, ge=1, description="Largest upload accepted, in bytes.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim on a job lasts without a beat.")
     beat_seconds: float = Field(5.0, gt=0, description="Pause between two beats of a running job.")
     reap_seconds: float = Field(5.0, gt=0, description="Pause between two rounds of the reaper.")
@@ -86,12 +86,12 @@ class Settings(BaseSettings):
     generate_idle_seconds: float = Field(
         1800.0,
         gt=0,
-        description="A model of the playground that nobody has asked for so long is put away; the next question loads it again.",
+        description="A model of the playground that nobody has used for so long is unloaded; the next request loads it again.",
     )
     engines: str = Field(
         "",
         description="Addresses of OpenAI-compatible servers (vLLM, say) that may answer for a model, with commas, as "
-        "`http://10.0.0.5:8001/v1`; a key stands before the host, as in `https://:KEY@gpu.example.org/v1`.",
+        "`http://10.0.0.5:8001/v1`; a key goes before the host, as in `https://:KEY@gpu.example.org/v1`.",
         repr=False,
     )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")

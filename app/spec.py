@@ -25,7 +25,7 @@ class _Frozen(BaseModel):
 
 
 class PreferenceSettings(_Frozen):
-    """How two answers are compared, for jobs that learn preferences. The descriptions are the help of the form."""
+    """How two answers are compared, for jobs that train on preferences. The descriptions are the help of the form."""
 
     beta: float = Field(
         0.1,
@@ -91,7 +91,7 @@ class DatasetRef(_Frozen):
 
 
 class Split(_Frozen):
-    """How rows are held out when there is no validation file; how many, and the seed, stand in the run settings."""
+    """How rows are held out when there is no validation file; how many, and the seed, are in the run settings."""
 
     method: Literal["random", "stratified", "grouped"] = Field(
         "random", description="At random; every label in its share; or whole groups of a column at a time."

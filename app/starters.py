@@ -359,7 +359,7 @@ def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> No
             done += len(piece)
             if done > limit:
                 raise BadData(
-                    f"{name[:120]} unpacks to more than {limit} bytes.", way_out="The wheel is not what it says; it was not used."
+                    f"{name[:120]} unpacks to more than {limit} bytes.", way_out="The wheel is not what it claims to be; it was not used."
                 )
             out.write(piece)
 

@@ -135,9 +135,7 @@ async def append(held: Ticket, offset: int, chunks: AsyncIterator[bytes]) -> int
     with _held(held.path) as handle:
         at = os.fstat(handle).st_size
         if at != offset:
-            raise Conflict(
-                f"The upload stands at byte {at:,}, not {offset:,}.", way_out="Ask with HEAD where to go on.", param="Upload-Offset"
-            )
+            raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", way_out="Ask with HEAD where to go on.", param="Upload-Offset")
         buffer = bytearray()
         try:
             async for chunk in chunks:

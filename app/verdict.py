@@ -39,7 +39,7 @@ LOST_AGAIN = 0.5
 METRICS: dict[str, tuple[str, str, bool]] = {
     "loss": ("validation loss", "nats per token", True),
     "accuracy": ("accuracy", "", False),
-    "reward_accuracy": ("pairs told apart", "", False),
+    "reward_accuracy": ("preference accuracy", "", False),
 }
 """Name in a sentence, unit, and whether less is better."""
 
@@ -50,7 +50,7 @@ class Suggestion(BaseModel):
 
 
 class Verdict(BaseModel):
-    """`interval` is the 95 % interval of tuned less base, in the metric's unit, over `n` held-out rows."""
+    """`interval` is the 95 % interval of fine-tuned less base, in the metric's unit, over `n` validation rows."""
 
     outcome: Outcome
     sentence: str
@@ -104,7 +104,7 @@ def verdict(
     if base is None:
         return Verdict(
             outcome="too_few_rows",
-            sentence="No rows were held out, so nothing says whether it is better than its base.",
+            sentence="No rows were held out, so it is not known whether it is better than its base.",
             suggestions=[Suggestion(label="Hold out 20 % and train again", order={"run": {"validation_fraction": 0.2}})],
         )
     figures = {
@@ -157,7 +157,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     more = _more_epochs(spec, found) if still_falling(curve) else []
     lower = [Suggestion(label=f"Try again with learning rate {spec.learning_rate / 3:.1g}", order=_rate(spec, 1 / 3))]
     if base.rows < MIN_ROWS or base.interval is None:
-        return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+        return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
     if base.worse:
         return _Judged("worse", [f"Worse than the base. {against}", "The base answers better; do not use this result."], lower)
     if (best := overfitted(curve)) is not None and not base.better:
@@ -169,7 +169,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
             words = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
             return _Judged("undertrained", [words], more or _more_epochs(spec, found))
         if base.rows < FEW_ROWS:
-            return _Judged("too_few_rows", [f"Too few held-out rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+            return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
         return _Judged("no_better", [f"No better than the base, as far as {base.rows} rows can tell. {against}"], more)
     if few_shot is not None and few_shot.worse:
         words = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
@@ -202,7 +202,7 @@ def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any])
         if base.interval
         else ""
     )
-    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} held-out rows"
+    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} validation rows"
     return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
 
 
@@ -211,7 +211,7 @@ def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: st
         return []
     if few_shot.better:
         return [f"Better than {_prompt(contest)} too ({_told(few_shot.score, metric)})."]
-    return [f"Not told apart from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
+    return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
 
 
 def _prompt(contest: Mapping[str, Any]) -> str:

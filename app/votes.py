@@ -250,7 +250,7 @@ def make_dataset(session: Session, user: User, kind: str) -> Dataset:
     if kind not in ("preference", "chat"):
         raise BadField("Votes become a preference or a chat dataset.", param="kind")
     if not lines:
-        raise Conflict("No vote says anything yet that could be learnt.", way_out="Vote for one side, or edit an answer.")
+        raise Conflict("No vote prefers one answer yet, so there is nothing to train on.", way_out="Vote for one side, or edit an answer.")
     data = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     file = files.add_bytes(session, user, data, f"votes-{kind}.jsonl", "fine-tune")
     return datasets.create(session, user, file, name=f"{'Preferences' if kind == 'preference' else 'Best answers'} from votes", format=kind)

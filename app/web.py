@@ -189,14 +189,14 @@ def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
 
 @_or_nothing
 def human_bytes(value: float) -> str:
-    """1_360_000_000 → `1.36 GB`. Decimal units, three figures."""
+    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three figures."""
     size, unit = float(value), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
             break
         size /= 1000
     digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
-    return f"{size:.{digits}f} {unit}"
+    return f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " ")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -108,7 +108,7 @@ def _check_text(text: bytes, what: str, fields: bytes = b"") -> None:
     name = next((part.partition(b"=")[0] for part in fields.split(b"&") if _bad_bytes(unquote_to_bytes(part))), b"")
     param = unquote_to_bytes(name).decode("utf-8", "replace").replace("\0", "�")[:80] or None
     where = f"{what} holds {bad}" + (f", in {param}." if param else ".")
-    raise BadField(where, way_out="Take it out and send the request again.", param=param)
+    raise BadField(where, way_out="Remove it and send the request again.", param=param)
 
 
 def _bad_bytes(text: bytes) -> str:

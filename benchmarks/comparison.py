@@ -34,7 +34,7 @@ SEED = 42
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--test", type=Path, help="rows to check with")
+    parser.add_argument("--test", type=Path, help="validation rows")
     parser.add_argument("--rows", type=int, help="draw at most so many training rows, and half as many test rows")
     parser.add_argument("--model", choices=list(STRATEGIES), help="the starter to tune")
     parser.add_argument("--folder", type=Path, help="where its files are; the studio's own data folder when left out")
@@ -95,7 +95,7 @@ def sent(client: Any, path: Path, rows: int | None, mapping: dict[str, Any] | No
         report = read(client, file.id)
     if report["status"] == "error":
         raise SystemExit(f"{path.name}: {report['error']['message']}")
-    print(f"{path.name}: {report['good_rows']:,} good rows as {report['format']}", flush=True)
+    print(f"{path.name}: {report['good_rows']:,} valid rows as {report['format']}", flush=True)
     return str(file.id)
 
 
@@ -144,7 +144,7 @@ def as_text(found: dict[str, Any]) -> str:
             cells.append(f"{text} *" if row["job"] in found["winners"][column["key"]] else text)
         lines.append([row["title"], *cells])
     base = [write(found["base"][column["key"]], column["unit"]) if column["key"] in found["base"] else "" for column in columns]
-    lines.append(["before tuning", *base])
+    lines.append(["base model", *base])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     off = [f"{title} is off by {_off(found, have, said):.0%} at most" for title, have, said in OFF if _off(found, have, said) is not None]

@@ -79,7 +79,7 @@ def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
     facts = Facts(task="generation", rows=1200, memory_bytes=24 * GB)
     found = cards(ranked(facts, costs=costs), facts, "m", "ds-1")
     assert [(c.kind, c.strategy) for c in found] == [("recommended", "lora"), ("cheaper", "prompt_tuning"), ("stronger", "full")]
-    assert "2.00 GB instead of 3.00 GB and 2 min instead of 3 min" in found[1].sentence
+    assert "2 GB instead of 3 GB and 2 min instead of 3 min" in found[1].sentence
     assert all(c.label == "Use this method" and f"strategy={c.strategy}" in c.url for c in found)
     enough = facts.model_copy(update={"metric": "rouge_l", "prompted": 0.9, "how": "answers"})
     first = cards(ranked(enough, costs=costs), enough, "m", "ds-1")[0]

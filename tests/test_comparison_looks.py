@@ -48,7 +48,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     for job, loss in zip(jobs.list_(session, user), (1.2, 1.4), strict=True):
         end(session, job, loss=loss, memory=int(1e9 * loss), seconds=40 * loss)
     expect(page.locator("svg.picture")).to_be_visible(timeout=15_000)  # without a reload
-    expect(page.locator("#comparison .pill").first).to_have_text("Ended")
+    expect(page.locator("#comparison .pill").first).to_have_text("Succeeded")
     page.get_by_label("Across").select_option("peak_memory_bytes")
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_role("heading", name="Validation loss against peak memory")).to_be_visible()

@@ -88,7 +88,7 @@ def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learn
     worst, best = found["worst"][0]["tuned_loss"], found["best"][0]["tuned_loss"]
     assert worst > best
     _, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=1)
-    assert "tuned on these rows" in order(session, user, tuned, data, part="all").spec["note"]
+    assert "fine-tuned on these rows" in order(session, user, tuned, data, part="all").spec["note"]
     assert not order(session, user, tuned, make_dataset(session, user, data_dir, rows=9)).spec["note"]
 
 
@@ -178,8 +178,8 @@ def test_a_fault_of_the_data_is_told_with_its_way_out(session, user, data_dir, t
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"kind": "blend"}, "not tuned here"),
-        ({"model": "tiny@0.5"}, "not tuned here"),
+        ({"kind": "blend"}, "not fine-tuned here"),
+        ({"model": "tiny@0.5"}, "not fine-tuned here"),
         ({"model": "tiny@1.5"}, "between 0"),
         ({"dataset_id": None}, "No data was named"),
         ({"rows": 0}, "rows"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.forms import controls, explain, fill
+from app.forms import as_text, controls, explain, fill
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
 
@@ -96,6 +96,10 @@ def test_an_error_stands_beside_its_field_and_the_value_is_kept(field, typed, se
         assert (shown[field].value, shown[field].error) == (typed, sentence)
 
 
+def test_small_numbers_are_written_out():
+    assert [as_text(value) for value in (5e-05, 0.1, 1e-8, 2.0, 1.5)] == ["0.00005", "0.1", "1e-08", "2", "1.5"]
+
+
 def test_every_wrong_field_is_named_at_once():
     assert set(fill(STRATEGIES["lora"], {"s.rank": "0", "s.dropout": "2"}, "s").errors) == {"rank", "dropout"}
 
@@ -117,6 +121,4 @@ def test_a_field_at_its_default_gives_way_to_the_one_that_says_the_same():
     filled = fill(RunSettings, {**untouched, "run.warmup_steps": "20"}, "run")
     assert filled.errors == {} and filled.settings == {"warmup_steps": 20}
     both = fill(RunSettings, {**untouched, "run.warmup_steps": "20", "run.warmup_fraction": "0.2"}, "run")
-    assert both.errors == {
-        "warmup_steps": "Warmup steps: It says the same as warmup_fraction, which was given too: leave out one of the two."
-    }
+    assert both.errors == {"warmup_steps": "Warmup steps: It means the same as warmup_fraction, which was given too: omit one of the two."}

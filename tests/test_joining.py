@@ -183,7 +183,7 @@ def test_pairs_become_ratings_and_ratings_pairs(session, user, make, data_dir):
     assert good.good_rows == 10 and good.origin["left_out"] == {"left_out": 10}
     with pytest.raises(BadField, match="can be converted to chat, preference"):
         join(session, user, "convert", rated, format="plain_text")
-    with pytest.raises(BadField, match="No strategy here learns from those"):
+    with pytest.raises(BadField, match="No method here trains on those"):
         datasets.reference(rated)
 
 
@@ -301,4 +301,4 @@ def test_a_job_on_rated_answers_is_refused_with_the_way_out(session, make, api, 
     order = {"model": "tiny", "training_file": ids.public(ids.FILE, rated.file_id)}
     answer = api.post("/v1/fine_tuning/jobs", json=order)
     error = answer.json()["error"]
-    assert answer.status_code == 400 and "No strategy here learns from those" in error["message"] and "Convert" in error["message"], error
+    assert answer.status_code == 400 and "No method here trains on those" in error["message"] and "Convert" in error["message"], error

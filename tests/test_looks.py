@@ -98,6 +98,8 @@ def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width:
     for name, path in (("overview", "/"), ("settings", "/settings"), ("error", "/nothing")):
         page.goto(served + path)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
+        for button in page.get_by_role("button", name="Revoke").all():
+            assert (box := button.bounding_box()) and box["x"] + box["width"] <= width, "a key cannot be revoked without scrolling sideways"
         check(page, tmp_path, f"{name}-{theme}-{width}")
 
 
@@ -195,6 +197,20 @@ def test_the_keyboard_reaches_the_content(page: Page, served: str):
     assert page.evaluate("document.activeElement.id") == "content"
 
 
+def test_a_question_mark_lists_the_keys(page: Page, served: str):
+    page.goto(f"{served}/datasets/new")
+    page.locator("#name").press("?")
+    assert page.locator("#name").input_value() == "?" and not page.locator("#shortcuts").is_visible()
+    page.locator("main").press("?")
+    page.get_by_role("dialog", name="Keyboard shortcuts").get_by_text("Vote for a tie").wait_for()
+    assert Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"] == []
+    page.keyboard.press("Escape")
+    assert not page.locator("#shortcuts").is_visible()
+    page.get_by_role("button", name="Shortcuts").click()
+    page.locator("#shortcuts").get_by_role("button", name="Close").click()
+    assert not page.locator("#shortcuts").is_visible()
+
+
 def test_sign_in(browser_page: Page, served: str, monkeypatch, session, tmp_path: Path):
     from app.settings import get_settings
 
@@ -226,6 +242,8 @@ def test_scripts_and_filters_write_numbers_alike(page: Page, served: str):
         999_499,
         999_600,
         1_360_000_000,
+        8_000_000_000,
+        12_040_000_000,
         0.0312,
         0.37,
         1.0834,

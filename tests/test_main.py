@@ -220,12 +220,16 @@ def test_workers_are_counted_while_they_say_so(api):
 
 
 def test_figures_are_for_this_machine_and_the_signed_in(web, client, api):
+    from app.web import static
+
     stranger = TestClient(web.app, base_url=ORIGIN, client=("203.0.113.9", 4000))
     assert stranger.get("/metrics", follow_redirects=False).status_code == 303
     local = TestClient(web.app, base_url=ORIGIN, client=("127.0.0.1", 4000))
     assert local.get("/metrics").status_code == 200
     assert local.get("/metrics", headers={"x-forwarded-for": "203.0.113.9"}, follow_redirects=False).status_code == 303
+    assert api.get(static("luthier.css")).status_code == 200
     text = api.get("/metrics").text
+    assert 'luthier_requests_total{method="GET",route="/static",status="200"}' in text
     assert "luthier_requests_total" in text and 'route="/sign-in/{token}"' in text and "luthier_outbox_unsent" in text
 
 

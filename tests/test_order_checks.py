@@ -186,7 +186,7 @@ def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, ti
     for name in ("max_tokens_per_step", "evaluations_per_epoch"):  # sent back as it stands, it is no second wish
         field = re.search(rf'<input[^>]*name="run\.{name}"[^>]*>', page)
         assert field and re.search(r'value="[^"]+"', field.group(0)) is None, name
-    assert "It says the same" not in page
+    assert "It means the same" not in page
     text = read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")
     error = refused(session, user, order_of(text, strategy={"name": "lora"}, run={"train_on": "all_turns"}))
     assert error.param == "run.train_on"

@@ -49,9 +49,9 @@ PLANTED = {
     "equal within noise": (found(losses(0.01, noise=0.5)), "no_better", "No better than the base, as far as 40 rows can tell", []),
     "few-shot better": (found(losses(1.0), losses(-0.6)), "no_better", "the base with 4 examples in its prompt does better still", []),
     "few-shot as good": (found(losses(1.0), losses(0.0, noise=0.5)), "better", "a prompt may be enough", []),
-    "too few rows": (found(losses(0.4, rows=4)), "too_few_rows", "Too few held-out rows to tell (n = 4)", ["Hold out 20 % of the rows"]),
+    "too few rows": (found(losses(0.4, rows=4)), "too_few_rows", "Too few validation rows to tell (n = 4)", ["Hold out 20 % of the rows"]),
     "too few for a small gain": (
-        found(hits(0.4, 0.6, rows=10), metric="accuracy"), "too_few_rows", "Too few held-out rows to tell (n = 10)", ["Hold out 20 % of the rows"],
+        found(hits(0.4, 0.6, rows=10), metric="accuracy"), "too_few_rows", "Too few validation rows to tell (n = 10)", ["Hold out 20 % of the rows"],
     ),
     "overfitted": (found(losses(0.02, noise=0.5), curve=RISING), "overfitted", "lowest at step 10 and rose again", ["Try again with learning rate 0.0002"]),
     "undertrained": (found(losses(0.05, noise=0.5), curve=[], steps=6), "undertrained", "6 steps are few", ["Train for 30 epochs"]),

@@ -65,7 +65,7 @@ def advise(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
         if spec.task == "classification":
             prompted = _by_labels(spec, reader, say, training, held)
         elif spec.task == "preference":
-            prompted = _none("Pairs say which of two answers is better; no prompt can be scored by them.")
+            prompted = _none("Preference pairs cannot score a prompt.")
         else:
             prompted = _by_answers(spec, reader, say, training, held)
     return {**found, **prompted}
@@ -167,7 +167,7 @@ def _by_answers(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequen
         if name == "few_shot" and not shown:
             found[name] = None
             continue
-        say(0.3 + 0.35 * place, f"Answering {len(asked)} held-out rows" + (" with examples before each" if shown else ""))
+        say(0.3 + 0.35 * place, f"Answering {len(asked)} validation rows" + (" with examples before each" if shown else ""))
         found[name] = _answered(spec, reader, asked, shown)
     return {**found, "prompted_rows": len(asked), "shots": len(examples), "chance": None, "how": "answers", "reason": None}
 
@@ -214,7 +214,7 @@ def _by_labels(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequenc
         for done, row in enumerate(asked):
             say(
                 0.3 + 0.35 * (place + done / len(asked)),
-                f"Choosing labels for {len(asked)} held-out rows" + (" after examples" if shown else ""),
+                f"Choosing labels for {len(asked)} validation rows" + (" after examples" if shown else ""),
             )
             hits += labels[guess(row.row["text"])] == row.row["label"]
         found[name] = {"accuracy": hits / len(asked)}

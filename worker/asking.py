@@ -67,7 +67,7 @@ _longest: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def _too_long(request: GenerateRequest, size: str, context: int) -> BadRequest:
     return BadRequest(
         f"The prompt has {size}, and {request.model.name} reads at most {context}, its answer included.",
-        way_out="Shorten the prompt, or leave out earlier turns.",
+        way_out="Shorten the prompt, or remove earlier turns.",
         param="messages" if request.messages is not None else "prompt",
         code="context_length_exceeded",
     )

@@ -103,7 +103,7 @@ def fault_of(error: BaseException) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worker.assess", description="Score a model on a dataset.")
-    parser.add_argument("--spec", required=True, help="file with the order as JSON")
+    parser.add_argument("--spec", required=True, help="file with the specification as JSON")
     parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one JSON object per line")
     return parser
 

@@ -45,7 +45,7 @@ def read_rows(ref: DatasetRef) -> list[Row]:
     stored.verify_rows(path, ref.sha256, ref.name)
     rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
     if not rows:
-        raise BadData(f"Dataset {ref.name} has no rows to learn from.", way_out="Mend the rows its report lists, and upload it again.")
+        raise BadData(f"Dataset {ref.name} has no rows to train on.", way_out="Fix the rows its report lists, and upload it again.")
     return rows
 
 

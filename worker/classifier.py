@@ -58,7 +58,9 @@ def load_stack(
     Raises BadModel for a classifier that is an adapter: its stack is not its own.
     """
     if ref.labels and ref.adapters:
-        raise BadModel(f"{ref.name} is a classifier, which cannot be tuned further.", way_out="Tune the model it came from instead.")
+        raise BadModel(
+            f"{ref.name} is a classifier, which cannot be fine-tuned further.", way_out="Fine-tune the model it came from instead."
+        )
     if not ref.adapters and bits is None:
         return load_backbone(ref, dtype, attention, device)
     return body_without_head(load_plain(ref, dtype, attention, device, bits))
@@ -178,7 +180,7 @@ def load_classifier(
     """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
     folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
     if not (folder / HEAD_FILE).is_file():
-        raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was tuned on labelled rows.")
+        raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was fine-tuned on labeled rows.")
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     *below, last = ref.adapters or (None,)
     # Adapters below the classifier's own were learnt with the head on, so they are laid on the whole model.

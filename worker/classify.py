@@ -64,7 +64,7 @@ def read_labelled(spec: JobSpec) -> Labelled:
         if row["label"] not in labels:
             unseen = BadData(
                 f"The validation row has the label “{row['label']}”, which no training row has.",
-                way_out="Add training rows of this class, or mend the label in the validation file.",
+                way_out="Add training rows of this class, or fix the label in the validation file.",
             )
             raise BadRow(line, unseen)
     return Labelled(batches.share(rows, spec.run.data_fraction, spec.run.seed), held_out, labels)
@@ -95,8 +95,8 @@ def tokenise_texts(tokenizer: Any, rows: Sequence[Row], longest: int, lead: Sequ
     """Every text once, framed as the tokenizer frames one, with the placeholders of `lead` before it."""
     if longest - len(lead) < 4:
         raise BadData(
-            f"The model reads {longest} tokens at once, and {len(lead)} learnt ones stand before each text: no room is left.",
-            way_out="Choose fewer learnt tokens, or a longer length.",
+            f"The model reads {longest} tokens at once, and {len(lead)} trained ones are put before each text: no room is left.",
+            way_out="Choose fewer trained tokens, or a longer length.",
         )
     pieces, starts, cut = [], [0], 0
     for line, row in rows:
@@ -237,7 +237,7 @@ def label_remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
     lone = [label for label in labels if counts[label] == 1]
     if lone:
         shown = ", ".join(f"“{label}”" for label in lone[:5]) + (", …" if len(lone) > 5 else "")
-        yield f"{len(lone)} classes have one training row only ({shown}); they will hardly be learnt."
+        yield f"{'1 class has' if len(lone) == 1 else f'{len(lone)} classes have'} only one training row: {shown}. Add rows of it, or the model will rarely predict it."
     numbers = sum(_label_order(label)[0] == 0 for label in labels)
     if 0 < numbers < len(labels):
         yield f"{numbers} of the {len(labels)} labels are numbers and the others are words; check that they mean what they should."

@@ -153,7 +153,7 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
     if counted != shape.parameters():
         raise Unsupported(
             f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
-            "so what it costs to tune could not be foretold.",
+            "so what it costs to fine-tune could not be predicted.",
             way_out="Its architecture differs from the usual one and is not supported.",
         )
     check_names(folder, model, shape)

@@ -106,7 +106,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     if this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise DoesNotFit(
             "There is a GPU, but torch cannot use it.",
-            way_out="`luthier doctor` says why. To train on the processor all the same, set CUDA_VISIBLE_DEVICES to nothing.",
+            way_out="`luthier doctor` shows why. To train on the processor all the same, set CUDA_VISIBLE_DEVICES to nothing.",
         )
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))

@@ -44,7 +44,7 @@ def card(spec: JobSpec, state: State, labels: int = 0) -> str:
     strategy, run = spec.strategy, spec.run
     settings = "\n".join(f"| {key} | {value} |" for key, value in strategy.model_dump().items() if key != "name")
     scores = "".join(f"| {key} | {state.before[key]:.4f} | {state.best[key]:.4f} |\n" for key in state.before if key in state.best)
-    table = f"\n## On held-out rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
+    table = f"\n## On validation rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
     kind = "classifier" if labels else tuned_kind(spec.model.kind, spec.dataset.format)
     code = load_code(kind, made_of(spec, labels))
     return f"""---
@@ -54,7 +54,7 @@ tags: [luthier, {strategy.name}]
 ---
 # {spec.name}
 
-{spec.model.name} tuned by {strategy.title} on the dataset “{spec.dataset.name}” ({spec.dataset.rows} rows) with Luthier.
+{spec.model.name} fine-tuned by {strategy.title} on the dataset “{spec.dataset.name}” ({spec.dataset.rows} rows) with Luthier.
 
 ## How it was made
 

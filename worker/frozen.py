@@ -165,7 +165,7 @@ def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labe
     if cut:
         yield f"{cut} texts were longer than {longest} tokens and were cut."
     if not held_out:
-        yield "No rows are held out, so nothing says how good the classifier is on texts it has not seen."
+        yield "No rows are held out, so the classifier is not evaluated on new texts."
     yield from label_remarks(train, labels)
 
 

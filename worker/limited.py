@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from app.errors import BadData, StudioError
 
 _MAX_ANSWER_BYTES = 64 * 2**20
-_WAY_OUT = "Mend the model, or choose another."
+_WAY_OUT = "Fix the model, or choose another."
 
 
 def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: int) -> Any:

@@ -99,8 +99,8 @@ def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any
         return {}
     if find_spec("bitsandbytes") is None:
         raise DoesNotFit(
-            f"A base in {bits} bits needs the package bitsandbytes, which is not installed beside this worker's torch.",
-            way_out="Install the extra `gpu` again (`luthier doctor` says what is missing), or choose lora.",
+            f"A base in {bits} bits needs the package bitsandbytes, which is not installed with this worker's torch.",
+            way_out="Install the extra `gpu` again (`luthier doctor` shows what is missing), or choose lora.",
             param="strategy",
         )
     from transformers import BitsAndBytesConfig
@@ -123,7 +123,7 @@ def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
         return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
     except (OSError, ValueError, KeyError) as error:
         raise BadModel(
-            f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Tune again, or choose another model."
+            f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Fine-tune again, or choose another model."
         ) from error
 
 
@@ -149,8 +149,8 @@ def load_plain(
         strategy = load_strategy(folder_of(adapter.path))
         if not strategy.merges:
             raise BadModel(
-                f"{ref.name} was made by {strategy.title}, which cannot be merged, so it cannot be tuned further.",
-                way_out="Tune the model it came from instead.",
+                f"{ref.name} was made by {strategy.title}, which cannot be merged, so it cannot be fine-tuned further.",
+                way_out="Fine-tune the model it came from instead.",
             )
         model = strategy.merge(lay_adapter(model, adapter))
     return model.eval()

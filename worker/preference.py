@@ -165,9 +165,9 @@ class Preferring(Writing):
         for name, part in (("training", self.train), ("validation", self.held_out)):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} pairs have no two different answers left and were left out (lines {lines})."
+                yield f"{len(part.skipped)} {name} pairs have no two different answers left and were excluded (lines {lines})."
         if self.plain_template:
-            yield "The model has no chat template; it learns a plain one, which is saved with the result."
+            yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)

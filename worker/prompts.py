@@ -185,11 +185,11 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row; a prompt and its completion become a user turn and an assistant turn."""
     if "messages" in row:
         if not isinstance(row["messages"], list) or not all(isinstance(m, dict) and "role" in m for m in row["messages"]):
-            raise BadData("The row's messages are not a list of objects with a role.", way_out="Mend the row.")
+            raise BadData("The row's messages are not a list of objects with a role.", way_out="Fix the row.")
         return row["messages"]
     if "prompt" not in row or "completion" not in row:
         raise BadData(
-            f"The row has the keys {', '.join(sorted(row))}, none of which a text model learns from.",
+            f"The row has the keys {', '.join(sorted(row))}, none of which a text model trains on.",
             way_out="Use rows with messages, with prompt and completion, or with text.",
         )
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]

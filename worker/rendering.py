@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from app.run_settings import TrainOn
 
 BATCH_ROWS, BATCH_CHARACTERS, WAITING_BATCHES = 128, 1 << 20, 3
-T, Made = TypeVar("T"), TypeVar("Made")
+T, Product = TypeVar("T"), TypeVar("Product")
 
 
 class _Later:
@@ -52,7 +52,7 @@ class Length(NamedTuple):
     first: int | None
 
 
-class Renderer(Generic[T, Made]):
+class Renderer(Generic[T, Product]):
     """Takes rows one by one and hands each on, in their order, to `done(tag, what was made of it or what is wrong with it)`.
 
     `encode` makes something of every text of a batch, and `make` a row of its draft and those: ids of ids, or a length of counts.
@@ -63,8 +63,8 @@ class Renderer(Generic[T, Made]):
         tokenizer: Any,
         kind: str,
         encode: Callable[[Any, list[str]], list[T]],
-        make: Callable[[Rendered, Sequence[T]], Made],
-        done: Callable[[Any, Made | BadData], None],
+        make: Callable[[Rendered, Sequence[T]], Product],
+        done: Callable[[Any, Product | BadData], None],
         train_on: TrainOn = "assistant",
     ) -> None:
         self.train_on = train_on

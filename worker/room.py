@@ -36,7 +36,7 @@ class Room:
             if need <= self.shelf.memory_bytes - self.shelf.weights_of(lane):
                 raise self.shelf.training_needs_it(name)
             raise DoesNotFit(
-                f"A prompt of {prompt} tokens with an answer of up to {most} needs {need / 2**20:,.1f} MiB beside the weights of "
+                f"A prompt of {prompt} tokens with an answer of up to {most} needs {need / 2**20:,.1f} MiB in addition to the weights of "
                 f"{name}, and the playground has {max(free, 0) / 2**20:,.1f} MiB for it.",
                 way_out="Ask for fewer tokens, shorten the prompt, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
                 param="max_tokens",

@@ -185,7 +185,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worker.run", description="Train one attempt of a job.")
-    parser.add_argument("--spec", required=True, help="file with the order as JSON")
+    parser.add_argument("--spec", required=True, help="file with the specification as JSON")
     parser.add_argument("--folder", required=True, help="the attempt's folder, relative to the data folder")
     parser.add_argument("--resume-from", required=True, help="the job's folder; the newest whole checkpoint in it is gone on from")
     parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one event per line")

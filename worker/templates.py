@@ -139,13 +139,13 @@ def _read(answer: Any, most: int) -> Written:
             )
         case {"rewritten": int(turn)}:
             raise BadData(
-                f"The model's chat template rewrites turn {turn + 1} of this conversation, so the answer to learn cannot be found in it.",
+                f"The model's chat template rewrites turn {turn + 1} of this conversation, so the answer to train on cannot be found in it.",
                 way_out="Split the conversation so that this answer comes last, or use another model.",
             )
     raise _stopped("crashed")
 
 
-_MEND = "Mend the template of the model, or use another model."
+_MEND = "Fix the template of the model, or use another model."
 
 
 def _stopped(why: str) -> BadTemplate:

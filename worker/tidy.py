@@ -34,7 +34,7 @@ def keep_tidy(shelf: Shelf, worker: str) -> None:
             except redis.RedisError as error:
                 log.warning("Redis does not say whether jobs need memory: %s", error)
             except Exception:
-                log.exception("Idle models could not be put away.")
+                log.exception("Idle models could not be unloaded.")
             time.sleep(EVERY_SECONDS)
 
     threading.Thread(target=turn, name="tidy", daemon=True).start()
@@ -53,7 +53,7 @@ def look(shelf: Shelf, worker: str) -> None:
         gone += shelf.fit(0)
     if gone:
         release(shelf.device)
-        log.info("%d idle models were put away; %d MiB are in use.", gone, shelf.memory() // 2**20)
+        log.info("%d idle models were unloaded; %d MiB are in use.", gone, shelf.memory() // 2**20)
     if told:
         standby.say(worker, standing(shelf))
 

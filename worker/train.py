@@ -135,7 +135,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    yield from Telling("Reading the rows with the model before tuning")(lesson.prepare(model, engine, folder, course.budget))
+    yield from Telling("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
@@ -208,7 +208,9 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         while len(late) > unread:
             yield report(job, *late.popleft())
         if state.step == before + 2 and (missed := kernels.given_up()):
-            yield _log("warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may say why.")
+            yield _log(
+                "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
+            )
         # Wishes are only ever added to what was heard: one may come while the others are asked.
         stop, saving = world.agree(control.stop, control.save)
         if course.due(state.step) or course.saves(state.step) or saving or stop:
@@ -351,7 +353,7 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
     state.evaluated_at = state.step
     if len(lesson.held_out):
         began = time.monotonic()
-        scored = yield from Telling("Scoring the held-out rows")(lesson.validate(job.model, job.course.budget, job.engine))
+        scored = yield from Telling("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began

@@ -77,7 +77,7 @@ def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
         try:
             pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError):
-            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json beside it.") from None
+            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json next to it.") from None
         found |= dict.fromkeys(map(pieces.id_to_piece, range(pieces.get_piece_size())))
     return found
 
@@ -108,8 +108,8 @@ def has_working_template(tokenizer: Any) -> bool:
         raise
     except Exception as error:
         raise Unsupported(
-            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Mend or remove the template."
+            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Fix or remove the template."
         ) from error
     if "Hello." not in text or len(text) > 100_000:
-        raise Unsupported("The model's chat template does not write what it is given.", way_out="Mend or remove the template.")
+        raise Unsupported("The model's chat template does not write what it is given.", way_out="Fix or remove the template.")
     return True

@@ -63,7 +63,7 @@ class Writing(Lesson):
         self.held_out = batches.tokenise(tokenizer, held_rows, kind, self.longest, self.lead, run.train_on)
         if not len(self.train):
             raise BadData(
-                f"None of the {len(train_rows)} rows has an answer to learn within {self.longest} tokens.",
+                f"None of the {len(train_rows)} rows has an answer to train on within {self.longest} tokens.",
                 way_out="Raise the longest length, or check that the rows have assistant turns with weight 1.",
             )
         kept = set(self.held_out.lines)
@@ -78,9 +78,9 @@ class Writing(Lesson):
         for name, part in (("training", self.train), ("validation", self.held_out)):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} rows have no answer left to learn and were left out (lines {lines})."
+                yield f"{len(part.skipped)} {name} rows have no trainable tokens left and were excluded (lines {lines})."
         if self.plain_template and self.spec.dataset.format in ("chat", "instruction"):
-            yield "The model has no chat template; it learns a plain one, which is saved with the result."
+            yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
     def load(self, engine: Engine) -> torch.nn.Module:
         spec = self.spec

@@ -42,7 +42,7 @@ def up(say: Callable[[str], None]) -> None:
     try:
         refuse_taken_port(settings)
         if left := sweep.clear(settings.data_dir):
-            say(f"Ended {len(left)} processes of a studio that was killed here before.")
+            say(f"{len(left)} processes of a studio that was killed here before were stopped.")
         run_studio(settings, lock, say)
     finally:
         lock.release()

@@ -126,7 +126,7 @@ def _check_message(message: Any, at: str) -> list[Finding]:
     unknown = [key for key in message if key not in KEYS]
     if unknown:
         named = ", ".join(f"“{key}”" for key in unknown[:5])
-        findings.append(Finding("unknown_key", f"The keys {named} of a message mean nothing here and are left out.", at, None, "note"))
+        findings.append(Finding("unknown_key", f"The keys {named} of a message have no meaning here and are ignored.", at, None, "note"))
     return findings
 
 
@@ -165,13 +165,13 @@ def _speaker(turn: Any) -> str | None:
 
 
 def _wrong_role(role: Any, at: str) -> Finding:
-    """An unknown name has no fix of its own: a person says once, for all rows, what it stands for."""
+    """An unknown name has no fix of its own: a person says once, for all rows, which role it means."""
     name = named(role)
     better = known_role(name) if name else None
     if name is None:
         what = "has no role" if role is None else f"has {shown(role, 40)} for a role"
         return Finding("wrong_role", f"This message {what}. It must be one of {', '.join(ROLES[:5])}.", f"{at}.role", None)
-    advice = f"Suggested: “{better}”." if better else "Choose under “Unknown roles” what it stands for."
+    advice = f"Suggested: “{better}”." if better else "Choose under “Unknown roles” which role it means."
     repair = fix(f"Change to “{better}”", "role", name=name, role=better) if better else None
     return Finding("wrong_role", f"This message has the role “{shown(role, 40)}”. {advice}", f"{at}.role", shown(role), "error", repair)
 
@@ -184,7 +184,12 @@ def _check_content(message: Row, role: str, at: str) -> list[Finding]:
             kinds = ", ".join(sorted({str(kind) for kind in other}))
             return [
                 Finding(
-                    "not_text", f"Only text parts can be learnt here, and this message has: {kinds}.", f"{at}.content", None, "error", DROP
+                    "not_text",
+                    f"Only text parts can be trained on here, and this message has: {kinds}.",
+                    f"{at}.content",
+                    None,
+                    "error",
+                    DROP,
                 )
             ]
     elif content is not None and not isinstance(content, str):
@@ -193,7 +198,7 @@ def _check_content(message: Row, role: str, at: str) -> list[Finding]:
         if role == "assistant":
             if message.get("weight") == 0:
                 return []
-            return [Finding("empty_answer", "The answer is empty, so there is nothing to learn.", f"{at}.content", "", "error", DROP)]
+            return [Finding("empty_answer", "The answer is empty, so the row has no trainable tokens.", f"{at}.content", "", "error", DROP)]
         severity = "warning" if role in ("system", "developer", "tool", "function") else "error"
         return [Finding("empty", f"The {role}'s message is empty.", f"{at}.content", "", severity, DROP)]
     if calls is not None and role != "assistant":
@@ -252,9 +257,9 @@ def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Fin
 def _check_answer(messages: Sequence[Row], column: str) -> list[Finding]:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        return [Finding("no_answer", "No message is from the assistant, so there is nothing to learn.", column, None, "error", DROP)]
+        return [Finding("no_answer", "No message is from the assistant, so the row has no trainable tokens.", column, None, "error", DROP)]
     if all(message.get("weight") == 0 for message in answers):
-        return [Finding("nothing_to_learn", "Every answer has weight 0, so there is nothing to learn.", column, None, "error", DROP)]
+        return [Finding("nothing_to_learn", "Every answer has weight 0, so the row has no trainable tokens.", column, None, "error", DROP)]
     last = len(messages) - 1
     if messages[last]["role"] != "assistant":
         text = "The conversation must end with the assistant's answer."

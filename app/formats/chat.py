@@ -13,7 +13,7 @@ class Chat(Format):
     name: ClassVar = "chat"
     title: ClassVar = "Chat"
     shape: ClassVar = "chat"
-    summary: ClassVar = "Conversations: a list of messages, each with a role and its text. The assistant's messages are learnt."
+    summary: ClassVar = "Conversations: a list of messages, each with a role and its text. The assistant's messages are trained on."
     example: ClassVar = {
         "messages": [
             {"role": "system", "content": "You answer in one sentence."},

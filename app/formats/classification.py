@@ -49,7 +49,7 @@ class Classification(Format):
             return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         findings += check_text(row, column, "label", rule="no_label")
         if isinstance(label, str) and "\0" in label:
-            text = "The label holds a NUL character, which no database can store. Take it out."
+            text = "The label holds a NUL character, which no database can store. Remove it."
             return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         if isinstance(label, str) and len(label) > 200:
             findings.append(

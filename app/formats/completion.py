@@ -11,7 +11,7 @@ class Completion(Format):
     name: ClassVar = "completion"
     title: ClassVar = "Completion"
     shape: ClassVar = "completion"
-    summary: ClassVar = "A prompt and the text that goes on from it, with no roles. The completion is learnt."
+    summary: ClassVar = "A prompt and the text that goes on from it, with no roles. The completion is trained on."
     example: ClassVar = {"prompt": "Once upon a time,", "completion": " a fox found a violin."}
     fields: ClassVar = (
         Field("prompt", "The text that is given.", ("prompt", "source", "input_text"), holds="question"),

@@ -12,8 +12,8 @@ class Instruction(Format):
     name: ClassVar = "instruction"
     title: ClassVar = "Instruction"
     shape: ClassVar = "instruction"
-    summary: ClassVar = "One instruction, perhaps with an input, and the answer to it. The answer is learnt."
-    example: ClassVar = {"instruction": "Name the colour.", "input": "grass", "output": "green"}
+    summary: ClassVar = "One instruction, perhaps with an input, and the answer to it. The answer is trained on."
+    example: ClassVar = {"instruction": "Name the color.", "input": "grass", "output": "green"}
     fields: ClassVar = (
         Field(
             "instruction",
@@ -23,7 +23,10 @@ class Instruction(Format):
         ),
         Field("input", "The text the instruction is about.", ("input", "context", "passage"), False),
         Field(
-            "output", "The answer to learn.", ("output", "response", "answer", "assistant", "reply", "target", "solution"), holds="answer"
+            "output",
+            "The answer to train on.",
+            ("output", "response", "answer", "assistant", "reply", "target", "solution"),
+            holds="answer",
         ),
         Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
         Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),

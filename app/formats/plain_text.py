@@ -11,7 +11,7 @@ class PlainText(Format):
     name: ClassVar = "plain_text"
     title: ClassVar = "Plain text"
     shape: ClassVar = "plain_text"
-    summary: ClassVar = "Passages of text. Every token is learnt: the model picks up their words and their manner."
+    summary: ClassVar = "Passages of text. Every token is trained on: the model picks up vocabulary and style."
     example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
     fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story"), holds="text"),)
     place: ClassVar = 60

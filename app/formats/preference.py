@@ -17,7 +17,7 @@ class Preference(Format):
     title: ClassVar = "Preference"
     task: ClassVar = "preference"
     shape: ClassVar = "preference"
-    summary: ClassVar = "A prompt with a better and a worse answer. The model learns to prefer the better one."
+    summary: ClassVar = "A prompt with a better and a worse answer. The model is trained to prefer the better one."
     example: ClassVar = {"prompt": "Thank the customer.", "chosen": "Thank you, that helps us a lot.", "rejected": "ok thx"}
     fields: ClassVar = (
         Field("prompt", "The prompt, as text or messages; OpenAI's “input” is understood too.", PROMPT, False, "question"),

@@ -25,7 +25,7 @@ class Rated(Format):
         Field("prompt", "The prompt, as text or messages.", PROMPT, holds="question"),
         Field(
             "completion",
-            "The answer. Left out, it is the last message of the prompt's conversation.",
+            "The answer. If omitted, it is the last message of the prompt's conversation.",
             ("completion", "response", "output", "answer"),
             False,
             "answer",

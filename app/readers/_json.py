@@ -87,9 +87,9 @@ def _too_deep(text: str) -> Finding:
 def _hint(text: str, error: json.JSONDecodeError) -> str:
     stripped = text.strip()
     if error.msg.startswith("Extra data"):
-        return "Two rows may stand on one line: write each on a line of its own."
+        return "Two rows may be on one line: write each on a line of its own."
     if stripped in ("{", "[") or (stripped.startswith("{") and error.pos >= len(text.rstrip())):
-        return "The object does not end on this line: in a .jsonl file every row stands on one line; name a pretty-printed file .json."
+        return "The object does not end on this line: in a .jsonl file every row is on one line; name a pretty-printed file .json."
     if stripped.startswith("{'") or "': '" in stripped:
         return "JSON needs double quotes, as Python's json.dumps writes them."
     if re.search(r",\s*[}\]]", text[max(0, error.pos - 20) : error.pos + 2]):
@@ -127,7 +127,7 @@ def _unwritable(value: Any) -> Finding | None:
     if not isinstance(value, dict):
         return None
     if nul := next((key for key in value if "\0" in key), None):
-        text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Take it out."
+        text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Remove it."
         return Finding("nul", text, None, shown(nul, 60))
     inner = next((_inside(shown(key, 60), found) for key, item in value.items() if (found := _unwritable(item))), None)
     return inner or next((found for key in value if (found := _unwritable(key))), None)

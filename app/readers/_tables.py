@@ -104,7 +104,7 @@ def _header(reader: Any) -> list[str]:
 
 def check_names(names: list[str]) -> None:
     if len(names) > _MOST_COLUMNS:
-        way_out = f"Keep the ones to learn from; at most {_MOST_COLUMNS:,} are read."
+        way_out = f"Keep the ones to train on; at most {_MOST_COLUMNS:,} are read."
         raise BadData(f"The file has {len(names):,} columns.", way_out=way_out, param="file")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:

@@ -89,7 +89,7 @@ def sign_out(request: Request, user: CurrentUser, session: Db) -> Response:
 
 @pages.post("/theme")
 def theme(request: Request, user: CurrentUser, theme: Annotated[Literal["", "light", "dark"], Form()] = "") -> Response:
-    """The colours are kept in a cookie, so that the very first byte of a page has them already."""
+    """The theme is kept in a cookie, so that the very first byte of a page has them already."""
     back = request.headers.get("referer", "/")
     path = safe_next("/" + back.split("/", 3)[3]) if back.count("/") >= 3 else "/"
     response = RedirectResponse(path, 303)

@@ -88,7 +88,7 @@ class _Body(BaseModel):
     def _refuse_what_cannot_be_kept(cls, body: Any) -> Any:
         for name, harmless in cls.refused.items() if isinstance(body, dict) else ():
             if body.get(name) is not None and body[name] not in harmless:
-                way_out = " ".join(["Leave it out", *(f"or send {json.dumps(value)}" for value in harmless if value)])
+                way_out = " ".join(["Omit it", *(f"or send {json.dumps(value)}" for value in harmless if value)])
                 raise BadField(f"{name} is not supported with this value.", way_out=f"{way_out}.", param=name, code="unsupported_parameter")
         return body
 

@@ -55,7 +55,7 @@ def create(
     openapi_extra=takes(schemas.CreateComparison),
 )
 def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """What such an order would queue and refuse, and the time of all its jobs one after the other. Nothing is queued."""
+    """Which jobs a comparison would queue and refuse, and the time of all of them one after the other. Nothing is queued."""
     found = comparisons.planned(session, user, comparisons.read_order(body))
     jobs = [{"strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
     return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}

@@ -116,7 +116,7 @@ def order(
     part: Annotated[str, Form()] = "",
     then: Annotated[str, Form(alias="next")] = "",
 ) -> Response:
-    """Order one, and go to its page, or back to the page that asked."""
+    """Start an evaluation, and go to its page, or back to the page that asked."""
     body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None}
     try:
         with session.begin_nested():

@@ -292,7 +292,7 @@ def method_json(session: Session, job: Job, order: JobOrder) -> Json:
 
 
 def event_json(row: Event, names: _Names) -> Json:
-    """A `fine_tuning.job.event`: the sentence people read, and all that was said as `data`."""
+    """A `fine_tuning.job.event`: the sentence people read, and the whole event as `data`."""
     event = events.from_row(row.type, row.data)
     level, message = sentence(event, names)
     data = {**row.data, "event": row.type, "attempt": row.attempt}

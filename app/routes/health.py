@@ -41,9 +41,9 @@ async def readyz() -> JSONResponse:
 
 @pages.get("/metrics")
 def metrics(request: Request) -> Response:
-    """Figures in the text format of Prometheus, for this machine and for the signed-in."""
+    """Metrics in the text format of Prometheus, for this machine and for the signed-in."""
     if not _local(request) and accounts.identify(request) is None:
-        raise NotSignedIn("The figures are for this machine and for the signed-in.", way_out="Send an API key.")
+        raise NotSignedIn("The metrics are for this machine and for the signed-in.", way_out="Send an API key.")
     return Response(measures.text(), media_type="text/plain; version=0.0.4")
 
 

@@ -60,7 +60,7 @@ def job_list(request: Request, user: CurrentUser, session: Db, shown: Annotated[
 
 @pages.get("/jobs/new")
 def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
-    """The form for what stands in the address: `?dataset=&model=`, all it was typed so far, or `?clone=ftjob-…`."""
+    """The form for what is in the address: `?dataset=&model=`, all it was typed so far, or `?clone=ftjob-…`."""
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
         typed = order_file.typed_of(session, user, clone) | typed
@@ -192,7 +192,7 @@ def job_page(
 
 @pages.get("/jobs/{job_id}/log.txt")
 def job_log(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """The whole log: what was said of the job, and what its trainers wrote."""
+    """The whole log: the events of the job, and what its trainers wrote."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     return StreamingResponse(job_files.log(session, job), media_type="text/plain", headers=_attached(f"job-{job.id.hex[:8]}.log"))
 
@@ -212,7 +212,7 @@ def job_stream(
 
 @pages.get("/jobs/{job_id}/results.csv")
 def job_results(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """Every step's figures as CSV: the whole of what the charts thin out."""
+    """Every step's metrics as CSV: the whole of what the charts thin out."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     figures = jobs.results_csv(jobs.events(session, job))
     return Response(figures, media_type="text/csv", headers=_attached(f"step_metrics-{job.id.hex[:8]}.csv"))

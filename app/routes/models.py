@@ -115,7 +115,7 @@ def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
 
 @api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415))
 def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
-    """Order a model. The answer comes at once with the status `fetching`."""
+    """Add a model. The answer comes at once with the status `fetching`."""
     return to_json(session, add(session, user, order))
 
 

@@ -35,7 +35,7 @@ Knobs: type[BaseModel] = create_model(
     stop=(str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
 )
 """The form of the settings: the fields of `Sampling` a person turns. A first look is deterministic, where the API samples as OpenAI's does."""
-STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped", "error": "No answer"}
+STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped by you", "error": "No answer"}
 """Why an answer ended, in words."""
 
 
@@ -104,7 +104,7 @@ def show_empty(
     session: Db,
     user: CurrentUser,
     models: Annotated[list[str] | None, Query()] = None,
-    question: Annotated[int | None, Query(description="line of a held-out row")] = None,
+    question: Annotated[int | None, Query(description="line of a validation row")] = None,
     prompt: Annotated[str, Query(max_length=20_000)] = "",
 ) -> Response:
     named = _names(models)[: playground.MOST_PANES]

@@ -81,7 +81,7 @@ def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
 
 @api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """A new version; what is left out is as in the newest."""
+    """A new version; what is omitted is as in the newest."""
     prompt = prompts.get(session, user, key_of(prompt_id))
     prompts.revise(session, user, prompt, prompts.read_body({**prompts.version(session, prompt).body, **body}))
     return prompts.to_json(session, prompt)
@@ -241,7 +241,7 @@ def _preview(request: Request, user: User, data: Typed) -> Response:
 
 @pages.post("/playground/lab/try")
 async def try_out(request: Request, user: CurrentUser) -> Response:
-    """Three validation rows through the first chosen model, with the prompt as it stands in the form; nothing is saved."""
+    """Three validation rows through the first chosen model, with the prompt as it is in the form; nothing is saved."""
     return await run_in_threadpool(_save, request, user, *(await _posted(request))[:2], "try")
 
 
@@ -356,5 +356,5 @@ def run_deed(session: Db, user: CurrentUser, run_id: str, deed: str) -> Response
     elif deed == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run cannot be told to {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
+        raise BadField(f"A run has no action {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
     return RedirectResponse("/playground/lab#scores", status_code=303)

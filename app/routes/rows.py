@@ -232,7 +232,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
 
 @api.get("/datasets/{key}/lines/{line}", operation_id="retrieve_dataset_line", responses=answers(schemas.DatasetLine, 409))
 def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
-    """One line as it stands in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
+    """One line as it is in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
     with transaction() as session:
         asked = inspections.ask(session, dataset_of(session, user, key), "line", {"line": line})
     answer = inspections.wait(asked.id, rowview.WAIT_SECONDS)

@@ -16,7 +16,7 @@ pages = APIRouter()
 
 @pages.get("/shell")
 def look(request: Request, user: CurrentUser, session: Db, watch: Annotated[str, Query(max_length=1000)] = "") -> dict[str, Any]:
-    """Counts, foot, and the status of each job named in `watch`; one that is not there any more is left out."""
+    """Counts, foot, and the status of each job named in `watch`; one that is not there any more is omitted."""
     wanted = [ids.parse(ids.JOB, text, param="watch") for text in watch.split(",") if text]
     found = session.scalars(jobs.mine(user).where(Job.id.in_(wanted))) if wanted else []
     watched = {ids.public(ids.JOB, job.id): {"name": job.name, "status": job.status} for job in found}

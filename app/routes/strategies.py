@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @api.get("/strategies", operation_id="list_strategies", responses=answers(schemas.list_of(schemas.Strategy), 404, 409))
 def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: str | None = None) -> Json:
-    """Every strategy with its settings. With `model`, `available` and `reason` say whether that model can be tuned so; with `task`, for that task; with
+    """Every method with its settings. With `model`, `available` and `reason` say whether that model can be fine-tuned so; with `task`, for that task; with
     `dataset` (its id) besides, for its task, and whether it would fit into this machine's memory, with the cost and which one is advised."""
     chosen = models.resolve(session, user, model) if model else None
     data = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset else None

@@ -110,7 +110,7 @@ def _metadata(request: Request) -> dict[str, str]:
         except (binascii.Error, UnicodeDecodeError):
             raise BadField(f"The value of “{key[:40]}” is not Base64 of UTF-8.", param="Upload-Metadata") from None
         if "\0" in found[key]:
-            raise BadField(f"The value of “{key[:40]}” holds a NUL character.", way_out="Take it out.", param="Upload-Metadata")
+            raise BadField(f"The value of “{key[:40]}” holds a NUL character.", way_out="Remove it.", param="Upload-Metadata")
     return found
 
 

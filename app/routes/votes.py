@@ -73,7 +73,7 @@ class NewDataset(BaseModel):
 
 @api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409))
 def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
-    """Make a dataset of the votes, to tune on."""
+    """Make a dataset of the votes, to fine-tune on."""
     dataset = votes.make_dataset(session, user, body.kind)
     return {"id": ids.public(ids.DATASET, dataset.id), "object": "dataset", "name": dataset.name, "status": dataset.status}
 

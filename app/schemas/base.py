@@ -58,7 +58,7 @@ class Deleted(Schema):
 class Fault(Schema):
     """What went wrong, where, and what to do."""
 
-    message: str = Field(description="For people: what is wrong and the way out.")
+    message: str = Field(description="For people: what is wrong and how to fix it.")
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None = Field(description="The field of the request that is at fault.")
     code: str = Field(description="For programs; it does not change between releases.")

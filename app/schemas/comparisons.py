@@ -43,7 +43,7 @@ class PlannedJob(Schema):
 
 
 class ComparisonPlan(Schema):
-    """What an order would queue and refuse. Nothing was queued."""
+    """What a comparison would queue and refuse. Nothing was queued."""
 
     object: Literal["comparison.plan"]
     data: list[PlannedJob]
@@ -52,13 +52,13 @@ class ComparisonPlan(Schema):
 
 
 class ComparisonColumn(Schema):
-    """One figure of the table: its key in a row, and whether less is better."""
+    """One column of the table: its key in a row, and whether less is better."""
 
     key: str
     title: str
     unit: Unit
     less: bool
-    predicted: str | None = Field(description="The key of the figure that was predicted for it.")
+    predicted: str | None = Field(description="The key of the number that was predicted for it.")
 
 
 class ComparisonRow(Schema):
@@ -99,7 +99,7 @@ class MoreData(Schema):
 
 
 class Comparison(Schema):
-    """Figures of several jobs beside each other."""
+    """Metrics of several jobs next to each other."""
 
     id: str
     object: Literal["comparison"]
@@ -113,7 +113,7 @@ class Comparison(Schema):
     score: str = Field(description="Key of the column the jobs are judged by.")
     columns: list[ComparisonColumn]
     data: list[ComparisonRow]
-    base: dict[str, float] = Field(description="The scores before tuning, by column.")
+    base: dict[str, float] = Field(description="The scores of the base model, by column.")
     winners: dict[str, list[str]] = Field(description="Ids of the jobs that are best, by column.")
     refused: list[RefusedStrategy]
     says: MoreData | None

@@ -26,7 +26,7 @@ class ReadingProblem(Problem):
 
     file: str | None = None
     rule: str | None = Field(None, description="The rule that the line breaks, as in a report's findings.")
-    value: str | None = Field(None, description="What stands there.")
+    value: str | None = Field(None, description="The value found there.")
     repair: str | None = Field(None, description="How most of the file's lines can be repaired, where a fix for them is known.")
     columns: list[str] | None = Field(None, description="Columns of the file.")
     preview: list[dict[str, str]] | None = Field(None, description="The first rows as they are in the file, long values cut.")
@@ -195,7 +195,7 @@ Inspected = Literal["waiting", "running", "ready", "error"]
 
 
 class LineProblem(Schema):
-    """A finding about a line as it stands in the file."""
+    """A finding about a line as it is in the file."""
 
     rule: str
     message: str
@@ -206,7 +206,7 @@ class LineProblem(Schema):
 
 
 class DatasetLine(Schema):
-    """A line as it stands in the file. Ask again while `status` is waiting or running."""
+    """A line as it is in the file. Ask again while `status` is waiting or running."""
 
     object: Literal["dataset.line"]
     line: int
@@ -278,7 +278,7 @@ class SplitRow(Schema):
 
     line: int
     row: dict[str, Any]
-    other_line: int | None = Field(description="The line of the other side that says the same.")
+    other_line: int | None = Field(description="The line of the other side with the same text.")
 
 
 class DatasetSplit(Schema):

@@ -21,7 +21,7 @@ class _Measured(Schema):
 
 
 class EvaluationScores(_Measured):
-    """Of the kind scores: figures of the model and of its base by name, and the rows that stand out."""
+    """Of the kind scores: scores of the model and of its base by name, and the rows that stand out."""
 
     scores: dict[str, Any]
     base: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ class BlendPoint(Schema):
 
 
 class EvaluationBlend(_Measured):
-    """Of the kind blend: a curve from the base to the tuned model."""
+    """Of the kind blend: a curve from the base to the fine-tuned model."""
 
     points: list[BlendPoint]
     skipped: int | None = None

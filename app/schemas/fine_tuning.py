@@ -23,7 +23,7 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 
 
 class CreateJob(JobOrder):
-    """What is tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
+    """What is fine-tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
     are ignored, as OpenAI's clients need."""
 
     model_config = UNBUILT
@@ -35,7 +35,7 @@ class CreateJob(JobOrder):
 
 
 class SplitOverlap(Schema):
-    """Held-out rows that are learned from too, once they are counted, and the page that lists them."""
+    """Validation rows that are trained on too, once they are counted, and the page that lists them."""
 
     status: Literal["none", "waiting", "ready", "error"]
     rows: int | None
@@ -44,7 +44,7 @@ class SplitOverlap(Schema):
 
 
 class JobEstimate(Estimate):
-    """What an order will take on this machine, and what is odd about its data."""
+    """What a job will take on this machine, and what is odd about its data."""
 
     model_config = UNBUILT
 
@@ -83,11 +83,11 @@ class JobProgress(Schema):
     fraction: float
     seconds_left: float | None
     attempt: int
-    asked: Literal["cancelling", "pausing"] | None = Field(description="What was asked of it and has not happened yet.")
+    asked: Literal["cancelling", "pausing"] | None = Field(description="What was requested and has not happened yet.")
 
 
 class ListedRow(Schema):
-    """A held-out row that stands out, with the losses of base and tuned model and what they answer."""
+    """A validation row that stands out, with the losses of base and fine-tuned model and what they answer."""
 
     line: int | None = None
     prompt: str
@@ -100,7 +100,7 @@ class ListedRow(Schema):
 
 
 class HeldOutQuestion(Schema):
-    """A question of a held-out row; its first one where the row is a conversation."""
+    """A question of a validation row; its first one where the row is a conversation."""
 
     line: int
     system: str = Field(description="Its system prompt; empty without one.")
@@ -120,7 +120,7 @@ class Tryout(Schema):
 
 
 class JobEvaluation(Schema):
-    """Base and tuned model on the same held-out rows, by name of the score. Empty where nothing was held out."""
+    """Base and fine-tuned model on the same validation rows, by name of the score. Empty where nothing was held out."""
 
     rows: int | None = None
     answers: int | None = None
@@ -130,7 +130,9 @@ class JobEvaluation(Schema):
     tuned: dict[str, Any] | None = None
     worst: list[ListedRow] | None = None
     best: list[ListedRow] | None = None
-    contest: dict[str, Any] | None = Field(None, description="Base, few-shot and tuned on the same held-out rows; the verdict reads it.")
+    contest: dict[str, Any] | None = Field(
+        None, description="Base, few-shot and fine-tuned on the same validation rows; the verdict reads it."
+    )
     tryout: Tryout | None = Field(None, description="What the model can be asked for a fair first look; absent for classifiers.")
     steps: int | None = None
     curve: list[tuple[int, float]] | None = Field(None, description="Validation loss by step.")
@@ -174,7 +176,7 @@ class FineTuningJob(Schema):
 
 
 class FineTuningJobEvent(Schema):
-    """A `fine_tuning.job.event`: the sentence people read, and all that was said as `data`."""
+    """A `fine_tuning.job.event`: the sentence people read, and the whole event as `data`."""
 
     object: Literal["fine_tuning.job.event"]
     id: str
@@ -224,7 +226,7 @@ class FineTuningCheckpoint(Schema):
     object: Literal["fine_tuning.job.checkpoint"]
     id: str
     created_at: int
-    fine_tuned_model_checkpoint: str = Field(description="The name under which it can be asked.")
+    fine_tuned_model_checkpoint: str = Field(description="The name to send requests to.")
     fine_tuning_job_id: str
     step_number: int
     metrics: CheckpointMetrics

@@ -32,7 +32,7 @@ class Model(Schema):
     status: Literal["fetching", "ready", "error"]
     progress: float | None = Field(description="Of fetching, 0 to 1.")
     error: Problem | None
-    base: str | None = Field(description="The model at the bottom of the lineage, where this one was tuned.")
+    base: str | None = Field(description="The model at the bottom of the lineage, where this one is a fine-tune.")
     lineage: list[str]
     job: str | None
     step: int | None = Field(description="Of the checkpoint it was kept from; null for the result of its job.")
@@ -98,4 +98,4 @@ class LoadedModels(Listing):
     """What every generate worker has loaded."""
 
     data: list[Generator]
-    rule: str = Field(description="When a model is loaded and put away, in words.")
+    rule: str = Field(description="When a model is loaded and unloaded, in words.")

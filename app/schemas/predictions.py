@@ -25,7 +25,7 @@ class Prediction(Schema):
     stage: str | None
     rows: int | None
     added: list[str] = Field(description="Columns that were added to the file's own.")
-    without: int | None = Field(description="Rows without a prediction; their column note says why.")
+    without: int | None = Field(description="Rows without a prediction; their column note has the reason.")
     seconds: float | None
     error: Problem | None
     created_at: int = Field(description="Seconds since 1970.")

@@ -20,7 +20,7 @@ class CreatePrompt(PromptBody):
 
 
 class RevisePrompt(PromptBody):
-    """What the next version says; what is left out is as in the newest."""
+    """The settings of the next version; what is omitted is as in the newest."""
 
     model_config = UNBUILT
 
@@ -53,7 +53,7 @@ class CreatePromptRun(RunOrder):
     model: str
     dataset_id: str | None = None
     file: str | None = None
-    version: int | None = Field(None, description="The newest where it is left out.")
+    version: int | None = Field(None, description="The newest if omitted.")
 
 
 class PromptRunResult(Schema):

@@ -32,7 +32,7 @@ class Paper(Schema):
 
 
 class Strategy(Schema):
-    """A way to tune a model. With a model or a task in the question, `available` and `reason` are about these; with a dataset
+    """A fine-tuning method. With a model or a task in the question, `available` and `reason` are about these; with a dataset
     besides, `advised` and `cost` are there too."""
 
     object: Literal["strategy"]

@@ -29,8 +29,8 @@ class ChosenLowRank(LowRank):
         None,
         min_length=1,
         max_length=2000,
-        description="Names of the modules that are trained beside, instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
-        "and * stands for anything: layers.[01].*.q_proj.",
+        description="Names of the modules that are trained in addition, instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
+        "and * matches anything: layers.[01].*.q_proj.",
         exclude_if=lambda names: names is None,
     )
     init_lora_weights: Literal["default", "gaussian"] = Field(
@@ -52,7 +52,7 @@ class ChosenLowRank(LowRank):
     @classmethod
     def _instead_of_layers(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("layers", "all-linear") != "all-linear":
-            raise ValueError("It says the same as layers, which was given too: leave out one of the two")
+            raise ValueError("It means the same as layers, which was given too: omit one of the two")
         if value is not None and not 0 < len(_names(value)) <= MOST_NAMES:
             raise ValueError(f"It takes 1 to {MOST_NAMES} names: write q_proj, v_proj, or leave it empty")
         return value

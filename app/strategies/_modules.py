@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "luthier"
-_LOADING = """learnt = load_file(f"{{folder}}/{weights}")
+_LOADING = """trained = load_file(f"{{folder}}/{weights}")
 
 
 def added(place, x):  # what the small layers of a place add: down, bend, up
-    part = {{name: learnt[f"{{place}}.{name}.{{name}}"].to(x) for name in ("down.weight", "down.bias", "up.weight", "up.bias")}}
+    part = {{name: trained[f"{{place}}.{name}.{{name}}"].to(x) for name in ("down.weight", "down.bias", "up.weight", "up.bias")}}
     inner = F.{activation}(F.linear(x, part["down.weight"], part["down.bias"]))
     return {scale:g} * F.linear(inner, part["up.weight"], part["up.bias"])
 
 
-for place in sorted({{name.split(".{name}.")[0] for name in learnt}}):
+for place in sorted({{name.split(".{name}.")[0] for name in trained}}):
     module = model.get_submodule(place)
     {hook}"""
 AFTER = "module.register_forward_hook(lambda module, inputs, output, place=place: output + added(place, output))"

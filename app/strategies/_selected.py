@@ -62,7 +62,7 @@ class Selected(Strategy):
         return interpolate(base, self.load(model, folder), share)
 
     def loading(self, *, task: str = "generation") -> Loading:
-        lines = f'model.load_state_dict(load_file(f"{{folder}}/{WEIGHTS}"), strict=False)  # the weights that learnt replace the base\'s'
+        lines = f'model.load_state_dict(load_file(f"{{folder}}/{WEIGHTS}"), strict=False)  # the trained weights replace the base\'s'
         return Loading(("from safetensors.torch import load_file",), lines)
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:

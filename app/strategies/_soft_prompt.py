@@ -29,7 +29,9 @@ NAME = "luthier_prompt"
 class SoftPrompt(Strategy):
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
-    no_blend: ClassVar = "its learnt vectors stand before the text or they do not; half of each is another prompt that was never tried."
+    no_blend: ClassVar = (
+        "its trained vectors are put before the text or they are not; half of each is another prompt that was never trained."
+    )
 
     tokens: int = Field(
         20,
@@ -47,7 +49,7 @@ class SoftPrompt(Strategy):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.tokens >= shape.positions:
-            return f"The model reads {shape.positions} tokens at once; {self.tokens} learnt ones leave no room. Choose fewer."
+            return f"The model reads {shape.positions} tokens at once; {self.tokens} trained ones leave no room. Choose fewer."
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def kept(self, shape: Shape) -> Kept:

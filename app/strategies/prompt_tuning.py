@@ -16,7 +16,7 @@ class PromptTuning(SoftPrompt):
     title: ClassVar = "Prompt tuning"
     summary: ClassVar = "Trains a soft prompt: vectors instead of words."
     when_to_use: ClassVar = (
-        "When the model can do the task already and only needs to be asked well. Slow to train, weak on small models, and tiny."
+        "When the model can do the task already and only needs a good prompt. Slow to train, weak on small models, and tiny."
     )
     paper: ClassVar = ("Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning", "https://arxiv.org/abs/2104.08691")
     place: ClassVar = 60

@@ -60,7 +60,7 @@ class TopLayers(Selected):
         if self.layers > shape.layers:
             return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
         if self.output_layer and task == "classification":
-            return "A classifier has an output layer of its own, which always learns. Turn the setting `output_layer` off."
+            return "A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off."
         return super().unavailable(shape, task=task, cuda=cuda)
 
     @classmethod

@@ -5,14 +5,14 @@ const NOTHING = "–";
 const unknown = (value) => value === null || value === undefined || Number.isNaN(value);
 const grouped = (text) => text.replace(/^(-?\d+)/, (whole) => whole.replace(/\B(?=(\d{3})+(?!\d))/g, ","));
 
-/** 1360000000 → "1.36 GB" */
+/** 1360000000 → "1.36 GB", 8000000000 → "8 GB" */
 export function bytes(value) {
   if (unknown(value)) return NOTHING;
   const units = ["B", "kB", "MB", "GB", "TB"];
   let size = value, at = 0;
   while (Math.abs(size) >= 999.5 && at < units.length - 1) { size /= 1000; at += 1; }
   const digits = at === 0 || Math.abs(size) >= 100 ? 0 : Math.abs(size) >= 10 ? 1 : 2;
-  return `${size.toFixed(digits)} ${units[at]}`;
+  return `${size.toFixed(digits).replace(/\.0+$/, "")} ${units[at]}`;
 }
 
 /** 130 → "2 min 10 s" */

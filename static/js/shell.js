@@ -1,5 +1,5 @@
 // What every page has: the menu kept true, the bar while the studio is away, actions that never end on the browser's own error
-// page, the theme switch, copy buttons, questions before a step that cannot be undone, local times.
+// page, the theme switch, copy buttons, the list of keys, questions before a step that cannot be undone, local times.
 
 const csrf = () => document.querySelector('meta[name="csrf-token"]').content;
 
@@ -131,6 +131,20 @@ document.addEventListener("submit", (event) => {
     send(form.action, { method: "POST", body: new URLSearchParams({ theme: event.submitter.value }), redirect: "manual" });
   }
 });
+
+// The list of keys -----------------------------------------------------------------------------------------------------------
+
+const shortcuts = document.getElementById("shortcuts");
+if (shortcuts) {
+  const opener = document.querySelector("[data-keys]");
+  opener.hidden = false;
+  opener.addEventListener("click", () => shortcuts.showModal());
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "?" || event.target.closest("input, textarea, select, [contenteditable]")) return;
+    event.preventDefault();
+    if (!shortcuts.open) shortcuts.showModal();
+  });
+}
 
 // Copying and times --------------------------------------------------------------------------------------------------------
 

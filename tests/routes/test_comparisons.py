@@ -88,7 +88,7 @@ def test_all_jobs_are_ordinary_ones_on_the_same_ground_and_queued_as_one(session
     assert (run["seed"], run["epochs"], run["early_stopping_patience"]) == (9, 2, 0)
     sent = session.scalars(select(Outbox.key)).all()
     assert {job.id for job in made} <= set(sent) and all(job.estimate["memory_bytes"] > 0 for job in made)
-    assert made[1].name == "3 strategies on chats: LoRA (rank 2)"
+    assert made[1].name == "3 methods on chats: LoRA (rank 2)"
 
 
 def test_what_cannot_be_had_says_why_and_the_others_go_on(session, user, tiny_registered, chats):

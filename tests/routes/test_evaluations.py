@@ -105,4 +105,4 @@ def test_soft_prompts_say_why_they_have_no_halfway(client, api, session, user, d
     page = client.get(f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=evaluations")
     assert "Not available:" in page.text and ">Measure<" not in page.text
     said = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data)})
-    assert said.status_code == 400 and "learnt vectors" in said.json()["error"]["message"]
+    assert said.status_code == 400 and "trained vectors" in said.json()["error"]["message"]

@@ -121,7 +121,7 @@ def test_pairs_have_their_own_scores():
     figures = {"loss": 0.6, "reward_margin": 0.4, "reward_accuracy": 0.7, "chosen_reward": 0.1, "rejected_reward": -0.3}
     base = {"loss": 0.69, "reward_margin": 0.0, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": 0.0}
     found = score_view.view({"rows": 30, "base": base, "tuned": figures}, "preference")
-    assert [line.title for line in found.lines][:2] == ["Loss", "Pairs told apart"] and all(line.better for line in found.lines)
+    assert [line.title for line in found.lines][:2] == ["Loss", "Preference accuracy"] and all(line.better for line in found.lines)
     assert found.lines[0].meaning == "nats per pair"
 
 

@@ -23,11 +23,11 @@ def plain_file(api, session):
 
 WRONG = [
     ({"format": "completion", "mapping": {"prompt": "nothing"}}, "no such"),  # fails as a whole
-    ({"format": "chat", "mapping": {"messages": "prompt"}}, "no good row"),  # every row is bad
+    ({"format": "chat", "mapping": {"messages": "prompt"}}, "no valid row"),  # every row is bad
 ]
 
 
-@pytest.mark.parametrize(("wrong", "says"), WRONG, ids=["error", "no good row"])
+@pytest.mark.parametrize(("wrong", "says"), WRONG, ids=["error", "no valid row"])
 def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_registered, plain_file, wrong, says):
     file_id, good = plain_file
     order = {"model": "tiny", "training_file": file_id}

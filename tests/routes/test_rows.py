@@ -102,7 +102,7 @@ def test_a_row_is_edited_in_fields_or_as_json_into_a_new_version(client, session
     ]
     assert "Edited line 3" in client.get(answer.headers["location"]).text
     wrong = client.post(path + "/rows/3", data={"row": json.dumps(row), "text.messages[1]": ""})
-    assert wrong.status_code == 400 and "nothing to learn" in wrong.text
+    assert wrong.status_code == 400 and "no trainable tokens" in wrong.text
     assert client.post(path + "/rows/3", data={"row": "{", "do": "json"}).status_code == 400
     assert client.post(path + "/rows/3", data={"row": "", "do": "drop"}, follow_redirects=False).status_code == 303
     assert client.get(path + "/rows/999").status_code == 404
@@ -126,7 +126,7 @@ def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user
 
     typed = {"do": "raw", "row": '{"messages": [{"role": "user", "content": "a"}]}'}
     refused = client.post(path + "/rows/13", data=typed)
-    assert refused.status_code == 400 and "nothing to learn" in refused.text and "&#34;content&#34;: &#34;a&#34;" in refused.text
+    assert refused.status_code == 400 and "no trainable tokens" in refused.text and "&#34;content&#34;: &#34;a&#34;" in refused.text
     assert client.post(path + "/rows/13", data={"do": "raw", "row": '{"a": NaN}'}).status_code == 400
     typed["row"] = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     assert client.post(path + "/rows/13", data=typed, follow_redirects=False).status_code == 303

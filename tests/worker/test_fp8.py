@@ -115,7 +115,7 @@ def test_an_order_for_it_is_refused_early_with_the_reason() -> None:
         (lora, "generation", plain, "shows none"),
         (lora, "generation", cards[8.0], "capability 8.9 or later; a card has 8.0"),
         (dora, "generation", cards[8.9], "DoRA"),
-        (lora, "preference", cards[8.9], "learn to write"),
+        (lora, "preference", cards[8.9], "generation jobs"),
     ):
         with pytest.raises(BadField, match=words) as caught:
             order_checks.refuse_without_gpu(strategy, run, task, machine)

@@ -278,7 +278,7 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
     assert max((b.created_at - a.created_at).total_seconds() for a, b in itertools.pairwise(silent)) > patience
     shares = [e.data["share"] for e in said(job, "doing") if e.data["what"] == "Comparing base and result"]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 0.95 and len(shares) > 8
-    assert any(e.data["what"] == "Scoring the held-out rows" for e in said(job, "doing"))
+    assert any(e.data["what"] == "Scoring the validation rows" for e in said(job, "doing"))
 
 
 def test_the_fence_is_lost_and_the_trainer_with_it(odd):
