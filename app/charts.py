@@ -75,7 +75,7 @@ def charts(progress: Progress) -> list[Chart]:
         ("learning_rate", "Learning rate", "rate", 1),
         ("grad_norm", "Gradient norm", "", 4),
         ("tokens_per_second", "Speed", "tokens/s", 3),
-        ("memory_bytes", "Memory, peak so far", "bytes", 2),
+        ("memory_bytes", "Peak memory", "bytes", 2),
     ]
     explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
     own, judged_only = [], []
