@@ -65,8 +65,8 @@ def table(session: Session, comparison: Comparison) -> Table:
     """Figures of every job of the comparison that is still there."""
     found = comparisons.jobs_of(session, comparison)
     keys = [job.id for job in found]
-    judged, counted, sizes = _judged(session, keys), _counted(session, keys), _sizes(session, keys)
-    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), sizes.get(job.id)) for job in found]
+    judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
+    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
     if comparison.kind == "learning_curve":
         for row in rows:
             row["title"] = f"{row['data_fraction']:.0%} of the rows"
@@ -89,10 +89,11 @@ def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
     return {key: n for key, n in session.execute(query.where(Event.job_id.in_(keys), Event.type == "started").order_by(Event.id))}
 
 
-def _sizes(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
-    """Bytes on disk of the tuned models, without the bases they need."""
-    query = select(Model.job_id, Model.bytes).where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
-    return {key: size for key, size in session.execute(query) if key is not None and size is not None}
+def _tuned(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
+    """Name of each tuned model, whether it is kept, and its bytes on disk without the base it needs."""
+    query = select(Model.job_id, Model.name, Model.kept, Model.bytes)
+    query = query.where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
+    return {key: {"model": name, "kept": kept, "bytes": size} for key, name, kept, size in session.execute(query) if key is not None}
 
 
 def _scores(evaluation: JSON | None, of: str) -> JSON:
@@ -103,7 +104,7 @@ def _known(found: JSON) -> JSON:
     return {name: found[name] for name in SCORED if is_number(found.get(name))}
 
 
-def _row(job: Job, judged: JSON, counted: int | None, size: int | None) -> JSON:
+def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSON:
     measured, estimate, forgot = job.measured or {}, job.estimate or {}, job.forgetting or {}
     change = forgot.get("change")
     if change is None and forgot.get("before") and forgot.get("after") is not None:
@@ -131,7 +132,7 @@ def _row(job: Job, judged: JSON, counted: int | None, size: int | None) -> JSON:
         "predicted_memory_bytes": estimate.get("memory_bytes"),
         "seconds": measured.get("seconds"),
         "predicted_seconds": estimate.get("seconds"),
-        "bytes": size,
+        **(tuned or {"model": None, "kept": None, "bytes": None}),
         "error": {name: job.error.get(name) for name in ("code", "message", "way_out")} if job.error else None,
     }
 

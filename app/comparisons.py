@@ -18,13 +18,13 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import ids, jobs, orders
+from app import ids, jobs, models, orders
 from app.errors import BadField, Conflict, DoesNotFit, NotFound, StudioError
 from app.forms import as_text
 from app.orders import DatasetId, JobOrder, bad_field
 from app.spec import RunSettings, Split, Task
 from app.strategies import Strategy
-from app.tables import JSON, Comparison, Job, User
+from app.tables import JSON, Comparison, Job, Model, User
 from app.usual import usual_run
 
 Kind = Literal["strategies", "learning_curve"]
@@ -321,6 +321,18 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
         )
     found.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
     session.flush()
+
+
+def keep(session: Session, user: User, comparison_id: uuid.UUID, job_id: uuid.UUID) -> Model:
+    """Offer the result of one of its jobs wherever a model is chosen. Raises NotFound, Conflict for a job without a model."""
+    found = get(session, user, comparison_id)
+    job = next((job for job in jobs_of(session, found) if job.id == job_id), None)
+    if job is None:
+        raise NotFound(f"No such job in this comparison: {ids.public(ids.JOB, job_id)}", param="job")
+    model = jobs.tuned_model(session, job)
+    if model is None:
+        raise Conflict(f"{job.name} has no model that could be kept.", way_out="Keep the result of a job that succeeded.", param="job")
+    return models.keep(model)
 
 
 def of_job(session: Session, job: Job) -> Comparison | None:

@@ -8,6 +8,7 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
 
 from app import compare_form, comparison_table, comparison_view, comparisons, ids, schemas
@@ -184,6 +185,14 @@ def comparison_page(
     found = comparisons.get(session, user, key(comparison_id))
     context = comparison_view.page(session, found, x, y)
     return render(request, "parts/comparison_live.html" if part == "live" else "comparison.html", **context)
+
+
+@pages.post("/compare/{comparison_id}/keep")
+def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
+    found = comparisons.get(session, user, key(comparison_id))
+    model = comparisons.keep(session, user, found.id, ids.parse(ids.JOB, job, param="job"))
+    flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
+    return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
 @pages.post("/compare/{comparison_id}/cancel")

@@ -81,6 +81,8 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "key": ids.public(ids.MODEL, model.id),
         "title": model.title,
         "kind": model.kind,
+        "tags": model.tags,
+        "kept": model.kept,
         "status": model.status,
         "progress": model.progress,
         "error": model.error,
@@ -318,6 +320,16 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
         return _model_page(request, session, user, model, "settings", fault)
     flash(request, f"{model.title} was deleted.")
     return RedirectResponse("/models", status_code=303)
+
+
+@pages.post("/models/{key}/keep")
+def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
+    """Offer a comparison's result wherever a model is chosen."""
+    model = models.get(session, user, key)
+    _may_change(user, model)
+    models.keep(model)
+    flash(request, f"{model.title} is kept: it is listed with the other models and can be chosen everywhere.")
+    return RedirectResponse(safe_next(then or f"/models/{_key(model)}"), status_code=303)
 
 
 @pages.post("/models/{key}/retry")

@@ -87,6 +87,8 @@ class ComparisonRow(Schema):
     predicted_memory_bytes: int | None
     seconds: float | None
     predicted_seconds: float | None
+    model: str | None = Field(description="The tuned model.")
+    kept: bool | None = Field(description="Whether pages offer its model; see `kept` of a model.")
     bytes: int | None
     error: Problem | None
 
