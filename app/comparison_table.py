@@ -249,7 +249,7 @@ def to_json(session: Session, comparison: Comparison) -> JSON:
         "created_at": int(comparison.created_at.timestamp()),
         "name": comparison.name,
         "kind": comparison.kind,
-        "status": comparisons.status_of(comparisons.jobs_of(session, comparison)),
+        "status": comparisons.status_of([row["status"] for row in found.rows]),
         "model": comparison.order["model"],
         "score": found.columns[0].key,
         "columns": [column._asdict() for column in found.columns],

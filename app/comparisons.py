@@ -10,7 +10,7 @@ The table stands in `app/comparison_table.py`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -262,9 +262,9 @@ def mine(user: User) -> Select[tuple[Comparison]]:
     return select(Comparison).where(Comparison.owner_id == user.id, Comparison.deleted_at.is_(None))
 
 
-def list_(session: Session, user: User, limit: int | None = None) -> list[Comparison]:
+def list_(session: Session, user: User) -> list[Comparison]:
     """One's comparisons, newest first."""
-    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc()).limit(limit)))
+    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc())))
 
 
 def get(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
@@ -283,9 +283,9 @@ def jobs_of(session: Session, *found: Comparison) -> list[Job]:
     return list(session.scalars(query.order_by(Job.created_at, Job.id).execution_options(populate_existing=True)))
 
 
-def status_of(found: list[Job]) -> str:
-    """`queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
-    states = {job.status for job in found}
+def status_of(found: Iterable[str]) -> str:
+    """Of the statuses of its jobs: `queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
+    states = set(found)
     if states <= set(jobs.ENDED):
         return next((status for status in ("succeeded", "failed", "cancelled") if status in states), "cancelled")
     if states <= {"queued"}:

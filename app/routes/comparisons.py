@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
 
-from app import compare_form, comparison_table, comparison_view, comparisons, ids, schemas
+from app import compare_form, comparison_table, comparison_view, comparisons, ids, lists, schemas
 from app.accounts import CurrentUser
 from app.comparisons import ComparisonOrder
 from app.db import Db
@@ -25,8 +25,7 @@ api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 
-SHOWN = 50
-"""Comparisons on the list."""
+Wish = Annotated[lists.Wish, Query()]
 
 
 def key(text: str) -> uuid.UUID:
@@ -100,15 +99,23 @@ Form = Annotated[list[tuple[str, str]], Depends(_form)]
 
 
 @pages.get("/compare")
-def comparison_list(request: Request, user: CurrentUser, session: Db) -> Response:
-    return render(request, "comparisons.html", curves=False, rows=comparison_view.rows(session, comparisons.list_(session, user, SHOWN)))
+def comparison_list(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
+    return _list_page(request, session, comparisons.list_(session, user), "/compare", wish)
 
 
 @pages.get("/compare/curves")
-def learning_curves(request: Request, user: CurrentUser, session: Db) -> Response:
+def learning_curves(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
     """The comparisons that are learning curves."""
-    found = [found for found in comparisons.list_(session, user, SHOWN) if found.kind == "learning_curve"]
-    return render(request, "comparisons.html", curves=True, rows=comparison_view.rows(session, found))
+    found = [found for found in comparisons.list_(session, user) if found.kind == "learning_curve"]
+    return _list_page(request, session, found, "/compare/curves", wish)
+
+
+def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.Wish) -> Response:
+    every = comparison_view.rows(session, found)
+    bar = lists.comparisons_bar(every, path, wish)
+    rows = lists.comparisons(every, bar)
+    bar.more = len(rows) > wish.shown
+    return render(request, "comparisons.html", curves=path != "/compare", bar=bar, some=bool(every), rows=rows[: wish.shown])
 
 
 @pages.get("/compare/new")
