@@ -129,7 +129,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
                 "text": write(row[column.key], column.unit),
                 "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
                 "best": row["job"] in table.winners[column.key],
-                "note": _ability_note(row) if column.key == "forgetting" else "",
+                "note": ability_note(row) if column.key == "forgetting" else "",
             }
             for column in table.columns
         ]
@@ -137,7 +137,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _ability_note(row: dict[str, Any]) -> str:
+def ability_note(row: dict[str, Any]) -> str:
     """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
     between = f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
     removable = (

@@ -28,6 +28,7 @@ from app import (
     models,
     order_file,
     order_form,
+    run_compare,
     watch,
 )
 from app import job_view as view
@@ -66,6 +67,12 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
         summary=view.summary(shown),
         moving=any(job.status in ("queued", "running") for job in shown),
     )
+
+
+@pages.get("/jobs/compare")
+def compare_runs(request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None) -> Response:
+    """Up to eight jobs beside each other: scores, what differs in their settings, and their curves."""
+    return render(request, "compare_runs.html", **run_compare.page(session, user, job or []))
 
 
 # Ordering -------------------------------------------------------------------------------------------------------------

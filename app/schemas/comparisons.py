@@ -116,6 +116,8 @@ class Comparison(Schema):
     columns: list[ComparisonColumn]
     data: list[ComparisonRow]
     base: dict[str, float] = Field(description="The scores before tuning, by column.")
-    winners: dict[str, list[str]] = Field(description="Ids of the jobs that are best, by column.")
+    winners: dict[str, list[str]] = Field(
+        description="By column the id of the job that is best beyond chance; none where intervals meet or figures tie."
+    )
     refused: list[RefusedStrategy]
     says: MoreData | None

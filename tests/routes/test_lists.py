@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -170,3 +171,27 @@ def test_a_list_asks_the_database_as_often_for_many_rows_as_for_few(client, sess
         start = time.process_time()
         client.get(path)
         assert time.process_time() - start < 0.1 * SLOWER, path
+
+
+def test_runs_are_compared_whichever_they_are(client, session, user, tiny_registered, chats, kinds):
+    found = create(session, user, body(chats, "lora", {"name": "lora", "rank": 2}, run={"epochs": 4}))
+    first, second = comparisons.jobs_of(session, found)
+    end(session, first, loss=1.2, memory=300, seconds=30, noise=0.05)
+    end(session, second, loss=1.5, memory=200, seconds=30, noise=0.05)
+    other = comparisons.jobs_of(session, create(session, user, body(kinds, "feature_extraction", "dense_head")))[0]
+    keys = [ids.public(ids.JOB, job.id) for job in (first, second, other)]
+    picked = client.post("/jobs/bulk", data={"do": "compare", "pick": keys[:2]})
+    assert picked.url.path == "/jobs/compare" and picked.url.params.get_list("job") == keys[:2]
+    differing, same = words(picked).split("Settings that differ")[1].split("Show all")
+    assert "Rank 8 2" in differing and "Epochs" not in differing and "Epochs 4" in same and "Base model tiny" in same
+    assert "1.200 best 95 %: 0.800 to 1.600" in words(picked), "the interval of the score, and a mark by the pair"
+    drawn = json.loads(re.search(r'id="points">(.+?)</script>', picked.text)[1])
+    assert set(drawn["charts"]["validation"]) == {"validation1", "validation2"} and drawn["total"] == 10
+    page = client.get("/jobs/compare", params={"job": keys})
+    assert (
+        "Accuracy" not in words(page) and "Training data chats chats kinds" in words(page) and " best " not in words(page).split("Peak")[0]
+    )
+    linked = client.get(f"/compare/{ids.public(ids.COMPARISON, found.id)}").text
+    assert f'href="/jobs/compare?job={keys[0]}&amp;job={keys[1]}"' in linked
+    for wrong, status in (([], 400), (keys[:1], 400), ([keys[0]] * 3, 400), ([keys[0], "ftjob-x"], 404), ([f"{n}" for n in range(9)], 400)):
+        assert client.get("/jobs/compare", params={"job": wrong}).status_code == status, wrong
