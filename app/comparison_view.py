@@ -129,7 +129,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
                 "text": write(row[column.key], column.unit),
                 "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
                 "best": row["job"] in table.winners[column.key],
-                "note": ability_note(row) if column.key == "forgetting" else "",
+                "note": _ability_note(row) if column.key == "forgetting" else "",
             }
             for column in table.columns
         ]
@@ -137,13 +137,18 @@ def _lines(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def ability_note(row: dict[str, Any]) -> str:
+def _ability_note(row: dict[str, Any]) -> str:
     """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
-    between = f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+    between = ability_interval(row)
     removable = (
         "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
     )
     return ", ".join(part for part in (ABILITY.get(row["verdict"], row["verdict"] or ""), between, removable) if part)
+
+
+def ability_interval(row: dict[str, Any]) -> str:
+    """`95 %: −4.0 % to −0.3 %`, the lower end first; nothing where it was not measured."""
+    return f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
 
 
 def _scatter(table: Table, x: Column, y: Column) -> Picture | None:

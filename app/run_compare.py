@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app import comparison_table, ids, job_view, jobs, live, verdict
 from app.charts import Chart, Series
 from app.comparison_table import SCORED, Column, Table, is_number
-from app.comparison_view import ability_note, write
+from app.comparison_view import ability_interval, write
 from app.errors import BadField
 from app.forms import as_text, label_of
 from app.progress import Progress
@@ -70,7 +70,7 @@ def _figures(table: Table, found: list[Job]) -> list[Line]:
 
 def _cell(table: Table, column: Column, row: dict[str, Any], job: Job) -> Cell:
     between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
-    note = ability_note(row) if column.key == "forgetting" else ""
+    note = ability_interval(row) if column.key == "forgetting" else ""
     if column.key in SCORED and between:
         note = f"95 %: {_plain(between[0], column)} to {_plain(between[1], column)}"
     return Cell(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])

@@ -1,6 +1,6 @@
-// One box ticks all others of a name, those of rows that come later too.
+// One box ticks all others of a name that are in sight, those of rows that come later too.
 const all = document.querySelector("[data-tick-all]");
-const boxes = () => [...document.querySelectorAll(`input[type=checkbox][name="${all.dataset.tickAll}"]`)];
+const boxes = () => [...document.querySelectorAll(`input[type=checkbox][name="${all.dataset.tickAll}"]`)].filter((box) => box.checkVisibility());
 
 function show() {
   const found = boxes();
