@@ -82,4 +82,4 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
     """The classifiers that can be asked, newest first."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
-    return {"Classifiers": [Option(m.name, m.title, m.kind) for m in reversed(rows)]} if rows else {}
+    return {"Classifiers": [playground.option(m) for m in reversed(rows)]} if rows else {}

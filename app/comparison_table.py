@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Float, cast, select
@@ -20,7 +19,7 @@ from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
 Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
-NO_CHANGE = ("gained", "within noise", "nothing, by construction")
+Interval = tuple[float, float]
 WORTH_MORE = 0.02
 """A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
 
@@ -38,7 +37,7 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     columns: list[Column]  # the first is the score
     rows: list[JSON]
-    winners: dict[str, list[str]]  # column → ids of the jobs that are best in it
+    winners: dict[str, list[str]]  # column → id of the job that is best in it, beyond chance
     base: JSON  # the scores before tuning, by column
 
 
@@ -63,16 +62,37 @@ COSTS = [
 
 def table(session: Session, comparison: Comparison) -> Table:
     """Figures of every job of the comparison that is still there."""
-    found = comparisons.jobs_of(session, comparison)
-    keys = [job.id for job in found]
-    judged, counted, sizes = _judged(session, keys), _counted(session, keys), _sizes(session, keys)
-    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), sizes.get(job.id)) for job in found]
+    found = table_of(session, comparisons.jobs_of(session, comparison))
     if comparison.kind == "learning_curve":
-        for row in rows:
+        for row in found.rows:
             row["title"] = f"{row['data_fraction']:.0%} of the rows"
-    columns = [*SCORES[found[0].spec["task"] if found else "generation"], *COSTS]
-    base = next((_scores(job.evaluation, "base") for job in found if (job.evaluation or {}).get("base")), {})
-    return Table(columns, rows, {c.key: _winners(rows, c) for c in columns}, base)
+    return found
+
+
+def table_of(session: Session, found: list[Job]) -> Table:
+    """Figures of some jobs. Jobs checked with other rows can be read beside each other, but none is called the best in a score."""
+    keys = [job.id for job in found]
+    judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
+    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
+    tasks = dict.fromkeys(job.spec["task"] for job in found) or ["generation"]
+    columns = [*{column.key: column for task in tasks for column in SCORES[task]}.values(), *COSTS]
+    alike = len({_checked(job) for job in found}) == 1
+    base = next((_scores(job.evaluation, "base") for job in found if alike and (job.evaluation or {}).get("base")), {})
+    sure = [_sure(job, row, alike) for job, row in zip(found, rows, strict=True)]
+    return Table(columns, rows, {c.key: _winners(rows, sure, c) for c in columns}, base)
+
+
+def _checked(job: Job) -> tuple[str, ...]:
+    """What decides the base and the rows that a job is judged by."""
+    spec = job.spec
+    run = [str(spec["run"].get(name)) for name in ("seed", "validation_fraction", "max_length")]
+    return (
+        spec["model"]["name"],
+        spec["dataset"]["sha256"],
+        str((spec.get("validation") or {}).get("sha256")),
+        str(spec.get("split")),
+        *run,
+    )
 
 
 def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
@@ -89,10 +109,11 @@ def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
     return {key: n for key, n in session.execute(query.where(Event.job_id.in_(keys), Event.type == "started").order_by(Event.id))}
 
 
-def _sizes(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
-    """Bytes on disk of the tuned models, without the bases they need."""
-    query = select(Model.job_id, Model.bytes).where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
-    return {key: size for key, size in session.execute(query) if key is not None and size is not None}
+def _tuned(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
+    """Name of each tuned model, whether it is kept, and its bytes on disk without the base it needs."""
+    query = select(Model.job_id, Model.name, Model.kept, Model.bytes)
+    query = query.where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
+    return {key: {"model": name, "kept": kept, "bytes": size} for key, name, kept, size in session.execute(query) if key is not None}
 
 
 def _scores(evaluation: JSON | None, of: str) -> JSON:
@@ -103,7 +124,7 @@ def _known(found: JSON) -> JSON:
     return {name: found[name] for name in SCORED if is_number(found.get(name))}
 
 
-def _row(job: Job, judged: JSON, counted: int | None, size: int | None) -> JSON:
+def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSON:
     measured, estimate, forgot = job.measured or {}, job.estimate or {}, job.forgetting or {}
     change = forgot.get("change")
     if change is None and forgot.get("before") and forgot.get("after") is not None:
@@ -131,7 +152,7 @@ def _row(job: Job, judged: JSON, counted: int | None, size: int | None) -> JSON:
         "predicted_memory_bytes": estimate.get("memory_bytes"),
         "seconds": measured.get("seconds"),
         "predicted_seconds": estimate.get("seconds"),
-        "bytes": size,
+        **(tuned or {"model": None, "kept": None, "bytes": None}),
         "error": {name: job.error.get(name) for name in ("code", "message", "way_out")} if job.error else None,
     }
 
@@ -148,21 +169,38 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _winners(rows: list[JSON], column: Column) -> list[str]:
-    """The finished jobs with the best figure, where there is something to choose between.
+def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
+    """95 % of each measured figure. On the same rows a score is known by its distance from the base, which all share."""
+    found: dict[str, Interval] = {}
+    if row["verdict"] == "nothing, by construction":
+        found["forgetting"] = (0.0, 0.0)
+    elif row["interval"]:
+        found["forgetting"] = tuple(row["interval"])
+    if not alike:
+        return found
+    evaluation = job.evaluation or {}
+    found |= {name: tuple(between) for name, between in ((evaluation.get("tuned") or {}).get("intervals") or {}).items() if between}
+    contest = evaluation.get("contest") or {}
+    base = contest.get("base") or {}
+    if base.get("interval"):
+        found[contest.get("metric") or "loss"] = (base["score"] + base["interval"][0], base["score"] + base["interval"][1])
+    return found
 
-    Changes within noise are no change, so that nobody wins by luck.
-    """
-    known = []
-    for row in rows:
-        if row["status"] == "succeeded" and is_number(row[column.key]):
-            nothing = column.key == "forgetting" and row["verdict"] in NO_CHANGE
-            known.append((0.0 if nothing else row[column.key], row["job"]))
-    if len({value for value, _ in known}) < 2:
-        return []
-    pick: Callable[..., float] = min if column.less else max
-    best = pick(value for value, _ in known)
-    return [job for value, job in known if value == best]
+
+def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) -> list[str]:
+    """The finished job with the best figure. A measured one must be better than every other beyond chance: where their intervals
+    meet, nobody has won. What a job cost is known as it is, and a tie has no winner."""
+    known: list[tuple[Interval, str]] = []
+    for row, intervals in zip(rows, sure, strict=True):
+        value = row[column.key]
+        if row["status"] != "succeeded" or not is_number(value):
+            continue
+        between = intervals.get(column.key) if column.key in (*SCORED, "forgetting") else (value, value)
+        if between is None:
+            return []  # how sure it is was not told, so it may be as good as the best
+        known.append((between if column.less else (-between[1], -between[0]), row["job"]))
+    known.sort()
+    return [known[0][1]] if len(known) > 1 and all(known[0][0][1] < other[0] for other, _ in known[1:]) else []
 
 
 # The learning curve ---------------------------------------------------------------------------------------------------
@@ -248,7 +286,7 @@ def to_json(session: Session, comparison: Comparison) -> JSON:
         "created_at": int(comparison.created_at.timestamp()),
         "name": comparison.name,
         "kind": comparison.kind,
-        "status": comparisons.status_of(comparisons.jobs_of(session, comparison)),
+        "status": comparisons.status_of([row["status"] for row in found.rows]),
         "model": comparison.order["model"],
         "score": found.columns[0].key,
         "columns": [column._asdict() for column in found.columns],

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import charts, comparison_table, comparisons, ids
@@ -44,24 +45,29 @@ def write(value: Any, unit: str) -> str:
 
 def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
     """Each comparison with how far its jobs are."""
-    jobs: dict[uuid.UUID | None, list[Job]] = {}
-    for job in comparisons.jobs_of(session, *found):
-        jobs.setdefault(job.comparison_id, []).append(job)
+    query = select(Job.comparison_id, Job.status, Job.spec["dataset"]["name"].astext)
+    query = query.where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None)).order_by(Job.created_at)
+    jobs: dict[uuid.UUID | None, list[tuple[str, str]]] = {}
+    for key, status, dataset in session.execute(query):
+        jobs.setdefault(key, []).append((status, dataset))
     return [_row(comparison, jobs.get(comparison.id, [])) for comparison in found]
 
 
-def _row(comparison: Comparison, found: list[Job]) -> dict[str, Any]:
+def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]:
+    """`found` are the statuses of its jobs, each with its dataset."""
+    states = [status for status, _ in found]
     return {
         "comparison": comparison,
+        "key": ids.public(ids.COMPARISON, comparison.id),
         "url": url(comparison),
         "kind": "learning curve" if comparison.kind == "learning_curve" else "strategies",
-        "status": (status := comparisons.status_of(found)),
+        "status": (status := comparisons.status_of(states)),
         "open": status in OPEN,
         "jobs": len(found),
-        "ended": sum(job.status not in OPEN for job in found),
-        "failed": sum(job.status == "failed" for job in found),
+        "ended": sum(one not in OPEN for one in states),
+        "failed": states.count("failed"),
         "model": comparison.order["model"],
-        "dataset": found[0].spec["dataset"]["name"] if found else "",
+        "dataset": found[0][1] if found else "",
     }
 
 
@@ -79,7 +85,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "comparison": comparison,
         "url": url(comparison),
         "curve": curve,
-        "status": (status := comparisons.status_of(found)),
+        "status": (status := comparisons.status_of([job.status for job in found])),
         "open": status in OPEN,
         "ended": sum(job.status not in OPEN for job in found),
         "seconds_left": _seconds_left(found),
@@ -133,11 +139,16 @@ def _lines(table: Table) -> list[dict[str, Any]]:
 
 def _ability_note(row: dict[str, Any]) -> str:
     """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
-    between = f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+    between = ability_interval(row)
     removable = (
         "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
     )
     return ", ".join(part for part in (ABILITY.get(row["verdict"], row["verdict"] or ""), between, removable) if part)
+
+
+def ability_interval(row: dict[str, Any]) -> str:
+    """`95 %: −4.0 % to −0.3 %`, the lower end first; nothing where it was not measured."""
+    return f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
 
 
 def _scatter(table: Table, x: Column, y: Column) -> Picture | None:

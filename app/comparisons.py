@@ -10,7 +10,7 @@ The table stands in `app/comparison_table.py`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -18,13 +18,13 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import ids, jobs, orders
+from app import ids, jobs, models, orders
 from app.errors import BadField, Conflict, DoesNotFit, NotFound, StudioError
 from app.forms import as_text
 from app.orders import DatasetId, JobOrder, bad_field
 from app.spec import RunSettings, Split, Task
 from app.strategies import Strategy
-from app.tables import JSON, Comparison, Job, User
+from app.tables import JSON, Comparison, Job, Model, User
 from app.usual import usual_run
 
 Kind = Literal["strategies", "learning_curve"]
@@ -262,9 +262,9 @@ def mine(user: User) -> Select[tuple[Comparison]]:
     return select(Comparison).where(Comparison.owner_id == user.id, Comparison.deleted_at.is_(None))
 
 
-def list_(session: Session, user: User, limit: int | None = None) -> list[Comparison]:
+def list_(session: Session, user: User) -> list[Comparison]:
     """One's comparisons, newest first."""
-    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc()).limit(limit)))
+    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc())))
 
 
 def get(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
@@ -283,9 +283,9 @@ def jobs_of(session: Session, *found: Comparison) -> list[Job]:
     return list(session.scalars(query.order_by(Job.created_at, Job.id).execution_options(populate_existing=True)))
 
 
-def status_of(found: list[Job]) -> str:
-    """`queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
-    states = {job.status for job in found}
+def status_of(found: Iterable[str]) -> str:
+    """Of the statuses of its jobs: `queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
+    states = set(found)
     if states <= set(jobs.ENDED):
         return next((status for status in ("succeeded", "failed", "cancelled") if status in states), "cancelled")
     if states <= {"queued"}:
@@ -321,6 +321,18 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
         )
     found.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
     session.flush()
+
+
+def keep(session: Session, user: User, comparison_id: uuid.UUID, job_id: uuid.UUID) -> Model:
+    """Offer the result of one of its jobs wherever a model is chosen. Raises NotFound, Conflict for a job without a model."""
+    found = get(session, user, comparison_id)
+    job = next((job for job in jobs_of(session, found) if job.id == job_id), None)
+    if job is None:
+        raise NotFound(f"No such job in this comparison: {ids.public(ids.JOB, job_id)}", param="job")
+    model = jobs.tuned_model(session, job)
+    if model is None:
+        raise Conflict(f"{job.name} has no model that could be kept.", way_out="Keep the result of a job that succeeded.", param="job")
+    return models.keep(model)
 
 
 def of_job(session: Session, job: Job) -> Comparison | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from sqlalchemy import Select, func, insert, literal, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from app import db, files, formats, ids, queue, readers
 from app.errors import BadField, Conflict, NotFound
@@ -26,7 +26,7 @@ from app.spec import DatasetRef
 from app.tables import Dataset, File, Finding, Job, User
 
 __all__ = [
-    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "failed_later", "family", "file_of", "findings", "for_file", "get", "list_", "order", "preview",
+    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "delete_line", "failed_later", "family", "file_of", "findings", "for_file", "get", "line", "list_", "listed", "order", "preview",
     "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "unknown_roles", "versions",
 ]  # fmt: skip
 
@@ -95,6 +95,8 @@ def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping
 
 def order(session: Session, dataset: Dataset, file: File) -> Dataset:
     """Order a new dataset of `file` to be read, unless the same reading is there already."""
+    if dataset.parent_id is not None:
+        dataset.tags = session.get_one(Dataset, dataset.parent_id).tags
     twin = _twin(session, dataset, file) if not dataset.edits else None
     if twin is not None:
         _copy_reading(session, twin, dataset)
@@ -201,6 +203,14 @@ def list_(session: Session, user: User) -> list[Dataset]:
     return list(session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id)))
 
 
+def listed(session: Session, user: User) -> tuple[list[Dataset], dict[uuid.UUID, int | None]]:
+    """The same for lists, without the reports, which may be long; and the tokens of each."""
+    query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
+    query = query.where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)).order_by(Dataset.created_at.desc(), Dataset.id)
+    rows = session.execute(query).all()
+    return [row[0] for row in rows], {row[0].id: row[1] for row in rows}
+
+
 def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:
     """Ids of this dataset, everything it came from and everything that came from any of them."""
     known = {dataset.id}
@@ -218,6 +228,13 @@ def versions(session: Session, dataset: Dataset) -> list[Dataset]:
     """Every version of a dataset that is still there, oldest first."""
     query = select(Dataset).where(Dataset.id.in_(family(session, dataset)), Dataset.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Dataset.version, Dataset.created_at)))
+
+
+def line(session: Session, dataset: Dataset) -> list[Dataset]:
+    """The versions that a list shows as one: of the same file, under the same name."""
+    same = Dataset.file_id == dataset.file_id if dataset.file_id else Dataset.file_id.is_(None)
+    own = select(Dataset).where(Dataset.owner_id == dataset.owner_id, Dataset.deleted_at.is_(None))
+    return list(session.scalars(own.where(same, Dataset.name == dataset.name)))
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
@@ -327,6 +344,12 @@ def delete(session: Session, user: User, dataset: Dataset) -> None:
     if path and not session.scalar(select(Dataset.id).where(Dataset.rows_path == path, Dataset.deleted_at.is_(None)).limit(1)):
         folder = (get_settings().data_dir / path).parent
         db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def delete_line(session: Session, user: User, dataset: Dataset) -> None:
+    """Take a dataset away with all the versions that a list shows as one. Raises Conflict, and then none is gone."""
+    for version in line(session, dataset):
+        delete(session, user, version)
 
 
 def delete_file(session: Session, user: User, file_id: uuid.UUID) -> File:

@@ -48,6 +48,7 @@ def rows(found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
         {
             "job": job,
             "url": url(job),
+            "key": ids.public(ids.JOB, job.id),
             "model": job.spec["model"]["name"],
             "dataset": job.spec["dataset"]["name"],
             "strategy": _title(job.spec["strategy"]["name"]),

@@ -304,7 +304,9 @@ def _settle_one(session: Session, job: Job) -> None:
         session.flush()
         say(session, job.id, job.attempt, failed)
         return
-    job.spec, job.name, job.estimate = spec.model_dump(mode="json"), spec.name, estimate_of(session, spec)
+    if job.name == job.spec["name"]:  # nobody renamed it while it waited
+        job.name = spec.name
+    job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec)
     # A file's id may stand for another reading by now, where the one that was waited for failed.
     job.dataset_id, job.validation_dataset_id = spec.dataset.id, spec.validation.id if spec.validation else None
     session.flush()

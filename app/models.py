@@ -29,7 +29,7 @@ from app.tables import Checkpoint, Evaluation, Job, Model, User
 
 __all__ = [
     "Resolved", "add_folder", "add_hub", "add_starter", "adopt_starters", "base_of", "checkpoint_name", "delete", "dependants", "fetch",
-    "get", "lineage", "list_", "made_of", "reap", "reference", "register_tuned", "resolve", "tuned_name",
+    "get", "keep", "lineage", "list_", "made_of", "reap", "reference", "register_tuned", "resolve", "tuned_name",
 ]  # fmt: skip
 
 ORGANIZATION = "luthier"
@@ -230,6 +230,7 @@ def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
         owner_id=job.owner_id,
         name=tuned_name(session, job),
         title=job.name,
+        kept=job.comparison_id is None,
         kind=finished.kind,
         base_id=base.id,
         job_id=job.id,
@@ -247,6 +248,12 @@ def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
     )
     session.add(model)
     session.flush()
+    return model
+
+
+def keep(model: Model) -> Model:
+    """Offer a comparison's result wherever a model is chosen, as any other. Asked twice it is kept once."""
+    model.kept = True
     return model
 
 

@@ -25,11 +25,12 @@ KINDS = {
 def pair(
     session: Session, user: User, models: Sequence[Model], datasets: Sequence[Dataset], model: str | None, dataset: str | None
 ) -> tuple[Model | None, Dataset | None]:
-    """The named ones, None for a name that is not there; the others as the last job had them, else as suits."""
+    """The named ones, None for a name that is not there; the others as the last job had them, else as suits, of the models that are kept."""
     chosen = next((m for m in models if model in (m.name, ids.public(ids.MODEL, m.id))), None) if model else None
     data = next((d for d in datasets if ids.public(ids.DATASET, d.id) == dataset), None) if dataset else None
     if (model and chosen is None) or (dataset and data is None) or (chosen and data):
         return chosen or (None if model else next(iter(models), None)), data or (None if dataset else next(iter(datasets), None))
+    models = [m for m in models if m.kept]
     for model_id, dataset_id in _recent(session, user):
         one = chosen or next((m for m in models if m.id == model_id), None)
         other = data or next((d for d in datasets if d.id == dataset_id), None)

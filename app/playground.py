@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from app import blend, engines, models, solved, tryout
+from app import blend, engines, lists, models, solved, tryout
 from app.errors import BadField, NotFound
 from app.generation import Broke, ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Sampling, Started, TextPart
 from app.models import Resolved
@@ -333,11 +333,13 @@ def proof_line(
 
 
 class Option(NamedTuple):
-    """One model the page offers."""
+    """One model the page offers. `text` tells it apart from the others; one that is not kept is offered only where it was named."""
 
     name: str
     title: str
     kind: str
+    text: str = ""
+    kept: bool = True
 
 
 class Turn(NamedTuple):
@@ -363,13 +365,20 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
     kinds = {m.id: m.kind for m in rows}
     few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
     found = {
-        "Base models": [Option(m.name, m.title, m.kind) for m in rows if m.base_id is None],
-        "Fine-tuned models": [Option(m.name, m.title, m.kind) for m in reversed(rows) if m.base_id is not None],
-        "Base, few-shot": [Option(tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot", kinds[m.base_id]) for m in few_shot],
-        "Blends": [Option(f"{m.name}@0.5", f"{m.title} at 50 % strength", m.kind) for m in reversed(rows) if _blends(m)][:20],
+        "Base models": [option(m) for m in rows if m.base_id is None],
+        "Fine-tuned models": [option(m) for m in reversed(rows) if m.base_id is not None],
+        "Base, few-shot": [
+            option(m, tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot")._replace(kind=kinds[m.base_id]) for m in few_shot
+        ],
+        "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50 % strength") for m in reversed(rows) if _blends(m)][:20],
         "Checkpoints": _checkpoints(session, user),
     }
     return {group: options for group, options in found.items() if options}
+
+
+def option(model: Model, name: str = "", title: str = "") -> Option:
+    """A model as it is offered, or something made of it under a name and title of its own."""
+    return Option(name or model.name, title or model.title, model.kind, lists.option_text(model, title), model.kept)
 
 
 def _blends(model: Model) -> bool:
@@ -381,22 +390,24 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
     query = query.where(Job.owner_id == user.id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None))
     rows = session.execute(query.order_by(Checkpoint.created_at.desc()).limit(limit)).all()
     return [
-        Option(models.checkpoint_name(session, job, checkpoint.step), f"{job.name}, step {checkpoint.step}", kind)
-        for checkpoint, job, kind in rows
+        Option(
+            models.checkpoint_name(session, job, row.step), title := f"{job.name}, step {row.step}", kind, title, job.comparison_id is None
+        )
+        for row, job, kind in rows
         if kind not in ("classifier", "encoder")
     ]
 
 
 def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exchange, Sequence[Answer]]], follows: str = "") -> Pane:
     """A column of the page, also for a model that is no longer there."""
-    option, plain = option_of(name, offered), blend.split_name(name)[0]
+    found, plain = option_of(name, offered), blend.split_name(name)[0]
     turns = [Turn(e, a, option_of(a.model_name, offered)) for e, a in column(thread, follows or name)]
     able = any(o.name == blend.full_name(plain, 0.5) for o in offered.get("Blends", []))
     places = [(at, plain if at == 1 else blend.full_name(plain, at)) for at in blend.POINTS] if able else []
-    return Pane(*option, follows or name, turns, places)
+    return Pane(found.name, found.title, found.kind, follows or name, turns, places)
 
 
 def option_of(name: str, offered: dict[str, list[Option]]) -> Option:
     plain, share = blend.split_name(name)
-    option = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
-    return option if share is None else Option(name, f"{option.title} at {share * 100:g} % strength", option.kind)
+    found = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
+    return found if share is None else Option(name, f"{found.title} at {share * 100:g} % strength", found.kind)

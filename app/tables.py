@@ -9,9 +9,9 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Identity, Index, MetaData, Text, UniqueConstraint, false, func, text
+from sqlalchemy import BigInteger, ForeignKey, Identity, Index, MetaData, Text, UniqueConstraint, false, func, text, true
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import DateTime
 
 JSON = dict[str, Any]
@@ -123,6 +123,7 @@ class Dataset(Base):
     file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     name: Mapped[str]
+    tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     version: Mapped[int] = mapped_column(server_default="1")
     origin: Mapped[JSON | None] = mapped_column(comment="how this version came from its parents: operation and arguments")
     format: Mapped[str | None]
@@ -212,6 +213,8 @@ class Model(Base):
     owner_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("users.id"), comment="null: shared by everyone")
     name: Mapped[str] = mapped_column(comment="what `model=` takes; ft:… for tuned models; unique among models not deleted")
     title: Mapped[str]
+    tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
+    kept: Mapped[bool] = mapped_column(server_default=true(), comment="false: a comparison's result nobody kept yet")
     kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier or encoder")
     base_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
     job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True))
@@ -234,6 +237,7 @@ class Model(Base):
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
+    base: Mapped[Model | None] = relationship(remote_side=[id], viewonly=True)
     __table_args__ = (
         Index("uq_models_live_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
         Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
@@ -250,6 +254,7 @@ class Job(Base):
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     name: Mapped[str]
+    tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     status: Mapped[str] = mapped_column(server_default="queued")
     spec: Mapped[JSON] = mapped_column(comment="app.spec.JobSpec, frozen")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that is tuned")

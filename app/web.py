@@ -55,9 +55,13 @@ def environment() -> Environment:
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
         "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issues.title,
     }  # fmt: skip
-    from app import score_view  # it needs the filters of this module
+    from app import lists, score_view  # it needs the filters of this module
 
-    env.filters |= {"ability": score_view.ability, "ability_word": lambda said: score_view.ABILITY.get(said or "", said or "")}
+    env.filters |= {
+        "model_option": lists.option_text,
+        "ability": score_view.ability,
+        "ability_word": lambda said: score_view.ABILITY.get(said or "", said or ""),
+    }
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
         "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],

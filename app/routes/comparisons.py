@@ -8,9 +8,10 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
 
-from app import compare_form, comparison_table, comparison_view, comparisons, ids, schemas
+from app import compare_form, comparison_table, comparison_view, comparisons, ids, lists, schemas
 from app.accounts import CurrentUser
 from app.comparisons import ComparisonOrder
 from app.db import Db
@@ -24,8 +25,7 @@ api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 
-SHOWN = 50
-"""Comparisons on the list."""
+Wish = Annotated[lists.Wish, Query()]
 
 
 def key(text: str) -> uuid.UUID:
@@ -99,15 +99,23 @@ Form = Annotated[list[tuple[str, str]], Depends(_form)]
 
 
 @pages.get("/compare")
-def comparison_list(request: Request, user: CurrentUser, session: Db) -> Response:
-    return render(request, "comparisons.html", curves=False, rows=comparison_view.rows(session, comparisons.list_(session, user, SHOWN)))
+def comparison_list(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
+    return _list_page(request, session, comparisons.list_(session, user), "/compare", wish)
 
 
 @pages.get("/compare/curves")
-def learning_curves(request: Request, user: CurrentUser, session: Db) -> Response:
+def learning_curves(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
     """The comparisons that are learning curves."""
-    found = [found for found in comparisons.list_(session, user, SHOWN) if found.kind == "learning_curve"]
-    return render(request, "comparisons.html", curves=True, rows=comparison_view.rows(session, found))
+    found = [found for found in comparisons.list_(session, user) if found.kind == "learning_curve"]
+    return _list_page(request, session, found, "/compare/curves", wish)
+
+
+def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.Wish) -> Response:
+    every = comparison_view.rows(session, found)
+    bar = lists.comparisons_bar(every, path, wish)
+    rows = lists.comparisons(every, bar)
+    bar.more = len(rows) > wish.shown
+    return render(request, "comparisons.html", curves=path != "/compare", bar=bar, some=bool(every), rows=rows[: wish.shown])
 
 
 @pages.get("/compare/new")
@@ -184,6 +192,14 @@ def comparison_page(
     found = comparisons.get(session, user, key(comparison_id))
     context = comparison_view.page(session, found, x, y)
     return render(request, "parts/comparison_live.html" if part == "live" else "comparison.html", **context)
+
+
+@pages.post("/compare/{comparison_id}/keep")
+def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
+    found = comparisons.get(session, user, key(comparison_id))
+    model = comparisons.keep(session, user, found.id, ids.parse(ids.JOB, job, param="job"))
+    flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
+    return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
 @pages.post("/compare/{comparison_id}/cancel")

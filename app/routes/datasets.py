@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import dataset_view, datasets, files, formats, hub_datasets, ids, joining, mixing, pasting, readers, samples, schemas
+from app import dataset_view, datasets, files, formats, hub_datasets, ids, joining, lists, mixing, pasting, readers, samples, schemas
 from app import pages as cursor
 from app.accounts import CurrentUser
 from app.db import Db, transaction
@@ -31,17 +31,23 @@ MOST_FORM_BYTES = 32 << 20
 
 
 @pages.get("/datasets")
-def list_(request: Request, user: CurrentUser, session: Db) -> Response:
-    rows = datasets.list_(session, user)
+def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+    rows, tokens = datasets.listed(session, user)
     newest: dict[Any, Dataset] = {}
     for dataset in rows:  # one line per dataset: its newest version
         newest.setdefault(dataset.name if dataset.file_id is None else (dataset.file_id, dataset.name), dataset)
-    shown = list(newest.values())
-    names = Counter(dataset.name for dataset in shown)
+    every = list(newest.values())
+    names, bar = Counter(dataset.name for dataset in every), lists.datasets_bar(every, wish)
+    found = lists.datasets(every, bar)
+    bar.more = len(found) > wish.shown
     return render(
         request,
         "datasets.html",
-        datasets=shown,
+        bar=bar,
+        some=bool(every),
+        datasets=found[: wish.shown],
+        tokens=tokens,
+        key_of=lists.key_of,
         twins={name for name, count in names.items() if count > 1},
         samples=_samples(rows),
         titles=_titles(),

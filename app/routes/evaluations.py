@@ -88,6 +88,7 @@ def _list_page(
 ) -> Response:
     found = evaluations.list_(session, user, limit=shown + 1)
     usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "encoder"]
+    chosen = next((m.name for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), "")
     return render(
         request,
         "evaluations.html",
@@ -97,7 +98,7 @@ def _list_page(
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
         datasets=[d for d in datasets.list_(session, user) if d.status == "ready" and d.task != "preference"],
-        typed={"rows": "500", "part": ""} | typed,
+        typed={"rows": "500", "part": ""} | typed | {"model": chosen},
         fault=fault,
         ids=ids,
         offer=None if usable else first_model.offer(session, user),

@@ -228,6 +228,7 @@ def job_json(session: Session, job: Job) -> Json:
         "user_provided_suffix": order.suffix,
         # Ours.
         "name": job.name,
+        "tags": job.tags,
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],

@@ -14,7 +14,23 @@ from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from app import cards, checkpoints, downloads, first_model, ids, job_files, job_tabs, jobs, live, models, order_file, order_form, watch
+from app import (
+    cards,
+    checkpoints,
+    downloads,
+    first_model,
+    ids,
+    job_files,
+    job_tabs,
+    jobs,
+    lists,
+    live,
+    models,
+    order_file,
+    order_form,
+    run_compare,
+    watch,
+)
 from app import job_view as view
 from app.accounts import CurrentUser
 from app.db import Db
@@ -26,9 +42,6 @@ from app.tables import Job, Model
 from app.web import flash, human_number, render
 
 pages = APIRouter()
-
-SHOWN = 50
-"""Jobs on one page of the list."""
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -42,17 +55,24 @@ Form = Annotated[dict[str, str], Depends(_form)]
 
 
 @pages.get("/jobs")
-def job_list(request: Request, user: CurrentUser, session: Db, shown: Annotated[int, Query(ge=1, le=5000)] = SHOWN) -> Response:
-    found = jobs.list_(session, user, limit=shown + 1)
+def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+    bar = lists.jobs_bar(session, user, wish)
+    found = session.scalars(lists.jobs(jobs.mine(user), bar).limit(wish.shown + 1)).all()
+    shown, bar.more = list(found[: wish.shown]), len(found) > wish.shown
     return render(
         request,
         "jobs.html",
-        rows=view.rows(found[:shown], live.best_losses(session, found[:shown])),
-        summary=view.summary(found[:shown]),
-        shown=shown,
-        moving=any(job.status in ("queued", "running") for job in found[:shown]),
-        more=shown + SHOWN if len(found) > shown else None,
+        bar=bar,
+        rows=view.rows(shown, live.best_losses(session, shown)),
+        summary=view.summary(shown),
+        moving=any(job.status in ("queued", "running") for job in shown),
     )
+
+
+@pages.get("/jobs/compare")
+def compare_runs(request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None) -> Response:
+    """Up to eight jobs beside each other: scores, what differs in their settings, and their curves."""
+    return render(request, "compare_runs.html", **run_compare.page(session, user, job or []))
 
 
 # Ordering -------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from app import (
     fetching,
     ids,
     integrity,
+    lists,
     models,
     outside,
     schemas,
@@ -40,6 +41,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
+from app.web import KINDS as KINDS_SHOWN
 from app.web import flash, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
@@ -81,6 +83,8 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "key": ids.public(ids.MODEL, model.id),
         "title": model.title,
         "kind": model.kind,
+        "tags": model.tags,
+        "kept": model.kept,
         "status": model.status,
         "progress": model.progress,
         "error": model.error,
@@ -132,7 +136,7 @@ def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]
 def delete_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
     """Delete a model. Refused while something needs it."""
     row = models.get(session, user, model)
-    _may_change(user, row)
+    may_change(user, row)
     models.delete(session, user, row)
     return {"id": row.name, "object": "model", "deleted": True}
 
@@ -151,7 +155,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
     return models.add_hub(session, user, str(order.hub), order.name, order.revision)
 
 
-def _may_change(user: User, model: Model) -> None:
+def may_change(user: User, model: Model) -> None:
     """A shared model belongs to the studio: only an admin may take it away."""
     if model.owner_id != user.id and user.role != "admin":
         raise Forbidden(f"{model.name} is shared by everyone here.", way_out="Ask an admin.", param="model")
@@ -160,28 +164,36 @@ def _may_change(user: User, model: Model) -> None:
 # The list -----------------------------------------------------------------------------------------------------------
 
 
-def _groups(session: Session, user: User) -> list[dict[str, Any]]:
+def _groups(found: list[Model]) -> list[dict[str, Any]]:
     """Each base with what was tuned from it, at any depth."""
     groups: dict[uuid.UUID, dict[str, Any]] = {}
-    for model in models.list_(session, user):
-        base = models.base_of(session, model)
+    for model in found:
+        base = lists.root(model)
         group = groups.setdefault(base.id, {"base": base, "tuned": []})
         if model.id != base.id:
             group["tuned"].append(model)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: group["base"].created_at)
 
 
 def _list_page(
-    request: Request, session: Session, user: User, fault: StudioError | None = None, form: dict[str, str] | None = None
+    request: Request,
+    session: Session,
+    user: User,
+    fault: StudioError | None = None,
+    form: dict[str, str] | None = None,
+    wish: lists.Wish | None = None,
 ) -> Response:
-    groups, few_shot = _groups(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
-    here = {model.id for group in groups for model in (group["base"], *group["tuned"]) if model.deleted_at is None}
-    rows = [model for group in groups for model in (group["base"], *group["tuned"])]
+    rows, few_shot = models.list_(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
+    bar = lists.models_bar(rows, wish or lists.Wish(), KINDS_SHOWN)
+    found, bar.more = lists.models(rows, bar)
+    here = {model.id for model in rows}
     return render(
         request,
         "models.html",
         status_code=fault.status if fault else 200,
-        groups=groups,
+        bar=bar,
+        some=bool(rows),
+        groups=_groups(found),
         busy=any(model.status == "fetching" for model in rows),
         starters=[s for s in starters.STARTERS.values() if starters.model_id(s.name) not in here],
         folders=[path for path in fetching.importable()],
@@ -204,8 +216,8 @@ def _key(model: Model) -> str:
 
 
 @pages.get("/models", response_class=HTMLResponse)
-def list_page(request: Request, session: Db, user: CurrentUser) -> Response:
-    return _list_page(request, session, user)
+def list_page(request: Request, session: Db, user: CurrentUser, wish: Annotated[lists.Wish, Query()]) -> Response:
+    return _list_page(request, session, user, wish=wish)
 
 
 @pages.post("/models")
@@ -303,6 +315,7 @@ def _model_page(
         merged=merged,
         merges=models.can_merge(session, model),
         key_of=_key,
+        may_rename=model.owner_id == user.id or user.role == "admin",
         engines=list(outside.allowed()) if user.role == "admin" else [],
         fault=fault,
     )
@@ -311,7 +324,7 @@ def _model_page(
 @pages.post("/models/{key}/delete")
 def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     model = models.get(session, user, key)
-    _may_change(user, model)
+    may_change(user, model)
     try:
         models.delete(session, user, model)
     except Conflict as fault:
@@ -320,10 +333,20 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
     return RedirectResponse("/models", status_code=303)
 
 
+@pages.post("/models/{key}/keep")
+def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
+    """Offer a comparison's result wherever a model is chosen."""
+    model = models.get(session, user, key)
+    may_change(user, model)
+    models.keep(model)
+    flash(request, f"{model.title} is kept: it is listed with the other models and can be chosen everywhere.")
+    return RedirectResponse(safe_next(then or f"/models/{_key(model)}"), status_code=303)
+
+
 @pages.post("/models/{key}/retry")
 def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "/models") -> Response:
     model = models.get(session, user, key)
-    _may_change(user, model)
+    may_change(user, model)
     fetching.try_again(session, model)
     return RedirectResponse(safe_next(then), status_code=303)
 

@@ -36,6 +36,7 @@ def to_json(dataset: Dataset) -> dict[str, Any]:
         "object": "dataset",
         "created_at": int(dataset.created_at.timestamp()),
         "name": dataset.name,
+        "tags": dataset.tags,
         "version": dataset.version,
         "status": dataset.status,
         "progress": dataset.progress,

@@ -87,6 +87,8 @@ class ComparisonRow(Schema):
     predicted_memory_bytes: int | None
     seconds: float | None
     predicted_seconds: float | None
+    model: str | None = Field(description="The tuned model.")
+    kept: bool | None = Field(description="Whether pages offer its model; see `kept` of a model.")
     bytes: int | None
     error: Problem | None
 
@@ -114,6 +116,8 @@ class Comparison(Schema):
     columns: list[ComparisonColumn]
     data: list[ComparisonRow]
     base: dict[str, float] = Field(description="The scores of the base model, by column.")
-    winners: dict[str, list[str]] = Field(description="Ids of the jobs that are best, by column.")
+    winners: dict[str, list[str]] = Field(
+        description="By column the id of the job that is best beyond chance; none where intervals meet or figures tie."
+    )
     refused: list[RefusedStrategy]
     says: MoreData | None

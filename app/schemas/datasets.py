@@ -41,6 +41,7 @@ class Dataset(Schema):
     object: Literal["dataset"]
     created_at: int = Field(description="Seconds since 1970.")
     name: str
+    tags: list[str]
     version: int
     status: Literal["reading", "ready", "error"]
     progress: float | None = Field(description="Of reading, 0 to 1.")

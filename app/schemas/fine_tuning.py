@@ -162,6 +162,7 @@ class FineTuningJob(Schema):
     error: Problem | None
     user_provided_suffix: str | None
     name: str
+    tags: list[str]
     task: Task
     strategy: AnyStrategy
     run: RunSettings

@@ -29,6 +29,8 @@ class Model(Schema):
     key: str
     title: str
     kind: Kind
+    tags: list[str]
+    kept: bool = Field(description="False for a result of a comparison that nobody kept: pages leave it out of their selects.")
     status: Literal["fetching", "ready", "error"]
     progress: float | None = Field(description="Of fetching, 0 to 1.")
     error: Problem | None

@@ -120,7 +120,8 @@ function setTheme(value) {
 
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  if (form.dataset.confirm && !window.confirm(form.dataset.confirm)) {
+  const asks = event.submitter?.dataset.confirm ?? form.dataset.confirm;
+  if (asks && !window.confirm(asks)) {
     event.preventDefault();
   } else if (form.matches("[data-ask]")) {
     event.preventDefault();

@@ -57,15 +57,29 @@ def create(session, user, order: dict) -> Comparison:
 
 
 def end(
-    session, job: Job, *, loss: float, memory: int, seconds: float, change: float = 0.0, verdict: str = "within noise", **scores
+    session,
+    job: Job,
+    *,
+    loss: float,
+    memory: int,
+    seconds: float,
+    change: float = 0.0,
+    verdict: str = "within noise",
+    noise: float | None = None,
+    **scores,
 ) -> None:
-    """The job's whole life as a supervisor would record it, with these figures."""
+    """The job's whole life as a supervisor would record it, with these figures; `noise` is how far the score it is judged by may be off."""
     life = lives.Life(session, job).claim().say(lives.started(10), *list(lives.steps(1, 2, 10)), Evaluated(step=2, loss=loss, best=True))
     measured = Measured(
         peak_memory_bytes=memory, seconds=seconds, tokens_per_second=100, tokens=100, trained_tokens=50, steps=10, device="cpu, 2 cores"
     )
     forgetting = {"before": 1.0, "after": 1 + change, "change": change, "interval": [change - 0.01, change + 0.01], "verdict": verdict}
     evaluation = {"rows": 40, "base": {"loss": 3.0}, "tuned": {"loss": loss, **scores}}
+    if noise is not None:
+        metric, base, tuned = ("accuracy", 0.5, scores["accuracy"]) if "accuracy" in scores else ("loss", 3.0, loss)
+        side = {"rows": 40, "score": base, "tuned": tuned, "interval": [tuned - base - noise, tuned - base + noise]}
+        evaluation["contest"] = {"metric": metric, "base": side}
+        evaluation["tuned"]["intervals"] = {metric: [tuned - 0.4, tuned + 0.4]}
     own = {"path": f"runs/{job.id}/a1/final", "measured": measured, "forgetting": forgetting, "evaluation": evaluation}
     said = lives.finished(10).model_copy(update=own)
     finish(session, life.held, said)
@@ -222,9 +236,23 @@ def test_the_table_holds_what_was_measured_beside_what_was_predicted_and_marks_t
     best = {
         column: [next(r["strategy"] for r in answer["data"] if r["job"] == job) for job in won] for column, won in answer["winners"].items()
     }
-    assert best["loss"] == ["lora", "full"], "a tie has two winners, and a job that has not finished has not won"
-    assert best["forgetting"] == ["lora", "ia3"], "within noise counts as nothing"
-    assert best["peak_memory_bytes"] == ["ia3"] and best["seconds"] == ["lora", "ia3"] and best["trainable_parameters"] == []
+    assert best["loss"] == [], "how sure the losses are was not told"
+    assert best["forgetting"] == ["ia3"], "it gained more than chance explains"
+    assert best["peak_memory_bytes"] == ["ia3"] and best["seconds"] == [], "a tie has no winner"
+    assert best["trainable_parameters"] == []
+
+
+@pytest.mark.parametrize(("noise", "change", "score", "ability"), [(0.05, 0.0, ["lora"], []), (0.15, 0.05, [], ["lora"])])
+def test_a_figure_is_marked_only_beyond_chance(session, user, tiny_registered, chats, noise, change, score, ability):
+    """Two runs without a change of general ability, and a worse third, had two marks in one column."""
+    found = create(session, user, body(chats, "lora", "ia3"))
+    first, second = comparisons.jobs_of(session, found)
+    end(session, first, loss=1.2, memory=1, seconds=1, noise=noise)
+    end(session, second, loss=1.4, memory=1, seconds=1, noise=noise, change=change, verdict="dropped" if change else "within noise")
+    table = comparison_table.table(session, found)
+    titles = {row["job"]: row["strategy"] for row in table.rows}
+    assert [titles[job] for job in table.winners["loss"]] == score, "on the same rows, by the distance from the base"
+    assert [titles[job] for job in table.winners["forgetting"]] == ability
 
 
 def test_a_running_classifier_shows_the_accuracy_of_its_best_evaluation(session, user, tiny_registered, kinds):
@@ -239,11 +267,11 @@ def test_a_running_classifier_shows_the_accuracy_of_its_best_evaluation(session,
 def test_classifiers_are_told_apart_by_accuracy_first(session, user, tiny_registered, kinds):
     found = create(session, user, body(kinds, "feature_extraction", "dense_head"))
     first, second = comparisons.jobs_of(session, found)
-    end(session, first, loss=0.7, memory=1, seconds=1, accuracy=0.9, macro_f1=0.88)
-    end(session, second, loss=0.6, memory=1, seconds=2, accuracy=0.8, macro_f1=0.7)
+    end(session, first, loss=0.7, memory=1, seconds=1, accuracy=0.9, macro_f1=0.88, noise=0.02)
+    end(session, second, loss=0.6, memory=1, seconds=2, accuracy=0.8, macro_f1=0.7, noise=0.02)
     table = comparison_table.table(session, found)
     assert [column.key for column in table.columns[:3]] == ["accuracy", "macro_f1", "loss"]
-    assert table.winners["accuracy"] == [ids.public(ids.JOB, first.id)] and table.winners["loss"] == [ids.public(ids.JOB, second.id)]
+    assert table.winners["accuracy"] == [ids.public(ids.JOB, first.id)] and table.winners["macro_f1"] == []
 
 
 @pytest.mark.parametrize(

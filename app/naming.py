@@ -1,0 +1,60 @@
+"""What a person calls a job, a model, a dataset or a comparison, and the tags by which they find it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy.orm import Session
+
+from app import datasets
+from app.errors import BadField
+from app.tables import Comparison, Dataset, Job, Model
+
+Named = Job | Model | Dataset | Comparison
+Tagged = Job | Model | Dataset
+
+LONGEST_NAME = 200
+MOST_TAGS = 10
+LONGEST_TAG = 40
+
+
+def rename(session: Session, found: Named, name: str) -> None:
+    """Give it another name; of a model this is its title, since `model=` goes on meaning its own name. All versions of a dataset are
+    renamed, which the lists show as one. Raises BadField."""
+    name = _text(name, "name", LONGEST_NAME)
+    if isinstance(found, Model):
+        found.title = name
+    elif isinstance(found, Dataset):
+        for version in datasets.line(session, found):
+            version.name = name
+    else:
+        found.name = name
+
+
+def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
+    """Put these tags in the place of those it has. Raises BadField."""
+    kept = sorted({_text(one, "tags", LONGEST_TAG) for one in tags}, key=str.casefold)
+    if any("," in one for one in kept):
+        raise BadField("A tag has a comma in it.", way_out="Write two tags.", param="tags")
+    if len(kept) > MOST_TAGS:
+        raise BadField(f"{len(kept)} tags are too many.", way_out=f"It may have {MOST_TAGS}.", param="tags")
+    for version in datasets.line(session, found) if isinstance(found, Dataset) else [found]:
+        version.tags = kept
+
+
+def words(text: str) -> list[str]:
+    """The tags that a person typed with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _text(text: str, param: str, longest: int) -> str:
+    """One line that can be shown. Raises BadField."""
+    line = " ".join(text.split())
+    what = "The name" if param == "name" else "A tag"
+    if not line:
+        raise BadField(f"{what} is empty.", way_out="Write a word.", param=param)
+    if len(line) > longest:
+        raise BadField(f"{what} has {len(line)} characters.", way_out=f"It may have {longest}.", param=param)
+    if not line.isprintable():
+        raise BadField(f"{what} has a character that cannot be shown.", way_out="Leave it out.", param=param)
+    return line

@@ -1,0 +1,192 @@
+"""Names and tags of jobs, models, datasets and comparisons, and what is done with several rows of a list at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import RedirectResponse, Response
+from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
+
+from app import comparison_table, comparisons, datasets, ids, jobs, models, naming, schemas
+from app.accounts import CurrentUser
+from app.db import Db
+from app.errors import BadField, StudioError
+from app.openapi import answers
+from app.routes import fine_tuning, versions
+from app.routes import models as model_routes
+from app.tables import User
+from app.web import flash, plural
+
+api = APIRouter(prefix="/v1")
+pages = APIRouter()
+Json = dict[str, Any]
+Place = Literal["jobs", "models", "datasets", "compare"]
+MOST_TOLD = 5
+"""Refusals that are told one by one."""
+
+
+class Kind(NamedTuple):
+    """What a list holds: its name, how one of it is found, changed only by who may, and deleted."""
+
+    title: str
+    find: Callable[[Session, User, str], Any]
+    delete: Callable[[Session, User, Any], None]
+    tagged: bool = True
+
+
+def _model(session: Session, user: User, key: str) -> Any:
+    found = models.get(session, user, key)
+    model_routes.may_change(user, found)
+    return found
+
+
+KINDS: dict[Place, Kind] = {
+    "jobs": Kind("job", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
+    "models": Kind("model", _model, models.delete),
+    "datasets": Kind("dataset", lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line),
+    "compare": Kind(
+        "comparison",
+        lambda s, u, key: comparisons.get(s, u, ids.parse(ids.COMPARISON, key)),
+        lambda s, u, found: comparisons.delete(s, u, found.id),
+        tagged=False,
+    ),
+}
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+class NewName(BaseModel, extra="forbid"):
+    name: str = Field(description=f"One line of at most {naming.LONGEST_NAME} characters.")
+
+
+class NewNaming(BaseModel, extra="forbid"):
+    """What is left out stays as it is."""
+
+    name: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters.")
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+
+
+class NewModelNaming(BaseModel, extra="forbid"):
+    """What is left out stays as it is."""
+
+    title: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters. The name that requests use stays.")
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+    kept: Literal[True] | None = Field(None, description="Offer a comparison's result in the lists of models.")
+
+
+def _change(session: Session, found: Any, name: str | None, tags: list[str] | None) -> None:
+    if name is not None:
+        naming.rename(session, found, name)
+    if tags is not None:
+        naming.tag(session, found, tags)
+    session.flush()
+
+
+@api.patch("/fine_tuning/jobs/{job_id}", operation_id="update_job", responses=answers(schemas.FineTuningJob, 404))
+def change_job(session: Db, user: CurrentUser, job_id: str, change: NewNaming) -> Json:
+    """Rename or tag a job."""
+    job = KINDS["jobs"].find(session, user, job_id)
+    _change(session, job, change.name, change.tags)
+    return fine_tuning.job_json(session, job)
+
+
+@api.patch("/models/{model:path}", operation_id="update_model", responses=answers(schemas.Model, 404))
+def change_model(session: Db, user: CurrentUser, model: str, change: NewModelNaming) -> Json:
+    """Rename, tag or keep a model."""
+    found = _model(session, user, model)
+    _change(session, found, change.title, change.tags)
+    if change.kept:
+        models.keep(found)
+    return model_routes.to_json(session, found)
+
+
+@api.patch("/datasets/{key}", operation_id="update_dataset", responses=answers(schemas.Dataset, 404))
+def change_dataset(session: Db, user: CurrentUser, key: str, change: NewNaming) -> Json:
+    """Rename or tag a dataset in all its versions."""
+    dataset = KINDS["datasets"].find(session, user, key)
+    _change(session, dataset, change.name, change.tags)
+    return versions.to_json(dataset)
+
+
+@api.patch("/comparisons/{comparison_id}", operation_id="update_comparison", responses=answers(schemas.Comparison, 404))
+def change_comparison(session: Db, user: CurrentUser, comparison_id: str, change: NewName) -> Json:
+    """Rename a comparison."""
+    found = KINDS["compare"].find(session, user, comparison_id)
+    _change(session, found, change.name, None)
+    return comparison_table.to_json(session, found)
+
+
+# Pages --------------------------------------------------------------------------------------------------------------
+
+
+@pages.post("/{place}/{key}/name")
+def rename(
+    session: Db, user: CurrentUser, place: Place, key: str, name: Annotated[str, Form()], tags: Annotated[str | None, Form()] = None
+) -> Response:
+    """The form Rename of a page: its name, and its tags with commas between them."""
+    kind = KINDS[place]
+    _change(session, kind.find(session, user, key), name, naming.words(tags) if tags is not None and kind.tagged else None)
+    return RedirectResponse(f"/{place}/{key}", status_code=303)
+
+
+@pages.post("/{place}/bulk")
+def bulk(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    place: Place,
+    do: Annotated[Literal["delete", "tag", "compare"], Form()],
+    pick: Annotated[list[str] | None, Form()] = None,
+    tag: Annotated[str, Form()] = "",
+    query: Annotated[str, Form()] = "",
+) -> Response:
+    """Delete, tag or compare the ticked rows. One that is refused is said with its reason, and the others are done."""
+    kind, picked = KINDS[place], list(dict.fromkeys(pick or ()))
+    here = f"/{place}?{query}" if query else f"/{place}"
+    if not picked:
+        flash(request, "No row is ticked. Tick at least one.", "warn")
+        return RedirectResponse(here, status_code=303)
+    if do == "compare" and place == "jobs":
+        return RedirectResponse(f"/jobs/compare?{urlencode([('job', key) for key in picked])}", status_code=303)
+    if do == "compare" or (do == "tag" and not kind.tagged):
+        raise BadField(f"A {kind.title} cannot be {'compared' if do == 'compare' else 'tagged'} here.", param="do")
+    added = naming.words(tag)
+    if do == "tag" and not added:
+        raise BadField("No tag was written.", way_out="Write at least one, with commas between them.", param="tag")
+
+    def act(found: Any) -> None:
+        if do == "delete":
+            kind.delete(session, user, found)
+        else:
+            naming.tag(session, found, [*found.tags, *added])
+
+    done, refused = _each(session, user, kind, picked, act)
+    if done:
+        flash(request, f"{plural(done, kind.title)} {'deleted' if do == 'delete' else 'tagged ' + ', '.join(added)}.")
+    if refused:
+        more = f" And {len(refused) - MOST_TOLD} more." if len(refused) > MOST_TOLD else ""
+        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MOST_TOLD])}{more}"
+        flash(request, said, "bad")
+    return RedirectResponse(here, status_code=303)
+
+
+def _each(session: Session, user: User, kind: Kind, picked: list[str], act: Callable[[Any], None]) -> tuple[int, list[str]]:
+    """(how many were done, why the others were not), each in a savepoint of its own."""
+    done, refused = 0, []
+    for key in picked:
+        name = key
+        try:
+            with session.begin_nested():
+                found = kind.find(session, user, key)
+                name = getattr(found, "title", None) or found.name
+                act(found)
+                session.flush()
+            done += 1
+        except StudioError as error:
+            refused.append(f"{name}: {error}" if name not in str(error) else str(error))
+    return done, refused
