@@ -49,7 +49,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
         end(session, job, loss=loss, memory=int(1e9 * loss), seconds=40 * loss)
     expect(page.locator("svg.picture")).to_be_visible(timeout=15_000)  # without a reload
     expect(page.locator("#comparison .pill").first).to_have_text("Succeeded")
-    page.get_by_label("Across").select_option("peak_memory_bytes")
+    page.get_by_label("X axis").select_option("peak_memory_bytes")
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_role("heading", name="Validation loss against peak memory")).to_be_visible()
     page.goto(f"{served}/compare")
@@ -106,7 +106,7 @@ def test_results_of_finished_jobs(page: Page, served: str, session, user, tiny_r
         "job-77-classes": finish(session, user, tiny_registered, classified(77, rows=3000)),
     }
     for name, where in pages.items():
-        page.goto(served + where)
+        page.goto(f"{served}{where}?tab=evaluation")
         page.locator("#scores-title").wait_for()
         look_at(page, name, tmp_path)
 
@@ -120,6 +120,7 @@ def test_the_form_of_a_job_with_advice_and_rows_to_check_with(
     page.goto(f"{served}/jobs/new?model=tiny&dataset={public(kinds)}")
     expect(page.locator("#methods .card.on")).to_contain_text("Recommended")
     expect(page.locator("#start")).to_be_enabled()
+    page.locator("#advanced > summary").click()
     page.locator("#validation").select_option(public(other))
     expect(page.locator("#before")).to_contain_text("is in no training row: “x”")
     expect(page.locator("#start")).to_be_disabled()

@@ -88,13 +88,13 @@ def test_pages(page, served: str, session, user, tiny_registered, chats, tmp_pat
     key = lambda e: f"/evaluations/{ids.public(ids.EVALUATION, e.id)}"  # noqa: E731
     places = {
         "evaluations": "/evaluations", "evaluation": key(scored), "evaluation-running": key(moving), "evaluation-failed": key(failed),
-        "blend-model": f"/models/{ids.public(ids.MODEL, tuned.id)}",
+        "blend-model": f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=evaluations",
         "advice-measured": f"/jobs/advice?model=tiny&dataset={ids.public(ids.DATASET, chats.id)}",
     }  # fmt: skip
     for name, path in places.items():
         page.goto(served + path)
         look_at(page, name, tmp_path)
-    for path in (places["blend-model"], f"/jobs/{ids.public(ids.JOB, job.job_id)}"):
+    for path in (places["blend-model"], f"/jobs/{ids.public(ids.JOB, job.job_id)}?tab=evaluation"):
         page.goto(served + path)
         assert page.locator("#blend polyline").count() == 2
     page.get_by_role("link", name="Try it at").click()

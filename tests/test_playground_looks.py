@@ -234,6 +234,7 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session,
     job = session.scalars(select(Job)).one()
     assert job.spec["task"] == "preference"
     carry_out(session, data_dir, job, live=True)
+    page.goto(page.url + "?tab=metrics")
     page.locator('[data-chart="reward_margin"] canvas').first.wait_for()
     assert page.locator('[data-chart="reward_accuracy"]').count() == 1
     margins = [event.data["metrics"]["reward_margin"] for event in jobs.events(session, job) if event.type == "step"]
@@ -259,7 +260,7 @@ def test_pairs_are_learnt_before_ones_eyes(browser_page, live, session, user, ti
     job = lives.order(session, user, tiny_registered)
     life = lives.Life(session, job).claim().say(lives.started(), *said(1, 6))
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}")
+    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}?tab=metrics")
     page.locator('[data-chart="reward_margin"] canvas').first.wait_for()
     page.locator("#table-reward_margin summary").click()
     last = page.locator("#table-reward_margin tbody tr").filter(has_text="0.6")
