@@ -42,7 +42,7 @@ def test_a_folder_of_save_pretrained_passes(folder: Path) -> None:
      "trust_remote_code", "custom_generate", "quantization_config", "_experts_implementation", "surprise", "__class__"],
 )  # fmt: skip
 def test_a_config_with_a_key_that_is_not_known_is_refused(key: str) -> None:
-    with pytest.raises(Unsupported, match=key.strip("_").split("_")[0] if key != "quantization_config" else "quantised"):
+    with pytest.raises(Unsupported, match=key.strip("_").split("_")[0] if key != "quantization_config" else "quantized"):
         checks.check_config({**LLAMA, key: {"AutoModel": "evil.Model"}})
 
 

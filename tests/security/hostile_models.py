@@ -224,7 +224,7 @@ HOSTILE: dict[str, Case] = {
     "more tokens than the model has": Case(setting("added_tokens.json", **{f"<{n}>": 512 + n for n in range(9)}), "tokens and the model"),
     "a long header": Case(long_header, "damaged"),
     "ten thousand files": Case(many_files, "more than 10,000 files"),
-    "quantised weights": Case(setting("config.json", quantization_config={"load_in_4bit": True}), "quantized"),
+    "quantized weights": Case(setting("config.json", quantization_config={"load_in_4bit": True}), "quantized"),
     "a class in config.json": Case(setting("config.json", tokenizer_class="evil.Tokenizer"), UNKNOWN),
 }  # fmt: skip
 
