@@ -71,7 +71,7 @@ def test_stored_jobs_take_the_new_name_of_a_setting(session, user, order):
     """Down to the name that a batch's passes had before, and up again: the job is the same."""
     job = make(session, user, order(run={"micro_batches": 4, "epochs": 1}))
     before = dict(job.spec)
-    path = Path(__file__).parents[1] / "migrations/versions/0007_micro_batches.py"
+    path = Path(__file__).parents[1] / "migrations/versions/0009_micro_batches.py"
     found = importlib.util.spec_from_file_location("renames", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)

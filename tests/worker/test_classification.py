@@ -231,5 +231,5 @@ def test_a_label_that_only_validation_has(data_dir: Path, tiny_model: Path) -> N
 def test_a_class_with_one_row_is_said(data_dir: Path, tiny_model: Path) -> None:
     rows = [*texts(30), {"text": "Glue holds.", "label": "glue"}]
     said = run(sorting(put_encoder(tiny_model), rows, epochs=1), data_dir)
-    assert any("one training row only (“glue”)" in e.message for e in of(said, events.Log))
+    assert any("1 class has only one training row: “glue”" in e.message for e in of(said, events.Log))
     assert said[-1].labels == ["glue", "part", "sound", "wood"]
