@@ -471,7 +471,7 @@ class JobMachine(RuleBasedStateMachine):
         allowed = {
             "cancel": {"queued", "running", "paused", "cancelled"},
             "pause": {"queued", "running", "paused"},
-            "resume": {"queued", "running", "paused", "failed"},
+            "resume": {"queued", "running", "paused", "failed"} | ({"cancelled"} if self.now.newest else set()),
         }[wish]
         if before not in allowed:
             with pytest.raises(jobs.Conflict), transaction() as session:
@@ -483,7 +483,7 @@ class JobMachine(RuleBasedStateMachine):
             self.now.status, self.now.cancel = ("running", True) if before == "running" else ("cancelled", False)
         elif wish == "pause":
             self.now.status, self.now.pause = ("running", True) if before == "running" else ("paused", False)
-        elif before in ("paused", "failed"):
+        elif before in ("paused", "failed", "cancelled"):
             self.now.status, self.now.deaths = "queued", 0
         elif before == "running":
             self.now.pause = False
