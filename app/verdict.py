@@ -97,7 +97,7 @@ def verdict(
     if status != "succeeded":
         return None
     found, contest = evaluation or {}, (evaluation or {}).get("contest") or {}
-    if found.get("rows") and not contest:
+    if found.keys() - {"tryout"} and not contest:
         return None  # a job of an earlier version, which measured no such thing
     metric = str(contest.get("metric") or "loss")
     base, few_shot = _side(contest.get("base"), metric), _side(contest.get("few_shot"), metric)

@@ -88,7 +88,7 @@ def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learn
     worst, best = found["worst"][0]["tuned_loss"], found["best"][0]["tuned_loss"]
     assert worst > best
     _, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=1)
-    assert "fine-tuned on these rows" in order(session, user, tuned, data, part="all").spec["note"]
+    assert "trained on some or all of these rows" in order(session, user, tuned, data, part="all").spec["note"]
     assert not order(session, user, tuned, make_dataset(session, user, data_dir, rows=9)).spec["note"]
 
 
@@ -197,7 +197,7 @@ def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, 
 
     data.task = "classification"
     session.commit()
-    with pytest.raises(BadField, match="no classifier"):
+    with pytest.raises(BadField, match="not a classifier"):
         order(session, user, tiny_registered, data)
     data.task = "generation"
     made = order(session, user, tiny_registered, data)

@@ -53,6 +53,7 @@ document.addEventListener("htmx:before:swap", () => {
   folds = new Map([...document.querySelectorAll("#order details[id]")].map((details) => [details.id, details.open]));
 });
 document.addEventListener("htmx:after:swap", () => {
+  if (!form) return; // a page that offers a first model instead
   for (const [id, open] of folds) {
     const details = document.getElementById(id);
     if (details && !details.querySelector(".wrong")) details.open = open;
