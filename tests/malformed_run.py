@@ -29,6 +29,10 @@ class Outcome(NamedTuple):
     faults: list[str]
 
 
+OF_THE_FILE = ("few_rows", "one_class")
+"""Findings about all rows together, which no line is at fault for."""
+
+
 def judge(case: Case, status: int, answer: dict[str, Any], seconds: float, peak: int) -> Outcome:
     """Hold one answer to the promises: no 5xx, a message with file, line and a way out, in time and in memory."""
     faults = []
@@ -51,7 +55,7 @@ def judge(case: Case, status: int, answer: dict[str, Any], seconds: float, peak:
         message = found["message"] if found else f"{answer['good_rows']} rows are good."
         fix = ((found or {}).get("fix") or {}).get("label") or message
         for one in answer["findings"]:
-            if not one["line"] or not one["message"]:
+            if not one["message"] or (not one["line"] and one["rule"] not in OF_THE_FILE):
                 faults.append(f"{one['rule']} without a line")
             if one["severity"] == "error" and not one["fix"] and len(one["message"].split(". ")) < 2:
                 faults.append(f"{one['rule']} without a fix")

@@ -1,5 +1,5 @@
 // The forms of a new job and a new comparison work without this. It asks for the estimate as one types, keeps the address
-// equal to the form, so that Back, reload and a link show the same form, and copies the configuration as text.
+// equal to the form, so that Back, reload and a link show the same form.
 const form = document.getElementById("order");
 const start = () => document.getElementById("start");
 let waiting = null; // the timer of the next estimate
@@ -66,11 +66,3 @@ document.addEventListener("htmx:error", (event) => {
 });
 
 if (form && location.pathname !== document.getElementById("form").getAttribute("hx-get")) keepAddress(); // an answer to Start
-
-document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-copy-text]");
-  if (!button) return;
-  await navigator.clipboard.writeText(document.getElementById(button.dataset.copyText).textContent);
-  button.textContent = "Copied";
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
-});
