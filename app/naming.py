@@ -56,5 +56,5 @@ def _text(text: str, param: str, longest: int) -> str:
     if len(line) > longest:
         raise BadField(f"{what} has {len(line)} characters.", way_out=f"It may have {longest}.", param=param)
     if not line.isprintable():
-        raise BadField(f"{what} has a character that cannot be shown.", way_out="Leave it out.", param=param)
+        raise BadField(f"{what} has a character that cannot be shown.", way_out="Remove it.", param=param)
     return line

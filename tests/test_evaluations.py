@@ -221,7 +221,7 @@ def test_a_classifier_on_the_rows_its_job_held_out(session, user, data_dir, tiny
     for name in ("accuracy", "macro_f1", "log_loss", "calibration_error"):
         assert found["scores"][name] == pytest.approx(told["tuned"][name], abs=1e-4), name
     assert found["base"]["accuracy"] == pytest.approx(told["base"]["accuracy"])
-    with pytest.raises(BadField, match="never heard of"):
+    with pytest.raises(BadField, match="not available for classifiers"):
         order(session, user, tuned, labelled, kind="blend")
     with pytest.raises(BadField, match="generates no text"):
         order(session, user, tuned, make_dataset(session, user, data_dir))

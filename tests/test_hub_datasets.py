@@ -175,7 +175,7 @@ def test_files_are_chosen_by_their_split():
 
 def test_the_form_and_the_api_order_it(session, client, api, hub):
     page = client.get("/datasets/new").text
-    assert "By name from the Hugging Face hub" in page
+    assert "Import from Hugging Face" in page
     answer = client.post("/datasets/hub", data={"repo": " luthier/talk "}, follow_redirects=False)
     made = session.get(Dataset, ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1]))
     assert made.origin["repo"] == "luthier/talk" and made.status == "reading"

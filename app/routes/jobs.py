@@ -71,7 +71,7 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
 
 @pages.get("/jobs/compare")
 def compare_runs(request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None) -> Response:
-    """Up to eight jobs beside each other: scores, what differs in their settings, and their curves."""
+    """Up to eight jobs next to each other: scores, what differs in their settings, and their curves."""
     return render(request, "compare_runs.html", **run_compare.page(session, user, job or []))
 
 

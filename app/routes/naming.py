@@ -65,14 +65,14 @@ class NewName(BaseModel, extra="forbid"):
 
 
 class NewNaming(BaseModel, extra="forbid"):
-    """What is left out stays as it is."""
+    """What is omitted stays as it is."""
 
     name: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters.")
     tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
 
 
 class NewModelNaming(BaseModel, extra="forbid"):
-    """What is left out stays as it is."""
+    """What is omitted stays as it is."""
 
     title: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters. The name that requests use stays.")
     tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
@@ -145,7 +145,7 @@ def bulk(
     tag: Annotated[str, Form()] = "",
     query: Annotated[str, Form()] = "",
 ) -> Response:
-    """Delete, tag or compare the ticked rows. One that is refused is said with its reason, and the others are done."""
+    """Delete, tag or compare the selected rows. One that is refused is reported with its reason, and the others are done."""
     kind, picked = KINDS[place], list(dict.fromkeys(pick or ()))
     here = f"/{place}?{query}" if query else f"/{place}"
     if not picked:

@@ -87,7 +87,7 @@ class ComparisonRow(Schema):
     predicted_memory_bytes: int | None
     seconds: float | None
     predicted_seconds: float | None
-    model: str | None = Field(description="The tuned model.")
+    model: str | None = Field(description="The fine-tuned model.")
     kept: bool | None = Field(description="Whether pages offer its model; see `kept` of a model.")
     bytes: int | None
     error: Problem | None
@@ -117,7 +117,7 @@ class Comparison(Schema):
     data: list[ComparisonRow]
     base: dict[str, float] = Field(description="The scores of the base model, by column.")
     winners: dict[str, list[str]] = Field(
-        description="By column the id of the job that is best beyond chance; none where intervals meet or figures tie."
+        description="By column the id of the job that is best beyond chance; none where intervals meet or values tie."
     )
     refused: list[RefusedStrategy]
     says: MoreData | None

@@ -30,7 +30,7 @@ class Model(Schema):
     title: str
     kind: Kind
     tags: list[str]
-    kept: bool = Field(description="False for a result of a comparison that nobody kept: pages leave it out of their selects.")
+    kept: bool = Field(description="False for a result of a comparison that nobody kept: pages omit it from their selects.")
     status: Literal["fetching", "ready", "error"]
     progress: float | None = Field(description="Of fetching, 0 to 1.")
     error: Problem | None

@@ -89,7 +89,7 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     assert "Waiting for the first step." in page.inner_text("main")
     life.claim()
     until(page, "document.querySelector('.head').innerText.includes('Running')")
-    assert "Starting: loading the model and the data" in latest(page) and "predicted to take 5 min" in latest(page)
+    assert "Starting up: loading the model and the data" in latest(page) and "predicted to take 5 min" in latest(page)
     life.say(lives.started())
     until(page, "document.querySelector('.progress').innerText.includes('the first of 120 steps is being made')")
     life.say(*lives.steps(1, 11))
@@ -145,7 +145,7 @@ def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_re
     life.claim()
     for one in (page, other):
         until(one, "document.querySelector('.head').innerText.includes('Running')")
-        assert "attempt 3 (after a pause), starting: loading the model and the data" in latest(one)
+        assert "attempt 3 (after a pause), starting up: loading the model and the data" in latest(one)
     life.say(lives.started(resumed_from=84), *lives.steps(85, 88))
     for one in (page, other):
         until(one, "document.querySelector('.progress').innerText.includes('resumed at step 84 after a pause')")

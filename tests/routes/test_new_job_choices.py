@@ -154,7 +154,7 @@ def test_what_is_wrong_stands_at_its_field_and_the_summary_leads_there(client, t
     ).text
     field = re.search(r'<div class="field wrong">\s*<label for="run-optimizer">.*?</div>', page, re.S).group(0)
     assert 'aria-describedby="run-optimizer-help run-optimizer-error"' in field and 'aria-invalid="true"' in field
-    assert "The 8-bit optimizer needs an NVIDIA GPU" in field
+    assert "The 8-bit optimizer adamw_8bit needs an NVIDIA GPU" in field
     assert re.search(r'<a class="fault" href="#run-optimizer">The 8-bit optimizer', page[page.index('id="before"') :])
 
 

@@ -89,5 +89,5 @@ def test_what_a_curve_advises(scores, forgetting, best, says):
     points = [{"blend": b, "score": s, "forgetting": f, "scores": {}} for b, s, f in zip(blend.POINTS, scores, forgetting, strict=True)]
     assert blend.advise(points)[0] == best and says in blend.advise(points)[1]
     curve = blend.curve({"points": points})
-    assert len(curve.score.marks) == 5 and (curve.forgetting is None) == (forgetting[0] is None)
+    assert len(curve.score.marks) == 5 and (curve.ability is None) == (forgetting[0] is None)
     assert curve.score.marks[0].y != curve.score.marks[-1].y and blend.curve({}) is None
