@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from app import blend, ids, manifest
 from app.cards import Laid, MadeOf, upstream
@@ -71,7 +71,7 @@ def get(session: Session, user: User, name: str) -> Model:
 
 def list_(session: Session, user: User) -> list[Model]:
     """Every model this person may see, oldest base first, each base before what was tuned from it."""
-    rows = session.scalars(select(Model).where(visible(user)).order_by(Model.created_at, Model.id)).all()
+    rows = session.scalars(select(Model).options(selectinload(Model.base)).where(visible(user)).order_by(Model.created_at, Model.id)).all()
     children: dict[uuid.UUID | None, list[Model]] = {}
     here = {row.id for row in rows}
     for row in rows:

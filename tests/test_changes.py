@@ -8,7 +8,6 @@ import pytest
 from app import changes, dataset_view, datasets, files, ids, versions
 from app.rows import write_rows
 from app.tables import Dataset
-from app.web import NARROW
 from tests.data_worker import data_worker
 from tests.routes.test_rows import until_ready
 from tests.test_versions import make, read
@@ -56,7 +55,7 @@ def test_a_version_says_what_it_changed(session, user, make, client, api):
     assert (told["relabeled"], told["examples"][0]["after"]["label"]) == (1, "account")
     assert api.get(f"/v1/datasets/{ids.public(ids.DATASET, first.id)}/changes").json()["parent"] is None
     chosen = read(session, datasets.read_as(session, user, third, "classification", {"text": "text", "label": "label"}))
-    assert chosen.report["reason"].startswith("You chose")
+    assert chosen.report["reason"] == "Chosen by you."
 
 
 def test_counts_are_counts_of_rows(session, user, tiny_registered, make, client):
@@ -84,8 +83,8 @@ def test_a_longer_limit_is_offered_where_rows_are_truncated():
     dataset = Dataset(id=uuid.uuid4(), status="ready", rows=102, good_rows=100, report=report)
     first, second = dataset_view.health(dataset)
     assert (first.severity, first.text) == ("warning", "100 of 102 rows usable")
-    assert second.text == f"30 rows longer than 1{NARROW}024 tokens: truncated"
-    assert second.link == f"Raise max length to 2{NARROW}048 (keeps 97 % whole)"
+    assert second.text == f"30 rows longer than 1,024 tokens: truncated"
+    assert second.link == f"Raise max length to 2,048 (keeps 97 % whole)"
     assert second.path.endswith("&run.max_length=2048")
     assert dataset_view.longer(dataset) == second
     dataset.report = report | {"cutoff": 512}
