@@ -53,7 +53,7 @@ def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
     reasons = [chunk.choices[0].finish_reason for chunk in talk if chunk.choices]
     assert reasons[-1] == "length" and len(reasons) > 300, "a model that was answering was put away"
     wait_until(lambda: "models/tiny" not in loaded(), what="the model making room", seconds=10)
-    assert "A job that trains here takes" in client.get("/standby").text
+    assert "training on this machine takes about" in client.get("/standby").text
     with pytest.raises(openai.InternalServerError) as caught:
         openai_client.chat.completions.create(model="tiny", **ASK)
     assert caught.value.status_code == 503 and caught.value.code == "training_needs_memory"

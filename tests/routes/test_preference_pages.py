@@ -53,7 +53,7 @@ def test_the_form_has_the_settings_for_pairs_alone(client, tiny_registered, pair
 def test_an_order_keeps_its_settings_and_can_be_cloned(client, session, user, tiny_registered, pairs):
     typed = {"model": "tiny", "dataset": pairs, "strategy": "lora", "preference.beta": "0.4", "preference.loss": "ipo"}
     page = client.get("/jobs/new", params=typed)
-    assert "beta: 0.4" in page.text and "fits this machine" in page.text
+    assert "beta: 0.4" in page.text and "Fits in memory." in page.text
     assert client.post("/jobs", data=typed, follow_redirects=False).status_code == 303
     (job,) = jobs.list_(session, user)
     assert job.spec["task"] == "preference" and job.spec["preference"]["beta"] == 0.4 and job.spec["preference"]["loss"] == "ipo"
@@ -76,7 +76,7 @@ def test_margin_and_accuracy_are_drawn_as_they_come(client, session, user, tiny_
     ]
     job = lives.order(session, user, tiny_registered)
     lives.Life(session, job).claim().say(lives.started(), *said)
-    page = client.get(f"/jobs/{ids.public(ids.JOB, job.id)}")
+    page = client.get(f"/jobs/{ids.public(ids.JOB, job.id)}?tab=metrics")
     drawn = json.loads(re.search(r'id="points">(.*?)</script>', page.text, re.S).group(1))["charts"]
     shown = re.findall(r'data-chart="(\w+)"', page.text)
     assert shown[0] == "loss" and set(shown[1:5]) == set(measured(1)), "what is learnt stands before what explains it"
