@@ -92,12 +92,12 @@ def strategy_of(plan: dict[str, Any]) -> Any:
 def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     """`worker.train.train` from its first line to the last timed step."""
     from app import events
-    from worker import kernels, train
+    from worker import course, kernels, train
 
     spec = order_of(plan, len(samples))
     total = spec.run.max_steps
     train.lesson_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
-    packs, lead, rows_of = train.stream, len(lead_of(plan)), []
+    packs, lead, rows_of = course.stream, len(lead_of(plan)), []
 
     def stream(*order: Any, **more: Any) -> Any:
         groups = ((0, place, rows) for place, rows in enumerate(plan["groups"])) if plan.get("groups") else packs(*order, **more)
@@ -105,7 +105,7 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
             rows_of.append(len(rows))
             yield epoch, place, rows
 
-    train.stream = stream
+    course.stream = stream
     kernels.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
         plan["engine"], kernels.LEAST_SECONDS_TO_COMPILE
     )
