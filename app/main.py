@@ -23,8 +23,21 @@ from starlette.types import Receive, Scope, Send
 from app import accounts, answers, logs, middleware, outside, routes, shell, web
 from app.addresses import is_loopback
 from app.db import answer_people, get_engine, transaction
-from app.errors import Forbidden
+from app.errors import BadRequest, Forbidden
 from app.settings import get_settings
+
+
+async def _refuse_unread_body(request: Request) -> None:
+    """Fields that a call does not read are refused rather than ignored. An empty object says nothing, and passes."""
+    route = request.scope["route"]
+    if route.body_field is not None or "requestBody" in (route.openapi_extra or {}):
+        return
+    if request.headers.get("content-type", "").startswith("application/json") and (await request.body()).strip() not in (
+        b"",
+        b"{}",
+        b"null",
+    ):
+        raise BadRequest("This call takes no body.", way_out="Send it without one.", code="unread_body")
 
 
 def create_app() -> FastAPI:
@@ -47,7 +60,7 @@ def create_app() -> FastAPI:
     for module in _route_modules():
         if isinstance(getattr(module, "api", None), APIRouter):
             _answer_head(module.api)
-            app.include_router(module.api)
+            app.include_router(module.api, dependencies=[Depends(_refuse_unread_body)])
         if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
     app.mount("/static", StaticFiles(web.STATIC), name="static")

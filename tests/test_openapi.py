@@ -191,7 +191,15 @@ def test_a_body_that_was_accepted_is_checked(contract):
     contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "rule": None})
     with pytest.raises(AssertionError, match="fix_dataset"):
         contract.check_request("POST", "/v1/datasets/ds-1/fixes", {"finding": 3, "mood": "good"})
-    contract.check_request("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {"reason": "a body that nobody reads"})
+    with pytest.raises(AssertionError, match="cancel_job"):
+        contract.check_request("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {"reason": "dear"})
+
+
+def test_a_body_that_no_call_reads_is_refused(api):
+    path = "/v1/fine_tuning/jobs/ftjob-" + "0" * 32 + "/cancel"
+    refused = api.post(path, json={"reason": "dear"})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "unread_body"
+    assert api.post(path, json={}).status_code == api.post(path).status_code == 404
 
 
 # Methods --------------------------------------------------------------------------------------------------------------
