@@ -167,7 +167,7 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     if _saved(milder, tuned) >= LITTLE:
         trade = _trade(milder, base, tuned)
         return 1.0, f"The fine-tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
-    return 1.0, "The fine-tuned model as it is: a lower strength would lose on the task and keep no general ability worth the name."
+    return 1.0, "The fine-tuned model as it is: a lower strength would score worse and hardly keep more general ability."
 
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:

@@ -97,6 +97,7 @@ def test_pages(page, served: str, session, user, tiny_registered, chats, tmp_pat
     for path in (places["blend-model"], f"/jobs/{ids.public(ids.JOB, job.job_id)}?tab=evaluation"):
         page.goto(served + path)
         assert page.locator("#blend polyline").count() == 2
+    page.locator("#blend-of > summary").click()
     page.get_by_role("link", name="Try it at").click()
     assert page.locator("select[name=models]").nth(1).input_value() == f"{tuned.name}@0.75"
 

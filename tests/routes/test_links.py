@@ -9,10 +9,10 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 import pytest
 from sqlalchemy import select
 
-from app import ids, manifest, playground, prompts
+from app import checkpoints, ids, manifest, playground, prompts
 from app.generation import Done, Sampling, Started, TextPart
 from app.playground import Heard
-from app.tables import Model
+from app.tables import Checkpoint, Model
 from tests.lives import Life, started, steps
 from tests.orders import make_job
 from tests.routes.test_comparisons import body, create, make
@@ -22,7 +22,7 @@ NAMED = re.compile(r"(?<=/)(ds|ftjob|model|eval|cmp|prompt|run|vote)-[0-9a-f]{32
 AWAY = re.compile("/models/terms/")
 """Pages whose words stand on another server, which the tests are kept from; they say so with a 503."""
 MOST_ALIKE = 3
-"""Pages of one kind that are asked for with the same names in the query: the third row of a dataset is like the second."""
+"""Pages of one kind, of one tab, that are asked for with the same names in the query: the third row of a dataset is like the second."""
 
 
 class Links(HTMLParser):
@@ -54,6 +54,11 @@ def full(session, user, tiny_registered, data_dir) -> None:
     (data_dir / tuned.path).mkdir(parents=True)
     (data_dir / tuned.path / "adapter_config.json").write_text("{}")
     tuned.revision = manifest.write(data_dir / tuned.path)["revision"]
+    for saved in session.scalars(select(Checkpoint).where(Checkpoint.job_id == life.job_id)):
+        (data_dir / saved.path / checkpoints.WEIGHTS).mkdir(parents=True)
+        (data_dir / saved.path / checkpoints.WEIGHTS / "adapter_config.json").write_text("{}")
+        manifest.write(data_dir / saved.path)
+        saved.manifest_sha256 = manifest.sha256_of(data_dir / saved.path / manifest.NAME)
     create(session, user, body(dataset, "lora", "ia3"))
     record(session, user, tuned, dataset, result=scores(), progress=1.0)
     prompts.create(session, user, "Say it", prompts.read_body({}))
@@ -70,7 +75,7 @@ def kind_of(address: str) -> str:
     return (
         NAMED.sub(lambda name: f"{name[1]}-*" if name[1] else "*", parts.path)
         + "?"
-        + ",".join(sorted({name for name, _ in parse_qsl(parts.query)}))
+        + ",".join(sorted({f"{name}={value}" if name == "tab" else name for name, value in parse_qsl(parts.query)}))
     )
 
 
