@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import ENCODER, folder_of, sent
+from benchmarks.comparison import ENCODER, folder_of, read, sent
 from benchmarks.servers import PROJECT, STARTER, Studio, studio
 
 SETS = PROJECT / "benchmarks" / "sets"
 MAPPINGS = {"bibliothek.csv": {"format": "classification", "mapping": {"text": "Frage", "label": "Kategorie"}}}
+CONVERTED = {"rated": "preference"}
+"""Formats that no method trains on as they are, and what their page offers to make of them."""
 METHODS = {ENCODER: "feature_extraction", STARTER: "lora"}
 """What the form has chosen when it is opened with such data."""
 
@@ -56,11 +58,16 @@ def data_of(given: argparse.Namespace) -> list[tuple[Path, int | None]]:
 def tune(here: Studio, model: str, path: Path, rows: int | None, method: str, run: dict[str, Any]) -> dict[str, Any]:
     """One job of default settings: its steps, seconds and verdict."""
     from openai import OpenAI
+    from openai.types.fine_tuning import FineTuningJob
 
     with OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
-        file = sent(client, path, rows, MAPPINGS.get(path.name))
+        named = {"training_file": sent(client, path, rows, MAPPINGS.get(path.name))}
+        report = read(client, named["training_file"])
+        if report["format"] in CONVERTED:
+            named = {"dataset_id": converted(client, report["dataset"], CONVERTED[report["format"]])}
         began = time.monotonic()
-        job = client.fine_tuning.jobs.create(model=model, training_file=file, extra_body={"strategy": {"name": method}, "run": run})
+        order = {"model": model, "strategy": {"name": method}, "run": run, **named}
+        job = client.post("/fine_tuning/jobs", body=order, cast_to=FineTuningJob)
         while job.status not in ("succeeded", "failed", "cancelled"):
             time.sleep(1)
             job = client.fine_tuning.jobs.retrieve(job.id)
@@ -74,6 +81,16 @@ def tune(here: Studio, model: str, path: Path, rows: int | None, method: str, ru
             "verdict": more.get("verdict"),
             "error": job.error and job.error.message,
         }
+
+
+def converted(client: Any, dataset: str, shape: str) -> str:
+    """The id of the dataset in another format, as its page offers it, once it is read."""
+    order = {"operation": "convert", "datasets": [{"dataset": dataset}], "format": shape}
+    made: Any = client.post("/datasets", body=order, cast_to=object)
+    while made["status"] == "reading":
+        time.sleep(0.5)
+        made = client.get(f"/datasets/{made['id']}", cast_to=object)
+    return str(made["id"])
 
 
 def as_text(found: list[dict[str, Any]]) -> str:
