@@ -9,10 +9,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from app import ids, jobs, manifest, models
+from app import claims, ids, jobs, manifest, models
 from app.errors import BadData, Conflict, NotFound
 from app.settings import get_settings
 from app.strategies import STRATEGIES
@@ -132,20 +132,23 @@ def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) ->
             param="step",
         )
     resumed = jobs.resume(session, user, job_id)  # holds the job's row: no trainer runs until this is committed
-    later = session.scalars(
-        select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step > step, Checkpoint.deleted_at.is_(None))
-    ).all()
-    for gone in later:
-        gone.deleted_at = session.scalar(select(func.clock_timestamp()))
-        shutil.rmtree(get_settings().data_dir / gone.path, ignore_errors=True)  # at once: the trainer takes the newest on disk
+    later = (Checkpoint.job_id == job.id) & (Checkpoint.step > step)
+    session.execute(update(Checkpoint).where(later, Checkpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
+    remembered = Checkpoint.path == _best_of(row)  # the best one so far, which no sweep may take
+    session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(best=remembered & Checkpoint.deleted_at.is_(None)))
+    claims.remove_folders(session, job.id)
     return resumed
 
 
 def resumable(row: Checkpoint) -> bool:
     """Whether the checkpoint's files are there, and those of the best one it remembers, whose weights the job's end may take."""
-    root = get_settings().data_dir
     try:
-        best = json.loads((root / row.path / STATE).read_text()).get("best_path")
+        best = _best_of(row)
     except (OSError, ValueError):
         return False
-    return best is None or (root / best).is_dir()
+    return best is None or (get_settings().data_dir / best).is_dir()
+
+
+def _best_of(row: Checkpoint) -> str | None:
+    """The path of the best checkpoint when this one was saved, as it remembers. Raises OSError, ValueError."""
+    return json.loads((get_settings().data_dir / row.path / STATE).read_text()).get("best_path")

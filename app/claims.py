@@ -146,6 +146,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
         return None
     held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec), int((row.estimate or {}).get("memory_bytes", 0)))
     say(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
+    remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return held
 
 
@@ -436,3 +437,25 @@ def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
             old.deleted_at = session.scalar(select(now()))
             folder = get_settings().data_dir / old.path
             db.on_commit(session, lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
+
+
+def remove_folders(session: Session, job_id: uuid.UUID) -> None:
+    """Remove the folders of a job's deleted checkpoints after the commit: now, and again with each claim, since whoever deleted them
+    may have died before."""
+    gone = session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_not(None))).all()
+    for path in gone:
+        db.on_commit(session, lambda path=path: shutil.rmtree(get_settings().data_dir / path, ignore_errors=True))
+
+
+def sweep_folders(session: Session) -> int:
+    """Remove folders of deleted checkpoints that are still on disk, of jobs that nobody claims any more. Returns how many."""
+    root = get_settings().data_dir
+    there = {folder.relative_to(root).as_posix() for folder in root.glob("runs/*/a*/checkpoint-*")}
+    gone = (
+        session.scalars(select(Checkpoint.path).where(Checkpoint.path.in_(there), Checkpoint.deleted_at.is_not(None))).all()
+        if there
+        else []
+    )
+    for path in gone:
+        shutil.rmtree(root / path, ignore_errors=True)
+    return len(gone)

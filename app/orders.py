@@ -19,7 +19,7 @@ from app.run_settings import RENAMED
 from app.schedule import PresetName
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
-from app.strategies import STRATEGIES, AnyStrategy, Strategy
+from app.strategies import STRATEGIES, UNNAMED, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 from app.usual import mean_tokens, usual_run
 
@@ -82,7 +82,7 @@ class JobOrder(BaseModel):
         "steps or 5 epochs). It decides tokens per batch, epochs, evaluations, max steps and patience where `run` omits them.",
     )
     run: dict[str, Any] = Field(default_factory=dict)
-    strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"})
+    strategy: dict[str, Any] = Field(default_factory=lambda: {"name": UNNAMED})
     preference: dict[str, Any] | None = None
     name: Annotated[str, StringConstraints(max_length=200)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
@@ -143,7 +143,7 @@ _strategies: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
 
 def read_strategy(asked: Mapping[str, Any]) -> Strategy:
     """The strategy with its settings. Raises BadField."""
-    name = asked.get("name", "lora")
+    name = asked.get("name", UNNAMED)
     if not isinstance(name, str) or name not in STRATEGIES:
         raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
     try:

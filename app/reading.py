@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
+from app import claims, db, files, hub_datasets, inspections, mixing, queue, recount, sandbox
 from app.errors import BadData, Conflict, StudioError
 from app.rows import verify_rows
 from app.settings import get_settings
@@ -388,3 +388,4 @@ def _sweep(session: Session) -> None:
         files.sweep(session)
         uploads.sweep(session)
         inspections.sweep(session)
+        claims.sweep_folders(session)

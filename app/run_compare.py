@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
@@ -35,7 +36,7 @@ class Line(NamedTuple):
 
 
 def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
-    """What `compare_runs.html` shows. Raises BadField for too few or too many runs, NotFound for one that is not there."""
+    """What `compare_runs.html` and the part of it that follows its runs show. Raises BadField for too few or too many runs, NotFound for one that is not there."""
     keys = list(dict.fromkeys(keys))
     if not 2 <= len(keys) <= MOST:
         chosen = {0: "No run was", 1: "One run was"}.get(len(keys), f"{len(keys)} runs were")
@@ -47,6 +48,8 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
     told = [live.progress_of(session, job) for job in found]
     charts = _charts(found, told)
     return {
+        "here": f"/jobs/compare?{urlencode([('job', key) for key in keys])}",
+        "open": any(_is_open(job) for job in found),
         "runs": [
             {"number": n, "job": job, "url": job_view.url(job), "method": spec.strategy.title, "verdict": verdict.of_job(job)}
             for n, (job, spec) in enumerate(zip(found, specs, strict=True), 1)
@@ -114,16 +117,21 @@ def _fields(settings: BaseModel) -> dict[str, str]:
 
 
 def _charts(found: list[Job], told: list[Progress]) -> list[Chart]:
-    """One chart of each loss, with a line for every run."""
+    """One chart of each loss, with a line for every run that has points of it, or may get them."""
     charts, names = [], _short([job.name for job in found])
     for curve, title in (("validation", "Validation loss"), ("loss", "Training loss")):
         series = [
             Series(f"{curve}{n}", f"{n} {name}", n, progress.curves[curve], dots=curve == "validation")
             for n, (name, progress) in enumerate(zip(names, told, strict=True), 1)
         ]
-        if drawn := [line for line in series if line.points]:
+        if any(line.points for line in series):
+            drawn = [line for line, job in zip(series, found, strict=True) if line.points or _is_open(job)]
             charts.append(Chart(curve, title, "", drawn))
     return charts
+
+
+def _is_open(job: Job) -> bool:
+    return job.status in ("queued", "running")
 
 
 def _short(names: list[str]) -> list[str]:

@@ -153,11 +153,7 @@ class Contract:
         text = json.dumps(absolute)
         if text not in self.validators:
             kind = (
-                extend(
-                    Draft202012Validator,
-                    {"oneOf": Draft202012Validator.VALIDATORS["anyOf"]},  # a strategy without a name is LoRA
-                    type_checker=_lax(Draft202012Validator.TYPE_CHECKER),
-                )
+                extend(Draft202012Validator, type_checker=_lax(Draft202012Validator.TYPE_CHECKER))
                 if base == DOCUMENT
                 else Draft202012Validator
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import func, select, text, update
 
-from app import claims, events, files, jobs
+from app import checkpoints, claims, datasets, events, files, jobs, reading
 from app.db import get_engine, transaction
 from app.leases import answering_since
 from app.settings import get_settings
@@ -505,6 +506,70 @@ class JobMachine(RuleBasedStateMachine):
             assert session.scalar(select(func.count()).select_from(Model).where(Model.job_id == self.id)) == self.now.results
             waiting = session.scalar(select(func.count()).select_from(Outbox).where(Outbox.key == self.id))
             assert row.status != "queued" or waiting, "a queued job that nobody speaks of"
+
+
+class Mishap(Exception):
+    """Whatever rolls a transaction back."""
+
+
+@pytest.fixture
+def failed_at_15(job, user, data_dir):
+    """A failed job with checkpoints 5, 10 (the best) and 15 on disk; gives its id and their folders."""
+    held, folders = take(job.id), {}
+    for n in (5, 10, 15):
+        folders[n] = data_dir / held.folder / f"checkpoint-{n}"
+        (folders[n] / "trainer").mkdir(parents=True)
+        (folders[n] / "trainer/state.json").write_text(json.dumps({"best_path": f"{held.folder}/checkpoint-{min(n, 10)}"}))
+    with transaction() as session:
+        told = [saved(n, best=n <= 10).model_copy(update={"path": f"{held.folder}/checkpoint-{n}"}) for n in folders]
+        claims.record(session, held, 0, [STARTED, *told])
+        claims.fail(session, held, events.Failed(kind="crashed", message="no reason"))
+    return job.id, folders
+
+
+def rows_of(job_id: uuid.UUID) -> dict[int, bool]:
+    """Steps whose rows are not deleted, and whether each is the best."""
+    with transaction() as session:
+        query = select(Checkpoint.step, Checkpoint.best).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+        return dict(tuple(row) for row in session.execute(query))
+
+
+def there(folders) -> list[int]:
+    return [n for n, folder in folders.items() if folder.exists()]
+
+
+def test_going_back_to_a_checkpoint_takes_the_later_ones_files_with_the_commit(failed_at_15, user):
+    job_id, folders = failed_at_15
+    with pytest.raises(Mishap), transaction() as session:
+        checkpoints.resume(session, user, job_id, 5)
+        assert there(folders) == [5, 10, 15]
+        raise Mishap
+    assert there(folders) == [5, 10, 15] and rows_of(job_id) == {5: False, 10: True, 15: False} and now_of(job_id).status == "failed"
+    with transaction() as session:
+        checkpoints.resume(session, user, job_id, 10)
+    assert there(folders) == [5, 10] and rows_of(job_id) == {5: False, 10: True} and now_of(job_id).status == "queued"
+
+
+def test_what_the_job_goes_back_to_remembers_which_one_is_the_best(failed_at_15, user):
+    job_id, folders = failed_at_15
+    with transaction() as session:
+        checkpoints.resume(session, user, job_id, 5)
+    assert there(folders) == [5] and rows_of(job_id) == {5: True}
+
+
+@pytest.mark.parametrize("found_by", ["claim", "sweep"])
+def test_files_left_by_a_death_after_the_commit_go_later(failed_at_15, user, session, found_by):
+    job_id, folders = failed_at_15
+    checkpoints.resume(session, user, job_id, 5)
+    session.commit()  # and nothing after it, as when the process dies here
+    assert there(folders) == [5, 10, 15] and rows_of(job_id) == {5: True}
+    if found_by == "claim":
+        assert take(job_id) is not None
+    else:
+        jobs.cancel(session, user, job_id)
+        reading._swept_at = float("-inf")
+        datasets.reap(session)
+    assert there(folders) == [5]
 
 
 @pytest.mark.timeout(600)

@@ -11,7 +11,9 @@ from jsonschema import Draft202012Validator
 from starlette.testclient import TestClient
 
 from app import api_reference, openapi
+from app.errors import BadField
 from app.main import create_app
+from app.orders import read_strategy
 from app.settings import get_settings
 from app.shell import each_route
 from tests import documented
@@ -148,6 +150,28 @@ FILE = {
     "id": "file-1", "object": "file", "bytes": 1, "created_at": 1, "filename": "a", "purpose": "fine-tune", "status": "processed",
     "status_details": None, "expires_at": None,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "known"),
+    [
+        ({}, True), ({"rank": 4}, True), ({"name": "lora", "rank": 4}, True), ({"name": "dora", "rank": 4}, True),
+        ({"name": "dense_head", "width": 3}, True), ({"width": 3}, False), ({"name": "dense_head", "rank": 4}, False), ({"name": "none"}, False),
+    ],
+)  # fmt: skip
+def test_a_strategy_is_of_one_kind_and_without_a_name_it_is_lora(contract, strategy, known):
+    for path, body in (("fine_tuning/jobs", {"strategy": strategy}), ("comparisons", {"dataset_id": "ds-1", "strategies": [strategy]})):
+        given = {"model": "tiny", **body}
+        if known:
+            contract.check_request("POST", f"/v1/{path}", given)
+        else:
+            with pytest.raises(AssertionError, match="wrong by the document"):
+                contract.check_request("POST", f"/v1/{path}", given)
+    if known:
+        assert read_strategy(strategy).name == strategy.get("name", "lora")
+    else:
+        with pytest.raises(BadField):
+            read_strategy(strategy)
 
 
 @pytest.mark.parametrize(

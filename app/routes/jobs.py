@@ -70,9 +70,13 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
 
 
 @pages.get("/jobs/compare")
-def compare_runs(request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None) -> Response:
-    """Up to eight jobs next to each other: scores, what differs in their settings, and their curves."""
-    return render(request, "compare_runs.html", **run_compare.page(session, user, job or []))
+def compare_runs(
+    request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None, part: str = ""
+) -> Response:
+    """Up to eight jobs next to each other: scores, what differs in their settings, and their curves; with `?part=live` what changes
+    while they run."""
+    context = run_compare.page(session, user, job or [])
+    return render(request, "parts/compare_runs_live.html" if part == "live" else "compare_runs.html", **context)
 
 
 # Ordering -------------------------------------------------------------------------------------------------------------

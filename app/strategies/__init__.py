@@ -14,9 +14,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from app.strategies._base import Memory, Strategy
+from app.strategies._base import UNNAMED, Memory, Strategy
 
-__all__ = ["STRATEGIES", "AnyStrategy", "Memory", "Strategy"]
+__all__ = ["STRATEGIES", "UNNAMED", "AnyStrategy", "Memory", "Strategy"]
 
 
 def _scan() -> dict[str, type[Strategy]]:

@@ -48,6 +48,10 @@ class Loading(NamedTuple):
     folds: str = ""
 
 
+UNNAMED = "lora"
+"""The strategy of an order that names none."""
+
+
 class Strategy(BaseModel, ABC):
     """One way to tune a model. A subclass in `app/strategies/NAME.py` declares `name: Literal["NAME"] = "NAME"`.
 
@@ -77,6 +81,14 @@ class Strategy(BaseModel, ABC):
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/features.py
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        """Documents say what `orders.read_strategy` does: settings without a name are those of one strategy, so all others need theirs."""
+        found = handler.resolve_ref_schema(handler(core_schema))
+        if cls.model_fields["name"].default != UNNAMED:
+            found["required"] = list(dict.fromkeys(["name", *found.get("required", [])]))
+        return found
 
     @classmethod
     def learning_rate_for(cls, task: str) -> float:

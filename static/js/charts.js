@@ -91,6 +91,12 @@ export class Chart {
     return align(this.lines, this.smoothing);
   }
 
+  /** Draw other points of the same lines. */
+  show(lines) {
+    this.lines = this.names.map(([name]) => lines[name] ?? new Line());
+    this.draw();
+  }
+
   /** Smooth the lines, or draw their logarithm; both are only a way of looking, so the table keeps the figures. */
   look(smoothing, logarithmic) {
     this.smoothing = smoothing;

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from app import events, job_tabs, jobs
+from app import events, ids, job_tabs, jobs
 from tests import lives
 from tests.conftest import free_port
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
@@ -119,6 +119,33 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     until(page, "document.querySelector('#live').dataset.live === 'false'")
     assert "Succeeded" in page.inner_text(".head") and page.title().startswith("✓ support-tone")
     assert "succeeded" in page.get_attribute("link[rel=icon]", "href")
+
+
+def test_runs_that_are_compared_are_followed_to_their_end(page, served, session, user, tiny_registered):
+    ended = lives.Life(session, lives.order(session, user, tiny_registered, name="first")).claim()
+    ended.say(lives.started(), *lives.steps(1, 120)).finish()
+    life = lives.Life(session, lives.order(session, user, tiny_registered, name="second"))
+    page.goto(f"{served}/jobs/compare?" + "&".join(f"job={ids.public(ids.JOB, one.job_id)}" for one in (ended, life)))
+    legend = "document.querySelector('[data-line=loss2] output').textContent"
+    drawn = f"({CHART})('loss') && document.querySelector('[data-legend=loss]').innerText"
+    until(page, f"{drawn}.includes('2 second')")
+    assert page.evaluate(legend) == "–" and "Queued" in page.inner_text(".runs-of")
+    page.click("#same summary")
+    life.claim().say(lives.started(), *lives.steps(1, 20))
+    until(page, "document.querySelector('.runs-of').innerText.includes('Running')")
+    until(page, f"{legend} !== '–'")
+    early = page.evaluate(legend)
+    assert page.get_attribute("#same", "open") is not None  # what was opened stays open
+    life.say(*lives.steps(21, 120)).finish()
+    until(page, "!document.querySelector('.runs-of').innerText.includes('Running')")
+    until(page, f"{legend} !== '{early}'")
+    assert page.get_attribute("#live", "hx-get") is None, "two runs that ended are asked for no more"
+    seen = page.inner_text("main")
+    assert len(page.query_selector_all(".plot canvas")) == 2
+    page.reload()
+    until(page, f"({CHART})('loss')")
+    page.click("#same summary")
+    assert page.inner_text("main") == seen
 
 
 def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_registered):
