@@ -20,6 +20,8 @@ from app.tables import JSON, Comparison, Event, Job, Model
 
 Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
 Interval = tuple[float, float]
+LEVEL = 0.05
+"""A share of right answers that moved less, and is known to twice as much, has levelled off."""
 WORTH_MORE = 0.02
 """A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
 
@@ -53,7 +55,7 @@ SCORES = {
 SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
 COSTS = [
     Column("forgetting", "General ability", "change", True),
-    Column("trainable_parameters", "Learns", "count", True, "predicted_trainable_parameters"),
+    Column("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
     Column("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
     Column("seconds", "Time", "seconds", True, "predicted_seconds"),
     Column("bytes", "On disk", "bytes", True),
@@ -268,6 +270,8 @@ def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
     held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:
         return Says("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
+    if abs(gain) <= noise and (gain >= LEVEL or noise >= 2 * LEVEL):
+        return Says("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
     if gain > -noise:
         return Says("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
     return Says("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")

@@ -237,6 +237,16 @@ def line(session: Session, dataset: Dataset) -> list[Dataset]:
     return list(session.scalars(own.where(same, Dataset.name == dataset.name)))
 
 
+def with_rows(session: Session, user: User) -> list[Dataset]:
+    """The newest versions that were read and have a valid row: what can be scored, shown on a map and asked about."""
+    return [d for d in list_(session, user) if d.status == "ready" and d.good_rows]
+
+
+def trainable(dataset: Dataset) -> bool:
+    """Whether a method trains on these rows as they are. True while nobody knows, since a job may wait for a dataset that is being read."""
+    return dataset.good_rows != 0 and (dataset.format is None or formats.get(dataset.format).shape != "rated")
+
+
 # Telling --------------------------------------------------------------------------------------------------------------
 
 

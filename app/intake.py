@@ -140,7 +140,7 @@ def _no_rows(head: Sequence[Raw]) -> BadData:
         return BadData("The file holds no row.", way_out="Upload a file with at least one row.", param="file")
     count = sum(raw.problem is not None and raw.problem.severity == "error" for raw in head)
     error = BadData(
-        f"None of the first {count} rows can be read. Line {first.line}: {first.problem.message}",
+        f"{'The only row cannot' if count == 1 else f'None of the first {count} rows can'} be read. Line {first.line}: {first.problem.message}",
         way_out="Fix the file and upload it again, or save it in another of the accepted formats.",
         param="file",
     )

@@ -111,5 +111,4 @@ def matrix(runs: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> Matrix:
 
 def usable(session: Session, user: User) -> list[Dataset]:
     """Datasets whose rows have an answer to compare with."""
-    found = datasets.list_(session, user)
-    return [d for d in found if d.status == "ready" and d.format != "plain_text" and d.task != "preference"]
+    return [d for d in datasets.with_rows(session, user) if d.format != "plain_text" and d.task != "preference"]

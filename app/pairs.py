@@ -9,12 +9,13 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from app import ids
+from app.datasets import trainable
 from app.tables import Dataset, Job, Model, User
 
 RECENT = 50
 """Jobs that are looked through for the pair used last."""
 KINDS = {
-    "text": ("generic", "instruction", "dialogue"),
+    "plain_text": ("generic", "instruction", "dialogue"),
     "classification": ("encoder", "instruction", "dialogue", "generic"),
     "generation": ("dialogue", "instruction", "generic"),
     "preference": ("dialogue", "instruction", "generic"),
@@ -37,7 +38,8 @@ def pair(
         # What was named leads: a job of another model or dataset says nothing about it.
         if one and other and (chosen is None or model_id == chosen.id) and (data is None or _alike(session, data, dataset_id)):
             return one, other
-    data = data or next((d for d in datasets if chosen is None or _rank(chosen, d) < 9), next(iter(datasets), None))
+    able = [d for d in datasets if trainable(d)]
+    data = data or next((d for d in able if chosen is None or _rank(chosen, d) < 9), next(iter([*able, *datasets]), None))
     return chosen or (min(models, key=lambda m: _rank(m, data)) if models else None), data
 
 
@@ -49,7 +51,7 @@ def _recent(session: Session, user: User) -> Sequence[Row[Any]]:
 def _alike(session: Session, data: Dataset, dataset_id: object) -> bool:
     """Whether a model that was taken for one dataset suits another."""
     other = session.get(Dataset, dataset_id)
-    return other is not None and (other.task, other.format == "text") == (data.task, data.format == "text")
+    return other is not None and (other.task, other.format == "plain_text") == (data.task, data.format == "plain_text")
 
 
 def _rank(model: Model, data: Dataset | None) -> int:

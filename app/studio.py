@@ -191,7 +191,11 @@ def overview(session: Session, user: User) -> Overview:
                 .limit(5)
             )
         ),
-        list(session.scalars(select(Model).where(_mine(user), Model.deleted_at.is_(None)).order_by(Model.created_at.desc()).limit(5))),
+        list(
+            session.scalars(
+                select(Model).where(_mine(user), Model.deleted_at.is_(None), Model.kept).order_by(Model.created_at.desc()).limit(5)
+            )
+        ),
     )
 
 

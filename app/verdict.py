@@ -211,14 +211,14 @@ def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: st
         return []
     if few_shot.better:
         return [f"Better than {_prompt(contest)} too ({_told(few_shot.score, metric)})."]
-    return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): a prompt may be enough."]
+    enough = "no training may be needed" if contest.get("few_shot_by") == "vectors" else "a prompt may be enough"
+    return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): {enough}."]
 
 
 def _prompt(contest: Mapping[str, Any]) -> str:
-    examples = int(contest.get("examples") or 0)
     if contest.get("few_shot_by") == "vectors":
-        return f"the base's nearest examples, up to {examples} a class,"
-    return f"the base with {examples} examples in its prompt"
+        return "nearest-neighbor classification without training"
+    return f"the base with {int(contest.get('examples') or 0)} examples in its prompt"
 
 
 def _told(value: float, metric: str) -> str:

@@ -245,7 +245,9 @@ def _small(value: float) -> str:
 
 @_or_nothing
 def human_percent(value: float, digits: int = 1) -> str:
-    """A share, 0 to 1: 0.018 → `1.8 %`."""
+    """A share, 0 to 1: 0.018 → `1.8 %`. What is there but would round to nothing is below the smallest figure."""
+    if 0 < abs(value) * 100 < 0.5 * 10**-digits:
+        return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
     return f"{value * 100:.{digits}f}{NARROW}%"
 
 

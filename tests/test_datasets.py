@@ -206,7 +206,7 @@ def test_progress_is_told_while_it_reads_and_deleting_stops_it(session, user, ma
         ("x.jsonl", b"{broken\n", "Line 1"),
         ("x.jsonl", b"\n\n", "no row"),
         ("x.csv", b"alpha,beta\n1,2\n", "could not match the columns"),
-        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "None of the first"),
+        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "The only row cannot be read"),
         ("x.parquet", b"PAR1 not really", "Parquet"),
         ("x.txt", b"\xff\xfe\x00\xd8\x41\x00", "UTF-16"),
         ("x.json", b"[]", "no row"),

@@ -19,3 +19,5 @@ def test_pages(page, served: str, tiny_registered, chats, tmp_path: Path, theme:
     for name, path in (("advice", "/jobs/advice"), ("guide", "/guide"), ("strategy", "/guide/lora")):
         page.goto(served + path)
         check(page, tmp_path, f"{name}-{theme}-{width}")
+        if name == "advice":
+            assert page.locator("main .scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)") == [0]

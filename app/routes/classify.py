@@ -77,7 +77,8 @@ def _page(
 ) -> Response:
     with transaction() as session:
         choices = classify.choices(session, user)
-    names = names or [option.name for group in choices.values() for option in group][:1]
+    every = [option for group in choices.values() for option in group]
+    names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
     context = {
         "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "texts": texts, "found": found, "error": error,
         "shown": SHOWN,

@@ -146,7 +146,7 @@ def join_form(request: Request, user: CurrentUser, session: Db, first: str = "",
 
 
 def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
-    able = [dataset for dataset in datasets.list_(session, user) if dataset.status == "ready" and dataset.good_rows and dataset.rows_path]
+    able = [dataset for dataset in datasets.with_rows(session, user) if dataset.rows_path]
     targets = sorted(
         {wanted for dataset in able for wanted in mixing.MAPPINGS if (joining.shape_of(dataset), wanted) in mixing.CONVERSIONS}
     )

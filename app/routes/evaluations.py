@@ -97,7 +97,7 @@ def _list_page(
         moving=any(e.status in evaluations.OPEN for e in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
-        datasets=[d for d in datasets.list_(session, user) if d.status == "ready" and d.task != "preference"],
+        datasets=[d for d in datasets.with_rows(session, user) if d.task != "preference"],
         typed={"rows": "500", "part": ""} | typed | {"model": chosen},
         fault=fault,
         ids=ids,

@@ -11,7 +11,7 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from app import comparison_table, comparisons, datasets, ids, jobs, models, naming, schemas
+from app import comparison_table, comparisons, datasets, ids, jobs, models, naming, run_compare, schemas
 from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -148,16 +148,14 @@ def bulk(
     """Delete, tag or compare the selected rows. One that is refused is reported with its reason, and the others are done."""
     kind, picked = KINDS[place], list(dict.fromkeys(pick or ()))
     here = f"/{place}?{query}" if query else f"/{place}"
-    if not picked:
-        flash(request, "No row is ticked. Tick at least one.", "warn")
+    added = naming.words(tag)
+    if missing := _missing(do, place, len(picked), added):
+        flash(request, missing, "warn")
         return RedirectResponse(here, status_code=303)
     if do == "compare" and place == "jobs":
         return RedirectResponse(f"/jobs/compare?{urlencode([('job', key) for key in picked])}", status_code=303)
     if do == "compare" or (do == "tag" and not kind.tagged):
         raise BadField(f"A {kind.title} cannot be {'compared' if do == 'compare' else 'tagged'} here.", param="do")
-    added = naming.words(tag)
-    if do == "tag" and not added:
-        raise BadField("No tag was written.", way_out="Write at least one, with commas between them.", param="tag")
 
     def act(found: Any) -> None:
         if do == "delete":
@@ -173,6 +171,17 @@ def bulk(
         said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MOST_TOLD])}{more}"
         flash(request, said, "bad")
     return RedirectResponse(here, status_code=303)
+
+
+def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
+    """What has to be chosen or written first, said above the list."""
+    if not picked:
+        return "No row is ticked. Tick at least one."
+    if do == "compare" and place == "jobs" and not 2 <= picked <= run_compare.MOST:
+        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_compare.MOST} to compare."
+    if do == "tag" and not added:
+        return "No tag was written. Write at least one, with commas between them."
+    return None
 
 
 def _each(session: Session, user: User, kind: Kind, picked: list[str], act: Callable[[Any], None]) -> tuple[int, list[str]]:

@@ -33,7 +33,7 @@ def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str
         "vectors.html",
         status_code=fault.status if fault else 200,
         models=sorted(usable, key=lambda m: m.kind != "encoder"),
-        datasets=[d for d in datasets.list_(session, user) if d.status == "ready"],
+        datasets=datasets.with_rows(session, user),
         typed=typed,
         public=ids.public,
         found=found,

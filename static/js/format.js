@@ -46,5 +46,8 @@ function small(value) {
 
 /** A share, 0.018 → "1.8 %" */
 export function percent(value, digits = 1) {
-  return unknown(value) ? NOTHING : `${(value * 100).toFixed(digits)}${NARROW}%`;
+  if (unknown(value)) return NOTHING;
+  const least = 10 ** -digits;
+  const small = value !== 0 && Math.abs(value) * 100 < least / 2;
+  return small ? `${value < 0 ? "−" : ""}<${NARROW}${least.toFixed(digits)}${NARROW}%` : `${(value * 100).toFixed(digits)}${NARROW}%`;
 }

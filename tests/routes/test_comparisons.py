@@ -16,7 +16,7 @@ from app.claims import finish
 from app.errors import BadField
 from app.events import Evaluated, Measured
 from app.strategies import STRATEGIES
-from app.tables import Comparison, Event, Job, Outbox, User
+from app.tables import Comparison, Event, Job, Model, Outbox, User
 from tests import lives
 
 
@@ -316,12 +316,28 @@ def test_a_learning_curve_is_judged_by_the_same_rows(session, user, tiny_registe
     assert (told.answer, says in told.sentence) == (answer, True), told.sentence
 
 
-@pytest.mark.parametrize(("shares", "answer"), [((0.4, 0.5, 0.9), "more"), ((0.8, 0.9, 0.92), "enough"), ((0.8, 0.9, 0.4), "unclear")])
+@pytest.mark.parametrize(("shares", "answer"), [
+    ((0.4, 0.5, 0.9), "more"), ((0.8, 0.9, 0.92), "enough"), ((0.8, 0.9, 0.4), "unclear"), ((0.5, 0.7, 0.8), "unclear"), ((0.5, 0.5, 0.5), "unclear"),
+])  # fmt: skip
 def test_a_share_of_right_answers_is_known_no_better_than_its_rows_allow(session, user, tiny_registered, kinds, shares, answer):
     found = create(session, user, body(kinds, "dense_head", kind="learning_curve"))
     for job, share in zip(comparisons.jobs_of(session, found), shares, strict=True):
         end(session, job, loss=1.0, memory=1, seconds=1, accuracy=share)
     assert comparison_table.more_data(session, comparison_table.table(session, found)).answer == answer
+
+
+def test_a_model_of_a_comparison_is_offered_once_it_is_kept(client, session, user, tiny_registered, kinds):
+    found = create(session, user, body(kinds, "dense_head", "top_layers"))
+    for job in comparisons.jobs_of(session, found):
+        end(session, job, loss=1.0, memory=1, seconds=1, accuracy=0.5)
+    first, second = session.scalars(select(Model).where(Model.job_id.is_not(None)).order_by(Model.created_at)).all()
+    assert ids.public(ids.MODEL, second.id) not in client.get("/").text
+    first.kept = True
+    first.kind = second.kind = "classifier"
+    session.commit()
+    assert ids.public(ids.MODEL, first.id) in client.get("/").text
+    chosen = re.search(r'<option value="([^"]+)"[^>]* selected', client.get("/playground/classify").text)
+    assert chosen and chosen.group(1) == first.name, "the other is newer, and not kept"
 
 
 # The pages ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from app import events, ids, job_tabs, jobs
+from app import claims, events, ids, job_tabs, jobs
 from tests import lives
 from tests.conftest import free_port
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
@@ -330,3 +330,23 @@ def test_without_scripts_the_page_shows_all_and_says_how_to_look_again(browser, 
     page.click("text=Show")
     assert "Sample generations at step 36" in page.inner_text("main")
     context.close()
+
+
+def test_the_overview_of_a_finished_job_fits_one_screen(page, served, session, user, tiny_registered):
+    """With a name of two lines and the longest verdict there is: what came of the job is not pushed below the fold."""
+    life = lives.Life(
+        session, lives.order(session, user, tiny_registered, name="Ways to classify: " + "Feature extraction (linear probe), " * 2)
+    )
+    life.claim().say(lives.started(), *lives.steps(1, 120))
+    side = {"rows": 96, "score": 0.17, "tuned": 0.83, "interval": [0.54, 0.75]}
+    few = side | {"score": 0.79, "interval": [-0.05, 0.12]}
+    contest = {"metric": "accuracy", "base": side, "few_shot": few, "few_shot_by": "vectors", "examples": 16, "cross_validated": True}
+    evaluation = {"rows": 96, "base": {"loss": 2.51}, "tuned": {"loss": 1.13, "accuracy": 0.83}, "contest": contest}
+    claims.finish(session, life.held, lives.finished().model_copy(update={"evaluation": evaluation}))
+    session.commit()
+    page.set_viewport_size({"width": 1360, "height": 700})
+    page.goto(served + address(life))
+    verdict = page.locator("#verdict").inner_text()
+    assert "95 % confidence" in verdict and "cross-validation" in verdict and "no training may be needed" in verdict, verdict
+    until(page, "document.querySelector('[data-chart] canvas')")
+    assert page.evaluate("document.documentElement.scrollHeight") <= 1000

@@ -127,6 +127,9 @@ def test_ticked_rows_are_done_and_a_refused_one_says_why(client, session, user, 
         end(session, job, loss=1.0, memory=1, seconds=1)
     keys = [ids.public(ids.JOB, job.id) for job in (ended, open_, other)]
     assert "No row is ticked" in words(client.post("/jobs/bulk", data={"do": "delete"}))
+    for data, said in (({"do": "compare"}, "1 run ticked. Tick 2 to 8 to compare."), ({"do": "tag", "tag": " , "}, "No tag was written.")):
+        answer = client.post("/jobs/bulk", data={**data, "pick": keys[:1], "query": "q=a"})
+        assert said in words(answer) and str(answer.url).endswith("/jobs?q=a"), "what is missing is said above the list"
     page = client.post("/jobs/bulk", data={"do": "tag", "tag": "a, b", "pick": keys[:2], "query": "status=queued"})
     assert page.url.query == b"status=queued" and "2 jobs tagged a, b" in words(page)
     page = words(client.post("/jobs/bulk", data={"do": "delete", "pick": [*keys[:2], "ftjob-x"]}))

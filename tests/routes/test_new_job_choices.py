@@ -192,6 +192,38 @@ def test_the_pair_used_last_is_chosen_and_the_model_suits_the_task(client, sessi
     assert re.search(rf'value="{public(kinds)}" selected', page)
 
 
+def test_presets_are_offered_where_they_differ(client, tiny_registered, kinds):
+    asked = {"model": "tiny", "dataset": public(kinds), "preset": "quick"}
+    alike = client.get("/jobs/new", params={**asked, "strategy": "feature_extraction"}).text
+    assert "every preset is the same" in alike and 'id="preset-best"' not in alike
+    assert '<input type="hidden" name="preset" value="quick">' in alike, "another method goes on with what was chosen"
+    assert 'id="preset-best"' in client.get("/jobs/new", params={**asked, "strategy": "dense_head"}).text
+
+
+def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session, user, tiny_registered, kinds, chats):
+    from app.pairs import pair
+
+    rated = make(session, user, [{"prompt": f"{n}?", "completion": "No.", "label": n % 2 == 0} for n in range(20)], "rated.jsonl")
+    bare = make(session, user, [{"messages": []}, {"messages": []}], "bare.jsonl")
+    assert rated.format == "rated" and bare.good_rows == 0
+    assert pair(session, user, [tiny_registered], [bare, rated, chats], None, None)[1] is chats
+    assert pair(session, user, [tiny_registered], [rated], None, None)[1] is rated, "where there is no other, the form says why"
+    assert re.search(rf'value="{public(kinds)}" selected|value="{public(chats)}" selected', client.get("/jobs/new").text)
+    for path in ("/playground/lab", "/playground/vectors", "/evaluations", "/datasets/join"):
+        assert public(bare) not in client.get(path).text, path
+    assert f"/datasets/join?first={public(rated)}&amp;operation=convert" in client.get(f"/datasets/{public(rated)}").text
+    assert f"/jobs/new?dataset={public(rated)}" not in client.get(f"/datasets/{public(rated)}").text
+
+
+def test_text_begins_with_a_base_model(session, user, tiny_registered):
+    from app.pairs import pair
+    from app.tables import Model
+
+    base = Model(name="plain", title="Plain", kind="generic", kept=True)
+    text = make(session, user, [{"text": f"Note {n} of the workshop."} for n in range(20)], "notes.jsonl")
+    assert text.format == "plain_text" and pair(session, user, [tiny_registered, base], [text], None, None)[0] is base
+
+
 def test_a_jobs_file_gives_the_same_job_again(client, session, user, tiny_registered, kinds, tmp_path):
     from app.cli import read_spec, submit
 

@@ -1,0 +1,259 @@
+"""Milliseconds, bytes and accessibility of every page: `python -m benchmarks.pages --times 15`.
+
+A real web process with the sample datasets, jobs whose lives are recorded as a worker would, a comparison, a prompt and its
+run, an evaluation, votes and a conversation; nothing is trained. The pages are the routes of the application: one that is
+added without an example here, and is not among those that are no pages, stops the command. Each is asked for `--times`
+times, in turns, and looked at by axe in light and in dark. Exit code 1 where axe finds anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from benchmarks.servers import free_port, python, servers, tiny_model
+
+NO_PAGES = re.compile(
+    r"/(stream|download|export|file|state|content|first-model|standby|shell|healthz|readyz|metrics|log\.txt)$|\.(csv|yaml)$"
+)
+"""Routes that answer with a file, a stream, or a part of a page."""
+ELSEWHERE = {
+    "/sign-in",
+    "/sign-in/{token}",
+    "/models/terms/{name}",
+    "/playground/predictions/{prediction_id}",
+    "/datasets/{key}/findings.{kind}",
+}
+"""Pages that are not asked for: those of nobody, and of what is downloaded first."""
+
+
+class Page(NamedTuple):
+    title: str
+    path: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=15, help="how often each page is asked for (default 15)")
+    parser.add_argument("--only", default="", help="a regular expression that the route of a page must match")
+    parser.add_argument("--json", type=Path, help="also write what was measured to this file")
+    given = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with studio() as (url, link, found):
+        every = [page for page in found if re.search(given.only, page.title)]
+        rows = measured(url, link(), every, max(1, given.times))
+        faults = violations(url, link(), every)
+    for row in rows:
+        row["violations"] = faults[row["page"]]
+    print(as_text(rows))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+    sys.exit(1 if any(faults.values()) else 0)
+
+
+@contextmanager
+def studio() -> Iterator[tuple[str, Any, list[Page]]]:
+    """(address, what makes a link that signs in once, pages) of a web process of its own."""
+    with servers() as own:
+        from app import accounts
+        from app.db import transaction
+        from tests.data_worker import data_worker
+
+        with transaction() as session:
+            user = accounts.first_user(session)
+            samples = seed(session, user, own.folder / "data")
+
+            def link() -> str:
+                made = accounts.new_sign_in_link(session, user)
+                session.commit()
+                return made
+
+            port = free_port()
+            command = [
+                "-m",
+                "uvicorn",
+                "app.main:create_app",
+                "--factory",
+                "--port",
+                str(port),
+                "--no-access-log",
+                "--log-level",
+                "warning",
+            ]
+            web = python(*command, log=own.folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")
+            try:
+                with data_worker():  # rows are read by it while a page waits
+                    yield f"http://127.0.0.1:{port}", link, pages(samples)
+            finally:
+                web.terminate()
+                web.wait(20)
+
+
+# What there is to see ----------------------------------------------------------------------------------------------------
+
+
+def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
+    """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
+    from app import comparisons, datasets, evaluations, ids, jobs, playground, predictions, prompt_runs, prompts, samples
+    from app.generation import Sampling
+    from app.tables import Vote
+    from tests import lives
+
+    model = tiny_model(data_dir, session)
+    data = {name: samples.add(session, user, name) for name in ("support-replies", "shop-questions", "straight-answers")}
+    session.commit()
+    for one in data.values():
+        datasets.read(one.id)
+        session.refresh(one)
+    key = {name: ids.public(ids.DATASET, one.id) for name, one in data.items()}
+
+    def job(**more: Any) -> Any:
+        made = jobs.create(session, user, jobs.read_order({"model": model.name, "dataset_id": key["support-replies"], **more}))
+        session.commit()
+        return lives.Life(session, made)
+
+    def ended(life: Any) -> Any:
+        return life.claim().say(lives.started(), *lives.steps(1, 120)).finish()
+
+    queued, running, done = job(), job(), job()
+    running.claim().say(lives.started(), *lives.steps(1, 74))
+    ended(done)
+    order = {"model": model.name, "dataset_id": key["support-replies"], "strategies": ["lora", "ia3", "full"]}
+    compared = comparisons.create(session, user, comparisons.read_order(order))
+    session.commit()
+    for one in comparisons.jobs_of(session, compared)[:2]:
+        ended(lives.Life(session, one))
+    prompt, version = prompts.create(session, user, "Classify", prompts.PromptBody(template="{{input}}"))
+    run = prompt_runs.create(session, user, version, model.name, data["shop-questions"], prompt_runs.RunOrder(rows=5))
+    score = evaluations.create(session, user, evaluations.EvaluationOrder(model=model.name, dataset_id=key["support-replies"], rows=5))
+    vectors = predictions.create_vectors(session, user, model.name, key["shop-questions"])
+    exchange, _ = playground.ask(session, user, [model.name], "Do you mend bows?", Sampling())
+    said = [{"role": "user", "content": "Do you mend bows?"}]
+    vote = Vote(owner_id=user.id, messages=said, left_model=model.name, right_model=model.name, left_text="Yes.", right_text="No.")
+    session.add(vote)
+    session.commit()
+    of_jobs = {name: ids.public(ids.JOB, life.job_id) for name, life in (("queued", queued), ("running", running), ("finished", done))}
+    return {
+        "/datasets/{key}": key,
+        "/jobs/{job_id}": of_jobs,
+        "/jobs/compare": {"two jobs": "?" + "&".join(f"job={name}" for name in of_jobs.values())},
+        "/models/{key}": {"base": ids.public(ids.MODEL, model.id)},
+        "/compare/{comparison_id}": {"": ids.public(ids.COMPARISON, compared.id)},
+        "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},
+        "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
+        "/playground/lab/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
+        "/playground/lab/runs/{run_id}": {"": ids.public(prompt_runs.RUN, run.id)},
+        "/playground/ab/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
+        "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
+        "/guide/{strategy}": {"": "lora"},
+    }
+
+
+def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
+    """Every page of the application, with its examples and its tabs."""
+    from app.job_tabs import TABS
+    from app.main import create_app
+    from app.routes.models import TABS as OF_MODELS
+    from app.shell import each_route
+
+    tabs = {"/jobs/{job_id}": list(TABS), "/models/{key}": list(OF_MODELS), "/datasets/{key}": ["report", "issues", "versions"]}
+    found = []
+    for route, one in each_route(create_app().router):
+        if "GET" not in (getattr(one, "methods", None) or ()) or route.startswith("/v1") or NO_PAGES.search(route) or route in ELSEWHERE:
+            continue
+        if route == "/jobs/compare":
+            found.append(Page(route, route + samples[route]["two jobs"]))
+        elif "{" not in route:
+            found.append(Page(route, route))
+        else:
+            found += [page for page in _with_names(route, samples) for page in _with_tabs(page, tabs.get(route, []))]
+    return found
+
+
+def _with_names(route: str, samples: dict[str, dict[str, str]]) -> list[Page]:
+    known = next((name for name in sorted(samples, key=len, reverse=True) if (route + "/").startswith(name + "/")), None)
+    rest = route.removeprefix(known or "").replace("{line}", "2")
+    if known is None or "{" in rest:
+        raise SystemExit(f"No example of {route}: give it one in `seed`, or name it among those that are no pages.")
+    examples = samples[known] if not rest else dict(list(samples[known].items())[:1])
+    return [Page(f"{route} {what}".strip(), re.sub(r"\{.*?\}", name, known) + rest) for what, name in examples.items()]
+
+
+def _with_tabs(page: Page, tabs: list[str]) -> list[Page]:
+    return [Page(f"{page.title}, {tab}", f"{page.path}?tab={tab}") for tab in tabs] or [page]
+
+
+# Asking -----------------------------------------------------------------------------------------------------------------
+
+
+def measured(url: str, link: str, every: list[Page], times: int) -> list[dict[str, Any]]:
+    """Median milliseconds and bytes of each page. They take turns, so that a slow minute of the machine falls on all of them."""
+    spent: dict[str, list[float]] = {page.title: [] for page in every}
+    sizes: dict[str, int] = {}
+    with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
+        _wait_for(client)
+        client.get(link).raise_for_status()
+        for _ in range(times + 1):  # the first turn compiles the templates
+            for page in every:
+                began = time.perf_counter()
+                answer = client.get(page.path)
+                spent[page.title].append((time.perf_counter() - began) * 1000)
+                if answer.status_code != 200 or "text/html" not in answer.headers["content-type"]:
+                    raise SystemExit(f"{page.path} answers {answer.status_code} {answer.headers['content-type']}: {answer.text[:300]}")
+                sizes[page.title] = len(answer.content)
+    return [{"page": page.title, "milliseconds": statistics.median(spent[page.title][1:]), "bytes": sizes[page.title]} for page in every]
+
+
+def _wait_for(client: httpx.Client) -> None:
+    for _ in range(300):
+        try:
+            client.get("/healthz").raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise SystemExit("The web process did not answer.")
+
+
+def violations(url: str, link: str, every: list[Page]) -> dict[str, list[str]]:
+    """What axe finds on each page, in light and in dark: the rule, the theme and the first element."""
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    found: dict[str, list[str]] = {page.title: [] for page in every}
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        window = browser.new_page(viewport={"width": 1280, "height": 900})
+        window.goto(url + link)
+        for page in every:
+            window.goto(url + page.path)
+            for theme in ("light", "dark"):
+                window.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+                said = Axe().run(window).response["violations"]
+                found[page.title] += [f"{one['id']} ({theme}): {one['nodes'][0]['html'][:120]}" for one in said]
+        browser.close()
+    return found
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, slowest first, and below it what axe found."""
+    lines = ["| page | median ms | bytes | axe |", "|---|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: -row["milliseconds"]):
+        lines.append(f"| `{row['page']}` | {row['milliseconds']:.0f} | {row['bytes']:,} | {len(row['violations'])} |")
+    return "\n".join([*lines, "", *(f"{row['page']}: {fault}" for row in rows for fault in row["violations"])]).rstrip()
+
+
+if __name__ == "__main__":
+    main()
