@@ -18,6 +18,7 @@ from app.schedule import MIN_STEPS
 from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._biases import WithBiases
 from app.strategies._chosen import ChosenLowRank
 from app.tables import Dataset
 
@@ -122,7 +123,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
 
 
 def refuse_modules(strategy: Strategy, shape: Shape) -> None:
-    """Raises BadField for names of modules that the model has none of."""
+    """Raises BadField for names of modules that the model has none of, and for biases where there are none."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
     if unknown:
         raise BadField(
@@ -130,6 +131,16 @@ def refuse_modules(strategy: Strategy, shape: Shape) -> None:
             way_out=f"Every block has {', '.join(linear.name for linear in shape.linears())}; the first is {next(shape.modules())[0]}.",
             param="strategy.target_modules",
             code="no_such_module",
+        )
+    if isinstance(strategy, WithBiases) and strategy.bias != "none" and not strategy.biases(shape):
+        whose = "layers that LoRA is on" if strategy.bias == "lora_only" else "model"
+        raise BadField(
+            f"The {whose} {'have' if strategy.bias == 'lora_only' else 'has'} no biases to train.",
+            way_out="Leave bias out."
+            if strategy.model_copy(update={"bias": "all"}).biases(shape) == 0
+            else "Leave bias out, or set it to all.",
+            param="strategy.bias",
+            code="no_biases",
         )
 
 
@@ -172,6 +183,8 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
         reason = (
             f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
         )
+    elif getattr(strategy, "bias", "none") != "none":
+        reason = "Biases that learn are offered beside weights that are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
         reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
     elif task != "generation" or run.precision == "fp32":

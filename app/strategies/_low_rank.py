@@ -98,6 +98,5 @@ class LowRank(PeftStrategy):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.peft_targets(shape_of(model.config.to_dict())),
-            bias="none",
             **self.variant(),
         )
