@@ -122,6 +122,21 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     )
 
 
+def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None) -> None:
+    """Raises BadField for a chat template where rows are no conversations."""
+    if run.chat_template == "model":
+        return
+    as_they_stand = kind == "generic" and (task == "preference" or format_ == "completion")
+    if task == "classification" or format_ == "plain_text" or as_they_stand:
+        rows = "texts to be sorted" if task == "classification" else "trained on as they stand by this model"
+        raise BadField(
+            f"A chat template writes conversations, and these rows are {rows}.",
+            way_out="Leave chat_template out." if not as_they_stand else "Leave chat_template out, or use rows with messages.",
+            param="run.chat_template",
+            code="setting_without_use",
+        )
+
+
 def refuse_modules(strategy: Strategy, shape: Shape) -> None:
     """Raises BadField for names of modules that the model has none of, and for biases where there are none."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
@@ -184,7 +199,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
             f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
         )
     elif getattr(strategy, "bias", "none") != "none":
-        reason = "Biases that learn are offered beside weights that are kept as they are, not in fp8."
+        reason = "Biases that learn need a base whose weights are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
         reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
     elif task != "generation" or run.precision == "fp32":

@@ -180,6 +180,26 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     )
 
 
+def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_registered, read):
+    run = {"chat_template": "llama3"}
+    kinds, text = read(labelled("card", "cash")), read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")
+    for data, strategy in ((kinds, "dense_head"), (text, "lora")):
+        error = refused(session, user, order_of(data, strategy={"name": strategy}, run=run))
+        assert (error.param, error.code) == ("run.chat_template", "setting_without_use")
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"chat_template": "jinja", "chat_template_jinja": "{{"}))
+    assert error.param == "run.chat_template_jinja" and "Line 1" in error.way_out
+    assert (
+        orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "lora"}, run=run))).run.chat_template
+        == "llama3"
+    )
+    tiny_registered.kind = "generic"  # it is given prompt and completion as they stand
+    session.commit()
+    if chats.format == "completion":
+        error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run=run))
+        assert error.code == "setting_without_use" and "rows with messages" in error.way_out
+
+
 def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, tiny_registered, read):
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(40)], "chats.jsonl")
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"accumulation": 4}))
