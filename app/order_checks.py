@@ -18,8 +18,8 @@ from app.schedule import MIN_STEPS
 from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
-from app.strategies._biases import WithBiases
 from app.strategies._chosen import ChosenLowRank
+from app.strategies._own_weights import WithOwnWeights
 from app.tables import Dataset
 
 LEAST_ROOM = 4
@@ -137,8 +137,8 @@ def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None)
         )
 
 
-def refuse_modules(strategy: Strategy, shape: Shape) -> None:
-    """Raises BadField for names of modules that the model has none of, and for biases where there are none."""
+def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
+    """Raises BadField for names of modules that the model has none of, and for biases or tables where there are none."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
     if unknown:
         raise BadField(
@@ -147,7 +147,7 @@ def refuse_modules(strategy: Strategy, shape: Shape) -> None:
             param="strategy.target_modules",
             code="no_such_module",
         )
-    if isinstance(strategy, WithBiases) and strategy.bias != "none" and not strategy.biases(shape):
+    if isinstance(strategy, WithOwnWeights) and strategy.bias != "none" and not strategy.biases(shape):
         whose = "layers that LoRA is on" if strategy.bias == "lora_only" else "model"
         raise BadField(
             f"The {whose} {'have' if strategy.bias == 'lora_only' else 'has'} no biases to train.",
@@ -156,6 +156,13 @@ def refuse_modules(strategy: Strategy, shape: Shape) -> None:
             else "Leave bias out, or set it to all.",
             param="strategy.bias",
             code="no_biases",
+        )
+    if isinstance(strategy, WithOwnWeights) and strategy.modules_to_save and (shape.architecture != "decoder" or task == "classification"):
+        raise BadField(
+            "Tables of words are trained whole where a model trains on writing text, which this job does not.",
+            way_out="Leave modules_to_save out.",
+            param="strategy.modules_to_save",
+            code="setting_without_use",
         )
 
 
@@ -198,8 +205,8 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
         reason = (
             f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
         )
-    elif getattr(strategy, "bias", "none") != "none":
-        reason = "Biases that learn need a base whose weights are kept as they are, not in fp8."
+    elif getattr(strategy, "bias", "none") != "none" or getattr(strategy, "modules_to_save", None):
+        reason = "Biases and tables that learn need a base whose weights are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
         reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
     elif task != "generation" or run.precision == "fp32":

@@ -204,7 +204,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
 
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
-    order_checks.refuse_modules(strategy, model.shape)
+    order_checks.refuse_modules(strategy, model.shape, task)
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
     if reason:
         raise BadField(reason, way_out="Choose another method or model.", param="strategy", code="strategy_unavailable")

@@ -126,7 +126,7 @@ class RunSettings(BaseModel):
     chat_template: TemplateName = Field(
         "model",
         title="Chat template",
-        description="How conversations are written as text. The tuned model keeps the one it was trained with.",
+        description="How conversations are written as text. The result keeps the one it was trained with.",
         json_schema_extra={"group": "Data", "words": SAMPLES},
         exclude_if=lambda name: name == "model",
     )
@@ -412,7 +412,7 @@ class RunSettings(BaseModel):
         if value is not None and chosen != "jinja":
             raise ValueError(f"It is for chat_template jinja, and chat_template is {chosen}: omit it, or change that")
         if value is not None and (wrong := fault(value)):
-            raise ValueError(f"{wrong}: mend the template, or choose one by its name")
+            raise ValueError(f"{wrong}: fix the template, or choose one by its name")
         return value
 
     @field_validator("micro_batches")

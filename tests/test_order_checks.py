@@ -159,17 +159,21 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     error = refused(session, user, order_of(kinds, strategy={"name": "lora", "target_modules": "q_prog"}))
     assert error.param == "strategy.target_modules" and "“q_prog”" in error.message and "q_proj" in error.way_out
     error = refused(session, user, order_of(kinds, strategy={"name": "lora", "bias": "all"}))
+    tables = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": ["embed_tokens"]}))
+    assert tables.param == "strategy.modules_to_save" and tables.code == "setting_without_use"
+    named = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": "q_proj"}))
+    assert named.param == "strategy.modules_to_save" and "It takes embed_tokens and lm_head" in named.way_out
     assert error.param == "strategy.bias" and error.code == "no_biases" and error.way_out == "Leave bias out."
     partly = Shape.model_validate(
         {**tiny_registered.shape, "model_type": "qwen2", "attention_bias": True}
     )  # queries, keys and values alone
     with pytest.raises(BadField, match="layers that LoRA is on have no biases") as caught:
-        order_checks.refuse_modules(Lora(bias="lora_only", layers="feed-forward"), partly)
+        order_checks.refuse_modules(Lora(bias="lora_only", layers="feed-forward"), partly, "generation")
     assert caught.value.way_out == "Leave bias out, or set it to all."
     for fits in (Lora(bias="all", layers="feed-forward"), Lora(bias="lora_only"), Lora()):
-        order_checks.refuse_modules(fits, partly)
+        order_checks.refuse_modules(fits, partly, "generation")
     ada = workers.training_machine().model_copy(update={"gpu_memory_bytes": 2**34, "gpu_capability": 8.9})
-    with pytest.raises(BadField, match="Biases that learn"):
+    with pytest.raises(BadField, match="Biases and tables that learn"):
         order_checks.refuse_without_gpu(Lora(bias="all"), RunSettings(frozen_weights="fp8"), "generation", ada)
     frozen = {"name": "feature_extraction", "classifier": "logistic"}
     for run in ({"neftune_noise_alpha": 5}, {"optimizer": "lion"}, {"warmup_steps": 3}):

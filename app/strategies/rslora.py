@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.strategies._biases import WithBiases
+from app.strategies._own_weights import WithOwnWeights
 
 
-class RankStabilizedLora(WithBiases):
+class RankStabilizedLora(WithOwnWeights):
     name: Literal["rslora"] = "rslora"
     title: ClassVar = "Rank-stabilized LoRA"
     summary: ClassVar = "LoRA scaled by alpha/√r, so that high ranks stay effective."

@@ -1,4 +1,4 @@
-"""What learns of the model itself beside LoRA: its biases. Trained, resumed, laid on by peft, merged, and served."""
+"""What learns of the model itself beside LoRA: its biases and its tables of words. Trained, resumed, laid on by peft, merged, and served."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from app import events
+from app.estimate_memory import memory_of
+from app.machine import Machine
+from app.run_settings import RunSettings
+from app.shapes import Shape
 from app.spec import Adapter
+from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from tests.worker.test_engine import PROMPTS, by_transformers, crowd, request
 from tests.worker.test_settings import TEN, in_two, of, run, same
@@ -104,3 +109,81 @@ def test_a_blend_takes_the_biases_half_way_too(biased_model: Path, data_dir: Pat
     torch.testing.assert_close(placed[0.0], own[name])
     torch.testing.assert_close(placed[0.5], (placed[0.0] + placed[1.0]) / 2)
     assert not torch.equal(placed[0.0], placed[1.0])
+
+
+@pytest.fixture(scope="module")
+def untied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    torch.manual_seed(9)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, tie_word_embeddings=False)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tied", "names"),
+    [("lora", True, "embed_tokens"), ("dora", True, "lm_head"), ("lora", False, "lm_head"), ("rslora", False, "embed_tokens, lm_head")],
+)
+def test_tables_of_words_learn_whole(data_dir: Path, tiny_model: Path, untied_model: Path, strategy: str, tied: bool, names: str) -> None:
+    model = put_model(tiny_model if tied else untied_model)
+    spec = order(model, put_dataset(chat_rows()), strategy, {"modules_to_save": names}, **{**TEN, "learning_rate": 2e-2})
+    said = run(spec, data_dir)
+    same(in_two(spec, data_dir, 4), said)
+    one = model.shape.vocabulary * model.shape.hidden
+    plain = type(spec.strategy)().trainable(model.shape)
+    learns = of(said, events.Started)[0].trainable_parameters
+    assert learns == spec.strategy.trainable(model.shape) == plain + one * (1 if tied else len(names.split()))
+    found = load_file(data_dir / said[-1].path / "adapter_model.safetensors")
+    base = load_file(data_dir / model.path / "model.safetensors")
+    kept = {name.split(".")[-2] for name in found if "lora_" not in name}
+    assert ("embed_tokens" in kept) if tied else kept == set(names.split(", "))
+    for name in kept & {"embed_tokens", "lm_head"}:
+        own = next(x for key, x in found.items() if f".{name}.weight" in key)
+        assert own.dtype == torch.float32 and not torch.equal(
+            own, next(x for key, x in base.items() if "embed_tokens" in key or name in key)
+        )
+    served_as_peft_does(model, said, data_dir)
+
+
+def test_a_blend_takes_the_tables_half_way_too(data_dir: Path, tiny_model: Path) -> None:
+    model = put_model(tiny_model)
+    said = run(order(model, put_dataset(chat_rows()), "lora", {"modules_to_save": "lm_head"}, **{**TEN, "max_steps": 3}), data_dir)
+    placed = {}
+    for share in (0.0, 0.5, 1.0):
+        adapter = Adapter(strategy="lora", path=said[-1].path, sha256=said[-1].adapter_sha256, blend=share)
+        loaded = load_plain(model.model_copy(update={"adapters": (adapter,)}))
+        placed[share] = loaded.get_input_embeddings().weight
+        assert torch.equal(placed[share], loaded.get_output_embeddings().weight)
+    torch.testing.assert_close(placed[0.0], load_plain(model).get_input_embeddings().weight)
+    torch.testing.assert_close(placed[0.5], (placed[0.0] + placed[1.0]) / 2)
+    assert not torch.equal(placed[0.0], placed[1.0])
+
+
+def test_tables_learn_in_float32_on_rounded_weights(data_dir: Path, tiny_model: Path) -> None:
+    own = {"modules_to_save": "embed_tokens"}
+    spec = order(put_model(tiny_model), put_dataset(chat_rows()), "lora", own, **{**TEN, "precision": "bf16", "max_steps": 20})
+    losses = [e.loss for e in of(run(spec, data_dir), events.Step)]
+    assert losses[-1] < losses[0] - 0.1
+    found = load_file(data_dir / "runs/job/a1/final/adapter_model.safetensors")
+    assert {x.dtype for x in found.values()} == {torch.float32}
+
+
+def test_the_estimate_counts_the_tables_and_each_parts_gradient_of_them() -> None:
+    small = Shape(
+        model_type="llama", architecture="decoder", layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64,
+        vocabulary=49152, positions=8192, tied=True, gated=True,
+    )  # fmt: skip
+    table, here = small.vocabulary * small.hidden, Machine(cores=2, memory_bytes=2**35)
+    plain, both = (
+        memory_of(small, Lora(modules_to_save=names), RunSettings(precision="fp32"), 512, here, 0)
+        for names in (None, "embed_tokens, lm_head")
+    )
+    assert (both.weights - plain.weights, both.gradients - plain.gradients, both.optimizer - plain.optimizer) == (
+        4 * table,
+        4 * table,
+        8 * table,
+    )
+    assert sum(both.model_dump().values()) - sum(plain.model_dump().values()) >= (4 + 8 + 2 * 4) * table, (
+        "two parts, each with its gradient"
+    )
