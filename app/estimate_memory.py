@@ -190,10 +190,11 @@ def memory_of(
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
     passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
-    head = head_bytes(shape, tokens, half, everything and writes, machine.cuda, parts, whole) if writes else 0
+    tables = strategy.tables(shape)
+    head = head_bytes(shape, tokens, half, bool(everything or tables) and writes, machine.cuda, parts, whole) if writes else 0
     # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
-    table = shape.vocabulary * shape.hidden * 4 if everything else 0
-    begin, end = kept + max(head, passing), held.gradients + passing + table
+    table = shape.vocabulary * shape.hidden * 4 if everything or tables else 0
+    begin, end = kept + max(head, passing), held.gradients + passing + table + (parts - 1) * 4 * tables  # each part has its own
     peak = max(begin + int(UNPLACED * (held.gradients - min(table, held.gradients))), end)
     if whole:  # rounded weights and gradients stay where they are
         linears = sum(x.inputs * x.outputs for x in shape.each_linear())

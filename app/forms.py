@@ -1,7 +1,7 @@
 """A form from a pydantic class, and the class's settings from a filled form.
 
 Strategies and run settings describe themselves where they are declared: a field's description is the help under it, its
-bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight and `{"unit": "tokens"}` names its unit, and
+bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight, `{"rows": 4}` makes it a text of several lines and `{"unit": "tokens"}` names its unit, and
 `{"words": {"rouge_l": "ROUGE-L"}}` says its choices in words. So a new strategy has its form without a line here.
 """
 
@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from app.errors import plain
 
-Widget = Literal["number", "select", "checkbox", "text"]
+Widget = Literal["number", "select", "checkbox", "text", "area"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _widget(info: FieldInfo) -> dict[str, Any]:
     if choices := _choices(info):
         return {"widget": "select", "choices": choices if info.is_required() or info.default is not None else ("", *choices)}
     if kind not in (int, float):
-        return {"widget": "text"}
+        return {"widget": "area" if _extra(info, "rows") else "text"}
     bounds: dict[str, Any] = {"widget": "number", "step": "1" if kind is int else "any"}
     for rule in info.metadata:
         # A browser knows no open bound. For whole numbers the next one stands in; for others the server has the last word.

@@ -19,6 +19,7 @@ from app.shapes import Shape
 from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._chosen import ChosenLowRank
+from app.strategies._own_weights import WithOwnWeights
 from app.tables import Dataset
 
 LEAST_ROOM = 4
@@ -121,8 +122,23 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     )
 
 
-def refuse_modules(strategy: Strategy, shape: Shape) -> None:
-    """Raises BadField for names of modules that the model has none of."""
+def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None) -> None:
+    """Raises BadField for a chat template where rows are no conversations."""
+    if run.chat_template == "model":
+        return
+    as_they_stand = kind == "generic" and (task == "preference" or format_ == "completion")
+    if task == "classification" or format_ == "plain_text" or as_they_stand:
+        rows = "texts to be sorted" if task == "classification" else "trained on as they stand by this model"
+        raise BadField(
+            f"A chat template writes conversations, and these rows are {rows}.",
+            way_out="Leave chat_template out." if not as_they_stand else "Leave chat_template out, or use rows with messages.",
+            param="run.chat_template",
+            code="setting_without_use",
+        )
+
+
+def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
+    """Raises BadField for names of modules that the model has none of, and for biases or tables where there are none."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
     if unknown:
         raise BadField(
@@ -130,6 +146,23 @@ def refuse_modules(strategy: Strategy, shape: Shape) -> None:
             way_out=f"Every block has {', '.join(linear.name for linear in shape.linears())}; the first is {next(shape.modules())[0]}.",
             param="strategy.target_modules",
             code="no_such_module",
+        )
+    if isinstance(strategy, WithOwnWeights) and strategy.bias != "none" and not strategy.biases(shape):
+        whose = "layers that LoRA is on" if strategy.bias == "lora_only" else "model"
+        raise BadField(
+            f"The {whose} {'have' if strategy.bias == 'lora_only' else 'has'} no biases to train.",
+            way_out="Leave bias out."
+            if strategy.model_copy(update={"bias": "all"}).biases(shape) == 0
+            else "Leave bias out, or set it to all.",
+            param="strategy.bias",
+            code="no_biases",
+        )
+    if isinstance(strategy, WithOwnWeights) and strategy.modules_to_save and (shape.architecture != "decoder" or task == "classification"):
+        raise BadField(
+            "Tables of words are trained whole where a model trains on writing text, which this job does not.",
+            way_out="Leave modules_to_save out.",
+            param="strategy.modules_to_save",
+            code="setting_without_use",
         )
 
 
@@ -172,6 +205,8 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
         reason = (
             f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
         )
+    elif getattr(strategy, "bias", "none") != "none" or getattr(strategy, "modules_to_save", None):
+        reason = "Biases and tables that learn need a base whose weights are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
         reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
     elif task != "generation" or run.precision == "fp32":

@@ -204,7 +204,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
 
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
-    order_checks.refuse_modules(strategy, model.shape)
+    order_checks.refuse_modules(strategy, model.shape, task)
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
     if reason:
         raise BadField(reason, way_out="Choose another method or model.", param="strategy", code="strategy_unavailable")
@@ -212,6 +212,7 @@ def spec_on(found: Ground, order: JobOrder) -> JobSpec:
     order_checks.refuse_no_room(strategy, run, model.shape)
     order_checks.refuse_unread(strategy, run)
     order_checks.refuse_turns(run, task, dataset.format)
+    order_checks.refuse_template(run, task, model.kind, dataset.format)
     order_checks.refuse_without_gpu(strategy, run, task, workers.training_machine())
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",

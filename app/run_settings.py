@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from app.chat_templates import MOST_CHARACTERS, SAMPLES, TemplateName, fault
 from app.optimizers import Optimizer, with_setting
 
 TrainOn = Literal["assistant", "all_turns", "last_turn"]
@@ -121,6 +122,24 @@ class RunSettings(BaseModel):
         "last of the assistant's. A turn of weight 0 never does.",
         json_schema_extra={"group": "Data", "words": TRAIN_ON},
         exclude_if=lambda turns: turns == "assistant",
+    )
+    chat_template: TemplateName = Field(
+        "model",
+        title="Chat template",
+        description="How conversations are written as text. The result keeps the one it was trained with.",
+        json_schema_extra={"group": "Data", "words": SAMPLES},
+        exclude_if=lambda name: name == "model",
+    )
+    chat_template_jinja: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_CHARACTERS,
+        title="Chat template (Jinja)",
+        description="For the chat template jinja: the text of one. It is given messages, add_generation_prompt, bos_token and eos_token, and "
+        "should end an answer with {{ eos_token }}.",
+        json_schema_extra={"group": "Data", "rows": 4},
+        exclude_if=unset,
+        validate_default=True,
     )
     packing: bool = Field(
         True,
@@ -382,6 +401,18 @@ class RunSettings(BaseModel):
         other, off = INSTEAD_OF[info.field_name or ""]
         if value is not None and info.data.get(other, off) != off:
             raise ValueError(f"It means the same as {other}, which was given too: omit one of the two")
+        return value
+
+    @field_validator("chat_template_jinja")
+    @classmethod
+    def _is_a_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        chosen = info.data.get("chat_template")
+        if value is None and chosen == "jinja":
+            raise ValueError("It is missing: write the template, or choose one by its name")
+        if value is not None and chosen != "jinja":
+            raise ValueError(f"It is for chat_template jinja, and chat_template is {chosen}: omit it, or change that")
+        if value is not None and (wrong := fault(value)):
+            raise ValueError(f"{wrong}: fix the template, or choose one by its name")
         return value
 
     @field_validator("micro_batches")

@@ -83,7 +83,7 @@ def test_the_rest_of_the_form_is_another_class_matter():
         (
             "width",
             "3",
-            "There is no setting 'width'. There is: rank, alpha, dropout, layers, target_modules, init_lora_weights, loraplus_lr_ratio.",
+            "There is no setting 'width'. There is: rank, alpha, dropout, layers, target_modules, init_lora_weights, loraplus_lr_ratio, bias, modules_to_save.",
         ),
     ],
 )

@@ -19,7 +19,7 @@ WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 
 GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable", "impatient"}
 MIDDLE = {"strategies", "formats", "db", "queue"}
-PURE = {"spec", "run_settings", "optimizers", "estimate", "estimate_memory", "advisor", "progress"}
+PURE = {"spec", "run_settings", "chat_templates", "optimizers", "estimate", "estimate_memory", "advisor", "progress"}
 HTTP = {
     "main",
     "routes",

@@ -101,3 +101,26 @@ def test_a_wrong_value_is_marked_where_it_stands(page: Page, served: str, sessio
     rank.fill("4")
     expect(page.locator("#start")).to_be_enabled()
     expect(page.locator("#strategy-rank-error")).to_have_count(0)
+
+
+def test_a_chat_template_is_chosen_by_what_it_looks_like_or_written(
+    page: Page, served: str, session, user, tiny_registered, dataset, tmp_path
+):
+    page.goto(f"{served}/jobs/new")
+    choose(page, "lora")
+    named = page.locator("#run-chat-template")
+    expect(named.locator("option[value=llama3]")).to_contain_text("<|start_header_id|>user<|end_header_id|>")
+    named.select_option("jinja")
+    expect(page.locator("#run-chat-template-jinja-error")).to_contain_text("It is missing")
+    written = page.locator("#run-chat-template-jinja")
+    own = "{% for m in messages %}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    written.fill(own)
+    expect(page.locator("#start")).to_be_enabled()
+    written.scroll_into_view_if_needed()
+    look_at(page, "new-run-chat-template", tmp_path)
+    page.reload()
+    expect(written).to_have_value(own)
+    page.locator("#start").click()
+    page.wait_for_url("**/jobs/ftjob-*")
+    run = jobs.list_(session, user)[0].spec["run"]
+    assert (run["chat_template"], run["chat_template_jinja"].splitlines()) == ("jinja", own.splitlines())

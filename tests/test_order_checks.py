@@ -10,10 +10,13 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids, jobs, orders, report, spec, workers
+from app import datasets, files, ids, jobs, order_checks, orders, report, spec, workers
 from app.errors import BadField
 from app.orders import JobOrder
+from app.run_settings import RunSettings
+from app.shapes import Shape
 from app.strategies import STRATEGIES
+from app.strategies.lora import Lora
 from app.tables import Dataset
 from tests.data_worker import data_worker
 
@@ -155,6 +158,23 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     kinds = read(labelled("card", "cash"))
     error = refused(session, user, order_of(kinds, strategy={"name": "lora", "target_modules": "q_prog"}))
     assert error.param == "strategy.target_modules" and "“q_prog”" in error.message and "q_proj" in error.way_out
+    error = refused(session, user, order_of(kinds, strategy={"name": "lora", "bias": "all"}))
+    tables = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": ["embed_tokens"]}))
+    assert tables.param == "strategy.modules_to_save" and tables.code == "setting_without_use"
+    named = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": "q_proj"}))
+    assert named.param == "strategy.modules_to_save" and "It takes embed_tokens and lm_head" in named.way_out
+    assert error.param == "strategy.bias" and error.code == "no_biases" and error.way_out == "Leave bias out."
+    partly = Shape.model_validate(
+        {**tiny_registered.shape, "model_type": "qwen2", "attention_bias": True}
+    )  # queries, keys and values alone
+    with pytest.raises(BadField, match="layers that LoRA is on have no biases") as caught:
+        order_checks.refuse_modules(Lora(bias="lora_only", layers="feed-forward"), partly, "generation")
+    assert caught.value.way_out == "Leave bias out, or set it to all."
+    for fits in (Lora(bias="all", layers="feed-forward"), Lora(bias="lora_only"), Lora()):
+        order_checks.refuse_modules(fits, partly, "generation")
+    ada = workers.training_machine().model_copy(update={"gpu_memory_bytes": 2**34, "gpu_capability": 8.9})
+    with pytest.raises(BadField, match="Biases and tables that learn"):
+        order_checks.refuse_without_gpu(Lora(bias="all"), RunSettings(frozen_weights="fp8"), "generation", ada)
     frozen = {"name": "feature_extraction", "classifier": "logistic"}
     for run in ({"neftune_noise_alpha": 5}, {"optimizer": "lion"}, {"warmup_steps": 3}):
         error = refused(session, user, order_of(kinds, strategy=frozen, run=run))
@@ -162,6 +182,26 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     assert orders.build_spec(
         session, user, orders.read_order(order_of(kinds, strategy={**frozen, "classifier": "dense"}, run={"optimizer": "lion"}))
     )
+
+
+def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_registered, read):
+    run = {"chat_template": "llama3"}
+    kinds, text = read(labelled("card", "cash")), read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")
+    for data, strategy in ((kinds, "dense_head"), (text, "lora")):
+        error = refused(session, user, order_of(data, strategy={"name": strategy}, run=run))
+        assert (error.param, error.code) == ("run.chat_template", "setting_without_use")
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"chat_template": "jinja", "chat_template_jinja": "{{"}))
+    assert error.param == "run.chat_template_jinja" and "Line 1" in error.way_out
+    assert (
+        orders.build_spec(session, user, orders.read_order(order_of(chats, strategy={"name": "lora"}, run=run))).run.chat_template
+        == "llama3"
+    )
+    tiny_registered.kind = "generic"  # it is given prompt and completion as they stand
+    session.commit()
+    if chats.format == "completion":
+        error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run=run))
+        assert error.code == "setting_without_use" and "rows with messages" in error.way_out
 
 
 def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, tiny_registered, read):

@@ -30,7 +30,7 @@ from worker.lesson import MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remar
 from worker.likelihood import token_nats
 from worker.loss import head_of
 from worker.pairs import Pairs, sequences_of, tokenise_pairs
-from worker.prompts import prepare_tokenizer
+from worker.prompts import prepare_tokenizer, template_remark
 from worker.scores import contest, share_interval
 from worker.writing import Writing
 
@@ -101,7 +101,7 @@ class Preferring(Writing):
     measures: ClassVar = 4  # those of `sums_of`
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
-        self.plain_template = prepare_tokenizer(tokenizer)
+        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
         if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
             tokenizer.chat_template, self.plain_template = None, False
         Lesson.__init__(self, spec, tokenizer)
@@ -162,6 +162,8 @@ class Preferring(Writing):
 
     def remarks(self) -> Iterator[str]:
         yield from remarks_on(self)
+        if told := template_remark(self.tokenizer, self.spec.run):
+            yield told
         for name, part in (("training", self.train), ("validation", self.held_out)):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")

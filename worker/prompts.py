@@ -6,7 +6,7 @@ its end-of-turn token. The text is cut where an answer begins and ends, so no to
 markers in what a person typed stay text (`worker/markers.py`).
 
     row shape                 model's kind             rendered as
-    messages                  any                      the chat template (`PLAIN_TEMPLATE` when the model has none)
+    messages                  any                      the chat template (`app.chat_templates.PLAIN` when the model has none)
     prompt + completion       instruction, dialogue    a user turn and an assistant turn
     prompt + completion       generic                  as they stand, then the end-of-text token
     text                      any                      as it stands, then the end-of-text token; all of it is learnt
@@ -18,21 +18,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from app.chat_templates import PLAIN, source
 from app.errors import BadData, BadRequest
 from worker import markers, templates
 from worker.templates import Chat, Span, Written
 
 if TYPE_CHECKING:
-    from app.run_settings import TrainOn
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-"""The template a generic model learns when it is given conversations or instructions. It is saved with the result."""
+    from app.run_settings import RunSettings, TrainOn
 
 CHAT_KINDS = ("instruction", "dialogue")
 MAX_ROW_CHARACTERS = 4 << 20
@@ -47,8 +39,9 @@ class Rendered(NamedTuple):
     cut: bool = False
 
 
-def prepare_tokenizer(tokenizer: Any) -> bool:
-    """Give the tokenizer what training needs: a chat template and a padding token. True when the plain template was set.
+def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
+    """Give the tokenizer what training needs: a chat template, the one that `run` chooses, and a padding token. True when the plain
+    template was set because there was none.
 
     Raises BadData for a tokenizer without an end-of-text token: nothing could teach the model to stop.
     """
@@ -59,9 +52,12 @@ def prepare_tokenizer(tokenizer: Any) -> bool:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if run and run.chat_template != "model":
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        tokenizer.chat_template = source(run.chat_template, run.chat_template_jinja, special, bool(_lead(tokenizer)))
     if tokenizer.chat_template:
         return False
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = PLAIN
     return True
 
 
@@ -213,16 +209,36 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     found = {tokenizer.eos_token_id}
     named = getattr(generation_config, "eos_token_id", None)
     found.update(named if isinstance(named, (list, tuple)) else [named])
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            ids, trained, _ = render_row(tokenizer, {"messages": turn}, "dialogue", 1 << 30)
-        except BadData:
-            ids, trained = [], []
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        last = [i for i, learnt in zip(ids, trained, strict=True) if learnt]
-        found.update(last[-1:] if last and last[-1] in special else [])
+    found.add(closing_id(tokenizer))
     return sorted(i for i in found if i is not None)
+
+
+def closing_id(tokenizer: Any) -> int | None:
+    """The token that the chat template closes an answer with; None without a template, and where it is no token of its own."""
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, trained, _ = render_row(tokenizer, {"messages": turn}, "dialogue", 1 << 30)
+    except BadData:
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    last = [i for i, learnt in zip(ids, trained, strict=True) if learnt][-1:]
+    return last[0] if last and last[0] in special else None
+
+
+def template_remark(tokenizer: Any, run: RunSettings) -> str | None:
+    """What a person should know of the template that they chose; None for the model's own."""
+    if run.chat_template == "model":
+        return None
+    closing = closing_id(tokenizer)
+    if closing is None:
+        return (
+            "The chat template ends an answer with no token of this model's own, so nothing teaches the model to stop. End the turns of the "
+            "assistant with {{ eos_token }}."
+        )
+    named = "as the job says it" if run.chat_template == "jinja" else run.chat_template
+    return f"The chat template is {named}; an answer ends with {tokenizer.decode([closing])}. It is saved with the result."
 
 
 # Text and tokens ------------------------------------------------------------------------------------------------------
@@ -259,7 +275,7 @@ def template_of(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
-    return template or PLAIN_TEMPLATE
+    return template or PLAIN
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

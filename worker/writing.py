@@ -21,7 +21,7 @@ from worker.evaluate import Question
 from worker.lesson import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
 from worker.load import load_plain
 from worker.loss import head_of, linear_cross_entropy
-from worker.prompts import prepare_tokenizer, tuned_kind
+from worker.prompts import prepare_tokenizer, template_remark, tuned_kind
 from worker.scores import answer_scores, contest, paired_losses
 
 ANSWERED = 8
@@ -54,7 +54,7 @@ class Writing(Lesson):
     accuracy: ClassVar = "token_accuracy"
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
-        self.plain_template = prepare_tokenizer(tokenizer)
+        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
         super().__init__(spec, tokenizer)
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batches.sides(spec)
@@ -75,6 +75,8 @@ class Writing(Lesson):
 
     def remarks(self) -> Iterator[str]:
         yield from remarks_on(self)
+        if told := template_remark(self.tokenizer, self.spec.run):
+            yield told
         for name, part in (("training", self.train), ("validation", self.held_out)):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")

@@ -102,6 +102,10 @@ class Strategy(BaseModel, ABC):
     def trainable(self, shape: Shape) -> int:
         """Number of the model's parameters that learn, a classifier's head apart; equal to the count on the real model."""
 
+    def tables(self, shape: Shape) -> int:
+        """Of these, numbers in tables of words that an adapter trains whole."""
+        return 0
+
     def head_parameters(self, shape: Shape, labels: int) -> int:
         """Parameters of the head that `head` builds."""
         return shape.hidden * labels + labels

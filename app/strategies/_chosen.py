@@ -53,16 +53,18 @@ class ChosenLowRank(LowRank):
     def _instead_of_layers(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("layers", "all-linear") != "all-linear":
             raise ValueError("It means the same as layers, which was given too: omit one of the two")
-        if value is not None and not 0 < len(_names(value)) <= MOST_NAMES:
+        if value is not None and not 0 < len(names_in(value)) <= MOST_NAMES:
             raise ValueError(f"It takes 1 to {MOST_NAMES} names: write q_proj, v_proj, or leave it empty")
         return value
 
     def unknown_modules(self, shape: Shape) -> list[str]:
         """The names that no module of such a model has."""
-        return [name for name in _names(self.target_modules) if not any(_pattern(name).match(f".{whole}") for whole, _ in shape.modules())]
+        return [
+            name for name in names_in(self.target_modules) if not any(_pattern(name).match(f".{whole}") for whole, _ in shape.modules())
+        ]
 
     def _found(self, shape: Shape) -> list[tuple[str, Linear]]:
-        patterns = [_pattern(name) for name in _names(self.target_modules)]
+        patterns = [_pattern(name) for name in names_in(self.target_modules)]
         return [(whole, linear) for whole, linear in shape.modules() if any(pattern.match(f".{whole}") for pattern in patterns)]
 
     def chosen(self, shape: Shape) -> list[Linear]:
@@ -88,7 +90,7 @@ class ChosenLowRank(LowRank):
         return {"init_lora_weights": "gaussian"} if self.init_lora_weights == "gaussian" else {}
 
 
-def _names(given: str | None) -> list[str]:
+def names_in(given: str | None) -> list[str]:
     return [name for name in re.split(r"[,\s]+", given or "") if name]
 
 

@@ -89,15 +89,20 @@ class LowRank(PeftStrategy):
         """Arguments of `peft.LoraConfig` that make this relative what it is."""
         return {}
 
+    def saved(self, shape: Shape) -> dict[str, Any]:
+        """Those that have modules of such a model saved whole."""
+        return {}
+
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         from peft import LoraConfig
 
+        shape = shape_of(model.config.to_dict())
         return LoraConfig(
             task_type=self.task_type(task),
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.peft_targets(shape_of(model.config.to_dict())),
-            bias="none",
+            target_modules=self.peft_targets(shape),
             **self.variant(),
+            **self.saved(shape),
         )

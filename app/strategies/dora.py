@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept
-from app.strategies._chosen import ChosenLowRank
-from app.strategies._low_rank import InOnePass
+from app.strategies._own_weights import WithOwnWeights
 
 if TYPE_CHECKING:
     import torch
 
 
-class Dora(InOnePass, ChosenLowRank):
+class Dora(WithOwnWeights):
     name: Literal["dora"] = "dora"
     title: ClassVar = "DoRA"
     summary: ClassVar = "LoRA for the direction of each weight row, plus a trained magnitude."

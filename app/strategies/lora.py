@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from app.strategies._chosen import ChosenLowRank
-from app.strategies._low_rank import InOnePass
+from app.strategies._own_weights import WithOwnWeights
 
 
-class Lora(InOnePass, ChosenLowRank):
+class Lora(WithOwnWeights):
     name: Literal["lora"] = "lora"
     title: ClassVar = "LoRA"
     summary: ClassVar = "Trains low-rank matrices next to each linear layer. Fits most tasks."

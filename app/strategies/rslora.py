@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.strategies._chosen import ChosenLowRank
-from app.strategies._low_rank import InOnePass
+from app.strategies._own_weights import WithOwnWeights
 
 
-class RankStabilizedLora(InOnePass, ChosenLowRank):
+class RankStabilizedLora(WithOwnWeights):
     name: Literal["rslora"] = "rslora"
     title: ClassVar = "Rank-stabilized LoRA"
     summary: ClassVar = "LoRA scaled by alpha/√r, so that high ranks stay effective."

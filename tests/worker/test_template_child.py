@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from app.chat_templates import PLAIN
 from tests.tiny import CHAT_TEMPLATE, build_tokenizer
 from worker import templates
-from worker.prompts import PLAIN_TEMPLATE
 from worker.template_child import Writer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # The well-known forms, in words of our own.
 TEMPLATES = {
-    "plain": PLAIN_TEMPLATE,
+    "plain": PLAIN,
     "chatml": CHAT_TEMPLATE,
     "smollm": (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}"

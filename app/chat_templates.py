@@ -1,0 +1,99 @@
+"""Chat templates by name, for models that have none and for whoever wants another, and the check of one that a person wrote. No torch.
+
+The tags that open a turn are text to a model that has no tokens for them, which it learns. What ends an answer must be a token, or
+nothing would make the model stop: where its tokenizer does not have the template's own, the end-of-text token takes the place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from typing import Any, Literal
+
+TemplateName = Literal["model", "chatml", "llama3", "gemma", "alpaca", "plain", "jinja"]
+SAMPLES = {
+    "model": "the model's own; plain where it has none",
+    "chatml": "chatml: <|im_start|>user ↵ Hello<|im_end|>",
+    "llama3": "llama3: <|start_header_id|>user<|end_header_id|> ↵↵ Hello<|eot_id|>",
+    "gemma": "gemma: <start_of_turn>user ↵ Hello<end_of_turn>",
+    "alpaca": "alpaca: ### Instruction: ↵ Hello ↵↵ ### Response:",
+    "plain": "plain: ### User: ↵ Hello ↵↵ ### Assistant:",
+    "jinja": "jinja: written below",
+}
+"""Each as a form says it, with what a user's turn looks like."""
+MOST_CHARACTERS = 8000
+"""Of a template that a person writes; those that models bring have 300 to 5,000. A form sends it in its address."""
+
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+"""The template a generic model learns when it is given conversations or instructions. It is saved with the result."""
+
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_LLAMA3 = (
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + END }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+_SYSTEM_FIRST = (  # it has no turn of its own and stands before the first one's text
+    "{% set system = messages[0]['content'] | trim + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+)
+_GEMMA = (
+    f"{_SYSTEM_FIRST}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+    "{{ (system if loop.first else '') + message['content'] | trim + END + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+_ALPACA = (
+    f"{_SYSTEM_FIRST}"
+    "{% if message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] | trim + END + '\\n\\n' }}"
+    "{% else %}{{ (system if loop.first else '') + '### Instruction:\\n' + message['content'] | trim + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+_NAMED = {"chatml": (_CHATML, "<|im_end|>"), "llama3": (_LLAMA3, "<|eot_id|>"), "gemma": (_GEMMA, "<end_of_turn>"), "alpaca": (_ALPACA, "")}
+
+
+def source(name: TemplateName, written: str | None, tokens: Container[str], begins: bool) -> str | None:
+    """The Jinja text of a choice for a tokenizer with these special `tokens`; `begins` says that it puts one before every text. None for
+    the model's own."""
+    if name == "model":
+        return None
+    if name == "jinja":
+        return written
+    if name == "plain":
+        return PLAIN
+    text, end = _NAMED[name]
+    return ("{{ bos_token }}" if begins else "") + text.replace("END", f"'{end}'" if end in tokens else "eos_token")
+
+
+_GENERATION = re.compile(r"\{%[-+]?[ ]{0,9}(end)?generation[ ]{0,9}[-+]?%\}")
+
+
+def fault(template: str) -> str | None:
+    """Why a text is no template that conversations can be written with, as far as can be told without rendering it, which may take any
+    time; None where it may be one."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import loopcontrols
+
+    try:
+        parsed: Any = Environment(autoescape=True, extensions=[loopcontrols]).parse(_GENERATION.sub("", template))
+        if not any(name.name == "messages" for name in parsed.find_all(nodes.Name)):
+            return "It never reads messages, so it writes no conversation"
+    except TemplateSyntaxError as error:
+        return f"Line {error.lineno}: {(error.message or 'it is no Jinja').rstrip('.')}"
+    except RecursionError:
+        return "It is nested too deeply"
+    return None
