@@ -510,7 +510,7 @@ class JobMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("orders", "moves"),
-    [pytest.param(15, 40, id="the same few every time"), pytest.param(300, 50, id="many that were never tried", marks=pytest.mark.fault)],
+    [(60, 40), pytest.param(300, 50, marks=pytest.mark.fault)],
 )
 def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases, orders, moves):
     dataset = make_dataset(session, user, data_dir)
@@ -521,7 +521,5 @@ def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases, 
         def make():
             return make_job(session, user, tiny_registered, dataset).id, user
 
-    chosen = settings(
-        max_examples=orders, stateful_step_count=moves, derandomize=orders < 100, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    chosen = settings(max_examples=orders, stateful_step_count=moves, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Here, settings=chosen)
