@@ -1,4 +1,5 @@
 # make studio   set everything up and start the studio        make test    set everything up and run every test
+# make test-faults   the long runs of the tests with more random kills and moves
 # Both need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
 SHELL := /bin/bash
@@ -11,10 +12,10 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test bench lint clean
+.PHONY: help studio test test-faults bench lint clean
 
 help:
-	@sed -n '1,2p' Makefile
+	@sed -n '1,3p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
@@ -30,6 +31,10 @@ test: $(VENV)/.installed-test $(VENV)/.browser lint
 	 printf '\n%s\n\n' "What failed is tried once more, one test at a time."; \
 	 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -rfEp $(ARGS) || exit $$?; \
 	 printf '\n%s\n' "The tests listed as PASSED right above failed beside others and passed on the second try, alone; the others passed at once."
+
+# The long runs of checks whose short forms are among the tests above: many more random kills, moves and broken files.
+test-faults: $(VENV)/.installed-test
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fault -n 2 --dist load $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'

@@ -88,16 +88,13 @@ def postgres(servers_dir: Path) -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def valkey(servers_dir: Path) -> Iterator[Server]:
-    import redis
-
     from app.embedded.valkey import Valkey
 
     server = Valkey(servers_dir)
     with (servers_dir / "valkey.log").open("wb") as log:
         process = subprocess.Popen(server.command(), stdout=log, stderr=log, cwd="/")
     try:
-        wait_until(server.socket.exists, what="Valkey", log=servers_dir / "valkey.log")
-        redis.Redis.from_url(server.url).ping()
+        wait_until(lambda: answers(server.url), what="Valkey", log=servers_dir / "valkey.log")
         yield Server(server.url, process)
     finally:
         process.terminate()
@@ -122,6 +119,16 @@ def can_connect(engine) -> bool:
         with engine.connect():
             return True
     except OperationalError:
+        return False
+
+
+def answers(url: str) -> bool:
+    """Whether Valkey does. Its socket is there a moment before anybody is let in."""
+    import redis
+
+    try:
+        return redis.Redis.from_url(url).ping()
+    except redis.ConnectionError:
         return False
 
 
@@ -439,11 +446,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first, those that run the whole studio or the starter model before those with many tests: two processes
-    share the files, and whichever has a long one last is waited for by the other."""
-    long = {item.path for item in items if item.get_closest_marker("studio") or item.get_closest_marker("starter")}
+    """Files that take long first: those that run the whole studio or the starter model, then those with a browser or with more time
+    allowed than usual, then those with many tests. Two processes share the files, and whichever has a long one last is waited for
+    by the other."""
+    rank: dict[Path, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        own = 0 if marks & {"studio", "starter"} else 1 if marks & {"browser", "timeout"} else 2
+        rank[item.path] = min(own, rank.get(item.path, own))
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in long, -tests[item.path], str(item.path)))
+    items.sort(key=lambda item: (rank[item.path], -tests[item.path], str(item.path)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -572,8 +572,12 @@ def test_files_left_by_a_death_after_the_commit_go_later(failed_at_15, user, ses
     assert there(folders) == [5]
 
 
-@pytest.mark.timeout(600)
-def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("orders", "moves"),
+    [(60, 40), pytest.param(300, 50, marks=pytest.mark.fault)],
+)
+def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases, orders, moves):
     dataset = make_dataset(session, user, data_dir)
     session.commit()
 
@@ -582,6 +586,5 @@ def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases):
         def make():
             return make_job(session, user, tiny_registered, dataset).id, user
 
-    run_state_machine_as_test(
-        Here, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-    )
+    chosen = settings(max_examples=orders, stateful_step_count=moves, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Here, settings=chosen)

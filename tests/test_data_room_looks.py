@@ -14,9 +14,9 @@ from sqlalchemy import select
 from app import datasets, files, ids
 from app.tables import Dataset, Event, File, Job
 from tests.data_worker import data_worker
-from tests.looks import look_at
+from tests.looks import COLORS, check, look_at
 from tests.orders import make_spec
-from tests.test_looks import check, page, served
+from tests.test_looks import page, served
 
 __all__ = ["page", "served"]
 pytestmark = pytest.mark.browser
@@ -100,7 +100,7 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):
     for name, tail in places:
         page.goto(f"{served}{room}{tail}")
         page.locator("script[src*='again.js']").wait_for(state="detached")  # it loads the page again until all is there
-        check(page, tmp_path, f"{name}-{theme}-{width}")
+        check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.looks import COLORS, check
 from tests.routes.test_advice import chats  # noqa: F401  a fixture
-from tests.test_looks import check, page, served  # noqa: F401  fixtures
+from tests.test_looks import page, served  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.browser
 
@@ -18,6 +19,6 @@ def test_pages(page, served: str, tiny_registered, chats, tmp_path: Path, theme:
     page.context.add_cookies([{"name": "luthier_theme", "value": theme, "url": served}])
     for name, path in (("advice", "/jobs/advice"), ("guide", "/guide"), ("strategy", "/guide/lora")):
         page.goto(served + path)
-        check(page, tmp_path, f"{name}-{theme}-{width}")
+        check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
         if name == "advice":
             assert page.locator("main .scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)") == [0]

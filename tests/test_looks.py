@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 from sqlalchemy import update
 
 from app import accounts, fetching, first_model, manifest, starters, workers
 from app.main import create_app
 from app.tables import Dataset, File, Job, Model
+from tests.looks import COLORS, check, look_at, objections
 from tests.test_starters import folder_members, small
 
 pytestmark = pytest.mark.browser
@@ -81,15 +81,6 @@ def busy(session, user) -> None:
         workers.say_alive(queue, time.time() - 3 * 86_400)
 
 
-def check(page: Page, folder: Path, name: str) -> None:
-    """Fits its width, says nothing axe objects to, and leaves a picture to look at."""
-    page.screenshot(path=folder / f"{name}.png", full_page=True)
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide <= 0, f"{name} is {wide} px wider than the window"
-    found = Axe().run(page)
-    assert found.violations_count == 0, f"{name}: {found.generate_report()}"
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1360, 760, 320])
 def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width: int):
@@ -100,7 +91,26 @@ def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width:
         assert page.evaluate("document.documentElement.dataset.theme") == theme
         for button in page.get_by_role("button", name="Revoke").all():
             assert (box := button.bounding_box()) and box["x"] + box["width"] <= width, "a key cannot be revoked without scrolling sideways"
-        check(page, tmp_path, f"{name}-{theme}-{width}")
+        check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("<style>[data-theme=dark] p { color: #222 }</style>", "a-dark-1280: .*color-contrast"),
+        ("<style>@media (width < 400px) { [data-theme=dark] p { color: #222 } }</style>", "a-dark-320: .*color-contrast"),
+        ("<style>p { color: #eee }</style>", "a-light-1280: .*color-contrast"),
+        ("<input>", "a-light-1280: .*label"),
+        ("<style>input { display: none } @media (width < 400px) { input { display: block } }</style><input>", "a-light-320: .*label"),
+        ("<div style='width: 900px'>w</div>", "a-light-320: .*wider than the window"),
+    ],
+)
+def test_what_is_wrong_in_one_theme_or_width_is_found(browser_page: Page, tmp_path: Path, fault: str, found: str):
+    page = "<html lang=en><title>a</title><meta name=viewport content='width=device-width'><style>[data-theme=dark] { background: #111 }"
+    browser_page.set_content(f"{page} [data-theme=dark] * {{ color: #eee }}</style><main><h1>A</h1><p>Words</p>{fault}</main>")
+    with pytest.raises(AssertionError, match=found):
+        look_at(browser_page, "a", tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"], "a picture of what is wrong"
 
 
 def test_an_empty_studio_gets_its_first_model_by_one_click(
@@ -203,7 +213,7 @@ def test_a_question_mark_lists_the_keys(page: Page, served: str):
     assert page.locator("#name").input_value() == "?" and not page.locator("#shortcuts").is_visible()
     page.locator("main").press("?")
     page.get_by_role("dialog", name="Keyboard shortcuts").get_by_text("Vote for a tie").wait_for()
-    assert Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"] == []
+    assert objections(page) == []
     page.keyboard.press("Escape")
     assert not page.locator("#shortcuts").is_visible()
     page.get_by_role("button", name="Shortcuts").click()

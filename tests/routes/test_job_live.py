@@ -13,6 +13,7 @@ import uvicorn
 from app import claims, events, ids, job_tabs, jobs
 from tests import lives
 from tests.conftest import free_port
+from tests.looks import COLORS, objections
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.browser
@@ -71,12 +72,6 @@ def until(page, expression: str, seconds: float = 20.0) -> None:
     while not page.evaluate(f"Boolean({expression})"):
         assert time.monotonic() < deadline, f"never came true: {expression}"
         page.wait_for_timeout(50)
-
-
-def violations(page) -> list[str]:
-    from axe_playwright_python.sync_playwright import Axe
-
-    return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in Axe().run(page).response["violations"]]
 
 
 def latest(page) -> str:
@@ -312,7 +307,7 @@ def test_nobody_is_shut_out(page, served, session, user, tiny_registered, datase
     ):
         page.goto(served + path)
         page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = !d.matches('.menu'))")
-        assert violations(page) == [], path
+        assert objections(page, COLORS if theme == "dark" else ()) == [], path
 
 
 def test_without_scripts_the_page_shows_all_and_says_how_to_look_again(browser, served, session, user, tiny_registered):

@@ -103,22 +103,26 @@ class Trainer:
 
 
 class WarmTrainer:
-    """The same process forked from one that has imported torch already, for tests that start and kill it many times.
+    """The same process forked from one that has imported already what takes long, for tests that start and kill it many times.
 
-    With `die_at` it kills itself at that call of fsync or rename: in the middle of writing a checkpoint.
+    With `die_at` it kills itself at that call of fsync or rename: in the middle of writing a checkpoint. What torchrun would tell it of
+    its place among several comes by `place`.
     """
 
-    def __init__(self, spec: JobSpec, job: str, attempt: int, die_at: int = 0) -> None:
+    def __init__(self, spec: JobSpec, job: str, attempt: int, die_at: int = 0, place: dict[str, str] | None = None) -> None:
         root = get_settings().data_dir
         folder = f"runs/{job}/a{attempt}"
         (root / folder).mkdir(parents=True, exist_ok=True)
-        path, pipe = root / folder / "spec.json", root / folder / "events.fifo"
+        place = {"RANK": "0", **(place or {})}
+        path, pipe = root / folder / "spec.json", root / folder / f"events-{place['RANK']}.fifo"
         path.write_text(spec.model_dump_json())
         os.mkfifo(pipe)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["worker.run", "worker.train", "tests.worker.orders"])
+        context.set_forkserver_preload(
+            ["worker.run", "worker.train", "worker.writing", "worker.lora", "peft", "pyarrow.parquet", "scipy.stats", "tests.worker.orders"]
+        )
         arguments = ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd"]
-        self.process = context.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at), daemon=True)
+        self.process = context.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at, place), daemon=True)
         self.process.start()
         self.pipe = pipe.open("rb")
 
@@ -140,12 +144,13 @@ class WarmTrainer:
         return said, self.wait()
 
 
-def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int) -> None:
-    os.environ["LUTHIER_DATA_DIR"] = data_dir
+def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int, place: dict[str, str]) -> None:
+    os.environ.update(place, LUTHIER_DATA_DIR=data_dir)
     import torch
 
-    from worker.run import main
+    from worker import run as trainer
 
+    trainer.FIRST = place["RANK"] == "0"  # it was imported before it had a place
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     left = die_at
@@ -162,4 +167,4 @@ def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int) -> None
 
     if die_at:
         os.fsync, os.rename = counted(os.fsync), counted(os.rename)
-    sys.exit(main([*arguments, str(os.open(pipe, os.O_WRONLY))]))
+    sys.exit(trainer.main([*arguments, str(os.open(pipe, os.O_WRONLY))]))

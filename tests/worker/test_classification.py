@@ -89,7 +89,7 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
     why = STRATEGIES[name]().unavailable(model.shape, task="classification")
     if why:
         pytest.skip(why)
-    spec = sorting(model, texts(), name, forgetting=True)
+    spec = sorting(model, texts(), name, forgetting=True, evaluations_per_epoch=0.5)
     said = run(spec, data_dir)
     (started,), finished = of(said, events.Started), said[-1]
     assert isinstance(finished, events.Finished) and finished.kind == "classifier" and finished.labels == ["part", "sound", "wood"]
