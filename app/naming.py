@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sqlalchemy.orm import Session
 
-from app import datasets
+from app.datasets import service as datasets
 from app.errors import BadField
 from app.tables import Comparison, Dataset, Job, Model
 

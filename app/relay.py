@@ -23,8 +23,10 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import leases, logs, queue, workers
+from app import leases, queue
 from app.db import transaction
+from app.kit import logs
+from app.machines import heartbeats
 from app.settings import get_settings
 from app.tables import Base, Outbox
 
@@ -88,7 +90,11 @@ def take_over(session: Session) -> None:
 
 
 def _reap(session: Session) -> None:
-    from app import datasets, evaluations, jobs, models, prompt_runs
+    from app.datasets import service as datasets
+    from app.evaluation import service as evaluations
+    from app.jobs import service as jobs
+    from app.models import service as models
+    from app.prompts import runs as prompt_runs
 
     for service in (jobs, evaluations, datasets, models, prompt_runs):
         found = service.reap(session)
@@ -162,7 +168,7 @@ def main() -> None:
     asked = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: asked.set())
-    talking = workers.keep_saying("relay")
+    talking = heartbeats.keep_saying("relay")
     log.info("relaying")
     relay(asked.is_set)
     talking.set()

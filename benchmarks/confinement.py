@@ -75,7 +75,7 @@ def address_of_this_machine() -> str:
 
 def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "none") -> dict[str, Any]:
     """What goes through from inside a room as a trainer's."""
-    from app import confinement
+    from app.kit import confinement
     from app.settings import PROJECT
 
     confinement.MOST_TASKS = TASKS
@@ -107,7 +107,7 @@ def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "non
 
 def cost(tries: int = 15) -> dict[str, float]:
     """Milliseconds that the walls add to the start of a program: the middle of some tries, taken in turn."""
-    from app import confinement
+    from app.kit import confinement
     from app.settings import PROJECT
 
     bare = [sys.executable, "-I", "-S", "-c", "pass"]

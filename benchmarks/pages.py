@@ -67,16 +67,16 @@ def main() -> None:
 def studio() -> Iterator[tuple[str, Any, list[Page]]]:
     """(address, what makes a link that signs in once, pages) of a web process of its own."""
     with servers() as own:
-        from app import accounts
         from app.db import transaction
+        from app.web import auth
         from tests.data_worker import data_worker
 
         with transaction() as session:
-            user = accounts.first_user(session)
+            user = auth.first_user(session)
             samples = seed(session, user, own.folder / "data")
 
             def link() -> str:
-                made = accounts.new_sign_in_link(session, user)
+                made = auth.new_sign_in_link(session, user)
                 session.commit()
                 return made
 
@@ -106,8 +106,16 @@ def studio() -> Iterator[tuple[str, Any, list[Page]]]:
 
 def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
-    from app import comparisons, datasets, evaluations, ids, jobs, playground, predictions, prompt_runs, prompts, samples
-    from app.generation import Sampling
+    from app.datasets import samples
+    from app.datasets import service as datasets
+    from app.evaluation import comparisons, predictions
+    from app.evaluation import service as evaluations
+    from app.inference import playground
+    from app.inference.protocol import Sampling
+    from app.jobs import service as jobs
+    from app.kit import ids
+    from app.prompts import runs as prompt_runs
+    from app.prompts import service as prompts
     from app.tables import Vote
     from tests import lives
 
@@ -163,10 +171,10 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
 
 def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
     """Every page of the application, with its examples and its tabs."""
-    from app.job_tabs import TABS
     from app.main import create_app
     from app.routes.models import TABS as OF_MODELS
-    from app.shell import each_route
+    from app.views.job_tabs import TABS
+    from app.web.navigation import each_route
 
     tabs = {"/jobs/{job_id}": list(TABS), "/models/{key}": list(OF_MODELS), "/datasets/{key}": ["report", "issues", "versions"]}
     found = []

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 from sqlalchemy import func, select
 
-from app import datasets, db, inspections, queue
+from app import db, queue
+from app.datasets import inspections
+from app.datasets import service as datasets
 from app.tables import Outbox
 
 BODIES = {queue.READ: datasets.read, queue.INSPECT: inspections.answer}

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app import queue
-from app.rows import write_rows
+from app.datasets.row_store import write_rows
 from app.spec import JobSpec
 from app.tables import Dataset, File, Job, Model, User
 

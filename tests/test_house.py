@@ -144,7 +144,7 @@ def test_the_worker_knows_no_web():
         for path in sources("worker")
         for name in imports(path)
         if name.split(".")[0] in ("fastapi", "starlette")
-        or name.startswith(("app.routes", "app.main", "app.web", "app.cli", "app.embedded"))
+        or name.startswith(("app.routes", "app.main", "app.web.templates", "app.cli", "app.ops.embedded"))
     ]
     assert found == []
 
@@ -250,7 +250,7 @@ def test_the_web_process_needs_no_torch_and_little_memory(data_dir, capsys):
 def test_compose_runs_what_luthier_up_runs(data_dir):
     import yaml
 
-    from app.embedded.up import commands
+    from app.ops.embedded.up import commands
     from app.settings import get_settings
 
     compose = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())

@@ -22,23 +22,26 @@ import torch
 
 from app import events
 from app.errors import StudioError
-from app.estimate_memory import recomputed_layers
+from app.planning.memory import recomputed_layers
 from app.run_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker import attention, checkpoint, kernels, neftune, optim, processes, results, rooms
-from worker.checkpoint import State, relative
-from worker.classifier import plain
-from worker.course import Course, course_of, seconds_expected
-from worker.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
-from worker.export import export
-from worker.late import Figures, depth
-from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
-from worker.load import load_tokenizer
-from worker.rotary import use_fused_rotary
-from worker.step import next_window, parts_of, take_step
-from worker.telling import Telling
-from worker.whole import Whole, give_back, learns_whole, use_whole
+from worker.kernels.cpu import gradient_buffers
+from worker.kernels.cpu.full_tuning import Whole, give_back, learns_whole, use_whole
+from worker.kernels.cpu.rotary import use_fused_rotary
+from worker.modeling import fused_layers, packed_attention
+from worker.modeling.classifier import plain
+from worker.modeling.loading import load_tokenizer
+from worker.runtime import distributed
+from worker.runtime.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
+from worker.runtime.progress import Telling
+from worker.runtime.transfer import Figures, depth
+from worker.training import checkpoint, final_evaluation, neftune, optim
+from worker.training.checkpoint import State, relative
+from worker.training.export import export
+from worker.training.objectives._base import Lesson, Scored, body_of, lesson_of, trained_parameters
+from worker.training.schedule import Course, course_of, seconds_expected
+from worker.training.step import next_window, parts_of, take_step
 
 MOST_NOT_FINITE = 3
 DIVERGED_STEPS = 15
@@ -79,9 +82,9 @@ class Trainee:
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
-    world: processes.World = field(default_factory=processes.World)
-    factors: Any = None  # worker.factors.Learnt, for LoRA on a CPU with matrix units
-    shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
+    world: distributed.World = field(default_factory=distributed.World)
+    factors: Any = None  # worker.kernels.cpu.lora_step.Learnt, for LoRA on a CPU with matrix units
+    shards: Any = None  # worker.training.fsdp.Shards, where several processes share the weights themselves
     pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
     @property
@@ -108,14 +111,14 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     control = control or Control()
     began = time.monotonic()
     if type(spec.strategy).recipe == "features":
-        if processes.rank():
+        if distributed.rank():
             return  # the model is read once, by the first process
-        from worker.frozen import train_on_features
+        from worker.training.train_on_features import train_on_features
 
         yield from train_on_features(spec, folder, control, began)
         return
     digest = spec_digest(spec)
-    spec = processes.spread(spec)
+    spec = distributed.spread(spec)
     run, strategy = spec.run, spec.strategy
     found = checkpoint.newest(runs or folder.parent)
     state = checkpoint.read_state(found) if found else State()
@@ -131,7 +134,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     yield from (_log("warn", text) for text in lesson.remarks())
 
     model = lesson.load(engine)
-    kernels.use_fused_layers(model)
+    fused_layers.use_fused_layers(model)
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
@@ -140,11 +143,11 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
-    recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
+    recompute = fused_layers.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
-        kernels.round_embeddings(plain(model), engine.compute)
+        fused_layers.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = kernels.speed_up(
+    done = fused_layers.speed_up(
         body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
     )
     trained = trained_parameters(model)
@@ -156,13 +159,13 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     parts = parts_of(lesson, model, engine, course)
     facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
     if wholes:
-        facts["whole"] = "apart" if rooms.keep(wholes, parts, run.passes, optimizer) else True
+        facts["whole"] = "apart" if gradient_buffers.keep(wholes, parts, run.passes, optimizer) else True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
     if found:
         checkpoint.load_weights(found, trained)
-        if not processes.spreads(strategy):
+        if not distributed.spreads(strategy):
             optim.load_state(optimizer, trained, checkpoint.read_optimizer(found))
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
@@ -170,14 +173,14 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     state.facts = facts
     job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
     if hasattr(body_of(model), "peft_config"):
-        from worker import lora
+        from worker.modeling import fused_lora
 
-        job.factors = lora.keep(body_of(model), parts, engine, optimizer)
+        job.factors = fused_lora.keep(body_of(model), parts, engine, optimizer)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
-    with processes.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
+    with distributed.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
         yield from _steps(job, control, found)
     if job.world.first and not control.stopped:
         yield from finish(job)
@@ -191,10 +194,10 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
     if world.first and state.evaluated_at < 0:
         yield from judge(job)
     world.wait()
-    if processes.spreads(job.spec.strategy):
-        from worker import shards  # most jobs do without
+    if distributed.spreads(job.spec.strategy):
+        from worker.training import fsdp  # most jobs do without
 
-        job.shards = shards.spread(job, saved)
+        job.shards = fsdp.spread(job, saved)
     packs = course.packs(lesson.train.lengths, run, state.step * run.passes)
     late: deque[tuple[events.Step, Figures]] = deque()
     unread = depth(job.engine.device)
@@ -207,7 +210,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         window = next_window(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
-        if state.step == before + 2 and (missed := kernels.given_up()):
+        if state.step == before + 2 and (missed := fused_layers.given_up()):
             yield _log(
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
             )
@@ -216,7 +219,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         if course.due(state.step) or course.saves(state.step) or saving or stop:
             while late:
                 yield report(job, *late.popleft())
-            with shards.whole(job) if job.shards else contextlib.nullcontext():
+            with fsdp.whole(job) if job.shards else contextlib.nullcontext():
                 if world.first:
                     if course.due(state.step):
                         yield from judge(job)
@@ -229,7 +232,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
                 return
             job.lap = time.perf_counter()
     if job.shards:
-        shards.join(job)
+        fsdp.join(job)
         job.shards = None
 
 
@@ -259,7 +262,7 @@ def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str,
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": attention.NAME, **done, "tokens_per_pass": job.course.budget},
+        details={**job.state.facts, "attention": packed_attention.NAME, **done, "tokens_per_pass": job.course.budget},
     )
 
 
@@ -416,7 +419,7 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
     give_back(job.wholes)
     job.optimizer, job.trained, job.wholes = None, {}, []  # type: ignore[assignment]  # their memory is needed
-    compared = yield from results.compare(job)
+    compared = yield from final_evaluation.compare(job)
     state.wall_seconds = time.monotonic() - job.began
     yield events.Finished(
         reason="completed" if state.step >= job.course.total_steps else "early_stopped",

@@ -16,12 +16,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from app import answers as errors_as_json
-from app import playground, schemas
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import BadField
-from app.generation import (
+from app.inference import playground
+from app.inference.client import listen
+from app.inference.playground import Asked, Heard
+from app.inference.protocol import (
     MOST_CHOICES,
     MOST_STOPS,
     MOST_TOP_LOGPROBS,
@@ -36,11 +37,11 @@ from app.generation import (
     Started,
     TextPart,
 )
-from app.listening import listen
-from app.openapi import answers
-from app.playground import Asked, Heard
-from app.streams import Stream, collect, later, left, merge, while_connected
 from app.tables import User
+from app.web import error_responses as errors_as_json
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.streaming import Stream, collect, later, left, merge, while_connected
 
 api = APIRouter(prefix="/v1")
 

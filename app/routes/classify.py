@@ -9,17 +9,19 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import classify, schemas, web
-from app.accounts import CurrentUser
-from app.classify import Sorting
+from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import GenerateRequest
-from app.listening import listen, listen_calmly
-from app.openapi import answers
-from app.playground import MOST_PANES
-from app.streams import collect, left
+from app.inference import classify
+from app.inference.classify import Sorting
+from app.inference.client import listen, listen_calmly
+from app.inference.playground import MOST_PANES
+from app.inference.protocol import GenerateRequest
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.streaming import collect, left
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -83,4 +85,4 @@ def _page(
         "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "texts": texts, "found": found, "error": error,
         "shown": SHOWN,
     }  # fmt: skip
-    return web.render(request, "classify.html", status_code=error.status if error else 200, **context)
+    return web_templates.render(request, "classify.html", status_code=error.status if error else 200, **context)

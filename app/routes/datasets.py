@@ -10,19 +10,26 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import dataset_view, datasets, files, formats, hub_datasets, ids, joining, lists, mixing, pasting, readers, samples, schemas
-from app import pages as cursor
-from app.accounts import CurrentUser
+from app import formats, schemas
+from app.datasets import compose, compose_rows, pasting, readers, samples
+from app.datasets import hub as hub_datasets
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.multipart import Form as StreamedForm
-from app.multipart import read_form
-from app.openapi import answers
+from app.kit import ids
+from app.kit import pagination as cursor
 from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.settings import get_settings
+from app.storage import files
+from app.storage.multipart import Form as StreamedForm
+from app.storage.multipart import read_form
 from app.tables import Dataset, User
-from app.web import flash, render
+from app.views import dataset as dataset_view
+from app.views import lists
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -148,7 +155,7 @@ def join_form(request: Request, user: CurrentUser, session: Db, first: str = "",
 def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
     able = [dataset for dataset in datasets.with_rows(session, user) if dataset.rows_path]
     targets = sorted(
-        {wanted for dataset in able for wanted in mixing.MAPPINGS if (joining.shape_of(dataset), wanted) in mixing.CONVERSIONS}
+        {wanted for dataset in able for wanted in compose_rows.MAPPINGS if (compose.shape_of(dataset), wanted) in compose_rows.CONVERSIONS}
     )
     return render(
         request,
@@ -173,13 +180,13 @@ async def join(request: Request, user: CurrentUser) -> Response:
 def _join(request: Request, user: User, typed: dict[str, str]) -> Response:
     try:
         with transaction() as session:
-            return RedirectResponse(_path(joining.order(session, user, _join_order(typed))), 303)
+            return RedirectResponse(_path(compose.order(session, user, _join_order(typed))), 303)
     except StudioError as error:
         with transaction() as session:
             return _join_page(request, user, session, typed, error)
 
 
-def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
+def _join_order(typed: dict[str, str]) -> compose.JoinOrder:
     """The form's fields as an order; those that the operation does not use are left aside."""
     operation = typed.get("operation", "")
     used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
@@ -195,7 +202,7 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
     if not parts:
         raise BadField("No dataset was chosen.", way_out="Select at least one.", param="datasets")
     try:
-        return joining.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
+        return compose.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])

@@ -13,15 +13,17 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import models, playground, schemas
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import BadField, Unavailable
-from app.generation import MOST_TEXTS, Embedded, GenerateRequest, Sampling
-from app.listening import listen
-from app.openapi import answers
-from app.streams import collect, left
+from app.inference import playground
+from app.inference.client import listen
+from app.inference.protocol import MOST_TEXTS, Embedded, GenerateRequest, Sampling
+from app.models import service as models
 from app.tables import User
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.streaming import collect, left
 
 api = APIRouter(prefix="/v1")
 LONGEST = 200_000  # characters

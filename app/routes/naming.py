@@ -11,15 +11,21 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from app import comparison_table, comparisons, datasets, ids, jobs, models, naming, run_compare, schemas
-from app.accounts import CurrentUser
+from app import naming, schemas
+from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
-from app.openapi import answers
+from app.evaluation import comparison_table, comparisons
+from app.jobs import service as jobs
+from app.kit import ids
+from app.models import service as models
 from app.routes import fine_tuning, versions
 from app.routes import models as model_routes
 from app.tables import User
-from app.web import flash, plural
+from app.views import run_comparison
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.templates import flash, plural
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
@@ -177,8 +183,8 @@ def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
     """What has to be chosen or written first, said above the list."""
     if not picked:
         return "No row is ticked. Tick at least one."
-    if do == "compare" and place == "jobs" and not 2 <= picked <= run_compare.MOST:
-        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_compare.MOST} to compare."
+    if do == "compare" and place == "jobs" and not 2 <= picked <= run_comparison.MOST:
+        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_comparison.MOST} to compare."
     if do == "tag" and not added:
         return "No tag was written. Write at least one, with commas between them."
     return None

@@ -9,17 +9,19 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import next_tokens, playground, schemas, web
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import MOST_NEXT
-from app.listening import listen, listen_calmly
-from app.next_tokens import View
-from app.openapi import answers
-from app.playground import MOST_PANES, Asked
-from app.streams import collect, left
+from app.inference import next_tokens, playground
+from app.inference.client import listen, listen_calmly
+from app.inference.next_tokens import View
+from app.inference.playground import MOST_PANES, Asked
+from app.inference.protocol import MOST_NEXT
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.streaming import collect, left
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -90,4 +92,4 @@ def _page(request: Request, user: User, names: list[str], text: str, top_k: int,
         "probability": next_tokens.probability, "shade": next_tokens.shade, "rows": next_tokens.side_by_side(said), "said": said,
         "same": next_tokens.same_tokens(said) if said else False,
     }  # fmt: skip
-    return web.render(request, "tokens.html", status_code=error.status if error else 200, **context)
+    return web_templates.render(request, "tokens.html", status_code=error.status if error else 200, **context)

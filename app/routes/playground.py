@@ -14,15 +14,17 @@ from pydantic import BaseModel, Field, create_model
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import forms, ids, playground, standby, tryout, votes, web
-from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
-from app.generation import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
-from app.listening import listen_calmly
-from app.playground import Asked, Heard
-from app.streams import Stream, later, left, merge, while_connected
+from app.inference import playground, residency, tryout, votes
+from app.inference.client import listen_calmly
+from app.inference.playground import Asked, Heard
+from app.inference.protocol import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
+from app.kit import forms, ids
 from app.tables import Exchange, User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.streaming import Stream, later, left, merge, while_connected
 
 pages = APIRouter()
 
@@ -176,9 +178,9 @@ def _page(
         "stops": STOPS,
         "prompt": "",
         "error": None,
-        **standby.part(session, user),
+        **residency.part(session, user),
     }
-    return web.render(request, "playground.html", **(context | more))
+    return web_templates.render(request, "playground.html", **(context | more))
 
 
 def forms_text(exchange: Exchange) -> dict[str, str]:
@@ -277,7 +279,7 @@ def _told(place: int, asked: Asked, heard: Heard, entry: Entry) -> dict[str, Any
         engine = asked.request.engine.host if asked.request.engine else None
         said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed, engine)
     if isinstance(entry, ChoiceFinished):
-        said |= {"note": STOPS[entry.reason], "html": str(web.markdown(heard.choices[entry.index].text))}
+        said |= {"note": STOPS[entry.reason], "html": str(web_templates.markdown(heard.choices[entry.index].text))}
     return said
 
 
@@ -289,5 +291,5 @@ def _line(value: dict[str, Any]) -> bytes:
 def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
     """One answer over the others to the same prompt, as votes."""
     exchange, count = votes.prefer(session, user, answer)
-    web.flash(request, f"{web.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
+    web_templates.flash(request, f"{web_templates.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
     return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

@@ -10,18 +10,22 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, ids, playground, schemas, votes, web
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
-from app.generation import Sampling
-from app.listening import listen_calmly
-from app.openapi import answers
-from app.pages import After, Limit, page
-from app.playground import Heard
+from app.inference import playground, votes
+from app.inference.client import listen_calmly
+from app.inference.playground import Heard
+from app.inference.protocol import Sampling
+from app.kit import ids
+from app.kit.pagination import After, Limit, page
 from app.routes.chat import Message
-from app.streams import collect, later, left
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.openapi import answers
+from app.web.streaming import collect, later, left
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/votes")
@@ -83,7 +87,7 @@ def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
 
 @pages.get("/playground/ab")
 def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
-    return web.render(request, "ab.html", **_context(session, user, models or []))
+    return web_templates.render(request, "ab.html", **_context(session, user, models or []))
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
@@ -146,7 +150,7 @@ def _forget(user: User, vote_id: uuid.UUID) -> None:
 def _again(request: Request, user: User, names: list[str], prompt: str, dataset: str, error: StudioError) -> Response:
     with transaction() as session:
         context = _context(session, user, names, prompt=prompt, dataset=dataset, error=error)
-        return web.render(request, "ab.html", status_code=error.status, **context)
+        return web_templates.render(request, "ab.html", status_code=error.status, **context)
 
 
 @pages.get("/playground/ab/{vote_id}")
@@ -154,7 +158,7 @@ def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -
     vote = votes.get(session, user, key_of(vote_id))
     drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
     context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
-    return web.render(request, "ab.html", **context)
+    return web_templates.render(request, "ab.html", **context)
 
 
 @pages.post("/playground/ab/{vote_id}")

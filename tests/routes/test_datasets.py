@@ -5,7 +5,11 @@ import re
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, formats, ids, samples
+from app import formats
+from app.datasets import samples
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
 from app.tables import Dataset, User
 
 CHAT = '{"messages": [{"role": "user", "content": "<b>ask</b>"}, {"role": "assistant", "content": "tell"}]}\n'

@@ -8,8 +8,10 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids
+from app.datasets import service as datasets
+from app.kit import ids
 from app.queue import READ
+from app.storage import files
 from app.tables import Dataset, File, Outbox, User
 
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

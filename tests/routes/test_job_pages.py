@@ -8,9 +8,14 @@ import re
 
 import pytest
 
-from app import datasets, events, files, ids, job_tabs, jobs
+from app import events
+from app.datasets import service as datasets
+from app.jobs import service as jobs
+from app.kit import ids
 from app.settings import get_settings
+from app.storage import files
 from app.strategies import STRATEGIES
+from app.views import job_tabs
 from tests import lives
 
 

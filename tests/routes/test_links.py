@@ -9,14 +9,17 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 import pytest
 from sqlalchemy import select
 
-from app import checkpoints, ids, manifest, playground, prompts
-from app.generation import Done, Sampling, Started, TextPart
-from app.playground import Heard
+from app.inference import playground
+from app.inference.playground import Heard
+from app.inference.protocol import Done, Sampling, Started, TextPart
+from app.jobs import checkpoints
+from app.kit import ids, manifest
+from app.prompts import service as prompts
 from app.tables import Checkpoint, Model
 from tests.lives import Life, started, steps
 from tests.orders import make_job
 from tests.routes.test_comparisons import body, create, make
-from tests.test_evaluation_looks import record, scores
+from tests.views.test_evaluation_looks import record, scores
 
 NAMED = re.compile(r"(?<=/)(ds|ftjob|model|eval|cmp|prompt|run|vote)-[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=/rows/)\d+")
 AWAY = re.compile("/models/terms/")

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from app import datasets, files, formats, ids
-from tests.malformed_sheets import workbook
+from app import formats
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
+from tests.datasets.malformed_sheets import workbook
 
 GERMAN = "\ufeffNr;Frage;Kategorie\n" + "".join(
     f"{n};Wo bleibt meine Geige Nummer {n}, die ich über Ihre Seite bestellt habe?;{('Lieferung', 'Rückgabe', 'Zahlung')[n % 3]}\n"

@@ -8,7 +8,11 @@ import re
 
 import pytest
 
-from app import datasets, events, files, ids, jobs
+from app import events
+from app.datasets import service as datasets
+from app.jobs import service as jobs
+from app.kit import ids
+from app.storage import files
 from tests import lives
 
 

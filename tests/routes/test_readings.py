@@ -5,7 +5,8 @@ import json
 import pytest
 from sqlalchemy import select
 
-from app import datasets, ids
+from app.datasets import service as datasets
+from app.kit import ids
 from app.tables import Dataset
 
 PLAIN = "".join(json.dumps({"prompt": f"Say {n}", "completion": f"number {n}"}) + "\n" for n in range(12)).encode()

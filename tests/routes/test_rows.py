@@ -7,7 +7,9 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
 from app.tables import Dataset, Event, Job
 from tests.data_worker import data_worker
 

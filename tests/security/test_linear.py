@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from app import formats, readers, rules
-from app.edits import TEXT_EDITS
-from app.rules._base import seen
-from app.rules.secrets import MOST_LOOKED_AT, Secrets, mask
+from app import formats
+from app.datasets import readers, rules
+from app.datasets.edits import TEXT_EDITS
+from app.datasets.rules._base import seen
+from app.datasets.rules.secrets import MOST_LOOKED_AT, Secrets, mask
 from benchmarks import linear
 
 LENGTHS = (1 << 11, 1 << 16)

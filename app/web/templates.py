@@ -1,0 +1,319 @@
+"""Pages: the templates, what every one of them can use, and messages that outlive one redirect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Literal
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.ext import Extension
+from markupsafe import Markup, escape
+
+from app.datasets import issue_names
+from app.settings import PROJECT
+
+STATIC = PROJECT / "static"
+current: ContextVar[Request] = ContextVar("request")
+"""The request being answered. `app.web.middleware` sets it, so that macros need no context handed down."""
+
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+NOTHING = "–"
+
+
+def render(request: Request, name: str, /, status_code: int = 200, **context: Any) -> HTMLResponse:
+    """A page from `templates/`. Besides `context` it knows the user, the counts beside the menu and waiting messages."""
+    from app.web import navigation  # it asks the services, which must not be needed to show an error page
+
+    user = getattr(request.state, "user", None)
+    values = {"request": request, "user": user, "theme": theme(request), "messages": take_messages(request)}
+    if user is not None and not name.startswith("parts/"):
+        values |= navigation.menu(request, user)
+    html = environment().get_template(name).render(values | context)
+    return HTMLResponse(html, status_code=status_code, headers={"cache-control": "no-store"})
+
+
+@cache
+def environment() -> Environment:
+    env = Environment(
+        loader=FileSystemLoader(PROJECT / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Nonces],
+    )
+    env.filters |= {
+        "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
+        "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,
+    }  # fmt: skip
+    from app.views import lists  # it needs the filters of this module
+    from app.views import scores as score_view
+
+    env.filters |= {
+        "model_option": lists.option_text,
+        "ability": score_view.ability,
+        "ability_word": lambda said: score_view.ABILITY.get(said or "", said or ""),
+    }
+    env.globals |= {
+        "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
+        "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],
+    }  # fmt: skip
+    return env
+
+
+class Nonces(Extension):
+    """Puts the page's nonce on every element of a template that has an htmx attribute.
+
+    The htmx CSP extension ignores elements without it, so markup that slipped in through data can never send requests.
+    Only the source of our templates is stamped, before any data is filled in.
+    """
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        return re.sub(r"(<[a-zA-Z][^<]*?\s)(hx-[a-z]+[:=])", r'\1hx-nonce="{{ nonce() }}" \2', source)
+
+
+# Forms and static files -----------------------------------------------------------------------------------------------
+
+
+def _token() -> str:
+    from app.web.auth import csrf_token
+
+    return csrf_token(current.get())
+
+
+def csrf_field() -> Markup:
+    """The hidden field every form with `method="post"` needs."""
+    return Markup('<input type="hidden" name="csrf_token" value="{}">').format(_token())
+
+
+def csrf_query() -> str:
+    """The same for a multipart form whose route reads the body as a stream: put it behind the `?` of the action."""
+    return f"csrf_token={_token()}"
+
+
+def _nonce() -> str:
+    return str(current.get().state.nonce)
+
+
+@cache
+def static_version() -> str:
+    """One hash over all static files. It is a part of their path, so that modules which import each other keep together."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in STATIC.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(STATIC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def static(path: str) -> str:
+    """The address of a file of `static/`, which browsers may keep forever: it changes whenever a file does."""
+    return f"/static/{static_version()}/{path}"
+
+
+@cache
+def vendored() -> dict[str, str]:
+    """File under `static/vendor/` → its `sha384-…`, from the lock."""
+    return {item["file"]: item["integrity"] for item in json.loads((STATIC / "vendor" / "lock.json").read_text())}
+
+
+def integrity(file: str) -> str:
+    return vendored()[file]
+
+
+# Messages and theme ---------------------------------------------------------------------------------------------------
+
+
+def messages_cookie() -> str:
+    """The cookie in which messages wait for the next page of this studio."""
+    from app.web.auth import studio_mark
+
+    return f"luthier_messages_{studio_mark()}"
+
+
+def flash(request: Request, text: str, kind: Literal["good", "warn", "bad"] = "good") -> None:
+    """Show `text` on the next page this browser opens, also after a redirect."""
+    request.state.flashes = [*getattr(request.state, "flashes", []), [kind, text]]
+
+
+def pack_messages(messages: list[list[str]]) -> str:
+    return str(_signer().dumps(messages[-5:]))
+
+
+def take_messages(request: Request) -> list[list[str]]:
+    """The messages waiting for this page. The answer then clears their cookie."""
+    waiting = list(getattr(request.state, "flashes", []))
+    request.state.flashes = []
+    if cookie := request.cookies.get(messages_cookie()):
+        request.state.forget_messages = True
+        waiting = [*_unpack(cookie), *waiting]
+    return waiting
+
+
+def _unpack(cookie: str) -> list[list[str]]:
+    from itsdangerous import BadData
+
+    try:
+        return list(_signer().loads(cookie))
+    except BadData:
+        return []
+
+
+def _signer() -> Any:
+    from itsdangerous import URLSafeSerializer
+
+    from app.web.auth import secret
+
+    return URLSafeSerializer(secret(), salt="messages")
+
+
+def theme(request: Request) -> str:
+    """`light`, `dark`, or nothing: then the system decides."""
+    chosen = request.cookies.get("luthier_theme", "")
+    return chosen if chosen in ("light", "dark") else ""
+
+
+# Filters. `static/js/format.js` says the same for live parts. ----------------------------------------------------------
+
+
+def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
+    """Unknown numbers are shown as a dash, not as an error."""
+
+    def safe(value: Any, *rest: Any) -> str:
+        return NOTHING if value is None or value != value else function(value, *rest)
+
+    return safe
+
+
+@_or_nothing
+def human_bytes(value: float) -> str:
+    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three figures."""
+    size, unit = float(value), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
+    return f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " ")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON for people to read: keys in their own order and letters as they are. `tojson` is for scripts."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+@_or_nothing
+def human_seconds(value: float) -> str:
+    """130 → `2 min 10 s`, 0.0312 → `31 ms`, 93_600 → `1 d 2 h`. Two units at most."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    parts = [(whole // 86_400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    while parts[0][0] == 0:
+        parts = parts[1:]
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
+
+
+@_or_nothing
+def human_number(value: float, digits: int | None = None) -> str:
+    """1204 → `1,204`, 1.0834 → `1.08`, 0.00002 → `0.00002`."""
+    if digits is None:
+        if isinstance(value, int) or abs(value) >= 1000:
+            digits = 0
+        elif value and abs(value) < 0.01:
+            return _small(value)
+        else:
+            digits = 2
+    return f"{value:,.{digits}f}"
+
+
+def _small(value: float) -> str:
+    """Three figures, written out as far as an eye can count the zeros."""
+    if abs(value) < 1e-6:
+        return f"{value:.3g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".rstrip("0")
+
+
+@_or_nothing
+def human_percent(value: float, digits: int = 1) -> str:
+    """A share, 0 to 1: 0.018 → `1.8 %`. What is there but would round to nothing is below the smallest figure."""
+    if 0 < abs(value) * 100 < 0.5 * 10**-digits:
+        return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
+    return f"{value * 100:.{digits}f}{NARROW}%"
+
+
+KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "classifier": "Classifier", "encoder": "Embedding"}
+
+
+def kind_word(kind: str) -> str:
+    """A model's kind as the field calls it."""
+    return KINDS.get(kind, kind)
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 row`, `1,204 rows`."""
+    return f"{human_number(count)} {one if count == 1 else many or one + 's'}"
+
+
+@_or_nothing
+def clock(value: datetime) -> str:
+    """A moment in full, as a `<time>` that `static/js/shell.js` turns into the reader's own time zone."""
+    moment = value.astimezone(UTC)
+    return Markup('<time datetime="{}" data-clock>{} UTC</time>').format(moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M}")
+
+
+@_or_nothing
+def ago(value: datetime) -> str:
+    """How long ago a moment was: `3 min ago`, with the moment itself on hover."""
+    seconds = (datetime.now(UTC) - value).total_seconds()
+    moment = value.astimezone(UTC)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M:%S} UTC", _ago(seconds)
+    )
+
+
+def _ago(seconds: float) -> str:
+    if abs(seconds) < 45:
+        return "just now"
+    for size, unit in ((86_400 * 365, "year"), (86_400 * 30, "month"), (86_400, "day"), (3600, "h"), (60, "min")):
+        if abs(seconds) >= size or unit == "min":
+            count = max(1, round(abs(seconds) / size))
+            word = unit if unit in ("h", "min") or count == 1 else f"{unit}s"
+            return f"{count} {word} ago" if seconds > 0 else f"in {count} {word}"
+    raise AssertionError
+
+
+def markdown(text: str | None) -> Markup:
+    """Markdown as safe HTML: rendered first, then cleaned, since the cleaner must see what the browser will see."""
+    return Markup(_clean(_parser().render(text or "")))  # noqa: S704  nh3 is what makes it safe
+
+
+@cache
+def _parser() -> Any:
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+
+
+def _clean(html: str) -> str:
+    import nh3
+
+    # Pictures are left out: even asking for one tells another host that this text was read.
+    tags = {"p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "a"}
+    tags |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
+    return nh3.clean(html, tags=tags, attributes={"a": {"href", "title"}}, url_schemes={"http", "https", "mailto"})
+
+
+def ticks(text: Any) -> Markup:
+    """Plain text in which `words between ticks` are shown as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  escaped before

@@ -1,0 +1,1 @@
+"""What a job learns: one file per objective."""
