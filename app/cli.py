@@ -139,11 +139,11 @@ def add_model(
         return
 
     def order(session: Session, user: User) -> Any:
-        from app.models import service
+        from app.models import imports as model_imports
 
         if path is not None:
-            return service.add_folder(session, user, str(path), name, anywhere=True).id
-        return service.add_starter(session, name, accept_terms=accept_terms).id
+            return model_imports.add_folder(session, user, str(path), name, anywhere=True).id
+        return model_imports.add_starter(session, name, accept_terms=accept_terms).id
 
     with owner_session() as run:
         bring(run, run(order))
@@ -234,8 +234,8 @@ def doctor(data_dir: DataDir = None) -> None:
 def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, which is docs/api.md.")] = False) -> None:
     """Print what the API takes and answers, as an OpenAPI document in JSON. No studio need run."""
     from app.main import create_app
-    from app.web import api_reference
-    from app.web.openapi import document
+    from app.schemas.openapi import document
+    from app.schemas import api_reference
 
     found = document(create_app())
     typer.echo(api_reference.markdown(found) if markdown else json.dumps(found, indent=1), nl=not markdown)
@@ -275,7 +275,7 @@ def bring(run: Callable[..., Any], model_id: Any) -> None:
     """Fetch an ordered model here and now, or wait for the studio's own worker when that was quicker to take it."""
     from rich.progress import Progress
 
-    from app.models.service import fetch
+    from app.models.imports import fetch
     from app.tables import Model
 
     def look(session: Session, user: User) -> tuple[str, float | None, dict[str, Any] | None]:

@@ -82,7 +82,7 @@ def _route_modules() -> list[Any]:
 
 def _answer_head(api: APIRouter) -> None:
     """HEAD beside every GET of the API, but for streams of events, which have no end to tell the length of."""
-    from app.web import openapi  # the routes need it, and the web's import need not wait for them
+    from app.schemas import openapi  # the routes need it, and the web's import need not wait for them
 
     for route in api.routes:
         if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from sqlalchemy import func, select
 
 from app import db, queue
-from app.datasets import inspections
-from app.datasets import service as datasets
+from app.datasets import ingest_task, inspections
 from app.tables import Outbox
 
-BODIES = {queue.READ: datasets.read, queue.INSPECT: inspections.answer}
+BODIES = {queue.READ: ingest_task.read, queue.INSPECT: inspections.answer}
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Contract:
         from referencing import Registry, Resource
         from referencing.jsonschema import DRAFT202012
 
-        from app.web.openapi import document, operations
+        from app.schemas.openapi import document, operations
 
         self.document = document(app)
         self.routes = [(method, route.path_regex, path) for method, path, route in operations(app)]

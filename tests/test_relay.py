@@ -19,13 +19,13 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import func, select, text, update
 
 from app import queue
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.db import transaction
 from app.evaluation import service as evaluations
 from app.jobs import lifecycle
 from app.kit import ids
 from app.models import imports as model_imports
-from app.models import service as models
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.relay import database_is_settled, reap, relay, send_batch, take_over
@@ -139,13 +139,13 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
     evaluation = evaluations.create(session, user, ordered)
     file = files.add_bytes(session, user, b'{"prompt": "a", "completion": "b"}', "x.jsonl", "fine-tune")
     reading = datasets.create(session, user, file)
-    fetch = models.add_folder(session, user, str(tiny_model), "another", anywhere=True)
+    fetch = model_imports.add_folder(session, user, str(tiny_model), "another", anywhere=True)
     _, version = prompts.create(session, user, "a prompt", prompts.read_body({"max_tokens": 2}))
     run = prompt_runs.create(session, user, version, "tiny", data, prompt_runs.RunOrder())
     session.commit()
     with transaction() as s:
         held = lifecycle.claim(s, job.id, "w1")
-        assert held and evaluations.claim(s, evaluation.id) and datasets.claim(s, reading.id) and prompt_runs.claim(s, run.id)
+        assert held and evaluations.claim(s, evaluation.id) and ingest_task.claim(s, reading.id) and prompt_runs.claim(s, run.id)
     assert model_imports._claim(fetch.id)
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp()))
     session.commit()
@@ -162,7 +162,7 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
         assert [row.status for row in found] == ["queued"] * 3
         lost = s.scalars(select(Event).where(Event.job_id == job.id, Event.type == "lost")).one()
         assert lost.data["message"] == "Worker w1 died with the studio."
-        assert lifecycle.claim(s, job.id, "w2").fence == held.fence + 1 and datasets.claim(s, reading.id)
+        assert lifecycle.claim(s, job.id, "w2").fence == held.fence + 1 and ingest_task.claim(s, reading.id)
     assert model_imports._claim(fetch.id)
     with pytest.raises(lifecycle.FenceLost), transaction() as s:
         lifecycle.beat(s, held)

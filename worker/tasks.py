@@ -33,11 +33,11 @@ def evaluate(key: str) -> None:
 
 @celery.task(name=READ)
 def read(key: str) -> None:
-    from app.datasets import service as datasets
+    from app.datasets import ingest_task
     from app.db import transaction
     from app.jobs import service as jobs
 
-    datasets.read(uuid.UUID(key))
+    ingest_task.read(uuid.UUID(key))
     with transaction() as session:
         jobs.settle(session, uuid.UUID(key))  # jobs that waited for it
 
@@ -51,16 +51,24 @@ def fetch(key: str) -> None:
 
 @celery.task(name=EXAMINE)
 def examine(key: str) -> None:
+    from app.db import transaction
+    from app.jobs import service as jobs
     from app.models import imports as model_imports
 
     model_imports.examine(uuid.UUID(key))
+    with transaction() as session:
+        jobs.cancel_without_model(session)
 
 
 @celery.task(name=INSPECT)
 def inspect(key: str) -> None:
     from app.datasets import inspections
+    from app.db import transaction
+    from app.jobs import split_leakage
 
     inspections.answer(uuid.UUID(key))
+    with transaction() as session:
+        split_leakage.resolve_waiting(session)
 
 
 @celery.task(name=GENERATE)

@@ -8,7 +8,6 @@ is a whole job, with no database, queue or process around it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import statistics
 import time
@@ -21,9 +20,7 @@ from typing import Any
 import torch
 
 from app import events
-from app.errors import StudioError
 from app.planning.memory import recomputed_layers
-from app.run_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.kernels.cpu import gradient_buffers
@@ -34,12 +31,14 @@ from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.runtime.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
+from worker.runtime.failures import Diverged
 from worker.runtime.progress import Telling
 from worker.runtime.transfer import Figures, depth
 from worker.training import checkpoint, final_evaluation, neftune, optim
-from worker.training.checkpoint import State, relative
+from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
-from worker.training.objectives._base import Lesson, Scored, body_of, lesson_of, trained_parameters
+from worker.training.objectives import lesson_of
+from worker.training.objectives._base import Lesson, Scored, body_of, trained_parameters
 from worker.training.schedule import Course, course_of, seconds_expected
 from worker.training.step import next_window, parts_of, take_step
 
@@ -56,12 +55,6 @@ class Control:
     stop: bool = False
     save: bool = False
     stopped: bool = False
-
-
-class Diverged(StudioError):
-    """The loss was not finite several times in a row, or rose far above its start."""
-
-    code = "diverged"
 
 
 @dataclass
@@ -237,15 +230,6 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
-
-
-def spec_digest(spec: JobSpec) -> str:
-    """What tells an order from every other. A setting that has another name now goes by its old one, so that a job which began under it
-    is the same order."""
-    told = spec.model_dump_json()
-    for old, (new, _) in RENAMED.items():
-        told = told.replace(f'"{new}":', f'"{old}":', 1)
-    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
@@ -434,16 +418,4 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
         measured=measured(state, job.engine),
         forgetting=compared.forgetting,
         evaluation=compared.evaluation,
-    )
-
-
-def measured(state: State, engine: Engine) -> events.Measured:
-    return events.Measured(
-        peak_memory_bytes=peak_memory(engine.device),
-        seconds=state.wall_seconds,
-        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-        tokens=state.tokens,
-        trained_tokens=state.trained_tokens,
-        steps=state.step,
-        device=engine.name,
     )

@@ -319,15 +319,11 @@ def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
 
 
 def _settle(session: Session, dataset: Dataset, file_status: str, details: str | None) -> None:
-    """Tell everything that waited: the file, the jobs, the open pages."""
-    from app.jobs import service as jobs
-
+    """Tell the file and the open pages. Jobs that waited are told by the task that read it, and by the reaper."""
     if dataset.file_id and (dataset.version == 1 or (dataset.origin or {}).get("sources")):
         file = session.get(File, dataset.file_id)
         if file is not None:
             file.status, file.status_details = file_status, details
-    session.flush()
-    jobs.settle(session, dataset.id)
     queue.wake(session, "dataset", dataset.id)
 
 

@@ -173,11 +173,6 @@ def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] |
     found.result = result
     found.error = error
     found.status, found.lease_until = ("ready" if error is None else "error"), None
-    if found.kind == "split":
-        from app.jobs import split_leakage
-
-        session.flush()
-        split_leakage.tell_jobs(session, found)
 
 
 KEPT_DAYS = {"rows": 7, "side": 7, "line": 1}

@@ -19,7 +19,6 @@ from sqlalchemy.orm import Session, defer
 from app import db, formats, queue
 from app.datasets import readers
 from app.datasets.ingest import VERSION
-from app.datasets.ingest_task import beat, can_be_read_again, claim, read, read_again, reap
 from app.errors import BadField, Conflict, NotFound
 from app.formats._messages import known_role
 from app.kit import ids
@@ -27,11 +26,6 @@ from app.settings import get_settings
 from app.spec import DatasetRef
 from app.storage import files
 from app.tables import Dataset, File, Finding, Job, User
-
-__all__ = [
-    "DatasetStats", "at_line", "beat", "can_be_read_again", "claim", "create", "delete", "delete_file", "delete_line", "failed_later", "family", "file_of", "findings", "for_file", "get", "line", "list_", "listed", "order", "preview",
-    "read", "read_again", "read_as", "reap", "reference", "rules", "stats", "unknown_roles", "versions",
-]  # fmt: skip
 
 UNFINISHED = ("queued", "running", "paused")
 

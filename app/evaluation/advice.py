@@ -19,6 +19,7 @@ from app.evaluation import service as evaluations
 from app.evaluation.advice_cards import Card, Step, cards, steps
 from app.jobs.defaults import usual_run
 from app.kit import ids
+from app.kit.humanize import human_bytes, human_number
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
@@ -27,7 +28,6 @@ from app.shapes import Shape
 from app.spec import JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
 from app.tables import JSON, Dataset, Evaluation, User
-from app.web.templates import human_bytes, human_number
 
 
 class Shown(BaseModel):

@@ -10,12 +10,12 @@ from urllib.parse import urlencode
 from pydantic import BaseModel
 
 from app.kit import ids
+from app.kit.humanize import human_bytes, human_number, human_percent, human_seconds
 from app.planning import advisor
 from app.planning.advisor import Advice, Cost, Facts
 from app.shapes import Shape
 from app.spec import RunSettings
 from app.tables import Dataset, Model
-from app.web.templates import human_bytes, human_number, human_percent, human_seconds
 
 CHEAPER = 0.9
 """A cheaper choice needs at most this share of the memory or the time of the recommended one, and no more of the other."""

@@ -144,7 +144,7 @@ def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, d
             param="dataset_id",
         )
     task: Task = dataset.task or "generation"  # type: ignore[assignment]
-    job, base = origin(session, resolved)
+    job, base = models.origin(session, resolved)
     _check_can_do(resolved, task, order.kind, job)
     learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
     run = job.spec["run"] if job is not None and learnt else {}
@@ -175,19 +175,6 @@ def _note(shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, An
     if part == "all" or not shared or not own_split:
         return "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
     return "" if same else "The model was trained on another version of this dataset: a few of these rows may be among its training rows."
-
-
-def origin(session: Session, resolved: models.Resolved) -> tuple[Job | None, Model | None]:
-    """The job that made a model or checkpoint, and the model it was tuned from; nothing for a base."""
-    if resolved.checkpoint is not None:
-        job = session.get_one(Job, resolved.checkpoint.job_id)
-        return job, session.get_one(Model, job.model_id)
-    model = resolved.model
-    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
-        model = session.get_one(Model, model.base_id)
-    if model.job_id is None or model.base_id is None:
-        return None, None
-    return session.get(Job, model.job_id), session.get_one(Model, model.base_id)
 
 
 def _strategy(job: Job | None) -> str | None:

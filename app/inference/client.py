@@ -191,19 +191,3 @@ class _Watch:
         if now - self.sent > AGAIN_SECONDS:
             self.sent = now
             await _send(self.request)
-
-
-async def listen_calmly(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
-    """The same, but an error is the last entry: one pane's fault must not end the others."""
-    from app.web.error_responses import fault_of
-
-    try:
-        async for entries in listen(request):
-            yield entries
-    except Exception as error:
-        fault = fault_of(error)
-        yield [
-            Broke(
-                status=fault.status, code=fault.code, error_type=fault.type, message=fault.message, way_out=fault.way_out, param=fault.param
-            )
-        ]

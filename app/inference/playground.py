@@ -26,7 +26,6 @@ from app.models import service as models
 from app.models.service import Resolved
 from app.spec import ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
-from app.views import lists
 
 MOST_PANES = 4
 MOST_TURNS = 200
@@ -382,7 +381,7 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
 
 def option(model: Model, name: str = "", title: str = "") -> Option:
     """A model as it is offered, or something made of it under a name and title of its own."""
-    return Option(name or model.name, title or model.title, model.kind, lists.option_text(model, title), model.kept)
+    return Option(name or model.name, title or model.title, model.kind, models.option_text(model, title), model.kept)
 
 
 def _blends(model: Model) -> bool:

@@ -14,7 +14,6 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.errors import StudioError
-from app.evaluation import service as evaluations
 from app.inference.protocol import Sampling
 from app.jobs.solved_examples import Asked
 from app.models import interpolation
@@ -49,7 +48,7 @@ def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
 def of_name(session: Session, user: User, name: str) -> Look | None:
     """By the name of a column: a tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
     plain = interpolation.split_name(name.removeprefix(FEW_SHOT))[0]
-    job, base = evaluations.origin(session, models.resolve(session, user, plain))
+    job, base = models.origin(session, models.resolve(session, user, plain))
     left = (job.evaluation or {}).get("tryout") if job else None
     if job is None or base is None or not left:
         return None

@@ -239,7 +239,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     A cancel that was accepted before this wins: the job ends as cancelled and its result goes. A pause does not: nothing is
     left to go on with, and the machine is free all the same.
     """
-    from app.jobs import service as jobs
+    from app.jobs import metrics_csv
     from app.models import service as models
 
     job = _mine(session, held)
@@ -265,7 +265,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     say(session, held.job_id, held.attempt, finished)
     session.flush()
     try:
-        jobs.write_results(session, job)
+        metrics_csv.write_results(session, job)
     except OSError as error:  # the model is what was worked for; its page draws the same figures from the events
         log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
         why = getattr(error, "message", None) or str(error)

@@ -7,12 +7,10 @@ its row, which the next beat of its supervisor hears.
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import logging
 import shutil
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import redis
@@ -23,19 +21,14 @@ from sqlalchemy.orm import Session
 from app import db, queue
 from app import events as said
 from app.errors import Conflict, NotFound, StudioError
-from app.jobs import lifecycle
-from app.jobs.lifecycle import beat, claim, fail, finish, lost, record, say, stopped
-from app.jobs.request import JobOrder, build_spec, estimate_of, read_order
+from app.jobs import lifecycle, split_leakage
+from app.jobs.lifecycle import say
+from app.jobs.request import JobOrder, build_spec, estimate_of
 from app.kit import ids
 from app.models import service as models
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Dataset, Event, Job, Model, User
-
-__all__ = [
-    "JobOrder", "beat", "build_spec", "cancel", "claim", "create", "delete", "events", "fail", "finish", "get", "list_",
-    "lost", "pause", "read_order", "reap", "record", "resume", "save_now", "stopped",
-]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -260,11 +253,24 @@ def reap(session: Session) -> dict[str, int]:
     """One round: what was lost is queued again or given up, what nobody speaks of is announced again."""
     return {
         "settled": settle(session),
+        "compared": split_leakage.resolve_waiting(session),
+        "without_model": cancel_without_model(session),
         "lapsed": lifecycle.lapse(session),
         "announced": lifecycle.announce_again(session, backlog()),
         "resumed": lifecycle.resume_after_full_disk(session),
         "swept": lifecycle.sweep_outbox(session),
     }
+
+
+def cancel_without_model(session: Session) -> int:
+    """Cancel the jobs whose model was refused after they were ordered. Called by the task that refused it, and by the reaper."""
+    waiting = select(Job).join(Model, Job.model_id == Model.id).where(Model.status == "error", Job.deleted_at.is_(None))
+    found = 0
+    for job in session.scalars(waiting.where(Job.status.in_(("queued", "paused", "running")), ~Job.cancel_requested)).all():
+        with contextlib.suppress(Conflict):  # it ended meanwhile
+            cancel(session, session.get_one(User, job.owner_id), job.id)
+            found += 1
+    return found
 
 
 def backlog() -> int:
@@ -315,50 +321,3 @@ def _settle_one(session: Session, job: Job) -> None:
     session.flush()
     queue.put_in_outbox(session, queue.TRAIN, job.id)
     queue.wake(session, "job", job.id)
-
-
-# What a job leaves behind -------------------------------------------------------------------------------------------
-
-RESULT_COLUMNS = (
-    "step", "epoch", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens", "trained_tokens",
-    "tokens_per_second", "memory_bytes", "seconds",
-)  # fmt: skip
-
-
-def results_csv(rows: Sequence[Event]) -> bytes:
-    """Step metrics as CSV, one line per step. A step that was taken again after a crash counts once, as taken last.
-
-    What a recipe measures besides follows in columns of its own, `train_…` and `valid_…`.
-    """
-    lines: dict[int, dict[str, Any]] = {}
-    more: dict[str, None] = {}
-    for row in rows:
-        event = said.from_row(row.type, row.data)
-        if isinstance(event, said.Started) and event.resumed_from is not None:
-            lines = {step: line for step, line in lines.items() if step <= event.resumed_from}
-        elif isinstance(event, said.Step):
-            own = {f"train_{name}": value for name, value in event.metrics.items()}
-            more |= dict.fromkeys(own)
-            lines.setdefault(event.step, {}).update(event.model_dump(include=set(RESULT_COLUMNS)), train_loss=event.loss, **own)
-        elif isinstance(event, said.Evaluated):
-            own = {f"valid_{name}": value for name, value in event.metrics.items()}
-            more |= dict.fromkeys(own)
-            lines.setdefault(event.step, {"step": event.step}).update(valid_loss=event.loss, **own)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, (*RESULT_COLUMNS, *more), restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(line for _, line in sorted(lines.items()))
-    return out.getvalue().encode()
-
-
-def write_results(session: Session, job: Job) -> None:
-    """Store the step metrics as a file with the purpose fine-tune-results, as part of this transaction."""
-    from app.storage import files
-
-    rows = session.scalars(
-        select(Event).where(Event.job_id == job.id, Event.type.in_(("started", "step", "evaluated"))).order_by(Event.id)
-    ).all()
-    owner = session.get_one(User, job.owner_id)
-    file = files.add_bytes(session, owner, results_csv(rows), f"step_metrics-{job.id.hex[:8]}.csv", "fine-tune-results")
-    session.flush()
-    session.execute(update(Job).where(Job.id == job.id).values(result_file_id=file.id))

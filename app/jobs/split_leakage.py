@@ -74,11 +74,15 @@ def words(spec: JobSpec, result: dict[str, Any]) -> str:
     )
 
 
-def tell_jobs(session: Session, found: Inspection) -> None:
-    """Add an answer to the jobs that were ordered before it was there."""
-    waiting = Job.estimate["overlap"]["status"].astext == "waiting"
-    for job in session.scalars(select(Job).where(Job.dataset_id == found.dataset_id, waiting, Job.deleted_at.is_(None))):
-        spec = JobSpec.model_validate(job.spec)
-        if job.estimate is not None and arguments_of(spec) == found.arguments:
-            overlap, warnings = told(session, spec)
+def resolve_waiting(session: Session) -> int:
+    """Add the answers that have come to the jobs that were ordered before them. Called by the task that answered, and by the reaper.
+    Returns to how many."""
+    waiting, resolved = Job.estimate["overlap"]["status"].astext == "waiting", 0
+    for job in session.scalars(select(Job).where(waiting, Job.deleted_at.is_(None)).with_for_update(skip_locked=True)):
+        if job.estimate is None:
+            continue
+        overlap, warnings = told(session, JobSpec.model_validate(job.spec))
+        if overlap["status"] != "waiting":
             job.estimate = job.estimate | {"overlap": overlap, "warnings": [*job.estimate.get("warnings", []), *warnings]}
+            resolved += 1
+    return resolved

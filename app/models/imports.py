@@ -27,7 +27,7 @@ from app.leases import lease, now
 from app.models import hub, import_checks, integrity, starters
 from app.settings import get_settings
 from app.spec import ModelRef
-from app.tables import Job, Model, Outbox, User
+from app.tables import Model, Outbox, User
 
 REFUSED = "refused_by_rules"
 MOST_CLAIMS = 3
@@ -377,18 +377,13 @@ def examine(model_id: uuid.UUID) -> None:
 
 
 def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]) -> None:
-    """Every model made from a refused one is refused too, and jobs that would tune one of them are cancelled."""
-    from app.jobs import service as jobs  # which stands on this module
-
+    """Every model made from a refused one is refused too; `jobs.cancel_without_model` cancels what would tune one of them."""
     tree = select(Model.id).where(Model.id == model_id).cte("tree", recursive=True)
     tree = tree.union(select(Model.id).join(tree, Model.base_id == tree.c.id))
     name, inside = session.get_one(Model, model_id).name, select(tree.c.id)
     words = refused | {"message": f"It was made from {name}, which was refused: {refused['message']}"}
     below = Model.id.in_(inside) & (Model.id != model_id) & (Model.status == "ready")
     session.execute(update(Model).where(below).values(status="error", error=words))
-    for job in session.scalars(select(Job).where(Job.model_id.in_(inside), Job.status.in_(("queued", "paused", "running")))).all():
-        with contextlib.suppress(Conflict):  # it ended meanwhile
-            jobs.cancel(session, session.get_one(User, job.owner_id), job.id)
 
 
 def _due() -> ColumnElement[bool]:

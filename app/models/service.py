@@ -20,18 +20,13 @@ from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
 from app.models import interpolation
-from app.models.imports import add_folder, add_hub, add_starter, adopt_starters, fetch, order, reap
+from app.models.imports import order
 from app.models.model_card import Laid, MadeOf, upstream
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Checkpoint, Evaluation, Job, Model, User
-
-__all__ = [
-    "Resolved", "add_folder", "add_hub", "add_starter", "adopt_starters", "base_of", "checkpoint_name", "delete", "dependants", "fetch",
-    "get", "keep", "lineage", "list_", "made_of", "reap", "reference", "register_tuned", "resolve", "tuned_name",
-]  # fmt: skip
 
 ORGANIZATION = "luthier"
 """The part of a tuned model's name where OpenAI writes the organization."""
@@ -384,3 +379,31 @@ def hashes(model: Model) -> dict[str, dict[str, Any]]:
     folder = own_folder(model)
     found = manifest.read(folder) if folder else None
     return found["files"] if found else {}
+
+
+def root(model: Model) -> Model:
+    """The model at the bottom of the lineage; where all are in the session, without a query."""
+    while model.base is not None:
+        model = model.base
+    return model
+
+
+def option_text(model: Model, title: str = "") -> str:
+    """What tells a model apart where it is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title alone.
+
+    `title` is what it is called there, where that is not its own."""
+    title, base = title or model.title, root(model)
+    return title if base is model else f"{title} · {base.title} · {model.created_at:%Y-%m-%d %H:%M} UTC"
+
+
+def origin(session: Session, resolved: Resolved) -> tuple[Job | None, Model | None]:
+    """The job that made a model or checkpoint, and the model it was tuned from; nothing for a base."""
+    if resolved.checkpoint is not None:
+        job = session.get_one(Job, resolved.checkpoint.job_id)
+        return job, session.get_one(Model, job.model_id)
+    model = resolved.model
+    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+        model = session.get_one(Model, model.base_id)
+    if model.job_id is None or model.base_id is None:
+        return None, None
+    return session.get(Job, model.job_id), session.get_one(Model, model.base_id)

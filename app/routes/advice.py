@@ -20,10 +20,10 @@ from app.jobs.request import bad_field
 from app.kit import ids
 from app.models import first_model
 from app.models import service as models
+from app.schemas.openapi import answers, takes
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
 from app.web.auth import CurrentUser
-from app.web.openapi import answers, takes
 from app.web.templates import render
 
 pages = APIRouter()

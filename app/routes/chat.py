@@ -37,10 +37,10 @@ from app.inference.protocol import (
     Started,
     TextPart,
 )
+from app.schemas.openapi import answers
 from app.tables import User
 from app.web import error_responses as errors_as_json
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.streaming import Stream, collect, later, left, merge, while_connected
 
 api = APIRouter(prefix="/v1")

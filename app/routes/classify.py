@@ -14,14 +14,14 @@ from app.db import transaction
 from app.errors import StudioError
 from app.inference import classify
 from app.inference.classify import Sorting
-from app.inference.client import listen, listen_calmly
+from app.inference.client import listen
 from app.inference.playground import MOST_PANES
 from app.inference.protocol import GenerateRequest
+from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
-from app.web.streaming import collect, left
+from app.web.streaming import collect, left, listen_calmly
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")

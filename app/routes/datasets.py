@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app import formats, schemas
-from app.datasets import compose, compose_rows, pasting, readers, samples
+from app.datasets import compose, compose_rows, ingest_task, pasting, readers, samples
 from app.datasets import hub as hub_datasets
 from app.datasets import service as datasets
 from app.db import Db, transaction
@@ -20,6 +20,7 @@ from app.kit import ids
 from app.kit import pagination as cursor
 from app.routes.files import report_json
 from app.routes.versions import to_json
+from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.storage import files
 from app.storage.multipart import Form as StreamedForm
@@ -28,7 +29,6 @@ from app.tables import Dataset, User
 from app.views import dataset as dataset_view
 from app.views import lists
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.templates import flash, render
 
 pages = APIRouter()
@@ -271,7 +271,7 @@ def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
 def again(user: CurrentUser, session: Db, key: str) -> Response:
     """Read it once more as it is, after a fault such as a full disk."""
     dataset = _get(session, user, key)
-    datasets.read_again(session, dataset)
+    ingest_task.read_again(session, dataset)
     return RedirectResponse(_path(dataset), 303)
 
 
@@ -309,7 +309,7 @@ def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
 def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """Read it once more as it is, after a fault such as a full disk, or where its rows are damaged or gone."""
     dataset = _get(session, user, key)
-    datasets.read_again(session, dataset)
+    ingest_task.read_again(session, dataset)
     return to_json(dataset)
 
 

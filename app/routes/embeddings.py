@@ -20,9 +20,9 @@ from app.inference import playground
 from app.inference.client import listen
 from app.inference.protocol import MOST_TEXTS, Embedded, GenerateRequest, Sampling
 from app.models import service as models
+from app.schemas.openapi import answers
 from app.tables import User
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.streaming import collect, left
 
 api = APIRouter(prefix="/v1")

@@ -12,8 +12,8 @@ from app.db import transaction
 from app.errors import Conflict
 from app.jobs import request as job_request
 from app.jobs import split_leakage
+from app.schemas.openapi import answers, takes
 from app.web.auth import CurrentUser
-from app.web.openapi import answers, takes
 
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]

@@ -13,9 +13,9 @@ from app.db import Db
 from app.errors import Forbidden, StudioError
 from app.inference import external_server, external_servers
 from app.models import service as models
+from app.schemas.openapi import answers
 from app.tables import JSON, Model, User
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.templates import flash
 
 api = APIRouter(prefix="/v1", tags=["engines"])

@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 from app import schemas
 from app.errors import NotSignedIn
 from app.kit.addresses import is_loopback
+from app.schemas.openapi import answers, document
 from app.views import overview
 from app.web import auth
 from app.web import metrics as web_metrics
 from app.web.auth import CurrentUser
-from app.web.openapi import answers, document
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")

@@ -17,10 +17,11 @@ from starlette.datastructures import FormData, UploadFile
 from app.db import Db
 from app.errors import BadData, BadField, Conflict
 from app.jobs import artifacts as job_artifacts
-from app.jobs import checkpoints, config_file, progress_cache
+from app.jobs import checkpoints, config_file, metrics_csv, progress_cache
 from app.jobs import service as jobs
 from app.jobs.request import JobOrder
 from app.kit import ids, zip_stream
+from app.kit.humanize import human_number
 from app.kit.pagination import MAX_NUMBER, Offset, Step
 from app.models import first_model, model_card
 from app.models import service as models
@@ -30,7 +31,7 @@ from app.views import job as view
 from app.views import job_form, job_tabs, lists, run_comparison
 from app.web import event_stream
 from app.web.auth import CurrentUser
-from app.web.templates import flash, human_number, render
+from app.web.templates import flash, render
 
 pages = APIRouter()
 
@@ -229,7 +230,7 @@ def job_stream(
 def job_results(user: CurrentUser, session: Db, job_id: str) -> Response:
     """Every step's metrics as CSV: the whole of what the charts thin out."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    figures = jobs.results_csv(jobs.events(session, job))
+    figures = metrics_csv.results_csv(jobs.events(session, job))
     return Response(figures, media_type="text/csv", headers=_attached(f"step_metrics-{job.id.hex[:8]}.csv"))
 
 

@@ -10,8 +10,8 @@ from fastapi.responses import Response
 from app import schemas
 from app.db import Db
 from app.inference import residency
+from app.schemas.openapi import answers
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.templates import render
 
 api = APIRouter(prefix="/v1", tags=["models"])

@@ -23,6 +23,7 @@ from app.models import integrity, model_card, starters
 from app.models import service as models
 from app.models.integrity import BadModel
 from app.routes.accounts import safe_next
+from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.shapes import Shape
 from app.strategies import STRATEGIES
@@ -31,7 +32,6 @@ from app.views import evaluation as evaluation_view
 from app.views import lists, snippets
 from app.web import auth
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.templates import KINDS as KINDS_SHOWN
 from app.web.templates import flash, render
 
@@ -140,10 +140,10 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
     if order.kind and order.kind not in KINDS:
         raise BadField(f"{order.kind[:40]!r} is no kind of model.", way_out=f"There are {', '.join(KINDS)}.", param="kind")
     if order.starter:
-        return models.add_starter(session, order.starter, accept_terms=order.accept_terms)
+        return model_imports.add_starter(session, order.starter, accept_terms=order.accept_terms)
     if order.folder:
-        return models.add_folder(session, user, order.folder, order.name, kind=order.kind)
-    return models.add_hub(session, user, str(order.hub), order.name, order.revision)
+        return model_imports.add_folder(session, user, order.folder, order.name, kind=order.kind)
+    return model_imports.add_hub(session, user, str(order.hub), order.name, order.revision)
 
 
 def may_change(user: User, model: Model) -> None:
@@ -159,7 +159,7 @@ def _groups(found: list[Model]) -> list[dict[str, Any]]:
     """Each base with what was tuned from it, at any depth."""
     groups: dict[uuid.UUID, dict[str, Any]] = {}
     for model in found:
-        base = lists.root(model)
+        base = models.root(model)
         group = groups.setdefault(base.id, {"base": base, "tuned": []})
         if model.id != base.id:
             group["tuned"].append(model)

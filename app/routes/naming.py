@@ -18,14 +18,15 @@ from app.errors import BadField, StudioError
 from app.evaluation import comparison_table, comparisons
 from app.jobs import service as jobs
 from app.kit import ids
+from app.kit.humanize import plural
 from app.models import service as models
 from app.routes import fine_tuning, versions
 from app.routes import models as model_routes
+from app.schemas.openapi import answers
 from app.tables import User
 from app.views import run_comparison
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
-from app.web.templates import flash, plural
+from app.web.templates import flash
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()

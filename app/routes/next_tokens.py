@@ -13,15 +13,15 @@ from app import schemas
 from app.db import transaction
 from app.errors import StudioError
 from app.inference import next_tokens, playground
-from app.inference.client import listen, listen_calmly
+from app.inference.client import listen
 from app.inference.next_tokens import View
 from app.inference.playground import MOST_PANES, Asked
 from app.inference.protocol import MOST_NEXT
+from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
-from app.web.streaming import collect, left
+from app.web.streaming import collect, left, listen_calmly
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")

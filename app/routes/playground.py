@@ -17,14 +17,13 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
-from app.inference.client import listen_calmly
 from app.inference.playground import Asked, Heard
 from app.inference.protocol import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
-from app.kit import forms, ids
+from app.kit import forms, humanize, ids
 from app.tables import Exchange, User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.streaming import Stream, later, left, merge, while_connected
+from app.web.streaming import Stream, later, left, listen_calmly, merge, while_connected
 
 pages = APIRouter()
 
@@ -291,5 +290,5 @@ def _line(value: dict[str, Any]) -> bytes:
 def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
     """One answer over the others to the same prompt, as votes."""
     exchange, count = votes.prefer(session, user, answer)
-    web_templates.flash(request, f"{web_templates.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
+    web_templates.flash(request, f"{humanize.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
     return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

@@ -23,11 +23,11 @@ from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RUN
 from app.prompts.service import PromptBody
+from app.schemas.openapi import answers, takes
 from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 from app.views import prompt_lab
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.openapi import answers, takes
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/prompts")

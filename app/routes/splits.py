@@ -16,10 +16,10 @@ from app.errors import BadField, Conflict
 from app.kit import ids
 from app.kit.pagination import PageNumber
 from app.routes.versions import dataset_of, path_of
+from app.schemas.openapi import answers
 from app.spec import RunSettings
 from app.tables import Dataset, Inspection
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 from app.web.templates import flash, render
 
 pages = APIRouter()

@@ -15,10 +15,10 @@ from app.kit import ids
 from app.models import service as models
 from app.planning import feasibility
 from app.planning.advisor import Advice
+from app.schemas.openapi import answers
 from app.spec import ModelRef
 from app.strategies import STRATEGIES, Strategy
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
 
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]

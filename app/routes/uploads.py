@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect
 from app.datasets import resumable_upload
 from app.db import transaction
 from app.errors import BadField, NotFound, StudioError, Unsupported
+from app.schemas.openapi import BYTES, answers, header
 from app.settings import get_settings
 from app.tables import Upload, User
 from app.web.auth import CurrentUser
-from app.web.openapi import BYTES, answers, header
 
 VERSION = "1.0.0"
 BASE = "/v1/tus"

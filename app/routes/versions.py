@@ -17,12 +17,13 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
+from app.kit.humanize import plural
 from app.kit.pagination import MAX_NUMBER
+from app.schemas.openapi import answers
 from app.tables import Dataset, User
 from app.views import dataset as dataset_view
 from app.web.auth import CurrentUser
-from app.web.openapi import answers
-from app.web.templates import flash, plural, render
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")

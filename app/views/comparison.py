@@ -11,14 +11,14 @@ from sqlalchemy.orm import Session
 
 from app.evaluation import comparison_table, comparisons
 from app.evaluation.comparison_table import Column, Table, is_number
+from app.evaluation.metrics import ABILITY, ability
 from app.kit import ids
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
 from app.views.job import count
-from app.views.scores import ABILITY, ability
 from app.web import charts
 from app.web.charts import Dot, Picture, Scale
-from app.web.templates import NOTHING, human_bytes, human_number, human_percent, human_seconds
 
 OPEN = ("queued", "running", "paused")
 

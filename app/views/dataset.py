@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from app import formats
-from app.datasets import changes, inspections, issue_names, row_editor, versions
+from app.datasets import changes, ingest_task, inspections, issue_names, row_editor, versions
 from app.datasets import service as datasets
 from app.datasets.ingest import MAPPED_COLUMNS
 from app.errors import StudioError
 from app.formats._messages import CHOICES
 from app.jobs import row_losses
 from app.kit import ids
+from app.kit.humanize import human_number, human_seconds, plural
 from app.spec import RunSettings
 from app.tables import Dataset
-from app.web.templates import human_number, human_seconds, plural
 
 FINDINGS_PER_PAGE = 50
 SAMPLES_OF_PREVIEW = 5
@@ -75,7 +75,7 @@ def context(
         "conflicts": issue_names.CONFLICTS,
         "ticked": set(ticked),
         "origin_words": versions.describe,
-        "again": datasets.can_be_read_again(dataset),
+        "again": ingest_task.can_be_read_again(dataset),
         "fixable": any(not versions.why_unfixed(one) for one in found),
         "more": more,
         "page": chosen.page,

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from app.evaluation.metrics import METRICS
 from app.kit import ids
 from app.tables import Evaluation
 
-SCORES: dict[str, tuple[str, str, bool]] = {
-    "loss": ("Loss", "mean cross-entropy (nats)", True),
-    "perplexity": ("Perplexity", "exponential of the loss", True),
-    "bits_per_byte": ("Bits per byte", "comparable across tokenizers", True),
-    "token_accuracy": ("Token accuracy", "next-token accuracy", False),
-    "exact_match": ("Exact match", "share of answers equal to the reference", False),
-    "rouge_l": ("ROUGE-L", "longest common sequence of words, 0 to 1", False),
-    "chrf": ("chrF", "common character sequences, 0 to 1", False),
-    "accuracy": ("Accuracy", "share of correct labels", False),
-    "macro_f1": ("Macro F1", "mean F1 over classes", False),
-    "log_loss": ("Log loss", "nats per row, of its probabilities", True),
-    "calibration_error": ("Calibration error", "mean gap between confidence and observed accuracy", True),
-}
-"""Title, meaning and whether less is better, in the order in which they are shown."""
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
 
 
@@ -59,7 +46,7 @@ def _figure(kind: str, result: Mapping[str, Any]) -> str:
     scores = result.get("scores") or {}
     for name in ("accuracy", "loss"):
         if isinstance(scores.get(name), int | float):
-            return f"{SCORES[name][0].lower()} {scores[name]:.3f}"
+            return f"{METRICS[name][0].lower()} {scores[name]:.3f}"
     return ""
 
 
@@ -68,7 +55,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     result = evaluation.result or {}
     scores, base = result.get("scores") or {}, result.get("base") or {}
     return {
-        "lines": [_line(name, base.get(name), scores, result) for name in SCORES if isinstance(scores.get(name), int | float)],
+        "lines": [_line(name, base.get(name), scores, result) for name in METRICS if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
         "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Majority baseline",
         "rows": result.get("rows"),
@@ -82,7 +69,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
-    (title, meaning, less), value = SCORES[name], scores[name]
+    (title, meaning, less), value = METRICS[name], scores[name]
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
     return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))

@@ -10,20 +10,19 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.evaluation import comparisons, verdict
+from app.evaluation import comparisons, metrics, verdict
 from app.jobs import progress_cache
 from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
+from app.kit.humanize import NARROW, NOTHING, human_number, human_percent, human_seconds, plural
 from app.machines import heartbeats
 from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job
 from app.views import overview
-from app.views import scores as score_view
 from app.views.job_form import OrderForm
-from app.web.templates import NARROW, NOTHING, human_number, human_percent, human_seconds, plural
 
 
 def url(job: Job) -> str:
@@ -79,7 +78,7 @@ def forgetting(measured: Mapping[str, Any] | None) -> dict[str, str]:
     if change is None and before and after is not None:
         change = after / before - 1
     said = str(measured.get("verdict", ""))
-    return {"figure": NOTHING if change is None else score_view.ability(change), "verdict": score_view.ABILITY.get(said, said)}
+    return {"figure": NOTHING if change is None else metrics.ability(change), "verdict": metrics.ABILITY.get(said, said)}
 
 
 def summary(found: list[Job]) -> str:

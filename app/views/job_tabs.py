@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
+from app.evaluation import metrics, verdict
 from app.evaluation import service as evaluations
-from app.evaluation import verdict
 from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, progress_cache, row_losses
@@ -20,6 +20,7 @@ from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
 from app.kit.forms import as_text
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
 from app.models import service as models
 from app.run_settings import renamed
 from app.spec import JobSpec
@@ -28,7 +29,6 @@ from app.views import scores as score_view
 from app.views.evaluation import between, by_chance
 from app.views.job import count, dataset_url, forgetting, head, model_url, url
 from app.web import charts
-from app.web.templates import NOTHING, human_bytes, human_number, human_percent, human_seconds
 
 Part = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _loss_tile(progress: Progress) -> Tile:
     if best.step == before.step:
         return Tile("Validation loss", human_number(best.loss), f"best, step {human_number(best.step)}")
     change = best.loss / before.loss - 1 if before.loss else 0.0
-    note = f"{score_view.signed(change, 0)}, best at step {human_number(best.step)}"
+    note = f"{metrics.signed(change, 0)}, best at step {human_number(best.step)}"
     return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
 
 
@@ -143,12 +143,12 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     for name in TASK_SCORES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
-            title = score_view.SCORES[name][0]
+            title = metrics.METRICS[name][0]
             told = before is not None and found != before and not by_chance(evaluation, name)
             note = f"from {human_number(before, 3)}" if before is not None else between(tuned, name)
             return Tile(title, human_number(found, 3), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(score_view.SCORES[name][0], human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
+            return Tile(metrics.METRICS[name][0], human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
 
 
@@ -209,7 +209,7 @@ def _metrics(session: Session, user: User, job: Job, top: Part, wish: Wish) -> P
         "charts": charts.charts(top["progress"]),
         "predictions": predictions(session, job, started.trainable_parameters if started else None),
         "count": count,
-        "signed": score_view.signed,
+        "signed": metrics.signed,
     }
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from app import formats
 from app.errors import BadField
 from app.kit import ids
+from app.models import service as models_service
 from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, Model, User
 
@@ -117,21 +118,6 @@ def methods(found: Iterable[str | None]) -> list[tuple[str, str]]:
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-def root(model: Model) -> Model:
-    """The model at the bottom of the lineage; where all are in the session, without a query."""
-    while model.base is not None:
-        model = model.base
-    return model
-
-
-def option_text(model: Model, title: str = "") -> str:
-    """What tells a model apart where it is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title alone.
-
-    `title` is what it is called there, where that is not its own."""
-    title, base = title or model.title, root(model)
-    return title if base is model else f"{title} · {base.title} · {model.created_at:%Y-%m-%d %H:%M} UTC"
-
-
 MODEL_SORTS = {"-created": "Newest first", "lineage": "By lineage", "name": "Name", "-size": "Largest first"}
 
 
@@ -155,7 +141,7 @@ def models(rows: Sequence[Model], bar: Bar) -> tuple[list[Model], bool]:
         one
         for one in rows
         if wish.holds(one.title, one.name)
-        and wish.model in ("", root(one).name)
+        and wish.model in ("", models_service.root(one).name)
         and wish.method in ("", one.strategy)
         and wish.kind in ("", one.kind)
         and wish.kept in ("", "yes" if one.kept else "no")

@@ -17,12 +17,12 @@ from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
 from app.kit.forms import as_text, label_of
+from app.kit.humanize import NOTHING, human_number, human_percent
 from app.spec import JobSpec
 from app.tables import Job, User
 from app.views import job as job_view
 from app.views.comparison import ability_interval, write
 from app.web.charts import Chart, Series
-from app.web.templates import NOTHING, human_number, human_percent
 
 MOST = 8
 """Runs whose lines an eye can tell apart."""

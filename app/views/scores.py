@@ -8,21 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from app.views.evaluation import SCORES as MODEL_SCORES
+from app.evaluation.metrics import ABILITY, METRICS, ability
+from app.kit.humanize import NARROW
 from app.views.evaluation import between, by_chance, mistakes
-from app.web.templates import NARROW
 
 MOST_DRAWN_CLASSES = 100
 MOST_NAMED_CLASSES = 14
 """Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
-
-SCORES: dict[str, tuple[str, str, bool]] = MODEL_SCORES | {
-    "reward_accuracy": ("Preference accuracy", "share of pairs whose chosen answer became likelier than the rejected one", False),
-    "reward_margin": ("Reward margin", "how much likelier, in rewards", False),
-    "chosen_reward": ("Reward of chosen answers", "against the base model", False),
-    "rejected_reward": ("Reward of rejected answers", "against the base model", True),
-}
-"""Title, meaning and whether less is better, in the order in which they are shown."""
 
 LOSSES = {"classification": "nats per row", "preference": "nats per pair"}
 """What a loss is counted by, where that is not the learnt token."""
@@ -102,7 +94,7 @@ def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
         base_title="Prior baseline" if task == "classification" else "Base",
         lines=[
             _line(name, base, tuned, task, by_chance(whole, name))
-            for name in SCORES
+            for name in METRICS
             if number(tuned.get(name)) is not None and not _said_twice(name, tuned)
         ],
         classes=_classes(tuned.get("per_class")),
@@ -137,7 +129,7 @@ def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
 
 
 def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> Line:
-    title, meaning, less = SCORES[name]
+    title, meaning, less = METRICS[name]
     meaning = LOSSES.get(task, meaning) if name == "loss" else meaning
     before, after = number(base.get(name)), number(tuned.get(name))
     # Always answering with the shares of the labels is never too sure, so nobody can do better in that.
@@ -184,27 +176,6 @@ def _readings(found: Any) -> list[Reading]:
 
 
 # General ability ------------------------------------------------------------------------------------------------------
-
-ABILITY = {
-    "gained": "improved",
-    "within noise": "no significant change",
-    "forgot a little": "dropped a little",
-    "forgot some": "dropped",
-    "forgot much": "dropped much",
-    "nothing, by construction": "unchanged by design",
-}
-"""What pages call the verdicts on forgetting: a page tells what became of the ability, which reads forwards."""
-
-
-def signed(share: float, digits: int = 1) -> str:
-    """A relative change as the page writes it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to nothing."""
-    text = f"{share * 100:+.{digits}f}"
-    return f"{text.replace('-', '−') if float(text) else text[1:]}{NARROW}%"
-
-
-def ability(change: float, digits: int = 1) -> str:
-    """The change of general ability behind a relative change of bits per byte: more bits are less ability."""
-    return signed(-change, digits)
 
 
 class Skill(NamedTuple):

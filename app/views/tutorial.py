@@ -14,6 +14,7 @@ from app.errors import Conflict
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
+from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Dataset, Job, Model, User
 
@@ -161,7 +162,7 @@ def _sample(session: Session, user: User) -> Dataset:
 
 def add_dialogue(session: Session) -> Model:
     """Order the third step's starter."""
-    return models.add_starter(session, DIALOGUE)
+    return model_imports.add_starter(session, DIALOGUE)
 
 
 def _of_kind(ready: list[Model], kind: str, name: str) -> Model | None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.evaluation.metrics import METRICS
 from app.jobs.progress import Point, Progress, downsample
-from app.views.scores import SCORES
 
 POINTS = 600
 """Points per line sent to a browser: more than a chart has pixels to tell apart."""
@@ -90,7 +90,7 @@ def charts(progress: Progress) -> list[Chart]:
 
 
 def _title(name: str) -> str:
-    return SCORES[name][0] if name in SCORES else name.replace("_", " ").capitalize()
+    return METRICS[name].title if name in METRICS else name.replace("_", " ").capitalize()
 
 
 def data(found: list[Chart], progress: Progress) -> dict[str, Any]:

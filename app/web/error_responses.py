@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from app import errors, queue
 from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Unavailable
+from app.web.accepts import is_program
 
 log = structlog.get_logger("luthier.web")
 POSTGRES_DISK_FULL, POSTGRES_OUT_OF_RANGE = "53100", "22003"
@@ -107,14 +108,6 @@ def _every(kind: type[StudioError]) -> Iterator[type[StudioError]]:
     for child in kind.__subclasses__():
         yield child
         yield from _every(child)
-
-
-def is_program(request: Request) -> bool:
-    """Whether the asker reads JSON: everything under /v1, and whoever asks for nothing but JSON or events."""
-    if request.url.path == "/v1" or request.url.path.startswith("/v1/"):
-        return True
-    accepts = request.headers.get("accept", "")
-    return "text/html" not in accepts and ("json" in accepts or "text/event-stream" in accepts)
 
 
 def answer(request: Request, fault: StudioError) -> Response:

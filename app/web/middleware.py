@@ -27,8 +27,9 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
+from app.kit import humanize
 from app.settings import get_settings
-from app.web import error_responses
+from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
 from app.web import templates as web_templates
 from app.web.auth import SAFE, secure
@@ -81,7 +82,7 @@ class Context:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 _add_headers(request, headers)
-                if error_responses.is_program(request):
+                if accepts.is_program(request):
                     headers["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
             await send(message)
 
@@ -227,7 +228,7 @@ class Body:
 
 def _too_large(most: int) -> TooLarge:
     return TooLarge(
-        f"This is larger than the {web_templates.human_bytes(most)} that are accepted here.",
+        f"This is larger than the {humanize.human_bytes(most)} that are accepted here.",
         way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads.",
     )
 

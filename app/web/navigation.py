@@ -12,10 +12,10 @@ from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from app.db import transaction
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, plural
 from app.tables import Dataset, Job, Model, User
+from app.web.accepts import is_program
 from app.web.auth import sign_in
-from app.web.error_responses import is_program
-from app.web.templates import NOTHING, human_bytes, human_number, human_percent, plural
 
 Page = tuple[str, str]
 MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (

@@ -17,7 +17,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from app.errors import NotSignedIn
-from app.inference.protocol import Entry
+from app.inference import client
+from app.inference.protocol import Broke, Entry, GenerateRequest
 from app.web import error_responses
 from app.web.revocation import doorkeeper
 
@@ -167,3 +168,17 @@ class Stream(StreamingResponse):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STUCK_SECONDS):
                     await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def listen_calmly(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
+    """As `client.listen`, but an error is the last entry: one pane's fault must not end the others."""
+    try:
+        async for entries in client.listen(request):
+            yield entries
+    except Exception as error:
+        fault = error_responses.fault_of(error)
+        yield [
+            Broke(
+                status=fault.status, code=fault.code, error_type=fault.type, message=fault.message, way_out=fault.way_out, param=fault.param
+            )
+        ]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal
 
@@ -19,14 +16,14 @@ from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
 from app.datasets import issue_names
+from app.evaluation import metrics
+from app.kit.humanize import ago, clock, human_bytes, human_number, human_percent, human_seconds, plural
+from app.models import service as models
 from app.settings import PROJECT
 
 STATIC = PROJECT / "static"
 current: ContextVar[Request] = ContextVar("request")
 """The request being answered. `app.web.middleware` sets it, so that macros need no context handed down."""
-
-NARROW = "\N{NARROW NO-BREAK SPACE}"
-NOTHING = "–"
 
 
 def render(request: Request, name: str, /, status_code: int = 200, **context: Any) -> HTMLResponse:
@@ -55,13 +52,10 @@ def environment() -> Environment:
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
         "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,
     }  # fmt: skip
-    from app.views import lists  # it needs the filters of this module
-    from app.views import scores as score_view
-
     env.filters |= {
-        "model_option": lists.option_text,
-        "ability": score_view.ability,
-        "ability_word": lambda said: score_view.ABILITY.get(said or "", said or ""),
+        "model_option": models.option_text,
+        "ability": metrics.ability,
+        "ability_word": lambda said: metrics.ABILITY.get(said or "", said or ""),
     }
     env.globals |= {
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
@@ -183,73 +177,9 @@ def theme(request: Request) -> str:
 # Filters. `static/js/format.js` says the same for live parts. ----------------------------------------------------------
 
 
-def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
-    """Unknown numbers are shown as a dash, not as an error."""
-
-    def safe(value: Any, *rest: Any) -> str:
-        return NOTHING if value is None or value != value else function(value, *rest)
-
-    return safe
-
-
-@_or_nothing
-def human_bytes(value: float) -> str:
-    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three figures."""
-    size, unit = float(value), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 999.5 or unit == "TB":
-            break
-        size /= 1000
-    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
-    return f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " ")
-
-
 def as_json(value: Any, indent: int | None = None) -> str:
     """JSON for people to read: keys in their own order and letters as they are. `tojson` is for scripts."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-@_or_nothing
-def human_seconds(value: float) -> str:
-    """130 → `2 min 10 s`, 0.0312 → `31 ms`, 93_600 → `1 d 2 h`. Two units at most."""
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    if value < 10:
-        return f"{value:.1f} s"
-    whole = round(value)
-    parts = [(whole // 86_400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
-    while parts[0][0] == 0:
-        parts = parts[1:]
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
-
-
-@_or_nothing
-def human_number(value: float, digits: int | None = None) -> str:
-    """1204 → `1,204`, 1.0834 → `1.08`, 0.00002 → `0.00002`."""
-    if digits is None:
-        if isinstance(value, int) or abs(value) >= 1000:
-            digits = 0
-        elif value and abs(value) < 0.01:
-            return _small(value)
-        else:
-            digits = 2
-    return f"{value:,.{digits}f}"
-
-
-def _small(value: float) -> str:
-    """Three figures, written out as far as an eye can count the zeros."""
-    if abs(value) < 1e-6:
-        return f"{value:.3g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{digits}f}".rstrip("0")
-
-
-@_or_nothing
-def human_percent(value: float, digits: int = 1) -> str:
-    """A share, 0 to 1: 0.018 → `1.8 %`. What is there but would round to nothing is below the smallest figure."""
-    if 0 < abs(value) * 100 < 0.5 * 10**-digits:
-        return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
-    return f"{value * 100:.{digits}f}{NARROW}%"
 
 
 KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "classifier": "Classifier", "encoder": "Embedding"}
@@ -258,39 +188,6 @@ KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "clas
 def kind_word(kind: str) -> str:
     """A model's kind as the field calls it."""
     return KINDS.get(kind, kind)
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """`1 row`, `1,204 rows`."""
-    return f"{human_number(count)} {one if count == 1 else many or one + 's'}"
-
-
-@_or_nothing
-def clock(value: datetime) -> str:
-    """A moment in full, as a `<time>` that `static/js/shell.js` turns into the reader's own time zone."""
-    moment = value.astimezone(UTC)
-    return Markup('<time datetime="{}" data-clock>{} UTC</time>').format(moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M}")
-
-
-@_or_nothing
-def ago(value: datetime) -> str:
-    """How long ago a moment was: `3 min ago`, with the moment itself on hover."""
-    seconds = (datetime.now(UTC) - value).total_seconds()
-    moment = value.astimezone(UTC)
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M:%S} UTC", _ago(seconds)
-    )
-
-
-def _ago(seconds: float) -> str:
-    if abs(seconds) < 45:
-        return "just now"
-    for size, unit in ((86_400 * 365, "year"), (86_400 * 30, "month"), (86_400, "day"), (3600, "h"), (60, "min")):
-        if abs(seconds) >= size or unit == "min":
-            count = max(1, round(abs(seconds) / size))
-            word = unit if unit in ("h", "min") or count == 1 else f"{unit}s"
-            return f"{count} {word} ago" if seconds > 0 else f"in {count} {word}"
-    raise AssertionError
 
 
 def markdown(text: str | None) -> Markup:

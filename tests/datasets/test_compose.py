@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from app import formats
-from app.datasets import compose, compose_rows, versions
+from app.datasets import compose, compose_rows, ingest_task, versions
 from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict
@@ -36,7 +36,7 @@ def make(session, user):
 
 def read(session, dataset):
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert dataset.status == "ready", dataset.error
     return dataset
@@ -222,7 +222,7 @@ def test_a_source_that_is_deleted_meanwhile_is_named(session, user, make, data_d
     session.commit()
     with transaction() as deleting:
         datasets.delete(deleting, user, deleting.get_one(Dataset, second.id))
-    datasets.read(new.id)
+    ingest_task.read(new.id)
     session.expire_all()
     assert new.status == "error" and "The rows of b are gone" in new.error["message"] and new.error["way_out"]
 
@@ -239,7 +239,7 @@ def test_a_worker_that_dies_between_writing_and_reading_joins_nothing_twice(sess
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ingest_task, "_in_child", power_cut)
-        datasets.read(new.id)
+        ingest_task.read(new.id)
     session.expire_all()
     kept = new.file_id
     assert new.status == "reading" and kept is not None

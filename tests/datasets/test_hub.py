@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.datasets import hub as hub_datasets
-from app.datasets import service as datasets
+from app.datasets import ingest_task
 from app.errors import BadData, BadField, TooLarge, Unavailable
 from app.kit import ids
 from app.tables import Dataset, File
@@ -92,7 +92,7 @@ def hub(session, monkeypatch):
 def bring(session, user, **wish):
     dataset = hub_datasets.order(session, user, hub_datasets.HubOrder(**wish))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     return dataset
 

@@ -6,6 +6,7 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.datasets.row_store import read_rows, row_at, verify_rows, write_rows
 from app.errors import BadData
@@ -83,7 +84,7 @@ def dataset(session, user):
     file = files.add_bytes(session, user, lines.encode(), "talk.jsonl", "fine-tune")
     made = datasets.create(session, user, file)
     session.commit()
-    datasets.read(made.id)
+    ingest_task.read(made.id)
     session.expire_all()
     return made
 
@@ -113,7 +114,7 @@ def test_damaged_rows_are_told_by_an_evaluation_and_a_comparison_and_read_again_
     session.refresh(dataset)
 
     assert client.post(f"/datasets/{ids.public(ids.DATASET, twin.id)}/again", follow_redirects=False).status_code == 303
-    datasets.read(twin.id)
+    ingest_task.read(twin.id)
     session.expire_all()
     for each in (dataset, twin):
         reference = datasets.reference(session.get(Dataset, each.id))

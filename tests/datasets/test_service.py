@@ -34,7 +34,7 @@ def make(session, user):
 
 
 def read(session, dataset):
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     return dataset
 
@@ -92,15 +92,15 @@ def test_the_same_rows_have_the_same_hash_and_other_rows_another(session, make):
 def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make):
     dataset = make()
     with db.transaction() as one:
-        fence = datasets.claim(one, dataset.id)
+        fence = ingest_task.claim(one, dataset.id)
     with db.transaction() as two:
-        assert datasets.claim(two, dataset.id) is None
+        assert ingest_task.claim(two, dataset.id) is None
     session.execute(update(Dataset).values(lease_until=func.clock_timestamp() - text("interval '1 second'")))
     session.commit()
     with db.transaction() as three:
-        assert datasets.claim(three, dataset.id) == fence + 1
-        assert not datasets.beat(three, dataset.id, fence, 0.5)
-        assert datasets.beat(three, dataset.id, fence + 1, 0.5)
+        assert ingest_task.claim(three, dataset.id) == fence + 1
+        assert not ingest_task.beat(three, dataset.id, fence, 0.5)
+        assert ingest_task.beat(three, dataset.id, fence + 1, 0.5)
     ingest_task._record_error(dataset.id, fence, {"message": "stale"})
     session.expire_all()
     assert dataset.status == "reading"
@@ -108,15 +108,15 @@ def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make
 
 def test_the_reaper_announces_what_was_lost_and_gives_up_after_three_deaths(session, make, monkeypatch):
     dataset = make()
-    assert datasets.reap(session) == 0  # its message is still in the outbox
+    assert ingest_task.reap(session) == 0  # its message is still in the outbox
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
-    assert datasets.reap(session) == 1
-    assert datasets.reap(session) == 0
+    assert ingest_task.reap(session) == 1
+    assert ingest_task.reap(session) == 0
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
     session.execute(update(Dataset).values(fence=3, lease_until=func.clock_timestamp() - text("interval '1 second'")))
     session.commit()
     session.expire_all()
-    datasets.reap(session)
+    ingest_task.reap(session)
     session.commit()
     session.expire_all()
     assert dataset.status == "error" and "3 times" in dataset.error["message"] and dataset.error["way_out"]
@@ -144,7 +144,7 @@ def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(ingest_task, "_record", power_cut)
         with pytest.raises(KeyboardInterrupt):
-            datasets.read(again.id)
+            ingest_task.read(again.id)
     session.expire_all()
     assert again.status == "reading"
     session.execute(update(Dataset).values(lease_until=func.clock_timestamp() - text("interval '1 second'")))
@@ -169,7 +169,7 @@ def test_a_parquet_file_tells_how_far_it_is_and_the_page_how_long(session, clien
     assert dataset.good_rows == 60_000 and len(shares) > 1 and 0 < shares[0] < 0.9 and shares == sorted(shares)
     session.execute(update(Dataset).where(Dataset.id == dataset.id).values(status="reading", lease_until=None))
     session.commit()
-    fence = datasets.claim(session, dataset.id)
+    fence = ingest_task.claim(session, dataset.id)
     beaten = ingest_task._Reading(dataset.id, fence)
     beaten.on_message({"progress": 0.25, "rows": 4000})
     beaten._began -= 60
@@ -196,7 +196,7 @@ def test_progress_is_told_while_it_reads_and_deleting_stops_it(session, user, ma
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     watcher.join()
     session.expire_all()
     assert max(value or 0 for value in seen) > 0.05

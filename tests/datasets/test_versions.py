@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import formats
-from app.datasets import edits, findings_export, versions
+from app.datasets import edits, findings_export, ingest_task, versions
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict
 from app.kit import ids
@@ -38,7 +38,7 @@ def make(session, user):
 
 def read(session, dataset):
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert dataset.status == "ready", dataset.error
     return dataset
@@ -277,7 +277,7 @@ def test_a_file_none_of_whose_lines_can_be_read_is_read_as_it_was_meant(session,
     data = "\n".join(json.dumps({"text": f"Grüße {n}", "label": str(n % 2)}, ensure_ascii=False) for n in range(12)).encode("cp1252")
     wrong = datasets.create(session, user, files.add_bytes(session, user, data, "x.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(wrong.id)
+    ingest_task.read(wrong.id)
     session.expire_all()
     assert (wrong.status, wrong.error["rule"], wrong.error["line"], wrong.error["file"]) == ("error", "not_utf8", 1, "x.jsonl")
     path = f"/datasets/{ids.public(ids.DATASET, wrong.id)}"

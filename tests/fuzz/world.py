@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.datasets import resumable_upload
+from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
 from app.evaluation import comparisons
 from app.evaluation import service as evaluations
@@ -98,7 +98,7 @@ class World:
         file = files.add_bytes(self.session, self.user, text.encode(), "chats.jsonl", "fine-tune")
         made = datasets.create(self.session, self.user, file)
         self.session.commit()
-        datasets.read(made.id)
+        ingest_task.read(made.id)
         self.session.refresh(made)
         assert made.status == "ready", made.error
         return made

@@ -9,6 +9,7 @@ import uuid
 import pytest
 from sqlalchemy import select
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.inference import votes
 from app.kit import ids, stats
@@ -81,7 +82,7 @@ def test_votes_and_edits_become_datasets(api, session, user):
         made = api.post("/v1/votes/dataset", json={"kind": kind})
         assert made.status_code == 200, made.text
         row = session.scalars(select(Dataset).order_by(Dataset.created_at.desc())).first()
-        datasets.read(row.id)
+        ingest_task.read(row.id)
         session.refresh(row)
         assert row.status == "ready" and row.format == kind and row.good_rows == count, (row.error, datasets.rules(row))
     assert datasets.preview(row)[1]["messages"][-1]["content"] == "Spruce, from a cold valley."
@@ -111,7 +112,7 @@ def test_rows_of_a_dataset_ask(client, session, user, two, generate_worker, data
         data = "\n".join(json.dumps(line) for line in lines).encode()
         made = datasets.create(session, user, files.add_bytes(session, user, data, f"{name}.jsonl", "fine-tune"), name=name, format=format_)
         session.commit()
-        datasets.read(made.id)
+        ingest_task.read(made.id)
         session.refresh(made)
         assert made.status == "ready", made.error
         return made

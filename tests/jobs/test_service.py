@@ -16,7 +16,8 @@ from sqlalchemy import func, select, update
 from app import db, queue
 from app.db import transaction
 from app.errors import BadField, BadRequest, Conflict, NotFound, StudioError
-from app.jobs import lifecycle
+from app.jobs import lifecycle, metrics_csv
+from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.jobs.request import read_order
 from app.kit import ids
@@ -33,7 +34,7 @@ def dataset(session, user, data_dir):
 
 @pytest.fixture
 def order(tiny_registered, dataset):
-    def make(**more: Any) -> jobs.JobOrder:
+    def make(**more: Any) -> job_request.JobOrder:
         return read_order({"model": "tiny", "training_file": ids.public(ids.FILE, dataset.file_id), **more})
 
     return make
@@ -317,7 +318,7 @@ def test_metrics_file_counts_a_repeated_step_once():
         return Event(type=event.type, data=event.model_dump(mode="json", exclude={"type"}))
 
     again = STARTED.model_copy(update={"resumed_from": 2})
-    text = jobs.results_csv(
+    text = metrics_csv.results_csv(
         [row(e) for e in (STARTED, step(1), step(2), step(3), step(4), again, step(3).model_copy(update={"loss": 9.0}))]
     )
     lines = text.decode().splitlines()

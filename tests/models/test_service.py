@@ -215,11 +215,11 @@ def importable(data_dir: Path, tiny_model: Path) -> Path:
 def test_a_local_folder_is_copied_checked_and_ready(session, user, importable, data_dir) -> None:
     (importable / "notes.txt").write_text("stays behind")
     (importable / "README.md").write_text("---\nlicense: mit\n---\n# Workshop\n")
-    model = models.add_folder(session, user, "workshop")
+    model = model_imports.add_folder(session, user, "workshop")
     assert (model.status, model.name, model.owner_id) == ("fetching", "workshop", user.id)
     session.commit()
     assert session.scalar(select(Outbox.task).where(Outbox.key == model.id)) == "luthier.fetch"
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert (model.status, model.error, model.kind, model.license, model.progress) == ("ready", None, "dialogue", "mit", None)
     folder = data_dir / str(model.path)
@@ -227,7 +227,7 @@ def test_a_local_folder_is_copied_checked_and_ready(session, user, importable, d
     assert not (folder / "notes.txt").exists() and (folder / "tokenizer.json").is_file()
     assert models.reference(session, model).shape.parameters() == manifest.read(folder)["parameters"]
     before = (folder / manifest.NAME).stat().st_mtime_ns
-    models.fetch(model.id)  # the message may come twice
+    model_imports.fetch(model.id)  # the message may come twice
     assert (folder / manifest.NAME).stat().st_mtime_ns == before
     assert not list((data_dir / "tmp").iterdir())
 
@@ -237,29 +237,29 @@ def test_a_folder_outside_the_import_folders_is_forbidden_to_requests(session, u
     (data_dir / "import" / "link").symlink_to(tiny_model)
     for path in (str(tiny_model), "../secrets", "link", ".", "/etc", "x/../../models"):
         with pytest.raises(Forbidden) as caught:
-            models.add_folder(session, user, path, "name")
+            model_imports.add_folder(session, user, path, "name")
         assert "luthier models add" in caught.value.way_out
     for path in ("", " ", "a\0b"):
         with pytest.raises(BadField):
-            models.add_folder(session, user, path, "name")
-    assert models.add_folder(session, user, str(tiny_model), "by-hand", anywhere=True).status == "fetching"
+            model_imports.add_folder(session, user, path, "name")
+    assert model_imports.add_folder(session, user, str(tiny_model), "by-hand", anywhere=True).status == "fetching"
 
 
 @pytest.mark.parametrize("name", ["ft:x", "a b", "../x", "a/b/c", "-x", "x" * 200, "a:b", "ä"])
 def test_names_that_cannot_be_are_refused(session, user, importable, name: str) -> None:
     with pytest.raises(BadField, match="cannot be a model's name"):
-        models.add_folder(session, user, "workshop", name)
+        model_imports.add_folder(session, user, "workshop", name)
 
 
 def test_a_name_in_use_is_a_conflict(session, user, importable, tiny_registered) -> None:
     with pytest.raises(Conflict, match="already"):
-        models.add_folder(session, user, "workshop", "tiny")
+        model_imports.add_folder(session, user, "workshop", "tiny")
 
 
 def test_hostile_folders_are_refused_before_a_row_exists(session, user, importable) -> None:
     (importable / "optimizer.pt").write_bytes(b"x")
     with pytest.raises(Unsupported):
-        models.add_folder(session, user, "workshop")
+        model_imports.add_folder(session, user, "workshop")
     assert session.scalar(select(Model.id)) is None
 
 
@@ -275,9 +275,9 @@ def test_hostile_folders_are_refused_before_a_row_exists(session, user, importab
 )
 def test_a_chat_template_is_tried_in_the_child(session, user, importable, data_dir, template: str, passes: bool) -> None:
     (importable / "chat_template.jinja").write_text(template)
-    model = models.add_folder(session, user, "workshop")
+    model = model_imports.add_folder(session, user, "workshop")
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == ("ready" if passes else "error")
     if not passes:
@@ -292,9 +292,9 @@ def test_weights_that_lack_a_tensor_are_refused_by_the_child(session, user, impo
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    model = models.add_folder(session, user, "workshop")
+    model = model_imports.add_folder(session, user, "workshop")
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == "error" and "down_proj" in model.error["message"]
     with pytest.raises(Conflict, match="cannot be used"):
@@ -303,18 +303,18 @@ def test_weights_that_lack_a_tensor_are_refused_by_the_child(session, user, impo
 
 def test_the_hub_is_not_asked_when_offline_and_says_so_when_away(session, user, monkeypatch) -> None:
     with pytest.raises(Unavailable, match="offline"):
-        models.add_hub(session, user, "Qwen/Qwen2.5-0.5B")
+        model_imports.add_hub(session, user, "Qwen/Qwen2.5-0.5B")
     for repo in ("../x", "http://evil/x", "a/b/c", "", "a b"):
         with pytest.raises(BadField):
-            models.add_hub(session, user, repo)
+            model_imports.add_hub(session, user, repo)
     from app.settings import get_settings
 
     monkeypatch.setattr(get_settings(), "offline", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    model = models.add_hub(session, user, "Qwen/Qwen2.5-0.5B")
+    model = model_imports.add_hub(session, user, "Qwen/Qwen2.5-0.5B")
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == "error" and model.error["message"].startswith("The hub cannot be reached")
     assert models.get(session, user, "Qwen/Qwen2.5-0.5B") is model
@@ -343,14 +343,14 @@ def test_the_hubs_files_are_chosen_by_the_allow_list() -> None:
 
 
 def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(session, user, importable) -> None:
-    model = models.add_folder(session, user, "workshop")
+    model = model_imports.add_folder(session, user, "workshop")
     session.commit()
     assert model_imports._claim(model.id) == 1
     assert model_imports._claim(model.id) is None
     session.execute(update(Model).values(lease_until=text("clock_timestamp() - interval '1 s'")))
     session.execute(text("UPDATE outbox SET created_at = created_at - interval '1 hour'"))
     session.commit()
-    models.reap(session)
+    model_imports.reap(session)
     session.commit()
     assert len(session.scalars(select(Outbox).where(Outbox.key == model.id)).all()) == 2
     late = model_imports._Beat(model.id, 1)
@@ -363,17 +363,17 @@ def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(sessio
 
 
 def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, user, importable) -> None:
-    model = models.add_folder(session, user, "workshop")
+    model = model_imports.add_folder(session, user, "workshop")
     model.fence = model_imports.MOST_CLAIMS
     session.flush()
     session.execute(text("UPDATE outbox SET created_at = created_at - interval '1 hour'"))
     session.commit()
-    models.reap(session)
+    model_imports.reap(session)
     session.commit()
     assert model.status == "error" and model.error["code"] == "worker_lost"
     model_imports.try_again(session, model)
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == "ready"
 
@@ -415,7 +415,7 @@ def test_an_adapter_is_merged_into_plain_weights_with_the_same_answers(
     merged = models.merge(session, user, tuned)
     assert models.merge(session, user, tuned) is merged
     session.commit()
-    models.fetch(merged.id)
+    model_imports.fetch(merged.id)
     session.refresh(merged)
     assert (merged.status, merged.error, merged.adapter, merged.kind) == ("ready", None, False, "dialogue")
     assert merged.name == f"{tuned.name}:merged" and models.reference(session, merged).adapters == ()

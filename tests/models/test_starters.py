@@ -12,6 +12,7 @@ import pytest
 
 from app.errors import BadData, Conflict, NotFound, StudioError, Unavailable
 from app.kit import manifest
+from app.models import imports as model_imports
 from app.models import service as models
 from app.models import starters
 from app.shapes import shape_of
@@ -114,19 +115,19 @@ def test_a_folder_that_was_touched_is_made_again(tmp_path, data_dir, tiny_model,
 def test_a_row_follows_from_the_files_and_the_service_queues_the_rest(session, user, tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))
-    model = models.add_starter(session, "small")
-    assert models.add_starter(session, "small") is model and model.status == "fetching" and model.owner_id is None
+    model = model_imports.add_starter(session, "small")
+    assert model_imports.add_starter(session, "small") is model and model.status == "fetching" and model.owner_id is None
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert (model.status, model.path, model.license) == ("ready", f"models/{starters.model_id('small')}", "apache-2.0")
     session.delete(model)
     session.commit()
-    assert [m.name for m in models.adopt_starters(session)] == ["small"]
-    assert models.adopt_starters(session) == []
+    assert [m.name for m in model_imports.adopt_starters(session)] == ["small"]
+    assert model_imports.adopt_starters(session) == []
     with db_error():
-        models.add_starter(session, GEMMA)
-    assert models.add_starter(session, GEMMA, accept_terms=True).source["terms_accepted"] is True
+        model_imports.add_starter(session, GEMMA)
+    assert model_imports.add_starter(session, GEMMA, accept_terms=True).source["terms_accepted"] is True
 
 
 def db_error():
@@ -137,12 +138,12 @@ def test_a_deleted_starter_stays_deleted_until_it_is_asked_for(session, user, tm
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))
     starters.ensure("small")
-    (model,) = models.adopt_starters(session)
+    (model,) = model_imports.adopt_starters(session)
     models.delete(session, user, model)
-    assert models.adopt_starters(session) == []
+    assert model_imports.adopt_starters(session) == []
     session.flush()
     session.expire_all()
-    assert models.add_starter(session, "small").status == "fetching"
+    assert model_imports.add_starter(session, "small").status == "fetching"
     assert session.get_one(Model, model.id).deleted_at is None
 
 

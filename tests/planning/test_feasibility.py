@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from app import spec
-from app.datasets import report
+from app.datasets import ingest_task, report
 from app.datasets import service as datasets
 from app.errors import BadField
 from app.jobs import request as job_request
@@ -38,7 +38,7 @@ def read(session, user, data_dir):
         session.flush()
         found = datasets.create(session, user, file)
         session.commit()
-        datasets.read(found.id)
+        ingest_task.read(found.id)
         session.refresh(found)
         assert found.status == "ready", found.error
         return found
@@ -122,7 +122,7 @@ def test_nothing_but_empty_texts_is_refused(session, user, tiny_registered, data
     session.flush()
     dataset = datasets.create(session, user, file)
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.refresh(dataset)
     error = refused(session, user, order_of(dataset))
     assert error.code == "invalid_training_file"
@@ -274,7 +274,7 @@ def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, t
     session.commit()
     job = jobs.create(session, user, JobOrder(model="tiny", dataset_id=dataset.id, strategy={"name": "dense_head"}, task="classification"))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     jobs.settle(session)
     session.commit()
     session.refresh(job)

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from app import queue
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import BadData, BadField
 from app.kit import ids, stats
@@ -47,7 +48,7 @@ def ready(session, user, rows, name):
     file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
     dataset = datasets.create(session, user, file)
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.refresh(dataset)
     assert dataset.status == "ready", dataset.error
     return dataset

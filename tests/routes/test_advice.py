@@ -8,8 +8,10 @@ import re
 
 import pytest
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.kit import ids
+from app.kit.humanize import human_bytes, human_number
 from app.machines.hardware import this_machine
 from app.planning import calculator
 from app.planning import memory as memory_estimate
@@ -20,7 +22,6 @@ from app.strategies import STRATEGIES
 from app.tables import Model
 from app.views.glossary import GLOSSARY
 from app.views.learning_path import PATH
-from app.web.templates import human_bytes, human_number
 from tests.planning.test_advisor import ENCODER
 
 
@@ -29,7 +30,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found

@@ -11,6 +11,7 @@ import re
 import pytest
 from sqlalchemy import select, update
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import BadField
 from app.evaluation import comparison_table, comparisons
@@ -31,7 +32,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found
@@ -368,7 +369,7 @@ def test_the_form_checks_the_first_of_each_family_and_says_what_cannot_be_had(cl
     assert re.search(r'value="bitfit" disabled>', page.text) and re.search(r'value="feature_extraction" disabled>', page.text)
     assert f"Start {len(checked)} jobs" in page.text and "disabled>Start" not in page.text
     plan = comparisons.planned(session, user, comparisons.read_order(body(chats, *checked)))
-    from app.web.templates import human_seconds
+    from app.kit.humanize import human_seconds
 
     assert f"Total time {human_seconds(plan.seconds)}" in words(page)
 

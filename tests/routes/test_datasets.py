@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from app import formats
-from app.datasets import samples
+from app.datasets import ingest_task, samples
 from app.datasets import service as datasets
 from app.kit import ids
 from app.storage import files
@@ -23,7 +23,7 @@ def upload(client, name="talk.jsonl", data=CHAT * 12 + BAD + "{broken\n", **fiel
 def read(session, answer):
     assert answer.status_code == 303, answer.text
     key = ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1])
-    datasets.read(key)
+    ingest_task.read(key)
     session.expire_all()
     return answer.headers["location"]
 

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from app import events, queue
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.db import transaction
 from app.jobs import lifecycle
@@ -161,7 +162,7 @@ def pairs_id(ai, user):
     uploaded = ai.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
     with transaction() as session:
         dataset = datasets.for_file(session, user, ids.parse(ids.FILE, uploaded.id))
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     return uploaded.id
 
 

@@ -8,8 +8,10 @@ import re
 
 import pytest
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.evaluation import advice
+from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
 from app.machines.hardware import this_machine
@@ -22,7 +24,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found
@@ -186,7 +188,7 @@ def test_the_pair_used_last_is_chosen_and_the_model_suits_the_task(client, sessi
 
     both = [session.get_one(Model, tiny_registered.id)]
     assert pair(session, user, both, [chats, kinds], None, None) == (both[0], chats), "nothing was used yet"
-    jobs.create(session, user, jobs.read_order({"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "dense_head"}}))
+    jobs.create(session, user, job_request.read_order({"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "dense_head"}}))
     session.commit()
     encoder = Model(name="mini", title="Mini", kind="encoder")
     assert pair(session, user, [*both, encoder], [], None, None)[0] is both[0], "for text a model that writes"

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from app import events
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.jobs import service as jobs
 from app.kit import ids
@@ -23,7 +24,7 @@ def make(session, user, data_dir):
         session.flush()
         found = datasets.create(session, user, file)
         session.commit()
-        datasets.read(found.id)
+        ingest_task.read(found.id)
         session.refresh(found)
         assert found.status == "ready", found.error
         return ids.public(ids.DATASET, found.id)

@@ -10,8 +10,7 @@ import pytest
 from sqlalchemy import func, select, text, update
 from starlette.requests import ClientDisconnect
 
-from app.datasets import resumable_upload
-from app.datasets import service as datasets
+from app.datasets import ingest_task, resumable_upload
 from app.kit import ids
 from app.storage import files
 from app.tables import Dataset, File, Upload, User
@@ -61,7 +60,7 @@ def test_a_whole_upload_becomes_a_dataset(api, session):
     assert (dataset.name, dataset.format, dataset.status) == ("Chats", "chat", "reading")
     assert session.get(File, dataset.file_id).sha256 == hashlib.sha256(DATA).hexdigest()
     assert files.blob_path(hashlib.sha256(DATA).hexdigest()).read_bytes() == DATA
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert dataset.good_rows == 30_000
     again = patch(api, answer.headers["location"], len(DATA), b"")

@@ -98,10 +98,10 @@ def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path,
     (data_dir / "import" / "x").mkdir(parents=True)
     hostile_models.make("45 MB of added tokens", tiny_model, data_dir / "import" / "x")
     began = time.process_time()
-    model = models.add_folder(session, user, "x/model", "big")
+    model = model_imports.add_folder(session, user, "x/model", "big")
     assert time.process_time() - began < 0.5 and model.status == "fetching"
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == "error" and "larger than 4 MiB" in model.error["message"] and model.error["way_out"]
 
@@ -110,8 +110,8 @@ def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path,
 def test_a_name_that_reads_as_an_id_is_refused(session, user, data_dir: Path, tiny_model: Path, name: str) -> None:
     shutil.copytree(tiny_model, data_dir / "import" / "m")
     with pytest.raises(BadField, match="how an id is written"):
-        models.add_folder(session, user, "m", name)
-    assert models.add_folder(session, user, "m", "model-" + "0a" * 15).status == "fetching"
+        model_imports.add_folder(session, user, "m", name)
+    assert model_imports.add_folder(session, user, "m", "model-" + "0a" * 15).status == "fetching"
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "loop", "\ud800", "\0"])
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_is_refused(session, user, data_dir: Path, path:
     (data_dir / "import").mkdir()
     (data_dir / "import" / "loop").symlink_to("loop")
     with pytest.raises(StudioError) as caught:
-        models.add_folder(session, user, path, "m")
+        model_imports.add_folder(session, user, path, "m")
     assert caught.value.status in (400, 403)
 
 
@@ -141,7 +141,7 @@ def kept_before(session, user, data_dir: Path, tiny_model: Path, name: str | Non
 
 
 def announced(session) -> list[str]:
-    models.reap(session)
+    model_imports.reap(session)
     session.commit()
     return list(session.scalars(select(Outbox.key).where(Outbox.task == "luthier.examine")))
 
@@ -177,7 +177,7 @@ def test_models_of_earlier_rules_are_examined_once(session, user, data_dir: Path
     assert good.fence == fence
     model_imports.try_again(session, bad)
     session.commit()
-    models.fetch(bad.id)
+    model_imports.fetch(bad.id)
     session.refresh(bad)
     assert bad.status == "error"  # the hub is not asked in a test, and what was refused is not taken back from the disk
 

@@ -17,6 +17,7 @@ import redis
 from sqlalchemy import select, text
 
 from app import db, queue
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import DiskFull
 from app.jobs import lifecycle
@@ -154,21 +155,21 @@ def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, s
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
     assert client.post(f"{path}/again", follow_redirects=False).status_code == 409, "it waits to be read already"
     small_disk.fill()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert (dataset.status, dataset.error["code"], file.status) == ("error", "disk_full", "error")
     page = client.get(path).text
     assert "disk" in page and "Read it again" in page
 
     assert client.post(f"{path}/again", follow_redirects=False).headers["location"] == path
-    datasets.read(dataset.id)  # still no room: the same again, not a reader that is thought to have died
+    ingest_task.read(dataset.id)  # still no room: the same again, not a reader that is thought to have died
     session.expire_all()
     assert (dataset.status, dataset.error["code"]) == ("error", "disk_full")
     small_disk.make_room()
     client.post(f"{path}/again")
     session.expire_all()
     assert (dataset.status, file.status) == ("reading", "uploaded")
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert (dataset.status, dataset.good_rows, file.status) == ("ready", 200, "processed")
     assert "Read it again" not in client.get(path).text
@@ -178,15 +179,15 @@ def test_a_reading_that_was_ordered_again_has_three_lives_of_its_own(session, us
     dataset = datasets.create(session, user, files.add_bytes(session, user, rows(3).encode(), "x.jsonl", "fine-tune"))
     session.commit()
     for deaths in (1, 2, 3, 1, 2, 3):
-        assert datasets.claim(session, dataset.id) is not None
+        assert ingest_task.claim(session, dataset.id) is not None
         session.execute(text("UPDATE datasets SET lease_until = clock_timestamp() - interval '1 second'"))
         session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
-        datasets.reap(session)
+        ingest_task.reap(session)
         session.expire_all()
         assert dataset.status == ("error" if deaths == 3 else "reading")
         if deaths == 3:
             assert dataset.error["code"] == "crashed"
-            datasets.read_again(session, dataset)
+            ingest_task.read_again(session, dataset)
     session.commit()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import select
 
+from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.kit import ids
 from app.storage import files
@@ -66,7 +67,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
     ]
     dataset = datasets.create(session, user, files.add_bytes(session, user, "\n".join(rows).encode(), "violins.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     spec = make_spec(tiny_registered, dataset, learning_rate=0.0007).model_dump(mode="json")
     job = Job(owner_id=user.id, name="violin-tone", status="succeeded", spec=spec, model_id=tiny_registered.id, dataset_id=dataset.id)

@@ -244,6 +244,7 @@ def test_sign_in(browser_page: Page, served: str, monkeypatch, session, tmp_path
 
 
 def test_scripts_and_filters_write_numbers_alike(page: Page, served: str):
+    from app.kit import humanize
     from app.web import templates as web_templates
 
     values = [
@@ -271,10 +272,10 @@ def test_scripts_and_filters_write_numbers_alike(page: Page, served: str):
         1234.4,
     ]
     for name, python in (
-        ("bytes", web_templates.human_bytes),
-        ("seconds", web_templates.human_seconds),
-        ("number", web_templates.human_number),
-        ("percent", web_templates.human_percent),
+        ("bytes", humanize.human_bytes),
+        ("seconds", humanize.human_seconds),
+        ("number", humanize.human_number),
+        ("percent", humanize.human_percent),
     ):
         script = f"async (values) => {{ const m = await import('{web_templates.static('js/format.js')}'); return values.map((v) => m.{name}(v)); }}"
         assert page.evaluate(script, values) == [python(value) for value in values], name

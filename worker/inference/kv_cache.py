@@ -20,14 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-
-if TYPE_CHECKING:
-    from worker.inference.lora_stack import Selection
 
 ATTENTION = "luthier_slots"
 SMALLEST_TOKENS = 256
@@ -137,6 +134,16 @@ class Cache:
 
     def nbytes(self) -> int:
         return sum(len(blocks.slots) * size * self.bytes_per_token for size, blocks in list(self.blocks.items()))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step needs of the stack: columns `low:high` hold all of its adapters. `mask` is (N, high - low) with 1 at
+    a token's own columns; None when all tokens use all of these columns."""
+
+    low: int
+    high: int
+    mask: torch.Tensor | None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from worker.inference.kv_cache import current_step
+from worker.inference.kv_cache import Selection, current_step
 from worker.kernels.cpu.small_batch_linear import FewRows
 from worker.modeling.loading import BadModel
 
@@ -79,16 +79,6 @@ def _scaling(config: dict[str, Any], layer: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), layer), config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a step needs of the stack: columns `low:high` hold all of its adapters. `mask` is (N, high - low) with 1 at
-    a token's own columns; None when all tokens use all of these columns."""
-
-    low: int
-    high: int
-    mask: torch.Tensor | None
 
 
 class StackedLinear(torch.nn.Module):

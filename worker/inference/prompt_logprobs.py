@@ -11,7 +11,7 @@ from app.inference.protocol import Logprob, Seen, SeenToken
 from worker.inference.sampling import likeliest, token_bytes
 
 if TYPE_CHECKING:
-    from worker.inference.engine import Running
+    from worker.inference.scheduler import Running
 
 CHUNK = 32
 """Tokens looked at in one step: each needs the logits of a whole vocabulary, a megabyte where that is large."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 
 from app import events
+from app.errors import StudioError
 
 MISTAKES = ("device-side assert triggered",)
 
@@ -60,3 +61,9 @@ def disk_is_full(error: BaseException) -> bool:
     """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+class Diverged(StudioError):
+    """The loss was not finite several times in a row, or rose far above its start."""
+
+    code = "diverged"

@@ -23,7 +23,7 @@ from app.kit.confinement import Room, cache_folders
 from app.machines.hardware import MEASURED, this_machine, usable_memory
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker.kernels.cpu import warmup
+from worker.runtime import kernel_cache
 
 KEPT_BY_JOBS = ("features", MEASURED)
 
@@ -52,7 +52,7 @@ def environment_in(folder: Path) -> dict[str, str]:
     data = get_settings().data_dir
     (tmp := folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
     caches = get_settings().folder("cache", "trainers")
-    compiled, own = warmup.folder(), caches / "numba"
+    compiled, own = kernel_cache.folder(), caches / "numba"
     if compiled.is_relative_to(data) and compiled.is_dir() and not (own / compiled.name).exists():
         with contextlib.suppress(OSError):
             shutil.copytree(compiled, partial := own / f"{compiled.name}.{os.getpid()}", dirs_exist_ok=True)

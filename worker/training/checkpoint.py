@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -26,12 +27,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from app import events
 from app.errors import StudioError
 from app.kit import manifest
+from app.run_settings import RENAMED
 from app.settings import get_settings
+from app.spec import JobSpec
 from app.strategies import Strategy
 from worker.modeling.classifier import Classifier, save_classifier
 from worker.modeling.loading import STRATEGY_FILE
+from worker.runtime.device import Engine, peak_memory
 from worker.training.optim import Named
 
 WEIGHTS, TRAINER = "weights", "trainer"
@@ -257,3 +262,24 @@ def _step(path: Path) -> int:
 def _fence(path: Path) -> int:
     digits = path.parent.name[1:]
     return int(digits) if digits.isdigit() else 0
+
+
+def spec_digest(spec: JobSpec) -> str:
+    """What tells an order from every other. A setting that has another name now goes by its old one, so that a job which began under it
+    is the same order."""
+    told = spec.model_dump_json()
+    for old, (new, _) in RENAMED.items():
+        told = told.replace(f'"{new}":', f'"{old}":', 1)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def measured(state: State, engine: Engine) -> events.Measured:
+    return events.Measured(
+        peak_memory_bytes=peak_memory(engine.device),
+        seconds=state.wall_seconds,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        steps=state.step,
+        device=engine.name,
+    )

@@ -26,12 +26,13 @@ from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import Classifier, load_stack, pooling_of
 from worker.modeling.loading import load_tokenizer
 from worker.runtime.device import Engine, choose, peak_memory
+from worker.runtime.failures import Diverged
 from worker.runtime.progress import Telling
 from worker.scoring import forgetting, prompt_baseline
 from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
 from worker.training import feature_cache, optim
 from worker.training import row_losses as training_row_losses
-from worker.training.checkpoint import State, relative
+from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
 from worker.training.objectives._base import MOST_REMEMBERED
 from worker.training.objectives.classification import (
@@ -52,8 +53,6 @@ FEW_ROWS = 30
 
 def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -> Iterator[events.TrainerEvent]:
     """As `worker.train.train`, for the strategy `feature_extraction`."""
-    from worker.train import measured, spec_digest
-
     strategy, run = spec.strategy, spec.run
     assert isinstance(strategy, FeatureExtraction)
     torch.manual_seed(run.seed)
@@ -238,8 +237,6 @@ def _learn(
     control: Any,
 ) -> Iterator[events.TrainerEvent]:
     """A small dense network by AdamW, an epoch a step; the epoch that is best on the held-out rows is kept. Raises Diverged."""
-    from worker.train import Diverged
-
     run, head = spec.run, classifier.head
     peak = spec.learning_rate
     optimizer = optim.optimizer_of(dict(head.named_parameters()), spec)

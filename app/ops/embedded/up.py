@@ -273,10 +273,10 @@ def welcome() -> str:
     from app.web import auth
 
     with transaction() as session:
-        from app.models import service as models
+        from app.models import imports as model_imports
 
         user = auth.first_user(session)
-        models.adopt_starters(session)
+        model_imports.adopt_starters(session)
         import_samples(session, user)
         return auth.new_sign_in_link(session, user)
 

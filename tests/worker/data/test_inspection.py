@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import select
 
-from app.datasets import inspections
+from app.datasets import ingest_task, inspections
 from app.datasets import service as datasets
 from app.storage import files
 from app.tables import Dataset, Finding, Inspection
@@ -170,7 +170,7 @@ def dataset(session, user, tiny_registered):
     )
     made = datasets.create(session, user, files.add_bytes(session, user, data.encode(), "x.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(made.id)
+    ingest_task.read(made.id)
     session.expire_all()
     return made
 

@@ -26,7 +26,8 @@ from worker.runtime.device import Engine, choose
 from worker.runtime.thread_parallel import Abreast
 from worker.scoring import held_out
 from worker.training import feature_cache
-from worker.training.objectives._base import body_of, lesson_of, trained_parameters
+from worker.training.objectives import lesson_of
+from worker.training.objectives._base import body_of, trained_parameters
 
 
 @pytest.fixture(autouse=True)

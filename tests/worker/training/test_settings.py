@@ -29,7 +29,7 @@ from worker.data.packing import plan
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.training.neftune import add_noise
-from worker.training.objectives._base import lesson_of
+from worker.training.objectives import lesson_of
 
 
 def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:

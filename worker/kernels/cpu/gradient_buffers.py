@@ -8,19 +8,124 @@ reads them. Two such places are as large as one gradient in float32. What a part
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from worker.kernels.cpu import adamw, jit
 from worker.kernels.cpu.adamw import Moments, Pieces, Rule
 from worker.runtime.thread_parallel import Abreast
 
-if TYPE_CHECKING:
-    from worker.kernels.cpu.full_tuning import Whole
-
 MOST_PARTS = 2
+MOST_LAID_BY = 2
+"""Pieces of a head's gradient that a part may keep while it is not its turn."""
+
+
+class Whole:
+    """A weight that learns: its value in `kind`, once a product has asked for it, and its gradient. The weight itself knows it as
+    `weight.whole`."""
+
+    def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: Abreast) -> None:
+        self.weight, self.kind, self.abreast = weight, kind, abreast
+        self.copy: torch.Tensor | None = None
+        self.room: torch.Tensor | None = None  # where the gradient is put in every step, so that it leaves no holes in a thread's memory
+        self.multiplies = False  # or is read row by row alone
+        self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and what it is yet to be multiplied by
+        self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of a table, and what they add to what is kept
+        self.rooms = Rooms([self])
+        self.rounded_at: tuple[int, int] | None = None
+        self.lock = threading.Lock()
+        self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, rows of a table, their gradients), not yet added
+        weight.whole = self  # type: ignore[attr-defined]
+
+    def rounded(self) -> torch.Tensor:
+        """The weight as it is now, in `kind`."""
+        if self.weight.dtype == self.kind:
+            return self.weight.detach()
+        stands_at = (self.weight.data_ptr(), self.weight._version)
+        if self.rounded_at != stands_at:
+            with self.lock:
+                if self.copy is None:
+                    self.copy = torch.empty_like(self.weight, dtype=self.kind)
+                if self.rounded_at != stands_at:
+                    self.copy.copy_(self.weight.detach())
+                    self.rounded_at = stands_at
+        assert self.copy is not None
+        return self.copy
+
+    def moved(self) -> None:
+        """Tell that the weight has other values: torch's fused optimizer does not count as a change of a tensor."""
+        self.rounded_at = None
+
+    def follows(self) -> None:
+        """Tell that the weight has other values and the rounded ones are theirs already."""
+        self.rounded_at = (self.weight.data_ptr(), self.weight._version)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a part's gradient in its turn."""
+        with self.abreast.turn(id(self.weight)):
+            if self.weight.grad is None:
+                self.weight.grad = self._room().copy_(gradient)
+            else:
+                self.weight.grad += gradient
+
+    def add_rows(self, gradients: Iterable[tuple[slice, torch.Tensor]], scale: float) -> None:
+        """Add `scale` times a part's gradients of some rows each, no row twice, in its turn for each. What comes before its turn
+        is laid by, for the parts come here at the same time and to sleep takes longer than to go on."""
+        laid_by: deque[tuple[slice, torch.Tensor]] = deque()
+
+        def add_first() -> None:
+            rows, gradient = laid_by.popleft()
+            with self.abreast.turn((id(self.weight), rows.start)):
+                if self.weight.grad is None:
+                    self.weight.grad = self._room().zero_()
+                self.weight.grad[rows].add_(gradient, alpha=scale)
+
+        for rows, gradient in gradients:
+            laid_by.append((rows, gradient))
+            while laid_by and (len(laid_by) > MOST_LAID_BY or self.abreast.has_turn((id(self.weight), laid_by[0][0].start))):
+                add_first()
+        while laid_by:
+            add_first()
+
+    def _room(self) -> torch.Tensor:
+        if self.room is None:
+            self.room = torch.empty_like(self.weight)
+        return self.room
+
+    def settle(self) -> None:
+        """Add what the parts kept for the rows of a table, and what they kept apart where it cannot stay so."""
+        read = sorted(self.read, key=lambda kept: kept[0])
+        self.read.clear()
+        if self.kept and self.weight.grad is None:
+            self.sparse = _sum_of_rows(read) if read else None
+            return
+        if (read or self.kept) and self.weight.grad is None:
+            self.weight.grad = self._room().zero_()
+        for _, (gradient, scale) in sorted(self.kept.items()):
+            self.weight.grad.add_(gradient, alpha=scale)
+        self.kept.clear()
+        if self.sparse is not None:
+            self.weight.grad.index_add_(0, *self.sparse)
+            self.sparse = None
+        for _, rows, gradients in read:
+            self.weight.grad.index_add_(0, rows, gradients)
+
+    def pieces(self) -> Pieces:
+        """The gradient as it is kept."""
+        first, *more = (self.kept[place] for place in sorted(self.kept))
+        second = more[0] if more else (first[0], 0.0)
+        height, width = self.weight.shape
+        if self.sparse is None:
+            return Pieces(first[0], second[0], (first[1], second[1]), torch.zeros(1, width), None)
+        rows, gradients = self.sparse
+        place = torch.full((height,), len(rows), dtype=torch.int32)
+        place[rows] = torch.arange(len(rows), dtype=torch.int32)
+        return Pieces(first[0], second[0], (first[1], second[1]), F.pad(gradients, (0, 0, 0, 1)), place)
 
 
 class Rooms:
@@ -130,3 +235,10 @@ def _moments(whole: Whole, optimizer: torch.optim.Optimizer) -> Moments:
     state["step"] += 1
     assert whole.copy is not None, "a product made the gradient, of the rounded weight"
     return Moments(weight.detach(), state["exp_avg"], state["exp_avg_sq"], whole.copy)
+
+
+def _sum_of_rows(read: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (R,) that were read, and the sums of their gradients (R, K)."""
+    rows, which = torch.cat([rows for _, rows, _ in read]).unique(return_inverse=True)
+    gradients = torch.cat([gradients for *_, gradients in read]).float()
+    return rows, torch.zeros(len(rows), gradients.shape[1]).index_add_(0, which, gradients)

@@ -24,11 +24,11 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from worker.kernels.cpu import warmup
+from worker.runtime import kernel_cache
 
 log = logging.getLogger(__name__)
 
-numba.config.CACHE_DIR = str(warmup.folder())
+numba.config.CACHE_DIR = str(kernel_cache.folder())
 
 FEATURES = binding.get_host_cpu_features().flatten()
 ROUNDS = "+avx512bf16" in FEATURES.split(",")

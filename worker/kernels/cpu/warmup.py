@@ -7,35 +7,14 @@ Compiled they are kept on disk for all later jobs (`worker/kernels/cpu/jit.py`).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 from app.machines.hardware import this_machine
-from app.settings import PROJECT, Settings
-
-MADE_OF = (
-    "jit.py", "amx.py", "rms_norm.py", "gated_mlp.py", "rotary.py", "cross_entropy.py", "attention.py", "lora_products.py", "adamw.py",
-    "lora_step.py",
-)  # fmt: skip
-"""Files in which kernels, or what they are written with, stand."""
-
-
-def folder() -> Path:
-    """Where compiled kernels are kept, made when missing. A file of kernels that has changed, or what they are made of, has another
-    folder, so that `begin` sees that something is to be compiled."""
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    found = Path(given) if given else Settings().data_dir.expanduser() / "cache" / "numba"
-    try:
-        found.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        found = Path(tempfile.mkdtemp(prefix="luthier-"))  # compiled again by every process
-    made_of = b"".join(Path(__file__).with_name(name).read_bytes() for name in MADE_OF)
-    return found / hashlib.sha256(made_of).hexdigest()[:12]
+from app.settings import PROJECT
+from worker.runtime import kernel_cache
 
 
 def begin() -> subprocess.Popen | None:
@@ -43,7 +22,7 @@ def begin() -> subprocess.Popen | None:
     from worker.supervision import exit_codes
     from worker.supervision.train_attempt import die_with_parent
 
-    if this_machine().cuda or folder().exists():
+    if this_machine().cuda or kernel_cache.folder().exists():
         return None
     return subprocess.Popen(
         [sys.executable, "-m", "worker.kernels.cpu.warmup"],

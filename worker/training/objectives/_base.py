@@ -140,21 +140,6 @@ class Lesson(ABC):
         """Base and result on the same held-out rows; empty without any."""
 
 
-def lesson_of(spec: JobSpec, tokenizer: Any) -> Lesson:
-    """The lesson of an order's task, its data read."""
-    if spec.task == "classification":
-        from worker.training.objectives.classification import Classifying
-
-        return Classifying(spec, tokenizer)
-    if spec.task == "preference":
-        from worker.training.objectives.dpo import Preferring
-
-        return Preferring(spec, tokenizer)
-    from worker.training.objectives.causal_lm import Writing
-
-    return Writing(spec, tokenizer)
-
-
 def body_of(model: torch.nn.Module) -> torch.nn.Module:
     """What the strategy attached to: a classifier's stack, or the model."""
     return model.backbone if isinstance(model, Classifier) else model

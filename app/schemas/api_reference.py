@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from app.web.openapi import ABOUT, ALWAYS, REFUSALS, UNSAFE, first_sentence
+from app.schemas.openapi import ABOUT, ALWAYS, REFUSALS, UNSAFE, first_sentence
 
 Json = dict[str, Any]
 
@@ -21,7 +21,7 @@ Any operation may answer {always}; one that changes something also {unsafe}. Wha
 
 
 def markdown(document: Json) -> str:
-    """The page, from the document of `app.web.openapi`. Deterministic: it holds no address, version or date."""
+    """The page, from the document of `app.schemas.openapi`. Deterministic: it holds no address, version or date."""
     parts = [HEAD.format(about=ABOUT, always=_listed(ALWAYS), unsafe=_listed(UNSAFE))]
     parts += ["| refusal | means |", "|---|---|", *(f"| {status} | {_cell(text)} |" for status, text in REFUSALS.items()), ""]
     for tag in document["tags"]:
