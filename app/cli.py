@@ -234,8 +234,8 @@ def doctor(data_dir: DataDir = None) -> None:
 def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, which is docs/api.md.")] = False) -> None:
     """Print what the API takes and answers, as an OpenAPI document in JSON. No studio need run."""
     from app.main import create_app
-    from app.schemas.openapi import document
     from app.schemas import api_reference
+    from app.schemas.openapi import document
 
     found = document(create_app())
     typer.echo(api_reference.markdown(found) if markdown else json.dumps(found, indent=1), nl=not markdown)

@@ -17,12 +17,12 @@ from app.errors import Conflict, StudioError
 from app.evaluation import comparison_table, comparisons
 from app.evaluation.comparisons import ComparisonOrder
 from app.kit import ids
-from app.kit.pagination import After, Limit, page
 from app.schemas.openapi import answers, takes
 from app.tables import Comparison
 from app.views import comparison as comparison_view
 from app.views import comparison_form, lists
 from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1")

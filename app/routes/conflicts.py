@@ -10,10 +10,10 @@ from fastapi.responses import RedirectResponse, Response
 from app.datasets import conflicts, inspections, row_editor
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
-from app.kit.pagination import MAX_NUMBER, PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.tables import User
 from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, PageNumber
 from app.web.templates import flash, render
 
 pages = APIRouter()

@@ -17,18 +17,18 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.kit import ids
-from app.kit import pagination as cursor
 from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.storage import files
-from app.storage.multipart import Form as StreamedForm
-from app.storage.multipart import read_form
 from app.tables import Dataset, User
 from app.views import dataset as dataset_view
 from app.views import lists
+from app.web import pagination as cursor
 from app.web.auth import CurrentUser
+from app.web.multipart import Form as StreamedForm
+from app.web.multipart import read_form
 from app.web.templates import flash, render
 
 pages = APIRouter()

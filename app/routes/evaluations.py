@@ -15,7 +15,6 @@ from app.db import Db
 from app.errors import BadField, StudioError
 from app.evaluation import service as evaluations
 from app.kit import forms, ids
-from app.kit.pagination import After, Limit, page
 from app.models import first_model, interpolation
 from app.models import service as models
 from app.schemas.openapi import answers, takes
@@ -23,6 +22,7 @@ from app.tables import Evaluation
 from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
 from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 pages = APIRouter()

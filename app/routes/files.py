@@ -14,13 +14,13 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.kit import ids
-from app.kit import pagination as cursor
 from app.schemas.openapi import BYTES, answers, takes
 from app.settings import get_settings
 from app.storage import files
-from app.storage.multipart import Form, read_form
 from app.tables import Dataset, File, Finding, User
+from app.web import pagination as cursor
 from app.web.auth import CurrentUser
+from app.web.multipart import Form, read_form
 
 api = APIRouter(prefix="/v1")
 CONTENT: dict[int | str, dict[str, Any]] = {

@@ -21,7 +21,6 @@ from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobOrder, read_order
 from app.kit import ids
-from app.kit.pagination import MAX_NUMBER, After, Limit, Offset, Step, page
 from app.models import service as models
 from app.routes.models import to_json as model_json
 from app.schemas.openapi import answers, takes
@@ -29,6 +28,7 @@ from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
 from app.web import event_stream
 from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, After, Limit, Offset, Step, page
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]

@@ -22,7 +22,6 @@ from app.jobs import service as jobs
 from app.jobs.request import JobOrder
 from app.kit import ids, zip_stream
 from app.kit.humanize import human_number
-from app.kit.pagination import MAX_NUMBER, Offset, Step
 from app.models import first_model, model_card
 from app.models import service as models
 from app.planning.schedule import GOVERNED
@@ -31,6 +30,7 @@ from app.views import job as view
 from app.views import job_form, job_tabs, lists, run_comparison
 from app.web import event_stream
 from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, Offset, Step
 from app.web.templates import flash, render
 
 pages = APIRouter()

@@ -17,15 +17,15 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.predictions import KINDS, Format, PredictionOrder, key_of, to_json
 from app.kit import forms, ids
-from app.kit.pagination import After, Limit, page
 from app.models import service as models
 from app.schemas.openapi import BYTES, answers
 from app.settings import get_settings
 from app.storage import files
-from app.storage.multipart import Form, read_form
 from app.tables import Evaluation, User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.multipart import Form, read_form
+from app.web.pagination import After, Limit, page
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/predictions")

@@ -16,7 +16,6 @@ from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.kit import forms, ids
-from app.kit.pagination import After, Limit, Offset, PageNumber, page
 from app.models import first_model
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs
@@ -28,6 +27,7 @@ from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 from app.views import prompt_lab
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, Offset, PageNumber, page
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/prompts")

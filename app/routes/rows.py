@@ -15,13 +15,13 @@ from app.db import transaction
 from app.errors import BadField, NotFound
 from app.jobs import row_losses
 from app.kit import ids
-from app.kit.pagination import MAX_NUMBER, PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import TRAIN_ON, TrainOn
 from app.schemas.openapi import answers
 from app.tables import Dataset, Job, Model, User
 from app.views import rows as row_view
 from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, PageNumber
 from app.web.templates import flash, render
 
 pages = APIRouter()

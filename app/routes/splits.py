@@ -14,12 +14,12 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
-from app.kit.pagination import PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.schemas.openapi import answers
 from app.spec import RunSettings
 from app.tables import Dataset, Inspection
 from app.web.auth import CurrentUser
+from app.web.pagination import PageNumber
 from app.web.templates import flash, render
 
 pages = APIRouter()

@@ -18,11 +18,11 @@ from app.db import Db, transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
 from app.kit.humanize import plural
-from app.kit.pagination import MAX_NUMBER
 from app.schemas.openapi import answers
 from app.tables import Dataset, User
 from app.views import dataset as dataset_view
 from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER
 from app.web.templates import flash, render
 
 pages = APIRouter()

@@ -18,12 +18,12 @@ from app.inference import playground, votes
 from app.inference.playground import Heard
 from app.inference.protocol import Sampling
 from app.kit import ids
-from app.kit.pagination import After, Limit, page
 from app.routes.chat import Message
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
 from app.web.streaming import collect, later, left, listen_calmly
 
 pages = APIRouter()

@@ -15,10 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
-from app.datasets import issue_names
-from app.evaluation import metrics
 from app.kit.humanize import ago, clock, human_bytes, human_number, human_percent, human_seconds, plural
-from app.models import service as models
 from app.settings import PROJECT
 
 STATIC = PROJECT / "static"
@@ -48,6 +45,10 @@ def environment() -> Environment:
         lstrip_blocks=True,
         extensions=[Nonces],
     )
+    from app.datasets import issue_names
+    from app.evaluation import metrics
+    from app.models import service as models  # the first page needs them; the import of the web process does not
+
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
         "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from app.errors import BadField
 from app.jobs.request import read_strategy
 from app.main import create_app
-from app.settings import get_settings
 from app.schemas import api_reference, openapi
+from app.settings import get_settings
 from app.web.navigation import each_route
 from tests import documented
 from tests.conftest import ORIGIN, PROJECT

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import func, select, text
 
 from app.errors import BadField
-from app.kit.pagination import page
 from app.tables import Event, File, Job
+from app.web.pagination import page
 
 
 def walk(turn) -> list[str]:
