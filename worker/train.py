@@ -24,7 +24,8 @@ from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.kernels.cpu import gradient_buffers
-from worker.kernels.cpu.full_tuning import Whole, give_back, learns_whole, use_whole
+from worker.kernels.cpu.full_tuning import give_back, learns_whole, use_whole
+from worker.kernels.cpu.gradient_buffers import Whole
 from worker.kernels.cpu.rotary import use_fused_rotary
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import plain

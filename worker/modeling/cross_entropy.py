@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.cross_entropy import softmax_loss_
-from worker.kernels.cpu.full_tuning import Whole, rounded
+from worker.kernels.cpu.full_tuning import rounded
+from worker.kernels.cpu.gradient_buffers import Whole
 from worker.modeling.packed_attention import MULTIPLE
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from tests.worker.kernels.test_full_tuning import CPU, FAMILIES, data_of, engine
 from worker.data.batching import make_batch
 from worker.kernels.cpu import adamw, full_tuning, gradient_buffers, jit
 from worker.kernels.cpu.adamw import Moments, Pieces, Rule
-from worker.kernels.cpu.full_tuning import Whole, use_whole
+from worker.kernels.cpu.full_tuning import use_whole
+from worker.kernels.cpu.gradient_buffers import Whole
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime import distributed
 from worker.scoring import held_out
