@@ -106,12 +106,12 @@ def studio() -> Iterator[tuple[str, Any, list[Page]]]:
 
 def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
-    from app.datasets import samples
-    from app.datasets import service as datasets
+    from app.datasets import ingest_task, samples
     from app.evaluation import comparisons, predictions
     from app.evaluation import service as evaluations
     from app.inference import playground
     from app.inference.protocol import Sampling
+    from app.jobs import request as job_request
     from app.jobs import service as jobs
     from app.kit import ids
     from app.prompts import runs as prompt_runs
@@ -123,12 +123,12 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     data = {name: samples.add(session, user, name) for name in ("support-replies", "shop-questions", "straight-answers")}
     session.commit()
     for one in data.values():
-        datasets.read(one.id)
+        ingest_task.read(one.id)
         session.refresh(one)
     key = {name: ids.public(ids.DATASET, one.id) for name, one in data.items()}
 
     def job(**more: Any) -> Any:
-        made = jobs.create(session, user, jobs.read_order({"model": model.name, "dataset_id": key["support-replies"], **more}))
+        made = jobs.create(session, user, job_request.read_order({"model": model.name, "dataset_id": key["support-replies"], **more}))
         session.commit()
         return lives.Life(session, made)
 

@@ -27,7 +27,6 @@ from app.datasets import compose_rows, inspections, token_counts
 from app.datasets import hub as hub_datasets
 from app.datasets.row_store import verify_rows
 from app.errors import BadData, Conflict, StudioError
-from app.jobs import lifecycle
 from app.kit import sandbox
 from app.kit.json_safe import storable
 from app.settings import get_settings
@@ -391,4 +390,3 @@ def _sweep(session: Session) -> None:
         files.sweep(session)
         resumable_upload.sweep(session)
         inspections.sweep(session)
-        lifecycle.sweep_folders(session)

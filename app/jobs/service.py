@@ -259,6 +259,7 @@ def reap(session: Session) -> dict[str, int]:
         "announced": lifecycle.announce_again(session, backlog()),
         "resumed": lifecycle.resume_after_full_disk(session),
         "swept": lifecycle.sweep_outbox(session),
+        "folders": lifecycle.sweep_folders(session),
     }
 
 

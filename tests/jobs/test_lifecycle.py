@@ -15,8 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import func, select, text, update
 
 from app import events
-from app.datasets import ingest_task
-from app.datasets import service as datasets
 from app.db import get_engine, transaction
 from app.jobs import checkpoints, lifecycle
 from app.jobs import service as jobs
@@ -572,8 +570,7 @@ def test_files_left_by_a_death_after_the_commit_go_later(failed_at_15, user, ses
         assert take(job_id) is not None
     else:
         jobs.cancel(session, user, job_id)
-        ingest_task._swept_at = float("-inf")
-        datasets.reap(session)
+        jobs.reap(session)
     assert there(folders) == [5]
 
 

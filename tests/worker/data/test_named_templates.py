@@ -22,7 +22,7 @@ from worker.data.template_child import Writer
 from worker.inference.engine import Engine
 from worker.inference.model_pool import Shelf
 from worker.modeling.loading import load_tokenizer
-from worker.training.objectives._base import lesson_of
+from worker.training.objectives import lesson_of
 
 ASKED = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " What wood?"}]
 TOLD = [*ASKED, {"role": "assistant", "content": "Spruce."}, {"role": "user", "content": "Thanks"}]
