@@ -86,7 +86,7 @@ def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "non
         if leftover.name != "tmp":
             subprocess.run(["rm", "-rf", str(leftover)], check=True)
     Path(targets["checkpoint"]).write_text("x")
-    room = confinement.Room(
+    room = confinement.Confinement(
         read=[data / "models" / "mine", data / "rows" / "mine" / "f1.parquet", own.parent],
         write=[own],
         sockets=sockets,
@@ -113,7 +113,7 @@ def cost(tries: int = 15) -> dict[str, float]:
     bare = [sys.executable, "-I", "-S", "-c", "pass"]
     taken: dict[str, list[float]] = {"bare": [], "behind walls": []}
     for _ in range(tries):
-        for name, command in (("bare", bare), ("behind walls", confinement.confined(bare, confinement.Room()))):
+        for name, command in (("bare", bare), ("behind walls", confinement.confined(bare, confinement.Confinement()))):
             began = time.perf_counter()
             subprocess.run(command, cwd=PROJECT, check=True)
             taken[name].append(1000 * (time.perf_counter() - began))

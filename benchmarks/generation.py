@@ -170,12 +170,12 @@ def of_engine(folder: Path, tokens: int, chats: int, adapters: int, rounds: int)
     from transformers import AutoTokenizer
 
     from worker.inference.engine import Engine
-    from worker.inference.model_pool import Shelf
+    from worker.inference.model_pool import ModelPool
 
     bias = {AutoTokenizer.from_pretrained(folder).eos_token_id: -100.0}
     with tempfile.TemporaryDirectory() as scratch:
         refs = references(folder, make_adapters(Path(scratch), folder, adapters))
-        engine = Engine(Shelf())
+        engine = Engine(ModelPool())
         found = measure(lambda model, i, n: run_engine(engine, refs[model], i, n, bias), len(refs), tokens, chats, rounds)
         device, dtype = str(engine.shelf.device), str(engine.shelf.dtype).removeprefix("torch.")
         engine.close()

@@ -80,14 +80,14 @@ def pass_through(
     from worker.modeling import fused_layers, packed_attention
     from worker.modeling.cross_entropy import head_of, linear_cross_entropy
     from worker.modeling.fused_lora import fuse
-    from worker.runtime.device import Engine
+    from worker.runtime.device import Compute
     from worker.scoring import held_out
     from worker.training import optim
 
     where = torch.device(device)
     half = dtype == torch.bfloat16
     chosen = STRATEGIES[strategy]()
-    engine = Engine(where, device, "bf16" if half else "fp32", dtype if chosen.adapter else torch.float32, 1)
+    engine = Compute(where, device, "bf16" if half else "fp32", dtype if chosen.adapter else torch.float32, 1)
     more: dict[str, Any] = {}
     if bits:
         from worker.modeling.loading import _in_bits
@@ -240,12 +240,12 @@ def no_leak(folder: Path, device: str, samples: list[list[int]]) -> str:
 
 
 def evaluation(folder: Path, device: str, samples: list[list[int]]) -> str:
-    from worker.runtime.device import Engine
+    from worker.runtime.device import Compute
     from worker.scoring import held_out
 
     torch._dynamo.reset()
     _, _, _, model = pass_through(folder, device, torch.bfloat16, samples=samples, compiled=True)
-    engine = Engine(torch.device(device), device, "bf16", torch.bfloat16, 1)
+    engine = Compute(torch.device(device), device, "bf16", torch.bfloat16, 1)
     began = time.perf_counter()
     found = held_out.validate(model, data_of(samples), 300, engine)
     assert np.isfinite(found["loss"])

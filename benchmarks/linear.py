@@ -228,13 +228,13 @@ def _shown(text: str) -> Run:
 
 def _tokens(folder: Path) -> Prepare:
     def prepare(text: str) -> Run:
-        from worker.data.inspection import Counter, open_tokenizer
+        from worker.data.inspection import TokenCounter, open_tokenizer
 
         _, labelled, pair = _normalised(text)  # the cost of a conversation's turns is the template's, which has bounds of its own
 
         def run() -> None:
             for task, shown in (("generation", [pair]), ("classification", [labelled])):
-                counter = Counter(open_tokenizer(folder, task), {"kind": "dialogue"}, task, lambda line, finding: None)
+                counter = TokenCounter(open_tokenizer(folder, task), {"kind": "dialogue"}, task, lambda line, finding: None)
                 for line, row in enumerate(shown, 1):
                     counter.add(row, line)
                 counter.result()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from app.errors import StudioError
 from app.inference.next_tokens import probability
-from app.inference.protocol import GenerateRequest, Sampling, Seen, SeenToken
+from app.inference.protocol import GenerateRequest, PromptLogprobs, Sampling, SeenToken
 from app.jobs.local import kind_of
 from app.kit.manifest import sha256_of
 from app.models import starters
@@ -50,7 +50,7 @@ def look(engine: Any, ref: ModelRef, top: int, **prompt: Any) -> list[SeenToken]
     )
     for entries in engine.answer(request):
         for entry in entries:
-            if isinstance(entry, Seen):
+            if isinstance(entry, PromptLogprobs):
                 return entry.following
             if entry.type == "error":
                 raise SystemExit(f"{ref.name}: {entry.message} {entry.way_out}".strip())
@@ -136,12 +136,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     from worker.inference.engine import Engine
-    from worker.inference.model_pool import Shelf
+    from worker.inference.model_pool import ModelPool
 
     refs = [reference(named) for named in given.model] if given.model else usual()
     if not refs:
         raise SystemExit("There is no model here. Run `make studio` first, or name a folder with --model.")
-    engine = Engine(Shelf())
+    engine = Engine(ModelPool())
     columns = columns_of(engine, refs, given.text, given.top)
     engine.close()
     print(as_text(given.text, columns))

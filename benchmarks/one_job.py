@@ -72,7 +72,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     from app.shapes import shape_of
     from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
     from app.strategies import STRATEGIES
-    from worker.data.inspection import Counter, open_tokenizer
+    from worker.data.inspection import TokenCounter, open_tokenizer
 
     folder = get_settings().data_dir / "models" / plan["model"]
     shape = shape_of(json.loads((folder / "config.json").read_text()))
@@ -80,7 +80,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     rows = list(csv.DictReader((SAMPLES / "shop-questions.csv").open())) if classes else _json_lines("support-replies.jsonl")
     path, sha256 = _stored(rows, plan["task"])
     kind = "encoder" if shape.architecture == "encoder" else "dialogue"
-    counter = Counter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
+    counter = TokenCounter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
     for line, row in enumerate(rows, start=1):
         counter.add(row, line)
     counted = counter.result()["report"]

@@ -145,7 +145,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         ended(lives.Life(session, one))
     prompt, version = prompts.create(session, user, "Classify", prompts.PromptBody(template="{{input}}"))
     run = prompt_runs.create(session, user, version, model.name, data["shop-questions"], prompt_runs.RunOrder(rows=5))
-    score = evaluations.create(session, user, evaluations.EvaluationOrder(model=model.name, dataset_id=key["support-replies"], rows=5))
+    score = evaluations.create(session, user, evaluations.EvaluationRequest(model=model.name, dataset_id=key["support-replies"], rows=5))
     vectors = predictions.create_vectors(session, user, model.name, key["shop-questions"])
     exchange, _ = playground.ask(session, user, [model.name], "Do you mend bows?", Sampling())
     said = [{"role": "user", "content": "Do you mend bows?"}]

@@ -73,7 +73,7 @@ def reference(folder: Path, kind: str) -> ModelRef:
 def score(spec: RunSpec, rows: list[Solved], shots: Shots) -> dict[str, Any]:
     began = time.monotonic()
     with ThreadPoolExecutor(prompt_runs.AT_ONCE) as pool:
-        asked: list[tuple[Solved, Future[prompt_runs.Said]]] = []
+        asked: list[tuple[Solved, Future[prompt_runs.RowAnswer]]] = []
         for row in rows:
             text = prompts.text_of(spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)])
             asked.append((row, pool.submit(prompt_runs._ask, spec, text, [], row.line, [False])))

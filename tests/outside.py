@@ -26,9 +26,9 @@ from app.spec import Adapter, ModelRef
 
 def build(folder: Path, key: str) -> FastAPI:
     from worker.inference.engine import Engine
-    from worker.inference.model_pool import Shelf
+    from worker.inference.model_pool import ModelPool
 
-    app, engine = FastAPI(), Engine(Shelf())
+    app, engine = FastAPI(), Engine(ModelPool())
     shape = shape_of(json.loads((folder / "config.json").read_text()))
     base = ModelRef(id=uuid.uuid4(), name="base", kind="generic", path=str(folder), revision="", shape=shape)
     served: dict[str, ModelRef] = {"served-base": base}

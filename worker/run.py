@@ -169,7 +169,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     features = type(spec.strategy).recipe == "features"
     work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, learnt, recomputed)
     speed = measured.tokens_per_second * work
-    course = duration.Course(
+    course = duration.Workload(
         train=started.train_tokens,
         held_out=started.train_tokens / max(started.train_rows, 1) * started.validation_rows,
         longest=0,

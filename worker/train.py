@@ -25,22 +25,22 @@ from app.settings import get_settings
 from app.spec import JobSpec
 from worker.kernels.cpu import gradient_buffers
 from worker.kernels.cpu.full_tuning import give_back, learns_whole, use_whole
-from worker.kernels.cpu.gradient_buffers import Whole
+from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.kernels.cpu.rotary import use_fused_rotary
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
-from worker.runtime.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
+from worker.runtime.device import Compute, choose, memory_here, peak_memory, release, rng_tensors, set_rng
 from worker.runtime.failures import Diverged
-from worker.runtime.progress import Telling
-from worker.runtime.transfer import Figures, depth
+from worker.runtime.progress import ProgressReporter
+from worker.runtime.transfer import AsyncScalars, depth
 from worker.training import checkpoint, final_evaluation, neftune, optim
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
 from worker.training.objectives import lesson_of
-from worker.training.objectives._base import Lesson, Scored, body_of, trained_parameters
-from worker.training.schedule import Course, course_of, seconds_expected
+from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
+from worker.training.schedule import Schedule, course_of, seconds_expected
 from worker.training.step import next_window, parts_of, take_step
 
 MOST_NOT_FINITE = 3
@@ -50,7 +50,7 @@ SPEED_WINDOW = 20
 
 
 @dataclass
-class Control:
+class StopSignals:
     """What others ask of a running job, looked at after every optimizer step; and whether it `stopped` for it, its state saved."""
 
     stop: bool = False
@@ -59,25 +59,25 @@ class Control:
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """Everything that lives while a job trains."""
 
     spec: JobSpec
     attempt: Path
-    engine: Engine
-    lesson: Lesson
-    course: Course
+    engine: Compute
+    lesson: Objective
+    course: Schedule
     model: torch.nn.Module
     trained: optim.Named
     optimizer: torch.optim.Optimizer
     state: State
     parts: int  # how many parts of a pack are computed side by side
-    wholes: list[Whole]  # the weights of full tuning on a CPU
+    wholes: list[MasterWeight]  # the weights of full tuning on a CPU
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
-    world: distributed.World = field(default_factory=distributed.World)
-    factors: Any = None  # worker.kernels.cpu.lora_step.Learnt, for LoRA on a CPU with matrix units
+    world: distributed.ProcessGroup = field(default_factory=distributed.ProcessGroup)
+    factors: Any = None  # worker.kernels.cpu.lora_step.LoraOptimizer, for LoRA on a CPU with matrix units
     shards: Any = None  # worker.training.fsdp.Shards, where several processes share the weights themselves
     pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
@@ -96,13 +96,13 @@ class Trainee:
         return bool(patience) and self.state.without_better >= patience
 
 
-def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Control | None = None) -> Iterator[events.TrainerEvent]:
+def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSignals | None = None) -> Iterator[events.TrainerEvent]:
     """Tune `spec.model` and say what happens; the result is written under `folder`, an attempt's folder.
 
     Goes on from the newest whole checkpoint under `runs` (by default the folder's parent). Ends after `Finished`, or without
     it when `control.stop` was set and the state was saved. Raises BadData, BadModel, DoesNotFit, Diverged, or what torch raises.
     """
-    control = control or Control()
+    control = control or StopSignals()
     began = time.monotonic()
     if type(spec.strategy).recipe == "features":
         if distributed.rank():
@@ -132,7 +132,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    yield from Telling("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
+    yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
@@ -165,7 +165,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
-    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
+    job = TrainState(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
     if hasattr(body_of(model), "peft_config"):
         from worker.modeling import fused_lora
 
@@ -180,7 +180,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         yield from finish(job)
 
 
-def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[events.TrainerEvent]:
+def _steps(job: TrainState, control: StopSignals, saved: Path | None) -> Iterator[events.TrainerEvent]:
     """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved. They
     go on from the checkpoint `saved`."""
     run, state, course, lesson, world = job.spec.run, job.state, job.course, job.lesson, job.world
@@ -193,12 +193,12 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
 
         job.shards = fsdp.spread(job, saved)
     packs = course.packs(lesson.train.lengths, run, state.step * run.passes)
-    late: deque[tuple[events.Step, Figures]] = deque()
+    late: deque[tuple[events.Step, AsyncScalars]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
     before, window = state.step, next_window(job, packs)
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        figures = Figures(take_step(job, window))
+        figures = AsyncScalars(take_step(job, window))
         late.append((_step_event(job), figures))
         # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
         window = next_window(job, packs)
@@ -233,7 +233,7 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
+def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
     lesson, model = job.lesson, job.model
     return events.Started(
         device=job.engine.name,
@@ -264,7 +264,7 @@ def _log(level: str, message: str) -> events.Log:
 # What is told of a step ------------------------------------------------------------------------------------------------
 
 
-def _step_event(job: Trainee) -> events.Step:
+def _step_event(job: TrainState) -> events.Step:
     """The step as far as it is known without waiting for the device."""
     state = job.state
     return events.Step(
@@ -281,7 +281,7 @@ def _step_event(job: Trainee) -> events.Step:
     )
 
 
-def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
+def report(job: TrainState, step: events.Step, figures: AsyncScalars) -> events.Step:
     """The finished event of a step. Raises Diverged after several steps in a row without a finite loss."""
     state = job.state
     read = figures.read()
@@ -309,7 +309,7 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
     )
 
 
-def watch_divergence(job: Trainee, step: int, loss: float) -> None:
+def watch_divergence(job: TrainState, step: int, loss: float) -> None:
     """Stop a job whose loss has left its start far behind: each of the newest steps above twice that of the first ones and a nat more.
     A few hard packs, or new layers that overshoot at first, do not stay there so long. Raises Diverged."""
     state = job.state
@@ -324,7 +324,7 @@ def watch_divergence(job: Trainee, step: int, loss: float) -> None:
         )
 
 
-def _speed(job: Trainee) -> float:
+def _speed(job: TrainState) -> float:
     """Tokens per second over the last steps of this attempt, evaluations left out."""
     (tokens, seconds), (last_tokens, last_seconds) = job.pace[0], job.pace[-1]
     if last_seconds > seconds:
@@ -335,13 +335,13 @@ def _speed(job: Trainee) -> float:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
+def judge(job: TrainState) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
     if len(lesson.held_out):
         began = time.monotonic()
-        scored = yield from Telling("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
+        scored = yield from ProgressReporter("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
@@ -351,7 +351,7 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
         yield events.Sampled(step=state.step, samples=samples)
 
 
-def _remember(job: Trainee, scored: Scored) -> bool:
+def _remember(job: TrainState, scored: EvalResult) -> bool:
     state, loss = job.state, scored.metrics["loss"]
     metric = job.spec.run.metric_for_best
     value = loss if metric == "loss" else -scored.metrics[job.lesson.accuracy]
@@ -368,7 +368,7 @@ def _remember(job: Trainee, scored: Scored) -> bool:
     return True
 
 
-def save(job: Trainee) -> events.Saved:
+def save(job: TrainState) -> events.Saved:
     """Write a checkpoint, and sweep the ones no longer needed."""
     state = job.state
     state.wall_seconds = time.monotonic() - job.began
@@ -388,7 +388,7 @@ def save(job: Trainee) -> events.Saved:
     )
 
 
-def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished]:
+def finish(job: TrainState) -> Iterator[events.Log | events.Doing | events.Finished]:
     """Write the result: the best checkpoint's weights where rows were held out and it is asked for, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson

@@ -43,7 +43,7 @@ Source = Annotated[Part, BeforeValidator(_bare_id, json_schema_input_type=str | 
 """A dataset and its weight, or its id alone."""
 
 
-class JoinOrder(BaseModel):
+class CombineRequest(BaseModel):
     """What to make, and of what."""
 
     model_config = ConfigDict(extra="forbid")
@@ -59,7 +59,7 @@ class JoinOrder(BaseModel):
     name: str | None = Field(default=None, max_length=200)
 
 
-def order(session: Session, user: User, wish: JoinOrder) -> Dataset:
+def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
     """A new version of the first dataset, made of all of them, ordered from the data worker.
 
     Raises BadField where the datasets or numbers do not go together, Conflict for one that is not ready.
@@ -115,7 +115,7 @@ def shape_of(dataset: Dataset) -> str:
     return formats.get(dataset.format or "").shape
 
 
-def _check_sources(found: list[Dataset], wish: JoinOrder) -> None:
+def _check_sources(found: list[Dataset], wish: CombineRequest) -> None:
     for dataset in found:
         if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
             state = "has no valid rows" if dataset.status == "ready" else f"is {dataset.status}"
@@ -130,7 +130,7 @@ def _check_sources(found: list[Dataset], wish: JoinOrder) -> None:
         raise BadField("Combining needs at least two datasets.", way_out="Choose another one.", param="datasets")
 
 
-def _shape(found: list[Dataset], wish: JoinOrder) -> str:
+def _shape(found: list[Dataset], wish: CombineRequest) -> str:
     """The shape of the rows to be made. Raises BadField where the datasets cannot be brought into one without a loss."""
     shapes = [shape_of(dataset) for dataset in found]
     if wish.operation != "convert":
@@ -170,7 +170,7 @@ def _title(shape: str) -> str:
     return formats.FORMATS[shape].title.lower()
 
 
-def _rows(found: list[Dataset], weights: list[float], wish: JoinOrder) -> int | None:
+def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> int | None:
     """How many rows are drawn; None where all are taken. Raises BadField for more than there are."""
     sizes = [dataset.good_rows or 0 for dataset in found]
     if wish.operation == "sample":

@@ -53,7 +53,7 @@ class Gone(NotFound):
     status, code = 410, "expired"
 
 
-class Ticket(NamedTuple):
+class UploadHandle(NamedTuple):
     """What a sender needs to know of an upload: where its bytes are, how many there must be, what it became."""
 
     id: uuid.UUID
@@ -121,8 +121,8 @@ def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
     return upload
 
 
-def ticket(upload: Upload) -> Ticket:
-    return Ticket(
+def ticket(upload: Upload) -> UploadHandle:
+    return UploadHandle(
         upload.id,
         get_settings().data_dir / upload.path,
         upload.length,
@@ -131,7 +131,7 @@ def ticket(upload: Upload) -> Ticket:
     )
 
 
-async def append(held: Ticket, offset: int, chunks: AsyncIterator[bytes]) -> int:
+async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) -> int:
     """Add bytes at `offset` and give the new one. What came before a broken connection stays.
 
     Raises Conflict when the upload stands elsewhere, Locked when another request is adding, TooLarge beyond its length.
@@ -182,7 +182,7 @@ def _held(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def finish(user: User, held: Ticket) -> str | None:
+def finish(user: User, held: UploadHandle) -> str | None:
     """Make the complete upload a file, and a dataset; gives the dataset's id. Doing it twice gives the same."""
     with transaction() as session:
         upload = session.scalars(select(Upload).where(Upload.id == held.id).with_for_update()).one()
@@ -198,7 +198,7 @@ def finish(user: User, held: Ticket) -> str | None:
         return ticket(upload).dataset
 
 
-def _settle(held: Ticket) -> Blob:
+def _settle(held: UploadHandle) -> Blob:
     """The bytes under their SHA-256. The name in tmp/ goes with the next sweep."""
     digest = hashlib.sha256()
     with held.path.open("rb") as stream, disk_errors():

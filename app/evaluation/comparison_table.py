@@ -210,14 +210,14 @@ def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) 
 # The learning curve ---------------------------------------------------------------------------------------------------
 
 
-class Says(NamedTuple):
+class Outcome(NamedTuple):
     """Whether more data would help, and why one may think so."""
 
     answer: Literal["more", "enough", "unclear"]
     sentence: str
 
 
-def more_data(session: Session, found: Table) -> Says | None:
+def more_data(session: Session, found: Table) -> Outcome | None:
     """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from.
 
     A loss is judged by the same held-out rows under both jobs, where their ledgers have them: what chance alone may bring is no gain.
@@ -240,16 +240,16 @@ def more_data(session: Session, found: Table) -> Says | None:
     return _by_loss(moved, before, now, low, high)
 
 
-def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Says:
+def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Outcome:
     """`low` to `high` is by how much the loss may really have changed."""
     gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
     if gain >= WORTH_MORE and high < 0:
-        return Says("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
+        return Outcome("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
     if low > 0 and gain <= -WORTH_MORE:
-        return Says("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
+        return Outcome("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
     if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
-        return Says("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might.")
-    return Says("unclear", f"Inconclusive. {moved}: too few validation rows.")
+        return Outcome("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might.")
+    return Outcome("unclear", f"Inconclusive. {moved}: too few validation rows.")
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
@@ -265,18 +265,18 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
     return stats.spread([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
 
 
-def _by_share(moved: str, before: float, now: float, rows: int | None) -> Says:
+def _by_share(moved: str, before: float, now: float, rows: int | None) -> Outcome:
     """The same for a share of right answers, which is known no better than the number of held-out rows allows."""
     noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
     gain = now - before
     held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:
-        return Says("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
+        return Outcome("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
     if abs(gain) <= noise and (gain >= LEVEL or noise >= 2 * LEVEL):
-        return Says("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
+        return Outcome("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
     if gain > -noise:
-        return Says("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
-    return Says("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
+        return Outcome("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
+    return Outcome("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------

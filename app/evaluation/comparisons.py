@@ -22,7 +22,7 @@ from app.errors import BadField, Conflict, DoesNotFit, NotFound, StudioError
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.jobs.defaults import usual_run
-from app.jobs.request import DatasetId, JobOrder, bad_field
+from app.jobs.request import DatasetId, JobRequest, bad_field
 from app.kit import ids
 from app.kit.forms import as_text
 from app.models import service as models
@@ -60,7 +60,7 @@ class Planned(NamedTuple):
 
     strategy: str
     title: str
-    order: JobOrder
+    order: JobRequest
     estimate: JSON
 
 
@@ -162,13 +162,13 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
     return found
 
 
-def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None) -> JobOrder:
+def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None) -> JobRequest:
     """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint. `usual` are the
     settings that suit the whole dataset, the same for every job."""
     run: dict[str, Any] = {"early_stopping_patience": 0, **(usual or {}), **order.run}
     if fraction is not None:
         run |= _same_tokens(run, fraction)
-    return JobOrder(
+    return JobRequest(
         model=order.model,
         dataset_id=order.dataset_id,
         training_file=order.training_file,
@@ -193,7 +193,7 @@ def _same_tokens(run: Mapping[str, Any], fraction: float) -> dict[str, Any]:
     return again if run.get("eval_steps") else again | {"evaluations_per_epoch": evaluations * fraction}
 
 
-def _try(session: Session, found: job_request.Ground, order: JobOrder) -> tuple[str, JSON | None]:
+def _try(session: Session, found: job_request.OrderContext, order: JobRequest) -> tuple[str, JSON | None]:
     """(why this job cannot be had, or nothing; its estimate). Raises what is wrong with the order as a whole."""
     try:
         spec = job_request.spec_on(found, order)

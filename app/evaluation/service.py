@@ -47,7 +47,7 @@ ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
 OPEN = ("queued", "running")
 
 
-class EvaluationOrder(BaseModel):
+class EvaluationRequest(BaseModel):
     """What is scored on what. The dataset is named by its id or by the file it was made from."""
 
     model_config = ConfigDict(extra="forbid")
@@ -95,9 +95,9 @@ class EvaluationSpec(BaseModel):
     system: str = ""
 
 
-def read_order(body: Mapping[str, Any]) -> EvaluationOrder:
+def read_order(body: Mapping[str, Any]) -> EvaluationRequest:
     try:
-        return EvaluationOrder.model_validate({name: value for name, value in body.items() if value is not None})
+        return EvaluationRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         raise bad_field(error) from None
 
@@ -105,7 +105,7 @@ def read_order(body: Mapping[str, Any]) -> EvaluationOrder:
 # Ordering -----------------------------------------------------------------------------------------------------------
 
 
-def create(session: Session, user: User, order: EvaluationOrder) -> Evaluation:
+def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation:
     """A queued evaluation and its message. An equal one that waits or runs already is given instead of a second.
 
     Raises NotFound, BadField when the model cannot do the dataset's task, Conflict while either is not ready.
@@ -136,7 +136,7 @@ def find_dataset(session: Session, user: User, dataset_id: str | None, file: str
     raise BadField("No data was named.", way_out=f"Send dataset_id or {param}.", param="dataset_id", code="missing_required_parameter")
 
 
-def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
+def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(
             f"The dataset {dataset.name} cannot be evaluated on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
@@ -169,7 +169,7 @@ def _spec(session: Session, order: EvaluationOrder, resolved: models.Resolved, d
     )
 
 
-def _note(shared: bool, part: Part, order: EvaluationOrder, run: Mapping[str, Any], *, same: bool) -> str:
+def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, Any], *, same: bool) -> str:
     """What a reader of the scores should know about rows that the model may have learnt."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:

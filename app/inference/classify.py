@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField
 from app.inference import playground
 from app.inference.playground import MOST_PANES, Option
-from app.inference.protocol import MOST_TEXTS, Broke, Classified, Done, Entry, GenerateRequest, Sampling
+from app.inference.protocol import MOST_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
 from app.models import service as models
 from app.spec import ModelRef
 from app.tables import User
@@ -60,7 +60,7 @@ def _classifier(session: Session, user: User, name: str) -> ModelRef:
 
 def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorting:
     """What a classifier said, its labels the likeliest first."""
-    broke = next((e for e in entries if isinstance(e, Broke)), None)
+    broke = next((e for e in entries if isinstance(e, StreamError)), None)
     found = next((e for e in entries if isinstance(e, Classified)), None)
     if broke or found is None:
         error = {"message": broke.message, "way_out": broke.way_out} if broke else {"message": "No answer came.", "way_out": "Ask again."}

@@ -22,11 +22,11 @@ from app.errors import StudioError, Unavailable
 from app.inference import external_server
 from app.inference.protocol import (
     READER_SECONDS,
-    Broke,
     Done,
     Entry,
     GenerateRequest,
     Rendered,
+    StreamError,
     claim_key,
     reader_key,
     stream_key,
@@ -62,7 +62,7 @@ def _wire() -> redis.asyncio.Redis:
     return known[1]
 
 
-def raise_broke(entry: Broke) -> None:
+def raise_broke(entry: StreamError) -> None:
     """The error a worker told, as it would have been raised here."""
     fault = StudioError(entry.message, way_out=entry.way_out, param=entry.param, code=entry.code)
     fault.status, fault.type = entry.status, entry.error_type
@@ -97,7 +97,7 @@ async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
         await _send(request)
         async for entries in _read(wire, request):
             for entry in entries:
-                if isinstance(entry, Broke):
+                if isinstance(entry, StreamError):
                     raise_broke(entry)
             yield entries
             if entries and isinstance(entries[-1], Done):

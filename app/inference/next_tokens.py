@@ -11,14 +11,14 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.inference import playground
-from app.inference.playground import MOST_PANES, Asked, Speaker
-from app.inference.protocol import MOST_NEXT, Broke, Entry, Sampling, Seen, SeenToken
+from app.inference.playground import MOST_PANES, PendingAnswer, ResolvedModel
+from app.inference.protocol import MOST_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
 from app.tables import User
 
 LONGEST_TEXT = 20_000  # characters
 
 
-def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: int) -> list[Asked]:
+def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: int) -> list[PendingAnswer]:
     """One request for each model. Raises BadField for no or too many models, and for an empty or overlong text."""
     if not 1 <= len(names) <= MOST_PANES or len(set(names)) != len(names):
         raise BadField(f"Name between one and {MOST_PANES} different models; {len(names)} were named.", param="models")
@@ -34,14 +34,14 @@ def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: in
         request = playground.request_for(
             user, who, Sampling(max_tokens=1, temperature=0, seed=0), prompt=playground.readable(text), look=top_k
         )
-        asked.append(Asked(who, request))
+        asked.append(PendingAnswer(who, request))
     return asked
 
 
 class View(NamedTuple):
     """What one model said of the text. `tokens` are those of the text, `following` what it thinks comes next."""
 
-    speaker: Speaker
+    speaker: ResolvedModel
     tokens: list[SeenToken]
     following: list[SeenToken]
     error: dict[str, Any] | None = None
@@ -53,9 +53,9 @@ class View(NamedTuple):
         return -sum(known) / len(known) / math.log(2) if known else None
 
 
-def view(asked: Asked, entries: Sequence[Entry]) -> View:
-    seen = next((e for e in entries if isinstance(e, Seen)), None)
-    broke = next((e for e in entries if isinstance(e, Broke)), None)
+def view(asked: PendingAnswer, entries: Sequence[Entry]) -> View:
+    seen = next((e for e in entries if isinstance(e, PromptLogprobs)), None)
+    broke = next((e for e in entries if isinstance(e, StreamError)), None)
     error = {"message": broke.message, "way_out": broke.way_out} if broke else None
     return View(asked.speaker, seen.tokens if seen else [], seen.following if seen else [], error)
 

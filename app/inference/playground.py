@@ -19,7 +19,18 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField, NotFound
 from app.inference import external_servers, tryout
-from app.inference.protocol import Broke, ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Sampling, Started, TextPart
+from app.inference.protocol import (
+    ChoiceFinished,
+    Done,
+    Entry,
+    ExternalEngine,
+    GenerateRequest,
+    Logprob,
+    Sampling,
+    Started,
+    StreamError,
+    TextPart,
+)
 from app.jobs import solved_examples
 from app.models import interpolation
 from app.models import service as models
@@ -32,7 +43,7 @@ MOST_TURNS = 200
 LONGEST_PROMPT = 1_000_000  # characters
 
 
-class Speaker(NamedTuple):
+class ResolvedModel(NamedTuple):
     """Who is asked: the name it was asked by, what that means, and the server that answers in place of our own engine."""
 
     name: str
@@ -49,10 +60,10 @@ class Speaker(NamedTuple):
         return self.ref.adapters[-1].sha256 if self.ref.adapters else None
 
 
-class Asked(NamedTuple):
+class PendingAnswer(NamedTuple):
     """One model's part of an exchange, ready to be sent. The row of its answer gets the request's id."""
 
-    speaker: Speaker
+    speaker: ResolvedModel
     request: GenerateRequest
 
 
@@ -65,7 +76,7 @@ class Choice:
 
 
 @dataclass
-class Heard:
+class AnswerFold:
     """What one model said so far, folded from the entries of its stream."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -74,7 +85,7 @@ class Heard:
     error: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> Heard:
+    def of(cls, entries: Sequence[Entry]) -> AnswerFold:
         heard = cls()
         heard.take(entries)
         return heard
@@ -94,7 +105,7 @@ class Heard:
                     choice.finish_reason, choice.tokens = entry.reason, entry.tokens
                 case Done():
                     self.done = entry
-                case Broke():
+                case StreamError():
                     self.error = {"message": entry.message, "way_out": entry.way_out, "code": entry.code}
 
     def usage(self) -> dict[str, Any]:
@@ -114,11 +125,11 @@ class Heard:
 # Asking -------------------------------------------------------------------------------------------------------------
 
 
-def speaker(session: Session, user: User, name: str) -> Speaker:
+def speaker(session: Session, user: User, name: str) -> ResolvedModel:
     """The model behind a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that
     does not write text."""
     resolved = models.resolve(session, user, name)
-    found = Speaker(name, resolved, external_servers.engine_of(session, resolved))
+    found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
     if found.ref.kind in ("classifier", "encoder"):
         raise BadField(
             f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
@@ -128,7 +139,7 @@ def speaker(session: Session, user: User, name: str) -> Speaker:
     return found
 
 
-def column_speaker(session: Session, user: User, name: str) -> Speaker:
+def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
     """The same for a column of the page, which may be a base behind the solved examples of a tuned model's verdict."""
     if not name.startswith(tryout.FEW_SHOT):
         return speaker(session, user, name)
@@ -138,7 +149,7 @@ def column_speaker(session: Session, user: User, name: str) -> Speaker:
     return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
 
 
-def request_for(user: User, who: Speaker, sampling: Sampling, **prompt: Any) -> GenerateRequest:
+def request_for(user: User, who: ResolvedModel, sampling: Sampling, **prompt: Any) -> GenerateRequest:
     """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
     engine = None if "look" in prompt else who.engine  # what a model thinks of a text is looked up in the weights that are here
@@ -155,7 +166,7 @@ def ask(
     system: str = "",
     parent: uuid.UUID | None = None,
     follows: Mapping[str, str] | None = None,
-) -> tuple[Exchange, list[Asked]]:
+) -> tuple[Exchange, list[PendingAnswer]]:
     """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. One seed serves all panes."""
     if not 1 <= len(names) <= MOST_PANES:
         raise BadField(f"Choose between one and {MOST_PANES} models; {len(names)} were named.", param="models")
@@ -183,13 +194,13 @@ def ask(
     for name in names:
         who = column_speaker(session, user, name)
         turns = column(before, taken_over.get(name, name))
-        asked.append(Asked(who, request_for(user, who, sampling, **_input(who, turns, prompt, system))))
+        asked.append(PendingAnswer(who, request_for(user, who, sampling, **_input(who, turns, prompt, system))))
     session.add(exchange)
     session.flush()
     return exchange, asked
 
 
-def _input(who: Speaker, before: Sequence[tuple[Exchange, Answer]], prompt: str, system: str) -> dict[str, Any]:
+def _input(who: ResolvedModel, before: Sequence[tuple[Exchange, Answer]], prompt: str, system: str) -> dict[str, Any]:
     """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
     alone, a dialogue model all turns. A turn whose answer failed is left out: the model has said nothing to go on from."""
     turns = [(exchange.prompt or "", answer.text) for exchange, answer in before if not answer.error]
@@ -212,7 +223,7 @@ def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> li
     return found
 
 
-def fingerprint(who: Speaker) -> str:
+def fingerprint(who: ResolvedModel) -> str:
     """Changes when the weights that answer do: the API's `system_fingerprint`."""
     parts = [who.ref.revision, *(a.key for a in who.ref.adapters)]
     return f"fp_{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:12]}"
@@ -221,7 +232,7 @@ def fingerprint(who: Speaker) -> str:
 # Recording ----------------------------------------------------------------------------------------------------------
 
 
-def record(session: Session, exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> list[Answer]:
+def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> list[Answer]:
     """Store what a model answered, one row for each choice; what was cut off is stored as far as it came."""
     who, request = asked.speaker, asked.request
     rows = []
@@ -250,7 +261,9 @@ def record(session: Session, exchange_id: uuid.UUID, asked: Asked, heard: Heard)
     return rows
 
 
-def record_call(session: Session, user: User, heard: Sequence[tuple[Asked, Heard]], sampling: Sampling, **asked: Any) -> Exchange:
+def record_call(
+    session: Session, user: User, heard: Sequence[tuple[PendingAnswer, AnswerFold]], sampling: Sampling, **asked: Any
+) -> Exchange:
     """Store a call of the API: its exchange and every answer."""
     exchange = Exchange(
         id=uuid.uuid4(),

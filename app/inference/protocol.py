@@ -179,7 +179,7 @@ class SeenToken(BaseModel):
     top: list[Logprob] = Field(default_factory=list)
 
 
-class Seen(BaseModel):
+class PromptLogprobs(BaseModel):
     """What a model thinks of a prompt: each of its tokens, and the likeliest next ones."""
 
     type: Literal["seen"] = "seen"
@@ -215,7 +215,7 @@ class Done(BaseModel):
     tokens_per_second: float | None
 
 
-class Broke(BaseModel):
+class StreamError(BaseModel):
     """The request cannot go on. `status` is the HTTP status when nothing was sent yet."""
 
     type: Literal["error"] = "error"
@@ -227,7 +227,10 @@ class Broke(BaseModel):
     param: str | None = None
 
 
-Entry = Annotated[Started | Rendered | TextPart | ChoiceFinished | Seen | Embedded | Classified | Done | Broke, Field(discriminator="type")]
+Entry = Annotated[
+    Started | Rendered | TextPart | ChoiceFinished | PromptLogprobs | Embedded | Classified | Done | StreamError,
+    Field(discriminator="type"),
+]
 _entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 

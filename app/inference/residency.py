@@ -31,7 +31,7 @@ ROOM_SECONDS = 60
 """Life of a job's word, renewed with each of its beats."""
 
 
-class Ready(BaseModel):
+class LoadedModelInfo(BaseModel):
     """One loaded model: its folder, the folders of the adapters that share its weights, and how it is used."""
 
     path: str
@@ -41,14 +41,14 @@ class Ready(BaseModel):
     idle_seconds: float = 0
 
 
-class Standing(BaseModel):
+class WorkerResidency(BaseModel):
     """What one generate worker has loaded. `limit_bytes` is what it may take now; `training_bytes` what jobs take beside it."""
 
     device: str
     used_bytes: int
     limit_bytes: int
     training_bytes: int
-    models: list[Ready]
+    models: list[LoadedModelInfo]
 
 
 class Shown(NamedTuple):
@@ -56,13 +56,13 @@ class Shown(NamedTuple):
 
     model: Model | None
     tuned: list[Model]
-    ready: Ready
+    ready: LoadedModelInfo
 
 
 # The worker's side ----------------------------------------------------------------------------------------------------
 
 
-def say(worker: str, standing: Standing) -> None:
+def say(worker: str, standing: WorkerResidency) -> None:
     get_redis().set(f"{PREFIX}standby:{worker}", standing.model_dump_json(), ex=FADES_SECONDS)
 
 
@@ -118,17 +118,17 @@ def rule() -> str:
     )
 
 
-def everyone() -> list[Standing]:
+def everyone() -> list[WorkerResidency]:
     """What every generate worker has loaded; nothing when Redis is away."""
     try:
         wire = get_redis()
         keys = sorted(wire.scan_iter(match=f"{PREFIX}standby:*", count=500))
-        return [Standing.model_validate_json(word) for word in (wire.mget(keys) if keys else []) if word]
+        return [WorkerResidency.model_validate_json(word) for word in (wire.mget(keys) if keys else []) if word]
     except (redis.RedisError, RuntimeError):
         return []
 
 
-def shown(session: Session, user: User, standing: Standing) -> list[Shown]:
+def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown]:
     """The models of one worker with the names that this person may see, those last used first."""
     by_path: dict[str, list[Model]] = {}
     for model in models.list_(session, user):
@@ -147,7 +147,7 @@ def part(session: Session, user: User) -> JSON:
     return {"standing": [(one, shown(session, user, one)) for one in everyone()], "rule": rule()}
 
 
-def to_json(session: Session, user: User, standing: Standing) -> JSON:
+def to_json(session: Session, user: User, standing: WorkerResidency) -> JSON:
     """One worker for the API; the models of other people are counted and not named."""
     rows = [
         {

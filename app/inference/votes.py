@@ -18,7 +18,7 @@ from app.datasets import service as datasets
 from app.datasets.row_store import row_at
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
-from app.inference.playground import Asked, Heard
+from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import Sampling
 from app.jobs.lifecycle import storable
 from app.kit import ids, stats
@@ -63,7 +63,7 @@ def _asks(row: JSON) -> list[JSON]:
 
 def begin(
     session: Session, user: User, names: Sequence[str], messages: list[JSON], sampling: Sampling, dataset: Dataset | None = None
-) -> tuple[Vote, list[Asked]]:
+) -> tuple[Vote, list[PendingAnswer]]:
     """A round whose answers are still to come. Which model stands left is drawn here, and nobody is told before the vote.
 
     Raises BadField for anything but two different models, and for an empty prompt.
@@ -80,7 +80,7 @@ def begin(
     for name in sides:
         who = playground.speaker(session, user, name)
         given: dict[str, Any] = {"prompt": question} if who.ref.kind == "generic" else {"messages": messages}
-        asked.append(Asked(who, playground.request_for(user, who, sampling, **given)))
+        asked.append(PendingAnswer(who, playground.request_for(user, who, sampling, **given)))
     vote = Vote(
         id=uuid.uuid4(), owner_id=user.id, messages=storable(messages), dataset_id=dataset.id if dataset else None,
         left_model=asked[0].speaker.name, right_model=asked[1].speaker.name,
@@ -90,7 +90,9 @@ def begin(
     return vote, asked
 
 
-def answered(session: Session, user: User, vote_id: uuid.UUID, asked: Sequence[Asked], heard: Sequence[Heard], sampling: Sampling) -> Vote:
+def answered(
+    session: Session, user: User, vote_id: uuid.UUID, asked: Sequence[PendingAnswer], heard: Sequence[AnswerFold], sampling: Sampling
+) -> Vote:
     """Store what both said, with the proof of who spoke. Raises Conflict, and forgets the round, when one of them failed."""
     vote = get(session, user, vote_id)
     broken = next((h.error for h in heard if h.error), None)

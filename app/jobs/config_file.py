@@ -21,7 +21,7 @@ from app.datasets import service as datasets
 from app.errors import BadData, BadField, NotFound
 from app.jobs import request as job_request
 from app.jobs import service as jobs
-from app.jobs.request import JobOrder
+from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
 from app.run_settings import renamed
@@ -184,7 +184,7 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 # As text to copy ------------------------------------------------------------------------------------------------------
 
 
-def body_of(session: Session, spec_dataset: Dataset, order: JobOrder) -> dict[str, Any]:
+def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[str, Any]:
     """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
     own = spec_dataset.file_id is not None and spec_dataset.edits is None  # a file's id names what was read from it unchanged
     data = (

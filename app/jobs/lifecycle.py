@@ -58,7 +58,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class ControlFlags:
     """What people asked of a running job since it was claimed."""
 
     cancel: bool
@@ -150,14 +150,14 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     return held
 
 
-def beat(session: Session, held: Claim) -> Wishes:
+def beat(session: Session, held: Claim) -> ControlFlags:
     """Renew the lease and hear what people want. Raises FenceLost."""
     row = session.execute(
         update(Job).where(_held(held)).values(lease_until=lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
     ).one_or_none()
     if row is None:
         raise FenceLost
-    return Wishes(row.cancel_requested, row.pause_requested, row.save_requested)
+    return ControlFlags(row.cancel_requested, row.pause_requested, row.save_requested)
 
 
 def record(session: Session, held: Claim, first: int, said: Sequence[events.TrainerEvent]) -> None:

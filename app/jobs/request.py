@@ -64,7 +64,7 @@ DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key, json_schema_input
 """A dataset as `ds-…`, which is what answers call it, or as its plain UUID."""
 
 
-class JobOrder(BaseModel):
+class JobRequest(BaseModel):
     """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy`
     and `preference` are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
 
@@ -99,13 +99,13 @@ class JobOrder(BaseModel):
         return (self.method and self.method.hyperparameters()) or self.hyperparameters or Hyperparameters()
 
 
-def read_order(body: Mapping[str, Any]) -> JobOrder:
+def read_order(body: Mapping[str, Any]) -> JobRequest:
     """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field.
 
     Which comparison a job belongs to is no wish of a request: `app.evaluation.comparisons` says it.
     """
     try:
-        order = JobOrder.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
+        order = JobRequest.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
     except ValidationError as error:
         raise bad_field(error) from None
     for place, wish in enumerate(order.integrations or ()):
@@ -153,7 +153,7 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
         raise bad_field(error, "strategy", tag=name) from None
 
 
-class Ground(NamedTuple):
+class OrderContext(NamedTuple):
     """What every strategy of an order would stand on: the model and the data, found and checked."""
 
     model: ModelRef
@@ -162,13 +162,13 @@ class Ground(NamedTuple):
     task: Task
 
 
-def build_spec(session: Session, user: User, order: JobOrder) -> JobSpec:
+def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
     """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
     `claims.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
     return spec_on(ground(session, user, order), order)
 
 
-def ground(session: Session, user: User, order: JobOrder) -> Ground:
+def ground(session: Session, user: User, order: JobRequest) -> OrderContext:
     """The model and data of an order. Raises BadField, NotFound or Conflict with `param`."""
     from app.models import service as models
 
@@ -196,10 +196,10 @@ def ground(session: Session, user: User, order: JobOrder) -> Ground:
             _check_dataset(named, task, where)
     feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     feasibility.refuse_labels(task, dataset, validation, param, validation_param)
-    return Ground(resolved.ref, dataset, validation, task)
+    return OrderContext(resolved.ref, dataset, validation, task)
 
 
-def spec_on(found: Ground, order: JobOrder) -> JobSpec:
+def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
@@ -265,7 +265,7 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
     return None, param
 
 
-def _task(order: JobOrder, dataset: Dataset) -> Task:
+def _task(order: JobRequest, dataset: Dataset) -> Task:
     if order.method and order.method.type == "dpo":
         if order.task not in (None, "preference"):
             raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Omit task.", param="task")
@@ -279,7 +279,7 @@ def _task(order: JobOrder, dataset: Dataset) -> Task:
     return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
 
 
-def _task_is_known(order: JobOrder, dataset: Dataset) -> bool:
+def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
     return order.task is not None or dataset.status == "ready" or (order.method is not None and order.method.type == "dpo")
 
 
@@ -310,7 +310,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
         )
 
 
-def _split(order: JobOrder, dataset: Dataset) -> Split | None:
+def _split(order: JobRequest, dataset: Dataset) -> Split | None:
     """How rows are held out; None for at random, which is what every order without a wish means."""
     asked = order.split
     if asked is None or asked.method == "random":
@@ -333,7 +333,7 @@ MAX_STEP_TOKENS = 1_048_576
 """What `max_tokens_per_step` takes at most. A batch of more rows is cut to it: a row has at least one token."""
 
 
-def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
+def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
     """Our run settings; what `run` says goes before what OpenAI's settings say.
 
     `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts
@@ -368,7 +368,7 @@ def _run_settings(order: JobOrder, strategy: Strategy, dataset: Dataset, task: T
         raise bad_field(error, "run") from None
 
 
-def _preference(order: JobOrder, task: Task, dataset: Dataset) -> PreferenceSettings | None:
+def _preference(order: JobRequest, task: Task, dataset: Dataset) -> PreferenceSettings | None:
     """How the pairs of a preference job are compared; what `preference` says goes before OpenAI's `beta`."""
     if task != "preference":
         # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.

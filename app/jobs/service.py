@@ -23,7 +23,7 @@ from app import events as said
 from app.errors import Conflict, NotFound, StudioError
 from app.jobs import lifecycle, split_leakage
 from app.jobs.lifecycle import say
-from app.jobs.request import JobOrder, build_spec, estimate_of
+from app.jobs.request import JobRequest, build_spec, estimate_of
 from app.kit import ids
 from app.models import service as models
 from app.settings import get_settings
@@ -38,7 +38,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 # Ordering -----------------------------------------------------------------------------------------------------------
 
 
-def create(session: Session, user: User, order: JobOrder, idempotency_key: str | None = None) -> Job:
+def create(session: Session, user: User, order: JobRequest, idempotency_key: str | None = None) -> Job:
     """A queued job and its message, in this transaction. The same key with the same order gives the job that is there;
     with another order it is a Conflict. Raises BadField, NotFound."""
     asked = order.model_dump(mode="json", exclude_none=True)
@@ -306,7 +306,7 @@ def settle(session: Session, dataset_id: uuid.UUID | None = None) -> int:
 def _settle_one(session: Session, job: Job) -> None:
     owner = session.get_one(User, job.owner_id)
     try:
-        spec = build_spec(session, owner, JobOrder.model_validate(job.order))
+        spec = build_spec(session, owner, JobRequest.model_validate(job.order))
     except StudioError as error:
         failed = said.Failed(kind="bad_data", message=error.message, way_out=error.way_out)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))

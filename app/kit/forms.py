@@ -24,7 +24,7 @@ Widget = Literal["number", "select", "checkbox", "text", "area"]
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class FormField:
     """One field of a form. Every value is the text of the input, as a browser sends it and as a person typed it."""
 
     name: str
@@ -77,7 +77,7 @@ def controls(
     typed: Mapping[str, str] | None = None,
     errors: Mapping[str, str] | None = None,
     placeholders: Mapping[str, str] | None = None,
-) -> list[Control]:
+) -> list[FormField]:
     """The fields of a class in the order of their declaration, each with what was typed in it so far and its error. What stands in
     `placeholders` is decided by the data where a field is left empty, whatever the class's own default is."""
     typed, errors, placeholders = typed or {}, errors or {}, placeholders or {}
@@ -87,7 +87,7 @@ def controls(
             continue
         default = "" if name in placeholders else as_text(info.get_default(call_default_factory=True))
         found.append(
-            Control(
+            FormField(
                 name=name,
                 key=f"{prefix}.{name}",
                 label=label_of(name, info),

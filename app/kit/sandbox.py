@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from app.kit.confinement import Room, confined
+from app.kit.confinement import Confinement, confined
 from app.settings import PROJECT
 
 Message = dict[str, Any]
@@ -88,7 +88,7 @@ def run(
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="child-", dir=folder) as own, tempfile.TemporaryFile(dir=own) as stderr:
-        room = Room(read=[Path(path) for path in read], write=[Path(own), *(Path(path) for path in write)])
+        room = Confinement(read=[Path(path) for path in read], write=[Path(own), *(Path(path) for path in write)])
         command = confined([sys.executable, "-m", "app.kit.sandbox", function], room)
         process = subprocess.Popen(
             command, cwd=own, env=_environment(own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True

@@ -69,7 +69,7 @@ def blended(tuned: ModelRef, base: ModelRef, strategy: str, share: float) -> Mod
 # The curve --------------------------------------------------------------------------------------------------------------
 
 
-class Mark(NamedTuple):
+class ChartPoint(NamedTuple):
     """One point in a panel's drawing, with the ends of its interval where it has one."""
 
     x: float
@@ -79,12 +79,12 @@ class Mark(NamedTuple):
     says: str
 
 
-class Panel(NamedTuple):
+class ChartPanel(NamedTuple):
     """One line over the blend, in a drawing 320 wide and 150 high: its marks, its polyline, and the ends of its axis."""
 
     title: str
     unit: str
-    marks: list[Mark]
+    marks: list[ChartPoint]
     line: str
     top: str
     bottom: str
@@ -94,8 +94,8 @@ class Panel(NamedTuple):
 class Curve(NamedTuple):
     """Score and general ability at each place, as drawings and as rows of a table, and what a reader may take from them."""
 
-    score: Panel
-    ability: Panel | None
+    score: ChartPanel
+    ability: ChartPanel | None
     rows: list[dict[str, Any]]
     advice: str
     best: float
@@ -125,7 +125,7 @@ def _ends(interval: Any) -> tuple[float | None, float | None]:
     return (-100 * interval[1], -100 * interval[0]) if interval else (None, None)
 
 
-def _panel(title: str, unit: str, values: list[tuple[float, float, float | None, float | None]], form: str, *, zero: bool) -> Panel:
+def _panel(title: str, unit: str, values: list[tuple[float, float, float | None, float | None]], form: str, *, zero: bool) -> ChartPanel:
     every = [y for _, *ys in values for y in ys if y is not None] + ([0.0] if zero else [])
     low, high = min(every), max(every)
     room = (high - low) or abs(high) or 1.0
@@ -134,7 +134,7 @@ def _panel(title: str, unit: str, values: list[tuple[float, float, float | None,
         return BOTTOM - (BOTTOM - TOP) * (y - low) / room
 
     marks = [
-        Mark(
+        ChartPoint(
             LEFT + (RIGHT - LEFT) * x,
             place(y),
             None if a is None else place(a),
@@ -144,7 +144,7 @@ def _panel(title: str, unit: str, values: list[tuple[float, float, float | None,
         for x, y, a, b in values
     ]
     line = " ".join(f"{m.x:.1f},{m.y:.1f}" for m in marks)
-    return Panel(title, unit, marks, line, form.format(low + room), form.format(low), place(0.0) if zero else None)
+    return ChartPanel(title, unit, marks, line, form.format(low + room), form.format(low), place(0.0) if zero else None)
 
 
 def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:

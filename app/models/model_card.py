@@ -19,7 +19,7 @@ def upstream(base: Model) -> str:
     return starter.upstream if starter else base.name
 
 
-def card(model: Model, chain: list[Model], job: Job | None, made_of: MadeOf) -> str:
+def card(model: Model, chain: list[Model], job: Job | None, made_of: Provenance) -> str:
     """Markdown with the front matter that the Hugging Face hub reads. `chain` leads from the base to `model`."""
     base = chain[0]
     code = load_code(model.kind, made_of)
@@ -43,25 +43,25 @@ MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel"}
 """Classes of transformers by kind; all other kinds write."""
 
 
-class Laid(NamedTuple):
+class AppliedAdapter(NamedTuple):
     """A strategy's result that is laid on the model below it, and under which name it can be had."""
 
     name: str
     strategy: Strategy
 
 
-class MadeOf(NamedTuple):
+class Provenance(NamedTuple):
     """What a model is put together from: whole weights under some name (None: they are in its own folder), what is laid on
     them in order, the last in its own folder, and for a classifier its width, labels and the strategy that built its head."""
 
     base: str | None
-    laid: tuple[Laid, ...] = ()
+    laid: tuple[AppliedAdapter, ...] = ()
     hidden: int = 0
     labels: int = 0
     head: Strategy | None = None
 
 
-def load_code(kind: str, made_of: MadeOf) -> str:
+def load_code(kind: str, made_of: Provenance) -> str:
     """Python that loads a downloaded and unpacked model and asks it something. Needs nothing of Luthier."""
     classifies = made_of.head is not None
     task = "classification" if classifies else "generation"
@@ -92,7 +92,7 @@ def requirements(code: str) -> str:
     return f"It takes `pip install {' '.join(needed)}` and nothing else."
 
 
-def _asking(kind: str, made_of: MadeOf) -> tuple[list[str], list[str]]:
+def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
     """(imports, lines) that ask a loaded model something: for a class, a vector, an answer or more text."""
     if made_of.head is not None:
         return ["import json", "import torch", "from safetensors.torch import load_file"], [

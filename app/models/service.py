@@ -21,7 +21,7 @@ from app.events import Finished
 from app.kit import ids, manifest
 from app.models import interpolation
 from app.models.imports import order
-from app.models.model_card import Laid, MadeOf, upstream
+from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
@@ -266,17 +266,17 @@ def children(session: Session, model: Model) -> list[Model]:
     return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
 
 
-def made_of(session: Session, model: Model) -> MadeOf:
+def made_of(session: Session, model: Model) -> Provenance:
     """What a download of the model is put together from elsewhere, down to the nearest whole weights."""
-    laid: list[Laid] = []
+    laid: list[AppliedAdapter] = []
     part = model
     while part.adapter:
-        laid.insert(0, Laid(part.name, _strategy_of(session, part)))
+        laid.insert(0, AppliedAdapter(part.name, _strategy_of(session, part)))
         part = session.get_one(Model, part.base_id)
     base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
     head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
     hidden = int((model.shape or {}).get("hidden") or 0)
-    return MadeOf(base, tuple(laid), hidden, len(model.labels or ()), head)
+    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head)
 
 
 def _strategy_of(session: Session, model: Model) -> Strategy:

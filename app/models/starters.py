@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from app.errors import BadData, Conflict, DiskFull, NotFound, StudioError, Unavailable
 from app.kit import manifest
-from app.kit.confinement import Room, confined
+from app.kit.confinement import Confinement, confined
 from app.models import gguf_header, import_checks
 from app.models.license_text import text_of
 from app.settings import PROJECT, get_settings
@@ -436,7 +436,7 @@ def ask_child(
     }
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
     given = [Path(word) for word in first if os.path.isabs(word)]
-    command = confined(command, Room(read=[*given, *read], write=[into.parent]))
+    command = confined(command, Confinement(read=[*given, *read], write=[into.parent]))
     code, said = run_child(command, environment, beat, seconds=1800)
     try:
         facts = json.loads(answer.read_text())

@@ -115,7 +115,7 @@ def gpu_parts() -> list[Finding]:
 def gpu_behind_walls() -> Finding:
     """Whether a trainer reaches the GPU from where it runs."""
     with tempfile.TemporaryDirectory() as own:
-        room = confinement.Room(write=[Path(own)], sockets="local", gpu=True)
+        room = confinement.Confinement(write=[Path(own)], sockets="local", gpu=True)
         code = "import torch; print((torch.ones(3, device='cuda') * 2).sum().item())"
         command, env = (
             confinement.confined([sys.executable, "-c", code], room),

@@ -89,7 +89,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
 
-def _estimate(spec: JobSpec, machine: Machine, course: Course, memory: MemoryParts, per_second: float, recompute: int = 0) -> Estimate:
+def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryParts, per_second: float, recompute: int = 0) -> Estimate:
     twice = recompute / spec.model.shape.layers
     speed = speed_of(spec, machine)
     found, measured = pace_of(spec, machine)
@@ -116,7 +116,7 @@ def _estimate(spec: JobSpec, machine: Machine, course: Course, memory: MemoryPar
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-class Course(NamedTuple):
+class Workload(NamedTuple):
     """The data of a job as it is gone through. All but `steps` and `labels` in tokens, a soft prompt's placeholders among them."""
 
     train: float  # of the rows that are learnt from, once
@@ -129,7 +129,7 @@ class Course(NamedTuple):
     labels: int
 
 
-def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Course:
+def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
     """How a job goes through its data."""
     run = spec.run
     rows, longest = _placed(spec, stats)
@@ -145,7 +145,7 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> C
     steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
     learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
-    return Course(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
+    return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
@@ -230,7 +230,7 @@ def forward_operations(shape: Shape, learnt: float) -> float:
     return 2 * (blocks + shape.vocabulary * shape.hidden * learnt)
 
 
-def step_seconds(spec: JobSpec, course: Course, speed: float, recompute: float = 0.0) -> float:
+def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float = 0.0) -> float:
     """Seconds of all steps, or of reading every text once, at `speed` operations a second; `recompute` is the share of layers run
     forwards twice."""
     shape = spec.model.shape
@@ -240,7 +240,7 @@ def step_seconds(spec: JobSpec, course: Course, speed: float, recompute: float =
     return padded * course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
 
 
-def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
+def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     """Seconds of what a job computes beside its steps: scores, answers, checkpoints, and a classifier learnt on vectors."""
     shape, run = spec.model.shape, spec.run
     if type(spec.strategy).recipe == "features":
@@ -269,7 +269,7 @@ def beside_seconds(spec: JobSpec, course: Course, speed: float) -> float:
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
 
 
-def _contest_tokens(spec: JobSpec, course: Course) -> float:
+def _contest_tokens(spec: JobSpec, course: Workload) -> float:
     """Tokens of held-out rows that are read again for the verdict: behind examples by the base, and by the tuned model; of a
     classifier, the texts whose vectors are compared."""
     mean = course.train / max(course.rows, 1)
@@ -282,7 +282,7 @@ def _contest_tokens(spec: JobSpec, course: Course) -> float:
     return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)
 
 
-def pace_from(spec: JobSpec, course: Course, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:
+def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:
     """What a job of `seconds` in all, the first `loaded` of them before its first step, tells of the next. What it took longer than
     the arithmetic is fixed; what it took less, it was faster beside its steps. None when it cannot have read its texts at all."""
     beside = beside_seconds(spec, course, speed)
@@ -303,7 +303,7 @@ def _save_seconds(spec: JobSpec) -> float:
 # Frozen features ------------------------------------------------------------------------------------------------------
 
 
-def _of_features(spec: JobSpec, course: Course, machine: Machine) -> Estimate:
+def _of_features(spec: JobSpec, course: Workload, machine: Machine) -> Estimate:
     """Every text read once, forwards only, and a small classifier learnt on the vectors."""
     strategy = spec.strategy
     assert isinstance(strategy, FeatureExtraction)
@@ -319,7 +319,7 @@ def _of_features(spec: JobSpec, course: Course, machine: Machine) -> Estimate:
     )
 
 
-def _fit_seconds(spec: JobSpec, course: Course) -> float:
+def _fit_seconds(spec: JobSpec, course: Workload) -> float:
     """Seconds of learning a classifier on the vectors."""
     strategy = spec.strategy
     assert isinstance(strategy, FeatureExtraction)

@@ -127,7 +127,7 @@ def create(
     return run
 
 
-def _held_out(session: Session, user: User, speakers: Sequence[playground.Speaker], dataset: Dataset, order: RunOrder) -> JSON:
+def _held_out(session: Session, user: User, speakers: Sequence[playground.ResolvedModel], dataset: Dataset, order: RunOrder) -> JSON:
     """Which rows are held out, as RunSpec says it: the split of the first job that learnt from this dataset, and what all learnt."""
     kin, learnt, found = set(datasets.family(session, dataset)), [], None
     for job in {job.id: job for who in speakers for job in _past(session, who)}.values():
@@ -144,7 +144,7 @@ def _held_out(session: Session, user: User, speakers: Sequence[playground.Speake
     return {"validation_fraction": fraction, "split_seed": seed, "split": split, "learnt": tuple(learnt)}
 
 
-def _past(session: Session, who: playground.Speaker) -> list[Job]:
+def _past(session: Session, who: playground.ResolvedModel) -> list[Job]:
     """The jobs that made a model out of the one it goes back to, the newest first."""
     found, model = [], who.resolved.model
     key = who.resolved.checkpoint.job_id if who.resolved.checkpoint else model.job_id

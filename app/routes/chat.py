@@ -21,7 +21,7 @@ from app.db import transaction
 from app.errors import BadField
 from app.inference import playground
 from app.inference.client import listen
-from app.inference.playground import Asked, Heard
+from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import (
     MOST_CHOICES,
     MOST_STOPS,
@@ -31,8 +31,8 @@ from app.inference.protocol import (
     Entry,
     Logprob,
     Offsets,
+    PromptLogprobs,
     Sampling,
-    Seen,
     SeenToken,
     Started,
     TextPart,
@@ -308,8 +308,8 @@ class Call:
     ) -> None:
         self.shape, self.user, self.sampling, self.prompts, self.stored = shape, user, sampling, prompts, stored
         self.head: dict[str, Any] = {}
-        self.asked: list[Asked] = []
-        self.heard: list[Heard] = []
+        self.asked: list[PendingAnswer] = []
+        self.heard: list[AnswerFold] = []
         self.held: dict[str, Any] | None = None
         self.seen: list[list[SeenToken]] = []
         """The tokens of each prompt, where they are given back."""
@@ -337,8 +337,8 @@ class Call:
     def _resolve(self) -> None:
         with transaction() as session:
             who = playground.speaker(session, self.user, self.shape.model)
-        self.asked = [Asked(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
-        self.heard = [Heard() for _ in self.asked]
+        self.asked = [PendingAnswer(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
+        self.heard = [AnswerFold() for _ in self.asked]
 
     @property
     def _writes(self) -> bool:
@@ -351,7 +351,7 @@ class Call:
         looks = [playground.request_for(self.user, who, settings, look=1, **prompt) for prompt in self.prompts]
         heard = await collect(request, [listen(look) for look in looks])
         for p, entries in enumerate(heard or []):
-            seen = next(e for e in entries if isinstance(e, Seen)).tokens
+            seen = next(e for e in entries if isinstance(e, PromptLogprobs)).tokens
             given = self.prompts[p].get("prompt")
             if given is not None and seen and not given.startswith(seen[0].token.strip("�")):
                 seen = seen[1:]  # the token that begins every text of some models is not a part of the prompt

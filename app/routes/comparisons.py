@@ -29,7 +29,7 @@ api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 
-Wish = Annotated[lists.Wish, Query()]
+Wish = Annotated[lists.ListQuery, Query()]
 
 
 def key(text: str) -> uuid.UUID:
@@ -114,7 +114,7 @@ def learning_curves(request: Request, user: CurrentUser, session: Db, wish: Wish
     return _list_page(request, session, found, "/compare/curves", wish)
 
 
-def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.Wish) -> Response:
+def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.ListQuery) -> Response:
     every = comparison_view.rows(session, found)
     bar = lists.comparisons_bar(every, path, wish)
     rows = lists.comparisons(every, bar)

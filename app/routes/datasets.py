@@ -38,7 +38,7 @@ MOST_FORM_BYTES = 32 << 20
 
 
 @pages.get("/datasets")
-def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     rows, tokens = datasets.listed(session, user)
     newest: dict[Any, Dataset] = {}
     for dataset in rows:  # one line per dataset: its newest version
@@ -186,7 +186,7 @@ def _join(request: Request, user: User, typed: dict[str, str]) -> Response:
             return _join_page(request, user, session, typed, error)
 
 
-def _join_order(typed: dict[str, str]) -> compose.JoinOrder:
+def _join_order(typed: dict[str, str]) -> compose.CombineRequest:
     """The form's fields as an order; those that the operation does not use are left aside."""
     operation = typed.get("operation", "")
     used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
@@ -202,7 +202,7 @@ def _join_order(typed: dict[str, str]) -> compose.JoinOrder:
     if not parts:
         raise BadField("No dataset was chosen.", way_out="Select at least one.", param="datasets")
     try:
-        return compose.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
+        return compose.CombineRequest.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])

@@ -39,7 +39,10 @@ def key_of(text: str) -> uuid.UUID:
 
 
 @api.post(
-    "", operation_id="create_evaluation", responses=answers(schemas.Evaluation, 404, 409), openapi_extra=takes(evaluations.EvaluationOrder)
+    "",
+    operation_id="create_evaluation",
+    responses=answers(schemas.Evaluation, 404, 409),
+    openapi_extra=takes(evaluations.EvaluationRequest),
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """Queue the scoring of a model on a dataset. An equal one that has not ended is given instead of a second."""

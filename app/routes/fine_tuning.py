@@ -19,7 +19,7 @@ from app.evaluation import verdict
 from app.jobs import checkpoints, config_file
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
-from app.jobs.request import Hyperparameters, JobOrder, read_order
+from app.jobs.request import Hyperparameters, JobRequest, read_order
 from app.kit import ids
 from app.models import service as models
 from app.routes.models import to_json as model_json
@@ -209,7 +209,7 @@ def forbid(session: Db, user: CurrentUser, checkpoint: str, permission_id: str) 
 
 def job_json(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and a few more."""
-    order = JobOrder.model_validate(job.order)
+    order = JobRequest.model_validate(job.order)
     tuned = jobs.tuned_model(session, job)
     return {
         "object": "fine_tuning.job",
@@ -249,7 +249,7 @@ def job_json(session: Session, job: Job) -> Json:
     }
 
 
-def verdict_json(session: Session, job: Job, order: JobOrder) -> Json | None:
+def verdict_json(session: Session, job: Job, order: JobRequest) -> Json | None:
     """The verdict on a job that has ended. `order` of a suggestion is a whole body for POST /v1/fine_tuning/jobs."""
     found = verdict.of_job(job)
     if found is None:
@@ -288,7 +288,7 @@ def hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json:
     return {name: came_to[name] if value == "auto" else value for name, value in settings.items()}
 
 
-def method_json(session: Session, job: Job, order: JobOrder) -> Json:
+def method_json(session: Session, job: Job, order: JobRequest) -> Json:
     """The method as it was asked for; where nobody said, the one that follows from the data."""
     kind = order.method.type if order.method else "dpo" if job.spec["task"] == "preference" else "supervised"
     settings = hyperparameters(session, job, order.asked())

@@ -17,7 +17,7 @@ from app.db import Db
 from app.errors import NotFound
 from app.formats import FORMATS
 from app.jobs import request as job_request
-from app.kit.forms import Control, controls, whole_number
+from app.kit.forms import FormField, controls, whole_number
 from app.models import service as models
 from app.planning import calculator
 from app.shapes import Shape
@@ -107,7 +107,7 @@ def name_of(cls: type[Strategy]) -> str:
     return str(cls.model_fields["name"].default)
 
 
-def bounds(control: Control, info: FieldInfo) -> str:
+def bounds(control: FormField, info: FieldInfo) -> str:
     """What may be written into a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
     if control.widget == "checkbox":
         return "yes or no"

@@ -19,7 +19,7 @@ from app.errors import BadData, BadField, Conflict
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, metrics_csv, progress_cache
 from app.jobs import service as jobs
-from app.jobs.request import JobOrder
+from app.jobs.request import JobRequest
 from app.kit import ids, zip_stream
 from app.kit.humanize import human_number
 from app.models import first_model, model_card
@@ -47,7 +47,7 @@ Form = Annotated[dict[str, str], Depends(_form)]
 
 
 @pages.get("/jobs")
-def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     bar = lists.jobs_bar(session, user, wish)
     found = session.scalars(lists.jobs(jobs.mine(user), bar).limit(wish.shown + 1)).all()
     shown, bar.more = list(found[: wish.shown]), len(found) > wish.shown
@@ -133,7 +133,7 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
     return RedirectResponse(view.url(job), status_code=303)
 
 
-def _create_once(session: Db, user: CurrentUser, order: JobOrder, key: str) -> Job:
+def _create_once(session: Db, user: CurrentUser, order: JobRequest, key: str) -> Job:
     """The key came with the form, so that a double click orders once. A form that was gone back to and changed carries
     its old key with a new order: that is meant as a new job."""
     try:
@@ -282,7 +282,7 @@ def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
     if suggestion >= len(found):
         raise BadField("This job suggests no such settings.", way_out="Clone it, and change what you like.", param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
-    return _asked(jobs.create(session, user, JobOrder.model_validate(order)))
+    return _asked(jobs.create(session, user, JobRequest.model_validate(order)))
 
 
 @pages.post("/jobs/{job_id}/delete")

@@ -172,10 +172,10 @@ def _list_page(
     user: User,
     fault: StudioError | None = None,
     form: dict[str, str] | None = None,
-    wish: lists.Wish | None = None,
+    wish: lists.ListQuery | None = None,
 ) -> Response:
     rows, few_shot = models.list_(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
-    bar = lists.models_bar(rows, wish or lists.Wish(), KINDS_SHOWN)
+    bar = lists.models_bar(rows, wish or lists.ListQuery(), KINDS_SHOWN)
     found, bar.more = lists.models(rows, bar)
     here = {model.id for model in rows}
     return render(
@@ -207,7 +207,7 @@ def _key(model: Model) -> str:
 
 
 @pages.get("/models", response_class=HTMLResponse)
-def list_page(request: Request, session: Db, user: CurrentUser, wish: Annotated[lists.Wish, Query()]) -> Response:
+def list_page(request: Request, session: Db, user: CurrentUser, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     return _list_page(request, session, user, wish=wish)
 
 

@@ -15,7 +15,7 @@ from app.errors import StudioError
 from app.inference import next_tokens, playground
 from app.inference.client import listen
 from app.inference.next_tokens import View
-from app.inference.playground import MOST_PANES, Asked
+from app.inference.playground import MOST_PANES, PendingAnswer
 from app.inference.protocol import MOST_NEXT
 from app.schemas.openapi import answers
 from app.tables import User
@@ -35,7 +35,7 @@ class NextTokens(BaseModel):
     prompt_tokens: bool = Field(False, description="Also say how likely each token of the prompt was.")
 
 
-def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
+def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[PendingAnswer]:
     with transaction() as session:
         return next_tokens.ask(session, user, models, prompt, top_k)
 

@@ -17,8 +17,8 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
-from app.inference.playground import Asked, Heard
-from app.inference.protocol import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
+from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.protocol import MOST_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
 from app.kit import forms, humanize, ids
 from app.tables import Exchange, User
 from app.web import templates as web_templates
@@ -192,7 +192,7 @@ def forms_text(exchange: Exchange) -> dict[str, str]:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
+def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[PendingAnswer]]:
     with transaction() as session:
         exchange, asked = playground.ask(
             session, user, order.models, order.prompt, order.sampling, system=order.system, parent=order.parent, follows=order.follows
@@ -200,12 +200,12 @@ def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
         return exchange.id, asked
 
 
-def _record_all(exchange_id: uuid.UUID, asked: list[Asked], heard: list[Heard]) -> None:
+def _record_all(exchange_id: uuid.UUID, asked: list[PendingAnswer], heard: list[AnswerFold]) -> None:
     for one, said in zip(asked, heard, strict=True):
         _record(exchange_id, one, said)
 
 
-def _record(exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> None:
+def _record(exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> None:
     with transaction() as session:
         playground.record(session, exchange_id, asked, heard)
 
@@ -221,7 +221,7 @@ async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
         return await run_in_threadpool(
             _again, request, user, [str(m) for m in form.getlist("models") if m], str(form.get("prompt", "")), error
         )
-    heard = [Heard() for _ in asked]
+    heard = [AnswerFold() for _ in asked]
 
     async def listen_to_all() -> None:
         async for place, entries in merge([listen_calmly(one.request) for one in asked]):
@@ -250,8 +250,8 @@ async def ask_and_stream(request: Request, user: CurrentUser) -> Response:
     return Stream(_lines(exchange_id, asked), media_type="application/x-ndjson")
 
 
-async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[bytes]:
-    heard, stored = [Heard() for _ in asked], set()
+async def _lines(exchange_id: uuid.UUID, asked: list[PendingAnswer]) -> AsyncIterator[bytes]:
+    heard, stored = [AnswerFold() for _ in asked], set()
     merged = merge([listen_calmly(one.request) for one in asked])
     try:
         panes = [{"model": one.speaker.name, "kind": one.speaker.ref.kind, "answer": str(one.request.id)} for one in asked]
@@ -259,7 +259,7 @@ async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[by
         async for place, entries in merged:
             heard[place].take(entries)
             for entry in entries:
-                if isinstance(entry, Done | Broke):
+                if isinstance(entry, Done | StreamError):
                     stored.add(place)
                     await run_in_threadpool(_record, exchange_id, asked[place], heard[place])
                 yield _line(_told(place, asked[place], heard[place], entry))
@@ -271,7 +271,7 @@ async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[by
         await merged.aclose()  # type: ignore[attr-defined]
 
 
-def _told(place: int, asked: Asked, heard: Heard, entry: Entry) -> dict[str, Any]:
+def _told(place: int, asked: PendingAnswer, heard: AnswerFold, entry: Entry) -> dict[str, Any]:
     said = {"pane": place, **entry.model_dump(mode="json", exclude_defaults=False)}
     if isinstance(entry, Done):
         who = asked.speaker

@@ -100,7 +100,7 @@ def _find(user: User, key: str, want: Asked) -> Found:
         first = (want.page - 1) * row_view.ROWS_PER_PAGE
         lines, more = ordered[first : first + row_view.ROWS_PER_PAGE], len(ordered) > first + row_view.ROWS_PER_PAGE
     with transaction() as session:
-        rows = row_view.ask_rows(session, dataset, row_view.Wish(chosen, cutoff, want.search, want.page, lines, turns))
+        rows = row_view.ask_rows(session, dataset, row_view.RowQuery(chosen, cutoff, want.search, want.page, lines, turns))
     shown = row_view.look(rows, lengths, cutoff)
     if more is None:
         more = lines is None and want.page * row_view.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)

@@ -137,7 +137,7 @@ def _when(upload: Upload) -> str:
     return upload.expires_at.astimezone(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
-def _find(user: User, key: str) -> tuple[resumable_upload.Ticket, str]:
+def _find(user: User, key: str) -> tuple[resumable_upload.UploadHandle, str]:
     try:
         upload_id = uuid.UUID(key)
     except ValueError:

@@ -195,7 +195,7 @@ class Reading(BaseModel):
 
 
 @api.post("/datasets", operation_id="create_dataset", responses=answers(schemas.Dataset, 404, 409))
-def join_json(user: CurrentUser, session: Db, order: compose.JoinOrder) -> dict[str, Any]:
+def join_json(user: CurrentUser, session: Db, order: compose.CombineRequest) -> dict[str, Any]:
     """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
     return to_json(compose.order(session, user, order))
 

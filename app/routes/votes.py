@@ -15,7 +15,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.inference import playground, votes
-from app.inference.playground import Heard
+from app.inference.playground import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
 from app.routes.chat import Message
@@ -118,7 +118,7 @@ async def ask(
     if said is None:
         later(lambda: _forget(user, vote_id))
         return left()
-    heard = [Heard.of(entries) for entries in said]
+    heard = [AnswerFold.of(entries) for entries in said]
     broken = next((h.error for h in heard if h.error), None)
     await run_in_threadpool(_answered, user, vote_id, asked, heard, sampling)
     if broken:
@@ -136,7 +136,7 @@ def _begin(user: User, names: list[str], prompt: str, dataset: str, sampling: Sa
         return vote.id, asked
 
 
-def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[Heard], sampling: Sampling) -> None:
+def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[AnswerFold], sampling: Sampling) -> None:
     with transaction() as session:
         votes.answered(session, user, vote_id, asked, heard, sampling)
 

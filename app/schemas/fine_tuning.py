@@ -13,7 +13,7 @@ from app import events
 from app.evaluation.forgetting import Forgetting, WithoutMeasuring
 from app.evaluation.verdict import Verdict
 from app.events import Measured
-from app.jobs.request import JobOrder
+from app.jobs.request import JobRequest
 from app.planning.duration import Estimate
 from app.schemas.base import UNBUILT, Problem, Schema
 from app.spec import PreferenceSettings, RunSettings, Task
@@ -22,7 +22,7 @@ from app.strategies import AnyStrategy
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
-class CreateJob(JobOrder):
+class CreateJob(JobRequest):
     """What is fine-tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
     are ignored, as OpenAI's clients need."""
 

@@ -18,7 +18,7 @@ from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids
-from app.kit.forms import Control, Fault, as_text, controls, fill
+from app.kit.forms import Fault, FormField, as_text, controls, fill
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning.schedule import Schedule
@@ -42,7 +42,7 @@ NOT_ASKED = ("data_fraction", "early_stopping_patience")
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
+class StrategyOption:
     """One strategy to choose. Without an estimate it cannot be had, and `reason` says why."""
 
     cls: type[Strategy]
@@ -64,8 +64,8 @@ class CompareForm:
     datasets: list[Dataset]
     model: Model | None
     dataset: Dataset | None
-    picks: list[Pick]
-    run_controls: list[Control]
+    picks: list[StrategyOption]
+    run_controls: list[FormField]
     errors: dict[str, str] = field(default_factory=dict)
     order: ComparisonOrder | None = None
     memory_bytes: int = 0
@@ -73,7 +73,7 @@ class CompareForm:
     asked: list[str] = field(default_factory=list)  # strategies that came checked
 
     @property
-    def chosen(self) -> list[Pick]:
+    def chosen(self) -> list[StrategyOption]:
         return [pick for pick in self.picks if pick.checked]
 
     @property
@@ -130,7 +130,7 @@ class CompareForm:
         }
         return f"/compare/new?{urlencode({name: value for name, value in chosen.items() if value}, doseq=True)}"
 
-    def families(self) -> list[tuple[str, list[Pick]]]:
+    def families(self) -> list[tuple[str, list[StrategyOption]]]:
         """The strategies by family, those that can be had first."""
         found = [(title, [pick for pick in self.picks if pick.cls.family == name]) for name, title in FAMILIES.items()]
         return [(title, sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
@@ -175,7 +175,7 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
     return form
 
 
-def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[Control]:
+def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[FormField]:
     """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
     empty = {"learning_rate": "each method’s default", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
     empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
@@ -201,7 +201,7 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
     checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
-        form.picks.append(Pick(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))
+        form.picks.append(StrategyOption(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))
 
 
 def _by_default(kind: Kind, fits: list[str], advised: list[str]) -> list[str]:

@@ -17,9 +17,9 @@ from app.errors import StudioError
 from app.jobs import preselection
 from app.jobs import request as job_request
 from app.jobs.defaults import rows_per_step, usual_run
-from app.jobs.request import JobOrder
+from app.jobs.request import JobRequest
 from app.kit import ids
-from app.kit.forms import Control, Fault, Filled, as_text, controls, fill
+from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
 from app.models import service as models
 from app.planning import feasibility
 from app.planning.advisor import Advice
@@ -45,7 +45,7 @@ PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "s
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class StrategyCard:
     """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` is the advisor's first choice."""
 
     cls: type[Strategy]
@@ -82,14 +82,14 @@ class OrderForm:
     validation: Dataset | None
     checking: list[Dataset]  # datasets whose rows can check the result
     strategy: type[Strategy]
-    cards: list[Card]
-    more_cards: list[Card]
-    strategy_controls: list[Control]
-    run_controls: list[Control]
-    preference_controls: list[Control]  # none but for a dataset of preferences
+    cards: list[StrategyCard]
+    more_cards: list[StrategyCard]
+    strategy_controls: list[FormField]
+    run_controls: list[FormField]
+    preference_controls: list[FormField]  # none but for a dataset of preferences
     kept: dict[str, str]
     errors: dict[str, str] = field(default_factory=dict)
-    order: JobOrder | None = None
+    order: JobRequest | None = None
     spec: JobSpec | None = None
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
@@ -100,11 +100,11 @@ class OrderForm:
         return self.order is not None and not self.errors
 
     @property
-    def controls(self) -> list[Control]:
+    def controls(self) -> list[FormField]:
         return [*self.strategy_controls, *self.preference_controls, *self.run_controls]
 
     @property
-    def groups(self) -> list[tuple[str, list[Control]]]:
+    def groups(self) -> list[tuple[str, list[FormField]]]:
         return [(title, [c for c in self.controls if c.group == title]) for title in GROUPS]
 
     @property
@@ -118,7 +118,7 @@ class OrderForm:
         )
 
     @property
-    def overruled(self) -> list[Control]:
+    def overruled(self) -> list[FormField]:
         """What a preset would decide, and a person did."""
         return [c for c in self.run_controls if c.name in GOVERNED and c.changed and c.value]
 
@@ -257,7 +257,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
 def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:
     """Build the order's spec and estimate; what is wrong with them becomes an error of the form."""
     assert form.model and form.dataset
-    form.order = JobOrder(
+    form.order = JobRequest(
         model=form.model.name,
         dataset_id=form.dataset.id,
         validation_dataset_id=form.validation.id if form.validation else None,
@@ -285,7 +285,7 @@ def _split_asked(typed: Mapping[str, str]) -> Split | None:
     return Split(method=method, column=column) if method in ("stratified", "grouped") else None  # type: ignore[arg-type]
 
 
-def with_rows(found: list[Control], rows: int | None) -> list[Control]:
+def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:
     """The controls, the size of a batch in rows too, as other tools count it."""
     return [
         replace(c, unit=f"≈ {rows:,} {'row' if rows == 1 else 'rows'}") if rows and c.name == "max_tokens_per_step" else c for c in found
@@ -334,7 +334,7 @@ def _reference(session: Session, model: Model | None) -> ModelRef | None:
         return None  # a part of it is gone: building the order says so beside the field
 
 
-def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice]) -> list[Card]:
+def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice]) -> list[StrategyCard]:
     """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
     cuda = job_request.has_gpu()
     whole = feasibility.why_not_tuned(model, task) if model else None
@@ -342,10 +342,10 @@ def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mappi
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
     advised = [name for name in able if name in ranking and ranking[name].advised]
     chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]
-    return [Card(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]
+    return [StrategyCard(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]
 
 
-def _split(cards: list[Card]) -> tuple[list[Card], list[Card]]:
+def _split(cards: list[StrategyCard]) -> tuple[list[StrategyCard], list[StrategyCard]]:
     """In sight: what is chosen and what is advised, and of each family the first that can run. The others are folded."""
     seen: set[str] = set()
     first = []

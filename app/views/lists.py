@@ -22,7 +22,7 @@ SHOWN = 50
 """Rows of a list until more are asked for."""
 
 
-class Wish(BaseModel):
+class ListQuery(BaseModel):
     """What the address of a list asks for; empty is everything. `sort` is a column, with `-` before it from large to small."""
 
     q: str = Field("", max_length=200)
@@ -53,7 +53,7 @@ class Bar:
     """The form above a list and the links in its head. `sorts` are columns by their names, the usual order first."""
 
     path: str
-    wish: Wish
+    wish: ListQuery
     filters: list[Filter]
     sorts: dict[str, str]
     more: bool = False
@@ -121,7 +121,7 @@ def methods(found: Iterable[str | None]) -> list[tuple[str, str]]:
 MODEL_SORTS = {"-created": "Newest first", "lineage": "By lineage", "name": "Name", "-size": "Largest first"}
 
 
-def models_bar(rows: Sequence[Model], wish: Wish, kinds: Mapping[str, str]) -> Bar:
+def models_bar(rows: Sequence[Model], wish: ListQuery, kinds: Mapping[str, str]) -> Bar:
     filters = [
         Filter("model", "Base model", [(one.name, one.title) for one in rows if one.base_id is None]),
         Filter("method", "Method", methods(one.strategy for one in rows)),
@@ -170,7 +170,7 @@ JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
 }
 
 
-def jobs_bar(session: Session, user: User, wish: Wish) -> Bar:
+def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
     used = session.execute(select(_MODEL, _DATASET, _METHOD).where(*mine).distinct()).all()
     tags = session.scalars(select(func.jsonb_array_elements_text(Job.tags)).where(*mine).distinct())
@@ -204,7 +204,7 @@ DATASET_SORTS = {
 }  # fmt: skip
 
 
-def datasets_bar(rows: Sequence[Dataset], wish: Wish) -> Bar:
+def datasets_bar(rows: Sequence[Dataset], wish: ListQuery) -> Bar:
     filters = [
         Filter("status", "Status", [(one, one) for one in ("reading", "ready", "error")]),
         Filter("format", "Format", [(name, entry.title) for name, entry in formats.FORMATS.items() if any(d.format == name for d in rows)]),
@@ -237,7 +237,7 @@ def datasets(rows: Sequence[Dataset], bar: Bar) -> list[Dataset]:
 COMPARISON_SORTS = {"-created": "Newest first", "created": "Oldest first", "name": "Name", "status": "Status"}
 
 
-def comparisons_bar(rows: Sequence[Mapping[str, Any]], path: str, wish: Wish) -> Bar:
+def comparisons_bar(rows: Sequence[Mapping[str, Any]], path: str, wish: ListQuery) -> Bar:
     """`rows` are those of `app.views.comparison.rows`."""
     filters = [
         Filter("status", "Status", [(one, one) for one in STATUSES]),

@@ -114,7 +114,7 @@ def no_room() -> bool:
     return disk.f_bavail * disk.f_frsize < 2**20
 
 
-class Duty(BaseModel):
+class WorkerRole(BaseModel):
     """One kind of worker: how many are alive, and what stands still when there are none."""
 
     queue: str
@@ -138,14 +138,14 @@ def seconds_up() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def duties(workers: list[Worker] | None = None) -> list[Duty]:
+def duties(workers: list[Worker] | None = None) -> list[WorkerRole]:
     workers = alive() if workers is None else workers
     return [_duty(queue, title, still, [w for w in workers if w.queue == queue]) for queue, (title, still) in _DUTIES.items()]
 
 
-def _duty(queue: str, title: str, still: str, mine: list[Worker]) -> Duty:
+def _duty(queue: str, title: str, still: str, mine: list[Worker]) -> WorkerRole:
     longest = max((worker.up_seconds for worker in mine), default=None)
-    return Duty(queue=queue, title=title, alive=len(mine), up_seconds=longest, stands_still=still)
+    return WorkerRole(queue=queue, title=title, alive=len(mine), up_seconds=longest, stands_still=still)
 
 
 # The overview ---------------------------------------------------------------------------------------------------------

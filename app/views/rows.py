@@ -23,7 +23,7 @@ SORTS = {"longest": "longest first", **row_losses.SORTS}
 
 
 @dataclass(slots=True)
-class Wish:
+class RowQuery:
     """What a person wants to see."""
 
     model: Model | None
@@ -87,7 +87,7 @@ def _turns(train_on: TrainOn) -> dict[str, Any]:
     return {} if train_on == "assistant" else {"train_on": train_on}
 
 
-def ask_rows(session: Session, dataset: Dataset, wish: Wish) -> Inspection:
+def ask_rows(session: Session, dataset: Dataset, wish: RowQuery) -> Inspection:
     """Some rows, token by token where there is a model."""
     arguments: dict[str, Any] = {"count": ROWS_PER_PAGE, "cutoff": wish.cutoff, **_turns(wish.train_on)}
     if wish.lines is not None:

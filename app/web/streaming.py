@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.errors import NotSignedIn
 from app.inference import client
-from app.inference.protocol import Broke, Entry, GenerateRequest
+from app.inference.protocol import Entry, GenerateRequest, StreamError
 from app.web import error_responses
 from app.web.revocation import doorkeeper
 
@@ -178,7 +178,7 @@ async def listen_calmly(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
     except Exception as error:
         fault = error_responses.fault_of(error)
         yield [
-            Broke(
+            StreamError(
                 status=fault.status, code=fault.code, error_type=fault.type, message=fault.message, way_out=fault.way_out, param=fault.param
             )
         ]

@@ -52,7 +52,7 @@ def key(dataset):
 
 def join(session, user, operation, *parts, **rest):
     wish = {"operation": operation, "datasets": [part if isinstance(part, dict) else key(part) for part in parts], **rest}
-    return compose.order(session, user, compose.JoinOrder.model_validate(wish))
+    return compose.order(session, user, compose.CombineRequest.model_validate(wish))
 
 
 def bare(row):

@@ -18,7 +18,7 @@ from app.datasets import service as datasets
 from app.evaluation import comparisons
 from app.evaluation import service as evaluations
 from app.inference import playground, votes
-from app.inference.playground import Heard
+from app.inference.playground import AnswerFold
 from app.inference.protocol import Done, Sampling, Started, TextPart
 from app.kit import ids, manifest
 from app.prompts import runs as prompt_runs
@@ -108,7 +108,7 @@ class World:
 
     def _exchange(self) -> uuid.UUID:
         exchange, asked = playground.ask(self.session, self.user, [self.base.name], "What wood?", Sampling())
-        heard = Heard()
+        heard = AnswerFold()
         said = [
             Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
             TextPart(index=0, text="Spruce.", tokens=3),

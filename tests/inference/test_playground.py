@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from app.errors import BadField, NotFound
 from app.inference import playground
-from app.inference.playground import Heard
+from app.inference.playground import AnswerFold
 from app.inference.protocol import ChoiceFinished, Done, Sampling, Started, TextPart
 from app.tables import Answer, Exchange, User
 from tests.conftest import csrf_token
@@ -41,7 +41,7 @@ def three(session):
 def answered(session, user, names, prompt, text, parent=None):
     """An exchange with its answers, as if the worker had given them."""
     exchange, asked = playground.ask(session, user, names, prompt, Sampling(), parent=parent)
-    heard = Heard()
+    heard = AnswerFold()
     heard.take([Started(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text, tokens=1)])
     heard.take(
         [
@@ -68,7 +68,7 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
     assert instruction.messages == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Three?"}]
     assert dialogue.seed == generic.seed == instruction.seed
     failed, asked = playground.ask(session, user, NAMES, "Broken?", Sampling(), parent=first.id)
-    heard = Heard(error={"message": "The model failed.", "way_out": "", "code": "internal_error"})
+    heard = AnswerFold(error={"message": "The model failed.", "way_out": "", "code": "internal_error"})
     heard.take([TextPart(index=0, text=" Half an ans", tokens=3)])
     for one in asked:
         playground.record(session, failed.id, one, heard)

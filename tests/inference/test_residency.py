@@ -13,12 +13,12 @@ from app.inference import residency
 from app.settings import get_settings
 from tests.conftest import wait_until
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 
 ASK = {"messages": [{"role": "user", "content": "What wood is the belly made of?"}], "max_tokens": 2}
 
 
-def loaded() -> dict[str, residency.Ready]:
+def loaded() -> dict[str, residency.LoadedModelInfo]:
     return {ready.path: ready for one in residency.everyone() for ready in one.models}
 
 
@@ -71,8 +71,8 @@ def test_another_persons_model_is_not_named(session, user):
     session.add(other)
     session.flush()
     register_tiny(session, "secret", owner_id=other.id)
-    standing = residency.Standing(
-        device="cpu", used_bytes=1, limit_bytes=2, training_bytes=0, models=[residency.Ready(path="models/tiny", bytes=1)]
+    standing = residency.WorkerResidency(
+        device="cpu", used_bytes=1, limit_bytes=2, training_bytes=0, models=[residency.LoadedModelInfo(path="models/tiny", bytes=1)]
     )
     assert residency.to_json(session, user, standing)["models"][0]["model"] is None
     assert residency.to_json(session, other, standing)["models"][0]["model"] == "secret"
@@ -97,7 +97,7 @@ def test_a_base_stays_while_trees_on_its_tensors_stand(data_dir, tiny_model, tmp
     shutil.copytree(tiny_model, data_dir / "models" / "tiny")
     dora = make_adapter(tmp_path / "dora", tiny_model, 4, use_dora=True)
     (tmp_path / "dora" / "strategy.json").write_text('{"name": "lora", "rank": 4}')
-    shelf = Shelf(device="cpu")
+    shelf = ModelPool(device="cpu")
     base, tuned = shelf.place(ref_of(data_dir)).lane, shelf.place(ref_of(data_dir, adapters=[dora])).lane
     (ready,) = shelf.ready()
     assert ready.answering == 2 and ready.adapters == [str(tmp_path / "dora")] and ready.bytes == shelf.memory()

@@ -34,7 +34,7 @@ def dataset(session, user, data_dir):
 
 @pytest.fixture
 def order(tiny_registered, dataset):
-    def make(**more: Any) -> job_request.JobOrder:
+    def make(**more: Any) -> job_request.JobRequest:
         return read_order({"model": "tiny", "training_file": ids.public(ids.FILE, dataset.file_id), **more})
 
     return make
@@ -258,7 +258,7 @@ def test_a_running_job_is_asked(session, user, order):
     assert jobs.pause(session, user, job.id).status == "running"
     session.commit()
     with transaction() as s:
-        assert lifecycle.beat(s, held) == lifecycle.Wishes(cancel=False, pause=True, save=True)
+        assert lifecycle.beat(s, held) == lifecycle.ControlFlags(cancel=False, pause=True, save=True)
     with transaction() as s:
         lifecycle.stopped(s, held, 5)
     assert jobs.get(session, user, job.id).status == "paused"

@@ -16,7 +16,7 @@ from app.datasets import service as datasets
 from app.errors import BadField
 from app.jobs import request as job_request
 from app.jobs import service as jobs
-from app.jobs.request import JobOrder
+from app.jobs.request import JobRequest
 from app.kit import ids
 from app.machines import heartbeats
 from app.planning import feasibility
@@ -272,7 +272,9 @@ def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, t
     session.flush()
     dataset = datasets.create(session, user, file)
     session.commit()
-    job = jobs.create(session, user, JobOrder(model="tiny", dataset_id=dataset.id, strategy={"name": "dense_head"}, task="classification"))
+    job = jobs.create(
+        session, user, JobRequest(model="tiny", dataset_id=dataset.id, strategy={"name": "dense_head"}, task="classification")
+    )
     session.commit()
     ingest_task.read(dataset.id)
     jobs.settle(session)

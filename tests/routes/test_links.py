@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from app.inference import playground
-from app.inference.playground import Heard
+from app.inference.playground import AnswerFold
 from app.inference.protocol import Done, Sampling, Started, TextPart
 from app.jobs import checkpoints
 from app.kit import ids, manifest
@@ -67,7 +67,7 @@ def full(session, user, tiny_registered, data_dir) -> None:
     prompts.create(session, user, "Say it", prompts.read_body({}))
     exchange, asked = playground.ask(session, user, [tuned.name], "What wood?", Sampling())
     said = [Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64), TextPart(index=0, text="Spruce.", tokens=3)]
-    heard = Heard()
+    heard = AnswerFold()
     heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])
     playground.record(session, exchange.id, asked[0], heard)
     session.commit()

@@ -196,7 +196,7 @@ def test_a_result_with_a_link_is_refused_and_a_log_that_is_one_is_not_read(data_
 
 def test_required_starts_nothing_where_a_wall_is_missing(data_dir, monkeypatch):
     monkeypatch.setattr(get_settings(), "confinement", "required")
-    room = confinement.Room(write=[data_dir], layers=("limits", "capabilities", "network"))
+    room = confinement.Confinement(write=[data_dir], layers=("limits", "capabilities", "network"))
     done = subprocess.run(confinement.confined(["/bin/echo", "ran"], room), cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "ran" not in done.stdout and "does not wall off: files" in done.stderr
     monkeypatch.setattr(get_settings(), "confinement", "auto")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from app.kit.forms import controls, fill
-from app.models.model_card import Laid, MadeOf, load_code
+from app.models.model_card import AppliedAdapter, Provenance, load_code
 from app.shapes import Shape, shape_of
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Memory, Strategy
@@ -208,7 +208,7 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
     assert together == apart  # padding on the left changes nothing
 
     tokenizer.save_pretrained(folder)
-    made_of = MadeOf("base", (Laid("it", strategy),)) if strategy.adapter else MadeOf(None)
+    made_of = Provenance("base", (AppliedAdapter("it", strategy),)) if strategy.adapter else Provenance(None)
     elsewhere = run_card(f"```python\n{load_code('dialogue', made_of)}```", folder, base=tiny_model)["model"].eval()
     ids = torch.tensor([asked[0].ids])
     with torch.no_grad():

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from app import events
 from app.evaluation import predictions
 from app.inference import playground, votes
-from app.inference.playground import Heard
+from app.inference.playground import AnswerFold
 from app.inference.protocol import Sampling
 from app.jobs import service as jobs
 from app.kit import ids
@@ -182,7 +182,7 @@ def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session
     register_tiny(session)
     exchange, asked = playground.ask(session, user, ["tiny"], "Show <b>me</b>", Sampling())
     wild = "# Head\n\n**bold** <img src=x onerror=document.title='owned'>\n\n[x](javascript:document.title='owned') ![p](http://example.com/p.png)\n\n- one\n- two"
-    heard = Heard(choices={0: playground.Choice(wild, finish_reason="stop", tokens=9)})
+    heard = AnswerFold(choices={0: playground.Choice(wild, finish_reason="stop", tokens=9)})
     playground.record(session, exchange.id, asked[0], heard)
     session.commit()
     page = sign_in(browser_page, live, session, user)

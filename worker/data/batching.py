@@ -20,7 +20,7 @@ from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
 from worker.data.batch_rendering import Renderer, filled, ids_of
 from worker.data.chat_template import Rendered
-from worker.modeling.packed_attention import Frame, filling, packed_arguments
+from worker.modeling.packed_attention import PackShape, filling, packed_arguments
 from worker.runtime.transfer import sent
 
 
@@ -179,7 +179,7 @@ NOT_LEARNT = -100
 """The target of such a filling place."""
 
 
-def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: Frame | None = None, padded: bool = False) -> Batch:
+def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: PackShape | None = None, padded: bool = False) -> Batch:
     """The tensors of a pack of row numbers, each `padded` to the longest where that is asked for, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
     pinned memory without waiting."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]

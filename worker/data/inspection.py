@@ -73,10 +73,10 @@ def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
 
     faults: list[str] = []
 
-    def counter(task: str, add: AddFinding) -> Counter | None:
+    def counter(task: str, add: AddFinding) -> TokenCounter | None:
         used = payload["counters"].get(task)
         try:
-            return Counter(open_tokenizer(Path(used["tokenizer"]), task), used, task, add) if used else None
+            return TokenCounter(open_tokenizer(Path(used["tokenizer"]), task), used, task, add) if used else None
         except Exception as error:  # whatever is wrong with a model's files, the dataset is good all the same
             faults.append(f"{type(error).__name__}: {error}"[:500])
             return None
@@ -99,7 +99,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
             say({"finding": {"line": line, **finding._asdict()}})
 
     task = payload.get("task") or "generation"
-    counter = Counter(open_tokenizer(Path(payload["tokenizer"]), task), payload, task, add)
+    counter = TokenCounter(open_tokenizer(Path(payload["tokenizer"]), task), payload, task, add)
     told = time.monotonic()
     for number, (line, text) in enumerate(read_rows(Path(payload["rows"]))):
         if time.monotonic() - told > 0.5:
@@ -109,7 +109,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     return counter.result()["lengths"]
 
 
-class Counter:
+class TokenCounter:
     """How long each row is for a model's trainer, and what of it is learnt; says what a longest length of `cutoff` does to it.
 
     A pair of answers is two sequences, each with the prompt, as the trainer reads it. Of a labelled text no token is learnt: it is

@@ -15,7 +15,7 @@ from worker.data.chat_template import Rendered, render_row
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PreferencePairs:
     """The sequences of `pairs` end to end: pair i is sequence 2i (chosen) and 2i + 1 (rejected) of `sequences`.
 
     Both views share their arrays. `lead` is how many placeholders stand at the beginning of every sequence.
@@ -33,7 +33,7 @@ class Pairs:
         part = slice(self.sequences.starts[sequence], self.sequences.starts[sequence + 1])
         return int(self.sequences.trained[part].sum())
 
-    def without_lead(self) -> Pairs:
+    def without_lead(self) -> PreferencePairs:
         """The same without the placeholders, as a model reads it that has learnt nothing to put there."""
         if not self.lead:
             return self
@@ -47,7 +47,7 @@ def sequences_of(pack: Sequence[int]) -> list[int]:
     return [sequence for pair in pack for sequence in (2 * pair, 2 * pair + 1)]
 
 
-def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> Pairs:
+def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> PreferencePairs:
     """Both answers of every row rendered once, each sequence at most `max_length` tokens with its placeholders.
 
     A pair is left out when the cut took a whole answer, or all that told the two apart. Raises BadRow with the line of the
@@ -83,9 +83,9 @@ def _with_lead(rendered: Rendered, lead: Sequence[int]) -> tuple[np.ndarray, np.
     return np.asarray([*lead, *rendered.ids], np.int32), np.asarray([False] * len(lead) + rendered.trained, bool)
 
 
-def _join(pieces: list[tuple[np.ndarray, np.ndarray]], lines: list[int], cut: int, skipped: list[int], lead: int) -> Pairs:
+def _join(pieces: list[tuple[np.ndarray, np.ndarray]], lines: list[int], cut: int, skipped: list[int], lead: int) -> PreferencePairs:
     ids = np.concatenate([p[0] for p in pieces]) if pieces else np.zeros(0, np.int32)
     trained = np.concatenate([p[1] for p in pieces]) if pieces else np.zeros(0, bool)
     starts = np.concatenate([[0], np.cumsum([len(p[0]) for p in pieces], dtype=np.int64)]).astype(np.int64)
     pairs = Tokenised(ids, trained, starts[::2], lines, cut, skipped)
-    return Pairs(pairs, Tokenised(ids, trained, starts, [n for n in lines for _ in range(2)], 0, []), lead)
+    return PreferencePairs(pairs, Tokenised(ids, trained, starts, [n for n in lines for _ in range(2)], 0, []), lead)

@@ -75,7 +75,7 @@ class Run:
         self.lost = self.leaving = self.hung = self.ended = False
 
     def run(self) -> None:
-        memory = exit_codes.Memory()
+        memory = exit_codes.OomWatch()
         try:
             code = self._assess()
             if not self.lost:

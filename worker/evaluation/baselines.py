@@ -31,7 +31,7 @@ from worker.data import batching
 from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import render_prompt
 from worker.evaluation.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.forgetting import PROBE
 from worker.scoring.metrics import text_scores
@@ -50,7 +50,7 @@ LEAST_BYTES = 24
 """Fewer first bytes than these say more of the tokenizer than of the text."""
 
 
-def advise(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
+def advise(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     """`distance` with the two figures it is made of, and `zero_shot` and `few_shot` scores; None where a model or a dataset
     allows no such figure, and then `reason` says why."""
     rows = batching.read_rows(spec.dataset)
@@ -210,7 +210,7 @@ def _by_labels(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequenc
         if name == "few_shot" and not shown:
             found[name] = None
             continue
-        guess = Guesser(reader, labels, shown)
+        guess = LabelScorer(reader, labels, shown)
         hits = 0
         for done, row in enumerate(asked):
             say(
@@ -249,7 +249,7 @@ def _balanced(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return draw.sample(found[:count], min(count, len(found)))
 
 
-class Guesser:
+class LabelScorer:
     """The likeliest label of a text under a prompt, by the likelihood of the label's tokens after it."""
 
     AT_ONCE = 8
@@ -318,7 +318,7 @@ class Guesser:
 # What vectors alone reach -----------------------------------------------------------------------------------------------
 
 
-def _by_vectors(spec: EvaluationSpec, engine: Engine, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
+def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
     """An encoder: no distance, since it predicts no next token; labels by the nearest vector."""
     nothing = {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
     if spec.task != "classification":

@@ -14,13 +14,13 @@ from app.jobs.solved_examples import question_of
 from worker.data.batching import Row, read_rows
 from worker.evaluation.predict import AT_ONCE, embedder
 from worker.evaluation.scoring import Say, drawn
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 NEAREST = 6
 SHOWN = 240  # characters of a row's text
 
 
-def look(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
+def look(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     rows = [(row, text) for row in drawn(read_rows(spec.dataset), spec.rows, spec.seed) if (text := text_of(row)).strip()]
     say(0.0, f"Loading {spec.model.name}")
     vectors_of, found = embedder(spec, engine), []

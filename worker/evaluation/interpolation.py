@@ -11,10 +11,10 @@ from app.models import interpolation as blends
 from app.spec import ModelRef
 from worker.evaluation.scoring import Reader, Say, choose_rows, part, same_rows, score
 from worker.modeling.loading import folder_of, load_strategy
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 
-def blend(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
+def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     """`points`: for each place its `score` (loss in nats per token), other `scores`, and how much was forgotten there,
     relative to the base, with its interval."""
     if spec.base is None:

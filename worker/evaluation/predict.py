@@ -18,7 +18,7 @@ from worker.data.chat_template import CHAT_KINDS, render_prompt
 from worker.evaluation.scoring import BUDGET, Reader, Say
 from worker.modeling import packed_attention
 from worker.modeling.loading import load_model, load_tokenizer
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 
 AT_ONCE = {"answer": held_out.ANSWERS_AT_ONCE, "label": 64, "embedding": 64}
@@ -38,7 +38,7 @@ class Predictor(NamedTuple):
     predict: Callable[[Sequence[Any]], list[Predicted]]
 
 
-def predict(spec: EvaluationSpec, engine: Engine, say: Say, out: Path) -> dict[str, Any]:
+def predict(spec: EvaluationSpec, engine: Compute, say: Say, out: Path) -> dict[str, Any]:
     """Write every row with its prediction to `out`. Raises BadData that names the first line that cannot be read."""
     rows = _rows(spec)
     column = spec.column or _detected(rows)
@@ -108,7 +108,7 @@ def _parts(rows: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _predictor(spec: EvaluationSpec, engine: Engine) -> Predictor:
+def _predictor(spec: EvaluationSpec, engine: Compute) -> Predictor:
     if spec.model.labels:
         return _classes(spec, engine)
     return _vectors(spec, engine) if spec.model.shape.architecture == "encoder" else _answers(spec, engine)
@@ -117,7 +117,7 @@ def _predictor(spec: EvaluationSpec, engine: Engine) -> Predictor:
 # Classes ----------------------------------------------------------------------------------------------------------------
 
 
-def _classes(spec: EvaluationSpec, engine: Engine) -> Predictor:
+def _classes(spec: EvaluationSpec, engine: Compute) -> Predictor:
     from worker.modeling.classifier import load_classifier
     from worker.training.objectives.classification import probabilities, tokenise_texts
 
@@ -140,7 +140,7 @@ def _classes(spec: EvaluationSpec, engine: Engine) -> Predictor:
 # Vectors ----------------------------------------------------------------------------------------------------------------
 
 
-def _vectors(spec: EvaluationSpec, engine: Engine) -> Predictor:
+def _vectors(spec: EvaluationSpec, engine: Compute) -> Predictor:
     reader = embedder(spec, engine)
     return Predictor(
         ["embedding"],
@@ -149,7 +149,7 @@ def _vectors(spec: EvaluationSpec, engine: Engine) -> Predictor:
     )
 
 
-def embedder(spec: EvaluationSpec, engine: Engine) -> Callable[[Sequence[str]], Any]:
+def embedder(spec: EvaluationSpec, engine: Compute) -> Callable[[Sequence[str]], Any]:
     """Unit vectors, (texts, H), of texts as the model's mean-pooled last states; longer ones are cut."""
     import torch
 
@@ -174,7 +174,7 @@ def embedder(spec: EvaluationSpec, engine: Engine) -> Callable[[Sequence[str]], 
 # Answers ----------------------------------------------------------------------------------------------------------------
 
 
-def _answers(spec: EvaluationSpec, engine: Engine) -> Predictor:
+def _answers(spec: EvaluationSpec, engine: Compute) -> Predictor:
     reader = Reader(spec.model, engine)
     model = load_model(spec.model, engine.frozen, packed_attention.NAME, str(engine.device))
     room = spec.model.shape.positions - spec.answer_tokens - len(reader.lead)

@@ -35,7 +35,7 @@ BEAT_SECONDS = 2.0
 RUNS_AT_ONCE = 2
 
 
-class Said(NamedTuple):
+class RowAnswer(NamedTuple):
     """What the engine answered to one row."""
 
     prompt: str
@@ -48,7 +48,7 @@ class Stopped(Exception):
     """The run was cancelled, deleted or taken over."""
 
 
-class Totals:
+class RunTotals:
     """What the scored rows took, over all workers that were at the run, and the rows that got no answer.
 
     An answer that failed says nothing about the prompt, so its row is left out of the score and counted. A fault of the row
@@ -63,7 +63,7 @@ class Totals:
         self.first_fault: StudioError | None = None
         self.strikes = 0
 
-    def answered(self, said: Said) -> None:
+    def answered(self, said: RowAnswer) -> None:
         self.prompt_tokens += said.prompt_tokens
         self.tokens += said.tokens
         self.strikes = 0
@@ -121,7 +121,7 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     if claimed is None:
         return
     fence, spec, done, before = claimed
-    run, error = Run(run_id, fence, spec, done, Totals(before)), None
+    run, error = Run(run_id, fence, spec, done, RunTotals(before)), None
     try:
         run.through(going_down)
     except Stopped:
@@ -138,7 +138,7 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
 class Run:
     """One attempt at a run: the rows that are left, asked several at once, and stored every few seconds."""
 
-    def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: Totals) -> None:
+    def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: RunTotals) -> None:
         self.id, self.fence, self.spec, self.done, self.totals = run_id, fence, spec, done, totals
         self.rows = len(done)
         self.scored: list[dict[str, Any]] = []
@@ -152,7 +152,7 @@ class Run:
         shots = Shots(self.spec.body, training, everything)
         self.store()
         beaten = time.monotonic()
-        pending: dict[Future[Said], Any] = {}
+        pending: dict[Future[RowAnswer], Any] = {}
         rest = iter([row for row in held if row[0].line not in self.done])
         leave = [False]
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
@@ -179,7 +179,7 @@ class Run:
             message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
             raise StudioError(message, way_out=fault.way_out, code=fault.code)
 
-    def take(self, row: Any, future: Future[Said], labels: list[str]) -> None:
+    def take(self, row: Any, future: Future[RowAnswer], labels: list[str]) -> None:
         try:
             said = future.result()
         except StudioError as fault:
@@ -206,7 +206,7 @@ def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
         yield row
 
 
-def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> Said:
+def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> RowAnswer:
     """One row through the engine. Raises what the engine raises; an answer that is left early is thrown away."""
     from worker.inference.task import answer as answer_of
 
@@ -246,7 +246,7 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
                         pass
                     case _:
                         raise _fault(entry)
-    return Said(rendered, texts, read, tokens)
+    return RowAnswer(rendered, texts, read, tokens)
 
 
 def _fault(entry: Any) -> StudioError:
@@ -258,7 +258,7 @@ def _fault(entry: Any) -> StudioError:
     return fault
 
 
-def _scored(spec: RunSpec, row: Any, said: Said, labels: list[str]) -> dict[str, Any]:
+def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict[str, Any]:
     """A row of the table of results."""
     body = spec.body
     expected = prompts.take(row.answer, body.reference, body.marker)

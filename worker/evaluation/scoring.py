@@ -23,7 +23,7 @@ from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import prepare_tokenizer
 from worker.modeling import packed_attention
 from worker.modeling.loading import folder_of, load_model, load_strategy, load_tokenizer
-from worker.runtime.device import Engine, choose
+from worker.runtime.device import Compute, choose
 from worker.scoring import held_out
 from worker.scoring.forgetting import Probe
 from worker.scoring.metrics import answer_scores
@@ -43,7 +43,7 @@ class Reader:
     """A model as an evaluation reads with it: its tokenizer, what stands before every sequence, and its weights when needed."""
 
     ref: ModelRef
-    engine: Engine
+    engine: Compute
     tokenizer: Any = None
     lead: list[int] = field(default_factory=list)
     model: torch.nn.Module | None = None
@@ -83,7 +83,7 @@ class Reader:
 
 
 @dataclass
-class Scored:
+class RowScores:
     """One model on the rows: its scores, and the loss of each row in nats per token."""
 
     scores: dict[str, Any]
@@ -91,7 +91,7 @@ class Scored:
     general: list[TextScore] | None = None
 
 
-def engine_here() -> Engine:
+def engine_here() -> Compute:
     """Full precision on a CPU, where it costs little; bf16 on a GPU that has it."""
     return choose(RunSettings(precision="auto" if torch.cuda.is_available() else "fp32"), Lora())
 
@@ -117,14 +117,14 @@ def drawn(rows: list[Row], most: int, seed: int) -> list[Row]:
 # Texts and answers ------------------------------------------------------------------------------------------------------
 
 
-def write(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
+def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     """Loss and what follows from it on every row, answers to some, for the model and the one it was tuned from."""
     rows, _ = choose_rows(spec)
     own = Reader(spec.model, engine)
     readers = [Reader(spec.base, engine), own] if spec.base else [own]
     rows, skipped = same_rows(readers, rows, spec.max_length)
     asked = questions(own, rows, range(min(spec.answers, len(rows))), spec.answer_tokens)
-    found: list[Scored] = []
+    found: list[RowScores] = []
     answers: list[dict[int, str]] = []
     for place, reader in enumerate(readers):
         say(place / len(readers), f"Reading {len(rows)} rows with {reader.ref.name}")
@@ -172,7 +172,7 @@ def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple
     return left, len(rows) - len(left)
 
 
-def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> Scored:
+def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> RowScores:
     """The loaded model on every row, and on the general texts where forgetting is asked for."""
     data = reader.tokenise(rows, spec.max_length)
     stage = f"Reading {len(rows)} rows with {reader.ref.name}"
@@ -182,7 +182,7 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
     if spec.forgetting:
         say(0.6, f"Reading general texts with {reader.ref.name}")
         general = reader.probe()
-    return Scored(held_out.measures(scored, reader.learnt_bytes(data)), losses, general)
+    return RowScores(held_out.measures(scored, reader.learnt_bytes(data)), losses, general)
 
 
 def part(say: Say, place: int, of: int) -> Say:
@@ -206,7 +206,7 @@ def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int
     return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 
-def ends(found: Sequence[Scored]) -> tuple[list[int], list[int]]:
+def ends(found: Sequence[RowScores]) -> tuple[list[int], list[int]]:
     """(worst, best) rows: by how much their loss rose over the base's, or by the loss itself where there is no base."""
     last = found[-1].losses
     change = [t - b for b, t in zip(found[0].losses, last, strict=True)] if len(found) == 2 else last
@@ -216,7 +216,7 @@ def ends(found: Sequence[Scored]) -> tuple[list[int], list[int]]:
 
 
 def _listed(
-    place: int, rows: Sequence[Row], asked: dict[int, held_out.Question], found: Sequence[Scored], answers: Sequence[dict[int, str]]
+    place: int, rows: Sequence[Row], asked: dict[int, held_out.Question], found: Sequence[RowScores], answers: Sequence[dict[int, str]]
 ) -> dict[str, Any]:
     one, two = asked.get(place), len(found) == 2
     return {
@@ -235,7 +235,7 @@ def _listed(
 TEXTS_AT_ONCE = 256
 
 
-def classify(spec: EvaluationSpec, engine: Engine, say: Say) -> dict[str, Any]:
+def classify(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     """A classifier on labelled rows, beside always answering with the shares of the labels."""
     from worker.modeling.classifier import load_classifier
     from worker.training.objectives.classification import evaluation_of, probabilities, tokenise_texts

@@ -11,11 +11,11 @@ from app.inference.protocol import Classified
 from app.models.integrity import check
 from app.spec import ModelRef, RunSettings
 from worker.data.batching import BadRow, Row
-from worker.inference.model_cache import Kept
+from worker.inference.model_cache import ModelCache
 from worker.modeling import packed_attention
 from worker.modeling.classifier import Classifier, load_classifier
 from worker.modeling.loading import folder_of, load_strategy, load_tokenizer
-from worker.runtime.device import Engine, choose
+from worker.runtime.device import Compute, choose
 from worker.training.objectives.classification import probabilities, tokenise_texts
 
 MOST_LOADED = 2
@@ -26,10 +26,10 @@ class _Loaded(NamedTuple):
     tokenizer: Any
     classifier: Classifier
     labels: list[str]
-    engine: Engine
+    engine: Compute
 
 
-_kept: Kept[_Loaded] = Kept(MOST_LOADED, lambda one: one.classifier)
+_kept: ModelCache[_Loaded] = ModelCache(MOST_LOADED, lambda one: one.classifier)
 
 
 def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:

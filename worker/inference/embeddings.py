@@ -12,14 +12,14 @@ from app.errors import BadRequest
 from app.inference.protocol import Embedded
 from app.models.integrity import check
 from app.spec import ModelRef
-from worker.inference.model_cache import Kept
+from worker.inference.model_cache import ModelCache
 from worker.modeling.loading import LOADING, BadModel, folder_of
 
 MOST_LOADED = 2
 TOKENS_AT_ONCE = 8192
 """Padded tokens of one batch; texts are sorted by length, so little of it is padding."""
 
-_kept: Kept[tuple[Any, Any]] = Kept(MOST_LOADED, lambda pair: pair[1])  # tokenizer and model
+_kept: ModelCache[tuple[Any, Any]] = ModelCache(MOST_LOADED, lambda pair: pair[1])  # tokenizer and model
 
 
 @torch.inference_mode()

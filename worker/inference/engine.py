@@ -22,16 +22,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from app.errors import TooMany, Unavailable
-from app.inference.protocol import Broke, ChoiceFinished, Done, Entry, GenerateRequest, Started, TextPart
+from app.inference.protocol import ChoiceFinished, Done, Entry, GenerateRequest, Started, StreamError, TextPart
 from app.spec import ModelRef
 from worker.inference import prompt_logprobs, scheduler
 from worker.inference.errors import NotANumber, broke
 from worker.inference.kv_cache import Segment, Slot, Step
-from worker.inference.memory_budget import Room
-from worker.inference.model_pool import Lane, Placement, Shelf
+from worker.inference.memory_budget import MemoryBudget
+from worker.inference.model_pool import LoadedModel, ModelHandle, ModelPool
 from worker.inference.request import render, room_for
-from worker.inference.sampling import Chooser, TextStream, logprob, one_thread
-from worker.inference.scheduler import Row, Running
+from worker.inference.sampling import Detokenizer, Sampler, logprob, one_thread
+from worker.inference.scheduler import Request, TokenSequence
 
 MOST_ROWS = 16
 """Answers written at once in one lane."""
@@ -55,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        shelf: Shelf | None = None,
+        shelf: ModelPool | None = None,
         *,
         most_rows: int = MOST_ROWS,
         chunk: int = CHUNK,
@@ -63,12 +63,12 @@ class Engine:
         wait_seconds: float = WAIT_SECONDS,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self.shelf = shelf or Shelf()
-        self.room = Room(self.shelf, most_rows)
+        self.shelf = shelf or ModelPool()
+        self.room = MemoryBudget(self.shelf, most_rows)
         self.most_rows, self.chunk, self.lone_chunk, self.wait_seconds = most_rows, chunk, lone_chunk, wait_seconds
         self.on_death = on_death
-        self.waiting: list[Running] = []
-        self.active: list[Running] = []
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
         self.steps = 0
         self._wake = threading.Condition()
         self._closed = False
@@ -106,7 +106,7 @@ class Engine:
                 way_out="Wait for some of them, or put several rows into one run.",
             )
 
-    def _prepare(self, request: GenerateRequest, place: Placement, began: float) -> tuple[Running, Started]:
+    def _prepare(self, request: GenerateRequest, place: ModelHandle, began: float) -> tuple[Request, Started]:
         lead = [0] * place.lane.lead
         context = place.lane.context - len(lead)
         text, ids = render(request, place.tokenizer, context)
@@ -114,12 +114,13 @@ class Engine:
         sampling = request.sampling
         most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
         rows = [
-            Row(i, Chooser(sampling, request.seed + i, ids), TextStream(place.tokenizer, ids, sampling.stop)) for i in range(sampling.n)
+            TokenSequence(i, Sampler(sampling, request.seed + i, ids), Detokenizer(place.tokenizer, ids, sampling.stop))
+            for i in range(sampling.n)
         ]
-        running = Running(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
+        running = Request(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
         return running, Started(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
 
-    def _entries(self, running: Running, poll_seconds: float) -> Iterator[list[Entry]]:
+    def _entries(self, running: Request, poll_seconds: float) -> Iterator[list[Entry]]:
         while True:
             try:
                 entries = running.out.get(timeout=poll_seconds)
@@ -132,10 +133,10 @@ class Engine:
                 while True:
                     entries = entries + running.out.get_nowait()
             yield entries
-            if entries and isinstance(entries[-1], Done | Broke):
+            if entries and isinstance(entries[-1], Done | StreamError):
                 return
 
-    def _hand_over(self, running: Running) -> None:
+    def _hand_over(self, running: Request) -> None:
         with self._wake:
             self.waiting.append(running)
             self._wake.notify()
@@ -163,7 +164,7 @@ class Engine:
         self._closed = True
         for running in [*self.active, *self.waiting]:
             running.out.put(
-                [Broke(status=503, code="unavailable", message="The generation engine stopped.", way_out="Ask again in a moment.")]
+                [StreamError(status=503, code="unavailable", message="The generation engine stopped.", way_out="Ask again in a moment.")]
             )
         if died:
             self.on_death()
@@ -197,7 +198,7 @@ class Engine:
             ):
                 self._break([running], self._too_busy(running))
 
-    def _too_busy(self, running: Running) -> Unavailable:
+    def _too_busy(self, running: Request) -> Unavailable:
         rows = sum(row.slot is not None and row.slot.busy for r in self.active for row in r.rows)
         return Unavailable(
             f"{rows} answers are being written and {len(self.waiting)} questions wait; this one has waited for "
@@ -226,7 +227,7 @@ class Engine:
             elif begun is None and time.monotonic() - best.arrived > PATIENCE_SECONDS:
                 return  # the memory that comes free next is for this one
 
-    def _begin(self, running: Running) -> bool | None:
+    def _begin(self, running: Request) -> bool | None:
         """Give the next row of a request a slot. False when no row is free for it, None when there is no memory yet."""
         lane, row = running.place.lane, running.next_row()
         mine = [r for r in self.active if r.place.lane is lane]
@@ -261,7 +262,7 @@ class Engine:
         self.active.append(running)
         return True
 
-    def _begin_late(self, running: Running, row: Row) -> bool | None:
+    def _begin_late(self, running: Request, row: TokenSequence) -> bool | None:
         """A further answer to a prompt that has been read."""
         lane, kept = running.place.lane, running.keeper.slot
         assert kept is not None and running.first_logits is not None
@@ -273,7 +274,7 @@ class Engine:
         self._choose(lane, running.first_logits[None], [(row, running, 0)])
         return True
 
-    def _shared(self, slot: Slot, running: Running) -> int:
+    def _shared(self, slot: Slot, running: Request) -> int:
         """How many tokens of the prompt a free slot holds already, under the same adapters. One is always left to read."""
         if slot.busy or slot.owner != running.adapters:
             return 0
@@ -282,7 +283,7 @@ class Engine:
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def _step_or_break(self, lane: Lane) -> None:
+    def _step_or_break(self, lane: LoadedModel) -> None:
         mine = [r for r in self.active if r.place.lane is lane]
         try:
             for r in mine:
@@ -293,7 +294,7 @@ class Engine:
             self._break([r for r in mine if r in self.active], error)
             lane.cache.blocks = {}
 
-    def _step(self, lane: Lane, mine: list[Running]) -> None:
+    def _step(self, lane: LoadedModel, mine: list[Request]) -> None:
         pairs = [(row, r) for r in mine for row in r.writing()]
         writing = sorted(pairs, key=lambda pair: (pair[0].slot.blocks.size, pair[0].slot.index))
         ids: list[int] = [row.written[-1] for row, _ in writing]
@@ -333,15 +334,15 @@ class Engine:
         with one_thread(lane.device):
             self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
 
-    def _choose(self, lane: Lane, logits: torch.Tensor, writing: list[tuple[Row, Running, int]]) -> None:
+    def _choose(self, lane: LoadedModel, logits: torch.Tensor, writing: list[tuple[TokenSequence, Request, int]]) -> None:
         """The next token of every answer: (row, its request, its place in the logits). What goes wrong with one ends that one alone."""
         if not writing:
             return
         highest, likeliest = logits.max(-1)
         finite = highest.isfinite().tolist()  # a number that is none spreads to the highest
         likeliest = likeliest.tolist()
-        said: dict[int, tuple[Running, list[Entry]]] = {}
-        broken: dict[int, Running] = {}
+        said: dict[int, tuple[Request, list[Entry]]] = {}
+        broken: dict[int, Request] = {}
         for row, r, i in writing:
             if id(r) in broken:
                 continue
@@ -361,7 +362,7 @@ class Engine:
             elif entries:
                 r.out.put(entries)
 
-    def _choose_one(self, r: Running, row: Row, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
+    def _choose_one(self, r: Request, row: TokenSequence, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
         if likeliest is None:
             raise NotANumber(
                 f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
@@ -374,7 +375,7 @@ class Engine:
             row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
         self._accept(r, row, token, entries)
 
-    def _accept(self, running: Running, row: Row, token: int, entries: list[Entry]) -> None:
+    def _accept(self, running: Request, row: TokenSequence, token: int, entries: list[Entry]) -> None:
         """Add a token to an answer: show what may be shown, and end it when it is over."""
         running.first_token = running.first_token or time.monotonic()
         row.written.append(token)
@@ -393,20 +394,20 @@ class Engine:
             self._finish(running, row, "length", entries)
         return None
 
-    def _show(self, row: Row, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
+    def _show(self, row: TokenSequence, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
         """Give out a text and the tokens that begin in what was given out so far; the others wait for theirs, or for the end."""
         begun = len(row.logprobs) if all_of_it else sum(begin < row.text.shown for begin in row.begins)
         if text or begun:
             entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs[:begun]))
             row.logprobs, row.begins = row.logprobs[begun:], row.begins[begun:]
 
-    def _finish(self, running: Running, row: Row, reason: str, entries: list[Entry]) -> None:
+    def _finish(self, running: Request, row: TokenSequence, reason: str, entries: list[Entry]) -> None:
         self._show(row, row.text.end(), entries, all_of_it=True)
         row.finished = True
         running.let_go(row)
         entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
 
-    def _leave(self, running: Running, entries: list[Entry]) -> None:
+    def _leave(self, running: Request, entries: list[Entry]) -> None:
         now, written = time.monotonic(), running.written
         first, speed = running.first_token, None
         if first is not None and written > len(running.rows):
@@ -423,7 +424,7 @@ class Engine:
         self._drop(running)
         running.out.put(entries)
 
-    def _drop(self, running: Running) -> None:
+    def _drop(self, running: Request) -> None:
         with self._wake:
             for group in (self.active, self.waiting):
                 if running in group:
@@ -433,7 +434,7 @@ class Engine:
                 row.slot.busy = False
             row.finished = True
 
-    def _break(self, broken: list[Running], error: Exception) -> None:
+    def _break(self, broken: list[Request], error: Exception) -> None:
         """One fault must not take the others with it: these requests end with an error, the engine goes on."""
         traceback.print_exc()
         for running in broken:

@@ -13,10 +13,10 @@ import time
 import redis
 
 from app.inference import residency
-from app.inference.residency import Standing
+from app.inference.residency import WorkerResidency
 from app.settings import get_settings
 from worker.inference import model_cache
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 from worker.runtime.device import release
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 
 
-def keep_tidy(shelf: Shelf, worker: str) -> None:
+def keep_tidy(shelf: ModelPool, worker: str) -> None:
     """Start the thread. It ends with the process."""
 
     def turn() -> None:
@@ -40,7 +40,7 @@ def keep_tidy(shelf: Shelf, worker: str) -> None:
     threading.Thread(target=turn, name="tidy", daemon=True).start()
 
 
-def look(shelf: Shelf, worker: str) -> None:
+def look(shelf: ModelPool, worker: str) -> None:
     """One look: what has been idle for too long goes, then what memory for training asks for; the rest is told."""
     idle_seconds, gone = get_settings().generate_idle_seconds, 0
     if told := bool(get_settings().redis_url):
@@ -58,8 +58,8 @@ def look(shelf: Shelf, worker: str) -> None:
         residency.say(worker, standing(shelf))
 
 
-def standing(shelf: Shelf) -> Standing:
-    return Standing(
+def standing(shelf: ModelPool) -> WorkerResidency:
+    return WorkerResidency(
         device=str(shelf.device),
         used_bytes=shelf.memory(),
         limit_bytes=max(0, shelf.limit()),

@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from app.errors import DoesNotFit
 from app.inference.protocol import GenerateRequest
 from worker.inference.kv_cache import Slot
-from worker.inference.model_pool import Lane, Shelf
-from worker.inference.scheduler import Running
+from worker.inference.model_pool import LoadedModel, ModelPool
+from worker.inference.scheduler import Request
 
 LEAST_ANSWER = 64
 """Tokens that an answer of no stated length is promised at least."""
 
 
-class Room:
+class MemoryBudget:
     """What the engine asks before it takes memory. Used by the engine's thread, but for `longest_answer`."""
 
-    def __init__(self, shelf: Shelf, most_rows: int) -> None:
+    def __init__(self, shelf: ModelPool, most_rows: int) -> None:
         self.shelf, self.most_rows = shelf, most_rows
 
-    def longest_answer(self, request: GenerateRequest, lane: Lane, prompt: int, most: int) -> int:
+    def longest_answer(self, request: GenerateRequest, lane: LoadedModel, prompt: int, most: int) -> int:
         """How many tokens the answer may become: `most`, or where nobody said how long, what there is memory for. Raises DoesNotFit
         when the cache of one such answer could not be had even alone, Unavailable when only a job's end would change that."""
         name, cache = request.model.name, lane.cache
@@ -43,7 +43,7 @@ class Room:
             )
         return most
 
-    def promise(self, running: Running, active: Sequence[Running]) -> bool:
+    def promise(self, running: Request, active: Sequence[Request]) -> bool:
         """Whether one more row of this request can be written to its end beside all rows that are being written."""
         promised = running.place.lane.cache.bytes_for(len(running.prompt) + running.max_tokens)
         for r in active:
@@ -57,7 +57,7 @@ class Room:
         self.shelf.fit(more)
         return self.shelf.memory() + more <= self.shelf.limit()
 
-    def take(self, lane: Lane, tokens: int, wanted: Slot | None = None) -> Slot | None:
+    def take(self, lane: LoadedModel, tokens: int, wanted: Slot | None = None) -> Slot | None:
         """A slot for so many tokens, `wanted` if it is large enough; None when there is no memory for one."""
         cache, size = lane.cache, lane.cache.size_for(tokens)
         slot = wanted if wanted is not None and wanted.blocks.size >= size else cache.idle(size)
@@ -72,7 +72,7 @@ class Room:
             slot.busy = True
         return slot
 
-    def make_longer(self, running: Running) -> bool:
+    def make_longer(self, running: Request) -> bool:
         """Move the rows of a request whose slot is full to a larger one; False when there is no memory for that."""
         lane = running.place.lane
         for row in running.writing():

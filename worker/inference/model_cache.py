@@ -10,24 +10,24 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from app.inference.residency import Ready
+from app.inference.residency import LoadedModelInfo
 
 T = TypeVar("T")
 
 
 @dataclass
-class _One(Generic[T]):
+class _Entry(Generic[T]):
     value: T
     bytes: int
     used_at: float = field(default_factory=time.monotonic)
 
 
-class Kept(Generic[T]):
+class ModelCache(Generic[T]):
     """At most `most` values by key. `module` finds the weights in one; the first part of a key is the model's folder."""
 
     def __init__(self, most: int, module: Callable[[T], torch.nn.Module]) -> None:
         self.most, self.module = most, module
-        self.loaded: dict[tuple[str, ...], _One[T]] = {}  # in order of last use
+        self.loaded: dict[tuple[str, ...], _Entry[T]] = {}  # in order of last use
         self._lock, self._loading = threading.Lock(), threading.Lock()
         ALL.append(self)
 
@@ -38,14 +38,14 @@ class Kept(Generic[T]):
         with self._loading:
             if (found := self._known(key)) is None:
                 value = load()
-                found = _One(value, sum(p.nbytes for p in self.module(value).parameters()))
+                found = _Entry(value, sum(p.nbytes for p in self.module(value).parameters()))
             with self._lock:
                 self.loaded[key] = found
                 while len(self.loaded) > self.most:
                     self.loaded.pop(next(iter(self.loaded)))
             return found.value
 
-    def _known(self, key: tuple[str, ...]) -> _One[T] | None:
+    def _known(self, key: tuple[str, ...]) -> _Entry[T] | None:
         with self._lock:
             found = self.loaded.pop(key, None)
             if found is not None:
@@ -61,13 +61,13 @@ class Kept(Generic[T]):
                 del self.loaded[key]
         return len(old)
 
-    def ready(self) -> list[Ready]:
+    def ready(self) -> list[LoadedModelInfo]:
         now = time.monotonic()
         with self._lock:
-            return [Ready(path=key[0], bytes=one.bytes, idle_seconds=now - one.used_at) for key, one in self.loaded.items()]
+            return [LoadedModelInfo(path=key[0], bytes=one.bytes, idle_seconds=now - one.used_at) for key, one in self.loaded.items()]
 
 
-ALL: list[Kept[Any]] = []
+ALL: list[ModelCache[Any]] = []
 
 
 def memory() -> int:

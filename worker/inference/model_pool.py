@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from app.errors import DoesNotFit, Unavailable
-from app.inference.residency import Ready
+from app.inference.residency import LoadedModelInfo
 from app.machines.hardware import usable_memory
 from app.models.integrity import check
 from app.settings import get_settings
@@ -33,7 +33,7 @@ from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, 
 
 
 @dataclass(eq=False)
-class Lane:
+class LoadedModel:
     """One loaded tree of modules. `users` counts the requests that hold it; only a lane without any can be put away."""
 
     key: tuple[str, ...]
@@ -73,16 +73,16 @@ class Lane:
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
+class ModelHandle:
     """Where a request runs: its lane, its tokenizer, and the adapters of the lane's stack it uses, by hash."""
 
-    lane: Lane
+    lane: LoadedModel
     tokenizer: Any
     stop_ids: frozenset[int]
     adapters: dict[str, LoraWeights]
 
 
-class Shelf:
+class ModelPool:
     """The loaded lanes. Safe to call from many threads: one loads a model while the others wait for that model only."""
 
     def __init__(self, memory_bytes: int | None = None, device: str | None = None) -> None:
@@ -94,14 +94,14 @@ class Shelf:
         self.memory_bytes = memory_bytes or _memory_for_models(self.device)
         self.training_bytes = 0  # what jobs of this machine take beside it
         self._device_bytes = _device_bytes(self.device)
-        self.lanes: dict[tuple[str, ...], Lane] = {}
+        self.lanes: dict[tuple[str, ...], LoadedModel] = {}
         self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
         self.adapters: dict[tuple[str, str, str], LoraWeights] = {}
         self.loads = 0
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._loading: dict[tuple[str, ...], threading.Lock] = {}
 
-    def place(self, ref: ModelRef) -> Placement:
+    def place(self, ref: ModelRef) -> ModelHandle:
         """Find or load what `ref` names. The lane is held until `release`. Raises DoesNotFit, BadModel or Unavailable."""
         if ref.kind in ("classifier", "encoder"):
             raise DoesNotFit(
@@ -121,9 +121,9 @@ class Shelf:
         except BaseException:
             self.release(base)
             raise
-        return Placement(base, tokenizer, stops, adapters)
+        return ModelHandle(base, tokenizer, stops, adapters)
 
-    def release(self, lane: Lane) -> None:
+    def release(self, lane: LoadedModel) -> None:
         with self._lock:
             lane.users -= 1
             lane.used_at = time.monotonic()
@@ -133,7 +133,7 @@ class Shelf:
         with self._lock:
             return model_cache.memory() + sum(lane.nbytes() for lane in self.lanes.values())
 
-    def weights_of(self, lane: Lane) -> int:
+    def weights_of(self, lane: LoadedModel) -> int:
         """Bytes that a lane takes before its cache, the base whose tensors it shares included."""
         with self._lock:
             family = {id(one): one for one in (lane, self.lanes.get(lane.key[:2])) if one is not None}
@@ -143,14 +143,14 @@ class Shelf:
         """Bytes that may be in use now: jobs that train here come first."""
         return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
 
-    def ready(self) -> list[Ready]:
+    def ready(self) -> list[LoadedModelInfo]:
         """Every base with the adapters that share its weights."""
         now, found = time.monotonic(), {}
         with self._lock:
             lanes = sorted(self.lanes.values(), key=lambda lane: len(lane.key))
             stacked = {lane.key: [w.path for w in list(lane.stack.loaded.values())] for lane in lanes if lane.stack is not None}
         for lane in lanes:
-            one = found.setdefault(lane.key[:2], Ready(path=lane.key[0], bytes=0, idle_seconds=now - lane.used_at))
+            one = found.setdefault(lane.key[:2], LoadedModelInfo(path=lane.key[0], bytes=0, idle_seconds=now - lane.used_at))
             one.bytes += lane.nbytes()
             one.answering += lane.users
             one.idle_seconds = 0.0 if one.answering else min(one.idle_seconds, now - lane.used_at)
@@ -188,20 +188,20 @@ class Shelf:
             code="training_needs_memory",
         )
 
-    def _idle(self) -> list[Lane]:
+    def _idle(self) -> list[LoadedModel]:
         """Lanes that may go, the longest unused first. A base stays while other trees use its tensors."""
         needed = {lane.key[:2] for lane in self.lanes.values() if len(lane.key) > 2}
         free = [lane for lane in self.lanes.values() if not lane.users and not (len(lane.key) == 2 and lane.key in needed)]
         return sorted(free, key=lambda lane: lane.used_at)
 
-    def _drop(self, lane: Lane) -> None:
+    def _drop(self, lane: LoadedModel) -> None:
         del self.lanes[lane.key]
         if len(lane.key) == 2:  # the adapters lie in its stack
             self.adapters = {key: weights for key, weights in self.adapters.items() if key[:2] != lane.key}
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
-    def _lane(self, key: tuple[str, ...], ref: ModelRef, load: Any) -> Lane:
+    def _lane(self, key: tuple[str, ...], ref: ModelRef, load: Any) -> LoadedModel:
         with self._lock:
             loading = self._loading.setdefault(key, threading.Lock())
         with loading:
@@ -236,7 +236,7 @@ class Shelf:
             raise self.training_needs_it(ref.name)
         raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
 
-    def _load_base(self, ref: ModelRef) -> Lane:
+    def _load_base(self, ref: ModelRef) -> LoadedModel:
         check(ref.path, ref.name, ref.revision, may_be_plain=True)
         model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
         lane = self._as_lane((ref.path, ref.revision), ref, model)
@@ -245,7 +245,7 @@ class Shelf:
         lane.stack = AdapterStack(model)
         return lane
 
-    def _load_adapted(self, ref: ModelRef, base: Lane) -> Lane:
+    def _load_adapted(self, ref: ModelRef, base: LoadedModel) -> LoadedModel:
         """A tree of its own for adapters that cannot stand side by side, on the base's tensors where that is safe."""
         for adapter in ref.adapters:
             check(adapter.path, ref.name, may_be_plain=True)
@@ -272,10 +272,10 @@ class Shelf:
         lane.lead = load_strategy(folder_of(ref.adapters[-1].path)).virtual_tokens()
         return lane
 
-    def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> Lane:
+    def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> LoadedModel:
         _use_slots(model, ref)
         shape = ref.shape
-        return Lane(
+        return LoadedModel(
             key=key,
             model=model,
             device=self.device,
@@ -285,7 +285,7 @@ class Shelf:
             weight_bytes=sum(p.nbytes for p in model.parameters()),
         )
 
-    def _stackable(self, ref: ModelRef, base: Lane) -> dict[str, LoraWeights] | None:
+    def _stackable(self, ref: ModelRef, base: LoadedModel) -> dict[str, LoraWeights] | None:
         """The adapters as matrices for the base's stack; None when one of them is more than plain LoRA."""
         found: dict[str, LoraWeights] = {}
         for adapter in ref.adapters:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from app.inference.protocol import Logprob, Seen, SeenToken
+from app.inference.protocol import Logprob, PromptLogprobs, SeenToken
 from worker.inference.sampling import likeliest, token_bytes
 
 if TYPE_CHECKING:
-    from worker.inference.scheduler import Running
+    from worker.inference.scheduler import Request
 
 CHUNK = 32
 """Tokens looked at in one step: each needs the logits of a whole vocabulary, a megabyte where that is large."""
 
 
-def look(running: Running, logits: torch.Tensor) -> Seen | None:
+def look(running: Request, logits: torch.Tensor) -> PromptLogprobs | None:
     """Take the logits (count, V) after the tokens just read into `running.seen`; the whole answer once all are read."""
     prompt, lead = running.prompt, running.place.lane.lead
     if not running.seen:
@@ -31,9 +31,9 @@ def look(running: Running, logits: torch.Tensor) -> Seen | None:
         return None
     values, ids = logs[-1].topk(min(running.request.look or 1, logs.shape[1]))
     following = [_said(running, i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return Seen(tokens=running.seen, following=following)
+    return PromptLogprobs(tokens=running.seen, following=following)
 
 
-def _said(running: Running, token: int, logprob: float | None, top: Sequence[Logprob] = ()) -> SeenToken:
+def _said(running: Request, token: int, logprob: float | None, top: Sequence[Logprob] = ()) -> SeenToken:
     raw = token_bytes(running.place.tokenizer, token)
     return SeenToken(id=token, token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=logprob, top=list(top))

@@ -10,7 +10,7 @@ from app.inference.protocol import GenerateRequest, Rendered
 from app.settings import get_settings
 from worker.data import chat_template
 from worker.data.template_pool import SECONDS, TooLong
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 
 
 def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str, list[int]]:
@@ -37,7 +37,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
     return text, ids
 
 
-def rendered(request: GenerateRequest, shelf: Shelf) -> Rendered:
+def rendered(request: GenerateRequest, shelf: ModelPool) -> Rendered:
     """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
     ref = request.model
     tokenizer, stops = shelf.tokenizer(ref)

@@ -39,7 +39,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Chooser:
+class Sampler:
     """Chooses the tokens of one answer. Counts what it chose, for the penalties."""
 
     def __init__(self, sampling: Sampling, seed: int, prompt: list[int]) -> None:
@@ -156,7 +156,7 @@ def _say(tokenizer: Any, token: int, value: float) -> Logprob:
     return Logprob(token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=max(value, -9999.0) if not math.isnan(value) else -9999.0)
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into text piece by piece. What it gives out is never taken back: it holds a piece as long as it may be
     half of a character or the beginning of a stop string."""
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.inference.protocol import Entry, GenerateRequest, Logprob, Offsets, SeenToken
-from worker.inference.sampling import Chooser, TextStream
+from worker.inference.sampling import Detokenizer, Sampler
 
 if TYPE_CHECKING:
     import torch
 
     from worker.inference.kv_cache import Slot
-    from worker.inference.model_pool import Placement
+    from worker.inference.model_pool import ModelHandle
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ BULK_SHARE = 0.5
 
 
 @dataclass(eq=False)
-class Row:
+class TokenSequence:
     """One answer being written. It has a slot from its beginning to its end."""
 
     index: int
-    chooser: Chooser
-    text: TextStream
+    chooser: Sampler
+    text: Detokenizer
     slot: Slot | None = None
     written: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclass(eq=False)
-class Running:
+class Request:
     """One request in the engine. `read` prompt tokens are in the cache; its rows share them.
 
     The first row reads the prompt. The others begin as slots come free, from `first_logits` (V), what the model said after the
@@ -56,11 +56,11 @@ class Running:
     """
 
     request: GenerateRequest
-    place: Placement
+    place: ModelHandle
     prompt: list[int]
     max_tokens: int
     out: queue.SimpleQueue[list[Entry]]
-    rows: list[Row]
+    rows: list[TokenSequence]
     began: float
     deadline: float | None = None
     read: int = 0
@@ -70,7 +70,7 @@ class Running:
     first_logits: torch.Tensor | None = None
     first_token: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    keeper: Row = field(init=False)
+    keeper: TokenSequence = field(init=False)
 
     def __post_init__(self) -> None:
         self.keeper = self.rows[0]
@@ -101,38 +101,38 @@ class Running:
     def has_read(self) -> bool:
         return self.read == len(self.prompt)
 
-    def next_row(self) -> Row | None:
+    def next_row(self) -> TokenSequence | None:
         """The row that could begin now: the first, and once it has read the prompt the others."""
         row = next((row for row in self.rows if row.slot is None and not row.finished), None)
         return row if row is self.rows[0] or self.has_read else None
 
-    def writing(self) -> list[Row]:
+    def writing(self) -> list[TokenSequence]:
         return [row for row in self.rows if row.slot is not None and not row.finished and row.written]
 
-    def hand_on(self, row: Row) -> None:
+    def hand_on(self, row: TokenSequence) -> None:
         """Let a row that has not begun take over the slot of the keeper, which has finished."""
         slot, self.keeper.slot, self.keeper = self.keeper.slot, None, row
         assert slot is not None, "it is let go of when the last row begins"
         row.slot, slot.tokens = slot, slot.tokens[: len(self.prompt)]
 
-    def let_go(self, row: Row) -> None:
+    def let_go(self, row: TokenSequence) -> None:
         """Free the slot of a row that has finished, unless it keeps the prompt for rows that have not begun."""
         waited_for = any(other.slot is None and not other.finished for other in self.rows)
         if row.finished and row.slot is not None and not (row is self.keeper and waited_for):
             row.slot.busy = False
 
 
-def held(running: Sequence[Running]) -> Counter[tuple[Hashable, bool]]:
+def held(running: Sequence[Request]) -> Counter[tuple[Hashable, bool]]:
     """Rows with a slot, by account."""
     return Counter(r.account for r in running for row in r.rows if row.slot is not None and row.slot.busy)
 
 
-def in_turn(waiting: Sequence[Running], rows: Counter[tuple[Hashable, bool]]) -> list[Running]:
+def in_turn(waiting: Sequence[Request], rows: Counter[tuple[Hashable, bool]]) -> list[Request]:
     """Accounts with the fewest rows first; where they are level, people before long runs, then by arrival."""
     return sorted(waiting, key=lambda r: (rows[r.account], r.request.bulk, r.arrived))
 
 
-def may_begin(running: Running, rows: Counter[tuple[Hashable, bool]], most_rows: int) -> bool:
+def may_begin(running: Request, rows: Counter[tuple[Hashable, bool]], most_rows: int) -> bool:
     """Whether one more row of this request leaves enough for others. `rows` are those held in its lane."""
     free = most_rows - rows.total()
     if free <= 0:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.cross_entropy import softmax_loss_
 from worker.kernels.cpu.full_tuning import rounded
-from worker.kernels.cpu.gradient_buffers import Whole
+from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.modeling.packed_attention import MULTIPLE
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def _give(whole: Whole, d_weight: torch.Tensor | None, parts: Sequence[torch.Tensor], scale: float) -> None:
+def _give(whole: MasterWeight, d_weight: torch.Tensor | None, parts: Sequence[torch.Tensor], scale: float) -> None:
     """Hand the head's gradient to what keeps its weight."""
     room = whole.rooms.enter(scale)
     if room is None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from worker.kernels.cpu.gated_mlp import use_gates
 from worker.kernels.cpu.rms_norm import rms_norm
 from worker.kernels.gpu import fp8
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 PLAIN_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "SmolLM3", "Granite", "Phi3")
@@ -106,7 +106,7 @@ def given_up() -> int:
 # All together ---------------------------------------------------------------------------------------------------------
 
 
-def speed_up(model: torch.nn.Module, engine: Engine, seconds: float) -> dict[str, Any]:
+def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[str, Any]:
     """Make a model whose strategy is attached as fast as it gets here; `seconds` is how long the job is expected to run.
 
     Returns what was done, for the record.

@@ -31,13 +31,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
 from worker.kernels.cpu import lora_products
-from worker.kernels.cpu.lora_step import Factors, Learnt
+from worker.kernels.cpu.lora_step import LoraLayerState, LoraOptimizer
 from worker.kernels.cpu.lora_step import Product as FactorProduct
-from worker.kernels.cpu.shared_projection import InGroup, Together, siblings
+from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
 from worker.kernels.gpu import fp8
 from worker.modeling import fused_dora
 from worker.runtime import distributed
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 ADAPTER = "default"
 
@@ -176,13 +176,13 @@ def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]
     return kept[1]
 
 
-class _Group(Together):
+class _Group(SharedProjection):
     """Layers that read the same input. Their frozen weights are made views of one matrix, so that joining them takes no memory."""
 
     def __init__(self, layers: list[Any]) -> None:
         weights = [layer.base_layer.weight for layer in layers]
         super().__init__(layers, weights[0].device)
-        self.own: Factors | None = None
+        self.own: LoraLayerState | None = None
         self.joined: torch.Tensor | Fp8Weight | None = joined_weight(weights)
         if self.joined is not None and weights[0].dtype == fp8.KIND:
             self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
@@ -201,7 +201,9 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
     return joined
 
 
-def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: Factors | None = None) -> torch.Tensor:
+def product(
+    x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
+) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
     where they are kept (`keep`)."""
     compute = compute_type(x)
@@ -260,11 +262,11 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-class Fused(InGroup):
+class Fused(SharedProjectionPart):
     """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
 
     kept: tuple[tuple, _Rounded] | None = None
-    own: Factors | None = None
+    own: LoraLayerState | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
@@ -326,19 +328,19 @@ def _take(layers: list[Any]) -> list[Any]:
     return layers
 
 
-def keep(model: torch.nn.Module, parts: int, engine: Engine, optimizer: torch.optim.Optimizer) -> Learnt | None:
+def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.optim.Optimizer) -> LoraOptimizer | None:
     """Have the layers of a model that trains with packs in `parts` parts computed as `worker/kernels/cpu/lora_step.py` says, where they can be; None
-    where none can. Until `Learnt.give_back` nothing else may change their A and B."""
+    where none can. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
     alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
     if not alone or engine.compute != torch.bfloat16 or not lora_products.works():
         return None
     layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
     places = {id(place): place for place in (layer.group or layer for layer in layers)}
     found = [place for place in places.values() if _keep(place, engine, parts)]
-    return Learnt(found, optimizer, engine.abreast) if found else None
+    return LoraOptimizer(found, optimizer, engine.abreast) if found else None
 
 
-def _keep(place: _Group | FusedLora, engine: Engine, parts: int) -> bool:
+def _keep(place: _Group | FusedLora, engine: Compute, parts: int) -> bool:
     layers = place.layers if isinstance(place, _Group) else [place]
     weight = place.joined if isinstance(place, _Group) else place.base_layer.weight
     downs, ups, scales = zip(*(_correction(layer, engine.compute) for layer in layers), strict=True)
@@ -348,7 +350,7 @@ def _keep(place: _Group | FusedLora, engine: Engine, parts: int) -> bool:
     biases = tuple(layer.base_layer.bias for layer in layers)
     bias = None if biases[0] is None or hasattr(layers[0], "squares") else _joined_bias(biases, engine.compute)
     if lora_products.lays(weight.shape[1], [up.shape[0] for up in ups]):
-        place.own = Factors(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
+        place.own = LoraLayerState(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
     return place.own is not None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.tuners.vera.layer import Linear as PeftVera
 
-from worker.kernels.cpu.shared_projection import InGroup, Together, siblings
+from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
 from worker.modeling.fused_lora import ADAPTER, compute_type, joined_weight, plain_linear
 
 
@@ -84,7 +84,7 @@ def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | None = No
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class _Group(Together):
+class _Group(SharedProjection):
     """Layers that read the same input, their frozen weights views of one matrix."""
 
     def __init__(self, layers: list[Any]) -> None:
@@ -95,7 +95,7 @@ class _Group(Together):
         return product(x, self.layers, self.joined)
 
 
-class FusedVera(InGroup, PeftVera):
+class FusedVera(SharedProjectionPart, PeftVera):
     """The forward that takes the place of peft's; all else stays peft's."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -49,11 +49,11 @@ them: steps whose packs all differ in length took 13 MB more each, and an eighth
 
 
 def filling(tokens: int, device: torch.device) -> list[int]:
-    """Lengths of what fills a pack of `tokens` up, as a sequence of its own; nothing on a GPU, whose packs have a `Frame`."""
+    """Lengths of what fills a pack of `tokens` up, as a sequence of its own; nothing on a GPU, whose packs have a `PackShape`."""
     return [-tokens % MULTIPLE] if device.type == "cpu" and tokens % MULTIPLE else []
 
 
-class Frame(NamedTuple):
+class PackShape(NamedTuple):
     """What every pack of a job has in common on a GPU, so that a compiled layer meets one shape and is compiled once."""
 
     tokens: int  # T: packs are filled up to it
@@ -71,16 +71,16 @@ class Frame(NamedTuple):
         return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
 
 
-def frame_of(lengths: Sequence[int], budget: int) -> Frame:
+def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
     """The frame for packs of up to `budget` tokens of sequences of these lengths: room for twice as many as are usual."""
     longest = -(-max(lengths) // 64) * 64
     tokens = -(-max(budget, longest) // 64) * 64
     usual = tokens * len(lengths) / max(sum(lengths), 1)
     places = math.ceil(2 * usual) + 16 + math.ceil(tokens / longest)
-    return Frame(tokens, min(places, tokens), longest)
+    return PackShape(tokens, min(places, tokens), longest)
 
 
-def packed_arguments(lengths: list[int], device: torch.device, frame: Frame | None = None) -> dict[str, Any]:
+def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
     """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
     with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
     if device.type != "cuda" and frame is None:

@@ -29,14 +29,14 @@ from app.spec import RunSettings
 from app.strategies import Strategy
 from worker.kernels.gpu import fp8
 from worker.runtime import distributed
-from worker.runtime.thread_parallel import Abreast
+from worker.runtime.thread_parallel import ThreadParallel
 
 ARITHMETIC = 3
 """Raised when a step is computed otherwise for many strategies, so that its last digits differ: a job begun before goes on, and is told."""
 
 
 @dataclass(frozen=True)
-class Engine:
+class Compute:
     """The device and the number formats of one attempt."""
 
     device: torch.device
@@ -45,10 +45,10 @@ class Engine:
     frozen: torch.dtype  # how weights that do not learn are stored
     threads: int
     fp8: bool = False  # frozen layers are kept and multiplied in fp8 once the strategy is attached (worker/kernels/gpu/fp8.py)
-    abreast: Abreast = field(init=False, repr=False, compare=False)
+    abreast: ThreadParallel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "abreast", Abreast(self.threads))
+        object.__setattr__(self, "abreast", ThreadParallel(self.threads))
 
     @property
     def compute(self) -> torch.dtype:
@@ -83,7 +83,7 @@ class Engine:
         }
 
 
-def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None = None) -> Engine:
+def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None = None) -> Compute:
     """The engine for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads is kept.
 
     Raises DoesNotFit when bf16 is ordered on a GPU that has none, fp8 where it cannot be multiplied, or torch finds no GPU where the
@@ -103,7 +103,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         if in_fp8 and (reason := fp8.why_not(device) or (None if precision == "bf16" else "Products in fp8 go with bf16 alone.")):
             raise _no_fp8(reason)
         name = torch.cuda.get_device_name(device)
-        return Engine(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
+        return Compute(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
     if this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise DoesNotFit(
             "There is a GPU, but torch cannot use it.",
@@ -113,7 +113,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     torch.set_num_threads(max(1, threads))
     precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
     name = f"cpu ({this_machine().processor})"
-    return Engine(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
+    return Compute(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
 
 
 def _no_fp8(reason: str) -> DoesNotFit:

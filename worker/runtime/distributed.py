@@ -45,7 +45,7 @@ def spreads(strategy: Strategy) -> bool:
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     rank: int = 0
     size: int = 1
     host: Any = None  # a group over the hosts' network, for decisions that no GPU has to wait for
@@ -130,15 +130,15 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[World]:
+def together(device: torch.device) -> Iterator[ProcessGroup]:
     """The world this process is in, as torchrun's environment says; left in order at the end."""
     if size() == 1:
-        yield World()
+        yield ProcessGroup()
         return
     _die_with_parent()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()

@@ -16,7 +16,7 @@ EVERY_SECONDS = 15.0
 """A supervisor waits minutes before it thinks that a trainer hangs; a person who watches a page waits less."""
 
 
-class Telling:
+class ProgressReporter:
     """Passes the shares of several pieces of work, one after the other, on as events about one thing."""
 
     def __init__(self, what: str) -> None:

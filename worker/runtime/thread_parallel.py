@@ -22,7 +22,7 @@ import torch
 Given, Got = TypeVar("Given"), TypeVar("Got")
 
 
-class Abreast:
+class ThreadParallel:
     """Threads beside each other that share `threads`, those of the process's products, evenly. They are started when needed."""
 
     def __init__(self, threads: int) -> None:

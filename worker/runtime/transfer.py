@@ -17,7 +17,7 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Figures:
+class AsyncScalars:
     """Numbers of one step, any shapes and types, one after the other in float64 (which holds a float32 as it is)."""
 
     def __init__(self, numbers: Sequence[torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from app.evaluation.forgetting import TextScore, compare
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.data.batching import Row, Tokenised, tokenise
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 
 PROBE = Path(__file__).with_name("probe") / "general.yaml"
@@ -45,24 +45,26 @@ class Probe:
             if "text" in entry:  # whether a text ends here is no knowledge of the text
                 self.data.trained[self.data.starts[place + 1] - 1] = False
 
-    def score(self, model: torch.nn.Module, budget: int, engine: Engine) -> list[TextScore]:
+    def score(self, model: torch.nn.Module, budget: int, engine: Compute) -> list[TextScore]:
         """The loss of every text, in nats."""
         nats = held_out.score_rows(model, self.data, budget, engine).nats
         return [TextScore(skill, loss, size) for skill, loss, size in zip(self.skills, nats, self.bytes, strict=True)]
 
 
-def scores(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine, lead: Sequence[int] = ()) -> list[TextScore]:
+def scores(
+    spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute, lead: Sequence[int] = ()
+) -> list[TextScore]:
     """The score of every text by a model that writes; `lead` are the placeholders of a soft prompt."""
     return Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
 
 
-def remembered(spec: JobSpec, engine: Engine) -> list[TextScore] | None:
+def remembered(spec: JobSpec, engine: Compute) -> list[TextScore] | None:
     """What an earlier job on this model found before it tuned it."""
     path = _kept(spec, engine)
     return [TextScore(*entry) for entry in json.loads(path.read_text())] if path.is_file() else None
 
 
-def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Engine) -> list[TextScore]:
+def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute) -> list[TextScore]:
     """The scores of the model before tuning, kept for the next job on it."""
     from app.storage.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
 
@@ -83,7 +85,7 @@ def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:
     return compare(before, after).model_dump(mode="json")
 
 
-def _kept(spec: JobSpec, engine: Engine) -> Path:
+def _kept(spec: JobSpec, engine: Compute) -> Path:
     return get_settings().folder("features") / f"probe-{_digest(spec, engine)}.json"
 
 
@@ -98,6 +100,6 @@ def _size(entry: dict[str, Any]) -> int:
     return sum(len(text.encode()) for text in said)
 
 
-def _digest(spec: JobSpec, engine: Engine) -> str:
+def _digest(spec: JobSpec, engine: Compute) -> str:
     about = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.precision]
     return hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]

@@ -15,7 +15,7 @@ from worker.data.chat_template import render_prompt, sample_of, stop_ids
 from worker.data.packing import best_fit
 from worker.modeling.cross_entropy import head_of, score
 from worker.modeling.fused_layers import uncompiled
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 
 
@@ -32,7 +32,7 @@ def plain_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model: torch.nn.Module, batch: Batch, engine: Engine) -> torch.Tensor:
+def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
     """The last hidden states of a pack where the next token is learnt, (K, H). The head is left to `worker/modeling/cross_entropy.py`."""
     decoder = plain_model(model).get_decoder()
     with engine.autocast():
@@ -53,7 +53,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def reading(
-    model: torch.nn.Module, read: Callable[[list[int]], None], lengths: Sequence[int], budget: int, engine: Engine
+    model: torch.nn.Module, read: Callable[[list[int]], None], lengths: Sequence[int], budget: int, engine: Compute
 ) -> Generator[float, None, None]:
     """`read` of all rows, of these lengths, in packs of `budget` tokens, on a CPU in as many parts side by side; it sees the model as it
     is evaluated, and may be called by several threads at once. Says the share of the rows that is done before each pack."""
@@ -73,7 +73,7 @@ class RowScores(NamedTuple):
     hits: list[int]
 
 
-def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, RowScores]:
+def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> Generator[float, None, RowScores]:
     """Every row of `data` scored, packed, in its order; says the share of the packs that are done before each of them."""
     found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
@@ -90,7 +90,7 @@ def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine
 
 
 def score_rows(
-    model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine, progress: Callable[[float], None] | None = None
+    model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute, progress: Callable[[float], None] | None = None
 ) -> RowScores:
     """The same in one go. `progress` is told the share of the packs that are done."""
     return drained(scoring(model, data, budget, engine), progress)
@@ -104,7 +104,7 @@ def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
     return found | ({"bits_per_byte": total / math.log(2) / learnt_bytes} if learnt_bytes else {})
 
 
-def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Engine) -> dict[str, float]:
+def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> dict[str, float]:
     """Loss in nats per learnt token, token accuracy and perplexity over all rows of `data`."""
     return measures(score_rows(model, data, budget, engine))
 
@@ -137,7 +137,7 @@ def answers(
     tokenizer: Any,
     asked: Sequence[Question],
     most: int,
-    engine: Engine,
+    engine: Compute,
     lead: Sequence[int] = (),
     seconds: float | None = None,
 ) -> list[str]:
@@ -187,7 +187,7 @@ def answers_in_batches(
     tokenizer: Any,
     asked: Sequence[Question],
     most: int,
-    engine: Engine,
+    engine: Compute,
     lead: Sequence[int] = (),
     seconds: float = ANSWER_SECONDS,
 ) -> list[str | None]:

@@ -19,7 +19,7 @@ import psutil
 
 from app import events
 from app.evaluation.service import EvaluationSpec
-from app.kit.confinement import Room, cache_folders
+from app.kit.confinement import Confinement, cache_folders
 from app.machines.hardware import MEASURED, this_machine, usable_memory
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -28,7 +28,7 @@ from worker.runtime import kernel_cache
 KEPT_BY_JOBS = ("features", MEASURED)
 
 
-def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str]) -> Room:
+def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str]) -> Confinement:
     """The room of a process that works on `spec` and writes into `folder` (of an attempt, say, whose job's folder is above it)."""
     settings = get_settings()
     data = settings.data_dir
@@ -37,7 +37,7 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
     named = [r.path for r in (*models, *rows)] + [adapter.path for model in models for adapter in model.adapters]
     gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""
     several = settings.gpus_per_job > 1 and isinstance(spec, JobSpec)
-    return Room(
+    return Confinement(
         read=[folder.parent, *(data / path for path in named if path)],
         write=[folder, *(settings.folder(name) for name in KEPT_BY_JOBS), *cache_folders(environment)],
         sockets="loopback" if several else "local" if gpu else "none",

@@ -96,7 +96,7 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-class Pace:
+class HangDetector:
     """How fast the trainer speaks, and so when its silence is too long: ten of its median steps, and never less than
     `least` seconds; `first` seconds before the first step."""
 
@@ -125,7 +125,7 @@ class Pace:
         return time.monotonic() - self._heard > self.patience()
 
 
-class Memory:
+class OomWatch:
     """How often the kernel has killed for want of memory in our control group. Only a rise says anything."""
 
     def __init__(self) -> None:

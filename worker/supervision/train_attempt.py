@@ -114,19 +114,19 @@ class Attempt:
         self.fence_lost = threading.Event()
         self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
         self.space = confinement.Space()  # what the trainer alone sees
-        self.wishes = lifecycle.Wishes(False, False, False)
+        self.wishes = lifecycle.ControlFlags(False, False, False)
         self.beaten_at = time.monotonic()
         self.stop_at: float | None = None  # when the trainer was asked to stop
         self.stop_reason = ""
         self.hung = False
         self.save_sent = False
-        self.pace = exit_codes.Pace(FIRST_STEP_SECONDS, LEAST_PATIENCE_SECONDS)
+        self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, LEAST_PATIENCE_SECONDS)
 
     # The main path --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         try:
-            memory = exit_codes.Memory()
+            memory = exit_codes.OomWatch()
             code = self._train()
             self._record_all()
             self._conclude(code, memory)
@@ -318,7 +318,7 @@ class Attempt:
 
     # The end ----------------------------------------------------------------------------------------------------------
 
-    def _conclude(self, code: int, memory: exit_codes.Memory) -> None:
+    def _conclude(self, code: int, memory: exit_codes.OomWatch) -> None:
         """Give the job the state that the trainer's exit stands for."""
         last, held = self.said_last, self.held
         if isinstance(last, events.Finished) and code == 0:

@@ -36,7 +36,7 @@ from app.spec import JobSpec
 from app.strategies import Strategy
 from worker.modeling.classifier import Classifier, save_classifier
 from worker.modeling.loading import STRATEGY_FILE
-from worker.runtime.device import Engine, peak_memory
+from worker.runtime.device import Compute, peak_memory
 from worker.training.optim import Named
 
 WEIGHTS, TRAINER = "weights", "trainer"
@@ -273,7 +273,7 @@ def spec_digest(spec: JobSpec) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def measured(state: State, engine: Engine) -> events.Measured:
+def measured(state: State, engine: Compute) -> events.Measured:
     return events.Measured(
         peak_memory_bytes=peak_memory(engine.device),
         seconds=state.wall_seconds,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from app.kit import manifest
-from app.models.model_card import Laid, MadeOf, load_code, requirements
+from app.models.model_card import AppliedAdapter, Provenance, load_code, requirements
 from app.spec import JobSpec, RunSettings
 from worker.data.chat_template import tuned_kind
 from worker.modeling.classifier import Classifier
@@ -87,9 +87,9 @@ def _batch(run: RunSettings) -> str:
     return one if run.gradient_accumulation_steps == 1 else f"{run.gradient_accumulation_steps} × {one}"
 
 
-def made_of(spec: JobSpec, labels: int) -> MadeOf:
+def made_of(spec: JobSpec, labels: int) -> Provenance:
     """What the result of a job is put together from."""
-    below = [Laid(a.path, load_strategy(folder_of(a.path))) for a in spec.model.adapters]
+    below = [AppliedAdapter(a.path, load_strategy(folder_of(a.path))) for a in spec.model.adapters]
     own = type(spec.strategy).adapter
-    laid = (*below, Laid(spec.name, spec.strategy)) if own else ()
-    return MadeOf(spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None)
+    laid = (*below, AppliedAdapter(spec.name, spec.strategy)) if own else ()
+    return Provenance(spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None)

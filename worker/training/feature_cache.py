@@ -27,7 +27,7 @@ from app.settings import get_settings
 from app.spec import ModelRef
 from worker.modeling.classifier import Classifier, Pooling, render_text
 from worker.modeling.packed_attention import packed
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 log = logging.getLogger(__name__)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
 
 
 def embed(
-    classifier: Classifier, tokenizer: Any, texts: Sequence[str], engine: Engine, *, max_length: int
+    classifier: Classifier, tokenizer: Any, texts: Sequence[str], engine: Compute, *, max_length: int
 ) -> Generator[Progress, None, np.ndarray]:
     """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding; on a CPU
     several batches are computed side by side.
@@ -88,7 +88,7 @@ def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) ->
 
 
 @torch.inference_mode()
-def _embed_batch(classifier: Classifier, ids: list[list[int]], engine: Engine) -> np.ndarray:
+def _embed_batch(classifier: Classifier, ids: list[list[int]], engine: Compute) -> np.ndarray:
     lengths = [len(x) for x in ids]
     inputs = packed([token for text in ids for token in text], lengths, engine.device)
     with engine.autocast():

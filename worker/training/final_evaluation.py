@@ -13,7 +13,7 @@ import torch
 from app import events
 from worker.modeling import fused_layers
 from worker.runtime.device import release
-from worker.runtime.progress import Telling
+from worker.runtime.progress import ProgressReporter
 from worker.scoring import forgetting
 from worker.training import row_losses
 from worker.training.objectives._base import Loader
@@ -25,11 +25,11 @@ class Compared(NamedTuple):
 
 
 def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
-    """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.Trainee; its model is gone
+    """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its model is gone
     afterwards. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
-    telling = Telling("Comparing base and result")
+    telling = ProgressReporter("Comparing base and result")
     yield events.Doing(what=telling.what, share=0.0)
     examined = yield from telling(lesson.examine(job.model, state, budget, engine), 0.0, 0.05)
     losses = (yield from telling(lesson.row_losses(job.model, budget, engine), 0.05, 0.45)) if run.row_losses else []

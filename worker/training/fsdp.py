@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from app.strategies._model import backbone
 from worker.modeling import fused_layers
-from worker.runtime.device import Engine
-from worker.runtime.distributed import World
+from worker.runtime.device import Compute
+from worker.runtime.distributed import ProcessGroup
 from worker.runtime.failures import disk_is_full
 from worker.training import checkpoint, optim
 from worker.training.objectives._base import body_of, trained_parameters
@@ -36,7 +36,7 @@ from worker.training.objectives._base import body_of, trained_parameters
 class Shards:
     """The spread form of a job's model. Made in every process at once, with the same weights in each."""
 
-    def __init__(self, model: nn.Module, engine: Engine, world: World) -> None:
+    def __init__(self, model: nn.Module, engine: Compute, world: ProcessGroup) -> None:
         self.world, self.model = world, model
         # The model without its weights, which the whole one is made of again.
         self.skeleton = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()})

@@ -42,7 +42,7 @@ WAITING = "waiting between operations"
 """Wall time in which nothing above ran: a GPU without work, or Python between the operations of a processor."""
 
 
-class Window(NamedTuple):
+class ProfileWindow(NamedTuple):
     """What was recorded."""
 
     tokens: int
@@ -69,7 +69,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
             _wait()
             seconds = time.perf_counter() - began
             recorder.stop()
-            seen = Window(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length, parts)
+            seen = ProfileWindow(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length, parts)
             summary = _write(recorder, spec, folder / "profile", seen)
             yield events.Log(level="info", message=summary)
             recorder = None
@@ -93,7 +93,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _write(recorder: Any, spec: JobSpec, folder: Path, seen: Window) -> str:
+def _write(recorder: Any, spec: JobSpec, folder: Path, seen: ProfileWindow) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     recorder.export_chrome_trace(str(folder / "trace.json"))
     spent = {kind: took / seen.parts for kind, took in shares(recorder.key_averages()).items()}
@@ -120,7 +120,7 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
-def summary(spec: JobSpec, spent: dict[str, float], seen: Window, operations: float, bandwidth: float) -> str:
+def summary(spec: JobSpec, spent: dict[str, float], seen: ProfileWindow, operations: float, bandwidth: float) -> str:
     """The page a person reads. `operations` and `bandwidth` are per second, of this machine."""
     tokens, seconds = seen.tokens, seen.seconds
     work, moved = floor_of(spec, seen)
@@ -141,7 +141,7 @@ def summary(spec: JobSpec, spent: dict[str, float], seen: Window, operations: fl
     return "\n".join(lines)
 
 
-def floor_of(spec: JobSpec, seen: Window) -> tuple[float, float]:
+def floor_of(spec: JobSpec, seen: ProfileWindow) -> tuple[float, float]:
     """(operations, bytes of weights and optimizer state) that the recorded steps cannot do without.
 
     Causal attention over a row of L tokens multiplies L²/2 pairs twice forwards and five times backwards (Dao 2023,

@@ -12,12 +12,12 @@ from app.run_settings import RunSettings
 from app.spec import JobSpec
 from worker.data.packing import plan, stream
 from worker.modeling import packed_attention
-from worker.runtime.device import Engine
-from worker.training.objectives._base import Lesson
+from worker.runtime.device import Compute
+from worker.training.objectives._base import Objective
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """How a lesson's rows become steps."""
 
     budget: int  # tokens of a pass, at most where it has so many rows
@@ -41,7 +41,7 @@ class Course:
         return self.due(step) if self.save_every is None else step == self.total_steps or step % self.save_every == 0
 
 
-def course_of(lesson: Lesson, engine: Engine) -> Course:
+def course_of(lesson: Objective, engine: Compute) -> Schedule:
     """The lesson's packs and steps, counted."""
     run, lengths = lesson.spec.run, lesson.train.lengths
     rows = run.batch_size and run.batch_size // run.micro_batches
@@ -53,10 +53,10 @@ def course_of(lesson: Lesson, engine: Engine) -> Course:
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
-    return Course(budget, packs, total, every, run.save_steps, most, rows)
+    return Schedule(budget, packs, total, every, run.save_steps, most, rows)
 
 
-def seconds_expected(spec: JobSpec, course: Course) -> float:
+def seconds_expected(spec: JobSpec, course: Schedule) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
     work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
     return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine())

@@ -1,5 +1,5 @@
 """One optimizer step of a job: its packs laid out, passed forwards and backwards, and the weights moved. `job` is
-worker.train.Trainee."""
+worker.train.TrainState."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 from worker.data.packing import divide
 from worker.kernels.cpu import full_tuning, gradient_buffers
 from worker.runtime import distributed
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.training import optim
-from worker.training.objectives._base import Lesson, Passed, body_of
-from worker.training.schedule import Course
+from worker.training.objectives._base import LossOutput, Objective, body_of
+from worker.training.schedule import Schedule
 
 
-class Window(NamedTuple):
+class StepBatch(NamedTuple):
     """What one optimizer step reads."""
 
     learnt: int  # over how many losses the step is averaged, in all processes
     batches: list[list[Any]]  # by pack, this process's own: what the lesson made of each part of it
 
 
-def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Course) -> int:
+def parts_of(lesson: Objective, model: torch.nn.Module, engine: Compute, course: Schedule) -> int:
     """How many parts of a pack are computed side by side. One where weights are shared out to processes, or where a pass draws random
     numbers, as dropout does: parts would draw them in whatever order they happen to run in."""
     parts = engine.parts(course.budget)
@@ -41,15 +41,15 @@ def parts_of(lesson: Lesson, model: torch.nn.Module, engine: Engine, course: Cou
     return 1 if drawn else parts
 
 
-def next_window(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> Window:
+def next_window(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> StepBatch:
     """The packs of the next step, this process's share of them sent to the device."""
     rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
     lengths = job.lesson.train.lengths
     batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, job.parts)] for pack in job.world.share(rows)]
-    return Window(job.lesson.learnt(rows), batches)
+    return StepBatch(job.lesson.learnt(rows), batches)
 
 
-def _pass(job: Any, learnt: int, batch: Any) -> tuple[Passed, Sequence[torch.Tensor | None]]:
+def _pass(job: Any, learnt: int, batch: Any) -> tuple[LossOutput, Sequence[torch.Tensor | None]]:
     """One part of a pack forwards and backwards: its share of the step's loss, and where `job.apart` its gradients."""
     found = job.lesson.loss(job.model, batch, job.engine)
     loss = found.loss / learnt
@@ -72,7 +72,7 @@ def _add(job: Any, gradients: Sequence[torch.Tensor | None]) -> None:
             add([p.grad for p, _ in some], [g for _, g in some])
 
 
-def take_step(job: Any, window: Window) -> list[torch.Tensor]:
+def take_step(job: Any, window: StepBatch) -> list[torch.Tensor]:
     """One optimizer step over the packs of `window`. Returns its loss (nats per trained token), the gradient's length, and the sums
     of what else the lesson measures, still on the device."""
     run, state, device, abreast = job.spec.run, job.state, job.engine.device, job.engine.abreast

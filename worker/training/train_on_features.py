@@ -25,9 +25,9 @@ from worker.data.batching import Row
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import Classifier, load_stack, pooling_of
 from worker.modeling.loading import load_tokenizer
-from worker.runtime.device import Engine, choose, peak_memory
+from worker.runtime.device import Compute, choose, peak_memory
 from worker.runtime.failures import Diverged
-from worker.runtime.progress import Telling
+from worker.runtime.progress import ProgressReporter
 from worker.scoring import forgetting, prompt_baseline
 from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
 from worker.training import feature_cache, optim
@@ -183,7 +183,7 @@ def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labe
 
 
 def _vectors(
-    spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Engine, control: Any
+    spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Compute, control: Any
 ) -> Generator[events.Log | events.Doing, None, tuple[np.ndarray | None, int]]:
     """The vectors of all rows, kept from before or made now, and the tokens read for them; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
@@ -192,7 +192,7 @@ def _vectors(
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if known:
         yield events.Log(message=f"The vectors of {len(known):,} of {len(known) + len(new):,} texts were kept from an earlier job.")
-    telling, tokens = Telling("Turning texts into vectors"), 0
+    telling, tokens = ProgressReporter("Turning texts into vectors"), 0
     making = feature_cache.embed(classifier, tokenizer, new, engine, max_length=longest) if new else iter(())
     while True:
         try:

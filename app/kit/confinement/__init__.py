@@ -52,7 +52,7 @@ _CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CU
 
 
 @dataclass(frozen=True)
-class Room:
+class Confinement:
     """What a confined process is let into; everything else of the disk, the network and the machine stays outside.
 
     `memory_bytes` bounds what it allocates (None: not bounded, as a GPU's driver needs). `layers` leaves some of the walls
@@ -67,7 +67,7 @@ class Room:
     layers: Sequence[str] = field(default=LAYERS)
 
 
-def confined(command: Sequence[str], room: Room, *, parent: int | None = None, report: bool = False) -> list[str]:
+def confined(command: Sequence[str], room: Confinement, *, parent: int | None = None, report: bool = False) -> list[str]:
     """`command`, to be started behind the walls of `room`. `parent` is the process it dies with (by default this one; 0: none)."""
     settings = get_settings()
     order = {
@@ -88,9 +88,9 @@ def confined(command: Sequence[str], room: Room, *, parent: int | None = None, r
     return [sys.executable, "-I", "-S", ENTER, json.dumps(order), *command]
 
 
-def report(room: Room | None = None) -> dict[str, Any]:
+def report(room: Confinement | None = None) -> dict[str, Any]:
     """Which layers hold for a process that is started now: `held`, `missing` with the reason for each, and as whom it runs."""
-    room = room or Room()
+    room = room or Confinement()
     done = subprocess.run(confined([], room, report=True), capture_output=True, text=True, cwd=PROJECT, timeout=30, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]

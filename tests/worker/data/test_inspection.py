@@ -111,7 +111,7 @@ def test_a_labelled_text_is_counted_and_shown_as_a_classifier_reads_it(tmp_path,
     rows = [{"text": "Violin", "label": "a"}, {"text": "Spruce violin Maple." * 3, "label": "b"}]
     said = []
     wanted = {"kind": "encoder", "cutoff": 8, "tokenizer_name": "enc"}
-    counter = inspection.Counter(LightTokenizer(encoder), wanted, "classification", lambda line, finding: said.append((line, finding)))
+    counter = inspection.TokenCounter(LightTokenizer(encoder), wanted, "classification", lambda line, finding: said.append((line, finding)))
     for line, row in enumerate(rows, 1):
         counter.add(row, line)
     counted = counter.result()["lengths"]
@@ -141,7 +141,7 @@ def test_both_answers_of_a_pair_are_shown_as_the_trainer_reads_them(tmp_path):
     for view, side, learnt in ((shown, "chosen", 1), (shown["worse"], "rejected", 3)):
         rendered = render_row(real, inspection.conversation_with(row, side, "dialogue"), "dialogue", 500)
         assert [state == learnt for _, state in view["tokens"]] == rendered.trained and view["trained"] == sum(rendered.trained)
-    counter = inspection.Counter(LightTokenizer(tmp_path), payload, "preference", print)
+    counter = inspection.TokenCounter(LightTokenizer(tmp_path), payload, "preference", print)
     counter.add(row, 1)
     assert counter.result()["lengths"]["longest_rows"] == [[1, max(shown["total"], shown["worse"]["total"])]]
 

@@ -20,7 +20,7 @@ from tests.worker.training.test_settings import TEN, of, run
 from worker.data.chat_template import prepare_tokenizer
 from worker.data.template_child import Writer
 from worker.inference.engine import Engine
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import load_tokenizer
 from worker.training.objectives import lesson_of
 
@@ -58,7 +58,7 @@ def test_a_named_template_writes_what_its_models_read(name: str) -> None:
 def prompt_of(model, said: list) -> str:
     """What the playground writes for a conversation with the result of a job."""
     adapter = Adapter(strategy="lora", path=said[-1].path, sha256=said[-1].adapter_sha256)
-    engine = Engine(Shelf(device="cpu"))
+    engine = Engine(ModelPool(device="cpu"))
     try:
         tuned = model.model_copy(update={"adapters": (adapter,), "kind": said[-1].kind})
         return next(iter(engine.answer(request(tuned, ASKED))))[0].rendered_prompt

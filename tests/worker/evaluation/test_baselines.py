@@ -54,7 +54,7 @@ def test_examples_stand_before_the_question_and_behind_the_system_message() -> N
 
 def test_labels_are_scored_as_a_plain_forward_pass_scores_them(reader) -> None:
     labels = ["spruce", "maple and pine", "a long label of several tokens", "no", "yes", "x", "y", "z", "ninth"]
-    guess = baselines.Guesser(reader, labels, [])
+    guess = baselines.LabelScorer(reader, labels, [])
     text = "What wood is the belly made of?"
     found = guess._likelihoods(text)
     prompt = guess._prompt(text, [])

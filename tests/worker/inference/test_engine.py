@@ -23,7 +23,7 @@ from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 from worker.inference.engine import Engine
 from worker.inference.kv_cache import Segment, Step, current_step
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import BadModel, load_model
 
 PROMPTS = [
@@ -45,7 +45,7 @@ def ref_of(home, path="models/tiny", adapters=(), kind="generic", revision="r0")
 
 @pytest.fixture
 def engine(home):
-    running = Engine(Shelf(device="cpu"), chunk=7, lone_chunk=11)  # small chunks, so that every prompt is read in several
+    running = Engine(ModelPool(device="cpu"), chunk=7, lone_chunk=11)  # small chunks, so that every prompt is read in several
     yield running
     running.close()
     gc.collect()
@@ -132,7 +132,7 @@ def test_bf16_on_request_answers_nearly_as_float32(home, tmp_path, tiny_model, m
     for precision in ("fp32", "bf16"):
         monkeypatch.setenv("LUTHIER_GENERATE_PRECISION", precision)
         get_settings.cache_clear()
-        engine = Engine(Shelf(device="cpu"))
+        engine = Engine(ModelPool(device="cpu"))
         assert engine.shelf.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         asked = [request(ref, p, max_tokens=1, logprobs=True, top_logprobs=3) for p in PROMPTS for ref in refs]
         answers = [[e for entries in engine.answer(r) for e in entries if e.type == "text"] for r in asked]
@@ -159,7 +159,7 @@ def test_adapters_of_one_base_share_a_batch(engine, home, tmp_path, tiny_model):
 
 def test_logits_equal_peft(home, tmp_path, tiny_model):
     adapter = make_adapter(tmp_path / "a", tiny_model, 3)
-    shelf = Shelf(device="cpu")
+    shelf = ModelPool(device="cpu")
     place = shelf.place(ref_of(home, adapters=[adapter]))
     lane = place.lane
     for key, weights in place.adapters.items():
@@ -245,7 +245,7 @@ def test_a_conversation_goes_on_from_the_cache(engine, home):
     then = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "And the back?"}]
     warm, _, done = run(engine, request(ref, then))
     assert done.cached_tokens >= 16
-    fresh = Engine(Shelf(device="cpu"))
+    fresh = Engine(ModelPool(device="cpu"))
     assert run(fresh, request(ref, then))[0] == warm
     fresh.close()
 
@@ -298,11 +298,11 @@ def test_a_deadline_cuts_an_answer(engine, home):
 def test_idle_models_make_room_and_busy_ones_do_not(home):
     shutil.copytree(home / "models/tiny", home / "models/other")
     need = ref_of(home).shape.parameters() * 4
-    engine = Engine(Shelf(memory_bytes=int(need * 1.9), device="cpu"))
+    engine = Engine(ModelPool(memory_bytes=int(need * 1.9), device="cpu"))
     run(engine, request(ref_of(home), "x", max_tokens=2))
     run(engine, request(ref_of(home, "models/other"), "x", max_tokens=2))
     assert [key[0] for key in engine.shelf.lanes] == ["models/other"]
-    small = Shelf(memory_bytes=1000, device="cpu")
+    small = ModelPool(memory_bytes=1000, device="cpu")
     with pytest.raises(DoesNotFit, match="GiB"):
         small.place(ref_of(home))
     engine.close()
@@ -310,7 +310,7 @@ def test_idle_models_make_room_and_busy_ones_do_not(home):
 
 def test_changed_files_are_refused(home):
     facts = manifest.write(home / "models/tiny")
-    shelf = Shelf(device="cpu")
+    shelf = ModelPool(device="cpu")
     shelf.place(ref_of(home, revision=facts["revision"]))
     with pytest.raises(BadModel, match="revision"):
         shelf.place(ref_of(home, revision="f" * 64))
@@ -319,7 +319,7 @@ def test_changed_files_are_refused(home):
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(BadModel, match=r"model\.safetensors"):
-        Shelf(device="cpu").place(ref_of(home, revision=facts["revision"]))
+        ModelPool(device="cpu").place(ref_of(home, revision=facts["revision"]))
 
 
 def test_one_broken_step_ends_only_its_lane(engine, home, monkeypatch):

@@ -16,7 +16,7 @@ from app.models.import_checks import MODEL_TYPES
 from tests.tiny import build_tokenizer
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, ref_of, request, run
 from worker.inference.engine import Engine
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 
 COMMON = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -60,7 +60,7 @@ def write_family(home, name):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_greedy_equals_transformers_alone_and_in_a_crowd(data_dir, name):
     home, path = data_dir, write_family(data_dir, name)
-    engine = Engine(Shelf(device="cpu"), chunk=7, lone_chunk=11)
+    engine = Engine(ModelPool(device="cpu"), chunk=7, lone_chunk=11)
     ref = ref_of(home, path)
     expected = [[by_transformers(home / path, prompt)] for prompt in PROMPTS]
     assert len({e[0] for e in expected}) > 3, "every prompt is answered alike, so the test shows nothing"
@@ -87,4 +87,4 @@ def test_a_model_that_looks_ahead_is_refused(data_dir):
     config = json.loads((data_dir / path / "config.json").read_text())
     (data_dir / path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
     with pytest.raises(DoesNotFit, match="both directions"):
-        Shelf(device="cpu").place(ref_of(data_dir, path))
+        ModelPool(device="cpu").place(ref_of(data_dir, path))

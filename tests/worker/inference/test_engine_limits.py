@@ -19,8 +19,8 @@ from worker.inference import engine as engine_module
 from worker.inference import kv_cache
 from worker.inference import task as inference_task
 from worker.inference.engine import Engine
-from worker.inference.model_pool import Shelf
-from worker.inference.sampling import Chooser
+from worker.inference.model_pool import ModelPool
+from worker.inference.sampling import Sampler
 from worker.modeling.loading import BadModel
 
 ENDLESS = {"logit_bias": {70: 100}}
@@ -32,7 +32,7 @@ def small(home):  # noqa: F811
     made = []
 
     def make(memory_bytes=None, **more):
-        made.append(Engine(Shelf(memory_bytes=memory_bytes, device="cpu"), **{"most_rows": 4, "chunk": 8, "lone_chunk": 8} | more))
+        made.append(Engine(ModelPool(memory_bytes=memory_bytes, device="cpu"), **{"most_rows": 4, "chunk": 8, "lone_chunk": 8} | more))
         return made[-1]
 
     yield make
@@ -198,12 +198,12 @@ def test_an_adapter_that_holds_nan_is_refused(small, home, tmp_path, tiny_model)
 
 
 def test_a_fault_in_sampling_ends_its_own_request_alone(small, home, monkeypatch):  # noqa: F811
-    engine, ref, choose = small(), ref_of(home), Chooser.choose
+    engine, ref, choose = small(), ref_of(home), Sampler.choose
 
     def breaks(self, logits):
         return choose(self, logits[:0] if self.generator.initial_seed() == 666 else logits)
 
-    monkeypatch.setattr(Chooser, "choose", breaks)
+    monkeypatch.setattr(Sampler, "choose", breaks)
     talk = engine.answer(request(ref, "x", max_tokens=100, **ENDLESS))
     next(talk), next(talk)
     last = last_of(engine, request(ref, "y", owner=1, seed=666, temperature=1.0))

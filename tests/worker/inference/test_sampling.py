@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.inference.protocol import Sampling
 from tests.tiny import build_tokenizer
-from worker.inference.sampling import CANDIDATES, Chooser, TextStream, logprob, token_bytes
+from worker.inference.sampling import CANDIDATES, Detokenizer, Sampler, logprob, token_bytes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def draws(logits, count=4000, **sampling):
-    chooser = Chooser(Sampling(**{"temperature": 1.0, "top_p": 1.0, **sampling}), 1, [])
+    chooser = Sampler(Sampling(**{"temperature": 1.0, "top_p": 1.0, **sampling}), 1, [])
     return Counter(chooser._draw(logits / chooser.sampling.temperature) for _ in range(count))
 
 
@@ -49,11 +49,11 @@ def test_flat_distributions_need_more_than_the_first_candidates():
 
 def test_penalties():
     logits = torch.tensor([1.0, 0.9, -1.0])
-    chooser = Chooser(Sampling(temperature=0, frequency_penalty=0.2), 0, [])
+    chooser = Sampler(Sampling(temperature=0, frequency_penalty=0.2), 0, [])
     assert [chooser.choose(logits) for _ in range(3)] == [0, 1, 0]
-    chooser = Chooser(Sampling(temperature=0, repetition_penalty=2.0), 0, prompt=[0])
+    chooser = Sampler(Sampling(temperature=0, repetition_penalty=2.0), 0, prompt=[0])
     assert chooser.choose(logits) == 1
-    assert Chooser(Sampling(temperature=0, logit_bias={2: 50}), 0, []).choose(logits) == 2
+    assert Sampler(Sampling(temperature=0, logit_bias={2: 50}), 0, []).choose(logits) == 2
     assert logits.tolist() == pytest.approx([1.0, 0.9, -1.0])
 
 
@@ -63,7 +63,7 @@ def test_shown_text_is_the_text_before_the_first_stop(tokenizer, text, stops):
     """Byte by byte (each byte is a token of its own at worst), nothing shown is ever taken back."""
     text = text.encode("utf-8", "replace").decode().replace("�", "?")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    stream = TextStream(tokenizer, [], tuple(stops))
+    stream = Detokenizer(tokenizer, [], tuple(stops))
     parts = []
     for token in ids:
         parts.append(stream.push(token))
@@ -84,9 +84,9 @@ def test_shown_text_is_the_text_before_the_first_stop(tokenizer, text, stops):
 def test_half_a_character_is_held_and_then_dropped(tokenizer):
     ids = tokenizer("🧵", add_special_tokens=False)["input_ids"]
     assert len(ids) == 4
-    stream = TextStream(tokenizer, [], ())
+    stream = Detokenizer(tokenizer, [], ())
     assert [stream.push(i) for i in ids] == ["", "", "", "🧵"]
-    stream = TextStream(tokenizer, [], ())
+    stream = Detokenizer(tokenizer, [], ())
     assert [stream.push(i) for i in ids[:3]] == ["", "", ""] and stream.end() == ""
 
 

@@ -16,7 +16,7 @@ from worker.kernels.gpu import fp8
 from worker.modeling import fused_layers
 from worker.modeling.fused_lora import Fused, fuse
 from worker.runtime import device
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_the_job_squeezes_what_is_frozen_and_saves_what_peft_saves(tiny_model, t
     strategy = STRATEGIES["lora"]()
     model = strategy.attach(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16))
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    done = fused_layers.speed_up(model, Engine(CPU, "cpu", "bf16", torch.bfloat16, 1, fp8=True), 0.0)
+    done = fused_layers.speed_up(model, Compute(CPU, "cpu", "bf16", torch.bfloat16, 1, fp8=True), 0.0)
     assert done["fp8_layers"] == done["fused_lora"] == 14
     assert {name: p.dtype for name, p in model.named_parameters() if p.requires_grad} == before
     assert model.get_output_embeddings().weight.dtype == torch.bfloat16

@@ -19,10 +19,10 @@ from transformers import (
 
 from worker.data.batching import Tokenised, make_batch
 from worker.kernels.cpu import full_tuning
-from worker.kernels.cpu.full_tuning import WholeLinear, WholeTable, use_whole
+from worker.kernels.cpu.full_tuning import FullEmbedding, FullLinear, use_whole
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.training import optim
 
@@ -45,8 +45,8 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def engine_of(precision: str, threads: int = 2) -> Engine:
-    return Engine(CPU, "cpu", precision, torch.float32, threads)
+def engine_of(precision: str, threads: int = 2) -> Compute:
+    return Compute(CPU, "cpu", precision, torch.float32, threads)
 
 
 def model_of(family: str) -> torch.nn.Module:
@@ -68,7 +68,7 @@ def data_of(tokens: int) -> Tokenised:
     return Tokenised(np.concatenate(rows), trained, starts, list(range(4)), 0, [])
 
 
-def gradients(model: torch.nn.Module, engine: Engine, packs: list[list[int]], tokens: int, wholes=()) -> tuple[float, dict]:
+def gradients(model: torch.nn.Module, engine: Compute, packs: list[list[int]], tokens: int, wholes=()) -> tuple[float, dict]:
     data = data_of(tokens)
 
     def one(pack: list[int]) -> float:
@@ -94,8 +94,8 @@ def test_gradients_are_those_of_autograd(family: str, precision: str, tokens: in
     loss, expected = gradients(model, engine, packs, tokens)
     wholes = use_whole(model, engine)
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
-    assert sum(type(m) is WholeLinear for m in model.modules()) == linears - (family == "a table that scales")
-    assert any(type(m) is WholeTable for m in model.modules()) == (family != "a table that scales")
+    assert sum(type(m) is FullLinear for m in model.modules()) == linears - (family == "a table that scales")
+    assert any(type(m) is FullEmbedding for m in model.modules()) == (family != "a table that scales")
     for _ in range(2):  # the second time gradients are put where the first ones were
         ours, found = gradients(model, engine, packs, tokens, wholes)
         assert ours == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 2e-3)

@@ -15,15 +15,15 @@ from app.spec import RunSettings
 from tests.worker.kernels.test_full_tuning import CPU, FAMILIES, data_of, engine_of, model_of
 from worker.data.batching import make_batch
 from worker.kernels.cpu import adamw, full_tuning, gradient_buffers, jit
-from worker.kernels.cpu.adamw import Moments, Pieces, Rule
+from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
 from worker.kernels.cpu.full_tuning import use_whole
-from worker.kernels.cpu.gradient_buffers import Whole
+from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime import distributed
 from worker.scoring import held_out
 from worker.training import optim, step
 from worker.training.checkpoint import State
-from worker.training.objectives._base import Passed
+from worker.training.objectives._base import LossOutput
 
 PACKS = {1: [[0, 1, 2, 3]], 2: [[0, 1], [2, 3]], 3: [[0], [1], [2, 3]]}  # rows, by the number of parts
 
@@ -38,11 +38,11 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     change(threads)
 
 
-def drawn(rows: int, width: int, sparse: bool, seed: int = 0) -> tuple[Pieces, torch.Tensor]:
+def drawn(rows: int, width: int, sparse: bool, seed: int = 0) -> tuple[SplitGradient, torch.Tensor]:
     """A gradient in pieces, and their sum in double precision."""
     draw = torch.Generator().manual_seed(seed)
     first, second, more = (torch.randn(rows, width, generator=draw) for _ in range(3))
-    pieces = Pieces(first.bfloat16(), second.bfloat16(), (0.5, 1.75), torch.zeros(1, width), None)
+    pieces = SplitGradient(first.bfloat16(), second.bfloat16(), (0.5, 1.75), torch.zeros(1, width), None)
     total = 0.5 * pieces.first.double() + 1.75 * pieces.second.double()
     if not sparse:
         return pieces, total
@@ -51,15 +51,15 @@ def drawn(rows: int, width: int, sparse: bool, seed: int = 0) -> tuple[Pieces, t
     return pieces._replace(sparse=F.pad(more[read], (0, 0, 0, 1)), place=place), total.index_add_(0, read, more[read].double())
 
 
-def fresh(rows: int, width: int) -> Moments:
+def fresh(rows: int, width: int) -> AdamWState:
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(9))
-    return Moments(weight, torch.zeros(rows, width), torch.zeros(rows, width), torch.empty(rows, width, dtype=torch.bfloat16))
+    return AdamWState(weight, torch.zeros(rows, width), torch.zeros(rows, width), torch.empty(rows, width, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 50), (24, 577)])
 def test_a_weight_moves_as_torch_moves_it(rows: int, width: int, sparse: bool) -> None:
-    ours, halves, rule = fresh(rows, width), fresh(rows, width), Rule(1e-2, 0.1, (0.9, 0.99), 1e-3)
+    ours, halves, rule = fresh(rows, width), fresh(rows, width), AdamWParams(1e-2, 0.1, (0.9, 0.99), 1e-3)
     theirs = torch.nn.Parameter(ours.weight.clone())
     optimizer = torch.optim.AdamW([theirs], lr=rule.rate, weight_decay=rule.decay, betas=rule.betas, eps=rule.eps, fused=True)
     for number in range(1, 5):
@@ -77,7 +77,7 @@ def test_a_weight_moves_as_torch_moves_it(rows: int, width: int, sparse: bool) -
 
 
 def test_what_does_not_fit_a_weight_is_refused() -> None:
-    moments, (pieces, _), rule, zeros = fresh(8, 8), drawn(8, 8, sparse=True), Rule(1e-2, 0.1, (0.9, 0.99), 1e-3), torch.zeros(8, 8)
+    moments, (pieces, _), rule, zeros = fresh(8, 8), drawn(8, 8, sparse=True), AdamWParams(1e-2, 0.1, (0.9, 0.99), 1e-3), torch.zeros(8, 8)
     bad = [
         ("weight", zeros.double()), ("weight", zeros.t()), ("mean", torch.zeros(8, 9)), ("mean", torch.zeros(8, 16)[:, ::2]),
         ("square", zeros.bfloat16()), ("copy", zeros), ("copy", moments.copy.t()), ("copy", moments.copy[:7]),
@@ -111,12 +111,12 @@ class Job:
         run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
         strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=strategy, learning_rate=1e-2), SimpleNamespace(total_steps=9)
-        self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), distributed.World()
-        self.window = step.Window(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
+        self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), distributed.ProcessGroup()
+        self.window = step.StepBatch(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
 
-    def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch, engine) -> LossOutput:
         loss = linear_cross_entropy(held_out.hidden_states(model, batch, engine), head_of(model), batch.targets, engine.compute)
-        return Passed(loss + self.more, batch.tokens, batch.trained)
+        return LossOutput(loss + self.more, batch.tokens, batch.trained)
 
     def note(self, *_: object) -> None:
         self.summed = {name for name, p in self.trained.items() if p.grad is not None}  # while gradients still stand
@@ -256,7 +256,7 @@ def test_what_cannot_be_kept_apart_is_summed(given: dict, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_have_equal_shares_of_all_that_is_kept(threads: int) -> None:
     sizes = [(7, 5), (1, 30), (90, 3), (11, 11), (40, 1), (2, 30)]
-    wholes = [Whole(torch.nn.Parameter(torch.zeros(size)), torch.bfloat16, engine_of("bf16").abreast) for size in sizes]
+    wholes = [MasterWeight(torch.nn.Parameter(torch.zeros(size)), torch.bfloat16, engine_of("bf16").abreast) for size in sizes]
     for w in wholes[:3] + wholes[4:]:  # one has no gradient
         w.kept[0] = torch.ones(w.weight.shape, dtype=torch.bfloat16), 2.0
     cut = gradient_buffers.shares(wholes, threads)

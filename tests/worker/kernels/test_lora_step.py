@@ -16,7 +16,7 @@ from tests.worker.kernels.test_gradient_buffers import between, equal, one_threa
 from worker.kernels.cpu import lora_products, lora_step
 from worker.modeling import fused_layers, fused_lora, packed_attention
 from worker.training import optim
-from worker.training.objectives._base import Passed
+from worker.training.objectives._base import LossOutput
 
 pytestmark = pytest.mark.skipif(not lora_products.works(), reason="the processor has no matrix units")
 FITTING = {**WIDTHS, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
@@ -51,7 +51,7 @@ class Job(test_gradient_buffers.Job):
         self.order(parts, longest, tokens, micro_batches)
         self.factors = fused_lora.keep(self.model, parts, self.engine, self.optimizer) if past else None
 
-    def loss(self, model: torch.nn.Module, batch, engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch, engine) -> LossOutput:
         return super().loss(model.get_base_model(), batch, engine)
 
 
@@ -119,8 +119,8 @@ def test_what_is_kept_goes_on_with_torchs_optimizer_and_the_other_way() -> None:
 
 @pytest.mark.parametrize("reached", [(True, False), (False, True), (False, False)])
 def test_a_part_that_does_not_fit_is_added_to_those_that_do(reached: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs, takes = Job(), Job(past=False), lora_step.Factors.takes
-    monkeypatch.setattr(lora_step.Factors, "takes", lambda own, x: reached[own.abreast.place()] and takes(own, x))
+    ours, theirs, takes = Job(), Job(past=False), lora_step.LoraLayerState.takes
+    monkeypatch.setattr(lora_step.LoraLayerState, "takes", lambda own, x: reached[own.abreast.place()] and takes(own, x))
     for number in (1, 2):
         ((loss, norm),), ((wanted, length),) = ours.go(), theirs.go()
         assert ours.summed == set(ours.trained) and stands(ours)
@@ -137,7 +137,7 @@ def test_a_part_without_a_gradient_adds_nothing(monkeypatch: pytest.MonkeyPatch)
         one.lesson.loss = lambda model, batch, engine, loss=loss, one=one: (
             loss(model, batch, engine)
             if one.engine.abreast.place() == 0
-            else Passed(next(iter(one.trained.values())).sum() * 0.0, batch.tokens, batch.trained)
+            else LossOutput(next(iter(one.trained.values())).sum() * 0.0, batch.tokens, batch.trained)
         )
     ((_, norm),), ((_, length),) = ours.go(), theirs.go()
     assert norm == pytest.approx(length, rel=1e-2) and near(ours, theirs, 0.02)
@@ -196,7 +196,7 @@ def test_scoring_between_steps_sees_the_newest_factors() -> None:
             for context in (contextlib.nullcontext(), pytest.MonkeyPatch.context()):
                 with context as patch:
                     if patch:
-                        patch.setattr(lora_step.Factors, "takes", lambda own, x: False)
+                        patch.setattr(lora_step.LoraLayerState, "takes", lambda own, x: False)
                     found.append(float(job.loss(job.model, job.window.batches[0][0], job.engine).loss))
         assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -221,7 +221,7 @@ def test_what_is_left_to_autograd() -> None:
 def test_what_would_be_read_beyond_its_end_is_refused() -> None:
     up, down = torch.ones(64, 8).bfloat16(), torch.nn.Parameter(torch.ones(8, 32))
     layers = lora_products.Layers([up], [1.0], 32)
-    room, x, dy, low = lora_products.Room(layers), *(torch.ones(32, n).bfloat16() for n in (32, 64, 8))
+    room, x, dy, low = lora_products.GradientBuffer(layers), *(torch.ones(32, n).bfloat16() for n in (32, 64, 8))
     assert room.take(dy, x, low).shape == (32, 8) and bool((room.ups[0] == 32).all()) and bool((room.down == 64 * 32).all())
     for wrong in (
         (dy[:, :32], x, low),
@@ -237,6 +237,6 @@ def test_what_would_be_read_beyond_its_end_is_refused() -> None:
         with pytest.raises(ValueError, match="whole thirty-twos"):
             lora_products.Layers(ups, [1.0], width)
     with pytest.raises(ValueError, match="whole thirty-twos"):
-        lora_step.Factors(
+        lora_step.LoraLayerState(
             [down], [torch.nn.Parameter(torch.ones(40, 8))], [1.0], torch.ones(40, 32).bfloat16(), None, engine_of("bf16").abreast, 1
         )

@@ -15,7 +15,7 @@ from worker.modeling import fused_dora, fused_ia3, fused_layers, fused_lora, fus
 from worker.modeling.fused_ia3 import FusedIa3
 from worker.modeling.fused_lora import Fused
 from worker.modeling.fused_vera import FusedVera
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 
 RELATIVES = {
     "dora": {"rank": 4},
@@ -202,7 +202,7 @@ def test_thirty_steps_learn_alike(tiny_model, name):
 
 
 def test_a_job_speeds_them_up(tiny_model):
-    engine = Engine(torch.device("cpu"), "cpu", "bf16", torch.bfloat16, 1)
+    engine = Compute(torch.device("cpu"), "cpu", "bf16", torch.bfloat16, 1)
     for name, settings in RELATIVES.items():
         model = STRATEGIES[name](**settings).attach(bare(tiny_model))
         assert fused_layers.speed_up(model, engine, 0.0) == {"fused_lora": LAYERS[name]}

@@ -22,7 +22,7 @@ from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, 
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from tests.worker.training.test_settings import TEN, in_two, of, run, same
 from worker.inference.engine import Engine
-from worker.inference.model_pool import Shelf
+from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import load_model, load_plain
 
 
@@ -47,7 +47,7 @@ def served_as_peft_does(model, said: list, data_dir: Path) -> None:
     folder = data_dir / result.path
     adapter = Adapter(strategy=json.loads((folder / "strategy.json").read_text())["name"], path=result.path, sha256=result.adapter_sha256)
     base, tuned = model, model.model_copy(update={"adapters": (adapter,)})
-    engine = Engine(Shelf(device="cpu"))
+    engine = Engine(ModelPool(device="cpu"))
     try:
         for prompt in (PROMPTS[0], PROMPTS[4]):
             expected = [by_transformers(data_dir / model.path, prompt), by_transformers(data_dir / model.path, prompt, adapter=folder)]

@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from worker.modeling import fused_layers
 from worker.runtime import distributed
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.training import fsdp
 
 IDS = torch.arange(40)[None] * 7 % 96
-engine = Engine(torch.device("cpu"), "cpu", "bf16", torch.float32, 1)
+engine = Compute(torch.device("cpu"), "cpu", "bf16", torch.float32, 1)
 
 
 def loss_of(model: torch.nn.Module) -> torch.Tensor:

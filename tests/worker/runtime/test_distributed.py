@@ -21,7 +21,7 @@ from tests.conftest import free_port
 from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
 from worker.run import STOPPED
 from worker.supervision.exit_codes import ask_to_save, launcher
-from worker.train import Control, train
+from worker.train import StopSignals, train
 from worker.training.checkpoint import piece_of, read_optimizer, write_piece
 
 
@@ -155,7 +155,7 @@ def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_mo
     if began_with == 2:
         WarmPair(spec, "shared").stop_after(1)
     else:
-        control = Control()
+        control = StopSignals()
         for event in train(spec, runs / "a1", runs, control):
             control.stop = control.stop or isinstance(event, events.Step)
     if ends_with == 1:
@@ -238,7 +238,7 @@ def test_gradients_of_many_sizes_are_summed(monkeypatch):
     monkeypatch.setattr(distributed, "MESSAGE_BYTES", 64)
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat, *a, **k: flat.mul_(2))
     tensors = [torch.ones(3), torch.ones(20), torch.ones(2, 2), torch.ones(5, dtype=torch.float64)]
-    distributed.World(size=1).sum_(tensors)
+    distributed.ProcessGroup(size=1).sum_(tensors)
     assert all(bool((t == 1).all()) for t in tensors)
-    distributed.World(size=2).sum_(tensors)
+    distributed.ProcessGroup(size=2).sum_(tensors)
     assert all(bool((t == 2).all()) for t in tensors)

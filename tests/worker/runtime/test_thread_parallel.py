@@ -22,8 +22,8 @@ from worker.kernels.cpu.full_tuning import learns_whole, settle, use_whole
 from worker.modeling.classifier import plain
 from worker.modeling.fused_layers import recompute_layers, speed_up
 from worker.modeling.loading import load_tokenizer
-from worker.runtime.device import Engine, choose
-from worker.runtime.thread_parallel import Abreast
+from worker.runtime.device import Compute, choose
+from worker.runtime.thread_parallel import ThreadParallel
 from worker.scoring import held_out
 from worker.training import feature_cache
 from worker.training.objectives import lesson_of
@@ -39,7 +39,7 @@ def four_threads(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_results_come_in_order_with_the_threads_shared_out() -> None:
-    abreast = Abreast(4)
+    abreast = ThreadParallel(4)
     torch.set_num_threads(4)
     seen: dict[int, tuple[int, int, bool]] = {}
 
@@ -70,14 +70,14 @@ def test_what_fails_is_told_when_all_have_ended() -> None:
             raise ArithmeticError(f"part {place}")
 
     with pytest.raises(ArithmeticError, match="part 1"):
-        Abreast(4).map(act, range(4))
+        ThreadParallel(4).map(act, range(4))
     assert sorted(ended) == [0, 1, 2, 3]
 
 
 def test_gradients_are_added_in_order_whoever_is_faster() -> None:
     """Sums of numbers so unlike that another order gives another sum, to one parameter that all parts reach and to some that a
     part leaves out; a part that fails on its way back keeps nobody waiting."""
-    abreast, draw = Abreast(4), random.Random(3)
+    abreast, draw = ThreadParallel(4), random.Random(3)
     shared, own = torch.nn.Parameter(torch.zeros(64)), [torch.nn.Parameter(torch.zeros(64)) for _ in range(3)]
     scales = [1.0, 1e8, -1e8, 3.0]
 
@@ -245,7 +245,7 @@ def test_what_draws_at_random_is_not_taken_apart(data_dir: Path, tiny_model: Pat
 def test_scores_and_vectors_in_parts(data_dir: Path, tiny_model: Path) -> None:
     spec = plenty(data_dir, tiny_model)
     lesson, engine = lesson_of(spec, load_tokenizer(spec.model)), choose(spec.run, spec.strategy)
-    alone = Engine(**{f: getattr(engine, f) for f in ("device", "name", "precision", "frozen")}, threads=1)
+    alone = Compute(**{f: getattr(engine, f) for f in ("device", "name", "precision", "frozen")}, threads=1)
     model = lesson.load(engine)
     assert [engine.parts(n) for n in (255, 256, 1024, 1536, 4096)] == [1, 2, 2, 3, 4]
     assert replace(engine, device=torch.device("cuda")).parts(4096) == 1

@@ -9,7 +9,7 @@ from app import events
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
 from worker.runtime import transfer
-from worker.runtime.transfer import Figures
+from worker.runtime.transfer import AsyncScalars
 
 
 def steps(told) -> list[events.Step]:
@@ -70,7 +70,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_reading_waits_for_the_steps_own_event_alone(gpu: list[str]) -> None:
     loss, norm, more = torch.tensor(0.1), torch.tensor(3.7), torch.arange(4, dtype=torch.float64)
-    figures = Figures([t.as_subclass(OnDevice) for t in (loss, norm, more)])
+    figures = AsyncScalars([t.as_subclass(OnDevice) for t in (loss, norm, more)])
     assert gpu == ["pinned", "record"]  # nothing was waited for
     assert figures.read().tolist() == [float(loss), float(norm), 0.0, 1.0, 2.0, 3.0]
     assert gpu == ["pinned", "record", "synchronize"]

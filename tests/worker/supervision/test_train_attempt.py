@@ -476,7 +476,7 @@ def test_patience_follows_the_pace(monkeypatch):
 
     clock = [0.0]
     monkeypatch.setattr(exit_codes.time, "monotonic", lambda: clock[0])
-    pace = exit_codes.Pace(first=100, least=5)
+    pace = exit_codes.HangDetector(first=100, least=5)
     assert pace.patience() == 100
     for n in range(1, 6):
         clock[0] += 2

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from app import events
 from app.errors import BadData
-from app.models.model_card import MadeOf, load_code
+from app.models.model_card import Provenance, load_code
 from app.settings import get_settings
 from app.shapes import shape_of
 from app.spec import Adapter, JobSpec, ModelRef
@@ -28,7 +28,7 @@ from worker.modeling.loading import load_tokenizer
 from worker.modeling.packed_attention import NAME as PACKED
 from worker.runtime import progress
 from worker.runtime.device import choose
-from worker.train import Control, train
+from worker.train import StopSignals, train
 from worker.training import checkpoint, feature_cache
 from worker.training.objectives.classification import probabilities, read_labelled, tokenise_texts
 
@@ -121,7 +121,7 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
 
     if type(spec.strategy).merges:
         facts = merge(tuned_ref(spec, finished), data_dir / "merged")
-        code = load_code("classifier", MadeOf(None, (), model.shape.hidden, len(labels), spec.strategy))
+        code = load_code("classifier", Provenance(None, (), model.shape.hidden, len(labels), spec.strategy))
         alone = run_card(f"```python\n{code}```", data_dir / "merged")
         assert facts["labels"] == labels and "peft" not in code
         assert alone["probabilities"] == pytest.approx(said, abs=0.02)  # stored in 16 bits, and loaded in them elsewhere
@@ -132,7 +132,7 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
 def test_a_resumed_job_is_the_same_job(data_dir: Path, tiny_model: Path) -> None:
     spec = sorting(put_encoder(tiny_model), texts(), "lora", epochs=4)
     whole = run(spec, data_dir, "whole")
-    control, said = Control(), []
+    control, said = StopSignals(), []
     for event in train(spec, data_dir / "runs/cut/a1", control=control):
         said.append(event)
         control.stop |= isinstance(event, events.Step) and event.step == 3
@@ -209,7 +209,7 @@ def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: P
 
 def test_a_stop_before_the_vectors_are_made_leaves_nothing_half(data_dir: Path, tiny_model: Path) -> None:
     spec = sorting(put_encoder(tiny_model), texts(), "feature_extraction")
-    said = list(train(spec, data_dir / "runs/job/a1", control=Control(stop=True)))
+    said = list(train(spec, data_dir / "runs/job/a1", control=StopSignals(stop=True)))
     assert not of(said, events.Finished) and not list((data_dir / "features").glob("*.safetensors"))
     assert isinstance(list(train(spec, data_dir / "runs/job/a2"))[-1], events.Finished)
 

@@ -23,15 +23,15 @@ from tests.tiny import SENTENCES
 from tests.worker.orders import WarmTrainer, order, put_dataset, put_model
 from worker.data.batching import BadRow, Row
 from worker.data.chat_template import render_prompt
-from worker.data.preference_pairs import Pairs, sequences_of, tokenise_pairs
+from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
 from worker.modeling import packed_attention, token_logprobs
 from worker.modeling.cross_entropy import Head
 from worker.modeling.token_logprobs import token_nats
-from worker.runtime.device import Engine, choose
+from worker.runtime.device import Compute, choose
 from worker.runtime.progress import drained
 from worker.train import train
 from worker.training import optim
-from worker.training.objectives.dpo import Preferring, log_likelihoods, losses_of, named, pair_batch, sums_of
+from worker.training.objectives.dpo import DPO, log_likelihoods, losses_of, named, pair_batch, sums_of
 
 pytestmark = pytest.mark.timeout(240)
 ABLE = [name for name, cls in STRATEGIES.items() if "preference" in cls.tasks]
@@ -60,10 +60,10 @@ def numbered(rows: list[dict[str, Any]]) -> list[Row]:
     return [Row(i, row) for i, row in enumerate(rows, 1)]
 
 
-def float64() -> Engine:
+def float64() -> Compute:
     """Arithmetic in float64, in which two ways to the same number agree to many digits."""
 
-    class Double(Engine):
+    class Double(Compute):
         compute = torch.float64
 
     return Double(torch.device("cpu"), "cpu", "fp32", torch.float64, 1)
@@ -91,7 +91,7 @@ def test_gradients_of_weighted_places(monkeypatch: pytest.MonkeyPatch, biased: b
         torch.testing.assert_close(a, b)
 
 
-def plainly(model: torch.nn.Module, data: Pairs, pair: int) -> torch.Tensor:
+def plainly(model: torch.nn.Module, data: PreferencePairs, pair: int) -> torch.Tensor:
     """Log-probabilities of the two answers of a pair, each sequence alone, all logits at once."""
     found = []
     for sequence in (2 * pair, 2 * pair + 1):
@@ -221,7 +221,7 @@ def test_every_strategy_takes_a_step(name: str, data_dir: Path, tiny_model: Path
     if reason := strategy.unavailable(spec.model.shape, task="preference", cuda=torch.cuda.is_available()):
         pytest.skip(reason)
     torch.manual_seed(1)
-    lesson, engine = Preferring(spec, tokenizer), choose(RunSettings(), strategy)
+    lesson, engine = DPO(spec, tokenizer), choose(RunSettings(), strategy)
     model = lesson.load(engine)
     drained(lesson.prepare(model, engine, data_dir / "runs" / name / "a1", 400))
     model = lesson.attach(model).train()
@@ -291,7 +291,7 @@ def test_a_torn_reference_is_scored_again(data_dir: Path, tiny_model: Path, toke
     spec = pair_order(tiny_model)
     engine, found = choose(RunSettings(), spec.strategy), []
     for attempt in (1, 2, 3):
-        lesson = Preferring(spec, tokenizer)
+        lesson = DPO(spec, tokenizer)
         drained(lesson.prepare(lesson.load(engine), engine, data_dir / "runs" / "torn" / f"a{attempt}", 400))
         found.append(lesson.reference["train"])
         if attempt == 1:
@@ -306,7 +306,7 @@ def test_rows_without_a_difference_are_refused(data_dir: Path, tiny_model: Path,
     data = put_dataset([{**row, "rejected": row["chosen"]}], "preference")
     spec = pair_order(tiny_model).model_copy(update={"dataset": data})
     with pytest.raises(BadData, match="None of the 1 pairs"):
-        Preferring(spec, tokenizer)
+        DPO(spec, tokenizer)
 
 
 # As the model is asked later ------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_a_generic_model_learns_from_the_words_as_the_playground_gives_them(toke
     spec = pair_order(tiny_model, samples=2)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    lesson = Preferring(spec.model_copy(update={"model": spec.model.model_copy(update={"kind": "generic"})}), bare)
+    lesson = DPO(spec.model_copy(update={"model": spec.model.model_copy(update={"kind": "generic"})}), bare)
     assert bare.chat_template is None and "template" not in " ".join(lesson.remarks())
     assert lesson.questions and all("###" not in tokenizer.decode(q.ids) and tokenizer.decode(q.ids) == q.text for q in lesson.questions)
 

@@ -18,7 +18,7 @@ from worker.kernels.cpu import attention as amx_attention
 from worker.kernels.cpu.full_tuning import learns_whole, use_whole
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 
 WIDTHS = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "vocab_size": 600, "max_position_embeddings": 2048}
@@ -40,7 +40,7 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
     model.set_attn_implementation(packed_attention.NAME)
     fused_layers.use_fused_layers(model)
     model = strategy.attach(model).train()
-    engine = Engine(CPU, "cpu", precision, frozen, 1)
+    engine = Compute(CPU, "cpu", precision, frozen, 1)
     fused_layers.speed_up(model, engine, 0.0)
     if learns_whole(strategy, engine):
         use_whole(model, engine)
@@ -125,7 +125,7 @@ def test_an_encoders_layer_keeps_what_was_said(name: str) -> None:
         model = BertModel(BertConfig(**WIDTHS, num_hidden_layers=layers), add_pooling_layer=False)
         model.set_attn_implementation(packed_attention.NAME)
         model = STRATEGIES[name]().attach(model, task="classification").eval()
-        fused_layers.speed_up(model, Engine(CPU, "cpu", "fp32", torch.float32, 1), 0.0)
+        fused_layers.speed_up(model, Compute(CPU, "cpu", "fp32", torch.float32, 1), 0.0)
         held = Holding(model)
         with held:
             places = torch.cat([torch.arange(128)] * 4)[None]

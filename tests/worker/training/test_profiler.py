@@ -9,7 +9,7 @@ import pytest
 from app import events
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker.train import train
-from worker.training.profiler import STEPS, WAITING, Window, floor_of, kind_of, profiled, summary
+from worker.training.profiler import STEPS, WAITING, ProfileWindow, floor_of, kind_of, profiled, summary
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_short_job_says_why_it_has_no_profile(spec, data_dir):
 
 def test_the_floor_is_arithmetic(spec):
     """At half of the machine's speed the steps take twice the floor; idle time can be the largest gap."""
-    seen = Window(tokens=1000, trained=500, seconds=2.0, length=50.0)
+    seen = ProfileWindow(tokens=1000, trained=500, seconds=2.0, length=50.0)
     work, moved = floor_of(spec, seen)
     shape = spec.model.shape
     assert work > 7 * 50 * shape.heads * shape.head_dim * shape.layers * 1000

@@ -10,7 +10,7 @@ from app.strategies import STRATEGIES
 from tests.worker.training.test_memory import CPU, Holding
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 
 CONFIG = LlamaConfig(
@@ -34,7 +34,7 @@ class Passed:
             if "lora_B" in part:
                 p.data = torch.randn(p.shape, generator=draw) * 0.05
         self.count = fused_layers.recompute_layers(self.model, recompute, reaches)
-        fused_layers.speed_up(body, Engine(CPU, "cpu", "fp32", torch.float32, 1), 0.0)
+        fused_layers.speed_up(body, Compute(CPU, "cpu", "fp32", torch.float32, 1), 0.0)
         self.blocks = [block.gradient_checkpointing for block in fused_layers.blocks_of(self.model)]
         self.given: list[bool] = []
         for block in fused_layers.blocks_of(self.model):

@@ -38,7 +38,7 @@ def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:
 
 def in_two(spec: JobSpec, data_dir: Path, at: int) -> list:
     """The same job stopped behind step `at` and resumed, in which it has to say what it would have said without."""
-    control, said = train.Control(), []
+    control, said = train.StopSignals(), []
     for event in train.train(spec, data_dir / "runs" / "halved" / "a1", control=control):
         said.append(event)
         control.stop |= isinstance(event, events.Step) and event.step == at

@@ -24,8 +24,8 @@ from worker.kernels.gpu import fp8
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.fused_lora import fuse
-from worker.modeling.packed_attention import Frame, frame_of, packed_arguments
-from worker.runtime.device import Engine
+from worker.modeling.packed_attention import PackShape, frame_of, packed_arguments
+from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.training import optim
 
@@ -37,13 +37,13 @@ CONFIG = LlamaConfig(
 BUDGET = 192
 
 
-class Framed(Engine):
+class Framed(Compute):
     """A processor that packs as a GPU does."""
 
     framed = True
 
 
-ENGINE, PLAIN = (kind(CPU, "cpu", "bf16", torch.bfloat16, 1) for kind in (Framed, Engine))
+ENGINE, PLAIN = (kind(CPU, "cpu", "bf16", torch.bfloat16, 1) for kind in (Framed, Compute))
 
 
 def _sequences(q, k, v, ends, longest, scale, window):
@@ -109,7 +109,7 @@ class Run:
     """A few steps of LoRA over different packs: their losses, the first gradient, and how often a graph was made until each."""
 
     def __init__(
-        self, engine: Engine, compiled: bool, recompute: int = 0, in_fp8: bool = False, strategy: str = "lora", steps: int = 4
+        self, engine: Compute, compiled: bool, recompute: int = 0, in_fp8: bool = False, strategy: str = "lora", steps: int = 4
     ) -> None:
         torch.manual_seed(2)
         chosen = STRATEGIES[strategy]()
@@ -196,7 +196,7 @@ def test_every_pack_fits_the_one_table(lengths: list[int], budget: int, seed: in
 
 def test_a_pack_with_more_documents_than_places_is_refused() -> None:
     with pytest.raises(ValueError, match="5 sequences in a pack with 4 places"):
-        packed_arguments([2] * 5, CPU, Frame(64, 4, 64))
+        packed_arguments([2] * 5, CPU, PackShape(64, 4, 64))
 
 
 def test_a_filled_batch_has_one_shape_and_the_loss_of_its_rows() -> None:

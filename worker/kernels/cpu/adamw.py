@@ -17,7 +17,7 @@ from worker.kernels.cpu.jit import F, addresses, inlined, kernel, narrow, row_of
 HALF = np.uint16(0)
 
 
-class Pieces(NamedTuple):
+class SplitGradient(NamedTuple):
     """A gradient (N, K): s₁ g₁ + s₂ g₂ + the rows of `sparse` that `place` names."""
 
     first: torch.Tensor  # bf16, as the second: the same again with a scale of 0 where there is one alone
@@ -31,7 +31,7 @@ class Pieces(NamedTuple):
         return [*addresses(self.first, self.second, self.sparse, self.place), self.sparse.shape[0] - 1, self.first.shape[1], *self.scales]
 
 
-class Rule(NamedTuple):
+class AdamWParams(NamedTuple):
     """What the weights of a group are moved by."""
 
     rate: float
@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> Rule:
+    def of(cls, group: dict[str, Any]) -> AdamWParams:
         """That of a group of torch's optimizer."""
         return cls(group["lr"], group["weight_decay"], group["betas"], group["eps"])
 
@@ -98,7 +98,7 @@ def _move(
             M[j], V[j], W[j], C[j] = m, v, w, narrow(w, HALF)
 
 
-class Moments(NamedTuple):
+class AdamWState(NamedTuple):
     """A weight (N, K) and AdamW's means of its gradient and of its square, float32, and where the weight is put in bf16."""
 
     weight: torch.Tensor
@@ -107,7 +107,7 @@ class Moments(NamedTuple):
     copy: torch.Tensor
 
 
-def _check(gradient: Pieces, start: int, stop: int) -> None:
+def _check(gradient: SplitGradient, start: int, stop: int) -> None:
     height, width = gradient.first.shape
     for kind, shape, ones in (
         (torch.bfloat16, (height, width), gradient[:2]),
@@ -120,13 +120,13 @@ def _check(gradient: Pieces, start: int, stop: int) -> None:
         raise ValueError(f"rows {start} to {stop} of {height}")
 
 
-def squares(gradient: Pieces, start: int, stop: int) -> float:
+def squares(gradient: SplitGradient, start: int, stop: int) -> float:
     """The sum of the squares of rows `start` to `stop`. Raises ValueError as `move_` does."""
     _check(gradient, start, stop)
     return _square(*gradient.read_by(), start, stop)
 
 
-def move_(moved: Moments, gradient: Pieces, rule: Rule, step: int, shorten: float, start: int, stop: int) -> None:
+def move_(moved: AdamWState, gradient: SplitGradient, rule: AdamWParams, step: int, shorten: float, start: int, stop: int) -> None:
     """Move rows `start` to `stop` of a weight in step number `step`, from 1, by `shorten` times its gradient.
 
     Raises ValueError for tensors of other shapes or types, or whose numbers do not lie one after the other.

@@ -29,14 +29,14 @@ import torch.nn.functional as F
 from app.strategies import Strategy
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.gated_mlp import GATED, Gate, gate_and_up, gate_of, gated, gated_back, halves
-from worker.kernels.cpu.gradient_buffers import Rooms, Whole, leave
-from worker.kernels.cpu.shared_projection import Together, siblings
+from worker.kernels.cpu.gradient_buffers import GradientBuffers, MasterWeight, leave
+from worker.kernels.cpu.shared_projection import SharedProjection, siblings
 from worker.runtime import distributed
-from worker.runtime.device import Engine
-from worker.runtime.thread_parallel import Abreast
+from worker.runtime.device import Compute
+from worker.runtime.thread_parallel import ThreadParallel
 
 
-def give_back(wholes: Sequence[Whole]) -> None:
+def give_back(wholes: Sequence[MasterWeight]) -> None:
     """Let go of the gradients' places, when no step follows."""
     for whole in wholes:
         whole.weight.grad = whole.room = None
@@ -44,13 +44,13 @@ def give_back(wholes: Sequence[Whole]) -> None:
     leave(wholes)
 
 
-def settle(wholes: Sequence[Whole]) -> None:
+def settle(wholes: Sequence[MasterWeight]) -> None:
     """Add what parts kept, when all parts of a pack are through."""
     for whole in wholes:
         whole.settle()
 
 
-def move(wholes: Sequence[Whole], abreast: Abreast) -> None:
+def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
     """Round the weights that the optimizer moved by `weight.grad` anew, side by side."""
     used = [whole for whole in wholes if whole.copy is not None and whole.weight.grad is not None]
     for whole in used:
@@ -60,7 +60,7 @@ def move(wholes: Sequence[Whole], abreast: Abreast) -> None:
 
 def rounded(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     """A weight in `kind`, from what is kept of it or made now."""
-    known: Whole | None = getattr(weight, "whole", None)
+    known: MasterWeight | None = getattr(weight, "whole", None)
     return known.rounded() if known is not None and known.kind == kind else weight.to(kind)
 
 
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
     """x (T, K) times the weights of n layers, (ΣN, K) in `joined`, and their biases: one (T, ΣN)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: Rooms, bias: torch.Tensor | None, *weights: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: GradientBuffers, bias: torch.Tensor | None, *weights: Any) -> Any:
         ctx.save_for_backward(x)
         ctx.joined, ctx.rooms, ctx.count = joined, rooms, len(weights)
         return F.linear(x, joined, bias)
@@ -81,16 +81,16 @@ class _Product(torch.autograd.Function):
         return (dx, None, None, dy.sum(0) if ctx.needs_input_grad[3] else None, *[None] * ctx.count)
 
 
-class _Group(Together):
+class _Group(SharedProjection):
     """Layers that read the same input; their rounded weights are one matrix."""
 
-    def __init__(self, layers: list[WholeLinear]) -> None:
+    def __init__(self, layers: list[FullLinear]) -> None:
         super().__init__(layers, layers[0].weight.device)
         self.wholes = [layer.weight.whole for layer in layers]
         self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
         for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
             whole.copy = part
-        Rooms(self.wholes)  # they know it as theirs
+        GradientBuffers(self.wholes)  # they know it as theirs
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         for whole in self.wholes:
@@ -98,7 +98,7 @@ class _Group(Together):
         return product(x, self.layers, self.joined)
 
 
-def product(x: torch.Tensor, layers: Sequence[WholeLinear], joined: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor, layers: Sequence[FullLinear], joined: torch.Tensor) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
     flat = x.reshape(-1, x.shape[-1]).to(joined.dtype)
     biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
@@ -108,8 +108,8 @@ def product(x: torch.Tensor, layers: Sequence[WholeLinear], joined: torch.Tensor
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class WholeLinear(torch.nn.Linear):
-    """A linear layer whose weight is a `Whole`. An existing layer becomes one by a change of its class."""
+class FullLinear(torch.nn.Linear):
+    """A linear layer whose weight is a `MasterWeight`. An existing layer becomes one by a change of its class."""
 
     group: _Group | None = None
     place = 0  # in the group
@@ -135,7 +135,7 @@ class _Gated(torch.autograd.Function):
     one. The weight itself is given as in `product`."""
 
     @staticmethod
-    def forward(ctx: Any, act: Any, whole: Whole, bias: torch.Tensor | None, _: Any, *given: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, act: Any, whole: MasterWeight, bias: torch.Tensor | None, _: Any, *given: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*given)
         ctx.act, ctx.whole, ctx.copy = act, whole, whole.rounded()
         gate, up = halves(given)
@@ -180,7 +180,7 @@ class _Rows(torch.autograd.Function):
     """Rows (…) of a table (V, H): (…, H)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.nn.Parameter, whole: Whole, unmoved: int | None) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.nn.Parameter, whole: MasterWeight, unmoved: int | None) -> torch.Tensor:
         ctx.save_for_backward(rows)
         ctx.whole, ctx.unmoved = whole, unmoved
         return F.embedding(rows, weight)
@@ -195,14 +195,14 @@ class _Rows(torch.autograd.Function):
         return None, None, None, None
 
 
-class WholeTable(torch.nn.Embedding):
-    """A table of words whose weight is a `Whole`."""
+class FullEmbedding(torch.nn.Embedding):
+    """A table of words whose weight is a `MasterWeight`."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return _Rows.apply(rows, self.weight, self.weight.whole, self.padding_idx)
 
 
-def learns_whole(strategy: Strategy, engine: Engine) -> bool:
+def learns_whole(strategy: Strategy, engine: Compute) -> bool:
     """Whether a job's layers are computed so: one that learns in full in one process on a CPU."""
     return engine.device.type == "cpu" and distributed.size() == 1 and not type(strategy).adapter
 
@@ -211,24 +211,24 @@ def _plain_table(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
 
 
-def use_whole(model: torch.nn.Module, engine: Engine) -> list[Whole]:
+def use_whole(model: torch.nn.Module, engine: Compute) -> list[MasterWeight]:
     """Have the plain linear layers of a model that learns in full, its head and its table of words be computed as above. Returns
     what has to be settled after each `map` of parts. The head is left as it is where its weight is read by others too."""
     plain = [m for m in model.modules() if type(m) is torch.nn.Linear or _plain_table(m)]
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     known = Counter(id(module.weight) for module in plain)
     ours = [m for m in plain if m.weight.requires_grad and users[id(m.weight)] == known[id(m.weight)]]
-    wholes: dict[int, Whole] = {}
+    wholes: dict[int, MasterWeight] = {}
     for module in ours:
         if id(module.weight) not in wholes:
-            wholes[id(module.weight)] = Whole(module.weight, engine.compute, engine.abreast)
+            wholes[id(module.weight)] = MasterWeight(module.weight, engine.compute, engine.abreast)
         wholes[id(module.weight)].multiplies |= isinstance(module, torch.nn.Linear)
-        module.__class__ = WholeTable if isinstance(module, torch.nn.Embedding) else WholeLinear
+        module.__class__ = FullEmbedding if isinstance(module, torch.nn.Embedding) else FullLinear
     if engine.compute != torch.float32:
-        for layers in siblings(model, WholeLinear):
+        for layers in siblings(model, FullLinear):
             if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded weight lies in one place
                 _Group(layers)
     for module in list(model.modules()):
-        if type(module).__name__ in GATED and type(module.down_proj) is WholeLinear and not module.down_proj._forward_hooks:
+        if type(module).__name__ in GATED and type(module.down_proj) is FullLinear and not module.down_proj._forward_hooks:
             module.__class__ = _lean(type(module))
     return list(wholes.values())

@@ -3,7 +3,7 @@
 A gradient that is added as it comes is written by its product, read, widened and written again for each part. Where a step is one pack in
 one or two parts, each part's products are put straight into a place of its own, in bf16, and `worker/kernels/cpu/adamw.py` adds them where it
 reads them. Two such places are as large as one gradient in float32. What a part adds to a weight a second time goes the other way
-(`Whole.add`), and takes what was kept along.
+(`MasterWeight.add`), and takes what was kept along.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 import torch.nn.functional as F
 
 from worker.kernels.cpu import adamw, jit
-from worker.kernels.cpu.adamw import Moments, Pieces, Rule
-from worker.runtime.thread_parallel import Abreast
+from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
+from worker.runtime.thread_parallel import ThreadParallel
 
 MOST_PARTS = 2
 MOST_LAID_BY = 2
 """Pieces of a head's gradient that a part may keep while it is not its turn."""
 
 
-class Whole:
+class MasterWeight:
     """A weight that learns: its value in `kind`, once a product has asked for it, and its gradient. The weight itself knows it as
     `weight.whole`."""
 
-    def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: Abreast) -> None:
+    def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: ThreadParallel) -> None:
         self.weight, self.kind, self.abreast = weight, kind, abreast
         self.copy: torch.Tensor | None = None
         self.room: torch.Tensor | None = None  # where the gradient is put in every step, so that it leaves no holes in a thread's memory
         self.multiplies = False  # or is read row by row alone
         self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and what it is yet to be multiplied by
         self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of a table, and what they add to what is kept
-        self.rooms = Rooms([self])
+        self.rooms = GradientBuffers([self])
         self.rounded_at: tuple[int, int] | None = None
         self.lock = threading.Lock()
         self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, rows of a table, their gradients), not yet added
@@ -115,23 +115,23 @@ class Whole:
         for _, rows, gradients in read:
             self.weight.grad.index_add_(0, rows, gradients)
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> SplitGradient:
         """The gradient as it is kept."""
         first, *more = (self.kept[place] for place in sorted(self.kept))
         second = more[0] if more else (first[0], 0.0)
         height, width = self.weight.shape
         if self.sparse is None:
-            return Pieces(first[0], second[0], (first[1], second[1]), torch.zeros(1, width), None)
+            return SplitGradient(first[0], second[0], (first[1], second[1]), torch.zeros(1, width), None)
         rows, gradients = self.sparse
         place = torch.full((height,), len(rows), dtype=torch.int32)
         place[rows] = torch.arange(len(rows), dtype=torch.int32)
-        return Pieces(first[0], second[0], (first[1], second[1]), F.pad(gradients, (0, 0, 0, 1)), place)
+        return SplitGradient(first[0], second[0], (first[1], second[1]), F.pad(gradients, (0, 0, 0, 1)), place)
 
 
-class Rooms:
+class GradientBuffers:
     """For weights (N, K) that share a product, (ΣN, K) for each part of a pack."""
 
-    def __init__(self, wholes: Sequence[Whole]) -> None:
+    def __init__(self, wholes: Sequence[MasterWeight]) -> None:
         self.wholes, self.heights = wholes, [whole.weight.shape[0] for whole in wholes]
         self.rooms: list[torch.Tensor] = []
         for whole in wholes:
@@ -161,7 +161,7 @@ class Rooms:
             whole.add(own)
 
 
-def keep(wholes: Sequence[Whole], parts: int, passes: int, optimizer: torch.optim.Optimizer) -> bool:
+def keep(wholes: Sequence[MasterWeight], parts: int, passes: int, optimizer: torch.optim.Optimizer) -> bool:
     """Have gradients kept apart in steps of `passes` packs in `parts` parts each, where that can be. Says whether it is."""
     fits = wholes and passes == 1 and parts <= MOST_PARTS and type(optimizer) is torch.optim.AdamW
     if not fits or any(whole.kind != torch.bfloat16 or whole.weight.dtype != torch.float32 for whole in wholes) or not jit.works():
@@ -171,21 +171,21 @@ def keep(wholes: Sequence[Whole], parts: int, passes: int, optimizer: torch.opti
     return True
 
 
-class Share(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of a weight that one thread works on."""
 
-    whole: Whole
-    pieces: Pieces
+    whole: MasterWeight
+    pieces: SplitGradient
     start: int
     stop: int
 
 
-def shares(wholes: Sequence[Whole], threads: int) -> list[list[Share]]:
+def shares(wholes: Sequence[MasterWeight], threads: int) -> list[list[RowRange]]:
     """The weights of which gradients are kept, cut into as many equal pieces as there are threads."""
     kept = [(whole, whole.pieces()) for whole in wholes if whole.kept]
     if not kept:
         return []
-    found: list[list[Share]] = [[] for _ in range(threads)]
+    found: list[list[RowRange]] = [[] for _ in range(threads)]
     size = sum(whole.weight.numel() for whole, _ in kept) / threads
     before = 0
     for whole, pieces in kept:
@@ -193,25 +193,25 @@ def shares(wholes: Sequence[Whole], threads: int) -> list[list[Share]]:
         for place, share in enumerate(found):
             start, stop = (min(height, max(0, round((size * edge - before) / width))) for edge in (place, place + 1))
             if start < stop:
-                share.append(Share(whole, pieces, start, stop))
+                share.append(RowRange(whole, pieces, start, stop))
         before += whole.weight.numel()
     return found
 
 
-def squares(cut: Sequence[Sequence[Share]], abreast: Abreast) -> float:
+def squares(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel) -> float:
     """The sum of the squares of all gradients that are kept."""
     return sum(abreast.map(lambda own: sum(adamw.squares(share.pieces, share.start, share.stop) for share in own), cut))
 
 
-def move(cut: Sequence[Sequence[Share]], abreast: Abreast, optimizer: torch.optim.Optimizer, shorten: float) -> None:
+def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: torch.optim.Optimizer, shorten: float) -> None:
     """One step of AdamW over the weights of which gradients are kept, by `shorten` times these. The moments are the optimizer's own, as
     it would have made them."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     moments = {id(whole): _moments(whole, optimizer) for whole in _each(cut)}
 
-    def work(own: Sequence[Share]) -> None:
+    def work(own: Sequence[RowRange]) -> None:
         for share in own:
-            rule, state = Rule.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
+            rule, state = AdamWParams.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
             adamw.move_(moments[id(share.whole)], share.pieces, rule, int(state["step"]), shorten, share.start, share.stop)
 
     abreast.map(work, cut)
@@ -219,22 +219,22 @@ def move(cut: Sequence[Sequence[Share]], abreast: Abreast, optimizer: torch.opti
         whole.follows()
 
 
-def leave(wholes: Sequence[Whole]) -> None:
+def leave(wholes: Sequence[MasterWeight]) -> None:
     """Forget what is kept, when the step is over."""
     for whole in wholes:
         whole.kept.clear()
         whole.sparse = None
 
 
-def _each(cut: Sequence[Sequence[Share]]) -> Iterator[Whole]:
+def _each(cut: Sequence[Sequence[RowRange]]) -> Iterator[MasterWeight]:
     return iter({id(share.whole): share.whole for own in cut for share in own}.values())
 
 
-def _moments(whole: Whole, optimizer: torch.optim.Optimizer) -> Moments:
+def _moments(whole: MasterWeight, optimizer: torch.optim.Optimizer) -> AdamWState:
     weight, state = whole.weight, adamw.state_of(whole.weight, optimizer)
     state["step"] += 1
     assert whole.copy is not None, "a product made the gradient, of the rounded weight"
-    return Moments(weight.detach(), state["exp_avg"], state["exp_avg_sq"], whole.copy)
+    return AdamWState(weight.detach(), state["exp_avg"], state["exp_avg_sq"], whole.copy)
 
 
 def _sum_of_rows(read: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@
     gather     lowᵀ · x                  with low (T, r):    (r, K), float32
 
 T, K and N are whole thirty-twos, r is any. As products of their own these took a seventh of a step: with a rank of 16 a product of oneDNN
-reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. A `Room` takes what goes back through all layers
+reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. A `GradientBuffer` takes what goes back through all layers
 of one product in one call. (The units' layouts: `worker/kernels/cpu/amx.py`.)
 """
 
@@ -300,7 +300,7 @@ class Layers:
         return [(up.shape[0], _lanes(up.shape[1])) for up in self.ups]
 
 
-class Room:
+class GradientBuffer:
     """Where the gradients of the layers' A and B are put, float32: `down` (Σr, K) and `ups` (N, r), parts of what has room for whole lanes."""
 
     def __init__(self, layers: Layers) -> None:

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 from worker.kernels.cpu import lora_products
-from worker.kernels.cpu.adamw import Rule, state_of
+from worker.kernels.cpu.adamw import AdamWParams, state_of
 from worker.kernels.cpu.amx import SIDE
 from worker.kernels.cpu.jit import F, addresses, kernel, narrow, row_of, rows_of
-from worker.kernels.cpu.lora_products import Layers, Room
-from worker.runtime.thread_parallel import Abreast
+from worker.kernels.cpu.lora_products import GradientBuffer, Layers
+from worker.runtime.thread_parallel import ThreadParallel
 
 HALF, LONG, DOUBLE = np.uint16(0), np.int64(0), np.float64(0)
 
 
-class Factor(NamedTuple):
+class LoraFactor(NamedTuple):
     """An A or a B, the parts' gradients of it, and where it stands in bf16 times `scale`; turned as well, where `turned` is not None."""
 
     parameter: torch.nn.Parameter
@@ -37,7 +37,7 @@ class Factor(NamedTuple):
     scale: float
 
 
-class Factors:
+class LoraLayerState:
     """A (r, K) and B (N, r) of layers that read the same x, as their product reads them: with W (ΣN, K) and a bias (ΣN,) or None, in bf16,
     that they add to, and with a room for their gradients for each of `parts` of a pack. Raises ValueError where the units do not take them.
     """
@@ -49,7 +49,7 @@ class Factors:
         scales: Sequence[float],
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        abreast: Abreast,
+        abreast: ThreadParallel,
         parts: int,
     ) -> None:
         kind, (height, width) = weight.dtype, weight.shape
@@ -58,15 +58,15 @@ class Factors:
         self.down = torch.empty(sum(down.shape[0] for down in downs), width, dtype=kind)
         self.lifts = torch.zeros(self.down.shape[0], height, dtype=kind)  # all s B, turned, each beside and below the one before
         self.layers = Layers([torch.empty(up.shape, dtype=kind) for up in ups], scales, width)
-        self.rooms, self.filled = [Room(self.layers) for _ in range(parts)], [False] * parts
+        self.rooms, self.filled = [GradientBuffer(self.layers) for _ in range(parts)], [False] * parts
         self.round()
 
-    def factors(self) -> Iterator[Factor]:
+    def factors(self) -> Iterator[LoraFactor]:
         row, column, rooms = 0, 0, [room.all() for room in self.rooms]
         for i, (down, up, scale) in enumerate(zip(self.downs, self.ups, self.scales, strict=True)):
             rows, columns = slice(row, row + down.shape[0]), slice(column, column + up.shape[0])
-            yield Factor(down, [room[0][rows] for room in rooms], self.down[rows], None, 1.0)
-            yield Factor(up, [room[1 + i] for room in rooms], self.layers.ups[i], self.lifts[rows, columns], scale)
+            yield LoraFactor(down, [room[0][rows] for room in rooms], self.down[rows], None, 1.0)
+            yield LoraFactor(up, [room[1 + i] for room in rooms], self.layers.ups[i], self.lifts[rows, columns], scale)
             row, column = rows.stop, columns.stop
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Factors:
         if not self.filled[place]:
             self.filled[place] = True
             return self.rooms[place].take(dy, x, low)
-        more = Room(self.layers)
+        more = GradientBuffer(self.layers)
         back = more.take(dy, x, low)
         for kept, added in zip(self.rooms[place].all(), more.all(), strict=True):
             kept += added
@@ -109,7 +109,7 @@ class Product(torch.autograd.Function):
     """x (…, K) through the layers that `own` stands for: (…, ΣN). A factor is given so that the pass comes back also where x needs nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, own: Factors, _: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, own: LoraLayerState, _: torch.Tensor) -> torch.Tensor:
         flat = rows_of(x)
         low = lora_products.project(flat, own.down)
         y = low @ own.lifts if own.bias is None else torch.addmm(own.bias, low, own.lifts)
@@ -175,14 +175,14 @@ def _move(table, rules, start, stop, shorten):
                     L[i] = row_of(T[7], i, 2 * columns, columns, HALF)[j]
 
 
-class Learnt:
+class LoraOptimizer:
     """All factors of a job that are computed so. When a step's parts are through, ask for `squares`, then `move` where these are finite."""
 
-    def __init__(self, places: Sequence[Any], optimizer: torch.optim.Optimizer, abreast: Abreast) -> None:
+    def __init__(self, places: Sequence[Any], optimizer: torch.optim.Optimizer, abreast: ThreadParallel) -> None:
         self.places, self.optimizer, self.abreast = places, optimizer, abreast  # each of which has factors of its own
-        self.products: list[Factors] = [place.own for place in places]
+        self.products: list[LoraLayerState] = [place.own for place in places]
         self.every = [list(product.factors()) for product in self.products]
-        self.moving: list[Factor] = []  # what has gradients in this step
+        self.moving: list[LoraFactor] = []  # what has gradients in this step
         self.elsewhere = False  # whether these were handed to torch
 
     def squares(self) -> float:
@@ -211,7 +211,7 @@ class Learnt:
         states = [state_of(factor.parameter, self.optimizer) for factor in self.moving]
         torch._foreach_add_([state["step"] for state in states], 1)
         told = [[*_size(factor), *_places(factor, state)] for factor, state in zip(self.moving, states, strict=True)]
-        rules = [(*Rule.of(groups[id(f.parameter)]).at(int(s["step"])), f.scale) for f, s in zip(self.moving, states, strict=True)]
+        rules = [(*AdamWParams.of(groups[id(f.parameter)]).at(int(s["step"])), f.scale) for f, s in zip(self.moving, states, strict=True)]
         numbers = torch.tensor(rules, dtype=torch.float64)
         self._share(_move, torch.tensor(told, dtype=torch.int64), numbers.data_ptr(), after=(shorten,))
 
@@ -229,10 +229,10 @@ class Learnt:
         return self.abreast.map(lambda piece: work(table.data_ptr(), given, *piece, *after), list(itertools.pairwise(edges)))
 
 
-def _size(factor: Factor) -> tuple[int, int, int]:
+def _size(factor: LoraFactor) -> tuple[int, int, int]:
     return *factor.copy.shape, factor.gradients[0].stride(0) * 4
 
 
-def _places(factor: Factor, state: dict[str, torch.Tensor]) -> Iterator[int]:
+def _places(factor: LoraFactor, state: dict[str, torch.Tensor]) -> Iterator[int]:
     yield from addresses(factor.gradients[0], factor.parameter, state["exp_avg"], state["exp_avg_sq"], factor.copy, factor.turned)
     yield 0 if factor.turned is None else factor.turned.stride(0) * factor.turned.itemsize

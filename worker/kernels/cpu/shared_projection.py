@@ -23,7 +23,7 @@ def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
                     yield layers
 
 
-class Together(ABC):
+class SharedProjection(ABC):
     """Layers computed together by whichever is called first. Each knows it as `group`, and its own `place` in it."""
 
     def __init__(self, layers: Sequence[Any], device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Together(ABC):
         return result
 
 
-class InGroup:
+class SharedProjectionPart:
     """What a layer of peft's that may be in a group has for it."""
 
     group: Any = None

@@ -15,14 +15,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from worker.kernels.cpu.shared_projection import Together, siblings
+from worker.kernels.cpu.shared_projection import SharedProjection, siblings
 
 FEW = range(4, 49)
 """Numbers of rows for which oneDNN is asked."""
 WORTHWHILE = 1.05
 
 
-class _Group(Together):
+class _Group(SharedProjection):
     """Layers that read the same input; their weights are made views of one matrix, so that joining them takes no memory."""
 
     def __init__(self, layers: list[FewRows]) -> None:

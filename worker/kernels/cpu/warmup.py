@@ -44,7 +44,7 @@ def compile_all() -> None:
     from worker.kernels.cpu.gated_mlp import SILU, gated, gated_back
     from worker.kernels.cpu.rms_norm import rms_norm
     from worker.kernels.cpu.rotary import rotate
-    from worker.runtime.thread_parallel import Abreast
+    from worker.runtime.thread_parallel import ThreadParallel
 
     if not jit.works():
         return
@@ -62,17 +62,17 @@ def compile_all() -> None:
         gated_back(x, x, gated(x, x, SILU), SILU, again=True)
         softmax_loss_(x, torch.zeros(4, dtype=torch.long), torch.empty(4))
     weight, moments, room = torch.ones(1, 32), torch.zeros(2, 1, 32), torch.zeros(1, 32, dtype=half)
-    pieces = adamw.Pieces(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
+    pieces = adamw.SplitGradient(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
     adamw.squares(pieces, 0, 1)
-    adamw.move_(adamw.Moments(weight, *moments, room), pieces, adamw.Rule(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1)
+    adamw.move_(adamw.AdamWState(weight, *moments, room), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1)
     if amx_attention.works():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
         amx_attention.attention(q, q, q, [4], amx_attention.Rules(1.0, True, 0)).sum().backward()
     if lora_products.works():
         down, up, x = (torch.nn.Parameter(torch.ones(size, 32)[:, :width]) for size, width in ((1, 32), (32, 1), (32, 32)))
-        own = lora_step.Factors([down], [up], [1.0], x.detach().to(half), None, Abreast(1), 1)
+        own = lora_step.LoraLayerState([down], [up], [1.0], x.detach().to(half), None, ThreadParallel(1), 1)
         lora_step.Product.apply(x.to(half), own, down).float().sum().backward()
-        learnt = lora_step.Learnt([SimpleNamespace(own=own)], torch.optim.AdamW([down, up]), own.abreast)
+        learnt = lora_step.LoraOptimizer([SimpleNamespace(own=own)], torch.optim.AdamW([down, up]), own.abreast)
         learnt.squares()
         learnt.move(1.0)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from app.spec import JobSpec
-from worker.training.objectives._base import Lesson
+from worker.training.objectives._base import Objective
 
 
-def lesson_of(spec: JobSpec, tokenizer: Any) -> Lesson:
+def lesson_of(spec: JobSpec, tokenizer: Any) -> Objective:
     """The lesson of an order's task, its data read."""
     if spec.task == "classification":
-        from worker.training.objectives.classification import Classifying
+        from worker.training.objectives.classification import SequenceClassification
 
-        return Classifying(spec, tokenizer)
+        return SequenceClassification(spec, tokenizer)
     if spec.task == "preference":
-        from worker.training.objectives.dpo import Preferring
+        from worker.training.objectives.dpo import DPO
 
-        return Preferring(spec, tokenizer)
-    from worker.training.objectives.causal_lm import Writing
+        return DPO(spec, tokenizer)
+    from worker.training.objectives.causal_lm import CausalLM
 
-    return Writing(spec, tokenizer)
+    return CausalLM(spec, tokenizer)

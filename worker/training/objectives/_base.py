@@ -13,8 +13,8 @@ from app import events
 from app.spec import JobSpec
 from worker.data.batching import Tokenised
 from worker.modeling.classifier import Classifier
-from worker.modeling.packed_attention import Frame
-from worker.runtime.device import Engine
+from worker.modeling.packed_attention import PackShape
+from worker.runtime.device import Compute
 from worker.training import optim
 from worker.training.checkpoint import State
 
@@ -24,7 +24,7 @@ MOST_REMEMBERED = 5000
 """Rows whose single losses a checkpoint keeps, so that base and tuned can be compared row by row in the end."""
 
 
-class Passed(NamedTuple):
+class LossOutput(NamedTuple):
     """What a pass over a pack, or over a part of one, found."""
 
     loss: torch.Tensor  # the sum of the losses, in nats
@@ -33,7 +33,7 @@ class Passed(NamedTuple):
     measured: torch.Tensor | None = None  # sums of what else was measured, still on the device; `name_metrics` reads them later
 
 
-class Scored(NamedTuple):
+class EvalResult(NamedTuple):
     """Scores of the held-out rows together, `loss` among them, and the loss of each row alone, in nats."""
 
     metrics: dict[str, float]
@@ -44,16 +44,16 @@ Loader = Callable[[], torch.nn.Module]
 """Gives the model as it was before tuning; loads it when it is first asked for."""
 
 
-class Lesson(ABC):
+class Objective(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
     accuracy: ClassVar[str] = "accuracy"  # which of the scores is the share that it gets right
-    measures: ClassVar[int] = 0  # how many sums `Passed.measured` has
+    measures: ClassVar[int] = 0  # how many sums `LossOutput.measured` has
     train: Tokenised
     held_out: Tokenised
     labels: list[str] | None = None
-    frame: Frame | None = None  # the one shape of all packs, on a GPU
+    frame: PackShape | None = None  # the one shape of all packs, on a GPU
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.spec, self.tokenizer = spec, tokenizer
@@ -70,12 +70,12 @@ class Lesson(ABC):
         """What a person should know of the data before training starts."""
 
     @abstractmethod
-    def load(self, engine: Engine) -> torch.nn.Module:
+    def load(self, engine: Compute) -> torch.nn.Module:
         """The model before tuning, as the strategy attaches to it."""
 
     # What takes a pass over many rows is a generator of the shares that are done (worker/runtime/progress.py).
 
-    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> Generator[float, None, None]:
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Done once with the model before the strategy is attached, in every attempt, packs having `budget` tokens."""
         yield from ()
 
@@ -88,11 +88,11 @@ class Lesson(ABC):
         """Over how many losses a step's packs are averaged."""
 
     @abstractmethod
-    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         """What `loss` needs of a pack of training rows, sent to the device; made while the step before still runs."""
 
     @abstractmethod
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         """One pass over what `batch` made. Parts of a pack may pass side by side in threads, so it changes nothing that they share."""
 
     def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
@@ -100,14 +100,14 @@ class Lesson(ABC):
         return {}
 
     @abstractmethod
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         """Scores of the held-out rows."""
 
-    def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
+    def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
         """What the model says to the sample prompts before tuning."""
         return []
 
-    def samples(self, model: torch.nn.Module, state: State, engine: Engine) -> list[events.Sample]:
+    def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         """A few held-out rows with what the model says now."""
         return []
 
@@ -117,12 +117,12 @@ class Lesson(ABC):
 
     # At the end, base and result on the same rows ----------------------------------------------------------------------
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         """The result's mean loss of each training row in nats, for the ledger; empty where a task keeps none."""
         yield from ()
         return []
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         """The same before tuning."""
         yield from ()
         return []
@@ -132,11 +132,11 @@ class Lesson(ABC):
         return None
 
     @abstractmethod
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, Any]:
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, Any]:
         """What the evaluation needs of the result, before it leaves the memory."""
 
     @abstractmethod
-    def evaluation(self, state: State, examined: Any, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
+    def evaluation(self, state: State, examined: Any, base: Loader, budget: int, engine: Compute) -> dict[str, Any]:
         """Base and result on the same held-out rows; empty without any."""
 
 
@@ -153,7 +153,7 @@ def trained_parameters(model: torch.nn.Module) -> optim.Named:
     return found | {f"{optim.HEAD}{name}": p for name, p in model.head.named_parameters()}
 
 
-def remarks_on(lesson: Lesson) -> Iterator[str]:
+def remarks_on(lesson: Objective) -> Iterator[str]:
     """What is said of the data of any task."""
     for name, part in (("training", lesson.train), ("validation", lesson.held_out)):
         if part.cut:

@@ -20,12 +20,12 @@ from worker.data.chat_template import prepare_tokenizer, template_remark, tuned_
 from worker.modeling import packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import Question
 from worker.scoring.metrics import answer_scores, contest, paired_losses
 from worker.training.checkpoint import State
-from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
+from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
@@ -52,7 +52,7 @@ class FewShotRows(NamedTuple):
     examples: list[solved_examples.Asked]
 
 
-class Writing(Lesson):
+class CausalLM(Objective):
     unit: ClassVar = "token"
     accuracy: ClassVar = "token_accuracy"
 
@@ -87,7 +87,7 @@ class Writing(Lesson):
         if self.plain_template and self.spec.dataset.format in ("chat", "instruction"):
             yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
-    def load(self, engine: Engine) -> torch.nn.Module:
+    def load(self, engine: Compute) -> torch.nn.Module:
         spec = self.spec
         return load_plain(spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(spec.strategy).base_bits)
 
@@ -97,22 +97,22 @@ class Writing(Lesson):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return batching.trained_in(self.train, window)
 
-    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         return make_batch(self.train, pack, engine.device, self.frame, not self.spec.run.packing)
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         hidden = held_out.hidden_states(model, batch, engine)
         total = linear_cross_entropy(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute)
-        return Passed(total, batch.tokens, batch.trained)
+        return LossOutput(total, batch.tokens, batch.trained)
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         scored = yield from held_out.scoring(model, self.held_out, budget, engine)
-        return Scored(held_out.measures(scored, self.held_bytes), _means(scored)[:MOST_REMEMBERED])
+        return EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MOST_REMEMBERED])
 
-    def base_answers(self, model: torch.nn.Module, engine: Engine) -> list[str]:
+    def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
         return held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)
 
-    def samples(self, model: torch.nn.Module, state: State, engine: Engine) -> list[events.Sample]:
+    def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         told = state.base_answers
         if state.step:
             told = held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine, self.lead)
@@ -124,16 +124,16 @@ class Writing(Lesson):
     def kind(self) -> str:
         return tuned_kind(self.spec.model.kind, self.spec.dataset.format)
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return _means((yield from held_out.scoring(model, self.train, budget, engine)))
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return _means((yield from held_out.scoring(base(), self.train.without(len(self.lead)), budget, engine)))
 
     def writer(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
 
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, Examined]:
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
         yield 0.0  # the answers have a limit of their own
         rows = self._few_shot_rows()
@@ -143,7 +143,7 @@ class Writing(Lesson):
         questions = self._questions([*asked, *(i for i in [*worst, *best] if i not in asked)] if asked else [])
         return Examined(worst, best, asked, questions, self._answers(model, questions, engine, self.lead), rows, losses)
 
-    def evaluation(self, state: State, examined: Examined, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
+    def evaluation(self, state: State, examined: Examined, base: Loader, budget: int, engine: Compute) -> dict[str, Any]:
         worst, best, asked, questions, answers, rows, tuned_losses = examined
         before: dict[str, Any] = dict(state.before)
         after: dict[str, Any] = dict(state.best or state.last)
@@ -225,7 +225,7 @@ class Writing(Lesson):
                 found[place] = one[0]
         return found
 
-    def _answers(self, model: torch.nn.Module, asked: dict[int, Question], engine: Engine, lead: list[int]) -> dict[int, str]:
+    def _answers(self, model: torch.nn.Module, asked: dict[int, Question], engine: Compute, lead: list[int]) -> dict[int, str]:
         most = self.spec.run.sample_tokens
         told = held_out.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead)
         return {place: text for place, text in zip(asked, told, strict=True) if text is not None}

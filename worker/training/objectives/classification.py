@@ -17,14 +17,14 @@ from worker.data import batching
 from worker.data.batching import BadRow, Row, Tokenised
 from worker.modeling import packed_attention
 from worker.modeling.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 from worker.runtime.transfer import sent
 from worker.scoring import prompt_baseline
 from worker.scoring.held_out import reading
 from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
 from worker.training.checkpoint import State
-from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, Lesson, Loader, Passed, Scored, body_of, remarks_on
+from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, body_of, remarks_on
 
 
 class Labelled(NamedTuple):
@@ -119,7 +119,7 @@ def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple
     return packed_attention.packed(np.concatenate([data.ids[s] for s in spans]), lengths, device), lengths
 
 
-def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
+def sorting(model: Classifier, data: Tokenised, budget: int, engine: Compute) -> Generator[float, None, np.ndarray]:
     """Probabilities, (rows, labels), of all texts of `data` in their order; says the share of the packs that are done."""
     found = np.empty((len(data), len(model.labels)), np.float64)
 
@@ -133,12 +133,12 @@ def sorting(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> 
     return found
 
 
-def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Engine) -> np.ndarray:
+def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Compute) -> np.ndarray:
     """The same in one go."""
     return drained(sorting(model, data, budget, engine))
 
 
-class Classifying(Lesson):
+class SequenceClassification(Objective):
     unit: ClassVar = "text"
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
@@ -155,7 +155,7 @@ class Classifying(Lesson):
         yield from remarks_on(self)
         yield from label_remarks(self.train_rows, self.labels or [])
 
-    def load(self, engine: Engine) -> torch.nn.Module:
+    def load(self, engine: Compute) -> torch.nn.Module:
         return load_stack(self.spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(self.spec.strategy).base_bits)
 
     def attach(self, model: torch.nn.Module) -> Classifier:
@@ -168,24 +168,24 @@ class Classifying(Lesson):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
-    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         truth = sent(torch.from_numpy(self.train_truth[list(pack)]), engine.device)
         return *pack_of(self.train, pack, engine.device), truth
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         inputs, lengths, truth = batch
         with engine.autocast():
             scores = model(**inputs, lengths=lengths)
-        return Passed(F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths))
+        return LossOutput(F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths))
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         self.newest = yield from sorting(model, self.held_out, budget, engine)
         found = classification_scores(self.newest, self.held_truth, self.labels or [])
         rows = row_losses(self.newest, self.held_truth)
         names = ("accuracy", "macro_f1", "calibration_error")
-        return Scored({"loss": found["log_loss"], **{name: found[name] for name in names}}, rows[:MOST_REMEMBERED])
+        return EvalResult({"loss": found["log_loss"], **{name: found[name] for name in names}}, rows[:MOST_REMEMBERED])
 
-    def samples(self, model: torch.nn.Module, state: State, engine: Engine) -> list[events.Sample]:
+    def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         """The first held-out texts with the likeliest label and its probability, from the validation that was just made."""
         if self.newest is None or not len(self.newest):
             return []
@@ -199,10 +199,10 @@ class Classifying(Lesson):
 
     # At the end -----------------------------------------------------------------------------------------------------------
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return row_losses((yield from sorting(model, self.train, budget, engine)), self.train_truth)
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         """Of always answering with the shares of the labels: before tuning there is no classifier."""
         yield from ()
         shares = np.bincount(self.train_truth, minlength=len(self.labels or [])) / len(self.train_truth)
@@ -212,17 +212,17 @@ class Classifying(Lesson):
         """A decoder's stack under the output layer that the model came with."""
         return Writer(body_of(model), output_layer(self.spec.model, model))
 
-    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Engine) -> Generator[float, None, np.ndarray]:
+    def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, np.ndarray]:
         return (yield from sorting(model, self.held_out, budget, engine))
 
-    def evaluation(self, state: State, examined: np.ndarray, base: Loader, budget: int, engine: Engine) -> dict[str, Any]:
+    def evaluation(self, state: State, examined: np.ndarray, base: Loader, budget: int, engine: Compute) -> dict[str, Any]:
         """Beside always answering with the shares of the training labels, as no model answers with labels before tuning."""
         if not len(self.held_out):
             return {}
         found = evaluation_of(examined, self.train_truth, self.held_truth, self.held_rows, self.labels or [])
         return found | {"contest": label_contest(examined.argmax(1), self.train_truth, self.held_truth, self._nearest(base, engine))}
 
-    def _nearest(self, base: Loader, engine: Engine) -> np.ndarray:
+    def _nearest(self, base: Loader, engine: Compute) -> np.ndarray:
         """What the base's vectors alone answer for the first held-out texts, (rows,): the label whose examples lie nearest."""
         from worker.training.feature_cache import embed  # scikit-learn stands behind it
 

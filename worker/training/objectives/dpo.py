@@ -25,17 +25,17 @@ from app.spec import JobSpec, PreferenceSettings
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark
-from worker.data.preference_pairs import Pairs, sequences_of, tokenise_pairs
+from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
 from worker.modeling.cross_entropy import head_of
 from worker.modeling.token_logprobs import token_nats
 from worker.runtime import distributed
-from worker.runtime.device import Engine
+from worker.runtime.device import Compute
 from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest, share_interval
 from worker.training.checkpoint import State, write_folder
-from worker.training.objectives._base import MOST_REMEMBERED, Lesson, Loader, Passed, Scored, remarks_on
-from worker.training.objectives.causal_lm import Writing
+from worker.training.objectives._base import MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives.causal_lm import CausalLM
 
 REFERENCE = "reference"
 PARTS = ("train", "held_out")
@@ -49,13 +49,13 @@ class PairBatch(NamedTuple):
     pairs: torch.Tensor  # (pairs,) their numbers
 
 
-def pair_batch(data: Pairs, pack: Sequence[int], device: torch.device) -> PairBatch:
+def pair_batch(data: PreferencePairs, pack: Sequence[int], device: torch.device) -> PairBatch:
     sequences = sequences_of(pack)
     counts = [data.answer_tokens(s) for s in sequences]
     return PairBatch(make_batch(data.sequences, sequences, device), counts, sent(torch.tensor(pack), device))
 
 
-def log_likelihoods(model: torch.nn.Module, given: PairBatch, engine: Engine, *, mean: bool = False) -> tuple[torch.Tensor, int, int]:
+def log_likelihoods(model: torch.nn.Module, given: PairBatch, engine: Compute, *, mean: bool = False) -> tuple[torch.Tensor, int, int]:
     """(log-probabilities (pairs, 2) of the chosen and the rejected answers in nats, tokens read, tokens of answers) of a pack.
 
     Sums over the tokens of each answer, or means. Gradients flow.
@@ -98,7 +98,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
     return {name: value / max(pairs, 1.0) for name, value in means.items()}
 
 
-class Preferring(Writing):
+class DPO(CausalLM):
     unit: ClassVar = "pair"
     accuracy: ClassVar = "reward_accuracy"
     measures: ClassVar = 4  # those of `sums_of`
@@ -107,7 +107,7 @@ class Preferring(Writing):
         self.plain_template = prepare_tokenizer(tokenizer, spec.run)
         if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
             tokenizer.chat_template, self.plain_template = None, False
-        Lesson.__init__(self, spec, tokenizer)
+        Objective.__init__(self, spec, tokenizer)
         self.settings = spec.preference or PreferenceSettings()
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batching.sides(spec)
@@ -131,7 +131,7 @@ class Preferring(Writing):
 
     # The reference ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: torch.nn.Module, engine: Engine, attempt: Path, budget: int) -> Generator[float, None, None]:
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Score all pairs with the model before tuning, or read what an earlier attempt at this job found."""
         digest = self._digest(engine)
         found = _kept(attempt.parent, digest)
@@ -143,7 +143,7 @@ class Preferring(Writing):
                 write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
         self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
 
-    def _score(self, model: torch.nn.Module, data: Pairs, engine: Engine, budget: int) -> Generator[float, None, torch.Tensor]:
+    def _score(self, model: torch.nn.Module, data: PreferencePairs, engine: Compute, budget: int) -> Generator[float, None, torch.Tensor]:
         """Log-probabilities, (pairs, 2), of all pairs; sums or means as the loss takes them."""
         found = torch.zeros(len(data), 2)
 
@@ -154,7 +154,7 @@ class Preferring(Writing):
         yield from held_out.reading(model, read, data.pairs.lengths, budget, engine)
         return found
 
-    def _digest(self, engine: Engine) -> str:
+    def _digest(self, engine: Compute) -> str:
         """What the reference's figures follow from."""
         spec = self.spec
         said = spec.model_dump_json(include={"model", "dataset", "validation", "split", "run", "preference", "strategy"})
@@ -177,25 +177,25 @@ class Preferring(Writing):
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
-    def batch(self, pack: Sequence[int], engine: Engine) -> Any:
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         return pair_batch(self.pairs["train"], pack, engine.device)
 
-    def loss(self, model: torch.nn.Module, batch: Any, engine: Engine) -> Passed:
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         """The pairs' losses, and the tokens of their answers as the number of losses."""
         policy, tokens, answers = log_likelihoods(model, batch, engine, mean=self.settings.means)
         reference = self.reference["train"].index_select(0, batch.pairs).to(policy.dtype)
         losses, rewards = losses_of(policy, reference, self.settings)
-        return Passed(losses.sum(), tokens, answers, sums_of(rewards))
+        return LossOutput(losses.sum(), tokens, answers, sums_of(rewards))
 
     def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
         return named(sums)
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         """Each pair's loss: one that grew says that the worse answer is still the likelier one, as where the two stand exchanged."""
         policy = yield from self._score(model, self.pairs["train"], engine, budget)
         return self._losses(policy)
 
-    def row_losses_before(self, base: Loader, budget: int, engine: Engine) -> Generator[float, None, list[float]]:
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         yield from ()
         return self._losses(self.reference["train"].cpu())
 
@@ -204,12 +204,12 @@ class Preferring(Writing):
 
     # Judging ------------------------------------------------------------------------------------------------------------
 
-    def validate(self, model: torch.nn.Module, budget: int, engine: Engine) -> Generator[float, None, Scored]:
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         data = self.pairs["held_out"]
         policy = yield from self._score(model, data, engine, budget)
         losses, rewards = losses_of(policy.double(), self.reference["held_out"].cpu().double(), self.settings)
         metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
-        return Scored(metrics, losses.tolist()[:MOST_REMEMBERED])
+        return EvalResult(metrics, losses.tolist()[:MOST_REMEMBERED])
 
     def _few_shot_rows(self) -> None:
         """No prompt can be scored by pairs."""
