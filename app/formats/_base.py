@@ -1,6 +1,6 @@
 """What every dataset format is: how it is recognised, what makes a row good, and how a row is brought into our shape.
 
-A format never sees a file: the readers (`app/datasets/readers.py`) hand it raw rows, one dict each, and a *mapping* from the
+A format never sees a file: the readers (`app/datasets/readers/`) hand it raw rows, one dict each, and a *mapping* from the
 format's fields to the columns of this file. Columns no field claims are kept as metadata.
 """
 

@@ -54,7 +54,7 @@ def die(payload, say):
 
 
 def run(function, tmp_path, limits=None, **rest):
-    return sandbox.run(f"tests.test_sandbox:{function}", {"n": 21}, limits, folder=tmp_path, **rest)
+    return sandbox.run(f"tests.kit.test_sandbox:{function}", {"n": 21}, limits, folder=tmp_path, **rest)
 
 
 def test_messages_then_a_result_with_an_empty_environment_and_no_trace_left(tmp_path, monkeypatch):

@@ -26,7 +26,9 @@ from app.storage import files
 from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
 from app.tables import Dataset
+from tests.conftest import wait_until
 from tests.data_worker import data_worker
+from worker import tasks
 
 
 @pytest.fixture
@@ -276,9 +278,7 @@ def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, t
         session, user, JobRequest(model="tiny", dataset_id=dataset.id, strategy={"name": "dense_head"}, task="classification")
     )
     session.commit()
-    ingest_task.read(dataset.id)
-    jobs.settle(session)
-    session.commit()
+    tasks.read(str(dataset.id))
     session.refresh(job)
     assert job.status == "failed" and job.error["code"] == "one_class"
 
@@ -320,7 +320,7 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
             and "3 as whole rows, 1 by their prompt" in warning
             and "lines 1, 2, 3, 4" in warning
         )
-        session.refresh(job)
+        wait_until(lambda: session.refresh(job) or job.estimate["warnings"], what="the job's warning", seconds=30)
         assert job.estimate["warnings"] == [warning] and job.estimate["overlap"] == said["overlap"]
         page = html.unescape(client.get("/jobs/new", params={"model": "tiny", "dataset": keys[0], "validation": keys[1]}).text)
         assert warning in page and said["overlap"]["page"] in page

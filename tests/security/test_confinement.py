@@ -226,8 +226,8 @@ def test_an_installation_for_root_alone_is_not_run_by_another_user(tmp_path):
 def test_it_dies_with_its_parent(data_dir):
     """Also after a change of user, which makes the kernel forget the order."""
     code = (
-        "import subprocess, sys, time; from app import confinement;"
-        "p = subprocess.Popen(confinement.confined(['/bin/sleep', '600'], confinement.Room()), start_new_session=True);"
+        "import subprocess, sys, time; from app.kit import confinement;"
+        "p = subprocess.Popen(confinement.confined(['/bin/sleep', '600'], confinement.Confinement()), start_new_session=True);"
         "print(p.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=PROJECT)

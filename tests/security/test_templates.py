@@ -126,11 +126,11 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
 
     script = (
         "import os, threading, time\nfrom tests.security import bombs\nfrom tests.tiny import build_tokenizer\n"
-        "from worker import templates\ntokenizer = build_tokenizer()\n"
-        "templates.write(tokenizer, bombs.PLAIN, templates.Chat([{'role': 'user', 'content': 'a'}]))\n"
+        "from worker.data import template_pool\ntokenizer = build_tokenizer()\n"
+        "template_pool.write(tokenizer, bombs.PLAIN, template_pool.Chat([{'role': 'user', 'content': 'a'}]))\n"
         "bomb = bombs.guarded(bombs.GUARDED['late loops'])\n"
-        "chat = templates.Chat([{'role': 'user', 'content': 'BOOM'}])\n"
-        "threading.Thread(target=lambda: templates.write(tokenizer, bomb, chat), daemon=True).start()\n"
+        "chat = template_pool.Chat([{'role': 'user', 'content': 'BOOM'}])\n"
+        "threading.Thread(target=lambda: template_pool.write(tokenizer, bomb, chat), daemon=True).start()\n"
         "time.sleep(0.6)\n"
         "print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\nos.kill(os.getpid(), 9)\n"
     )

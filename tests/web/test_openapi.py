@@ -91,7 +91,7 @@ def test_every_operation_has_a_name_of_its_own_and_is_told_in_words(document):
         assert operation["summary"] and " ".join(operation["description"].split()).startswith(operation["summary"]), (
             f"{method} {path} has no docstring"
         )
-        assert set(operation["tags"]) <= {tag["name"] for tag in document["tags"]}, f"{path}: name its tag in app/openapi.py"
+        assert set(operation["tags"]) <= {tag["name"] for tag in document["tags"]}, f"{path}: name its tag in app/schemas/openapi.py"
 
 
 def test_a_key_is_needed_everywhere_and_refusals_have_one_shape(document):

@@ -195,7 +195,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_kernels_are_kept_in_the_data_folder_and_compiled_again_where_it_is_closed(tmp_path: Path) -> None:
-    code = "from worker import simd; import numba; print(simd.works(), numba.config.CACHE_DIR)"
+    code = "from worker.kernels.cpu import jit; import numba; print(jit.works(), numba.config.CACHE_DIR)"
     works, folder = run(code, LUTHIER_DATA_DIR=str(tmp_path / "data")).split()
     assert works == "True" and Path(folder).is_relative_to(tmp_path / "data" / "cache" / "numba") and list(Path(folder).rglob("*.nbi"))
     (tmp_path / "file").write_text("")
@@ -212,6 +212,6 @@ def test_all_that_a_job_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pyt
     compiled = {path.name for path in (tmp_path / "kernels").rglob("*.nbc")}
     use = "from tests.worker.kernels.test_jit import everything; import torch; everything(torch.float32); everything(torch.bfloat16)"
     run(use, **kept)
-    for job in ("factors", "rooms"):
-        run(f"from tests.worker.test_{job} import Job; Job().go()", **kept)
+    for job in ("lora_step", "gradient_buffers"):
+        run(f"from tests.worker.kernels.test_{job} import Job; Job().go()", **kept)
     assert len(compiled) > 10 and {path.name for path in (tmp_path / "kernels").rglob("*.nbc")} == compiled

@@ -61,5 +61,5 @@ def test_a_worker_with_a_reason_is_not_deaf(waiting, why, monkeypatch):
 
 
 def test_a_worker_that_hears_not_even_the_signal_is_cut_short():
-    code = "import signal; from worker import watchdog; signal.signal(signal.SIGTERM, signal.SIG_IGN); watchdog.leave(0.1)"
+    code = "import signal; from worker.supervision import watchdog; signal.signal(signal.SIGTERM, signal.SIG_IGN); watchdog.leave(0.1)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == watchdog.DEAF
