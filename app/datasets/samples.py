@@ -10,11 +10,11 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.errors import NotFound
-from app.settings import PROJECT
+from app.settings import RESOURCES
 from app.storage import files
 from app.tables import Dataset, User
 
-FOLDER = PROJECT / "samples"
+FOLDER = RESOURCES / "samples"
 
 
 def list_() -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
 from app.kit.humanize import ago, clock, human_bytes, human_number, human_percent, human_seconds, plural
-from app.settings import PROJECT
+from app.settings import RESOURCES
 
-STATIC = PROJECT / "static"
+STATIC = RESOURCES / "static"
 current: ContextVar[Request] = ContextVar("request")
 """The request being answered. `app.web.middleware` sets it, so that macros need no context handed down."""
 
@@ -38,7 +38,7 @@ def render(request: Request, name: str, /, status_code: int = 200, **context: An
 @cache
 def environment() -> Environment:
     env = Environment(
-        loader=FileSystemLoader(PROJECT / "templates"),
+        loader=FileSystemLoader(RESOURCES / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

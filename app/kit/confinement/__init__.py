@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.settings import PROJECT, get_settings
+from app.settings import PROJECT, RESOURCES, get_settings
 
 LAYERS = ("limits", "mounts", "network", "capabilities", "landlock", "seccomp")
 ENTER = str(Path(__file__).with_name("enter.py"))
@@ -145,7 +145,9 @@ def _system(data: str) -> list[str]:
     parts = [p for p in _SYSTEM if not os.path.islink(p)] + [f"/etc/{name}" for name in _ETC]
     python = [sys.prefix, sys.base_prefix, *sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     parts += [str(PROJECT / name) for name in _OURS]
-    parts += [path for path in python if path and not _above(path, str(PROJECT)) and path != "/"]
+    # What lies around a checkout is nobody's business; what lies around an installed package is Python itself.
+    around = str(PROJECT) if RESOURCES == PROJECT else ""
+    parts += [path for path in python if path and not (around and _above(path, around)) and path != "/"]
     real = {os.path.realpath(path) for path in parts if os.path.isabs(path)} | {path for path in parts if os.path.isabs(path)}
     kept = sorted(found for path in real if os.path.exists(path) for found in _without(path, {data, os.path.realpath(data)}))
     return [path for path in kept if not any(_above(other, path) and other != path for other in kept)]
