@@ -39,7 +39,7 @@ LOOK_SECONDS = 5.0
 STOP_SECONDS = 0.5
 """How soon it is noticed that the relay should end."""
 
-LONGEST_PAUSE_SECONDS = 5.0
+MAX_PAUSE_SECONDS = 5.0
 
 
 def send_batch(session: Session) -> int:
@@ -151,7 +151,7 @@ def relay(stop: Callable[[], bool]) -> None:
                 waker.wait(min(LOOK_SECONDS, next_reap - time.monotonic()), stop)
         except (DBAPIError, BrokerError, redis.RedisError, OSError) as error:
             failures += 1
-            pause = min(LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
+            pause = min(MAX_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
             log.warning("a server is away, trying again in %.1f s: %s", pause, str(error).splitlines()[0])
             wait_out(pause, stop)
     waker.close()

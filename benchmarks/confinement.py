@@ -78,7 +78,7 @@ def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "non
     from app.kit import confinement
     from app.settings import PROJECT
 
-    confinement.MOST_TASKS = TASKS
+    confinement.MAX_TASKS = TASKS
     running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
     targets = targets | {"tasks": targets["tasks"] + running}
     data, own = Path(targets["data"]), Path(targets["own"])

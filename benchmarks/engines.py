@@ -98,7 +98,7 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
 
     spec = order_of(plan, len(samples))
     total = spec.run.max_steps
-    train.lesson_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
+    train.objective_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
     packs, lead, rows_of = train_schedule.stream, len(lead_of(plan)), []
 
     def stream(*order: Any, **more: Any) -> Any:
@@ -108,8 +108,8 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
             yield epoch, place, rows
 
     train_schedule.stream = stream
-    fused_layers.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
-        plan["engine"], fused_layers.LEAST_SECONDS_TO_COMPILE
+    fused_layers.MIN_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
+        plan["engine"], fused_layers.MIN_SECONDS_TO_COMPILE
     )
     if plan["engine"] == "luthier_peft":
         from worker.modeling import fused_lora

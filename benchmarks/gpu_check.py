@@ -126,8 +126,8 @@ def pass_through(
         loss.backward()
         if gradient is None:
             gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values()])
-        norm = optim.clip(trained, 1.0)
-        optim.advance(optimizer, norm)
+        norm = optim.clip_grad_norm(trained, 1.0)
+        optim.optimizer_step(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss))
     if calls:

@@ -48,7 +48,7 @@ def order(session: Session, user: User, model: Model, *, name: str = "support-to
     )  # fmt: skip
     session.add(job)
     session.flush()
-    lifecycle.say(session, job.id, 0, events.Queued())
+    lifecycle.record_event(session, job.id, 0, events.Queued())
     session.commit()
     return job
 

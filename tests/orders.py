@@ -95,6 +95,6 @@ def make_job(session: Session, user: User, model: Model, dataset: Dataset, **run
     )
     session.add(job)
     session.flush()
-    queue.put_in_outbox(session, queue.TRAIN, job.id)
+    queue.enqueue(session, queue.TRAIN, job.id)
     session.commit()
     return job

@@ -159,7 +159,7 @@ def test_each_part_of_a_stream_leaves_at_once(data_dir):
 def test_bodies_have_a_limit(api, monkeypatch):
     from app.web import middleware
 
-    monkeypatch.setattr(middleware, "MOST_JSON_BYTES", 1000)
+    monkeypatch.setattr(middleware, "MAX_JSON_BYTES", 1000)
     for size, status in ((500, 405), (2000, 413)):
         assert api.post("/v1/studio", content=b"x" * size).status_code == status
 

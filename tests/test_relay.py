@@ -40,7 +40,7 @@ def order(count: int = 1, task: str = queue.TRAIN) -> list[uuid.UUID]:
     keys = [uuid.uuid4() for _ in range(count)]
     with transaction() as session:
         for key in keys:
-            queue.put_in_outbox(session, task, key)
+            queue.enqueue(session, task, key)
     return keys
 
 
@@ -68,7 +68,7 @@ def test_messages_go_to_their_queues_in_order_and_only_once(session):
 
 def test_an_order_that_was_rolled_back_is_never_sent(session):
     with pytest.raises(RuntimeError), transaction() as s:
-        queue.put_in_outbox(s, queue.TRAIN, uuid.uuid4())
+        queue.enqueue(s, queue.TRAIN, uuid.uuid4())
         s.flush()
         raise RuntimeError
     with transaction() as s:
@@ -165,7 +165,7 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
         assert lifecycle.claim(s, job.id, "w2").fence == held.fence + 1 and ingest_task.claim(s, reading.id)
     assert model_imports._claim(fetch.id)
     with pytest.raises(lifecycle.FenceLost), transaction() as s:
-        lifecycle.beat(s, held)
+        lifecycle.heartbeat(s, held)
     with transaction() as s:
         take_over(s)
         assert s.scalar(select(Evaluation.deaths)) == 1, "what nobody held has lost nobody"

@@ -146,7 +146,7 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
 # Beside the pipe ------------------------------------------------------------------------------------------------------
 
 
-LEAST_TOKENS = 500
+MIN_TOKENS = 500
 """Fewer say little of how fast a machine is: the first steps are slow."""
 
 
@@ -162,7 +162,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     from app.planning import duration
 
     measured, shape = finished.measured, spec.model.shape
-    if started is None or started.resumed_from is not None or measured.tokens < LEAST_TOKENS or not measured.tokens_per_second:
+    if started is None or started.resumed_from is not None or measured.tokens < MIN_TOKENS or not measured.tokens_per_second:
         return
     learnt = 0.0 if spec.task == "classification" else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers

@@ -63,7 +63,7 @@ def triton(device: torch.device) -> str:
 def bits(device: torch.device) -> str:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from worker.training.optim import advance, make_optimizer
+    from worker.training.optim import make_optimizer, optimizer_step
 
     weight = torch.randn(128, 64, device=device)
     apart = float((dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")) - weight).abs().mean())
@@ -71,7 +71,7 @@ def bits(device: torch.device) -> str:
     learnt = torch.nn.Parameter(weight.clone())
     optimizer = make_optimizer({"weight": learnt}, 1e-3, 0.0, "adamw_8bit")
     learnt.grad = torch.ones_like(weight)
-    advance(optimizer, torch.ones((), device=device))
+    optimizer_step(optimizer, torch.ones((), device=device))
     assert bool(((weight - learnt.detach() - 1e-3).abs() < 1e-5).all()), "8-bit AdamW took a wrong step"
     return f"{metadata.version('bitsandbytes')}, nf4 and 8-bit AdamW"
 
@@ -84,7 +84,7 @@ def fp8(device: torch.device) -> str:
     if reason := fp8.why_not(device):
         raise RuntimeError(reason)
     wanted = x.float() @ weight.float().t()
-    apart = float((fp8.product(x, *fp8.squeeze(weight)).float() - wanted).norm() / wanted.norm())
+    apart = float((fp8.product(x, *fp8.quantize(weight)).float() - wanted).norm() / wanted.norm())
     assert apart < 0.06, f"a product is {apart:.1%} off"
     return f"products within {apart:.1%}"
 

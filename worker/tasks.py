@@ -39,7 +39,7 @@ def read(key: str) -> None:
 
     ingest_task.read(uuid.UUID(key))
     with transaction() as session:
-        jobs.settle(session, uuid.UUID(key))  # jobs that waited for it
+        jobs.resolve_waiting_jobs(session, uuid.UUID(key))  # jobs that waited for it
 
 
 @celery.task(name=FETCH)

@@ -24,7 +24,7 @@ from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.kernels.cpu import gradient_buffers
-from worker.kernels.cpu.full_tuning import give_back, learns_whole, use_whole
+from worker.kernels.cpu.full_tuning import learns_whole, patch_full_tuning, release_memory
 from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.kernels.cpu.rotary import use_fused_rotary
 from worker.modeling import fused_layers, packed_attention
@@ -38,12 +38,12 @@ from worker.runtime.transfer import AsyncScalars, depth
 from worker.training import checkpoint, final_evaluation, neftune, optim
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
-from worker.training.objectives import lesson_of
+from worker.training.objectives import objective_of
 from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
 from worker.training.schedule import Schedule, course_of, seconds_expected
 from worker.training.step import next_window, parts_of, take_step
 
-MOST_NOT_FINITE = 3
+MAX_NOT_FINITE = 3
 DIVERGED_STEPS = 15
 """Steps in a row whose loss is far above that of the first ones, after which a job is given up."""
 SPEED_WINDOW = 20
@@ -123,7 +123,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
 
-    lesson = lesson_of(spec, load_tokenizer(spec.model))
+    lesson = objective_of(spec, load_tokenizer(spec.model))
     course = course_of(lesson, engine)
     yield from (_log("warn", text) for text in lesson.remarks())
 
@@ -145,7 +145,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
     )
     trained = trained_parameters(model)
-    wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
+    wholes = patch_full_tuning(body_of(model), engine) if learns_whole(strategy, engine) else []
     optimizer = optim.optimizer_of(trained, spec)
 
     strategy.begin(body_of(model), course.total_steps)
@@ -186,7 +186,7 @@ def _steps(job: TrainState, control: StopSignals, saved: Path | None) -> Iterato
     run, state, course, lesson, world = job.spec.run, job.state, job.course, job.lesson, job.world
     world.even(job.trained.values())
     if world.first and state.evaluated_at < 0:
-        yield from judge(job)
+        yield from evaluate(job)
     world.wait()
     if distributed.spreads(job.spec.strategy):
         from worker.training import fsdp  # most jobs do without
@@ -216,7 +216,7 @@ def _steps(job: TrainState, control: StopSignals, saved: Path | None) -> Iterato
             with fsdp.whole(job) if job.shards else contextlib.nullcontext():
                 if world.first:
                     if course.due(state.step):
-                        yield from judge(job)
+                        yield from evaluate(job)
                     if course.saves(state.step) or saving or stop or (run.load_best and state.best_step == state.step):
                         yield save(job)
             world.wait()
@@ -291,9 +291,9 @@ def report(job: TrainState, step: events.Step, figures: AsyncScalars) -> events.
     job.lap = now
     job.pace.append((step.tokens, state.seconds))
     state.not_finite = 0 if math.isfinite(loss_value) and math.isfinite(norm_value) else state.not_finite + 1
-    if state.not_finite >= MOST_NOT_FINITE:
+    if state.not_finite >= MAX_NOT_FINITE:
         raise Diverged(
-            f"The loss was not a finite number in {MOST_NOT_FINITE} steps in a row, the last being step {step.step}.",
+            f"The loss was not a finite number in {MAX_NOT_FINITE} steps in a row, the last being step {step.step}.",
             way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)
@@ -335,7 +335,7 @@ def _speed(job: TrainState) -> float:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def judge(job: TrainState) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
+def evaluate(job: TrainState) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
@@ -402,7 +402,7 @@ def finish(job: TrainState) -> Iterator[events.Log | events.Doing | events.Finis
         checkpoint.load_weights(best, job.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
-    give_back(job.wholes)
+    release_memory(job.wholes)
     job.optimizer, job.trained, job.wholes = None, {}, []  # type: ignore[assignment]  # their memory is needed
     compared = yield from final_evaluation.compare(job)
     state.wall_seconds = time.monotonic() - job.began

@@ -22,7 +22,7 @@ from app.kit import ids
 from app.tables import Dataset, User
 
 Operation = Literal["concatenate", "mix", "sample", "deduplicate", "convert"]
-MOST_SOURCES, MOST_ROWS = 20, 5_000_000
+MAX_SOURCES, MAX_ROWS = 20, 5_000_000
 
 
 class Part(BaseModel):
@@ -48,9 +48,9 @@ class CombineRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     operation: Operation
-    datasets: Annotated[list[Source], Field(min_length=1, max_length=MOST_SOURCES)]
+    datasets: Annotated[list[Source], Field(min_length=1, max_length=MAX_SOURCES)]
     rows: int | None = Field(
-        default=None, ge=1, le=MOST_ROWS, description="Rows of a mixture or a sample; a mixture takes as many as it can."
+        default=None, ge=1, le=MAX_ROWS, description="Rows of a mixture or a sample; a mixture takes as many as it can."
     )
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Decides which rows are drawn, and the order of a mixture.")
     repeat: bool = Field(default=False, description="Whether rows of a dataset that is too small for its share may come several times.")
@@ -93,7 +93,7 @@ def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
     )
     session.add(new)
     session.flush()
-    queue.put_in_outbox(session, queue.READ, new.id)
+    queue.enqueue(session, queue.READ, new.id)
     session.refresh(new)
     return new
 
@@ -185,7 +185,7 @@ def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> i
     if wish.rows is None:
         if most < 1:
             raise BadField("At these weights no row can be used.", way_out="Choose weights that are closer together.", param="datasets")
-        return min(most, MOST_ROWS)
+        return min(most, MAX_ROWS)
     for dataset, size, count in zip(found, sizes, compose_rows.shares(weights, wish.rows), strict=True):
         if count > size and not wish.repeat:
             raise BadField(

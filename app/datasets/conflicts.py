@@ -18,7 +18,7 @@ from app.errors import BadField, NotFound
 from app.tables import Dataset, Finding, Inspection, User
 
 PER_PAGE = 10
-MOST_OF_A_GROUP = 20
+MAX_OF_A_GROUP = 20
 """Rows of one group that are shown; those beyond come up once these are decided."""
 
 
@@ -45,7 +45,7 @@ def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None =
     if line is not None:
         found = found.having((line == _FIRST) | func.bool_or(Finding.line == line))
     rows = session.execute(found.offset((page - 1) * PER_PAGE).limit(PER_PAGE + 1)).all()
-    return [Group(rule, [first, *lines][:MOST_OF_A_GROUP]) for rule, first, lines in rows[:PER_PAGE]], len(rows) > PER_PAGE
+    return [Group(rule, [first, *lines][:MAX_OF_A_GROUP]) for rule, first, lines in rows[:PER_PAGE]], len(rows) > PER_PAGE
 
 
 def ask(session: Session, dataset: Dataset, shown: Sequence[Group]) -> Inspection:

@@ -34,7 +34,7 @@ _MARKER = re.compile(
     r"|<(?:start|end)_of_turn>|<[be]os>|\A<s>|</s>)"
 )
 
-MOST_MENDS = 200
+MAX_MENDS = 200
 """How often one row is mended for one rule: a conversation of 200 wrong turns is beyond help."""
 
 Edit = dict[str, Any]
@@ -109,7 +109,7 @@ def _relabeled(row: Row, edit: Edit, column: str | None) -> Row:
 
 def mend(row: Row, rule: str, entry: Format, mapping: Mapping[str, str]) -> Row | None:
     """The row with its own fixes for `rule` applied until none is left; None when the fix is to drop it."""
-    for _ in range(MOST_MENDS):
+    for _ in range(MAX_MENDS):
         found = next((f for f in entry.check(row, mapping) if f.rule == rule and f.fix), None)
         if found is None or found.fix is None:
             return row

@@ -58,7 +58,7 @@ def order(session: Session, user: User, wish: HubOrder) -> Dataset:
     )  # fmt: skip
     session.add(dataset)
     session.flush()
-    queue.put_in_outbox(session, queue.READ, dataset.id)
+    queue.enqueue(session, queue.READ, dataset.id)
     session.refresh(dataset)
     return dataset
 

@@ -23,13 +23,13 @@ from app.datasets.report import Report
 from app.datasets.row_store import RowsFile
 from app.errors import BadData
 from app.formats import Finding, Format
-from app.formats._base import LONGEST_NAME, Row, columns_of, shown
+from app.formats._base import MAX_NAME_LENGTH, Row, columns_of, shown
 
 VERSION = 6
 """Raised when the same file would be read differently, so that older readings are not reused."""
 
 SAMPLE_ROWS = 200
-MOST_COLUMNS = 10_000
+MAX_COLUMNS = 10_000
 MAPPED_COLUMNS = 500
 """Columns an error names, to choose from; a mapping may name any."""
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 5, 60, 160
@@ -160,7 +160,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
     """The format, its mapping, why, and which other formats would fit. What a person chose is taken."""
     ranked = formats.rank(sample)
     others = [entry.name for entry, _ in ranked]
-    columns = [column for column in columns_of(sample) if len(column) <= LONGEST_NAME]
+    columns = [column for column in columns_of(sample) if len(column) <= MAX_NAME_LENGTH]
     if name:
         entry = formats.get(name)
         # An empty name says that no column is meant, also where one would be guessed.
@@ -201,7 +201,7 @@ def _first(sample: list[Row]) -> list[Row]:
 
 
 def _shown_columns(sample: list[Row]) -> list[str]:
-    return [column for column in columns_of(sample) if len(column) <= LONGEST_NAME][:MOST_COLUMNS]
+    return [column for column in columns_of(sample) if len(column) <= MAX_NAME_LENGTH][:MAX_COLUMNS]
 
 
 def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -> None:

@@ -33,7 +33,7 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import Dataset, File, Finding, Model, Outbox, User
 
-MOST_DEATHS = 3
+MAX_DEATHS = 3
 LIMITS = sandbox.Limits()
 PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
 """Codes of faults that another try may not meet: they lie in the machine or the network as likely as in the file."""
@@ -54,7 +54,7 @@ def claim(session: Session, dataset_id: uuid.UUID) -> int | None:
     )
 
 
-def beat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, so_far: dict[str, Any] | None = None) -> bool:
+def heartbeat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, so_far: dict[str, Any] | None = None) -> bool:
     """Keep the lease and note the progress; False when the dataset is no longer ours to read. `so_far` is what a page may show
     before there is a report: rows, and seconds_left or None."""
     kept = session.scalar(
@@ -64,7 +64,7 @@ def beat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, s
         .returning(Dataset.id)
     )
     if kept is not None:
-        queue.wake(session, "dataset", dataset_id)
+        queue.notify(session, "dataset", dataset_id)
     return kept is not None
 
 
@@ -109,13 +109,13 @@ def read_again(session: Session, dataset: Dataset) -> None:
     if dataset.status != "ready" and not can_be_read_again(dataset):
         raise Conflict("This dataset cannot be read again as it is.", way_out="Change its format or columns, or upload another file.")
     dataset.status, dataset.error, dataset.progress, dataset.lease_until = "reading", None, None, None
-    dataset.fence = -(-dataset.fence // MOST_DEATHS) * MOST_DEATHS  # `reap` counts the deaths of this order from here
+    dataset.fence = -(-dataset.fence // MAX_DEATHS) * MAX_DEATHS  # `reap` counts the deaths of this order from here
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is not None:
         file.status, file.status_details = "uploaded", None
     session.flush()
-    queue.put_in_outbox(session, queue.READ, dataset.id)
-    queue.wake(session, "dataset", dataset.id)
+    queue.enqueue(session, queue.READ, dataset.id)
+    queue.notify(session, "dataset", dataset.id)
 
 
 def _rows_are_whole(dataset: Dataset) -> bool:
@@ -177,7 +177,7 @@ class _Reading:
             return True
         self._told = now
         with db.transaction() as session:
-            return beat(session, self.dataset_id, self.fence, self.progress, self._so_far(now))
+            return heartbeat(session, self.dataset_id, self.fence, self.progress, self._so_far(now))
 
     def _so_far(self, now: float) -> dict[str, Any] | None:
         if not self.rows:
@@ -323,7 +323,7 @@ def _settle(session: Session, dataset: Dataset, file_status: str, details: str |
         file = session.get(File, dataset.file_id)
         if file is not None:
             file.status, file.status_details = file_status, details
-    queue.wake(session, "dataset", dataset.id)
+    queue.notify(session, "dataset", dataset.id)
 
 
 def _why(killed: sandbox.Killed) -> dict[str, Any]:
@@ -367,11 +367,11 @@ def reap(session: Session) -> int:
     ).all()
     announced = 0
     for dataset in lost:
-        if dataset.lease_until is not None and dataset.fence % MOST_DEATHS == 0:
-            _fail(session, dataset, _why(sandbox.Killed("crashed", f"Its reader died {MOST_DEATHS} times.")))
+        if dataset.lease_until is not None and dataset.fence % MAX_DEATHS == 0:
+            _fail(session, dataset, _why(sandbox.Killed("crashed", f"Its reader died {MAX_DEATHS} times.")))
             continue
         dataset.lease_until = None
-        queue.put_in_outbox(session, queue.READ, dataset.id)
+        queue.enqueue(session, queue.READ, dataset.id)
         announced += 1
     _sweep(session)
     return announced + token_counts.order(session)

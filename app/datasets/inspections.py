@@ -73,7 +73,7 @@ def ask(
         .returning(Inspection.id)
     )  # fmt: skip
     if announce and (new or again):
-        queue.put_in_outbox(session, queue.INSPECT, new or again)
+        queue.enqueue(session, queue.INSPECT, new or again)
     return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
 
 
@@ -236,4 +236,4 @@ def add_to_report(session: Session, dataset: Dataset, result: dict[str, Any], sa
         rule = finding["rule"]
         found.setdefault(rule, {"severity": finding["severity"], "count": result["counts"][rule], "message": finding["message"]})
     dataset.report = report | {"findings": found} | result["report"]
-    queue.wake(session, "dataset", dataset.id)
+    queue.notify(session, "dataset", dataset.id)

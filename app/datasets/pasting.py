@@ -11,14 +11,14 @@ from app.errors import BadField, TooLarge
 from app.storage import files
 from app.tables import Dataset, User
 
-MOST_CHARACTERS = 5_000_000
+MAX_CHARACTERS = 5_000_000
 
 
 def paste(session: Session, user: User, text: str, name: str | None = None) -> Dataset:
     """A dataset of pasted rows: cells of a spreadsheet, CSV or JSON. Raises BadField for what is no table, TooLarge beyond the limit."""
     text = text.replace("\r\n", "\n").strip("\n")
-    if len(text) > MOST_CHARACTERS:
-        raise TooLarge(f"The pasted text is longer than {MOST_CHARACTERS:,} characters.", way_out="Upload it as a file.", param="text")
+    if len(text) > MAX_CHARACTERS:
+        raise TooLarge(f"The pasted text is longer than {MAX_CHARACTERS:,} characters.", way_out="Upload it as a file.", param="text")
     extension = extension_of(text)
     if not text.strip() or (extension in (".tsv", ".csv") and "\n" not in text):
         raise BadField("A table needs column names and at least one row.", way_out="Paste both, each row on its own line.", param="text")

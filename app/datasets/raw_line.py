@@ -16,7 +16,7 @@ from app.datasets.ingest import numbered
 from app.datasets.readers import Raw
 from app.kit.json_safe import storable
 
-LONGEST_TEXT = 1 << 20
+MAX_TEXT_LENGTH = 1 << 20
 """Characters of a line that a form in a browser can hold."""
 
 
@@ -36,7 +36,7 @@ def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
         problems = [] if typed else entry.check(row or {}, mapping)
     else:
         text, problems = storable(raw.text or ""), [raw.problem] if raw.problem else []
-    return {"text": text if len(text) <= LONGEST_TEXT else None, "problems": [found._asdict() for found in problems]}
+    return {"text": text if len(text) <= MAX_TEXT_LENGTH else None, "problems": [found._asdict() for found in problems]}
 
 
 def _counts(raw: Raw) -> bool:

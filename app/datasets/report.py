@@ -15,19 +15,19 @@ from app.datasets.issue_names import choice
 from app.datasets.readers import Raw
 from app.datasets.rules._base import calls_of, seen
 from app.formats import Finding, Format
-from app.formats._base import LONGEST_NAME, Row, fix, shown
+from app.formats._base import MAX_NAME_LENGTH, Row, fix, shown
 from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
 
-MOST_FINDINGS_PER_RULE = 5000
+MAX_FINDINGS_PER_RULE = 5000
 """Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
 PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
 """What a report shows of the first rows, as bytes of JSON: all of them, and one."""
-MOST_LABELS, LABEL_CHARACTERS = 5000, 200
-"""Labels whose rows are told: all of them, of every set that a classifier may learn (`MOST_CLASSES`)."""
-MOST_ROLES = 50
+MAX_LABELS, LABEL_CHARACTERS = 5000, 200
+"""Labels whose rows are told: all of them, of every set that a classifier may learn (`MAX_CLASSES`)."""
+MAX_ROLES = 50
 """Unknown roles that a person is asked about at once."""
-MOST_REMEMBERED = 3_000_000
+MAX_REMEMBERED = 3_000_000
 """Rows whose fingerprint is kept to find duplicates: about 300 MB at most."""
 
 Say = Any
@@ -90,7 +90,7 @@ class Report:
     def add(self, line: int | None, finding: Finding) -> None:
         """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
         role = named(finding.value) if finding.rule == "wrong_role" else None
-        if role and (role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES):
+        if role and (role in self.unknown_roles or len(self.unknown_roles) < MAX_ROLES):
             self.unknown_roles[role] += 1
         if self._told.get(finding.rule, -1) == line:
             return
@@ -99,11 +99,11 @@ class Report:
         entry["count"] += 1
         if finding.fix is not None and line is not None:
             kept = self.lines.setdefault(finding.rule, array("q"))
-            if len(kept) < MOST_REMEMBERED and (not kept or kept[-1] != line):
+            if len(kept) < MAX_REMEMBERED and (not kept or kept[-1] != line):
                 kept.append(line)
-        if entry["count"] <= MOST_FINDINGS_PER_RULE:
+        if entry["count"] <= MAX_FINDINGS_PER_RULE:
             value = None if finding.value is None else shown(finding.value)
-            column = None if finding.column is None else shown(finding.column, LONGEST_NAME)
+            column = None if finding.column is None else shown(finding.column, MAX_NAME_LENGTH)
             told = {**finding._asdict(), "column": column, "value": value, "message": shown(finding.message, 600)}
             self.say({"finding": {"line": line, **told}})
 
@@ -147,7 +147,7 @@ class Report:
             self.add(line, Finding("template_marker", message, column, _around(part, found), "warning", repair))
 
     def _compare(self, row: Row, text: str, line: int) -> None:
-        if len(self._seen) >= MOST_REMEMBERED:
+        if len(self._seen) >= MAX_REMEMBERED:
             return
         content = {key: value for key, value in row.items() if key != "metadata"}
         print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
@@ -197,7 +197,7 @@ class Report:
             "roles": dict(self.roles.most_common()),
             "unknown_roles": dict(self.unknown_roles.most_common()),
             "turns": sorted(self.turns.items())[:200],
-            "labels": dict(self.labels.most_common(MOST_LABELS)),
+            "labels": dict(self.labels.most_common(MAX_LABELS)),
             "label_count": len(self.labels),
             "preview": self.preview,
         }

@@ -36,7 +36,7 @@ from app.storage.files import Blob, disk_errors
 from app.tables import Upload, User
 
 EXPIRES_SECONDS = 24 * 3600
-MOST_OPEN = 50
+MAX_OPEN = 50
 """Uploads one person may have open at once."""
 _WRITE_BYTES = 1 << 20
 
@@ -89,7 +89,7 @@ def begin(
     if "format" in wishes:
         formats.get(wishes["format"])
     open_ = session.scalar(select(func.count()).where(Upload.owner_id == user.id, Upload.file_id.is_(None)))
-    if (open_ or 0) >= MOST_OPEN:
+    if (open_ or 0) >= MAX_OPEN:
         raise Conflict(f"{open_} uploads are open already.", way_out="Finish or stop some of them; each ends by itself after a day.")
     key = uuid.uuid4()
     path = get_settings().folder("tmp") / f"tus-{key.hex}"

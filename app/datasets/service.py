@@ -102,7 +102,7 @@ def order(session: Session, dataset: Dataset, file: File) -> Dataset:
         dataset.status = "reading"
         session.add(dataset)
         session.flush()
-        queue.put_in_outbox(session, queue.READ, dataset.id)
+        queue.enqueue(session, queue.READ, dataset.id)
     session.flush()
     session.refresh(dataset)
     return dataset

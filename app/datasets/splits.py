@@ -22,9 +22,9 @@ from app.datasets.row_store import read_rows
 from app.errors import BadData
 from app.kit.json_safe import shortened
 
-MOST_OVERLAPS = 2000
+MAX_OVERLAPS = 2000
 """Rows on both sides that a look lists. All of them are counted, and all can be dropped at once."""
-MOST_ROUNDS = 20
+MAX_ROUNDS = 20
 SHOWN_ROW_BYTES = 8 << 10
 
 
@@ -136,7 +136,7 @@ def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
         "labels": _labels(train, held),
         "overlap": len(found),
         "whole": sum(how == "row" for _, _, how in found),
-        "examples": [{"line": line, "train_line": other, "how": how} for line, other, how in found[:MOST_OVERLAPS]],
+        "examples": [{"line": line, "train_line": other, "how": how} for line, other, how in found[:MAX_OVERLAPS]],
         "drop": _to_drop(rows, others, payload) if found else [],
     }
 
@@ -165,7 +165,7 @@ def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[
     """Lines to learn from that are held out too. Fewer rows may be divided a little differently, so the split is drawn anew
     until nothing stands on both sides."""
     dropped: set[int] = set()
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MAX_ROUNDS):
         train, held = _sides([row for row in rows if row.line not in dropped], others, payload)
         wholes, prompts = set[bytes](), set[bytes]()
         for row in held:

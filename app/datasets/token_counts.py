@@ -70,7 +70,7 @@ def order(session: Session) -> int:
     )
     found = session.scalars(waiting.where(~spoken_of.exists()).order_by(Dataset.created_at).limit(20)).all()
     for key in found:
-        queue.put_in_outbox(session, queue.READ, key)
+        queue.enqueue(session, queue.READ, key)
     return len(found)
 
 

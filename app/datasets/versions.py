@@ -28,11 +28,11 @@ _OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
 _OF_THE_READER = {"repair"}
 """What is done to a line before there is a row."""
 
-MOST_LINES = 1_000_000
-LONGEST_LABEL = 200
-MOST_FINDINGS = 1000
+MAX_LINES = 1_000_000
+MAX_LABEL_LENGTH = 200
+MAX_FINDINGS = 1000
 """Findings fixed by name at once; all of a kind are fixed by its rule."""
-MOST_TOLD = 50
+MAX_TOLD = 50
 """Issues without a fix that a version remembers to list."""
 
 
@@ -56,8 +56,8 @@ def why_unfixed(found: Finding) -> str | None:
 def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Fixed:
     """A version with the fixes of these findings that have one. Raises BadField when none has."""
     wanted = sorted(set(finding_ids))
-    if len(wanted) > MOST_FINDINGS:
-        raise BadField(f"At most {MOST_FINDINGS:,} issues are fixed at once.", way_out="Fix all of one rule instead.", param="finding")
+    if len(wanted) > MAX_FINDINGS:
+        raise BadField(f"At most {MAX_FINDINGS:,} issues are fixed at once.", way_out="Fix all of one rule instead.", param="finding")
     query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted)).order_by(Finding.id)
     found = session.scalars(query).all()
     if gone := set(wanted) - {one.id for one in found}:
@@ -83,8 +83,8 @@ def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
         why = "its rows contradict each other, and which one is right is your choice" if rule in issue_names.CONFLICTS else "it has none"
         raise BadField(f"No automatic fix for “{issue_names.title(rule[:60])}”: {why}.", way_out="Edit or remove the rows.", param="rule")
     if _merges(found):
-        return fix_some(session, user, dataset, [one.id for one in session.scalars(query.limit(MOST_FINDINGS))])
-    unfixed = list(session.scalars(query.where(Finding.fix.is_(None)).limit(MOST_FINDINGS)))
+        return fix_some(session, user, dataset, [one.id for one in session.scalars(query.limit(MAX_FINDINGS))])
+    unfixed = list(session.scalars(query.where(Finding.fix.is_(None)).limit(MAX_FINDINGS)))
     origin = {"operation": "fix", "rule": rule, "count": len(lines), **_told_unfixed(unfixed)}
     return Fixed(make(session, user, dataset, [_edit(found, lines)], origin), len(lines), unfixed)
 
@@ -101,7 +101,7 @@ def _merged_rows(dataset: Dataset, found: Finding) -> int:
 
 def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
     """The first issues that were left, kept with the version so that its page can list them."""
-    told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MOST_TOLD]]
+    told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MAX_TOLD]]
     return {"unfixed": told, "unfixed_count": len(unfixed)} if unfixed else {}
 
 
@@ -164,7 +164,7 @@ def change_roles(session: Session, user: User, dataset: Dataset, roles: dict[str
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
     """A version without these lines."""
-    if not lines or len(lines) > MOST_LINES:
+    if not lines or len(lines) > MAX_LINES:
         raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
     kept = sorted(set(lines))
     return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
@@ -178,7 +178,7 @@ def keep_row(session: Session, user: User, dataset: Dataset, line: int, others: 
 
 def drop_found(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Dataset:
     """A version without the lines of these findings."""
-    query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.id.in_(sorted(set(finding_ids))[:MOST_FINDINGS]))
+    query = select(Finding.line).where(Finding.dataset_id == dataset.id, Finding.id.in_(sorted(set(finding_ids))[:MAX_FINDINGS]))
     return drop_rows(session, user, dataset, [line for line in session.scalars(query) if line])
 
 
@@ -187,9 +187,9 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
     label = label.strip()
     if dataset.task != "classification":
         raise BadField(f"The rows of {dataset.name} have no label.", way_out="Edit the rows instead.", param="label")
-    if not label or len(label) > LONGEST_LABEL or "\0" in label:
-        raise BadField(f"A label has 1 to {LONGEST_LABEL} characters.", way_out="Type another one.", param="label")
-    if not lines or len(lines) > MOST_LINES:
+    if not label or len(label) > MAX_LABEL_LENGTH or "\0" in label:
+        raise BadField(f"A label has 1 to {MAX_LABEL_LENGTH} characters.", way_out="Type another one.", param="label")
+    if not lines or len(lines) > MAX_LINES:
         raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
     kept = sorted(set(lines))
     edit = {"operation": "relabel", "lines": kept, "label": label}

@@ -36,12 +36,12 @@ from app.spec import DatasetRef
 from app.storage import files
 from app.tables import JSON, Evaluation, User
 
-MOST_ROWS = 100_000
+MAX_ROWS = 100_000
 OUTPUT = "output.jsonl"
 """What the process writes into its own folder: each row of the file with what was predicted."""
 KINDS: tuple[Kind, ...] = ("predictions",)
 VECTORS: tuple[Kind, ...] = ("vectors",)
-MOST_POINTS = 500
+MAX_POINTS = 500
 Format = Literal["csv", "jsonl"]
 
 
@@ -73,7 +73,7 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
         task="classification" if resolved.ref.labels else "generation",
         model=resolved.ref,
         dataset=DatasetRef(id=file.id, name=file.filename, path=path, sha256=file.sha256, format="file", rows=0),
-        rows=MOST_ROWS,
+        rows=MAX_ROWS,
         part="all",
         answer_tokens=order.max_tokens,
         column=order.column or None,
@@ -95,7 +95,7 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     task: Any = dataset.task or "generation"
     ref = datasets.reference(dataset)
     spec = EvaluationSpec(
-        kind="vectors", task=task, model=resolved.ref, dataset=ref, rows=MOST_POINTS, part="all", max_length=256, forgetting=False
+        kind="vectors", task=task, model=resolved.ref, dataset=ref, rows=MAX_POINTS, part="all", max_length=256, forgetting=False
     )
     same = evaluations.mine(user, VECTORS).where(Evaluation.spec == spec.model_dump(mode="json"))
     earlier = session.scalar(same.where(Evaluation.status.in_((*evaluations.OPEN, "succeeded"))).limit(1))
@@ -117,7 +117,7 @@ def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.U
     )
     session.add(made)
     session.flush()
-    queue.put_in_outbox(session, queue.EVALUATE, made.id)
+    queue.enqueue(session, queue.EVALUATE, made.id)
     session.refresh(made)
     return made
 

@@ -41,7 +41,7 @@ Kind = Literal["scores", "advice", "blend", "predictions", "vectors"]
 SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
 """The kinds of evaluations; the others only share the queue (`app/evaluation/predictions.py`)."""
 Part = Literal["all", "validation"]
-MOST_DEATHS = 3
+MAX_DEATHS = 3
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
 """Rows that are read when the order names no number."""
 OPEN = ("queued", "running")
@@ -122,7 +122,7 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     )
     session.add(evaluation)
     session.flush()
-    queue.put_in_outbox(session, queue.EVALUATE, evaluation.id)
+    queue.enqueue(session, queue.EVALUATE, evaluation.id)
     session.refresh(evaluation)
     return evaluation
 
@@ -323,7 +323,7 @@ def _held(claim: Claim) -> ColumnElement[bool]:
 
 def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
     """Take one that waits, or one whose runner stopped beating. None: there is nothing to do, drop the message."""
-    lapse(session, evaluation_id)
+    expire_leases(session, evaluation_id)
     row = session.execute(
         update(Evaluation)
         .where(Evaluation.id == evaluation_id, Evaluation.deleted_at.is_(None), Evaluation.status == "queued")
@@ -333,7 +333,7 @@ def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
     return None if row is None else Claim(evaluation_id, row.fence, row.deaths, EvaluationSpec.model_validate(row.spec))
 
 
-def beat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
+def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
     """Keep the lease; False when it is no longer ours: taken over, cancelled or deleted."""
     values = {"lease_until": lease(), "progress": progress, "stage": storable(stage)}
     return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
@@ -364,7 +364,7 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
     """Queue it once more, or give up at the cap. The caller holds its row."""
     evaluation.deaths += bool(reason)
     evaluation.lease_until, evaluation.stage = None, None
-    if evaluation.deaths >= MOST_DEATHS:
+    if evaluation.deaths >= MAX_DEATHS:
         evaluation.status = "failed"
         evaluation.finished_at = session.scalar(select(now()))
         way_out = "Look at the worker's log; fewer rows or a smaller model may help."
@@ -372,10 +372,10 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
         return
     evaluation.status = "queued"
     session.flush()
-    queue.put_in_outbox(session, queue.EVALUATE, evaluation.id)
+    queue.enqueue(session, queue.EVALUATE, evaluation.id)
 
 
-def lapse(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
+def expire_leases(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
     """Give back those whose runner was not heard of for a lease: all, or one. Returns how many."""
     wanted = select(Evaluation).where(Evaluation.status == "running", lapsed(Evaluation.lease_until))
     wanted = wanted.where(Evaluation.deleted_at.is_(None))
@@ -388,7 +388,7 @@ def lapse(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
     return len(dead)
 
 
-def announce_again(session: Session, backlog: int = 0) -> int:
+def redeliver(session: Session, backlog: int = 0) -> int:
     """Queued ones that no message speaks of any more; less often while `backlog` messages wait. Returns how many."""
     recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1))
     spoken_of = select(Outbox.id).where(
@@ -401,10 +401,10 @@ def announce_again(session: Session, backlog: int = 0) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for key in silent:
-        queue.put_in_outbox(session, queue.EVALUATE, key)
+        queue.enqueue(session, queue.EVALUATE, key)
     return len(silent)
 
 
 def reap(session: Session) -> dict[str, int]:
     """The relay's round."""
-    return {"lapsed": lapse(session), "announced": announce_again(session, jobs.backlog())}
+    return {"lapsed": expire_leases(session), "announced": redeliver(session, jobs.backlog())}

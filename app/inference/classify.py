@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.inference import playground
-from app.inference.playground import MOST_PANES, Option
-from app.inference.protocol import MOST_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
+from app.inference.playground import MAX_PANES, Option
+from app.inference.protocol import MAX_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
 from app.models import service as models
 from app.spec import ModelRef
 from app.tables import User
 
-LONGEST_TEXT = 200_000  # characters
+MAX_TEXT_LENGTH = 200_000  # characters
 
 
 class Sorting(NamedTuple):
@@ -33,15 +33,15 @@ class Sorting(NamedTuple):
 def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]) -> list[GenerateRequest]:
     """One request for each classifier. Raises BadField for no or too many models or texts, for one that is empty or too long,
     and for a model that is no classifier."""
-    if not 1 <= len(names) <= MOST_PANES or len(set(names)) != len(names):
-        raise BadField(f"Name between one and {MOST_PANES} different classifiers; {len(names)} were named.", param="model")
-    if not 1 <= len(texts) <= MOST_TEXTS:
-        raise BadField(f"Give between one and {MOST_TEXTS} texts; {len(texts)} were given.", param="input")
+    if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
+        raise BadField(f"Name between one and {MAX_PANES} different classifiers; {len(names)} were named.", param="model")
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise BadField(f"Give between one and {MAX_TEXTS} texts; {len(texts)} were given.", param="input")
     for place, text in enumerate(texts):
         if not text.strip():
             raise BadField(f"Text {place} is empty.", way_out="Remove it.", param="input")
-        if len(text) > LONGEST_TEXT:
-            raise BadField(f"Text {place} has {len(text)} characters; {LONGEST_TEXT} is the most.", way_out="Shorten it.", param="input")
+        if len(text) > MAX_TEXT_LENGTH:
+            raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="input")
     given = [playground.readable(text) for text in texts]
     return [
         GenerateRequest(id=uuid.uuid4(), owner=user.id, model=_classifier(session, user, name), classify=given, sampling=Sampling(), seed=0)

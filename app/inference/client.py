@@ -69,7 +69,7 @@ def raise_broke(entry: StreamError) -> None:
     raise fault
 
 
-async def listen(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
+async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
     """Entries of one request, in order and complete, ending with Done. Raises StudioError when they cannot go on.
 
     A request with an engine of its own is rendered by a worker and answered by that server.

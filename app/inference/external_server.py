@@ -35,8 +35,8 @@ CONNECT_SECONDS = 5.0
 ASKING_SECONDS = 10.0
 SILENT_SECONDS = 120.0
 """A server that says nothing for so long has stopped."""
-LONGEST_LINE = 4 * 2**20
-LONGEST_ANSWER = 64 * 2**20  # bytes
+MAX_LINE_LENGTH = 4 * 2**20
+MAX_ANSWER_LENGTH = 64 * 2**20  # bytes
 NO_LIMIT_TOKENS = 512
 """What a server that renders the prompt itself is asked for when nobody set a limit: the room left is known to it alone."""
 
@@ -104,7 +104,7 @@ def names(address: Address) -> list[str]:
             body = b""
             for part in answer.iter_bytes():
                 body += part
-                if len(body) > LONGEST_LINE:
+                if len(body) > MAX_LINE_LENGTH:
                     raise _strange(address)
         if answer.status_code != 200:
             raise _refused(address, answer.status_code, body, None)
@@ -168,7 +168,7 @@ async def _events(response: httpx.Response, address: Address) -> AsyncIterator[s
     async for part in response.aiter_bytes():
         total += len(part)
         *lines, held = (held + part).split(b"\n")
-        if len(held) > LONGEST_LINE or total > LONGEST_ANSWER:
+        if len(held) > MAX_LINE_LENGTH or total > MAX_ANSWER_LENGTH:
             raise _strange(address)
         for line in lines:
             if line.startswith(b"data:"):

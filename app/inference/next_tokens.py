@@ -11,23 +11,23 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.inference import playground
-from app.inference.playground import MOST_PANES, PendingAnswer, ResolvedModel
-from app.inference.protocol import MOST_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
+from app.inference.playground import MAX_PANES, PendingAnswer, ResolvedModel
+from app.inference.protocol import MAX_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
 from app.tables import User
 
-LONGEST_TEXT = 20_000  # characters
+MAX_TEXT_LENGTH = 20_000  # characters
 
 
 def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: int) -> list[PendingAnswer]:
     """One request for each model. Raises BadField for no or too many models, and for an empty or overlong text."""
-    if not 1 <= len(names) <= MOST_PANES or len(set(names)) != len(names):
-        raise BadField(f"Name between one and {MOST_PANES} different models; {len(names)} were named.", param="models")
+    if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
+        raise BadField(f"Name between one and {MAX_PANES} different models; {len(names)} were named.", param="models")
     if not text:
         raise BadField("The text is empty.", way_out="Write at least one character.", param="prompt")
-    if len(text) > LONGEST_TEXT:
-        raise BadField(f"The text has {len(text)} characters; {LONGEST_TEXT} is the most.", way_out="Shorten it.", param="prompt")
-    if not 1 <= top_k <= MOST_NEXT:
-        raise BadField(f"top_k lies between 1 and {MOST_NEXT}.", param="top_k")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise BadField(f"The text has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
+    if not 1 <= top_k <= MAX_NEXT:
+        raise BadField(f"top_k lies between 1 and {MAX_NEXT}.", param="top_k")
     asked = []
     for name in names:
         who = playground.speaker(session, user, name)

@@ -38,9 +38,9 @@ from app.models.service import Resolved
 from app.spec import ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
 
-MOST_PANES = 4
-MOST_TURNS = 200
-LONGEST_PROMPT = 1_000_000  # characters
+MAX_PANES = 4
+MAX_TURNS = 200
+MAX_PROMPT_LENGTH = 1_000_000  # characters
 
 
 class ResolvedModel(NamedTuple):
@@ -168,14 +168,14 @@ def ask(
     follows: Mapping[str, str] | None = None,
 ) -> tuple[Exchange, list[PendingAnswer]]:
     """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. One seed serves all panes."""
-    if not 1 <= len(names) <= MOST_PANES:
-        raise BadField(f"Choose between one and {MOST_PANES} models; {len(names)} were named.", param="models")
+    if not 1 <= len(names) <= MAX_PANES:
+        raise BadField(f"Choose between one and {MAX_PANES} models; {len(names)} were named.", param="models")
     if len(set(names)) != len(names):
         raise BadField("A model was named twice.", way_out="Choose different models.", param="models")
     if not prompt:
         raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
-    if len(prompt) > LONGEST_PROMPT:
-        raise BadField(f"The prompt has {len(prompt)} characters; {LONGEST_PROMPT} is the most.", way_out="Shorten it.", param="prompt")
+    if len(prompt) > MAX_PROMPT_LENGTH:
+        raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
     prompt, system = readable(prompt), readable(system)
     taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
     before = thread(session, user, parent) if parent else []
@@ -314,7 +314,7 @@ def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[E
     """The conversation that ends with this exchange, its first turn first."""
     chain: list[Exchange] = []
     key: uuid.UUID | None = exchange_id
-    while key is not None and len(chain) < MOST_TURNS:
+    while key is not None and len(chain) < MAX_TURNS:
         chain.insert(0, get(session, user, key))
         key = chain[0].parent_id
     said = answers(session, [e.id for e in chain])

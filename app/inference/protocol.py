@@ -21,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from app.queue import PREFIX
 from app.spec import ModelRef
 
-MOST_CHOICES = 16
-MOST_STOPS = 16
-MOST_TOP_LOGPROBS = 20
-MOST_NEXT = 100
-MOST_TEXTS = 256
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_NEXT = 100
+MAX_TEXTS = 256
 
 READER_SECONDS = 10
 """Life of the reader's key. A reader renews it each time it reads, so one that is stuck behind a full socket lets it pass."""
@@ -51,14 +51,14 @@ class Sampling(_Frozen):
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers a token once the answer has used it.")
     max_tokens: int | None = Field(128, ge=1, le=1_000_000, description="Longest answer. Empty is whatever the context has room for.")
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
-        (), max_length=MOST_STOPS, description="The answer ends before any of these texts."
+        (), max_length=MAX_STOPS, description="The answer ends before any of these texts."
     )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="The same seed gives the same answer. Empty draws one, and the answer states it."
     )
-    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers to the same prompt.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Answers to the same prompt.")
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
 
 
@@ -90,9 +90,9 @@ class GenerateRequest(_Frozen):
     tools: list[dict[str, Any]] | None = None
     prompt: str | None = None
     tokens: list[int] | None = None
-    embed: list[str] | None = Field(None, max_length=MOST_TEXTS)
-    classify: list[str] | None = Field(None, max_length=MOST_TEXTS)
-    look: int | None = Field(None, ge=1, le=MOST_NEXT)
+    embed: list[str] | None = Field(None, max_length=MAX_TEXTS)
+    classify: list[str] | None = Field(None, max_length=MAX_TEXTS)
+    look: int | None = Field(None, ge=1, le=MAX_NEXT)
     render: bool = False
     bulk: bool = Field(False, description="one of very many, as a run of the prompt lab asks: it leaves room for people who chat")
     engine: ExternalEngine | None = Field(None, description="who answers; null is the studio's own engine")

@@ -26,7 +26,7 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
 
-LONGEST_EDIT = 100_000  # characters
+MAX_EDIT_LENGTH = 100_000  # characters
 FEWEST = 6
 """Decided votes before a verdict: of five, all fall to one side by chance once in sixteen times."""
 
@@ -137,8 +137,8 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
         raise BadField("A vote is 1, 2 or 0 for a tie.", param="choice")
     if vote.choice is not None:
         raise Conflict("This round was voted on already.", way_out="Ask for the next one.")
-    if edited and len(edited) > LONGEST_EDIT:
-        raise BadField(f"The edited answer has {len(edited)} characters; {LONGEST_EDIT} is the most.", param="edited")
+    if edited and len(edited) > MAX_EDIT_LENGTH:
+        raise BadField(f"The edited answer has {len(edited)} characters; {MAX_EDIT_LENGTH} is the most.", param="edited")
     vote.choice, vote.edited = choice, storable(edited) if edited and edited.strip() else None
     vote.voted_at = func.clock_timestamp()  # type: ignore[assignment]
     session.flush()

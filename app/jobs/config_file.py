@@ -29,7 +29,7 @@ from app.spec import JobSpec, usual_learning_rate
 from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, User
 
-LARGEST_FILE = 100_000
+MAX_FILE = 100_000
 """Bytes of a configuration that is loaded into the form; a full one has three thousand."""
 KEYS = frozenset(
     {

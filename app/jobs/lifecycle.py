@@ -36,7 +36,7 @@ from app.tables import Checkpoint, Event, Job, Outbox
 
 log = logging.getLogger(__name__)
 
-MOST_DEATHS = 3
+MAX_DEATHS = 3
 """An attempt that dies this often without a newer checkpoint is not tried again."""
 
 
@@ -100,12 +100,12 @@ def storable(value: Any) -> Any:
     return value
 
 
-def say(session: Session, job_id: uuid.UUID, attempt: int, event: events.JobEvent, key: uuid.UUID | None = None) -> None:
+def record_event(session: Session, job_id: uuid.UUID, attempt: int, event: events.JobEvent, key: uuid.UUID | None = None) -> None:
     """Record one event and wake the job's watchers. The caller has locked the job's row by updating it."""
-    say_all(session, job_id, attempt, [(key or uuid.uuid4(), event)])
+    record_events(session, job_id, attempt, [(key or uuid.uuid4(), event)])
 
 
-def say_all(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
+def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
     """Record events under keys of their own; a key that is there already is left alone, so saying twice is saying once."""
     rows = [
         {
@@ -119,7 +119,7 @@ def say_all(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tu
     ]
     if rows:
         session.execute(insert(Event).on_conflict_do_nothing(index_elements=["key"]), rows)
-    queue.wake(session, "job", job_id)
+    queue.notify(session, "job", job_id)
 
 
 # One attempt --------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def say_all(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tu
 
 def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     """Take a queued job, or one whose holder stopped beating. None: there is nothing to do, drop the message."""
-    lapse(session, job_id)
+    expire_leases(session, job_id)
     row = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == "queued", Job.deleted_at.is_(None), has_rows())
@@ -145,12 +145,12 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     if row is None:
         return None
     held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec), int((row.estimate or {}).get("memory_bytes", 0)))
-    say(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
+    record_event(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return held
 
 
-def beat(session: Session, held: Claim) -> ControlFlags:
+def heartbeat(session: Session, held: Claim) -> ControlFlags:
     """Renew the lease and hear what people want. Raises FenceLost."""
     row = session.execute(
         update(Job).where(_held(held)).values(lease_until=lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
@@ -167,7 +167,7 @@ def record(session: Session, held: Claim, first: int, said: Sequence[events.Trai
     row = session.execute(update(Job).where(_held(held)).values(**changes).returning(Job.total_steps)).one_or_none()
     if row is None:
         raise FenceLost
-    say_all(session, held.job_id, held.attempt, [(_key(held, first + i), event) for i, event in enumerate(said)])
+    record_events(session, held.job_id, held.attempt, [(_key(held, first + i), event) for i, event in enumerate(said)])
     for event in said:
         if isinstance(event, events.Saved):
             _checkpoint(session, held, event)
@@ -262,7 +262,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     _end(session, held, "succeeded", **values)
     session.refresh(job)
     models.register_tuned(session, job, finished)
-    say(session, held.job_id, held.attempt, finished)
+    record_event(session, held.job_id, held.attempt, finished)
     session.flush()
     try:
         metrics_csv.write_results(session, job)
@@ -270,7 +270,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
         log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
         why = getattr(error, "message", None) or str(error)
         message = f"The metrics of the steps are not kept as a file. {why} They are on this page and can be downloaded from it."
-        say(session, held.job_id, held.attempt, events.Log(level="warn", message=message))
+        record_event(session, held.job_id, held.attempt, events.Log(level="warn", message=message))
 
 
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
@@ -281,15 +281,15 @@ def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     if job is None:
         return None
     if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
-        return _bury(session, job, failed)
+        return _mark_attempt_dead(session, job, failed)
     if job.cancel_requested:
         _settle_wish(session, job, failed.step, failed.message)
         return None
     if failed.kind == "disk_full":
         _end(session, held, "paused", error=_error(failed), **_QUIET)
-        return say(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
+        return record_event(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
     _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET)
-    return say(session, held.job_id, held.attempt, failed)
+    return record_event(session, held.job_id, held.attempt, failed)
 
 
 _QUIET = {"cancel_requested": False, "pause_requested": False, "save_requested": False}
@@ -307,7 +307,7 @@ def lost(session: Session, held: Claim, failed: events.Failed) -> None:
     """The trainer died in a way that another attempt may survive. Raises FenceLost."""
     job = _mine(session, held)
     if job is not None:
-        _bury(session, job, failed)
+        _mark_attempt_dead(session, job, failed)
 
 
 def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -> None:
@@ -328,24 +328,24 @@ def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "")
     if status == "cancelled":
         job.finished_at = session.scalar(select(now()))
     session.flush()
-    say(session, job.id, job.attempt, events.Stopped(status=status, step=step, reason=reason))
+    record_event(session, job.id, job.attempt, events.Stopped(status=status, step=step, reason=reason))
     return True
 
 
 def _requeue(session: Session, job: Job, reason: Any) -> None:
     job.status, job.lease_until, job.seconds_left, job.error = "queued", None, None, None
     session.flush()
-    queue.put_in_outbox(session, queue.TRAIN, job.id)
-    say(session, job.id, job.attempt, events.Queued(reason=reason))
+    queue.enqueue(session, queue.TRAIN, job.id)
+    record_event(session, job.id, job.attempt, events.Queued(reason=reason))
 
 
-def _bury(session: Session, job: Job, failed: events.Failed) -> None:
+def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> None:
     """An attempt is dead. Queue the job again, or give up at the cap. The caller holds its row."""
-    say(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
+    record_event(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
     job.deaths += 1
     if _settle_wish(session, job, job.step):
         return
-    if job.deaths < MOST_DEATHS:
+    if job.deaths < MAX_DEATHS:
         return _requeue(session, job, "worker_lost" if failed.kind == "worker_lost" else "retry")
     job.status, job.lease_until, job.seconds_left = "failed", None, None
     job.finished_at = session.scalar(select(now()))
@@ -358,13 +358,13 @@ def _bury(session: Session, job: Job, failed: events.Failed) -> None:
     )
     job.error = _error(given_up)
     session.flush()
-    say(session, job.id, job.attempt, given_up)
+    record_event(session, job.id, job.attempt, given_up)
 
 
 # The reaper ---------------------------------------------------------------------------------------------------------
 
 
-def lapse(session: Session, job_id: uuid.UUID | None = None) -> int:
+def expire_leases(session: Session, job_id: uuid.UUID | None = None) -> int:
     """Bury the attempts whose lease has passed: all of them, or one job's. Returns how many."""
     wanted = select(Job).where(Job.status == "running", lapsed(Job.lease_until)).order_by(Job.id).limit(100)
     if job_id is not None:
@@ -374,7 +374,7 @@ def lapse(session: Session, job_id: uuid.UUID | None = None) -> int:
         log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
         silent = f"Worker {job.worker} was not heard of for {get_settings().lease_seconds:g} seconds."
         message = f"Worker {job.worker} died with the studio." if job.lease_until == OVER else silent
-        _bury(session, job, events.Failed(kind="worker_lost", message=message))
+        _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=message))
     return len(dead)
 
 
@@ -382,7 +382,7 @@ BEHIND_A_BACKLOG = 20.0
 """While other messages wait, a job is announced again this many times less often."""
 
 
-def announce_again(session: Session, backlog: int = 0) -> int:
+def redeliver(session: Session, backlog: int = 0) -> int:
     """Queued jobs that no message speaks of any more: their message was lost with Redis, or with a worker that took it
     and died before its claim. Returns how many.
 
@@ -402,7 +402,7 @@ def announce_again(session: Session, backlog: int = 0) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for job_id in silent:
-        queue.put_in_outbox(session, queue.TRAIN, job_id)
+        queue.enqueue(session, queue.TRAIN, job_id)
     return len(silent)
 
 

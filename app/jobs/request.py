@@ -422,7 +422,7 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
         return None
     dataset = session.get_one(Dataset, spec.dataset.id)
     validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
-    both_sides, warnings = split_leakage.told(session, spec)
+    both_sides, warnings = split_leakage.leakage_summary(session, spec)
     later = datasets.failed_later(session, dataset)
     warnings = [
         *feasibility.later_failed(dataset, later),

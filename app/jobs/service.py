@@ -22,7 +22,7 @@ from app import db, queue
 from app import events as said
 from app.errors import Conflict, NotFound, StudioError
 from app.jobs import lifecycle, split_leakage
-from app.jobs.lifecycle import say
+from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest, build_spec, estimate_of
 from app.kit import ids
 from app.models import service as models
@@ -70,10 +70,10 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     if inserted is None:  # the same request came twice at the same moment, and the other one was first
         return _by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
     if _complete(spec):
-        queue.put_in_outbox(session, queue.TRAIN, job_id)
-    say(session, job_id, 0, said.Queued(reason="submitted"))
+        queue.enqueue(session, queue.TRAIN, job_id)
+    record_event(session, job_id, 0, said.Queued(reason="submitted"))
     for wish in order.integrations or ():
-        say(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
+        record_event(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
     return session.get_one(Job, job_id)
 
 
@@ -171,14 +171,14 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
         .returning(Job.attempt, Job.step)
     ).one_or_none()
     if moved is not None:
-        say(session, job.id, moved.attempt, said.Stopped(status=status, step=moved.step or None, reason="asked for"))  # type: ignore[arg-type]
+        record_event(session, job.id, moved.attempt, said.Stopped(status=status, step=moved.step or None, reason="asked for"))  # type: ignore[arg-type]
     else:
         wish = {"cancel_requested": True} if status == "cancelled" else {"pause_requested": True}
         if session.execute(update(Job).where(Job.id == job.id, Job.status == "running").values(**wish)).rowcount == 0:
             session.refresh(job)
             if job.status != status:
                 raise _state(job, "cancelled" if status == "cancelled" else "paused")
-    queue.wake(session, "job", job.id)
+    queue.notify(session, "job", job.id)
     session.refresh(job)
     return job
 
@@ -197,12 +197,12 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     ).one_or_none()
     if moved is not None:
         if lifecycle.is_complete(session, job.id):
-            queue.put_in_outbox(session, queue.TRAIN, job.id)
-        say(session, job.id, moved.attempt, said.Queued(reason="resumed"))
+            queue.enqueue(session, queue.TRAIN, job.id)
+        record_event(session, job.id, moved.attempt, said.Queued(reason="resumed"))
     elif session.execute(
         update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
     ).rowcount:
-        queue.wake(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
+        queue.notify(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
     elif job.status == "cancelled":
         raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
     elif job.status not in ("queued", "running"):
@@ -252,11 +252,11 @@ def _state(job: Job, what: str, way_out: str = "") -> Conflict:
 def reap(session: Session) -> dict[str, int]:
     """One round: what was lost is queued again or given up, what nobody speaks of is announced again."""
     return {
-        "settled": settle(session),
+        "settled": resolve_waiting_jobs(session),
         "compared": split_leakage.resolve_waiting(session),
         "without_model": cancel_without_model(session),
-        "lapsed": lifecycle.lapse(session),
-        "announced": lifecycle.announce_again(session, backlog()),
+        "lapsed": lifecycle.expire_leases(session),
+        "announced": lifecycle.redeliver(session, backlog()),
         "resumed": lifecycle.resume_after_full_disk(session),
         "swept": lifecycle.sweep_outbox(session),
         "folders": lifecycle.sweep_folders(session),
@@ -282,7 +282,7 @@ def backlog() -> int:
         return 0
 
 
-def settle(session: Session, dataset_id: uuid.UUID | None = None) -> int:
+def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) -> int:
     """Jobs that waited for their dataset: those whose data can be read now get their spec and their message, those
     whose data has an error fail with it. Called by the reaper, and by whoever makes a dataset ready. Returns how many."""
     waiting = (
@@ -299,11 +299,11 @@ def settle(session: Session, dataset_id: uuid.UUID | None = None) -> int:
         waiting = waiting.where((Job.dataset_id == dataset_id) | (Job.validation_dataset_id == dataset_id))
     found = session.scalars(waiting.limit(50).with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
     for job in found:
-        _settle_one(session, job)
+        _resolve_waiting_job(session, job)
     return len(found)
 
 
-def _settle_one(session: Session, job: Job) -> None:
+def _resolve_waiting_job(session: Session, job: Job) -> None:
     owner = session.get_one(User, job.owner_id)
     try:
         spec = build_spec(session, owner, JobRequest.model_validate(job.order))
@@ -312,7 +312,7 @@ def _settle_one(session: Session, job: Job) -> None:
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
         job.error = {"code": error.code, "message": error.message, "way_out": error.way_out, "param": error.param}
         session.flush()
-        say(session, job.id, job.attempt, failed)
+        record_event(session, job.id, job.attempt, failed)
         return
     if job.name == job.spec["name"]:  # nobody renamed it while it waited
         job.name = spec.name
@@ -320,5 +320,5 @@ def _settle_one(session: Session, job: Job) -> None:
     # A file's id may stand for another reading by now, where the one that was waited for failed.
     job.dataset_id, job.validation_dataset_id = spec.dataset.id, spec.validation.id if spec.validation else None
     session.flush()
-    queue.put_in_outbox(session, queue.TRAIN, job.id)
-    queue.wake(session, "job", job.id)
+    queue.enqueue(session, queue.TRAIN, job.id)
+    queue.notify(session, "job", job.id)

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-MOST_QUESTIONS = 8
-LONGEST_QUESTION, LONGEST_EXAMPLES = 4000, 20_000  # characters
+MAX_QUESTIONS = 8
+MAX_QUESTION_LENGTH, MAX_EXAMPLES_LENGTH = 4000, 20_000  # characters
 
 
 class Asked(NamedTuple):
@@ -38,14 +38,14 @@ def of_rows(training: Iterable[Any], held: Iterable[Any]) -> dict[str, Any]:
     """`{"system", "questions", "examples"}` of a job's rows, each with `line` and `row`; the examples come with the verdict."""
     systems = Counter(question["system"] for row in training if (question := question_of(row.row)))
     questions = [{"line": row.line, **question} for row in held if (question := question_of(row.row))]
-    brief = [q for q in questions if len(q["prompt"]) + len(q["reference"]) + len(q["system"]) <= LONGEST_QUESTION]
-    return {"system": systems.most_common(1)[0][0] if systems else "", "questions": brief[:MOST_QUESTIONS], "examples": []}
+    brief = [q for q in questions if len(q["prompt"]) + len(q["reference"]) + len(q["system"]) <= MAX_QUESTION_LENGTH]
+    return {"system": systems.most_common(1)[0][0] if systems else "", "questions": brief[:MAX_QUESTIONS], "examples": []}
 
 
 def kept(examples: Sequence[Asked]) -> dict[str, Any]:
     """The examples that a base was asked behind, none where they are too long to keep."""
     shown = [example._asdict() for example in examples]
-    return {"examples": shown if len(json.dumps(shown)) <= LONGEST_EXAMPLES else []}
+    return {"examples": shown if len(json.dumps(shown)) <= MAX_EXAMPLES_LENGTH else []}
 
 
 def question_of(row: dict[str, Any]) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ def ask(session: Session, spec: JobSpec) -> Inspection | None:
     return inspections.ask(session, session.get_one(Dataset, spec.dataset.id), "split", arguments)
 
 
-def told(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
+def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
     """(what an estimate says of it, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that
     are in the training set too, of `held_out`; `page` lists them."""
     found = ask(session, spec)
@@ -81,7 +81,7 @@ def resolve_waiting(session: Session) -> int:
     for job in session.scalars(select(Job).where(waiting, Job.deleted_at.is_(None)).with_for_update(skip_locked=True)):
         if job.estimate is None:
             continue
-        overlap, warnings = told(session, JobSpec.model_validate(job.spec))
+        overlap, warnings = leakage_summary(session, JobSpec.model_validate(job.spec))
         if overlap["status"] != "waiting":
             job.estimate = job.estimate | {"overlap": overlap, "warnings": [*job.estimate.get("warnings", []), *warnings]}
             resolved += 1

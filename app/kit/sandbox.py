@@ -34,8 +34,8 @@ from app.settings import PROJECT
 Message = dict[str, Any]
 Say = Callable[[Message], None]
 
-LONGEST_MESSAGE_BYTES = 4 << 20
-LONGEST_RESULT_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_RESULT_BYTES = 256 << 20
 """A result comes by file, not by line: one row of the largest kind, every character of it escaped, fits."""
 _RESULT = "result.json"
 _OUT_OF_MEMORY, _OUT_OF_TIME, _FILE_TOO_LARGE, _CRASHED = "out_of_memory", "out_of_time", "file_too_large", "crashed"
@@ -152,7 +152,7 @@ def _listen(process: subprocess.Popen[bytes], limits: Limits, on_message: Say, k
             buffer += chunk
             *lines, rest = buffer.split(b"\n")
             buffer = bytearray(rest)
-            if len(buffer) > LONGEST_MESSAGE_BYTES:
+            if len(buffer) > MAX_MESSAGE_BYTES:
                 _kill(process)
                 raise Killed(_CRASHED, "It said something too long.")
             for line in lines:
@@ -184,9 +184,9 @@ def _result(own: Path) -> Any:
     """What the child left in its folder: a plain file and no link, because the child has read bytes of anybody's."""
     handle = os.open(own / _RESULT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
-        data = file.read(LONGEST_RESULT_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
-    if len(data) > LONGEST_RESULT_BYTES:
-        raise Killed(_CRASHED, f"What it found is larger than {LONGEST_RESULT_BYTES >> 20} MiB.")
+        data = file.read(MAX_RESULT_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
+    if len(data) > MAX_RESULT_BYTES:
+        raise Killed(_CRASHED, f"What it found is larger than {MAX_RESULT_BYTES >> 20} MiB.")
     return json.loads(data)
 
 

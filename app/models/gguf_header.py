@@ -21,7 +21,7 @@ _BLOCKS = {
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 24: (1, 1), 25: (1, 2), 26: (1, 4),
     27: (1, 8), 28: (1, 8), 30: (1, 2),
 }  # fmt: skip
-_MOST_KEYS, _MOST_TENSORS, _LONGEST_TEXT, _MOST_ITEMS = 4096, 65_536, 2**20, 2**24
+_MAX_KEYS, _MAX_TENSORS, _MAX_TEXT_LENGTH, _MAX_ITEMS = 4096, 65_536, 2**20, 2**24
 
 
 class _Reader:
@@ -40,7 +40,7 @@ class _Reader:
 
     def text(self) -> str:
         length = self.number("<Q")
-        if length > _LONGEST_TEXT:
+        if length > _MAX_TEXT_LENGTH:
             raise _bad("a text is longer than a megabyte")
         return self.take(length).decode("utf-8", "replace")
 
@@ -52,7 +52,7 @@ class _Reader:
         if kind != _ARRAY or depth > 1:
             raise _bad(f"a value has the unknown type {kind}")
         inner, count = self.number("<I"), self.number("<Q")
-        if count > _MOST_ITEMS or count > self.size:
+        if count > _MAX_ITEMS or count > self.size:
             raise _bad("a list is longer than the file")
         if inner in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[inner]))
@@ -74,7 +74,7 @@ def check_gguf(path: Path) -> dict[str, Any]:
         if reader.take(4) != b"GGUF":
             raise _bad("it does not begin with GGUF")
         version, tensors, count = reader.number("<I"), reader.number("<Q"), reader.number("<Q")
-        if version not in (2, 3) or not 0 < tensors <= _MOST_TENSORS or count > _MOST_KEYS:
+        if version not in (2, 3) or not 0 < tensors <= _MAX_TENSORS or count > _MAX_KEYS:
             raise _bad(f"version {version}, {tensors} tensors and {count} keys cannot be")
         keys: dict[str, Any] = {}
         for _ in range(count):

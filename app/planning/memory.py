@@ -48,7 +48,7 @@ EMBEDDED_TOKENS = 4096
 
 PART_LEFT_BYTES = 24 * 2**20
 """What such a thread's allocator keeps when all is given back."""
-LEAST_PART_TOKENS, PART_TOKENS = 128, 512
+MIN_PART_TOKENS, PART_TOKENS = 128, 512
 """Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/runtime/thread_parallel.py`), and each of more than
 two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a
 core something whatever its tokens (0.22 s on the starter with 8 of them), and between its operations it runs in Python, which one
@@ -70,7 +70,7 @@ def passes(run: RunSettings, processes: int) -> int:
 
 def parts_of(tokens: int, threads: int) -> int:
     """Parts of a pack that a CPU computes side by side; they share the threads."""
-    return max(1, min(threads, max(tokens // PART_TOKENS, min(2, tokens // LEAST_PART_TOKENS))))
+    return max(1, min(threads, max(tokens // PART_TOKENS, min(2, tokens // MIN_PART_TOKENS))))
 
 
 def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:

@@ -31,7 +31,7 @@ from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
 from app.tables import JSON, Dataset, Job, Model, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
 
-MOST_DEATHS = 3
+MAX_DEATHS = 3
 """Deaths of workers without a row scored between them, after which a run fails."""
 LEASE_SECONDS = 30.0
 RUN = "run"
@@ -122,7 +122,7 @@ def create(
     )  # fmt: skip
     session.add(run)
     session.flush()
-    queue.put_in_outbox(session, queue.PROMPT, run.id)
+    queue.enqueue(session, queue.PROMPT, run.id)
     session.refresh(run)
     return run
 
@@ -281,7 +281,7 @@ def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], 
     return row.fence, RunSpec.model_validate(row.spec), done, row.result or {}
 
 
-def beat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
+def heartbeat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
     """Keep the lease, and store the rows scored since the last beat with what all of them took; False when the run is no longer ours
     or was stopped."""
     values = {"lease_until": _lease(), "progress": progress, "result": storable(totals)}
@@ -338,14 +338,14 @@ def reap(session: Session) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for run in lost:
-        if run.status == "running" and _died_again(session, run) >= MOST_DEATHS:
+        if run.status == "running" and _died_again(session, run) >= MAX_DEATHS:
             run.status, run.lease_until, run.finished_at = "failed", None, func.clock_timestamp()  # type: ignore[assignment]
             run.result = _whole(session, run)
-            message = f"Its worker died {MOST_DEATHS} times without scoring a row between."
+            message = f"Its worker died {MAX_DEATHS} times without scoring a row between."
             run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
             continue
         run.status, run.lease_until = "queued", None
-        queue.put_in_outbox(session, queue.PROMPT, run.id)
+        queue.enqueue(session, queue.PROMPT, run.id)
     return len(lost)
 
 

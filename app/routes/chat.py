@@ -20,12 +20,12 @@ from app import schemas
 from app.db import transaction
 from app.errors import BadField
 from app.inference import playground
-from app.inference.client import listen
+from app.inference.client import stream
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import (
-    MOST_CHOICES,
-    MOST_STOPS,
-    MOST_TOP_LOGPROBS,
+    MAX_CHOICES,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
     ChoiceFinished,
     Done,
     Entry,
@@ -45,7 +45,7 @@ from app.web.streaming import Stream, collect, later, left, merge, while_connect
 
 api = APIRouter(prefix="/v1")
 
-MOST_PROMPTS = 16
+MAX_PROMPTS = 16
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -68,8 +68,8 @@ class _Body(BaseModel):
     model: str = Field(min_length=1, max_length=512)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
-    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MOST_STOPS)] = []
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
@@ -130,7 +130,7 @@ class ChatBody(_Body):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
 
     refused = {
@@ -149,7 +149,7 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
     max_tokens: int | None = Field(16, ge=0)  # type: ignore[assignment]
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)  # type: ignore[assignment]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # type: ignore[assignment]
     echo: bool | None = False
 
     refused = {"suffix": ("",), "best_of": ()}
@@ -202,8 +202,8 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
 def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
     """One or several prompts, as text or as tokens."""
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
-    if not several or len(several) > MOST_PROMPTS:
-        raise BadField(f"Send between 1 and {MOST_PROMPTS} prompts.", param="prompt")
+    if not several or len(several) > MAX_PROMPTS:
+        raise BadField(f"Send between 1 and {MAX_PROMPTS} prompts.", param="prompt")
     return [{"prompt": playground.readable(p)} if isinstance(p, str) else {"tokens": p} for p in several]
 
 
@@ -319,7 +319,7 @@ class Call:
         looks = isinstance(self.shape, Completion) and self.shape.echo and (self.sampling.logprobs or not self._writes)
         if looks and not await self._look(request):
             return left()
-        streams = [listen(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
+        streams = [stream(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
         self.head = {
             "id": f"{self.shape.prefix}-{uuid.uuid4().hex}",
             "object": self.shape.part if body.stream else self.shape.whole,
@@ -349,7 +349,7 @@ class Call:
         who, n = self.asked[0].speaker, self.sampling.n
         settings = Sampling(max_tokens=1, temperature=0, seed=0, top_logprobs=self.sampling.top_logprobs)
         looks = [playground.request_for(self.user, who, settings, look=1, **prompt) for prompt in self.prompts]
-        heard = await collect(request, [listen(look) for look in looks])
+        heard = await collect(request, [stream(look) for look in looks])
         for p, entries in enumerate(heard or []):
             seen = next(e for e in entries if isinstance(e, PromptLogprobs)).tokens
             given = self.prompts[p].get("prompt")

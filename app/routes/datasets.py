@@ -33,7 +33,7 @@ from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
-MOST_FORM_BYTES = 32 << 20
+MAX_FORM_BYTES = 32 << 20
 """Of one field of a form: a pasted table, each character written as up to nine."""
 
 
@@ -119,7 +119,7 @@ def _path(dataset: Dataset) -> str:
 @pages.post("/datasets/paste")
 async def paste(request: Request, user: CurrentUser) -> Response:
     """A table that was pasted instead of uploaded: `text`, and `name` where one is wished."""
-    form = await request.form(max_part_size=MOST_FORM_BYTES)
+    form = await request.form(max_part_size=MAX_FORM_BYTES)
     return RedirectResponse(await run_in_threadpool(_paste, user, str(form.get("text", "")), str(form.get("name", ""))), 303)
 
 

@@ -17,8 +17,8 @@ from app import schemas
 from app.db import transaction
 from app.errors import BadField, Unavailable
 from app.inference import playground
-from app.inference.client import listen
-from app.inference.protocol import MOST_TEXTS, Embedded, GenerateRequest, Sampling
+from app.inference.client import stream
+from app.inference.protocol import MAX_TEXTS, Embedded, GenerateRequest, Sampling
 from app.models import service as models
 from app.schemas.openapi import answers
 from app.tables import User
@@ -42,11 +42,11 @@ class EmbeddingsBody(BaseModel):
 async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Vectors of one or several texts, from an encoder."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
-        raise BadField(f"input takes 1 to {MOST_TEXTS} texts, none of them empty.", param="input")
+    if not 1 <= len(texts) <= MAX_TEXTS or not all(texts):
+        raise BadField(f"input takes 1 to {MAX_TEXTS} texts, none of them empty.", param="input")
     if max(map(len, texts)) > LONGEST:
         raise BadField(f"A text has more than {LONGEST} characters.", way_out="Cut it into parts.", param="input")
-    heard = await collect(request, [listen(await run_in_threadpool(_request, user, body.model, texts))])
+    heard = await collect(request, [stream(await run_in_threadpool(_request, user, body.model, texts))])
     if heard is None:
         return left()
     found = next((e for e in heard[0] if isinstance(e, Embedded)), None)

@@ -96,8 +96,8 @@ def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Respon
 async def _file(request: Request) -> bytes:
     """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
     length = request.headers.get("content-length", "")
-    if not length.isdigit() or int(length) > config_file.LARGEST_FILE:
-        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {config_file.LARGEST_FILE:,} bytes.")
+    if not length.isdigit() or int(length) > config_file.MAX_FILE:
+        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {config_file.MAX_FILE:,} bytes.")
     sent = (await request.form(max_files=1)).get("file")
     if not isinstance(sent, UploadFile) or not sent.filename:
         raise BadField("No file was chosen.", way_out="Choose the YAML file of a job.", param="file")

@@ -32,7 +32,7 @@ api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 Place = Literal["jobs", "models", "datasets", "compare"]
-MOST_TOLD = 5
+MAX_TOLD = 5
 """Refusals that are told one by one."""
 
 
@@ -68,21 +68,23 @@ KINDS: dict[Place, Kind] = {
 
 
 class NewName(BaseModel, extra="forbid"):
-    name: str = Field(description=f"One line of at most {naming.LONGEST_NAME} characters.")
+    name: str = Field(description=f"One line of at most {naming.MAX_NAME_LENGTH} characters.")
 
 
 class NewNaming(BaseModel, extra="forbid"):
     """What is omitted stays as it is."""
 
-    name: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters.")
-    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+    name: str | None = Field(None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters.")
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MAX_TAGS}.")
 
 
 class NewModelNaming(BaseModel, extra="forbid"):
     """What is omitted stays as it is."""
 
-    title: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters. The name that requests use stays.")
-    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+    title: str | None = Field(
+        None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters. The name that requests use stays."
+    )
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MAX_TAGS}.")
     kept: Literal[True] | None = Field(None, description="Offer a comparison's result in the lists of models.")
 
 
@@ -174,8 +176,8 @@ def bulk(
     if done:
         flash(request, f"{plural(done, kind.title)} {'deleted' if do == 'delete' else 'tagged ' + ', '.join(added)}.")
     if refused:
-        more = f" And {len(refused) - MOST_TOLD} more." if len(refused) > MOST_TOLD else ""
-        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MOST_TOLD])}{more}"
+        more = f" And {len(refused) - MAX_TOLD} more." if len(refused) > MAX_TOLD else ""
+        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MAX_TOLD])}{more}"
         flash(request, said, "bad")
     return RedirectResponse(here, status_code=303)
 

@@ -18,12 +18,12 @@ from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
 from app.inference.playground import AnswerFold, PendingAnswer
-from app.inference.protocol import MOST_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
+from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
 from app.kit import forms, humanize, ids
 from app.tables import Exchange, User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.streaming import Stream, later, left, listen_calmly, merge, while_connected
+from app.web.streaming import Stream, later, left, merge, stream_or_error, while_connected
 
 pages = APIRouter()
 
@@ -74,8 +74,8 @@ async def _order(request: Request, user: User) -> Order:
         raise BadField(sentence, param=f"sampling.{name}" if name else "sampling")
     settings = Knobs(**filled.settings).model_dump()
     system, stops = settings.pop("system", ""), settings.pop("stop", "").splitlines()
-    if len(stops) > MOST_STOPS:
-        raise BadField(f"{len(stops)} stop texts were given; {MOST_STOPS} is the most.", param="sampling.stop")
+    if len(stops) > MAX_STOPS:
+        raise BadField(f"{len(stops)} stop texts were given; {MAX_STOPS} is the most.", param="sampling.stop")
     named = zip_longest(form.getlist("models"), form.getlist("follows"), fillvalue="")
     follows = {str(name): str(old) or str(name) for name, old in named if name}
     parent = _uuid(data.get("parent"))
@@ -108,7 +108,7 @@ def show_empty(
     question: Annotated[int | None, Query(description="line of a validation row")] = None,
     prompt: Annotated[str, Query(max_length=20_000)] = "",
 ) -> Response:
-    named = _names(models)[: playground.MOST_PANES]
+    named = _names(models)[: playground.MAX_PANES]
     look = tryout.look_at(session, user, named) if question is not None else None
     chosen = next((q for q in look.questions if q["line"] == question), None) if look else None
     more = {"question": chosen, "prompt": chosen["prompt"]} if chosen else {"prompt": prompt}
@@ -128,7 +128,7 @@ def show(
     """A conversation as it ended, or before its last question where that is edited; its columns may go on with other models."""
     last = playground.get(session, user, exchange_id)
     asked = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
-    named = _names(models)[: playground.MOST_PANES] or asked
+    named = _names(models)[: playground.MAX_PANES] or asked
     old = _names(follows) if models else [(last.sampling.get("follows") or {}).get(name, name) for name in named] if edit else []
     taken_over = dict(zip(named, old, strict=False))
     if edit:
@@ -163,7 +163,7 @@ def _page(
     context = {
         "panes": [playground.pane(name, choices, thread, (follows or {}).get(name, "")) for name in named],
         "choices": choices,
-        "most_panes": playground.MOST_PANES,
+        "most_panes": playground.MAX_PANES,
         "parent": key,
         "asked": thread[0][0].prompt if thread else "",
         "title": (last.title or "") if last else "",
@@ -224,7 +224,7 @@ async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
     heard = [AnswerFold() for _ in asked]
 
     async def listen_to_all() -> None:
-        async for place, entries in merge([listen_calmly(one.request) for one in asked]):
+        async for place, entries in merge([stream_or_error(one.request) for one in asked]):
             heard[place].take(entries)
 
     if not await while_connected(request, listen_to_all()):
@@ -252,7 +252,7 @@ async def ask_and_stream(request: Request, user: CurrentUser) -> Response:
 
 async def _lines(exchange_id: uuid.UUID, asked: list[PendingAnswer]) -> AsyncIterator[bytes]:
     heard, stored = [AnswerFold() for _ in asked], set()
-    merged = merge([listen_calmly(one.request) for one in asked])
+    merged = merge([stream_or_error(one.request) for one in asked])
     try:
         panes = [{"model": one.speaker.name, "kind": one.speaker.ref.kind, "answer": str(one.request.id)} for one in asked]
         yield _line({"type": "asked", "exchange": str(exchange_id), "panes": panes})

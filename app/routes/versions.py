@@ -156,7 +156,7 @@ class Fix(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
-    findings: list[int] = Field(default_factory=list, max_length=versions.MOST_FINDINGS)
+    findings: list[int] = Field(default_factory=list, max_length=versions.MAX_FINDINGS)
     rule: str | None = None
     roles: dict[str, str] = Field(
         default_factory=dict, description="Of a report's unknown roles: user, assistant, system or tool for each."

@@ -24,7 +24,7 @@ from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.pagination import After, Limit, page
-from app.web.streaming import collect, later, left, listen_calmly
+from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/votes")
@@ -42,7 +42,7 @@ class NewVote(BaseModel):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     answers: list[str] = Field(min_length=2, max_length=2)
     choice: int = Field(ge=0, le=2, description="1 the first answer, 2 the second, 0 a tie")
-    edited: str | None = Field(None, max_length=votes.LONGEST_EDIT)
+    edited: str | None = Field(None, max_length=votes.MAX_EDIT_LENGTH)
 
 
 @api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
@@ -114,7 +114,7 @@ async def ask(
         vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, dataset, sampling)
     except StudioError as error:
         return await run_in_threadpool(_again, request, user, names, prompt, dataset, error)
-    said = await collect(request, [listen_calmly(one.request) for one in asked])
+    said = await collect(request, [stream_or_error(one.request) for one in asked])
     if said is None:
         later(lambda: _forget(user, vote_id))
         return left()
@@ -166,7 +166,7 @@ def cast(
     user: CurrentUser,
     vote_id: str,
     choice: Annotated[int, Form()],
-    edited: Annotated[str, Form(max_length=votes.LONGEST_EDIT)] = "",
+    edited: Annotated[str, Form(max_length=votes.MAX_EDIT_LENGTH)] = "",
 ) -> Response:
     votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
     return RedirectResponse(f"/playground/ab/{vote_id}", status_code=303)

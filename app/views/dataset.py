@@ -23,7 +23,7 @@ from app.tables import Dataset
 
 FINDINGS_PER_PAGE = 50
 SAMPLES_OF_PREVIEW = 5
-MOST_LINES = 5
+MAX_LINES = 5
 WAIT_SECONDS = 2.5
 
 
@@ -126,7 +126,7 @@ class Line(NamedTuple):
 
 
 def health(dataset: Dataset) -> list[Line]:
-    """At most MOST_LINES lines: what can be used of it, and its heaviest issues."""
+    """At most MAX_LINES lines: what can be used of it, and its heaviest issues."""
     if dataset.status != "ready":
         return []
     rows, good = dataset.rows or 0, dataset.good_rows or 0
@@ -146,7 +146,7 @@ def health(dataset: Dataset) -> list[Line]:
             lines.append(Line(rule["severity"], text, f"{path}/conflicts", "Resolve"))
         else:
             lines.append(Line(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", "See rows"))
-    return lines[:MOST_LINES]
+    return lines[:MAX_LINES]
 
 
 def longer(dataset: Dataset) -> Line | None:

@@ -16,7 +16,7 @@ from app.prompts.service import PromptBody, Solved
 from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 
 TRY_ROWS = 3
-MOST_RUNS = 32
+MAX_RUNS = 32
 """Of one click: prompts × models."""
 QUESTION = Solved(
     0, "A farmer has 5 pens with 6 cows in each, and sells 7 cows. How many cows are left?", "5 × 6 = 30, 30 - 7 = 23\n#### 23"
@@ -84,9 +84,9 @@ def run_matrix(
         raise BadField("No prompt was chosen.", way_out="Choose at least one.", param="prompts")
     if not models:
         raise BadField("No model was chosen.", way_out="Choose at least one.", param="models")
-    if len(versions) * len(models) > MOST_RUNS:
+    if len(versions) * len(models) > MAX_RUNS:
         raise BadField(
-            f"{len(versions)} prompts × {len(models)} models are {len(versions) * len(models)} runs; at most {MOST_RUNS} start at once.",
+            f"{len(versions)} prompts × {len(models)} models are {len(versions) * len(models)} runs; at most {MAX_RUNS} start at once.",
             way_out="Choose fewer prompts or models.",
             param="models",
         )

@@ -12,8 +12,8 @@ from app.evaluation.metrics import ABILITY, METRICS, ability
 from app.kit.humanize import NARROW
 from app.views.evaluation import between, by_chance, mistakes
 
-MOST_DRAWN_CLASSES = 100
-MOST_NAMED_CLASSES = 14
+MAX_DRAWN_CLASSES = 100
+MAX_NAMED_CLASSES = 14
 """Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
 
 LOSSES = {"classification": "nats per row", "preference": "nats per pair"}
@@ -147,13 +147,13 @@ def _classes(per_class: Any) -> list[dict[str, Any]]:
 
 def matrix(labels: list[str], counts: list[list[int]]) -> Matrix | None:
     """The matrix with rows of the truth and columns of the answer; None where it would be too large to see."""
-    if not 2 <= len(labels) <= MOST_DRAWN_CLASSES:
+    if not 2 <= len(labels) <= MAX_DRAWN_CLASSES:
         return None
     cells = []
     for i, row in enumerate(counts):
         total = sum(row) or 1
         cells += [Cell(i, j, labels[i], labels[j], n, n / total) for j, n in enumerate(row) if n]
-    return Matrix(labels, cells, len(labels) <= MOST_NAMED_CLASSES)
+    return Matrix(labels, cells, len(labels) <= MAX_NAMED_CLASSES)
 
 
 def _readings(found: Any) -> list[Reading]:

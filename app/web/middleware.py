@@ -36,7 +36,7 @@ from app.web.auth import SAFE, secure
 from app.web.well_formed import WellFormed
 
 log = structlog.get_logger("luthier.web")
-MOST_JSON_BYTES = 32 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
 MULTIPART_ROOM_BYTES = 2**20
 QUIET = ("/static/", "/shell", "/healthz", "/readyz", "/metrics")
 
@@ -204,7 +204,7 @@ class Body:
             return
         headers = Headers(scope=scope)
         multipart = headers.get("content-type", "").startswith(("multipart/form-data", "application/offset+octet-stream"))
-        most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MOST_JSON_BYTES
+        most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MAX_JSON_BYTES
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,18}", length):
             fault: StudioError = BadRequest("The Content-Length of this request is not a number.", way_out="Send the request again.")

@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from app.errors import BadField, BadRequest, TooLarge
 from app.storage.files import Blob, BlobWriter
 
-MOST_PARTS = 64
-LARGEST_FIELD_BYTES = 64 * 1024
+MAX_PARTS = 64
+MAX_FIELD_BYTES = 64 * 1024
 _FLUSH_BYTES = 1 << 20
 
 
@@ -92,8 +92,8 @@ class _Reader:
 
     def on_part_begin(self) -> None:
         self._parts += 1
-        if self._parts > MOST_PARTS:
-            raise BadRequest(f"The form has more than {MOST_PARTS} parts.", way_out="Send one file and its few fields.")
+        if self._parts > MAX_PARTS:
+            raise BadRequest(f"The form has more than {MAX_PARTS} parts.", way_out="Send one file and its few fields.")
         self._headers = {}
         self._value = None
 
@@ -126,8 +126,8 @@ class _Reader:
             self.pending += memoryview(data)[start:end]
             return
         self._value += memoryview(data)[start:end]
-        if len(self._value) > LARGEST_FIELD_BYTES:
-            raise TooLarge(f"The field “{self._name[:80]}” is larger than {LARGEST_FIELD_BYTES:,} bytes.", param=self._name[:80])
+        if len(self._value) > MAX_FIELD_BYTES:
+            raise TooLarge(f"The field “{self._name[:80]}” is larger than {MAX_FIELD_BYTES:,} bytes.", param=self._name[:80])
 
     def on_part_end(self) -> None:
         if self._value is not None:

@@ -122,7 +122,7 @@ def notes(user: User) -> Notes:
                 )
             ).one()
             query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
-            running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MOST_NAMED + 1))]
+            running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MAX_NAMED + 1))]
     except DBAPIError:
         return Notes()
     beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
@@ -131,7 +131,7 @@ def notes(user: User) -> Notes:
     return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy))
 
 
-MOST_NAMED = 9
+MAX_NAMED = 9
 
 
 def _share(step: int, total: int | None) -> str:

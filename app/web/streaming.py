@@ -170,10 +170,10 @@ class Stream(StreamingResponse):
                     await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-async def listen_calmly(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
-    """As `client.listen`, but an error is the last entry: one pane's fault must not end the others."""
+async def stream_or_error(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
+    """As `client.stream`, but an error is the last entry: one pane's fault must not end the others."""
     try:
-        async for entries in client.listen(request):
+        async for entries in client.stream(request):
             yield entries
     except Exception as error:
         fault = error_responses.fault_of(error)

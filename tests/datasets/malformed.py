@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from tests.datasets.malformed_sheets import sheets
 
-MOST_SECONDS, MOST_BYTES = 10.0, 2 << 30
+MAX_SECONDS, MAX_BYTES = 10.0, 2 << 30
 
 Make = bytes | Callable[[Path], object]
 

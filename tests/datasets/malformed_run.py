@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.datasets.malformed import MOST_BYTES, MOST_SECONDS, Case, cases
+from tests.datasets.malformed import MAX_BYTES, MAX_SECONDS, Case, cases
 
 
 class Outcome(NamedTuple):
@@ -63,9 +63,9 @@ def judge(case: Case, status: int, answer: dict[str, Any], seconds: float, peak:
         faults.append(f"{what}, not {case.rule}")
     if case.line is not None and line != case.line:
         faults.append(f"line {line}, not {case.line}")
-    if seconds > MOST_SECONDS:
+    if seconds > MAX_SECONDS:
         faults.append(f"{seconds:.1f} s")
-    if peak > MOST_BYTES:
+    if peak > MAX_BYTES:
         faults.append(f"{peak / 2**20:,.0f} MB")
     return Outcome(case, status, what, line, message, fix, seconds, peak, faults)
 

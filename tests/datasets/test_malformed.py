@@ -76,7 +76,7 @@ def test_each_says_what_is_wrong_where_and_what_to_do(tmp_path, every, batch):
     assert count == len(outcomes) == len(names)
     faults = {o["name"]: found for o in outcomes if (found := judge(every[o["name"]], o["status"], o["answer"], o["seconds"], 0).faults)}
     assert not faults, json.dumps(faults, indent=1, ensure_ascii=False)
-    assert max(message.get("peak_bytes", 0) for message in said) < malformed.MOST_BYTES
+    assert max(message.get("peak_bytes", 0) for message in said) < malformed.MAX_BYTES
 
 
 THROUGH = (

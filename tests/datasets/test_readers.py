@@ -100,7 +100,7 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
 def test_a_line_too_long_is_skipped_without_being_held(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(_base, "LONGEST_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(_base, "MAX_LINE_BYTES", 3 << 20)
     long = "x" * (5 << 20)
     text = {
         "x.jsonl": '{"a": 1}\n{"a": "' + long + '"}\n{"a": 1}\n',
@@ -209,7 +209,7 @@ def test_text_in_paragraphs_lines_and_one_long_passage(tmp_path):
     assert rows(read(tmp_path, "x.txt", "one\ntwo\n")) == [(1, {"text": "one"}), (2, {"text": "two"})]
     text = "A sentence of some length. " * 1000
     pieces = [row["text"] for _, row in rows(read(tmp_path, "x.txt", text))]
-    assert all(len(piece) <= _base.LONGEST_PASSAGE and piece.endswith(".") for piece in pieces)
+    assert all(len(piece) <= _base.MAX_PASSAGE_LENGTH and piece.endswith(".") for piece in pieces)
     assert " ".join(pieces) == text.strip()
 
 

@@ -99,8 +99,8 @@ def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make
     session.commit()
     with db.transaction() as three:
         assert ingest_task.claim(three, dataset.id) == fence + 1
-        assert not ingest_task.beat(three, dataset.id, fence, 0.5)
-        assert ingest_task.beat(three, dataset.id, fence + 1, 0.5)
+        assert not ingest_task.heartbeat(three, dataset.id, fence, 0.5)
+        assert ingest_task.heartbeat(three, dataset.id, fence + 1, 0.5)
     ingest_task._record_error(dataset.id, fence, {"message": "stale"})
     session.expire_all()
     assert dataset.status == "reading"

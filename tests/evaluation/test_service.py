@@ -131,7 +131,7 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     assert order(session, user, tiny_registered, data).id == made.id  # an equal one that waits is not ordered twice
     first = evaluations.claim(session, made.id)
     session.commit()
-    assert first is not None and evaluations.claim(session, made.id) is None and evaluations.beat(session, first, 0.5, "reading")
+    assert first is not None and evaluations.claim(session, made.id) is None and evaluations.heartbeat(session, first, 0.5, "reading")
     session.commit()
     assert evaluations.reap(session) == {"lapsed": 0, "announced": 0}
     session.execute(text("UPDATE evaluations SET lease_until = clock_timestamp() - interval '1 second'"))
@@ -141,13 +141,13 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     second = evaluations.claim(session, made.id)
     session.commit()
     assert second is not None and second.fence == first.fence + 1 and second.deaths == 1
-    assert not evaluations.beat(session, first, 0.9, None) and not evaluations.finish(session, first, result={})
+    assert not evaluations.heartbeat(session, first, 0.9, None) and not evaluations.finish(session, first, result={})
     assert evaluations.finish(session, second, result={"scores": {"loss": math.nan}})
     session.commit()
     assert now_of(made).result == {"scores": {"loss": "NaN"}}
     lost = order(session, user, tiny_registered, data)
     session.execute(text("DELETE FROM outbox"))
-    assert evaluations.announce_again(session) == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
+    assert evaluations.redeliver(session) == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
 
 
 def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(session, user, data_dir, tiny_registered, data):
@@ -165,7 +165,7 @@ def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(sessio
 
 
 def _lapsed(session) -> bool:
-    found = evaluations.lapse(session)
+    found = evaluations.expire_leases(session)
     session.commit()
     return found == 1
 

@@ -335,7 +335,7 @@ def test_an_answer_that_takes_too_long_is_cut_off(session, user, far, generate_w
     request = playground.request_for(user, who, sampling, messages=ASK).model_copy(update={"seconds": 0.2})
 
     async def hear():
-        return [entry async for entries in inference_client.listen(request) for entry in entries]
+        return [entry async for entries in inference_client.stream(request) for entry in entries]
 
     began = time.monotonic()
     heard = asyncio.run(hear())

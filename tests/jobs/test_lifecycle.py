@@ -131,7 +131,7 @@ def test_a_stale_worker_can_write_nothing(job):
     fresh = take(job.id, "another")
     assert (fresh.fence, fresh.attempt) == (2, 2)
     for move in (
-        lambda s: lifecycle.beat(s, stale),
+        lambda s: lifecycle.heartbeat(s, stale),
         lambda s: lifecycle.record(s, stale, 0, [step(1)]),
         lambda s: lifecycle.finish(s, stale, FINISHED),
         lambda s: lifecycle.fail(s, stale, events.Failed(kind="diverged", message="m")),
@@ -246,7 +246,7 @@ def test_full_disk_pauses_and_goes_on_by_itself(job, monkeypatch):
 def test_lost_messages_are_announced_again_and_a_long_queue_is_not_flooded(job):
     def announce(backlog=0):
         with transaction() as session:
-            return lifecycle.announce_again(session, backlog)
+            return lifecycle.redeliver(session, backlog)
 
     assert announce() == 0  # its message has not been sent yet
     with transaction() as session:
@@ -268,10 +268,10 @@ def test_the_reaper_waits_for_a_database_that_just_started(job):
     let_lapse(job.id)
     get_settings().lease_seconds = 1e6  # as if the server had started within the last lease
     with transaction() as session:
-        assert lifecycle.lapse(session) == 0
+        assert lifecycle.expire_leases(session) == 0
     get_settings().lease_seconds = 0.2
     with transaction() as session:
-        assert lifecycle.lapse(session) == 1
+        assert lifecycle.expire_leases(session) == 1
 
 
 def test_checkpoints_are_swept_but_for_the_newest_and_the_best(job, data_dir):
@@ -387,7 +387,7 @@ class JobMachine(RuleBasedStateMachine):
         if self.now.cancel or self.now.pause:
             self.end("cancelled" if self.now.cancel else "paused")
         else:
-            self.end("queued" if self.now.deaths < lifecycle.MOST_DEATHS else "failed")
+            self.end("queued" if self.now.deaths < lifecycle.MAX_DEATHS else "failed")
 
     @rule()
     def claim(self) -> None:
@@ -406,7 +406,7 @@ class JobMachine(RuleBasedStateMachine):
         self.die()
         if lapse_first:
             with transaction() as session:
-                assert lifecycle.lapse(session) == 1
+                assert lifecycle.expire_leases(session) == 1
         else:
             self.claim()
 
@@ -414,7 +414,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule()
     def beat(self) -> None:
         with transaction() as session:
-            wishes = lifecycle.beat(session, self.held)
+            wishes = lifecycle.heartbeat(session, self.held)
         assert (wishes.cancel, wishes.pause) == (self.now.cancel, self.now.pause)
 
     @precondition(lambda self: self.held)
@@ -461,9 +461,9 @@ class JobMachine(RuleBasedStateMachine):
         old = data.draw(st.sampled_from(self.stale))
         if old.fence == self.now.fence and self.now.status != "running":
             return  # its own last move again, which is no harm: see `again` above
-        move = data.draw(st.sampled_from([lifecycle.beat, lifecycle.finish, lifecycle.fail, lifecycle.stopped, lifecycle.record]))
+        move = data.draw(st.sampled_from([lifecycle.heartbeat, lifecycle.finish, lifecycle.fail, lifecycle.stopped, lifecycle.record]))
         arguments = {
-            lifecycle.beat: (), lifecycle.finish: (FINISHED,), lifecycle.fail: (events.Failed(kind="crashed", message="late"),),
+            lifecycle.heartbeat: (), lifecycle.finish: (FINISHED,), lifecycle.fail: (events.Failed(kind="crashed", message="late"),),
             lifecycle.stopped: (1,), lifecycle.record: (0, [step(9)]),
         }[move]  # fmt: skip
         with pytest.raises(lifecycle.FenceLost), transaction() as session:

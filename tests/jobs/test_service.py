@@ -230,7 +230,7 @@ def test_a_job_whose_dataset_turns_out_bad_fails_with_the_reason(session, user, 
     job = make(session, user, order())
     session.execute(update(Dataset).values(status="error", error={"message": "Line 3 is broken.", "way_out": "Mend it."}))
     session.commit()
-    assert jobs.settle(session, dataset.id) == 1
+    assert jobs.resolve_waiting_jobs(session, dataset.id) == 1
     session.commit()
     session.refresh(job)
     assert job.status == "failed" and "Line 3 is broken" in job.error["message"] and job.error["param"] == "training_file"
@@ -258,7 +258,7 @@ def test_a_running_job_is_asked(session, user, order):
     assert jobs.pause(session, user, job.id).status == "running"
     session.commit()
     with transaction() as s:
-        assert lifecycle.beat(s, held) == lifecycle.ControlFlags(cancel=False, pause=True, save=True)
+        assert lifecycle.heartbeat(s, held) == lifecycle.ControlFlags(cancel=False, pause=True, save=True)
     with transaction() as s:
         lifecycle.stopped(s, held, 5)
     assert jobs.get(session, user, job.id).status == "paused"
@@ -271,7 +271,7 @@ def test_a_cancelled_job_whose_worker_died_is_cancelled(session, user, order, le
     session.commit()
     let_lapse(job.id)
     with transaction() as s:
-        lifecycle.lapse(s)
+        lifecycle.expire_leases(s)
     assert jobs.get(session, user, job.id).status == "cancelled"
 
 

@@ -72,7 +72,7 @@ def test_messages_then_a_result_with_an_empty_environment_and_no_trace_left(tmp_
 
 
 def test_a_result_may_be_larger_than_any_message(tmp_path):
-    assert len(run("much", tmp_path)) == 12_000 and sandbox.LONGEST_MESSAGE_BYTES < 12_000_000
+    assert len(run("much", tmp_path)) == 12_000 and sandbox.MAX_MESSAGE_BYTES < 12_000_000
 
 
 def test_a_refusal_keeps_its_words(tmp_path):

@@ -364,7 +364,7 @@ def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(sessio
 
 def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, user, importable) -> None:
     model = model_imports.add_folder(session, user, "workshop")
-    model.fence = model_imports.MOST_CLAIMS
+    model.fence = model_imports.MAX_CLAIMS
     session.flush()
     session.execute(text("UPDATE outbox SET created_at = created_at - interval '1 hour'"))
     session.commit()

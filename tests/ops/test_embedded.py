@@ -21,7 +21,7 @@ import pytest
 
 from app.errors import Conflict, Forbidden, Unavailable
 from app.ops.embedded import sweep
-from app.ops.embedded.places import LONGEST_SOCKET_PATH_BYTES, Lock, secret, socket_folder
+from app.ops.embedded.places import MAX_SOCKET_PATH_BYTES, Lock, secret, socket_folder
 from app.ops.embedded.postgres import Postgres, give, launched
 from app.ops.embedded.supervisor import Child, Supervisor
 from app.settings import PROJECT
@@ -278,7 +278,7 @@ def test_a_long_path_gets_a_short_folder_for_its_socket(tmp_path):
     long = tmp_path / ("x" * 120)
     folder = socket_folder(long, "postgres")
     try:
-        assert len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= LONGEST_SOCKET_PATH_BYTES
+        assert len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= MAX_SOCKET_PATH_BYTES
         assert socket_folder(long, "postgres") == folder
         assert folder.stat().st_mode & 0o777 == 0o700
         with socket.socket(socket.AF_UNIX) as listener:

@@ -174,7 +174,7 @@ def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
     run = order(session, user, sums, {"max_tokens": 2}, part="all", rows=10)
     fence, _, done, _ = prompt_runs.claim(session, run.id)
     row = {"line": 1, "input": "x", "rendered_prompt": "\0", "expected": "x", "said": ["mine"], "answer": "x", "score": 1.0}
-    assert not done and prompt_runs.beat(session, run.id, fence, 0.1, [row], {"tokens": 1000, "seconds": 50.0})
+    assert not done and prompt_runs.heartbeat(session, run.id, fence, 0.1, [row], {"tokens": 1000, "seconds": 50.0})
     session.commit()
     evaluation_prompt_runs.work(run.id)  # another one has it
     session.refresh(run)
@@ -191,7 +191,7 @@ def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
     assert run.status == "succeeded" and run.fence == fence + 1
     assert run.result["rows"] == 10 and 1000 < run.result["tokens"] <= 1020 and run.result["seconds"] > 50, "both workers' work is in it"
     assert run.result["deaths"] == 1 and run.progress == 1
-    assert not prompt_runs.beat(session, run.id, fence, 0.5, [], {})
+    assert not prompt_runs.heartbeat(session, run.id, fence, 0.5, [], {})
     kept = {r.line: r.said for r in prompt_runs.results(session, run)}
     assert kept.get(1, ["mine"]) == ["mine"]
 
@@ -205,7 +205,7 @@ def test_workers_that_die_without_a_row_between_end_a_run(session, user, sums):
     def die(line=None):
         fence, _, _, before = prompt_runs.claim(session, run.id)
         row = {"line": line, "input": "x", "rendered_prompt": "x", "expected": "x", "said": ["x"], "answer": "x", "score": 1.0}
-        assert prompt_runs.beat(session, run.id, fence, 0.1, [row] if line else [], {"tokens": 1} | before)
+        assert prompt_runs.heartbeat(session, run.id, fence, 0.1, [row] if line else [], {"tokens": 1} | before)
         session.execute(text("UPDATE prompt_runs SET lease_until = clock_timestamp() - interval '1 second'"))
         session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
         session.commit()
@@ -332,7 +332,7 @@ def test_the_verdict_compares_line_by_line(session, user, sums):
             {"line": n, "input": "x", "rendered_prompt": "x", "expected": "x", "said": ["x"], "answer": "x", "score": float(n in right_on)}
             for n in lines
         ]
-        assert prompt_runs.beat(session, run.id, fence, 1, rows, {}) and prompt_runs.finish(session, run.id, fence)
+        assert prompt_runs.heartbeat(session, run.id, fence, 1, rows, {}) and prompt_runs.finish(session, run.id, fence)
         session.commit()
         session.expire_all()
 

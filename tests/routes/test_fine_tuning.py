@@ -361,7 +361,7 @@ def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_i
 
 
 def test_without_redis_watchers_still_hear(server, ai, file_id, monkeypatch):
-    monkeypatch.setattr(queue, "wake", lambda *_: None)
+    monkeypatch.setattr(queue, "notify", lambda *_: None)
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     reader = Reader(server, job.id, 3)

@@ -24,7 +24,7 @@ from tests.views.test_evaluation_looks import record, scores
 NAMED = re.compile(r"(?<=/)(ds|ftjob|model|eval|cmp|prompt|run|vote)-[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=/rows/)\d+")
 AWAY = re.compile("/models/terms/")
 """Pages whose words stand on another server, which the tests are kept from; they say so with a 503."""
-MOST_ALIKE = 3
+MAX_ALIKE = 3
 """Pages of one kind, of one tab, that are asked for with the same names in the query: the third row of a dataset is like the second."""
 
 
@@ -90,7 +90,7 @@ def crawl(client) -> tuple[dict[str, str], list[str]]:
         seen[address] = page
         kind = kind_of(address)
         alike[kind] = alike.get(kind, 0) + 1
-        if alike[kind] > MOST_ALIKE:
+        if alike[kind] > MAX_ALIKE:
             continue
         answer = client.get(address, follow_redirects=False)
         away = answer.status_code == 503 and AWAY.match(address)

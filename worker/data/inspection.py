@@ -31,10 +31,10 @@ from worker.data.packing import plan
 
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ALL = 1 << 30
-MOST_TOKENS_SHOWN = 3000
+MAX_TOKENS_SHOWN = 3000
 SHOWN_ROW_BYTES = 64 << 10
-MOST_FINDINGS = 2000
-LONGEST_ROWS = 1000
+MAX_FINDINGS = 2000
+MAX_ROWS = 1000
 """Rows named as the longest: those that any longest length cuts, unless it cuts more of them."""
 Say = Callable[[dict[str, Any]], None]
 AddFinding = Callable[[int, Finding], None]
@@ -95,7 +95,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     """
 
     def add(line: int, finding: Finding) -> None:
-        if counter.counts[finding.rule] <= MOST_FINDINGS:
+        if counter.counts[finding.rule] <= MAX_FINDINGS:
             say({"finding": {"line": line, **finding._asdict()}})
 
     task = payload.get("task") or "generation"
@@ -215,9 +215,9 @@ class TokenCounter:
     def _longest(self) -> list[list[int]]:
         """[line, tokens] of the longest rows, the longest first; of a pair its longer sequence."""
         found: dict[int, int] = {}
-        for tokens, line in heapq.nlargest(2 * LONGEST_ROWS, zip(self.total, self.lines, strict=True)):
+        for tokens, line in heapq.nlargest(2 * MAX_ROWS, zip(self.total, self.lines, strict=True)):
             found.setdefault(line, tokens)
-        return [[line, tokens] for line, tokens in found.items()][:LONGEST_ROWS]
+        return [[line, tokens] for line, tokens in found.items()][:MAX_ROWS]
 
 
 def _histogram(total: array[int]) -> list[list[int]]:
@@ -298,7 +298,7 @@ def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[
 
 def _sequence(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
     rendered = render_row(tokenizer, row, payload["kind"], ALL, payload.get("train_on", "assistant"))
-    ids = rendered.ids[:MOST_TOKENS_SHOWN]
+    ids = rendered.ids[:MAX_TOKENS_SHOWN]
     texts = tokenizer.pieces(ids) if hasattr(tokenizer, "pieces") else [tokenizer.decode([key]) for key in ids]
     return _told(texts, [2 if place >= payload["cutoff"] else int(learnt) for place, learnt in enumerate(rendered.trained)])
 
@@ -316,7 +316,7 @@ def _framed(tokenizer: Any, text: str, cutoff: int) -> dict[str, Any]:
 def _told(texts: list[str], states: list[int]) -> dict[str, Any]:
     """`texts` may be fewer than `states`: no more than is shown."""
     return {
-        "tokens": [list(pair) for pair in zip(texts[:MOST_TOKENS_SHOWN], states, strict=False)],
+        "tokens": [list(pair) for pair in zip(texts[:MAX_TOKENS_SHOWN], states, strict=False)],
         "total": len(states),
         "trained": states.count(1),
         "cut": states.count(2),

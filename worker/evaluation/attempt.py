@@ -41,7 +41,7 @@ from worker.supervision.train_attempt import _insist as insist
 
 log = logging.getLogger(__name__)
 
-MOST_SILENT_SECONDS = 1800.0
+MAX_SILENT_SECONDS = 1800.0
 """A child that has said nothing for so long is thought to hang; loading a large model says nothing for minutes."""
 
 
@@ -135,7 +135,7 @@ class Run:
             self.space.look(child.pid)
             turn_over(self.folder / "assess.log", LOG_LIMIT_BYTES)
             self.leaving = self.going_down()
-            self.hung = time.monotonic() - self.heard_at > MOST_SILENT_SECONDS
+            self.hung = time.monotonic() - self.heard_at > MAX_SILENT_SECONDS
             if self.lost or self.leaving or self.hung:
                 return
             time.sleep(0.1)
@@ -148,7 +148,7 @@ class Run:
     def _beat(self) -> bool:
         try:
             with transaction() as session:
-                return evaluations.beat(session, self.held, self.progress, self.stage)
+                return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
             log.warning("Evaluation %s: no beat: %s", self.held.id, type(error).__name__)
             return True  # the lease says whether it is still ours once the database is back

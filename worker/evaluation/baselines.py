@@ -45,8 +45,8 @@ ANSWERED = 16
 LABELLED, EMBEDDED = 32, 400
 """Held-out rows whose label a prompt, or a vector, is asked for."""
 SHOTS_OF_LABELS = 8
-MOST_LABELS = 200
-LEAST_BYTES = 24
+MAX_LABELS = 200
+MIN_BYTES = 24
 """Fewer first bytes than these say more of the tokenizer than of the text."""
 
 
@@ -86,7 +86,7 @@ def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any
     general = reader.tokenise(list(probe_rows(texts)), longest)
     if not len(data) or not len(general):
         return {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
-    most = max(LEAST_BYTES, int(min(statistics.median(sizes(reader, data)), statistics.median(sizes(reader, general)))))
+    most = max(MIN_BYTES, int(min(statistics.median(sizes(reader, data)), statistics.median(sizes(reader, general)))))
     ours, theirs = (bits_per_byte(reader, first_bytes(reader, part, most)) for part in (data, general))
     known = ours is not None and theirs is not None
     return {
@@ -201,7 +201,7 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
 
 def _by_labels(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
     labels = sorted({row.row["label"] for row in (*training, *held)})
-    if not 2 <= len(labels) <= MOST_LABELS:
+    if not 2 <= len(labels) <= MAX_LABELS:
         return _none(f"{len(labels)} labels are too {'few' if len(labels) < 2 else 'many'} to try one by one.")
     asked = drawn(held, LABELLED, spec.seed)
     examples = _balanced(training, SHOTS_OF_LABELS, spec.seed)

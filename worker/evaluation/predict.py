@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from app.datasets import readers
 from app.errors import BadData
-from app.evaluation.predictions import MOST_ROWS
+from app.evaluation.predictions import MAX_ROWS
 from app.evaluation.service import EvaluationSpec
 from app.settings import get_settings
 from worker.data.batching import Row
@@ -74,8 +74,8 @@ def _rows(spec: EvaluationSpec) -> list[dict[str, Any]]:
             raise BadData(f"Line {raw.line}: {raw.problem.message}", way_out="Fix the file and upload it again.")
         if raw.row is not None:
             found.append(raw.row if isinstance(raw.row, dict) else {"text": raw.row})
-        if len(found) > MOST_ROWS:
-            raise BadData(f"The file has more than {MOST_ROWS:,} rows.", way_out="Split it.")
+        if len(found) > MAX_ROWS:
+            raise BadData(f"The file has more than {MAX_ROWS:,} rows.", way_out="Split it.")
     if not found:
         raise BadData("The file has no rows.", way_out="Upload a file with at least one row.")
     return found

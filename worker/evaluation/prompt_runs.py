@@ -193,7 +193,7 @@ class Run:
         self.done |= {row["line"] for row in self.scored}
         share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
         with transaction() as session:
-            if not prompt_runs.beat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
+            if not prompt_runs.heartbeat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
                 raise Stopped
         self.scored.clear()
 

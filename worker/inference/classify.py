@@ -18,7 +18,7 @@ from worker.modeling.loading import folder_of, load_strategy, load_tokenizer
 from worker.runtime.device import Compute, choose
 from worker.training.objectives.classification import probabilities, tokenise_texts
 
-MOST_LOADED = 2
+MAX_LOADED = 2
 TOKENS_AT_ONCE = 4096
 
 
@@ -29,7 +29,7 @@ class _Loaded(NamedTuple):
     engine: Compute
 
 
-_kept: ModelCache[_Loaded] = ModelCache(MOST_LOADED, lambda one: one.classifier)
+_kept: ModelCache[_Loaded] = ModelCache(MAX_LOADED, lambda one: one.classifier)
 
 
 def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:

@@ -15,11 +15,11 @@ from app.spec import ModelRef
 from worker.inference.model_cache import ModelCache
 from worker.modeling.loading import LOADING, BadModel, folder_of
 
-MOST_LOADED = 2
+MAX_LOADED = 2
 TOKENS_AT_ONCE = 8192
 """Padded tokens of one batch; texts are sorted by length, so little of it is padding."""
 
-_kept: ModelCache[tuple[Any, Any]] = ModelCache(MOST_LOADED, lambda pair: pair[1])  # tokenizer and model
+_kept: ModelCache[tuple[Any, Any]] = ModelCache(MAX_LOADED, lambda pair: pair[1])  # tokenizer and model
 
 
 @torch.inference_mode()

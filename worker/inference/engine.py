@@ -33,7 +33,7 @@ from worker.inference.request import render, room_for
 from worker.inference.sampling import Detokenizer, Sampler, logprob, one_thread
 from worker.inference.scheduler import Request, TokenSequence
 
-MOST_ROWS = 16
+MAX_ROWS = 16
 """Answers written at once in one lane."""
 CHUNK = 64
 """Prompt tokens read in one step while others are answering; nobody waits longer than this takes."""
@@ -45,7 +45,7 @@ WAIT_SECONDS = 60.0
 """Whoever has not begun to be answered by then is told to come again."""
 PATIENCE_SECONDS = 10.0
 """A request that has waited this long for the memory of its answer is not overtaken any more."""
-MOST_OF_ONE = 24
+MAX_OF_ONE = 24
 """Requests of one person in the engine, waiting ones included."""
 
 
@@ -57,7 +57,7 @@ class Engine:
         self,
         shelf: ModelPool | None = None,
         *,
-        most_rows: int = MOST_ROWS,
+        most_rows: int = MAX_ROWS,
         chunk: int = CHUNK,
         lone_chunk: int = LONE_CHUNK,
         wait_seconds: float = WAIT_SECONDS,
@@ -100,7 +100,7 @@ class Engine:
     def _refuse_too_many(self, request: GenerateRequest) -> None:
         with self._wake:
             mine = sum(r.request.owner == request.owner and not r.request.bulk for r in [*self.waiting, *self.active])
-        if mine >= MOST_OF_ONE and not request.bulk:
+        if mine >= MAX_OF_ONE and not request.bulk:
             raise TooMany(
                 f"{mine} of your questions are being answered or wait for it.",
                 way_out="Wait for some of them, or put several rows into one run.",

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 ATTENTION = "luthier_slots"
-SMALLEST_TOKENS = 256
+MIN_TOKENS = 256
 TIMES = 4
 _current = threading.local()
 
@@ -90,7 +90,7 @@ class Cache:
 
     def size_for(self, tokens: int) -> int:
         """The smallest size of a slot that holds so many tokens."""
-        size = min(SMALLEST_TOKENS, self.context)
+        size = min(MIN_TOKENS, self.context)
         while size < tokens:
             size = min(size * TIMES, self.context)
         return size

@@ -14,7 +14,7 @@ from worker.inference.kv_cache import Slot
 from worker.inference.model_pool import LoadedModel, ModelPool
 from worker.inference.scheduler import Request
 
-LEAST_ANSWER = 64
+MIN_ANSWER = 64
 """Tokens that an answer of no stated length is promised at least."""
 
 
@@ -30,8 +30,8 @@ class MemoryBudget:
         name, cache = request.model.name, lane.cache
         free = self.shelf.limit() - self.shelf.weights_of(lane)
         while (need := cache.bytes_for(prompt + most)) > free:
-            if request.sampling.max_tokens is None and most > LEAST_ANSWER:
-                most = max(most // 2, LEAST_ANSWER)
+            if request.sampling.max_tokens is None and most > MIN_ANSWER:
+                most = max(most // 2, MIN_ANSWER)
                 continue
             if need <= self.shelf.memory_bytes - self.shelf.weights_of(lane):
                 raise self.shelf.training_needs_it(name)

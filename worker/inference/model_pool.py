@@ -28,7 +28,7 @@ from worker.data import chat_template
 from worker.inference import model_cache
 from worker.inference.kv_cache import ATTENTION, Cache, Step, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
-from worker.kernels.cpu.small_batch_linear import use_few_rows
+from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
@@ -241,7 +241,7 @@ class ModelPool:
         model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
         lane = self._as_lane((ref.path, ref.revision), ref, model)
         lane.source = share_weights(model)
-        use_few_rows(model, join=True)
+        patch_small_batch(model, join=True)
         lane.stack = AdapterStack(model)
         return lane
 
@@ -264,7 +264,7 @@ class ModelPool:
             from worker.modeling.fused_lora import fuse_stretched  # peft's layers take a while to import
 
             fuse_stretched(model)
-        use_few_rows(model, join=False)  # its weights may be the base's
+        patch_small_batch(model, join=False)  # its weights may be the base's
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model)
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)

@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part].to(compute), cast)
-            in_one = single and jit.fits(logits)
+            in_one = single and jit.supports(logits)
             if in_one:
                 losses = torch.empty(logits.shape[0])
                 softmax_loss_(logits, wanted[part], losses, head.scale, d_hidden is not None or needs_weight)
@@ -232,7 +232,9 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     return losses.sum()
 
 
-def even(hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_to_multiple(
+    hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States (K, H) and targets (K,) of a product in a narrow type on a CPU, filled up to a multiple of `attention.MULTIPLE` with
     states of zeros whose target is `value`. All others as they are."""
     spare = -hidden.shape[0] % MULTIPLE if hidden.device.type == "cpu" and compute.itemsize < 4 else 0
@@ -247,7 +249,7 @@ def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor
     if hidden.shape[0] == 0:
         return hidden.sum() * 0.0
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden, targets = even(hidden, targets, compute)
+        hidden, targets = pad_to_multiple(hidden, targets, compute)
         return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))
 
 
@@ -257,7 +259,7 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats and whether the likeliest token is the right one, for each of K positions."""
     count = hidden.shape[0]
-    hidden, targets = even(hidden, targets, compute)
+    hidden, targets = pad_to_multiple(hidden, targets, compute)
     losses = torch.empty(hidden.shape[0], device=hidden.device)
     hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)

@@ -22,7 +22,7 @@ def squares(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def lengths(weight: torch.Tensor, own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+def row_norms(weight: torch.Tensor, own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
     """‖wₙ + s bₙ A‖ of each row, (N,) in float32, for W (N, K) of any type, its `squares`, A (r, K) and B (N, r)."""
     across = (weight @ down.to(weight.dtype).t()).float()  # A wₙ
     gram = down @ down.t()
@@ -45,7 +45,7 @@ class _Stretched(torch.autograd.Function):
         return (dy * c).to(dy.dtype), torch.where(c == 0, 0, across / c)
 
 
-def stretch(y: torch.Tensor, magnitudes: list[torch.Tensor], rows: list[torch.Tensor]) -> torch.Tensor:
-    """y (T, ΣN), what the layers give side by side, with each layer's learnt magnitudes (N,) in place of its rows' `lengths`."""
+def apply_magnitude(y: torch.Tensor, magnitudes: list[torch.Tensor], rows: list[torch.Tensor]) -> torch.Tensor:
+    """y (T, ΣN), what the layers give side by side, with each layer's learnt magnitudes (N,) in place of its rows' `row_norms`."""
     ratios = [m / length.clamp_min(torch.finfo(length.dtype).tiny) for m, length in zip(magnitudes, rows, strict=True)]
     return _Stretched.apply(y, ratios[0] if len(ratios) == 1 else torch.cat(ratios))

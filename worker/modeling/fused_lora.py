@@ -72,7 +72,7 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
-        low = lora_products.project(x, rounded.down) if lora_products.fits(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
+        low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
         y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
         if isinstance(joined, Fp8Weight):
             y += fp8.product(x, *joined)
@@ -94,7 +94,7 @@ class _Product(torch.autograd.Function):
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
         rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
-        in_tiles = lora_products.fits(x, *parts)
+        in_tiles = lora_products.supports(x, *parts)
         if in_tiles:  # what comes back of each, (T, Σr), and the gradients of B
             joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
             backs = joined.split([up.shape[1] for up in ups], 1)
@@ -211,9 +211,9 @@ def product(
     y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.takes(x) else _product(x, layers, joined)
     if hasattr(layers[0], "squares"):  # DoRA, whose lengths leave a bias as it is
         rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
-        y = fused_dora.stretch(y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows).view(
-            y.shape
-        )
+        y = fused_dora.apply_magnitude(
+            y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows
+        ).view(y.shape)
         if layers[0].base_layer.bias is not None:
             y = y + _joined_bias(tuple(layer.base_layer.bias for layer in layers), compute)
     return y
@@ -282,10 +282,10 @@ class FusedLora(Fused, PeftLinear):
     def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
         if self.training:
-            return fused_dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
+            return fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
         of = down._version, up._version
         if self.kept_lengths is None or self.kept_lengths[0] != of:
-            self.kept_lengths = of, fused_dora.lengths(self.base_layer.weight, self.squares, down, up, scale)
+            self.kept_lengths = of, fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
         return self.kept_lengths[1]
 
     def train(self, mode: bool = True) -> FusedLora:
@@ -332,7 +332,7 @@ def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.o
     """Have the layers of a model that trains with packs in `parts` parts computed as `worker/kernels/cpu/lora_step.py` says, where they can be; None
     where none can. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
     alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
-    if not alone or engine.compute != torch.bfloat16 or not lora_products.works():
+    if not alone or engine.compute != torch.bfloat16 or not lora_products.is_available():
         return None
     layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
     places = {id(place): place for place in (layer.group or layer for layer in layers)}

@@ -145,7 +145,7 @@ def packed_attention(
     # Under autocast rotated queries and keys may be float32 already while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     plain = not dropout and softcap is None and not torch.compiler.is_compiling()
-    if halves and plain and amx_attention.takes(query, key):
+    if halves and plain and amx_attention.supports(query, key):
         rules = amx_attention.Rules(scaling if scaling is not None else query.shape[-1] ** -0.5, causal, sliding_window or 0)
         out = amx_attention.attention(*(x.to(torch.bfloat16) for x in (query, key, value)), lengths, rules)
         return (out if torch.is_autocast_enabled("cpu") else out.to(given)), None

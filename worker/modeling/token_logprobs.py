@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.kernels.cpu.full_tuning import rounded
-from worker.modeling.cross_entropy import Head, chunk_rows, even
+from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -96,5 +96,5 @@ def token_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute:
     """
     count = hidden.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden, targets = even(hidden, targets, compute, value=0)
+        hidden, targets = pad_to_multiple(hidden, targets, compute, value=0)
         return _TokenNats.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))[:count]

@@ -12,7 +12,7 @@ import numpy as np
 from app.kit import stats
 
 CALIBRATION_BINS = 10
-MOST_DRAWN = 200
+MAX_DRAWN = 200
 """Labels up to which the confusion matrix is told."""
 
 
@@ -21,7 +21,7 @@ def classification_scores(probabilities: np.ndarray, truth: Sequence[int], label
 
     `accuracy`, `macro_f1`, `log_loss` (nats a row), `calibration_error` (expected calibration error over ten equal bins of
     confidence, Guo et al. 2017), `per_class` (precision, recall, f1 and rows by label), `confusion` (rows of the truth,
-    columns of the answer, empty above MOST_DRAWN labels) and `reliability` (for each bin: confidence, accuracy, rows).
+    columns of the answer, empty above MAX_DRAWN labels) and `reliability` (for each bin: confidence, accuracy, rows).
     """
     from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support  # slow to import, needed at the end
 
@@ -45,7 +45,7 @@ def classification_scores(probabilities: np.ndarray, truth: Sequence[int], label
         },
         "labels": list(labels),
         # Its size is the square of the number of labels, and nobody reads a picture of more than these.
-        "confusion": confusion_matrix(right, answer, labels=every).tolist() if len(labels) <= MOST_DRAWN else [],
+        "confusion": confusion_matrix(right, answer, labels=every).tolist() if len(labels) <= MAX_DRAWN else [],
     }
 
 

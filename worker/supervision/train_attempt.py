@@ -45,13 +45,13 @@ from worker.supervision import confinement, exit_codes
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MOST_HELD_EVENTS = 200_000
+MAX_HELD_EVENTS = 200_000
 """Events kept in memory while the database is away, some 100 MB. Beyond it the trainer waits at its pipe."""
 
 FIRST_STEP_SECONDS = 1800.0
 """How long loading a model may say nothing."""
 
-LEAST_PATIENCE_SECONDS = 600.0
+MIN_PATIENCE_SECONDS = 600.0
 """How long a step may take before the trainer is thought to hang, however short the steps before it were."""
 
 BATCH = 500
@@ -120,7 +120,7 @@ class Attempt:
         self.stop_reason = ""
         self.hung = False
         self.save_sent = False
-        self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, LEAST_PATIENCE_SECONDS)
+        self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
 
     # The main path --------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Attempt:
         """Take events off the pipe until everyone who could write to it is gone."""
         with os.fdopen(read_end, "rb") as pipe:
             for line in pipe:
-                while len(self.heard) > MOST_HELD_EVENTS and not self.over.is_set():
+                while len(self.heard) > MAX_HELD_EVENTS and not self.over.is_set():
                     time.sleep(0.5)
                 try:
                     event = confinement.believed(events.read_line(line), self.held.folder)
@@ -278,7 +278,7 @@ class Attempt:
         """One beat, and what people wish."""
         try:
             with transaction() as session:
-                self.wishes = lifecycle.beat(session, self.held)
+                self.wishes = lifecycle.heartbeat(session, self.held)
         except FenceLost:
             if not self.over.is_set():
                 self.fence_lost.set()

@@ -72,7 +72,7 @@ def optimizer_of(parameters: Named, spec: JobSpec) -> torch.optim.Optimizer:
     return make_optimizer(parameters, spec.learning_rate, run.weight_decay, run.optimizer, betas=betas, eps=run.adam_epsilon, faster=faster)
 
 
-def rate(step: int, total: int, peak: float, run: RunSettings) -> float:
+def learning_rate_at(step: int, total: int, peak: float, run: RunSettings) -> float:
     """The learning rate of optimizer step `step` (1 to `total`): a linear rise, then the schedule down to its floor, which without one
     is never quite zero."""
     warmup = run.warmup_steps if run.warmup_steps is not None else math.ceil(run.warmup_fraction * total)
@@ -102,11 +102,11 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["scale"]
 
 
-def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None, beside: float = 0.0) -> torch.Tensor:
+def clip_grad_norm(parameters: Named, longest: float, norm: torch.Tensor | None = None, beside: float = 0.0) -> torch.Tensor:
     """The length of the whole gradient, before it is shortened to `longest` (0: left as it is). Makes no device wait.
     `norm` is that length where these are not all of its parts, and `beside` the square of what lies elsewhere on a CPU.
 
-    A gradient that is not finite is left alone; `advance` keeps it from the weights.
+    A gradient that is not finite is left alone; `optimizer_step` keeps it from the weights.
     """
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
@@ -117,17 +117,17 @@ def clip(parameters: Named, longest: float, norm: torch.Tensor | None = None, be
     return norm
 
 
-def shortening(norm: torch.Tensor, longest: float) -> float:
-    """What `clip` multiplies a gradient of this length by."""
+def clip_coefficient(norm: torch.Tensor, longest: float) -> float:
+    """What `clip_grad_norm` multiplies a gradient of this length by."""
     return min(1.0, longest / (float(norm) + 1e-6)) if longest > 0 else 1.0
 
 
-LEAST_TO_SHARE = 2**17
+MIN_TO_SHARE = 2**17
 """Numbers of a tensor, in the mean, from which threads move its weights together. To wake a second thread for each of the 390 matrices of an
 adapter took 32 ms a step, one thread needs 5."""
 
 
-def advance(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     """One step, or none: where the gradient's length is not finite, weights, moments and the count of steps stay as they are.
 
     torch's fused kernel decides that on the device. bitsandbytes' has no such switch, so the host looks at the length first; it
@@ -139,7 +139,7 @@ def advance(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     elif not math.isfinite(norm):
         return
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
-    with _one_thread() if sum(sizes) < LEAST_TO_SHARE * len(sizes) else contextlib.nullcontext():
+    with _one_thread() if sum(sizes) < MIN_TO_SHARE * len(sizes) else contextlib.nullcontext():
         optimizer.step()
 
 

@@ -86,7 +86,7 @@ def take_step(job: Any, window: StepBatch) -> list[torch.Tensor]:
             tokens_here, trained_here = tokens_here + found.tokens, trained_here + found.losses
             for sums in measured:
                 sums += found.measured
-        full_tuning.settle(job.wholes)
+        full_tuning.add_parts(job.wholes)
     if job.shards:
         job.shards.collect()
     else:
@@ -97,22 +97,22 @@ def take_step(job: Any, window: StepBatch) -> list[torch.Tensor]:
     extra = job.spec.strategy.regulariser(body_of(job.model))
     if extra is not None:
         extra.backward()
-        full_tuning.settle(job.wholes)
+        full_tuning.add_parts(job.wholes)
     apart = gradient_buffers.shares(job.wholes, abreast.threads)
     beside = job.factors.squares() if job.factors else 0.0
-    norm = optim.clip(
+    norm = optim.clip_grad_norm(
         job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, gradient_buffers.squares(apart, abreast) + beside
     )
-    rate = optim.rate(state.step, job.course.total_steps, job.spec.learning_rate, run)
+    rate = optim.learning_rate_at(state.step, job.course.total_steps, job.spec.learning_rate, run)
     optim.set_rate(job.optimizer, rate)
-    optim.advance(job.optimizer, norm + total)
+    optim.optimizer_step(job.optimizer, norm + total)
     if job.wholes:
         full_tuning.move(job.wholes, abreast)
         if math.isfinite(norm + total):
-            gradient_buffers.move(apart, abreast, job.optimizer, optim.shortening(norm, run.max_grad_norm))
+            gradient_buffers.move(apart, abreast, job.optimizer, optim.clip_coefficient(norm, run.max_grad_norm))
         gradient_buffers.leave(job.wholes)
     if job.factors and math.isfinite(norm + total):
-        job.factors.move(optim.shortening(norm, run.max_grad_norm))
+        job.factors.move(optim.clip_coefficient(norm, run.max_grad_norm))
     job.spec.strategy.after_step(body_of(job.model), state.step)
     job.optimizer.zero_grad(set_to_none=True)
     return [total, norm, *measured]

@@ -34,7 +34,7 @@ from worker.training import feature_cache, optim
 from worker.training import row_losses as training_row_losses
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
-from worker.training.objectives._base import MOST_REMEMBERED
+from worker.training.objectives._base import MAX_REMEMBERED
 from worker.training.objectives.classification import (
     answer_in_words,
     evaluation_of,
@@ -111,7 +111,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     if len(held_truth):
         scores = classification_scores(found, held_truth.tolist(), data.labels)
         state.best, state.best_step = _named(scores), state.step
-        state.best_rows = row_losses(found, held_truth)[:MOST_REMEMBERED]
+        state.best_rows = row_losses(found, held_truth)[:MAX_REMEMBERED]
         yield events.Evaluated(step=state.step, loss=scores["log_loss"], metrics=_rest(state.best), best=True)
         yield events.Sampled(step=state.step, samples=_samples(found, data.held_out[: run.samples], data.labels))
         evaluation = evaluation_of(found, truth, held_truth, data.held_out, data.labels)
@@ -248,12 +248,12 @@ def _learn(
     waited = 0
     for epoch in range(1, epochs + 1):
         began, total, norm = time.monotonic(), 0.0, torch.zeros(())
-        optim.set_rate(optimizer, optim.rate(epoch, epochs, peak, run))
+        optim.set_rate(optimizer, optim.learning_rate_at(epoch, epochs, peak, run))
         for part in torch.randperm(len(y), generator=draw).split(BATCH_ROWS):
             loss = F.cross_entropy(head(x[part]), y[part])
             loss.backward()
-            norm = optim.clip(dict(head.named_parameters()), run.max_grad_norm)
-            optim.advance(optimizer, norm + loss.detach())
+            norm = optim.clip_grad_norm(dict(head.named_parameters()), run.max_grad_norm)
+            optim.optimizer_step(optimizer, norm + loss.detach())
             optimizer.zero_grad(set_to_none=True)
             total += float(loss.detach()) * len(part)
         if not math.isfinite(total):  # nothing was learnt from such a part, and the next epoch would meet it again

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from app.formats._base import Finding, Row
 
-LONGEST_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 16 << 20
 """A longer line, field or element is reported and skipped without being held in memory."""
-LONGEST_PASSAGE = 4000
+MAX_PASSAGE_LENGTH = 4000
 """Plain text is cut into passages of at most this many characters, so that a trainer's maximum length loses none of it."""
-MOST_UNPACKED_BYTES = 64 << 30
-LARGEST_RATIO = 200
+MAX_UNPACKED_BYTES = 64 << 30
+MAX_RATIO = 200
 CHUNK_BYTES = 1 << 20
 
 

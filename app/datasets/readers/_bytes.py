@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, BinaryIO
 
 from app.datasets.readers import _base
-from app.datasets.readers._base import CHUNK_BYTES, LARGEST_RATIO, MOST_UNPACKED_BYTES, Raw
+from app.datasets.readers._base import CHUNK_BYTES, MAX_RATIO, MAX_UNPACKED_BYTES, Raw
 from app.errors import BadData
 from app.formats._base import Finding, shown
 
@@ -19,7 +19,7 @@ class Unpacked(io.RawIOBase):
 
     def __init__(self, inner: BinaryIO | gzip.GzipFile, packed_bytes: int, packed: IO[bytes] | None = None) -> None:
         self.inner, self.packed = inner, packed
-        self.limit = min(MOST_UNPACKED_BYTES, max(packed_bytes * LARGEST_RATIO, 64 << 20))
+        self.limit = min(MAX_UNPACKED_BYTES, max(packed_bytes * MAX_RATIO, 64 << 20))
         self.count = 0
 
     def readable(self) -> bool:
@@ -28,10 +28,10 @@ class Unpacked(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         data = self.inner.read(CHUNK_BYTES if size < 0 else min(size, CHUNK_BYTES))
         self.count += len(data)
-        early = self.packed is not None and self.count > max(64 << 20, self.packed.tell() * LARGEST_RATIO)
+        early = self.packed is not None and self.count > max(64 << 20, self.packed.tell() * MAX_RATIO)
         if early or self.count > self.limit:
             raise BadData(
-                f"The file unpacks to more than {min(self.count, self.limit):,} bytes, over {LARGEST_RATIO} times its size.",
+                f"The file unpacks to more than {min(self.count, self.limit):,} bytes, over {MAX_RATIO} times its size.",
                 way_out="This looks like an archive made to fill a disk. Upload the file unpacked.",
                 param="file",
             )
@@ -103,7 +103,7 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
         first, *others = chunk.split(b"\n")
         parts.append(first)
         held += len(first)
-        if held > _base.LONGEST_LINE_BYTES:
+        if held > _base.MAX_LINE_BYTES:
             too_long, parts, held = True, [], 0
         for other in others:
             yield number, None if too_long else b"".join(parts).removesuffix(b"\r")
@@ -128,7 +128,7 @@ def text_of_line(line: bytes) -> str | Finding:
 def too_long(what: str = "line") -> Finding:
     return Finding(
         "line_too_long",
-        f"This {what} is longer than {_base.LONGEST_LINE_BYTES >> 20} MiB and was skipped. Write one row per line, or split this row.",
+        f"This {what} is longer than {_base.MAX_LINE_BYTES >> 20} MiB and was skipped. Write one row per line, or split this row.",
     )
 
 

@@ -219,7 +219,7 @@ def _cut_row(line: int, data: bytes | None) -> Raw:
 
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _BACKSLASH = ord("\\")
-_MOST_OPEN = 1_000_000
+_MAX_OPEN = 1_000_000
 """Brackets that may be open at once while a file is cut into its rows."""
 
 
@@ -268,7 +268,7 @@ class _Cutter:
                 self._in_text = True
             elif token in b"{[":
                 self._depth += 1
-                if self._depth > _MOST_OPEN:
+                if self._depth > _MAX_OPEN:
                     raise self._too_deep()
                 if self.array and self._depth == 1:  # the bracket of the list itself
                     self.line += chunk.count(b"\n", 0, at)
@@ -290,7 +290,7 @@ class _Cutter:
 
     def _too_deep(self) -> BadData:
         error = BadData(
-            f"The JSON is nested more than {_MOST_OPEN:,} levels deep: brackets are opened and never closed.",
+            f"The JSON is nested more than {_MAX_OPEN:,} levels deep: brackets are opened and never closed.",
             way_out="Close them, or write one row on each line as .jsonl.",
             param="file",
         )
@@ -310,5 +310,5 @@ class _Cutter:
             self._start_line = self.line + part.count(b"\n", 0, len(part) - len(stripped))
             self._buffer += stripped
         self.line += part.count(b"\n")
-        if len(self._buffer) > _base.LONGEST_LINE_BYTES:
+        if len(self._buffer) > _base.MAX_LINE_BYTES:
             self._too_long, self._buffer = True, bytearray()

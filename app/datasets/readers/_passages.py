@@ -26,7 +26,7 @@ def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
             row = {"text": meant.strip()} if meant and meant.strip() else None
             yield Raw(number, None, offer(text, row), row)
             continue
-        if parts and (not text.strip() or not by_paragraph or held > _base.LONGEST_PASSAGE):
+        if parts and (not text.strip() or not by_paragraph or held > _base.MAX_PASSAGE_LENGTH):
             yield from _passages(start, "\n".join(parts))
             parts, held = [], 0
         if text.strip():
@@ -39,12 +39,12 @@ def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
 
 
 def _passages(line: int, text: str) -> Iterator[Raw]:
-    """A passage, cut at the end of a sentence or a word where it is longer than _base.LONGEST_PASSAGE."""
+    """A passage, cut at the end of a sentence or a word where it is longer than _base.MAX_PASSAGE_LENGTH."""
     at = 0
     while at < len(text):
-        end = min(len(text), at + _base.LONGEST_PASSAGE)
+        end = min(len(text), at + _base.MAX_PASSAGE_LENGTH)
         if end < len(text):
-            cuts = [text.rfind(mark, at + _base.LONGEST_PASSAGE // 2, end) for mark in (". ", ".\n", "\n", " ")]
+            cuts = [text.rfind(mark, at + _base.MAX_PASSAGE_LENGTH // 2, end) for mark in (". ", ".\n", "\n", " ")]
             end = next((cut + 1 for cut in cuts if cut > 0), end)
         piece = text[at:end].strip()
         if piece:

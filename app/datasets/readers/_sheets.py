@@ -18,7 +18,7 @@ from app.errors import BadData
 from app.formats._base import Finding, shown
 from app.kit.json_safe import storable
 
-MOST_ROWS = 1 << 20
+MAX_ROWS = 1 << 20
 """What Excel itself allows; a row number beyond it is made to fill a machine."""
 HEAD_ROWS = 10
 _ERRORS = {"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
@@ -72,9 +72,9 @@ def _check_archive(path: Path) -> None:
         raise _broken(
             "The workbook holds macros or is in Excel's binary format.", "Save it as .xlsx (Excel Workbook), which has no macros."
         )
-    unpacked, limit = sum(member.file_size for member in members), max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)
+    unpacked, limit = sum(member.file_size for member in members), max(path.stat().st_size * _base.MAX_RATIO, 64 << 20)
     if unpacked > limit:
-        text = f"The file unpacks to {unpacked:,} bytes, over {_base.LARGEST_RATIO} times its size."
+        text = f"The file unpacks to {unpacked:,} bytes, over {_base.MAX_RATIO} times its size."
         raise _broken(text, "This looks like a file made to fill a machine. Upload the rows as .csv.")
 
 
@@ -88,8 +88,8 @@ def _rows(sheet: Any) -> Iterator[Filled]:
     """The rows of a sheet that hold anything."""
     sheet.reset_dimensions()  # what a file says of its own size need not be true
     for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
-        if number > MOST_ROWS:
-            raise _broken(f"A row has a number above {MOST_ROWS:,}, Excel's own limit.", "Save it again as .xlsx, or as .csv.")
+        if number > MAX_ROWS:
+            raise _broken(f"A row has a number above {MAX_ROWS:,}, Excel's own limit.", "Save it again as .xlsx, or as .csv.")
         values = [_plain(value) for value in cells]
         while values and values[-1] is None:
             values.pop()

@@ -18,7 +18,7 @@ from app.errors import BadData
 from app.formats._base import Finding, shown
 from app.kit.json_safe import storable
 
-_MOST_COLUMNS = 10_000
+_MAX_COLUMNS = 10_000
 
 
 def read_csv(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -57,7 +57,7 @@ class _TextLines:
 
 
 def _read_table(chunks: Iterator[bytes], delimiter: str | None) -> Iterator[Raw]:
-    csv.field_size_limit(_base.LONGEST_LINE_BYTES)
+    csv.field_size_limit(_base.MAX_LINE_BYTES)
     lines = _TextLines(chunks)
     feed = iter(lines)
     head = next((line for line in feed if line.strip()), "")
@@ -103,8 +103,8 @@ def _header(reader: Any) -> list[str]:
 
 
 def check_names(names: list[str]) -> None:
-    if len(names) > _MOST_COLUMNS:
-        way_out = f"Keep the ones to train on; at most {_MOST_COLUMNS:,} are read."
+    if len(names) > _MAX_COLUMNS:
+        way_out = f"Keep the ones to train on; at most {_MAX_COLUMNS:,} are read."
         raise BadData(f"The file has {len(names):,} columns.", way_out=way_out, param="file")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
@@ -113,7 +113,7 @@ def check_names(names: list[str]) -> None:
 
 def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
     """A row of too few or too many cells, so that a person can move them to their columns; None for more than a file may have."""
-    if len(cells) > _MOST_COLUMNS:
+    if len(cells) > _MAX_COLUMNS:
         return None
     names = [*header, *(f"more_{n}" for n in range(1, len(cells) - len(header) + 1))]
     return json.dumps({name: cells[n] if n < len(cells) else "" for n, name in enumerate(names)}, ensure_ascii=False, indent=2)
@@ -131,7 +131,7 @@ def _csv_problem(error: csv.Error, first: int, last: int) -> Finding:
     if "field limit" in str(error) or "larger than field" in str(error):
         return Finding(
             "line_too_long",
-            f"A field here is larger than {_base.LONGEST_LINE_BYTES >> 20} MiB; a quote may never be closed. Double every quote inside a field.",
+            f"A field here is larger than {_base.MAX_LINE_BYTES >> 20} MiB; a quote may never be closed. Double every quote inside a field.",
         )
     return Finding("bad_quotes", f"The quotes of line {last} cannot be read: {error}. Double every quote inside a field.")
 
@@ -153,13 +153,13 @@ def read_parquet(path: Path) -> Iterator[Raw]:
         check_names(file.schema_arrow.names)
         number, unpacked = 0, 0
         # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
-        limit = max(path.stat().st_size * _base.LARGEST_RATIO, 64 << 20)
+        limit = max(path.stat().st_size * _base.MAX_RATIO, 64 << 20)
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in batch.to_pylist():
                 number, unpacked = number + 1, unpacked + _weight(row)
                 if unpacked > limit:
                     raise BadData(
-                        f"The file unpacks to more than {limit:,} bytes, over {_base.LARGEST_RATIO} times its size.",
+                        f"The file unpacks to more than {limit:,} bytes, over {_base.MAX_RATIO} times its size.",
                         way_out="This looks like a file made to fill a machine. Upload the rows as .jsonl.",
                         param="file",
                     )

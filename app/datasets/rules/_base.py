@@ -13,13 +13,13 @@ from app.formats import Finding
 from app.formats._base import Row
 
 WORD = re.compile(r"\w+")
-MOST_ROWS = 400_000
+MAX_ROWS = 400_000
 """Rows a rule remembers something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
 Say = Callable[[int | None, Finding], None]
 
 
-MOST_WORDS = 20_000
+MAX_WORDS = 20_000
 """Words of a prompt, or of an answer, that are compared."""
 
 
@@ -66,7 +66,7 @@ def calls_of(message: Row) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return [found.group() for found in itertools.islice(WORD.finditer(text.lower()), MOST_WORDS)]
+    return [found.group() for found in itertools.islice(WORD.finditer(text.lower()), MAX_WORDS)]
 
 
 class Rule(ABC):

@@ -12,7 +12,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING
 
-from app.datasets.rules._base import MOST_ROWS, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, Rule, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 WIDTH = 1 << 15
 FOLDS = 5
-MOST_LABELS = 64
-FEWEST_ROWS = 100
+MAX_LABELS = 64
+MIN_ROWS = 100
 OWN, OTHER = 0.03, 0.9
 """A row is named when its own label gets less than OWN and another more than OTHER."""
-LEAST_ACCURACY = 0.7
+MIN_ACCURACY = 0.7
 """Where words alone tell labels apart less often than this, they are no witness."""
 
 
@@ -37,7 +37,7 @@ class LabelNoise(Rule):
         self._names: dict[str, int] = {}
 
     def see(self, seen: Seen) -> None:
-        if self.task != "classification" or len(self._lines) >= MOST_ROWS:
+        if self.task != "classification" or len(self._lines) >= MAX_ROWS:
             return
         words = {zlib.crc32(word.encode()) % WIDTH for word in seen.asked}
         self._features.extend(words)
@@ -49,7 +49,7 @@ class LabelNoise(Rule):
         import numpy as np
 
         rows, classes = len(self._lines), len(self._names)
-        if rows < FEWEST_ROWS or not 2 <= classes <= MOST_LABELS:
+        if rows < MIN_ROWS or not 2 <= classes <= MAX_LABELS:
             return
         features, starts = np.array(self._features), np.array(self._starts)
         labels, names = np.array(self._labels), list(self._names)
@@ -66,7 +66,7 @@ class LabelNoise(Rule):
                 share /= share.sum()
                 best = int(share.argmax())
                 guessed.append((row, best, bool(share[labels[row]] < OWN and share[best] > OTHER)))
-        if sum(best == labels[row] for row, best, _ in guessed) < LEAST_ACCURACY * rows:
+        if sum(best == labels[row] for row, best, _ in guessed) < MIN_ACCURACY * rows:
             return
         for row, best, doubtful in sorted(guessed):
             if doubtful:

@@ -10,8 +10,8 @@ from app.datasets.rules._base import Rule, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
-MOST_COUNTED = 20_000
-MOST_COMPARED = 500
+MAX_COUNTED = 20_000
+MAX_COMPARED = 500
 """Labels among which a near one is looked for: it takes a comparison of each with each."""
 NEAR = 0.75
 
@@ -26,7 +26,7 @@ class Labels(Rule):
         if self.task != "classification":
             return
         label = seen.row["label"]
-        if label in self._counts or len(self._counts) < MOST_COUNTED:
+        if label in self._counts or len(self._counts) < MAX_COUNTED:
             self._counts[label] = self._counts.get(label, 0) + 1
             self._first.setdefault(label, seen.line)
 
@@ -64,7 +64,7 @@ class Labels(Rule):
         return rarer
 
     def _rare(self, label: str, often: list[str]) -> None:
-        near = difflib.get_close_matches(label, often, 1, NEAR) if len(self._counts) <= MOST_COMPARED and len(label) <= 60 else []
+        near = difflib.get_close_matches(label, often, 1, NEAR) if len(self._counts) <= MAX_COMPARED and len(label) <= 60 else []
         meant = f" Did you mean “{near[0]}”?" if near else ""
         message = f"Only one row has the label “{shown(label, 60)}”, so it cannot be both trained and validated.{meant}"
         self._warn(label, "rare_label", message, _merge(f"Change to “{near[0]}”", [label], near[0]) if near else None)

@@ -7,12 +7,12 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 
-from app.datasets.rules._base import MOST_ROWS, WORD, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
-FEWEST_LETTERS, FEWEST_COMMON = 20, 4
-MOST_LOOKED_AT, MOST_WORDS = 1500, 250
+MIN_LETTERS, MIN_COMMON = 20, 4
+MAX_LOOKED_AT, MAX_WORDS = 1500, 250
 MAIN_SHARE = 0.6
 """Below this share no language is the dataset's own, so none is odd in it."""
 
@@ -57,18 +57,18 @@ for _name, _set in _WORDS.items():
 
 def language(text: str, words: Sequence[str] | None = None) -> str | None:
     """The language of a text, or None where it is too short or not clear. `words` are its words in lower case, where known."""
-    text = text[:MOST_LOOKED_AT]
+    text = text[:MAX_LOOKED_AT]
     if not text.isascii():
         letters = sum(character.isalpha() for character in text)
         for name, script in _SCRIPTS.items():
             if len(script.findall(text)) * 3 > max(letters, 12):
                 return name
     votes: Counter[str] = Counter()
-    for word, count in Counter(words[:MOST_WORDS] if words is not None else WORD.findall(text.lower())).items():
+    for word, count in Counter(words[:MAX_WORDS] if words is not None else WORD.findall(text.lower())).items():
         for name in _BY_WORD.get(word, ()):
             votes[name] += count
     ranked = votes.most_common(2)
-    if not ranked or ranked[0][1] < FEWEST_COMMON or (len(ranked) > 1 and ranked[0][1] < 1.3 * ranked[1][1]):
+    if not ranked or ranked[0][1] < MIN_COMMON or (len(ranked) > 1 and ranked[0][1] < 1.3 * ranked[1][1]):
         return None
     return ranked[0][0]
 
@@ -80,10 +80,10 @@ class Languages(Rule):
         self._lines, self._of = array("q"), array("h")
 
     def see(self, seen: Seen) -> None:
-        if len(self._lines) >= MOST_ROWS:
+        if len(self._lines) >= MAX_ROWS:
             return
         learnt = seen.learnt if self.task != "classification" and seen.learnt else seen.asked  # a prompt may speak another language
-        found = language(" ".join(learnt[:MOST_WORDS]), learnt)
+        found = language(" ".join(learnt[:MAX_WORDS]), learnt)
         if found is not None:
             self._lines.append(seen.line)
             self._of.append(self._names.setdefault(found, len(self._names)))

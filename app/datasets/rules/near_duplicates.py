@@ -11,7 +11,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING
 
-from app.datasets.rules._base import MOST_ROWS, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, Rule, Seen
 from app.formats import Finding
 from app.formats._base import fix
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 BANDS, ASKED, LEARNT = 16, 4, 2
 """A band holds so many minima of what is asked and of what is learnt; its rows are alike in both, or they never meet."""
 ALIKE = 0.8
-FEWEST_WORDS = 8
+MIN_WORDS = 8
 EDGE_WORDS, LONG_WORDS = 12, 60
 """In a prompt of more than LONG_WORDS a passage may outweigh the question about it, which stands at one of the ends."""
-MOST_WORDS_KNOWN, LONGEST_WORD_KNOWN = 100_000, 100
+MAX_WORDS_KNOWN, MAX_WORD_KNOWN_LENGTH = 100_000, 100
 """Words whose hash is remembered, and characters of one: a cell may be a single word of megabytes."""
 
 
@@ -45,9 +45,9 @@ class NearDuplicates(Rule):
         self._exact: set[int] = set()
 
     def see(self, seen: Seen) -> None:
-        if len(self._lines) >= MOST_ROWS:
+        if len(self._lines) >= MAX_ROWS:
             return
-        if len(seen.asked) + len(seen.learnt) < FEWEST_WORDS:
+        if len(seen.asked) + len(seen.learnt) < MIN_WORDS:
             return
         whole = hash((tuple(seen.texts), seen.row.get("label"), seen.row.get("good")))
         if whole in self._exact:  # another rule tells of rows that are the same
@@ -76,14 +76,14 @@ class NearDuplicates(Rule):
 
     def _hashes(self, words: list[str]) -> list[int]:
         known = self._of_word
-        if len(known) >= MOST_WORDS_KNOWN:
+        if len(known) >= MAX_WORDS_KNOWN:
             known.clear()
         hashes = []
         for word in words:
             found = known.get(word)
             if found is None:
                 found = zlib.crc32(word.encode())
-                if len(word) <= LONGEST_WORD_KNOWN:
+                if len(word) <= MAX_WORD_KNOWN_LENGTH:
                     known[word] = found
             hashes.append(found)
         return hashes

@@ -189,20 +189,20 @@ def mask(text: str) -> str:
     return "".join([*parts, text[at:]])
 
 
-MOST_LOOKED_AT = 1 << 20
+MAX_LOOKED_AT = 1 << 20
 """Characters of one text that are looked at while a file is read; more than any model reads at once. `mask` goes over all."""
 
 
 class Secrets(Rule):
     def see(self, seen: Seen) -> None:
         for column, text in seen.texts:
-            if len(text) > MOST_LOOKED_AT:
-                beyond = f"Only the first {MOST_LOOKED_AT:,} of its {len(text):,} characters were looked at for secrets and personal data."
+            if len(text) > MAX_LOOKED_AT:
+                beyond = f"Only the first {MAX_LOOKED_AT:,} of its {len(text):,} characters were looked at for secrets and personal data."
                 self.say(
                     seen.line, Finding("not_looked_at", f"{beyond} Split the text to have all of it looked at.", column, severity="note")
                 )
             told: set[str] = set()
-            for rule, name, start, end in find(text[:MOST_LOOKED_AT]):
+            for rule, name, start, end in find(text[:MAX_LOOKED_AT]):
                 if name in told:
                     continue
                 told.add(name)

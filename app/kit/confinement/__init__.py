@@ -34,10 +34,10 @@ ENTER = str(Path(__file__).with_name("enter.py"))
 
 Sockets = Literal["none", "local", "loopback"]
 
-MOST_OPEN_FILES = 16_384
-MOST_TASKS = 4096
+MAX_OPEN_FILES = 16_384
+MAX_TASKS = 4096
 """Processes and threads of one user, beyond those the machine runs already."""
-LARGEST_FILE_BYTES = 1 << 40
+MAX_FILE_BYTES = 1 << 40
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix", "/gnu", "/var/cache/fontconfig")
 _ETC = (
@@ -206,7 +206,7 @@ def _devices(gpu: bool) -> list[str]:
 
 def _limits(memory_bytes: int | None) -> dict[str, int]:
     tasks = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
-    bounds = {"CORE": 0, "NOFILE": MOST_OPEN_FILES, "NPROC": MOST_TASKS + tasks, "FSIZE": LARGEST_FILE_BYTES}
+    bounds = {"CORE": 0, "NOFILE": MAX_OPEN_FILES, "NPROC": MAX_TASKS + tasks, "FSIZE": MAX_FILE_BYTES}
     return bounds | ({"DATA": memory_bytes} if memory_bytes else {})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.errors import Conflict, Forbidden
 
-LONGEST_SOCKET_PATH_BYTES = 107
+MAX_SOCKET_PATH_BYTES = 107
 """The kernel's limit on the path of a unix socket, less its closing zero."""
 
 
@@ -38,7 +38,7 @@ def private_folder(path: Path, owner: tuple[int, int] | None = None) -> Path:
 def socket_path(data_dir: Path, name: str) -> Path:
     """Where `socket_folder` is or would be; nothing is made."""
     folder = data_dir / "run" / name
-    if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= LONGEST_SOCKET_PATH_BYTES:
+    if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= MAX_SOCKET_PATH_BYTES:
         return folder
     digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
     return Path("/tmp") / f"luthier-{os.geteuid()}-{digest}-{name}"  # noqa: S108

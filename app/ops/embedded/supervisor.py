@@ -21,7 +21,7 @@ from app.errors import Unavailable
 from app.kit.logs import turn_over
 from app.settings import PROJECT
 
-LONGEST_PAUSE_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 LOG_LIMIT_BYTES = 10 * 2**20
 """Of one child's log; as much of what stood before is kept beside it."""
@@ -166,7 +166,7 @@ class Supervisor:
 
     def put_off(self, child: Child, why: str) -> None:
         """Say what became of a child, and set when it starts again."""
-        pause = min(LONGEST_PAUSE_SECONDS, 0.25 * 2 ** min(child.deaths, 10))
+        pause = min(MAX_PAUSE_SECONDS, 0.25 * 2 ** min(child.deaths, 10))
         child.deaths += 1
         child.start_at = time.monotonic() + pause
         self.say(f"{child.name} {why}; starting it again in {pause:g} s. Its log: {self.log_path(child.name)}\n{self.log_tail(child.name)}")

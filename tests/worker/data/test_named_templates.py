@@ -22,7 +22,7 @@ from worker.data.template_child import Writer
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import load_tokenizer
-from worker.training.objectives import lesson_of
+from worker.training.objectives import objective_of
 
 ASKED = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " What wood?"}]
 TOLD = [*ASKED, {"role": "assistant", "content": "Spruce."}, {"role": "user", "content": "Thanks"}]
@@ -75,7 +75,7 @@ def test_the_result_carries_the_template_it_was_trained_with(data_dir: Path, tin
     spec = order(model, put_dataset(chat_rows()), chat_template=name, **{**TEN, "max_steps": 2})
     tokenizer = load_tokenizer(model)
     assert not tokenizer.chat_template
-    lesson = lesson_of(spec, tokenizer)
+    lesson = objective_of(spec, tokenizer)
     first = lesson.train.only({1})
     text, learned = tokenizer.decode(first.ids.tolist()), tokenizer.decode(first.ids[first.trained].tolist())
     asked, answer = (message["content"] for message in chat_rows(1)[0]["messages"])
@@ -112,14 +112,14 @@ def test_a_template_of_ones_own_is_trained_and_kept(data_dir: Path, tiny_model: 
 def test_a_template_that_ends_no_answer_is_told(data_dir: Path, tiny_model: Path) -> None:
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), chat_template="jinja", chat_template_jinja=endless)
-    assert "nothing teaches the model to stop" in " ".join(lesson_of(spec, load_tokenizer(spec.model)).remarks())
+    assert "nothing teaches the model to stop" in " ".join(objective_of(spec, load_tokenizer(spec.model)).remarks())
 
 
 def test_a_template_that_never_ends_stops_the_job(data_dir: Path, tiny_model: Path) -> None:
     mill = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in messages %}{% endfor %}{% endfor %}{% endfor %}"
     spec = order(put_model(tiny_model), put_dataset(chat_rows(2)), chat_template="jinja", chat_template_jinja=mill)
     with pytest.raises(Exception, match="so it was stopped"):
-        lesson_of(spec, load_tokenizer(spec.model))
+        objective_of(spec, load_tokenizer(spec.model))
 
 
 def test_the_models_own_is_the_default(tiny_model: Path) -> None:

@@ -106,7 +106,7 @@ def test_who_waits_too_long_is_told_to_come_again(small, home, monkeypatch):  # 
     next(talk), next(talk)
     last = last_of(engine, request(ref, "y", owner=1))
     assert (last.type, last.status, last.code) == ("error", 503, "busy") and "waited" in last.message and last.way_out
-    monkeypatch.setattr(engine_module, "MOST_OF_ONE", 1)
+    monkeypatch.setattr(engine_module, "MAX_OF_ONE", 1)
     with pytest.raises(TooMany):
         next(engine.answer(request(ref, "y")))
     next(engine.answer(request(ref, "y", owner=2)))
@@ -125,7 +125,7 @@ def test_long_runs_of_several_answers_do_not_wait_for_each_other(small, home):  
 
 
 def test_an_answer_moves_to_a_larger_block_as_it_grows(small, home, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(kv_cache, "SMALLEST_TOKENS", 16)
+    monkeypatch.setattr(kv_cache, "MIN_TOKENS", 16)
     ref = ref_of(home)
     expected = [[by_transformers(home / "models/tiny", prompt)] for prompt in PROMPTS]
     engine = small(most_rows=8)
@@ -136,7 +136,7 @@ def test_an_answer_moves_to_a_larger_block_as_it_grows(small, home, monkeypatch)
 
 def test_memory_is_promised_before_it_is_taken(small, home, monkeypatch):  # noqa: F811
     """Room for the weights and five blocks of 64 tokens: what can never fit is refused, the rest waits for its turn."""
-    monkeypatch.setattr(kv_cache, "SMALLEST_TOKENS", 64)
+    monkeypatch.setattr(kv_cache, "MIN_TOKENS", 64)
     ref = ref_of(home)
     each = 64 * 2 * ref.shape.layers * ref.shape.kv_heads * ref.shape.head_dim * 4
     engine = small(most_rows=8)

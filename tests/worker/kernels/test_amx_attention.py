@@ -11,7 +11,7 @@ from worker.kernels.cpu import attention as amx_attention
 from worker.kernels.cpu.attention import Rules
 from worker.modeling import packed_attention
 
-needs_units = pytest.mark.skipif(not amx_attention.works(), reason="the processor has no matrix units")
+needs_units = pytest.mark.skipif(not amx_attention.is_available(), reason="the processor has no matrix units")
 
 LENGTHS = [[75, 113, 40, 1, 32], [300], [5, 0, 91], [32, 64], [1]]
 RULES = [

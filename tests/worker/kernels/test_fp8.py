@@ -30,13 +30,13 @@ def test_products_are_those_of_the_squeezed_numbers_and_near_those_of_the_whole_
     torch.manual_seed(0)
     spread = torch.logspace(-3, 3, 48)[:, None]  # rows of very different size, which one scale for all would lose
     x, dy, whole = torch.randn(40, 64).bfloat16(), torch.randn(40, 48).bfloat16(), (torch.randn(48, 64) * spread).bfloat16()
-    weight, scale = fp8.squeeze(whole)
+    weight, scale = fp8.quantize(whole)
     assert weight.dtype == torch.float8_e4m3fn and scale.shape == (48, 1)
     dense = weight.double() * scale.double()
     assert float(((dense - whole.double()).norm(dim=1) / whole.double().norm(dim=1)).max()) < 0.04
-    rows, own = fp8.squeeze(x)
+    rows, own = fp8.quantize(x)
     assert far(fp8.product(x, weight, scale), (rows.double() * own.double()) @ dense.t()) < 4e-3, "bf16's own rounding"
-    back, size = fp8.squeeze(dy.float() * scale.t())
+    back, size = fp8.quantize(dy.float() * scale.t())
     assert far(fp8.product_back(dy, weight, scale), (back.double() * size.double()) @ weight.double()) < 4e-3
     assert far(fp8.product(x, weight, scale), x.double() @ whole.double().t()) < 0.05
     assert far(fp8.product_back(dy, weight, scale), dy.double() @ whole.double()) < 0.05

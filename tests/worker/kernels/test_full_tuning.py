@@ -19,7 +19,7 @@ from transformers import (
 
 from worker.data.batching import Tokenised, make_batch
 from worker.kernels.cpu import full_tuning
-from worker.kernels.cpu.full_tuning import FullEmbedding, FullLinear, use_whole
+from worker.kernels.cpu.full_tuning import FullEmbedding, FullLinear, patch_full_tuning
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime.device import Compute
@@ -82,7 +82,7 @@ def gradients(model: torch.nn.Module, engine: Compute, packs: list[list[int]], t
         parameter.grad = None
     with engine.abreast.in_order(model.parameters()):
         found = sum(engine.abreast.map(one, packs))
-    full_tuning.settle(wholes)
+    full_tuning.add_parts(wholes)
     return found, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -92,7 +92,7 @@ def gradients(model: torch.nn.Module, engine: Compute, packs: list[list[int]], t
 def test_gradients_are_those_of_autograd(family: str, precision: str, tokens: int) -> None:
     model, engine, packs = model_of(family), engine_of(precision), [[0, 1], [2, 3]]
     loss, expected = gradients(model, engine, packs, tokens)
-    wholes = use_whole(model, engine)
+    wholes = patch_full_tuning(model, engine)
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
     assert sum(type(m) is FullLinear for m in model.modules()) == linears - (family == "a table that scales")
     assert any(type(m) is FullEmbedding for m in model.modules()) == (family != "a table that scales")
@@ -113,7 +113,7 @@ def test_weights_that_layers_share_learn_from_all_of_them() -> None:
     first, second = (layer.self_attn for layer in model.model.layers)
     second.q_proj.weight, second.v_proj.weight = first.q_proj.weight, first.k_proj.weight
     loss, expected = gradients(model, engine, packs, 9)
-    wholes = use_whole(model, engine)
+    wholes = patch_full_tuning(model, engine)
     assert first.q_proj.group is None and first.o_proj.group is None and model.model.layers[1].mlp.up_proj.group is not None
     ours, found = gradients(model, engine, packs, 9, wholes)
     assert ours == pytest.approx(loss, rel=2e-3) and found.keys() == expected.keys()
@@ -123,7 +123,7 @@ def test_weights_that_layers_share_learn_from_all_of_them() -> None:
 
 def test_rounded_weights_follow_the_optimizer_and_whatever_else_moves_them() -> None:
     model, engine = model_of("tied"), engine_of("bf16")
-    wholes = use_whole(model, engine)
+    wholes = patch_full_tuning(model, engine)
     names = dict(model.named_parameters())
     optimizer = optim.make_optimizer(names, 1e-2, 0.0)
 
@@ -137,7 +137,7 @@ def test_rounded_weights_follow_the_optimizer_and_whatever_else_moves_them() -> 
 
     seen = [loss_now()]
     for _ in range(2):
-        optim.advance(optimizer, torch.zeros(()))
+        optim.optimizer_step(optimizer, torch.zeros(()))
         full_tuning.move(wholes, engine.abreast)
         seen.append(loss_now())
         assert seen[-1] == pytest.approx(loss_anew(), rel=1e-3)
@@ -154,7 +154,7 @@ def test_outside_a_pass_in_its_type_a_layer_is_as_before() -> None:
     layer = model.model.layers[0].mlp
     x = torch.randn(3, 48)
     before = layer(x)
-    use_whole(model, engine)
+    patch_full_tuning(model, engine)
     after = layer(x)
     assert torch.equal(before, after)
     after.sum().backward()
@@ -174,11 +174,11 @@ def test_an_encoder_learns_in_full_too() -> None:
         for parameter in model.parameters():
             parameter.grad = None
         model(input_ids=ids).last_hidden_state.pow(2).sum().backward()
-        full_tuning.settle(wholes)
+        full_tuning.add_parts(wholes)
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected = found()
-    ours = found(use_whole(model, engine_of("fp32")))
+    ours = found(patch_full_tuning(model, engine_of("fp32")))
     assert not expected["embeddings.word_embeddings.weight"][0].any()
     for name, gradient in expected.items():
         assert torch.allclose(ours[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()), name
@@ -198,5 +198,5 @@ def test_what_is_kept_for_the_backward_pass_is_less() -> None:
     for key in ("before", "after"):
         with torch.autograd.graph.saved_tensors_hooks(functools.partial(count, key), lambda tensor: tensor):
             layer(x)
-        use_whole(model, engine_of("fp32"))
+        patch_full_tuning(model, engine_of("fp32"))
     assert kept["before"] - kept["after"] >= 2 * 500 * 96 * 4

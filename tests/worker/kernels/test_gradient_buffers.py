@@ -16,7 +16,7 @@ from tests.worker.kernels.test_full_tuning import CPU, FAMILIES, data_of, engine
 from worker.data.batching import make_batch
 from worker.kernels.cpu import adamw, full_tuning, gradient_buffers, jit
 from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
-from worker.kernels.cpu.full_tuning import use_whole
+from worker.kernels.cpu.full_tuning import patch_full_tuning
 from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime import distributed
@@ -99,7 +99,7 @@ class Job:
 
     def __init__(self, family="tied", parts=2, threads=2, apart=True, longest=1.0, tokens=9, precision="bf16", micro_batches=1) -> None:
         self.model, self.engine = model_of(family), engine_of(precision, threads)
-        self.wholes = use_whole(self.model, self.engine)
+        self.wholes = patch_full_tuning(self.model, self.engine)
         self.order(parts, longest, tokens, micro_batches)
         self.kept = apart and gradient_buffers.keep(self.wholes, parts, micro_batches, self.optimizer)
 
@@ -190,13 +190,13 @@ def test_a_layer_that_a_part_uses_twice_has_the_gradient_of_autograd(times: tupl
     for place in range(len(times)):
         one(place)
     expected = torch.stack([p.grad for p in model.parameters()])
-    wholes, once = use_whole(model, engine), max(times) == 1
+    wholes, once = patch_full_tuning(model, engine), max(times) == 1
     assert gradient_buffers.keep(wholes, len(times), 1, torch.optim.AdamW(model.parameters()))
     for _ in range(2):  # a pass leaves nothing to the next
         model.zero_grad()
         with engine.abreast.in_order(model.parameters()):
             engine.abreast.map(one, range(len(times)))
-        full_tuning.settle(wholes)
+        full_tuning.add_parts(wholes)
         assert all((w.weight.grad is None) == once == bool(w.kept) for w in wholes) and bool(gradient_buffers.shares(wholes, 2)) == once
         found.append(torch.stack([sum(g.float() for g, _ in w.kept.values()) if once else w.weight.grad.clone() for w in wholes]))
         gradient_buffers.leave(wholes)
@@ -213,10 +213,10 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_is_no_number_moves_nothing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, other, settle, spoil = Job(), Job(), full_tuning.settle, SPOILT[what]
+    job, other, settle, spoil = Job(), Job(), full_tuning.add_parts, SPOILT[what]
     for first in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr(full_tuning, "settle", lambda wholes: (settle(wholes), spoil and spoil(wholes)))
+            patch.setattr(full_tuning, "add_parts", lambda wholes: (settle(wholes), spoil and spoil(wholes)))
             patch.setattr(job, "more", 0.0 if spoil else math.inf)
             ((loss, norm),) = job.go()
         assert (math.isfinite(loss), math.isfinite(norm)) == ((True, False) if spoil else (False, True))
@@ -241,7 +241,7 @@ def test_a_resumed_job_is_the_same_bit_for_bit(family: str, tmp_path) -> None:
 @pytest.mark.parametrize("given", [{"micro_batches": 2}, {"parts": 3, "threads": 3}, {"precision": "fp32"}, {}])
 def test_what_cannot_be_kept_apart_is_summed(given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     if not given:
-        monkeypatch.setattr(jit, "works", lambda: False)
+        monkeypatch.setattr(jit, "is_available", lambda: False)
     job, other = Job(**given), Job(**given, apart=False)
     assert job.kept is False and not any(w.rooms.rooms for w in job.wholes) and gradient_buffers.shares(job.wholes, 2) == []
     assert (found := job.go(3)) == other.go(3) and equal(job, other) and job.summed == set(job.trained)

@@ -90,9 +90,9 @@ def test_a_feed_forward_layer_is_what_transformers_computes(which: int) -> None:
     layer, x = layers()[which], torch.randn(2, 5, 32, requires_grad=True)
     wanted = layer(x)
     (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
-    switched = gated_mlp.use_gates(torch.nn.ModuleList([layer]))
+    switched = gated_mlp.patch_gated_mlp(torch.nn.ModuleList([layer]))
     assert switched == (0 if which == 2 else 1)  # there is no kernel for a rectifier
-    assert gated_mlp.use_gates(torch.nn.ModuleList([layer])) == 0  # once is enough
+    assert gated_mlp.patch_gated_mlp(torch.nn.ModuleList([layer])) == 0  # once is enough
     ours = layer(x)
     assert type(layer).__name__ in gated_mlp.GATED and torch.allclose(ours, wanted, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), x)[0], gradient, rtol=1e-4, atol=1e-6)
@@ -169,7 +169,7 @@ def everything(kind: torch.dtype) -> list[torch.Tensor]:
     turned = [rotary.rotate(x, x, angles.cos().to(table), angles.sin().to(table))[0] for table in (kind, torch.float32)]
     normed = sum(rms_norm.rms_norm(one.reshape(12, 16), torch.ones(16), 1e-6, kind) for one in turned)
     layer = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2)).to(kind)
-    gated_mlp.use_gates(torch.nn.ModuleList([layer]))
+    gated_mlp.patch_gated_mlp(torch.nn.ModuleList([layer]))
     head = Head(torch.randn(50, 16, requires_grad=True), None)
     loss = linear_cross_entropy(layer(normed), head, torch.randint(0, 50, (12,)), kind)
     return [loss, *torch.autograd.grad(loss, (x, head.weight, layer.gate_proj.weight))]
@@ -178,7 +178,7 @@ def everything(kind: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", DIGIT)
 def test_without_kernels_all_is_computed_by_torch(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with_them = everything(kind)
-    monkeypatch.setattr(jit, "works", lambda: False)
+    monkeypatch.setattr(jit, "is_available", lambda: False)
     for name in ("rms_norm", "gated_mlp", "rotary", "cross_entropy"):
         module = sys.modules[f"worker.kernels.cpu.{name}"]
         for kernel in [found for found in vars(module).values() if hasattr(found, "py_func")]:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from worker.kernels.cpu import lora_products
 from worker.modeling import fused_lora
 
-needs_units = pytest.mark.skipif(not lora_products.works(), reason="the processor has no matrix units")
+needs_units = pytest.mark.skipif(not lora_products.is_available(), reason="the processor has no matrix units")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_they_are_the_products_within_what_bf16_rounds(rows: int, width: int, ra
     low = torch.randn(rows, rank + 5).bfloat16()[:, 2 : rank + 2]
     beside = torch.full((rows, rank + 7), 9.0, dtype=torch.bfloat16)
     back = beside[:, 3 : rank + 3]
-    assert lora_products.fits(x)
+    assert lora_products.supports(x)
     assert apart(lora_products.project(x, down), x.double() @ down.double().t()) < 2e-3
     assert apart(lora_products.both(x, up, low, back), x.double().t() @ low.double()) < 1e-6
     assert apart(back, x.double() @ up.double()) < 2e-3
@@ -47,9 +47,9 @@ def test_they_are_the_products_within_what_bf16_rounds(rows: int, width: int, ra
 
 @needs_units
 def test_that_they_work_is_found_out_also_in_the_middle_of_a_pass() -> None:
-    lora_products.works.cache_clear()
+    lora_products.is_available.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
-        assert lora_products.works()
+        assert lora_products.is_available()
 
 
 @needs_units
@@ -63,12 +63,12 @@ def test_what_is_no_number_is_seen() -> None:
 @needs_units
 def test_what_does_not_fit_is_left_to_torch() -> None:
     x = torch.ones(64, 64).bfloat16()
-    assert lora_products.fits(x, x)
+    assert lora_products.supports(x, x)
     for other in (x.float(), x.t(), x[:, :48], x[:, ::2]):
-        assert not lora_products.fits(x, other)
-    assert not lora_products.fits(x[:33])
+        assert not lora_products.supports(x, other)
+    assert not lora_products.supports(x[:33])
     torch.set_num_threads(2)
-    assert not lora_products.fits(x)
+    assert not lora_products.supports(x)
 
 
 def layers(rank: int, bias: bool) -> torch.nn.Module:
@@ -105,11 +105,11 @@ def gradients(model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_learns_with_them_what_it_learns_without(rank: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = layers(rank, bias), []
-    fits = lora_products.fits
-    monkeypatch.setattr(lora_products, "fits", lambda *given: asked.append(fits(*given)) or asked[-1])
+    fits = lora_products.supports
+    monkeypatch.setattr(lora_products, "supports", lambda *given: asked.append(fits(*given)) or asked[-1])
     ours = gradients(model, 96)
     assert len(asked) == 4 and all(asked), "q, k and v together and o, each way"
-    monkeypatch.setattr(lora_products, "fits", lambda *_: False)
+    monkeypatch.setattr(lora_products, "supports", lambda *_: False)
     without = gradients(model, 96)
     exact = gradients(layers(rank, bias).float(), 96)
     assert ours.keys() == without.keys() == exact.keys()

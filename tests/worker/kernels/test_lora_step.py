@@ -18,7 +18,7 @@ from worker.modeling import fused_layers, fused_lora, packed_attention
 from worker.training import optim
 from worker.training.objectives._base import LossOutput
 
-pytestmark = pytest.mark.skipif(not lora_products.works(), reason="the processor has no matrix units")
+pytestmark = pytest.mark.skipif(not lora_products.is_available(), reason="the processor has no matrix units")
 FITTING = {**WIDTHS, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 PRODUCTS = 8  # of two blocks: q, k and v together; o; gate and up together; down
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from worker.inference.model_pool import share_weights
 from worker.inference.sampling import one_thread
 from worker.kernels.cpu import small_batch_linear
-from worker.kernels.cpu.small_batch_linear import FEW, FewRows, use_few_rows
+from worker.kernels.cpu.small_batch_linear import FEW, FewRows, patch_small_batch
 
 WIDTHS = {
     "hidden_size": 64,
@@ -49,7 +49,7 @@ def test_any_number_of_rows_gives_what_the_layers_gave(family: str, join: bool, 
         expected = [model(input_ids=x, use_cache=False).logits for x in inputs]
         before = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in model.parameters()}.values())
         source = share_weights(model)
-        assert use_few_rows(model, join) == 2 * 7 + 1
+        assert patch_small_batch(model, join) == 2 * 7 + 1
         original = small_batch_linear._onednn
         monkeypatch.setattr(small_batch_linear, "_onednn", lambda x, *rest: asked.append(x.shape[0]) or original(x, *rest))
         for x, logits in zip(inputs, expected, strict=True):
@@ -64,7 +64,7 @@ def test_any_number_of_rows_gives_what_the_layers_gave(family: str, join: bool, 
 
 
 def test_other_types_and_other_layers_are_left_alone() -> None:
-    assert use_few_rows(built("no biases").to(torch.bfloat16), join=True) == 0
+    assert patch_small_batch(built("no biases").to(torch.bfloat16), join=True) == 0
     layer = FewRows(8, 4)
     x = torch.randn(5, 8, requires_grad=True)
     layer(x).sum().backward()  # with gradients: torch's own product

@@ -131,16 +131,16 @@ def test_lengths_are_those_of_the_whole_matrix(kind):
     weight, down, up = (torch.randn(shape, generator=draw) for shape in ((40, 64), (6, 64), (40, 6)))
     weight, up = weight.to(kind), up * 0.1
     wanted = torch.linalg.norm(weight.double() + 0.5 * up.double() @ down.double(), dim=1)
-    found = fused_dora.lengths(weight, fused_dora.squares(weight), down, up, 0.5)
+    found = fused_dora.row_norms(weight, fused_dora.squares(weight), down, up, 0.5)
     assert float((found / wanted - 1).abs().max()) < (1e-6 if kind == torch.float32 else 2e-3)
-    still = fused_dora.lengths(weight, fused_dora.squares(weight), down, torch.zeros_like(up), 0.5)
+    still = fused_dora.row_norms(weight, fused_dora.squares(weight), down, torch.zeros_like(up), 0.5)
     assert torch.equal(still, torch.linalg.norm(weight.float(), dim=1)) or kind == torch.bfloat16
 
 
 def test_lengths_are_made_once_while_nothing_learns(tiny_model, monkeypatch):
     """And anew when something has, also where an optimizer in one kernel leaves no mark on what it changed."""
-    made, plain = [], fused_dora.lengths
-    monkeypatch.setattr(fused_dora, "lengths", lambda *given: made.append(1) or plain(*given))
+    made, plain = [], fused_dora.row_norms
+    monkeypatch.setattr(fused_dora, "row_norms", lambda *given: made.append(1) or plain(*given))
     model = build(tiny_model, "dora")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     run(model)
@@ -174,7 +174,7 @@ def test_a_row_of_zeros_stays_one():
     weight[2] = 0
     down, up, m = torch.randn(2, 8), torch.zeros(5, 2), torch.linalg.norm(weight, dim=1).requires_grad_()
     x = torch.randn(7, 8, requires_grad=True)
-    out = fused_dora.stretch(x @ weight.t(), [m], [fused_dora.lengths(weight, fused_dora.squares(weight), down, up, 1.0)])
+    out = fused_dora.apply_magnitude(x @ weight.t(), [m], [fused_dora.row_norms(weight, fused_dora.squares(weight), down, up, 1.0)])
     out.sum().backward()
     torch.testing.assert_close(out, x @ weight.t())
     assert torch.isfinite(x.grad).all() and torch.isfinite(m.grad).all()

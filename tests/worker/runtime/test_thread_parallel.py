@@ -18,7 +18,7 @@ from app.strategies import STRATEGIES
 from tests.worker.orders import Trainer, chat_rows, order, put_dataset, put_model
 from worker import train
 from worker.data.packing import divide
-from worker.kernels.cpu.full_tuning import learns_whole, settle, use_whole
+from worker.kernels.cpu.full_tuning import add_parts, learns_whole, patch_full_tuning
 from worker.modeling.classifier import plain
 from worker.modeling.fused_layers import recompute_layers, speed_up
 from worker.modeling.loading import load_tokenizer
@@ -26,7 +26,7 @@ from worker.runtime.device import Compute, choose
 from worker.runtime.thread_parallel import ThreadParallel
 from worker.scoring import held_out
 from worker.training import feature_cache
-from worker.training.objectives import lesson_of
+from worker.training.objectives import objective_of
 from worker.training.objectives._base import body_of, trained_parameters
 
 
@@ -128,14 +128,14 @@ def test_parts_give_the_gradients_of_the_whole(data_dir: Path, tiny_model: Path,
     spec = order(model, put_dataset(ROWS[task], FORMATS[task]), name, settings, max_tokens_per_step=1024)
     spec = spec.model_copy(update={"task": task})
     torch.manual_seed(4)
-    engine, lesson = choose(spec.run, spec.strategy), lesson_of(spec, load_tokenizer(model))
+    engine, lesson = choose(spec.run, spec.strategy), objective_of(spec, load_tokenizer(model))
     made = lesson.load(engine)
     list(lesson.prepare(made, engine, data_dir / "runs" / "one" / "a1", 1024))
     made = lesson.attach(made).train()
     assert recompute_layers(plain(made), 1, spec.strategy.reaches(model.shape)) == min(1, spec.strategy.reaches(model.shape))
     speed_up(body_of(made), engine, 0.0)
     trained = trained_parameters(made)
-    wholes = use_whole(body_of(made), engine) if learns_whole(spec.strategy, engine) else []
+    wholes = patch_full_tuning(body_of(made), engine) if learns_whole(spec.strategy, engine) else []
     # What starts at zero would hide what it is multiplied with; margins are differences of likelihoods, and small ones all rounding.
     size = 0.1 if task == "preference" else 0.02
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_parts_give_the_gradients_of_the_whole(data_dir: Path, tiny_model: Path,
             return found._replace(loss=found.loss.detach().double())
 
         found = engine.abreast.map(one, groups)
-        settle(wholes)
+        add_parts(wholes)
         gradients = {key: p.grad for key, p in trained.items() if p.grad is not None}
         for p in trained.values():
             p.grad = None
@@ -244,7 +244,7 @@ def test_what_draws_at_random_is_not_taken_apart(data_dir: Path, tiny_model: Pat
 
 def test_scores_and_vectors_in_parts(data_dir: Path, tiny_model: Path) -> None:
     spec = plenty(data_dir, tiny_model)
-    lesson, engine = lesson_of(spec, load_tokenizer(spec.model)), choose(spec.run, spec.strategy)
+    lesson, engine = objective_of(spec, load_tokenizer(spec.model)), choose(spec.run, spec.strategy)
     alone = Compute(**{f: getattr(engine, f) for f in ("device", "name", "precision", "frozen")}, threads=1)
     model = lesson.load(engine)
     assert [engine.parts(n) for n in (255, 256, 1024, 1536, 4096)] == [1, 2, 2, 3, 4]

@@ -268,7 +268,7 @@ def test_a_trainer_that_hangs_is_stopped_and_tried_again(odd, monkeypatch):
 def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeypatch):
     """Validation, and base and result on every training row, say how far they are; each takes several times the patience."""
     patience = 2.5
-    monkeypatch.setattr(train_attempt, "LEAST_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(train_attempt, "MIN_PATIENCE_SECONDS", patience)
     whole = train_attempt.trainer_command
     monkeypatch.setattr(
         train_attempt, "trainer_command", lambda *given: [sys.executable, "-m", "tests.worker.supervision.slow_trainer", *whole(*given)[3:]]

@@ -15,7 +15,7 @@ from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES
 from worker.data.batching import Tokenised, make_batch
 from worker.kernels.cpu import attention as amx_attention
-from worker.kernels.cpu.full_tuning import learns_whole, use_whole
+from worker.kernels.cpu.full_tuning import learns_whole, patch_full_tuning
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime.device import Compute
@@ -43,7 +43,7 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
     engine = Compute(CPU, "cpu", precision, frozen, 1)
     fused_layers.speed_up(model, engine, 0.0)
     if learns_whole(strategy, engine):
-        use_whole(model, engine)
+        patch_full_tuning(model, engine)
     lead = strategy.virtual_tokens()
     rows = [np.asarray([0] * lead + list(range(1, 1 + tokens // 4)), np.int32)] * 4
     starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
@@ -108,7 +108,7 @@ def test_a_layer_keeps_what_was_said(name: str, precision: str) -> None:
     few, many = (kept_by(name, precision, layers, 512) for layers in (2, 4))  # the lowest may keep less
     measured = (many.bytes - few.bytes) / 2
     per_token, once = layer_bytes(
-        decoder(), STRATEGIES[name](), precision == "bf16", cuda=False, whole=name == "full", units=amx_attention.works()
+        decoder(), STRATEGIES[name](), precision == "bf16", cuda=False, whole=name == "full", units=amx_attention.is_available()
     )
     assert few.tokens * per_token + once == pytest.approx(measured, rel=0.02)
 

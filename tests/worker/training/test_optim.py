@@ -49,7 +49,7 @@ class Learner:
             p.grad = torch.randn(p.shape, generator=draw)
         if spoilt:
             self.parameters["large"].grad[3, 3] = float("nan")
-        optim.advance(self.optimizer, optim.clip(self.parameters, 1.0))
+        optim.optimizer_step(self.optimizer, optim.clip_grad_norm(self.parameters, 1.0))
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.parameters.items()}

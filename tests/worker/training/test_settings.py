@@ -29,7 +29,7 @@ from worker.data.packing import plan
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.training.neftune import add_noise
-from worker.training.objectives import lesson_of
+from worker.training.objectives import objective_of
 
 
 def run(spec: JobSpec, data_dir: Path, job: str = "job") -> list:
@@ -269,7 +269,7 @@ def test_padding_instead_of_packing_gives_the_same_loss(data_dir: Path, tiny_mod
     packed, padded = ([*of(run(order(model, data, **quick, packing=p), data_dir, f"packing-{p}"), events.Step)] for p in (True, False))
     for one, two in zip(packed, padded, strict=True):
         assert one.tokens == two.tokens and (one.loss, one.grad_norm) == pytest.approx((two.loss, two.grad_norm), rel=1e-4)
-    tokenised = lesson_of(order(model, data, **quick), load_tokenizer(model)).train
+    tokenised = objective_of(order(model, data, **quick), load_tokenizer(model)).train
     rows = sorted(range(len(tokenised)), key=lambda row: tokenised.lengths[row])[:: len(tokenised) - 1]
     shortest, longest = (tokenised.lengths[row] for row in rows)
     batch = make_batch(tokenised, rows, torch.device("cpu"), padded=True)
@@ -294,7 +294,7 @@ def test_the_trainer_and_the_token_view_learn_the_same_turns(data_dir: Path, tin
     messages = [{"role": role, "content": text} for role, text in [*TALK, ("assistant", "Maple.")]]
     rows = [{"messages": messages}, *chat_rows(4)]
     spec = order(put_model(tiny_model), put_dataset(rows), train_on=train_on, validation_fraction=0, max_steps=1, max_tokens_per_step=4000)
-    data = lesson_of(spec, load_tokenizer(spec.model)).train
+    data = objective_of(spec, load_tokenizer(spec.model)).train
     first = data.only({1})
     shown = _look(tokenizer, rows[0], {"kind": "dialogue", "cutoff": 1024, "train_on": train_on})["tokens"]
     assert [state for _, state in shown] == first.trained.astype(int).tolist()

@@ -143,7 +143,7 @@ class Run:
             loss.backward()
             if self.gradient is None:
                 self.gradient = torch.cat([p.grad.flatten().double() for p in trained.values()])
-            optim.advance(optimizer, optim.clip(trained, 1.0))
+            optim.optimizer_step(optimizer, optim.clip_grad_norm(trained, 1.0))
             optimizer.zero_grad(set_to_none=True)
             self.losses.append(loss.item())
             self.graphs.append(self.counter.frame_count)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from worker.kernels.cpu.jit import F, addresses, inlined, kernel, narrow, row_of, wide
+from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, to_bf16, to_f32
 
 HALF = np.uint16(0)
 
@@ -74,7 +74,7 @@ def _square(first, second, sparse, place, last, width, scale1, scale2, start, st
         C, D, G = row_of(first, k, width * 2, width, HALF), row_of(second, k, width * 2, width, HALF), _row(sparse, place, last, k, width)
         mine, other = F(0.0), F(0.0)
         for j in range(width):
-            g, h = wide(A[j]) * s1 + wide(B[j]) * s2 + E[j], wide(C[j]) * s1 + wide(D[j]) * s2 + G[j]
+            g, h = to_f32(A[j]) * s1 + to_f32(B[j]) * s2 + E[j], to_f32(C[j]) * s1 + to_f32(D[j]) * s2 + G[j]
             mine += g * g
             other += h * h
         total += mine + (other if i + half < stop else F(0.0))
@@ -92,10 +92,10 @@ def _move(
         W, M = row_of(weight, i, width * 4, width, F(0)), row_of(mean, i, width * 4, width, F(0))
         V, C = row_of(square, i, width * 4, width, F(0)), row_of(copy, i, width * 2, width, HALF)
         for j in range(width):
-            g = (wide(A[j]) * s1 + wide(B[j]) * s2 + E[j]) * s
+            g = (to_f32(A[j]) * s1 + to_f32(B[j]) * s2 + E[j]) * s
             m, v = M[j] * k1 + g * n1, V[j] * k2 + g * g * n2
             w = W[j] * k - r * m / (np.sqrt(v) * d + e)
-            M[j], V[j], W[j], C[j] = m, v, w, narrow(w, HALF)
+            M[j], V[j], W[j], C[j] = m, v, w, to_bf16(w, HALF)
 
 
 class AdamWState(NamedTuple):

@@ -172,7 +172,7 @@ def _spread(b: Any, value: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def raise_to(context: Any, row: Any, highest: Any) -> Any:
+def maximum(context: Any, row: Any, highest: Any) -> Any:
     """The higher of each of two rows' numbers, in the place of the second."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
@@ -219,7 +219,7 @@ def pair_rows(context: Any, upper: Any, lower: Any, to: Any) -> Any:
 
 
 @intrinsic
-def turn(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> Any:
+def transpose(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> Any:
     """A square of 16 × 16 words, turned: halves of ever smaller squares change places."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
@@ -244,7 +244,7 @@ def turn(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> Any:
 
 
 @intrinsic
-def hide(context: Any, row: Any, since: Any, until: Any) -> Any:
+def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
     """What is outside of the places [since, until) of a row is made so low that nothing is left of it."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:

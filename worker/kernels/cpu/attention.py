@@ -22,8 +22,21 @@ import numpy as np
 import torch
 
 from worker.kernels.cpu import jit
-from worker.kernels.cpu.amx import SIDE, configure, exponentials, gradients, hide, raise_to, release, rounded, shapes, square, top_of, turn
-from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, wide
+from worker.kernels.cpu.amx import (
+    SIDE,
+    configure,
+    exponentials,
+    gradients,
+    mask,
+    maximum,
+    release,
+    rounded,
+    shapes,
+    square,
+    top_of,
+    transpose,
+)
+from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, to_f32
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +63,7 @@ def _turned_words(x, rows, words, y):
     """x (rows, words) of 32 bits as (words, rows), both whole sixteens: columns of bf16 as pairs of rows."""
     for i in range(0, rows, 16):
         for j in range(0, words, 16):
-            turn(x + 4 * (i * words + j), 4 * words, y + 4 * (j * rows + i), 4 * rows)
+            transpose(x + 4 * (i * words + j), 4 * words, y + 4 * (j * rows + i), 4 * rows)
 
 
 @kernel
@@ -128,8 +141,8 @@ def _forward(
                         for b in range(low, high):
                             at = scores + r * wide_row + 128 * b
                             if b * SIDE < begin or (b + 1) * SIDE > end:
-                                hide(at, begin - b * SIDE, end - b * SIDE)
-                            raise_to(at, sides)
+                                mask(at, begin - b * SIDE, end - b * SIDE)
+                            maximum(at, sides)
                         top = top_of(sides)
                         if not top > F(-1e30):
                             top = row_of(scores + 4 * begin, r, wide_row, 1, F(0))[0]  # all is below that, or no number
@@ -202,7 +215,7 @@ def _backward(
                         Y, G = row_of(out, (first + start + i) * heads + h, 2 * dim, dim, HALF), row_of(g_rows, i, 2 * dim, dim, HALF)
                         pull = F(0.0)
                         for d in range(dim):
-                            pull += wide(Y[d]) * wide(G[d])
+                            pull += to_f32(Y[d]) * to_f32(G[d])
                         L[i], D[i] = R[i], pull
                     low, high = _seen(block, padded, causal, window)
                     for b in range(low, high):
@@ -282,9 +295,11 @@ class _Attention(torch.autograd.Function):
 
 
 @functools.cache
-def works() -> bool:
+def is_available() -> bool:
     """Whether this processor has the units and a kernel gives with them what it should, tried once."""
-    if not (hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and jit.works()):
+    if not (
+        hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and jit.is_available()
+    ):
         return False
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -297,9 +312,9 @@ def works() -> bool:
         return False
 
 
-def takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether `attention` takes such queries and keys here: whole tiles of them, and a processor that has the units."""
-    return q.shape[0] == 1 and q.shape[3] % SIDE == 0 and q.shape[1] % k.shape[1] == 0 and works()
+    return q.shape[0] == 1 and q.shape[3] % SIDE == 0 and q.shape[1] % k.shape[1] == 0 and is_available()
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], rules: Rules) -> torch.Tensor:

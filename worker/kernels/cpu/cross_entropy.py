@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, later, narrow, rank, ranked, row_of, steps, wide
+from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, later, rank, ranked, row_of, steps, to_bf16, to_f32
 
 
 @kernel
@@ -20,22 +20,22 @@ def _softmax_loss(logits, kind, targets, losses, rows, width, row, scale, learns
             L[i] = F(0.0)
             if learns:
                 for j in range(width):
-                    X[j] = narrow(F(0.0), kind)
+                    X[j] = to_bf16(F(0.0), kind)
             continue
-        picked = wide(X[target]) * c
+        picked = to_f32(X[target]) * c
         highest = np.int32(-0x80000000)
         for j in range(width):
-            highest = later(highest, rank(wide(X[j])))
+            highest = later(highest, rank(to_f32(X[j])))
         top = ranked(highest) * c
         mass = F(0.0)
         for j in range(width):
-            mass += exp(wide(X[j]) * c - top)
+            mass += exp(to_f32(X[j]) * c - top)
         L[i] = np.log(mass) + top - picked
         if learns:
             share = c / mass
             for j in range(width):
-                X[j] = narrow(exp(wide(X[j]) * c - top) * share, kind)
-            X[target] = narrow(exp(picked - top) * share - c, kind)
+                X[j] = to_bf16(exp(to_f32(X[j]) * c - top) * share, kind)
+            X[target] = to_bf16(exp(picked - top) * share - c, kind)
 
 
 def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, scale: float = 1.0, learns: bool = True) -> None:

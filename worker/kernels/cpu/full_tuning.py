@@ -36,7 +36,7 @@ from worker.runtime.device import Compute
 from worker.runtime.thread_parallel import ThreadParallel
 
 
-def give_back(wholes: Sequence[MasterWeight]) -> None:
+def release_memory(wholes: Sequence[MasterWeight]) -> None:
     """Let go of the gradients' places, when no step follows."""
     for whole in wholes:
         whole.weight.grad = whole.room = None
@@ -44,7 +44,7 @@ def give_back(wholes: Sequence[MasterWeight]) -> None:
     leave(wholes)
 
 
-def settle(wholes: Sequence[MasterWeight]) -> None:
+def add_parts(wholes: Sequence[MasterWeight]) -> None:
     """Add what parts kept, when all parts of a pack are through."""
     for whole in wholes:
         whole.settle()
@@ -170,7 +170,7 @@ def _lean(kind: type) -> type:
             return kind.forward(self, x)
         given, kernel = gate_and_up(self, x), gate_of(self)
         bias = None if down.bias is None else down.bias.to(given[0].dtype)
-        act = kernel if kernel is not None and jit.fits(*given) else self.act_fn
+        act = kernel if kernel is not None and jit.supports(*given) else self.act_fn
         return _Gated.apply(act, down.weight.whole, bias, down.weight, *given).view(*x.shape[:-1], down.out_features)
 
     return type(kind.__name__, (kind,), {"forward": forward})
@@ -211,7 +211,7 @@ def _plain_table(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
 
 
-def use_whole(model: torch.nn.Module, engine: Compute) -> list[MasterWeight]:
+def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWeight]:
     """Have the plain linear layers of a model that learns in full, its head and its table of words be computed as above. Returns
     what has to be settled after each `map` of parts. The head is left as it is where its weight is read by others too."""
     plain = [m for m in model.modules() if type(m) is torch.nn.Linear or _plain_table(m)]

@@ -13,7 +13,7 @@ import torch
 from transformers.activations import GELUTanh, SiLUActivation
 
 from worker.kernels.cpu import jit
-from worker.kernels.cpu.jit import KINDS, F, addresses, kernel, narrow, row_of, rows_of, sigmoid, steps, wide
+from worker.kernels.cpu.jit import KINDS, F, addresses, contiguous_rows, kernel, row_of, sigmoid, steps, to_bf16, to_f32
 
 GATED = frozenset(
     f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3", "Olmo2")
@@ -46,8 +46,8 @@ def _forward(gate, up, y, kind, rows, width, gate_row, up_row, y_row, linear, cu
     for i in range(rows):
         G, U, Y = row_of(gate, i, gate_row, width, kind), row_of(up, i, up_row, width, kind), row_of(y, i, y_row, width, kind)
         for j in range(width):
-            g = wide(G[j])
-            Y[j] = narrow(g * sigmoid(g * (c1 + c3 * g * g)) * wide(U[j]), kind)
+            g = to_f32(G[j])
+            Y[j] = to_bf16(g * sigmoid(g * (c1 + c3 * g * g)) * to_f32(U[j]), kind)
 
 
 @kernel
@@ -58,23 +58,23 @@ def _backward(gate, up, dy, d_gate, d_up, y, kind, rows, width, gate_row, up_row
         G, U, D = row_of(gate, i, gate_row, width, kind), row_of(up, i, up_row, width, kind), row_of(dy, i, dy_row, width, kind)
         DG, DU = row_of(d_gate, i, d_row, width, kind), row_of(d_up, i, d_row, width, kind)
         for j in range(width):
-            g, u, d = wide(G[j]), wide(U[j]), wide(D[j])
+            g, u, d = to_f32(G[j]), to_f32(U[j]), to_f32(D[j])
             square = c3 * g * g
             s = sigmoid(g * (c1 + square))
-            DU[j] = narrow(d * g * s, kind)
-            DG[j] = narrow(d * u * s * (F(1.0) + g * (F(1.0) - s) * (c1 + F(3.0) * square)), kind)
+            DU[j] = to_bf16(d * g * s, kind)
+            DG[j] = to_bf16(d * u * s * (F(1.0) + g * (F(1.0) - s) * (c1 + F(3.0) * square)), kind)
         if y != 0:
             Y = row_of(y, i, y_row, width, kind)
             for j in range(width):
-                g = wide(G[j])
-                Y[j] = narrow(g * sigmoid(g * (c1 + c3 * g * g)) * wide(U[j]), kind)
+                g = to_f32(G[j])
+                Y[j] = to_bf16(g * sigmoid(g * (c1 + c3 * g * g)) * to_f32(U[j]), kind)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, act: Gate) -> torch.Tensor:
     """act(gate) · up of two (…, I) of one type: one (R, I)."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"a gate of {tuple(gate.shape)} in {gate.dtype} for {tuple(up.shape)} in {up.dtype}")
-    gate, up = rows_of(gate), rows_of(up)
+    gate, up = contiguous_rows(gate), contiguous_rows(up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
     _forward(*addresses(gate, up, y), KINDS[gate.dtype], *gate.shape, *steps(gate, up, y), *act)
     return y
@@ -84,7 +84,7 @@ def gated_back(
     gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, act: Gate, again: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of gate and up side by side, (R, 2 I), from that of their product, and that product made anew where `again`."""
-    gate, up, dy = rows_of(gate), rows_of(up), rows_of(dy)
+    gate, up, dy = contiguous_rows(gate), contiguous_rows(up), contiguous_rows(dy)
     rows, width = gate.shape
     found = torch.empty(rows, 2 * width, dtype=gate.dtype)
     d_gate, d_up = found.chunk(2, 1)
@@ -126,7 +126,7 @@ def gate_and_up(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
 def _feed_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     act = gate_of(self)
     given = gate_and_up(self, x)
-    if act is None or not jit.fits(*given) or len({one.dtype for one in given}) > 1:
+    if act is None or not jit.supports(*given) or len({one.dtype for one in given}) > 1:
         gate, up = halves(given)
         inner = self.act_fn(gate) * up
     else:
@@ -139,7 +139,7 @@ def _in_one_pass(kind: type) -> type:
     return type(kind.__name__, (kind,), {"forward": _feed_forward, "plain": kind})
 
 
-def use_gates(model: torch.nn.Module) -> int:
+def patch_gated_mlp(model: torch.nn.Module) -> int:
     """Have a model's gated layers computed as above. Returns how many were switched."""
     found = [m for m in model.modules() if type(m).__name__ in GATED and not hasattr(type(m), "plain") and gate_of(m)]
     for module in found:

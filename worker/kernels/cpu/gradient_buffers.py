@@ -20,8 +20,8 @@ from worker.kernels.cpu import adamw, jit
 from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
 from worker.runtime.thread_parallel import ThreadParallel
 
-MOST_PARTS = 2
-MOST_LAID_BY = 2
+MAX_PARTS = 2
+MAX_LAID_BY = 2
 """Pieces of a head's gradient that a part may keep while it is not its turn."""
 
 
@@ -87,7 +87,7 @@ class MasterWeight:
 
         for rows, gradient in gradients:
             laid_by.append((rows, gradient))
-            while laid_by and (len(laid_by) > MOST_LAID_BY or self.abreast.has_turn((id(self.weight), laid_by[0][0].start))):
+            while laid_by and (len(laid_by) > MAX_LAID_BY or self.abreast.has_turn((id(self.weight), laid_by[0][0].start))):
                 add_first()
         while laid_by:
             add_first()
@@ -163,8 +163,8 @@ class GradientBuffers:
 
 def keep(wholes: Sequence[MasterWeight], parts: int, passes: int, optimizer: torch.optim.Optimizer) -> bool:
     """Have gradients kept apart in steps of `passes` packs in `parts` parts each, where that can be. Says whether it is."""
-    fits = wholes and passes == 1 and parts <= MOST_PARTS and type(optimizer) is torch.optim.AdamW
-    if not fits or any(whole.kind != torch.bfloat16 or whole.weight.dtype != torch.float32 for whole in wholes) or not jit.works():
+    fits = wholes and passes == 1 and parts <= MAX_PARTS and type(optimizer) is torch.optim.AdamW
+    if not fits or any(whole.kind != torch.bfloat16 or whole.weight.dtype != torch.float32 for whole in wholes) or not jit.is_available():
         return False
     for rooms in {id(whole.rooms): whole.rooms for whole in wholes if whole.multiplies}.values():
         rooms.make(parts)

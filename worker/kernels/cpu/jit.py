@@ -120,7 +120,7 @@ def at(context: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
-def wide(context: Any, number: Any) -> Any:
+def to_f32(context: Any, number: Any) -> Any:
     """bf16 as float32; float32 as it is."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
@@ -130,7 +130,7 @@ def wide(context: Any, number: Any) -> Any:
 
 
 @intrinsic
-def narrow(context: Any, number: Any, like: Any) -> Any:
+def to_bf16(context: Any, number: Any, like: Any) -> Any:
     """float32 rounded to bf16, to nearest even, where `like` is that; what is no number stays none."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
@@ -193,11 +193,11 @@ def row_of(address, i, stride, width, like):
 def _powers(x, y, kind, count):
     X, Y = row_of(x, 0, 0, count, kind), row_of(y, 0, 0, count, kind)
     for j in range(count):
-        Y[j] = narrow(exp(wide(X[j])), kind)
+        Y[j] = to_bf16(exp(to_f32(X[j])), kind)
 
 
 @functools.cache
-def works() -> bool:
+def is_available() -> bool:
     """Whether kernels can be compiled and run here, tried once. Without them torch's own operations are taken, which are slower."""
     try:
         x = torch.full((40,), 3.0, dtype=torch.bfloat16)
@@ -214,26 +214,26 @@ KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 """What the kernels tell types of numbers by."""
 
 
-def fits(*tensors: torch.Tensor) -> bool:
+def supports(*tensors: torch.Tensor) -> bool:
     """Whether kernels can be had and take these tensors: bf16 or float32, on a CPU, and there in fact, not for a compiler alone."""
     for x in tensors:  # a loop, since this is asked for each piece of each layer
         if x.dtype not in KINDS or not x.is_cpu:
             return False
-    return not torch.compiler.is_compiling() and works()
+    return not torch.compiler.is_compiling() and is_available()
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """x (…, N) as rows (R, N) whose numbers lie side by side; copied where they do not."""
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def laid(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """x (…, N) as it is, where its rows lie one after the other, or as `rows_of` gives it; how many rows; bytes from one to the next."""
+def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x (…, N) as it is, where its rows lie one after the other, or as `contiguous_rows` gives it; how many rows; bytes from one to the next."""
     width = x.shape[-1]
     if x.is_contiguous():
         return x, x.numel() // width, width * x.itemsize
-    rows = rows_of(x)
+    rows = contiguous_rows(x)
     return rows, rows.shape[0], rows.stride(0) * x.itemsize
 
 

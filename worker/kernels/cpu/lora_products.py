@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from worker.kernels.cpu import attention as amx_attention
-from worker.kernels.cpu.amx import SIDE, configure, dot, load, pair_rows, release, shapes, store, turn, zero
-from worker.kernels.cpu.jit import F, addresses, inlined, kernel, narrow, row_of
+from worker.kernels.cpu.amx import SIDE, configure, dot, load, pair_rows, release, shapes, store, transpose, zero
+from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, to_bf16
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _lay_turned(x, step, columns, rows, room, y):
                         for i in range(LANE):
                             Y[i] = X[i]
                 source, line = room, 64
-            turn(source, line, y + (lane * (rows // SIDE) + s) * TILE, 64)
+            transpose(source, line, y + (lane * (rows // SIDE) + s) * TILE, 64)
 
 
 @inlined
@@ -76,7 +76,7 @@ def _put(tile_at, out, out_row, lane, rank, rows):
     for i in range(rows):
         S, Y = row_of(tile_at, i, 64, LANE, F(0)), row_of(out + 2 * LANE * lane, i, out_row, width, HALF)
         for j in range(width):
-            Y[j] = narrow(S[j], HALF)
+            Y[j] = to_bf16(S[j], HALF)
 
 
 @kernel
@@ -114,7 +114,7 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
             halves = min(2, (rows - first) // SIDE)
             for h in range(halves):
                 _lay_rows(low + (first + SIDE * h) * low_row + 2 * LANE * lane, low_row, SIDE, min(LANE, rank - lane * LANE), pairs)
-                turn(pairs, 64, turned + h * TILE, 64)
+                transpose(pairs, 64, turned + h * TILE, 64)
             zero(0)
             zero(1)
             zero(2)
@@ -170,7 +170,7 @@ def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row,
         S[i] *= c
     for lane in range(lanes):
         for s in range(width // LANE):
-            turn(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + 4 * LANE * (s * LANE * lanes + lane), 4 * LANE * lanes)
+            transpose(sums + lane * LANE * 4 * width + 64 * s, 4 * width, out + 4 * LANE * (s * LANE * lanes + lane), 4 * LANE * lanes)
 
 
 @kernel
@@ -195,7 +195,7 @@ def _lanes(rank: int) -> int:
     return -(-rank // LANE)
 
 
-def fits(*wide: torch.Tensor) -> bool:
+def supports(*wide: torch.Tensor) -> bool:
     """Whether the units take matrices (…, K): bf16, whole thirty-twos, their rows' numbers side by side, and one thread for them. A
     product of several threads would have to be cut for them."""
     return (
@@ -203,14 +203,14 @@ def fits(*wide: torch.Tensor) -> bool:
         and all(x.dtype == torch.bfloat16 and x.shape[1] % SIDE == 0 and x.stride(1) == 1 and x.device.type == "cpu" for x in wide)
         and wide[0].shape[0] % SIDE == 0
         and torch.get_num_threads() == 1
-        and works()
+        and is_available()
     )
 
 
 @functools.cache
-def works() -> bool:
+def is_available() -> bool:
     """Whether this processor has the units and the kernels give with them what they should, tried once."""
-    if not amx_attention.works():
+    if not amx_attention.is_available():
         return False
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -20,7 +20,7 @@ import torch
 from worker.kernels.cpu import lora_products
 from worker.kernels.cpu.adamw import AdamWParams, state_of
 from worker.kernels.cpu.amx import SIDE
-from worker.kernels.cpu.jit import F, addresses, kernel, narrow, row_of, rows_of
+from worker.kernels.cpu.jit import F, addresses, contiguous_rows, kernel, row_of, to_bf16
 from worker.kernels.cpu.lora_products import GradientBuffer, Layers
 from worker.runtime.thread_parallel import ThreadParallel
 
@@ -110,7 +110,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: LoraLayerState, _: torch.Tensor) -> torch.Tensor:
-        flat = rows_of(x)
+        flat = contiguous_rows(x)
         low = lora_products.project(flat, own.down)
         y = low @ own.lifts if own.bias is None else torch.addmm(own.bias, low, own.lifts)
         y.addmm_(flat, own.turned)
@@ -120,7 +120,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        (x, low), own, dy = ctx.saved_tensors, ctx.own, rows_of(dy)
+        (x, low), own, dy = ctx.saved_tensors, ctx.own, contiguous_rows(dy)
         back = own.take(dy, x, low)
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -167,7 +167,7 @@ def _move(table, rules, start, stop, shorten):
                 g = G[j] * s
                 m, v = M[j] * k1 + g * n1, V[j] * k2 + g * g * n2
                 w = W[j] * k - r * m / (np.sqrt(v) * d + eps)
-                M[j], V[j], W[j], C[j] = m, v, w, narrow(w * scale, HALF)
+                M[j], V[j], W[j], C[j] = m, v, w, to_bf16(w * scale, HALF)
         if T[8] != 0:
             for j in range(columns):
                 L = row_of(T[8], j, T[9], rows, HALF)

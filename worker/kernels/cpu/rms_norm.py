@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from worker.kernels.cpu import jit
-from worker.kernels.cpu.jit import KINDS, F, addresses, kernel, laid, narrow, row_of, wide
+from worker.kernels.cpu.jit import KINDS, F, addresses, as_rows, kernel, row_of, to_bf16, to_f32
 
 
 @kernel
@@ -24,12 +24,12 @@ def _forward(x, kind, weight, own, y, wanted, scales, rows, width, x_row, y_row,
         X, Y = row_of(x, i, x_row, width, kind), row_of(y, i, y_row, width, wanted)
         squares = F(0.0)
         for j in range(width):
-            a = wide(X[j])
+            a = to_f32(X[j])
             squares += a * a
         r = F(1.0) / np.sqrt(squares / F(width) + F(eps))
         R[i] = r
         for j in range(width):
-            Y[j] = narrow(wide(X[j]) * r * wide(W[j]), wanted)
+            Y[j] = to_bf16(to_f32(X[j]) * r * to_f32(W[j]), wanted)
 
 
 @kernel
@@ -42,20 +42,20 @@ def _backward(x, kind, weight, own, scales, dy, given, dx, d_weight, rows, width
         if d_weight != 0:
             DW = row_of(d_weight, 0, 0, width, F(0))
             for j in range(width):
-                DW[j] += wide(DY[j]) * wide(X[j]) * r
+                DW[j] += to_f32(DY[j]) * to_f32(X[j]) * r
         if dx != 0:
             DX = row_of(dx, i, dx_row, width, kind)
             pull = F(0.0)
             for j in range(width):
-                pull += wide(DY[j]) * wide(W[j]) * wide(X[j])
+                pull += to_f32(DY[j]) * to_f32(W[j]) * to_f32(X[j])
             pull = pull * r * r * r / F(width)
             for j in range(width):
-                DX[j] = narrow(wide(DY[j]) * wide(W[j]) * r - wide(X[j]) * pull, kind)
+                DX[j] = to_bf16(to_f32(DY[j]) * to_f32(W[j]) * r - to_f32(X[j]) * pull, kind)
 
 
 def _in_one(x: torch.Tensor, weight: torch.Tensor, eps: float, wanted: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, N) normed by weight (N,): (y like x, contiguous, in the type `wanted`; r (R,) in float32)."""
-    (rows, count, x_row), width = laid(x), x.shape[-1]
+    (rows, count, x_row), width = as_rows(x), x.shape[-1]
     y, r = torch.empty(x.shape, dtype=wanted), torch.empty(count)
     x_at, w_at, y_at, r_at = addresses(rows, weight, y, r)
     _forward(x_at, KINDS[x.dtype], w_at, KINDS[weight.dtype], y_at, KINDS[wanted], r_at, count, width, x_row, width * y.itemsize, eps)
@@ -66,7 +66,7 @@ def _in_one_back(
     x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(gradient of x in its type, gradient of weight (N,) in float32), either None where it is not needed."""
-    (rows, count, x_row), (given, _, dy_row), width = laid(x), laid(dy), x.shape[-1]
+    (rows, count, x_row), (given, _, dy_row), width = as_rows(x), as_rows(dy), x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype) if needs_x else None
     d_weight = torch.zeros(width) if needs_weight else None
     x_at, w_at, r_at, dy_at, *results = addresses(rows, weight, r, given, dx, d_weight)
@@ -78,7 +78,7 @@ def _in_one_back(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: torch.dtype) -> torch.Tensor:
-        ctx.in_one = jit.fits(x, weight) and kind in KINDS and weight.shape == x.shape[-1:] and weight.is_contiguous()
+        ctx.in_one = jit.supports(x, weight) and kind in KINDS and weight.shape == x.shape[-1:] and weight.is_contiguous()
         if ctx.in_one:
             y, r = _in_one(x, weight, eps, kind)
             ctx.save_for_backward(x, r, weight)

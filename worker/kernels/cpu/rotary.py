@@ -16,7 +16,7 @@ import torch
 
 from worker.kernels.cpu import attention as amx_attention
 from worker.kernels.cpu import jit
-from worker.kernels.cpu.jit import KINDS, addresses, kernel, narrow, row_of, wide
+from worker.kernels.cpu.jit import KINDS, addresses, kernel, row_of, to_bf16, to_f32
 
 NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -32,13 +32,13 @@ def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_to
             from_, to = x + h * x_head + t * x_token, y + t * y_token + h * dim * size
             X, Y = row_of(from_, 0, 0, dim, kind), row_of(to, 0, 0, dim, wanted)
             for j in range(half):
-                a, b = wide(X[j]), wide(X[j + half])
+                a, b = to_f32(X[j]), to_f32(X[j + half])
                 if back:
-                    Y[j] = narrow(a * wide(C[j]) + b * wide(S[j + half]), wanted)
-                    Y[j + half] = narrow(b * wide(C[j + half]) - a * wide(S[j]), wanted)
+                    Y[j] = to_bf16(a * to_f32(C[j]) + b * to_f32(S[j + half]), wanted)
+                    Y[j + half] = to_bf16(b * to_f32(C[j + half]) - a * to_f32(S[j]), wanted)
                 else:
-                    Y[j] = narrow(a * wide(C[j]) - b * wide(S[j]), wanted)
-                    Y[j + half] = narrow(b * wide(C[j + half]) + a * wide(S[j + half]), wanted)
+                    Y[j] = to_bf16(a * to_f32(C[j]) - b * to_f32(S[j]), wanted)
+                    Y[j + half] = to_bf16(b * to_f32(C[j + half]) + a * to_f32(S[j + half]), wanted)
 
 
 def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def rotate(
     """Queries and keys, (B, heads, T, D), turned by `cos` and `sin`, (B, T, D)."""
     if unsqueeze_dim == 1 and _in_one_pass(q, k, cos, sin):
         wanted = torch.promote_types(q.dtype, cos.dtype)
-        if q.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu") and amx_attention.takes(q, k):
+        if q.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu") and amx_attention.supports(q, k):
             wanted = q.dtype  # which attention would round them to
         return _InOnePass.apply(q, k, cos, sin, wanted)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
@@ -118,7 +118,7 @@ def _in_one_pass(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
         and cos.dtype == sin.dtype
         and not (cos.requires_grad or sin.requires_grad)
         and cos.stride(2) == sin.stride(2) == 1
-        and jit.fits(q, k, cos, sin)
+        and jit.supports(q, k, cos, sin)
     )
 
 

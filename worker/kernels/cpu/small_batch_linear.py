@@ -59,7 +59,7 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
-def use_few_rows(model: torch.nn.Module, join: bool) -> int:
+def patch_small_batch(model: torch.nn.Module, join: bool) -> int:
     """Have a model's plain linear layers in float32 on a CPU compute so, where it pays; with `join`, which moves weights, also together.
     Returns how many there are. Only without gradients."""
     found = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"]

@@ -46,7 +46,7 @@ def compile_all() -> None:
     from worker.kernels.cpu.rotary import rotate
     from worker.runtime.thread_parallel import ThreadParallel
 
-    if not jit.works():
+    if not jit.is_available():
         return
     half, full = torch.bfloat16, torch.float32
     for given, weight, wanted in ((half, half, half), (half, full, half), (full, full, half), (full, full, full)):
@@ -65,10 +65,10 @@ def compile_all() -> None:
     pieces = adamw.SplitGradient(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
     adamw.squares(pieces, 0, 1)
     adamw.move_(adamw.AdamWState(weight, *moments, room), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1)
-    if amx_attention.works():
+    if amx_attention.is_available():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
         amx_attention.attention(q, q, q, [4], amx_attention.Rules(1.0, True, 0)).sum().backward()
-    if lora_products.works():
+    if lora_products.is_available():
         down, up, x = (torch.nn.Parameter(torch.ones(size, 32)[:, :width]) for size, width in ((1, 32), (32, 1), (32, 32)))
         own = lora_step.LoraLayerState([down], [up], [1.0], x.detach().to(half), None, ThreadParallel(1), 1)
         lora_step.Product.apply(x.to(half), own, down).float().sum().backward()

@@ -22,7 +22,7 @@ KIND = torch.float8_e4m3fn
 MOST = torch.finfo(KIND).max
 MULTIPLE = 16
 """Both widths of a weight must be multiples of this for the GPU's product."""
-LEAST_CAPABILITY = (8, 9)
+MIN_CAPABILITY = (8, 9)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -30,12 +30,12 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "Products in fp8 need an NVIDIA GPU."
     found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
+    if found < MIN_CAPABILITY:
         return f"Products in fp8 need a GPU of capability 8.9 or later (Ada, Hopper, Blackwell); this one has {found[0]}.{found[1]}."
     return None
 
 
-def squeeze(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (R, C) in e4m3 and the scale of each row, (R, 1) in float32."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / MOST
     return (x.float() / scale).to(KIND), scale
@@ -43,14 +43,14 @@ def squeeze(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x (T, K) times the transpose of a squeezed weight (N, K) with scales (N, 1): (T, N) in bf16."""
-    rows, own = squeeze(x)
+    rows, own = quantize(x)
     return torch._scaled_mm(rows, weight.t(), scale_a=own, scale_b=scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """dy (T, N) times a squeezed weight (N, K) with scales (N, 1): (T, K) in bf16. The GPU wants the weight's columns to lie
     together, so it is turned for the one product: two bytes moved for each weight, little beside the product itself."""
-    rows, own = squeeze(dy.float() * scale.view(1, -1))
+    rows, own = quantize(dy.float() * scale.view(1, -1))
     ones = torch.ones(1, weight.shape[1], device=dy.device)
     turned = weight.t().contiguous().t()
     return torch._scaled_mm(rows, turned, scale_a=own, scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -85,7 +85,7 @@ def use_fp8(blocks: list[nn.Module]) -> int:
     for block in blocks:
         for layer in block.modules():
             if type(layer) is nn.Linear and not layer.weight.requires_grad and not any(n % MULTIPLE for n in layer.weight.shape):
-                weight, scale = squeeze(layer.weight.detach())
+                weight, scale = quantize(layer.weight.detach())
                 layer.weight = nn.Parameter(weight, requires_grad=False)
                 layer.register_buffer("scale", scale, persistent=False)
                 layer.__class__ = Fp8Linear

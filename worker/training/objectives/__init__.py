@@ -8,7 +8,7 @@ from app.spec import JobSpec
 from worker.training.objectives._base import Objective
 
 
-def lesson_of(spec: JobSpec, tokenizer: Any) -> Objective:
+def objective_of(spec: JobSpec, tokenizer: Any) -> Objective:
     """The lesson of an order's task, its data read."""
     if spec.task == "classification":
         from worker.training.objectives.classification import SequenceClassification

@@ -18,9 +18,9 @@ from worker.runtime.device import Compute
 from worker.training import optim
 from worker.training.checkpoint import State
 
-MOST_LISTED = 5
+MAX_LISTED = 5
 """How many of the worst and of the best rows an evaluation lists."""
-MOST_REMEMBERED = 5000
+MAX_REMEMBERED = 5000
 """Rows whose single losses a checkpoint keeps, so that base and tuned can be compared row by row in the end."""
 
 

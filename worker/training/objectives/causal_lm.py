@@ -25,7 +25,7 @@ from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import Question
 from worker.scoring.metrics import answer_scores, contest, paired_losses
 from worker.training.checkpoint import State
-from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
@@ -107,7 +107,7 @@ class CausalLM(Objective):
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         scored = yield from held_out.scoring(model, self.held_out, budget, engine)
-        return EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MOST_REMEMBERED])
+        return EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MAX_REMEMBERED])
 
     def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
         return held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)
@@ -215,7 +215,7 @@ class CausalLM(Objective):
 
     def _asked(self, most: int) -> list[int]:
         """The first rows of the held-out ones, which were drawn by the seed."""
-        return list(range(min(most, len(self.held_rows), MOST_REMEMBERED)))
+        return list(range(min(most, len(self.held_rows), MAX_REMEMBERED)))
 
     def _questions(self, places: Sequence[int]) -> dict[int, Question]:
         found = {}
@@ -239,7 +239,7 @@ def _changed_most(base: list[float], tuned: list[float]) -> tuple[list[int], lis
     """(rows whose loss rose most, rows whose loss fell most), no row in both."""
     change = [t - b for b, t in zip(base, tuned, strict=False)]
     order = sorted((i for i in range(len(change)) if math.isfinite(change[i])), key=lambda i: change[i])
-    half = min(MOST_LISTED, len(order) // 2)
+    half = min(MAX_LISTED, len(order) // 2)
     return order[::-1][: half or len(order)], order[:half]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from app import events
 from app.errors import BadData
-from app.spec import MOST_CLASSES, JobSpec
+from app.spec import MAX_CLASSES, JobSpec
 from worker.data import batching
 from worker.data.batching import BadRow, Row, Tokenised
 from worker.modeling import packed_attention
@@ -24,7 +24,7 @@ from worker.scoring import prompt_baseline
 from worker.scoring.held_out import reading
 from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
 from worker.training.checkpoint import State
-from worker.training.objectives._base import MOST_LISTED, MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, body_of, remarks_on
+from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, body_of, remarks_on
 
 
 class Labelled(NamedTuple):
@@ -52,9 +52,9 @@ def read_labelled(spec: JobSpec) -> Labelled:
             f"All {len(rows)} rows have the label “{labels[0]}”, so there is nothing to tell apart.",
             way_out="Add rows of another class, or check which column holds the label.",
         )
-    if len(labels) > MOST_CLASSES:
+    if len(labels) > MAX_CLASSES:
         raise BadData(
-            f"The rows have {len(labels)} different labels; a classifier learns at most {MOST_CLASSES}.",
+            f"The rows have {len(labels)} different labels; a classifier learns at most {MAX_CLASSES}.",
             way_out="Check which column holds the label: one that names every row is none.",
         )
     if spec.validation is None:
@@ -183,7 +183,7 @@ class SequenceClassification(Objective):
         found = classification_scores(self.newest, self.held_truth, self.labels or [])
         rows = row_losses(self.newest, self.held_truth)
         names = ("accuracy", "macro_f1", "calibration_error")
-        return EvalResult({"loss": found["log_loss"], **{name: found[name] for name in names}}, rows[:MOST_REMEMBERED])
+        return EvalResult({"loss": found["log_loss"], **{name: found[name] for name in names}}, rows[:MAX_REMEMBERED])
 
     def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         """The first held-out texts with the likeliest label and its probability, from the validation that was just made."""
@@ -291,6 +291,6 @@ def evaluation_of(
             "tuned_loss": losses[i],
         }
 
-    half = min(MOST_LISTED, max(1, len(order) // 2))
+    half = min(MAX_LISTED, max(1, len(order) // 2))
     best = [listed(i) for i in order[::-1][:half]]
     return {"rows": len(truth), "base": base, "tuned": tuned, "worst": [listed(i) for i in order[:half]], "best": best}

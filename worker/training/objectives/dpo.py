@@ -34,7 +34,7 @@ from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest, share_interval
 from worker.training.checkpoint import State, write_folder
-from worker.training.objectives._base import MOST_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
 from worker.training.objectives.causal_lm import CausalLM
 
 REFERENCE = "reference"
@@ -209,7 +209,7 @@ class DPO(CausalLM):
         policy = yield from self._score(model, data, engine, budget)
         losses, rewards = losses_of(policy.double(), self.reference["held_out"].cpu().double(), self.settings)
         metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
-        return EvalResult(metrics, losses.tolist()[:MOST_REMEMBERED])
+        return EvalResult(metrics, losses.tolist()[:MAX_REMEMBERED])
 
     def _few_shot_rows(self) -> None:
         """No prompt can be scored by pairs."""
