@@ -195,7 +195,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_kernels_are_kept_in_the_data_folder_and_compiled_again_where_it_is_closed(tmp_path: Path) -> None:
-    code = "from worker.kernels.cpu import jit; import numba; print(jit.works(), numba.config.CACHE_DIR)"
+    code = "from worker.kernels.cpu import jit; import numba; print(jit.is_available(), numba.config.CACHE_DIR)"
     works, folder = run(code, LUTHIER_DATA_DIR=str(tmp_path / "data")).split()
     assert works == "True" and Path(folder).is_relative_to(tmp_path / "data" / "cache" / "numba") and list(Path(folder).rglob("*.nbi"))
     (tmp_path / "file").write_text("")
