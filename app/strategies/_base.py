@@ -84,7 +84,8 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        """Documents say what `app.jobs.request.read_strategy` does: settings without a name are those of one strategy, so all others need theirs."""
+        """Documents say what `app.jobs.request.read_strategy` does: settings without a name are those of one strategy, so all
+        others need theirs."""
         found = handler.resolve_ref_schema(handler(core_schema))
         if cls.model_fields["name"].default != UNNAMED:
             found["required"] = list(dict.fromkeys(["name", *found.get("required", [])]))
