@@ -45,7 +45,7 @@ async def _refuse_unread_body(request: Request) -> None:
 
 
 def create_app() -> FastAPI:
-    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `accounts.PUBLIC`."""
+    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `app.web.auth.PUBLIC`."""
     logs.configure()
     answer_people()
     _refuse_open_door()

@@ -248,7 +248,7 @@ class Model(Base):
 
 
 class Job(Base):
-    """One order to tune. Its states and who may move it between them stand in `app/jobs/service.py`."""
+    """One order to tune. Its states and who may move it between them stand in `app/jobs/lifecycle.py`."""
 
     __tablename__ = "jobs"
     id: Mapped[uuid.UUID] = new_key()

@@ -1,6 +1,6 @@
 """Forgetting: what a tuned model lost on general text that its base had, and whether that is more than noise.
 
-Both models are scored on the same probe (`worker/probe/general.yaml`), text by text, in bits per byte. The change is
+Both models are scored on the same probe (`worker/scoring/probe/general.yaml`), text by text, in bits per byte. The change is
 relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts
 (Efron 1979; Koehn 2004 for the paired form), so a change that hangs on a few texts is not called forgetting.
 Where nothing can be measured, `without_measuring` says why, and what is known all the same.

@@ -164,7 +164,7 @@ class OrderContext(NamedTuple):
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
     """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
-    `claims.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    `lifecycle.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
     return spec_on(ground(session, user, order), order)
 
 

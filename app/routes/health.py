@@ -29,7 +29,7 @@ async def healthz() -> dict[str, str]:
 
 @pages.get("/readyz")
 async def readyz() -> JSONResponse:
-    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `studio.CHECK_SECONDS`."""
+    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `overview.CHECK_SECONDS`."""
     found, workers = await overview.checks_in_time()
     ready = all(check.good for check in found)
     body = {

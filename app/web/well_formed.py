@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import BadField, BadRequest
 
 MAX_DEPTH = 128
-"""Levels of lists and objects in a body: more than in any row (`storable.DEEPEST`), and few enough for every recursion."""
+"""Levels of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""
 MAX_CONTAINERS = 1_000_000
 """Lists and objects in a body: each takes a hundred times the bytes it is written with."""
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1

@@ -15,7 +15,7 @@ _MADE_UP = frozenset(
     ("<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>", "<eos>", "<|endoftext|>", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]",
      "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
 )  # fmt: skip
-"""Tokens that the classes in `checks.TOKENIZERS` add of themselves."""
+"""Tokens that the classes in `import_checks.TOKENIZERS` add of themselves."""
 
 
 def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Begin answers, one row at a time, in the order of `turns.in_turn`, as long as there are slots and memory."""
+        """Begin answers, one row at a time, in the order of `scheduler.in_turn`, as long as there are slots and memory."""
         passed: set[int] = set()
         while True:
             with self._wake:

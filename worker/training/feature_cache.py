@@ -1,4 +1,4 @@
-"""The frozen-features recipe: the model turns each text into a vector, once; a small classifier learns on the vectors.
+"""Vectors of frozen features, and the small classifier trained on them. The recipe is `worker/training/train_on_features.py`.
 
 Vectors are kept under `features/`, each by what it depends on (model, text, length, pooling, precision), so a comparison of
 classifiers on the same data computes none a second time, and a job on more data only those of the new texts.

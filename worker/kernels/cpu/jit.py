@@ -2,8 +2,8 @@
 
 torch has one kernel for each single operation: a norm or a gated activation reads and writes its rows five to nine times, and on a CPU
 with matrix units that takes half as long as all matrix products. A kernel here does a whole formula in one pass, in float32, and rounds
-once. The kernels stand where they are used: `worker/kernels/cpu/rms_norm.py`, `gated.py`, `rotary.py`, `softmax_cpu.py`, `attention_amx.py`,
-`low_rank_amx.py`, `factors.py` and `adamw_cpu.py`.
+once. The kernels stand where they are used: `rms_norm.py`, `gated_mlp.py`, `rotary.py`, `cross_entropy.py`, `attention.py`, `lora_products.py`,
+`lora_step.py` and `adamw.py`, all in `worker/kernels/cpu/`.
 
 A kernel takes addresses, sizes, bytes from one row to the next, and for each type of numbers one that is `like` them (`KINDS`). It
 holds no lock of Python's while it runs, is compiled on first use, which takes half a second, and is kept on disk (`NUMBA_CACHE_DIR`, else
