@@ -18,7 +18,7 @@ FROM base AS web
 RUN pip install --editable '.[web]'
 USER luthier
 EXPOSE 8000
-CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--http", "app.http_protocol:Guarded", "--no-proxy-headers", "--no-access-log", "--timeout-graceful-shutdown", "5"]
+CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--http", "app.web.http_protocol:Guarded", "--no-proxy-headers", "--no-access-log", "--timeout-graceful-shutdown", "5"]
 
 FROM base AS gpu
 # Triton and torch's compiler build their kernels with it.

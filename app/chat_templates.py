@@ -21,7 +21,7 @@ SAMPLES = {
     "jinja": "jinja: written below",
 }
 """Each as a form says it, with what a user's turn looks like."""
-MOST_CHARACTERS = 8000
+MAX_CHARACTERS = 8000
 """Of a template that a person writes; those that models bring have 300 to 5,000. A form sends it in its address."""
 
 PLAIN = (

@@ -78,7 +78,7 @@ def up(
     data_dir: DataDir = None,
 ) -> None:
     """Start the studio and keep it running until Ctrl-C."""
-    from app.embedded.up import up as start
+    from app.ops.embedded.up import up as start
 
     choose(host=host, port=port, data_dir=data_dir)
     start(say)
@@ -95,8 +95,8 @@ def say(text: str) -> None:
 @plainly
 def link(data_dir: DataDir = None) -> None:
     """Print a new sign-in link of the running studio."""
-    from app.embedded.places import Lock
-    from app.embedded.up import beside, sign_in_path, studio_url
+    from app.ops.embedded.places import Lock
+    from app.ops.embedded.up import beside, sign_in_path, studio_url
 
     choose(data_dir=data_dir)
     holder = Lock(get_settings().data_dir).holder() or {}
@@ -111,7 +111,7 @@ def create_key(name: Annotated[str, typer.Argument(help="What the key is for.")]
     choose(data_dir=data_dir)
 
     def make(session: Session, user: User) -> str:
-        from app.accounts import create_key as create
+        from app.web.auth import create_key as create
 
         return create(session, user, name)[1]
 
@@ -132,18 +132,18 @@ def add_model(
     """Bring a model into the studio."""
     choose(data_dir=data_dir)
     if files_only:
-        from app import starters
+        from app.models import starters
 
         starters.ensure(name, accept_terms=accept_terms)
         say(f"{name} is here.")
         return
 
     def order(session: Session, user: User) -> Any:
-        from app import models as service
+        from app.models import imports as model_imports
 
         if path is not None:
-            return service.add_folder(session, user, str(path), name, anywhere=True).id
-        return service.add_starter(session, name, accept_terms=accept_terms).id
+            return model_imports.add_folder(session, user, str(path), name, anywhere=True).id
+        return model_imports.add_starter(session, name, accept_terms=accept_terms).id
 
     with owner_session() as run:
         bring(run, run(order))
@@ -161,7 +161,7 @@ def train(
     data_dir: DataDir = None,
 ) -> None:
     """Submit a job from a YAML file to the running studio and follow it, or train it here."""
-    from app.embedded.places import Lock
+    from app.ops.embedded.places import Lock
 
     choose(data_dir=data_dir)
     settings = get_settings()
@@ -186,8 +186,8 @@ def list_jobs(data_dir: DataDir = None) -> None:
     table = Table(Column("job", no_wrap=True, min_width=38), "name", "status", "step", "made", box=None)  # an id is never cut
 
     def read(session: Session, user: User) -> None:
-        from app import ids
-        from app import jobs as service
+        from app.jobs import service
+        from app.kit import ids
 
         for job in service.list_(session, user):
             step = f"{job.step}/{job.total_steps}" if job.total_steps else str(job.step)
@@ -201,7 +201,7 @@ def list_jobs(data_dir: DataDir = None) -> None:
 @plainly
 def status(data_dir: DataDir = None) -> None:
     """Say whether a studio is running on the data folder, and where. Exit code 3 when none is."""
-    from app.embedded.places import Lock
+    from app.ops.embedded.places import Lock
 
     choose(data_dir=data_dir)
     folder = get_settings().data_dir
@@ -216,7 +216,7 @@ def status(data_dir: DataDir = None) -> None:
 @plainly
 def doctor(data_dir: DataDir = None) -> None:
     """Look at this machine and say what is missing. Exit code 1 when something must be fixed."""
-    from app.doctor import examine
+    from app.ops.doctor import examine
 
     choose(data_dir=data_dir)
     signs = {"good": "[green]good[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
@@ -233,9 +233,9 @@ def doctor(data_dir: DataDir = None) -> None:
 @plainly
 def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, which is docs/api.md.")] = False) -> None:
     """Print what the API takes and answers, as an OpenAPI document in JSON. No studio need run."""
-    from app import api_reference
     from app.main import create_app
-    from app.openapi import document
+    from app.schemas import api_reference
+    from app.schemas.openapi import document
 
     found = document(create_app())
     typer.echo(api_reference.markdown(found) if markdown else json.dumps(found, indent=1), nl=not markdown)
@@ -248,7 +248,7 @@ class owner_session:
     """The studio's database for one command; gives `run`, which does one thing as the studio's owner in one transaction."""
 
     def __enter__(self) -> Callable[[Callable[[Session, User], Any]], Any]:
-        from app.embedded.up import beside
+        from app.ops.embedded.up import beside
 
         self.studio = beside()
         self.studio.__enter__()
@@ -259,8 +259,8 @@ class owner_session:
 
     @staticmethod
     def run(action: Callable[[Session, User], Any]) -> Any:
-        from app.accounts import first_user
         from app.db import transaction
+        from app.web.auth import first_user
 
         with transaction() as session:
             return action(session, first_user(session))
@@ -275,7 +275,7 @@ def bring(run: Callable[..., Any], model_id: Any) -> None:
     """Fetch an ordered model here and now, or wait for the studio's own worker when that was quicker to take it."""
     from rich.progress import Progress
 
-    from app.models import fetch
+    from app.models.imports import fetch
     from app.tables import Model
 
     def look(session: Session, user: User) -> tuple[str, float | None, dict[str, Any] | None]:
@@ -296,12 +296,13 @@ def bring(run: Callable[..., Any], model_id: Any) -> None:
 
 def train_here(order: dict[str, Any], folder: Path, profile: bool) -> None:
     """Train an order in a process of our own and print what it says."""
-    from app import alone, events
+    from app import events
+    from app.jobs import local as local_run
 
-    spec = alone.spec_of(order, folder)
+    spec = local_run.spec_of(order, folder)
     say(f"{spec.strategy.title} on {spec.model.name}, {spec.dataset.rows} rows.")
     total: int | None = None
-    for event in alone.train(spec, profile=profile):
+    for event in local_run.train(spec, profile=profile):
         total = event.total_steps if isinstance(event, events.Started) else total
         if isinstance(event, events.Finished):
             say(f"The result is in {get_settings().data_dir / event.path}.")
@@ -334,8 +335,11 @@ def laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def submit(session: Session, user: User, order: dict[str, Any], folder: Path) -> str:
     """Create the job; a `training_file` that is a path on this machine is uploaded first. Returns its public id."""
-    from app import datasets, files, ids, jobs
-    from app.orders import read_order
+    from app.datasets import service as datasets
+    from app.jobs import service as jobs
+    from app.jobs.request import read_order
+    from app.kit import ids
+    from app.storage import files
 
     for field in ("training_file", "validation_file"):
         name = order.get(field)
@@ -355,7 +359,8 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
 
 def run_to_end(run: Callable[..., Any], job_id: str) -> str:
     """Print what a job says until it ends; its last status."""
-    from app import ids, jobs
+    from app.jobs import service as jobs
+    from app.kit import ids
 
     key, seen, ended = ids.parse(ids.JOB, job_id), 0, ("succeeded", "failed", "cancelled", "paused")
 

@@ -15,8 +15,8 @@ from fastapi import Depends
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
+from app.kit.json_safe import to_json
 from app.settings import get_settings
-from app.storable import to_json
 
 _AFTER = "luthier_after_commit"
 
@@ -69,10 +69,10 @@ def get_engine() -> Engine:
         connect_args={"connect_timeout": wait.connect, **dead, **options},
     )
     if wait.silence:
-        from app import impatient  # the driver is not imported before it is needed
+        from app import pg_connection  # the driver is not imported before it is needed
 
         limits = {"ping_seconds": wait.connect, "silence_seconds": wait.silence}
-        event.listen(engine, "do_connect", lambda dialect, record, args, named: impatient.connect(*args, **named, **limits))
+        event.listen(engine, "do_connect", lambda dialect, record, args, named: pg_connection.connect(*args, **named, **limits))
     return engine
 
 

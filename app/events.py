@@ -1,7 +1,7 @@
 """The closed list of what a job can say.
 
 The trainer writes its events as JSON lines on a pipe; its supervisor records them in Postgres, and the job page is a
-fold over them (`app/progress.py`). Losses are nats per trained token; memory is bytes; times are seconds.
+fold over them (`app/jobs/progress.py`). Losses are nats per trained token; memory is bytes; times are seconds.
 """
 
 from __future__ import annotations

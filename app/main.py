@@ -20,11 +20,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from app import accounts, answers, logs, middleware, outside, routes, shell, web
-from app.addresses import is_loopback
+from app import routes
 from app.db import answer_people, get_engine, transaction
 from app.errors import BadRequest, Forbidden
+from app.inference import external_server
+from app.kit import logs
+from app.kit.addresses import is_loopback
 from app.settings import get_settings
+from app.web import auth, error_responses, middleware, navigation
+from app.web import templates as web_templates
 
 
 async def _refuse_unread_body(request: Request) -> None:
@@ -41,16 +45,16 @@ async def _refuse_unread_body(request: Request) -> None:
 
 
 def create_app() -> FastAPI:
-    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `accounts.PUBLIC`."""
+    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `app.web.auth.PUBLIC`."""
     logs.configure()
     answer_people()
     _refuse_open_door()
-    outside.allowed()  # a setting that is no address is said now, and not on somebody's page
+    external_server.allowed()  # a setting that is no address is said now, and not on somebody's page
     app = FastAPI(
         title="Luthier",
         version=version("luthier"),
         summary="Fine-tuning of language models, in the shape of the OpenAI API.",
-        dependencies=[Depends(accounts.sign_in), Depends(accounts.check_csrf), Depends(shell.remember_notes)],
+        dependencies=[Depends(auth.sign_in), Depends(auth.check_csrf), Depends(navigation.remember_notes)],
         lifespan=_lifespan,
         openapi_url=None,
         docs_url=None,
@@ -63,10 +67,10 @@ def create_app() -> FastAPI:
             app.include_router(module.api, dependencies=[Depends(_refuse_unread_body)])
         if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
-    app.mount("/static", StaticFiles(web.STATIC), name="static")
+    app.mount("/static", StaticFiles(web_templates.STATIC), name="static")
     for kind in _handled():
         app.add_exception_handler(kind, _handle)
-    app.state.paths = shell.paths(app)
+    app.state.paths = navigation.paths(app)
     middleware.install(app)
     return app
 
@@ -78,7 +82,7 @@ def _route_modules() -> list[Any]:
 
 def _answer_head(api: APIRouter) -> None:
     """HEAD beside every GET of the API, but for streams of events, which have no end to tell the length of."""
-    from app import openapi  # the routes need it, and the web's import need not wait for them
+    from app.schemas import openapi  # the routes need it, and the web's import need not wait for them
 
     for route in api.routes:
         if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
@@ -104,10 +108,10 @@ def _handled() -> list[Any]:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    fault = answers.fault_of(error)
+    fault = error_responses.fault_of(error)
     if fault.status == 405:  # the router has asked one route of the path, and others may take other methods
-        fault.headers = {"allow": ", ".join(shell.methods(request.app, request.url.path))}  # type: ignore[attr-defined]
-    return await run_in_threadpool(answers.answer, request, fault)
+        fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}  # type: ignore[attr-defined]
+    return await run_in_threadpool(error_responses.answer, request, fault)
 
 
 @contextlib.asynccontextmanager
@@ -116,10 +120,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     from sqlalchemy.exc import DBAPIError
 
     def start() -> None:
-        accounts.secret()
-        web.static_version()
+        auth.secret()
+        web_templates.static_version()
         with contextlib.suppress(DBAPIError), transaction() as session:
-            accounts.first_user(session)
+            auth.first_user(session)
 
     await run_in_threadpool(start)
     yield
@@ -151,7 +155,7 @@ class StaticFiles:
         if (content := self.files.get(name)) is None:
             raise HTTPException(404)
         etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-        fresh = version == web.static_version()
+        fresh = version == web_templates.static_version()
         headers = {"etag": etag, "cache-control": "public, max-age=31536000, immutable" if fresh else "no-cache"}
         if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
             response = Response(status_code=304, headers=headers)

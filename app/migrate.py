@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 
-from app.settings import PROJECT, get_settings
+from app.settings import RESOURCES, get_settings
 
 _LOCK = 7_314_159_265
 """Key of the advisory lock: two processes that start at once must not both migrate."""
@@ -30,14 +30,14 @@ def is_current(connection: Connection) -> bool:
 
 def newest() -> str:
     """The number of the newest step: files are named `0001_….py` and their revision is that number."""
-    return max(path.name.partition("_")[0] for path in (PROJECT / "migrations" / "versions").glob("[0-9]*_*.py"))
+    return max(path.name.partition("_")[0] for path in (RESOURCES / "migrations" / "versions").glob("[0-9]*_*.py"))
 
 
 def run_alembic(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
 
-    config = Config(PROJECT / "alembic.ini")
+    config = Config(RESOURCES / "alembic.ini")
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 

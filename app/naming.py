@@ -6,22 +6,22 @@ from collections.abc import Iterable
 
 from sqlalchemy.orm import Session
 
-from app import datasets
+from app.datasets import service as datasets
 from app.errors import BadField
 from app.tables import Comparison, Dataset, Job, Model
 
 Named = Job | Model | Dataset | Comparison
 Tagged = Job | Model | Dataset
 
-LONGEST_NAME = 200
-MOST_TAGS = 10
-LONGEST_TAG = 40
+MAX_NAME_LENGTH = 200
+MAX_TAGS = 10
+MAX_TAG_LENGTH = 40
 
 
 def rename(session: Session, found: Named, name: str) -> None:
     """Give it another name; of a model this is its title, since `model=` goes on meaning its own name. All versions of a dataset are
     renamed, which the lists show as one. Raises BadField."""
-    name = _text(name, "name", LONGEST_NAME)
+    name = _text(name, "name", MAX_NAME_LENGTH)
     if isinstance(found, Model):
         found.title = name
     elif isinstance(found, Dataset):
@@ -33,11 +33,11 @@ def rename(session: Session, found: Named, name: str) -> None:
 
 def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
     """Put these tags in the place of those it has. Raises BadField."""
-    kept = sorted({_text(one, "tags", LONGEST_TAG) for one in tags}, key=str.casefold)
+    kept = sorted({_text(one, "tags", MAX_TAG_LENGTH) for one in tags}, key=str.casefold)
     if any("," in one for one in kept):
         raise BadField("A tag has a comma in it.", way_out="Write two tags.", param="tags")
-    if len(kept) > MOST_TAGS:
-        raise BadField(f"{len(kept)} tags are too many.", way_out=f"It may have {MOST_TAGS}.", param="tags")
+    if len(kept) > MAX_TAGS:
+        raise BadField(f"{len(kept)} tags are too many.", way_out=f"It may have {MAX_TAGS}.", param="tags")
     for version in datasets.line(session, found) if isinstance(found, Dataset) else [found]:
         version.tags = kept
 

@@ -1,4 +1,4 @@
-"""The optimizers that a job may take: what each keeps, needs and reads of its settings. `worker/optimizers.py` makes them."""
+"""The optimizers that a job may take: what each keeps, needs and reads of its settings. `worker/training/optimizers.py` makes them."""
 
 from __future__ import annotations
 

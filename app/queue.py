@@ -130,7 +130,7 @@ def channel(kind: str, key: uuid.UUID) -> str:
     return f"{PREFIX}{kind}:{key.hex}"
 
 
-def put_in_outbox(session: Session, task: str, key: uuid.UUID) -> None:
+def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
     """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once.
 
     PostgreSQL delivers the NOTIFY when the transaction is in, so the relay need not wait for its next look.
@@ -149,7 +149,7 @@ def _waker(url: str) -> redis.Redis:
 _silent_until = 0.0
 
 
-def wake(session: Session, kind: str, key: uuid.UUID) -> None:
+def notify(session: Session, kind: str, key: uuid.UUID) -> None:
     """Tell the watchers of one object, once this transaction is in, that it has changed.
 
     A lost wake-up costs a watcher a few seconds, since it also looks by itself; so Redis being away is noted and borne.

@@ -23,8 +23,10 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import leases, logs, queue, workers
+from app import leases, queue
 from app.db import transaction
+from app.kit import logs
+from app.machines import heartbeats
 from app.settings import get_settings
 from app.tables import Base, Outbox
 
@@ -37,7 +39,7 @@ LOOK_SECONDS = 5.0
 STOP_SECONDS = 0.5
 """How soon it is noticed that the relay should end."""
 
-LONGEST_PAUSE_SECONDS = 5.0
+MAX_PAUSE_SECONDS = 5.0
 
 
 def send_batch(session: Session) -> int:
@@ -88,9 +90,13 @@ def take_over(session: Session) -> None:
 
 
 def _reap(session: Session) -> None:
-    from app import datasets, evaluations, jobs, models, prompt_runs
+    from app.datasets import ingest_task
+    from app.evaluation import service as evaluations
+    from app.jobs import service as jobs
+    from app.models import imports as model_imports
+    from app.prompts import runs as prompt_runs
 
-    for service in (jobs, evaluations, datasets, models, prompt_runs):
+    for service in (jobs, evaluations, ingest_task, model_imports, prompt_runs):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)
@@ -145,7 +151,7 @@ def relay(stop: Callable[[], bool]) -> None:
                 waker.wait(min(LOOK_SECONDS, next_reap - time.monotonic()), stop)
         except (DBAPIError, BrokerError, redis.RedisError, OSError) as error:
             failures += 1
-            pause = min(LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
+            pause = min(MAX_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
             log.warning("a server is away, trying again in %.1f s: %s", pause, str(error).splitlines()[0])
             wait_out(pause, stop)
     waker.close()
@@ -162,7 +168,7 @@ def main() -> None:
     asked = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: asked.set())
-    talking = workers.keep_saying("relay")
+    talking = heartbeats.keep_saying("relay")
     log.info("relaying")
     relay(asked.is_set)
     talking.set()

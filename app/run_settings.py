@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from app.chat_templates import MOST_CHARACTERS, SAMPLES, TemplateName, fault
+from app.chat_templates import MAX_CHARACTERS, SAMPLES, TemplateName, fault
 from app.optimizers import Optimizer, with_setting
 
 TrainOn = Literal["assistant", "all_turns", "last_turn"]
@@ -133,7 +133,7 @@ class RunSettings(BaseModel):
     chat_template_jinja: str | None = Field(
         None,
         min_length=1,
-        max_length=MOST_CHARACTERS,
+        max_length=MAX_CHARACTERS,
         title="Chat template (Jinja)",
         description="For the chat template jinja: the text of one. It is given messages, add_generation_prompt, bos_token and eos_token, and "
         "should end an answer with {{ eos_token }}.",

@@ -11,7 +11,10 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT = Path(__file__).resolve().parent.parent
-"""The folder that holds `templates/`, `static/`, `migrations/` and `samples/`."""
+"""The folder that holds the packages: a checkout, or where pip put them."""
+_WHEEL = Path(__file__).resolve().parent / "resources"
+RESOURCES = _WHEEL if _WHEEL.is_dir() else PROJECT
+"""The folder that holds `templates/`, `static/`, `migrations/`, `samples/` and `alembic.ini`; a wheel has one of its own (setup.py)."""
 
 
 def default_data_dir() -> Path:

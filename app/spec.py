@@ -16,7 +16,7 @@ Task = Literal["generation", "classification", "preference"]
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
 
 
-MOST_CLASSES = 5000
+MAX_CLASSES = 5000
 """Labels that a classifier learns at most: a column that names every row is no label."""
 
 

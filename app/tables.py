@@ -130,7 +130,7 @@ class Dataset(Base):
     format_chosen: Mapped[bool] = mapped_column(server_default=false(), comment="true when a person overruled the guess")
     task: Mapped[str | None]
     mapping: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="field of the format → column of the file")
-    edits: Mapped[list[Any] | None] = mapped_column(comment="what this version changes in its file's rows, see app/edits.py")
+    edits: Mapped[list[Any] | None] = mapped_column(comment="what this version changes in its file's rows, see app/datasets/edits.py")
     status: Mapped[str] = mapped_column(server_default="reading")
     progress: Mapped[float | None] = mapped_column(comment="share of the bytes read so far, 0 to 1")
     error: Mapped[JSON | None] = mapped_column(comment="message, way_out, line, column")
@@ -248,7 +248,7 @@ class Model(Base):
 
 
 class Job(Base):
-    """One order to tune. Its states and who may move it between them stand in `app/jobs.py`."""
+    """One order to tune. Its states and who may move it between them stand in `app/jobs/lifecycle.py`."""
 
     __tablename__ = "jobs"
     id: Mapped[uuid.UUID] = new_key()
@@ -315,7 +315,7 @@ class Comparison(Base):
 
 
 class Evaluation(Base):
-    """A model scored on a dataset, or run over a file, without training. Its states and claims stand in `app/evaluations.py`."""
+    """A model scored on a dataset, or run over a file, without training. Its states and claims stand in `app/evaluation/service.py`."""
 
     __tablename__ = "evaluations"
     id: Mapped[uuid.UUID] = new_key()
@@ -325,7 +325,7 @@ class Evaluation(Base):
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
-    spec: Mapped[JSON] = mapped_column(comment="app.evaluations.EvaluationSpec, frozen")
+    spec: Mapped[JSON] = mapped_column(comment="app.evaluation.service.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
@@ -481,13 +481,13 @@ class PromptVersion(Base):
     id: Mapped[uuid.UUID] = new_key()
     prompt_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompts.id", ondelete="CASCADE"))
     number: Mapped[int]
-    body: Mapped[JSON] = mapped_column(comment="app.prompts.PromptBody")
+    body: Mapped[JSON] = mapped_column(comment="app.prompts.service.PromptBody")
     created_at: Mapped[datetime] = now()
     __table_args__ = (UniqueConstraint("prompt_id", "number"),)
 
 
 class PromptRun(Base):
-    """One version of a prompt, put to one model over the validation rows of one dataset. States in `app/prompt_runs.py`."""
+    """One version of a prompt, put to one model over the validation rows of one dataset. States in `app/prompts/runs.py`."""
 
     __tablename__ = "prompt_runs"
     id: Mapped[uuid.UUID] = new_key()
@@ -495,7 +495,7 @@ class PromptRun(Base):
     version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_versions.id"), index=True)
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
     dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
-    spec: Mapped[JSON] = mapped_column(comment="app.prompt_runs.RunSpec, frozen")
+    spec: Mapped[JSON] = mapped_column(comment="app.prompts.runs.RunSpec, frozen")
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
     progress: Mapped[float | None]
     result: Mapped[JSON | None] = mapped_column(comment="score, interval, rows, tokens and seconds")

@@ -110,13 +110,13 @@ def main() -> None:
 
 
 def chaos(options: argparse.Namespace, running: Servers) -> dict[str, Any]:
-    from app import accounts
     from app.db import transaction
+    from app.web import auth
     from tests.orders import make_dataset, make_job
 
     draw = random.Random(options.seed)
     with transaction() as session:
-        user = accounts.first_user(session)
+        user = auth.first_user(session)
         session.commit()
         model = tiny_model(running.folder / "data", session)
         dataset = make_dataset(session, user, running.folder / "data", rows=24)

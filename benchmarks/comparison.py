@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def folder_of(name: str) -> Path:
-    from app import starters
+    from app.models import starters
 
     if starters.present(name) is None:
         raise SystemExit(f"{name} is not here: `luthier models add {name} --files-only` brings it, or name a folder with --folder.")
@@ -129,7 +129,7 @@ def drawn(path: Path, rows: int) -> bytes:
 
 def as_text(found: dict[str, Any]) -> str:
     """The table: figures as the page writes them, `predicted → measured` where one was predicted, the best of a column starred."""
-    from app.comparison_view import write
+    from app.views.comparison import write
 
     columns = found["columns"]
     lines = [["strategy", *(column["title"] for column in columns)]]

@@ -75,10 +75,10 @@ def address_of_this_machine() -> str:
 
 def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "none") -> dict[str, Any]:
     """What goes through from inside a room as a trainer's."""
-    from app import confinement
+    from app.kit import confinement
     from app.settings import PROJECT
 
-    confinement.MOST_TASKS = TASKS
+    confinement.MAX_TASKS = TASKS
     running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
     targets = targets | {"tasks": targets["tasks"] + running}
     data, own = Path(targets["data"]), Path(targets["own"])
@@ -86,7 +86,7 @@ def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "non
         if leftover.name != "tmp":
             subprocess.run(["rm", "-rf", str(leftover)], check=True)
     Path(targets["checkpoint"]).write_text("x")
-    room = confinement.Room(
+    room = confinement.Confinement(
         read=[data / "models" / "mine", data / "rows" / "mine" / "f1.parquet", own.parent],
         write=[own],
         sockets=sockets,
@@ -107,13 +107,13 @@ def burgle(targets: dict[str, Any], layers: tuple[str, ...], sockets: str = "non
 
 def cost(tries: int = 15) -> dict[str, float]:
     """Milliseconds that the walls add to the start of a program: the middle of some tries, taken in turn."""
-    from app import confinement
+    from app.kit import confinement
     from app.settings import PROJECT
 
     bare = [sys.executable, "-I", "-S", "-c", "pass"]
     taken: dict[str, list[float]] = {"bare": [], "behind walls": []}
     for _ in range(tries):
-        for name, command in (("bare", bare), ("behind walls", confinement.confined(bare, confinement.Room()))):
+        for name, command in (("bare", bare), ("behind walls", confinement.confined(bare, confinement.Confinement()))):
             began = time.perf_counter()
             subprocess.run(command, cwd=PROJECT, check=True)
             taken[name].append(1000 * (time.perf_counter() - began))

@@ -124,7 +124,7 @@ class Door:
         }
 
     def silent_server(self, name: str, path: str, waiting: int = 60) -> dict[str, Any]:
-        from app import web as pages
+        from app.web import templates as pages
 
         self.seconds(path)
         answered: list[float] = []
@@ -187,7 +187,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def main() -> None:
-    from app.embedded.up import commands
+    from app.ops.embedded.up import commands
     from app.settings import get_settings
 
     names: dict[str, Callable[[Door], dict[str, Any]]] = {

@@ -57,7 +57,7 @@ class Clock:
 def peak(cuda: bool) -> int:
     import torch
 
-    from worker.device import peak_memory
+    from worker.runtime.device import peak_memory
 
     return peak_memory(torch.device("cuda" if cuda else "cpu"))
 
@@ -92,12 +92,14 @@ def strategy_of(plan: dict[str, Any]) -> Any:
 def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     """`worker.train.train` from its first line to the last timed step."""
     from app import events
-    from worker import course, kernels, train
+    from worker import train
+    from worker.modeling import fused_layers
+    from worker.training import schedule as train_schedule
 
     spec = order_of(plan, len(samples))
     total = spec.run.max_steps
-    train.lesson_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
-    packs, lead, rows_of = course.stream, len(lead_of(plan)), []
+    train.objective_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
+    packs, lead, rows_of = train_schedule.stream, len(lead_of(plan)), []
 
     def stream(*order: Any, **more: Any) -> Any:
         groups = ((0, place, rows) for place, rows in enumerate(plan["groups"])) if plan.get("groups") else packs(*order, **more)
@@ -105,14 +107,14 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
             rows_of.append(len(rows))
             yield epoch, place, rows
 
-    course.stream = stream
-    kernels.LEAST_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
-        plan["engine"], kernels.LEAST_SECONDS_TO_COMPILE
+    train_schedule.stream = stream
+    fused_layers.MIN_SECONDS_TO_COMPILE = {"luthier_compiled": 0.0, "luthier_eager": 1e12, "luthier_peft": 1e12}.get(
+        plan["engine"], fused_layers.MIN_SECONDS_TO_COMPILE
     )
     if plan["engine"] == "luthier_peft":
-        import worker.lora
+        from worker.modeling import fused_lora
 
-        worker.lora.fuse = lambda model, grouped=True: 0
+        fused_lora.fuse = lambda model, grouped=True: 0
     clock, counts, told = Clock(plan["device"] == "cuda"), [], 0
     attempt = Path(os.environ["LUTHIER_DATA_DIR"]) / "runs" / f"{plan['engine']}-{plan['round']}" / "a1"
     details: dict[str, Any] = {}
@@ -151,12 +153,12 @@ def order_of(plan: dict[str, Any], rows: int) -> Any:
 
 def given(spec: Any, tokenizer: Any, samples: list[list[int]]) -> Any:
     """The lesson of a job that writes, with the samples where it would read a dataset."""
-    from worker.lesson import Lesson
-    from worker.writing import Writing
+    from worker.training.objectives._base import Objective
+    from worker.training.objectives.causal_lm import CausalLM
 
-    class Given(Writing):
+    class Given(CausalLM):
         def __init__(self) -> None:
-            Lesson.__init__(self, spec, tokenizer)
+            Objective.__init__(self, spec, tokenizer)
             self.train, self.held_out = tokenised(samples, self.lead)
             self.questions, self.plain_template = [], False
 
@@ -167,7 +169,7 @@ def tokenised(samples: list[list[int]], lead: list[int]) -> tuple[Any, Any]:
     """(the samples, no samples) as the trainer holds rows: all but the first token of each is learnt."""
     import numpy as np
 
-    from worker.batches import Tokenised
+    from worker.data.batching import Tokenised
 
     rows = [[*lead, *ids] for ids in samples]
     starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)

@@ -45,7 +45,7 @@ def main() -> None:
 
         print("RESULT " + json.dumps(one_job.run(json.loads(Path(options.child).read_text()))), flush=True)
         return
-    from app.machine import this_machine
+    from app.machines.hardware import this_machine
 
     machine, began = this_machine(), time.monotonic()
     report: dict[str, Any] = {"device": machine.gpu_name or f"{machine.cores} cores of {machine.processor}", "results": []}
@@ -76,7 +76,7 @@ def order_key(plan: dict[str, Any]) -> str:
 
 def plans(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """One plan for each part and strategy that was asked for and that this machine and model can run."""
-    from app.machine import this_machine
+    from app.machines.hardware import this_machine
     from app.shapes import shape_of
     from app.strategies import STRATEGIES
 
@@ -103,7 +103,7 @@ def plans(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def _starter(role: str) -> Path | None:
-    from app import starters
+    from app.models import starters
 
     if starters.present(STARTERS[role]):
         return starters.folder(STARTERS[role])
@@ -121,7 +121,7 @@ def folder_of(role: str, options: argparse.Namespace) -> Path | None:
 
 def laid_in(folder: Path, work: Path) -> tuple[str, str]:
     """Put a model's files into the data folder of the jobs. Returns its name there and the SHA-256 over its files."""
-    from app import manifest
+    from app.kit import manifest
 
     revision = manifest.revision_of(manifest.files_of(folder))
     target = work / "models" / revision[:16]
@@ -141,7 +141,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     """A short job, then the one that counts. Neither finds anything that an earlier one measured but the machine's arithmetic."""
-    from app.machine import CALIBRATION
+    from app.machines.hardware import CALIBRATION
 
     (work / CALIBRATION).unlink(missing_ok=True)
     if plan["calibrate"]:
@@ -153,7 +153,7 @@ def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
 
 def in_child(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     """A job in a process of its own, with the environment that a supervisor gives it."""
-    from worker.exits import ALLOCATOR, THREADS
+    from worker.supervision.exit_codes import ALLOCATOR, THREADS
 
     shutil.rmtree(work / "features", ignore_errors=True)  # vectors and scores that the job before kept
     path = work / "plan.json"

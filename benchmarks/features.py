@@ -35,7 +35,7 @@ def rows_of(path: Path, most: int | None) -> list[dict[str, str]]:
 
 
 def put(rows: list[dict[str, str]], name: str) -> Any:
-    from app.rows import write_rows
+    from app.datasets.row_store import write_rows
     from app.settings import get_settings
     from app.spec import DatasetRef
 
@@ -73,7 +73,7 @@ def job(model: Any, train_ref: Any, test_ref: Any, strategy: str, settings: dict
 
 def plain(vectors: np.ndarray, train: list[dict[str, str]], test: list[dict[str, str]]) -> list[dict[str, Any]]:
     """scikit-learn alone on the vectors, for every C that a job may choose."""
-    from worker.features import STRENGTHS
+    from worker.training.feature_cache import STRENGTHS
 
     inside, outside = vectors[: len(train)], vectors[len(train) :]
     found = []
@@ -86,7 +86,7 @@ def plain(vectors: np.ndarray, train: list[dict[str, str]], test: list[dict[str,
 
 
 def _starter() -> Path:
-    from app import starters
+    from app.models import starters
     from app.settings import get_settings
 
     name = "all-minilm-l6-v2"
@@ -128,7 +128,7 @@ def main() -> None:
         (Path(folder) / "models" / "model").symlink_to(model_folder)
         from app.shapes import shape_of
         from app.spec import ModelRef
-        from worker import features
+        from worker.training import feature_cache
 
         shape = shape_of(json.loads((model_folder / "config.json").read_text()))
         kind = "encoder" if shape.architecture == "encoder" else "generic"
@@ -144,7 +144,7 @@ def main() -> None:
             if name == "feature_extraction":
                 kept = next((Path(folder) / "features").glob("*.safetensors"))
                 texts = [row["text"] for row in (*train_rows, *test_rows)]
-                vectors = features.kept(kept.stem.rpartition("-")[0], texts)
+                vectors = feature_cache.kept(kept.stem.rpartition("-")[0], texts)
                 results += plain(np.stack([vectors[text] for text in texts]), train_rows, test_rows)
         for row in results:
             print("  ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))

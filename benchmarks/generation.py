@@ -64,7 +64,7 @@ def make_adapters(folder: Path, model_folder: Path, count: int) -> list[Path]:
 
 def references(model_folder: Path, adapters: list[Path]) -> list[Any]:
     """The base, then each adapter on it, as the engine knows them."""
-    from app.manifest import sha256_of
+    from app.kit.manifest import sha256_of
     from app.shapes import shape_of
     from app.spec import Adapter, ModelRef
 
@@ -77,8 +77,8 @@ def references(model_folder: Path, adapters: list[Path]) -> list[Any]:
 
 
 def run_engine(engine: Any, ref: Any, i: int, tokens: int, bias: dict[int, float]) -> dict[str, float]:
-    from app.generation import Sampling
-    from worker.engine import quick_request
+    from app.inference.protocol import Sampling
+    from worker.inference.engine import quick_request
 
     sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=tokens, logit_bias=bias)
     began, first, done = time.perf_counter(), None, None
@@ -169,13 +169,13 @@ def of_engine(folder: Path, tokens: int, chats: int, adapters: int, rounds: int)
     import torch
     from transformers import AutoTokenizer
 
-    from worker.engine import Engine
-    from worker.lanes import Shelf
+    from worker.inference.engine import Engine
+    from worker.inference.model_pool import ModelPool
 
     bias = {AutoTokenizer.from_pretrained(folder).eos_token_id: -100.0}
     with tempfile.TemporaryDirectory() as scratch:
         refs = references(folder, make_adapters(Path(scratch), folder, adapters))
-        engine = Engine(Shelf())
+        engine = Engine(ModelPool())
         found = measure(lambda model, i, n: run_engine(engine, refs[model], i, n, bias), len(refs), tokens, chats, rounds)
         device, dtype = str(engine.shelf.device), str(engine.shelf.dtype).removeprefix("torch.")
         engine.close()

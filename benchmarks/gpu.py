@@ -137,7 +137,7 @@ def why_not(case: Case, device: str) -> str | None:
     """Why a case cannot run on this device; None where it can."""
     import torch
 
-    from worker import fp8
+    from worker.kernels.gpu import fp8
 
     if "fp8" in case.more:
         return fp8.why_not(torch.device(device))

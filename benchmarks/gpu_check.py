@@ -43,23 +43,23 @@ class Calls:
     """Counts the calls of the fast attention: a layer that quietly took the slow way would give the same figures."""
 
     def __init__(self) -> None:
-        from worker import attention
+        from worker.modeling import packed_attention
 
-        self.count, self._real = 0, attention.varlen_attn
-        attention.varlen_attn = self
+        self.count, self._real = 0, packed_attention.varlen_attn
+        packed_attention.varlen_attn = self
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         self.count += 1
         return self._real(*given, **named)
 
     def close(self) -> None:
-        from worker import attention
+        from worker.modeling import packed_attention
 
-        attention.varlen_attn = self._real
+        packed_attention.varlen_attn = self._real
 
 
 def data_of(samples: list[list[int]]) -> Any:
-    from worker.batches import Tokenised
+    from worker.data.batching import Tokenised
 
     starts = np.concatenate([[0], np.cumsum([len(s) for s in samples])]).astype(np.int64)
     trained = np.ones(starts[-1], bool)
@@ -76,29 +76,31 @@ def pass_through(
     from transformers import AutoModelForCausalLM
 
     from app.strategies import STRATEGIES
-    from worker import attention, evaluate, kernels, optim
-    from worker.batches import make_batch
-    from worker.device import Engine
-    from worker.lora import fuse
-    from worker.loss import head_of, linear_cross_entropy
+    from worker.data.batching import make_batch
+    from worker.modeling import fused_layers, packed_attention
+    from worker.modeling.cross_entropy import head_of, linear_cross_entropy
+    from worker.modeling.fused_lora import fuse
+    from worker.runtime.device import Compute
+    from worker.scoring import held_out
+    from worker.training import optim
 
     where = torch.device(device)
     half = dtype == torch.bfloat16
     chosen = STRATEGIES[strategy]()
-    engine = Engine(where, device, "bf16" if half else "fp32", dtype if chosen.adapter else torch.float32, 1)
+    engine = Compute(where, device, "bf16" if half else "fp32", dtype if chosen.adapter else torch.float32, 1)
     more: dict[str, Any] = {}
     if bits:
-        from worker.load import _in_bits
+        from worker.modeling.loading import _in_bits
 
         more = _in_bits(bits, dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.frozen, attn_implementation=attention.NAME, **more)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.frozen, attn_implementation=packed_attention.NAME, **more)
     model = model if bits else model.to(where)
-    kernels.use_fused_layers(model)
+    fused_layers.use_fused_layers(model)
     torch.manual_seed(5)
     model = chosen.attach(model).train()
-    kernels.recompute_layers(evaluate.plain_model(model), recompute)
+    fused_layers.recompute_layers(held_out.plain_model(model), recompute)
     if engine.framed:
-        kernels.round_embeddings(evaluate.plain_model(model), engine.compute)
+        fused_layers.round_embeddings(held_out.plain_model(model), engine.compute)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(11)
         for name, p in model.named_parameters():
@@ -109,23 +111,23 @@ def pass_through(
     if fused and hasattr(model, "peft_config"):
         fuse(model, grouped=not (compiled and recompute))
     if compiled:
-        kernels.compile_blocks(model)
+        fused_layers.compile_blocks(model)
     trained = optim.trained_parameters(model)
     optimizer = optim.make_optimizer(trained, 1e-3, 0.0)
     data = data_of(samples)
-    frame = attention.frame_of(data.lengths, TOKENS) if engine.framed else None
+    frame = packed_attention.frame_of(data.lengths, TOKENS) if engine.framed else None
     rows = list(range(len(samples)))
     losses, gradient, hidden = [], None, None
     calls = Calls() if engine.framed and not compiled else None  # a compiled block calls the operator itself
     for _ in range(steps):
         batch = make_batch(data, rows, where, frame)
-        hidden = evaluate.hidden_states(model, batch, engine)
-        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute) / batch.trained
+        hidden = held_out.hidden_states(model, batch, engine)
+        loss = linear_cross_entropy(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute) / batch.trained
         loss.backward()
         if gradient is None:
             gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values()])
-        norm = optim.clip(trained, 1.0)
-        optim.advance(optimizer, norm)
+        norm = optim.clip_grad_norm(trained, 1.0)
+        optim.optimizer_step(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss))
     if calls:
@@ -238,20 +240,20 @@ def no_leak(folder: Path, device: str, samples: list[list[int]]) -> str:
 
 
 def evaluation(folder: Path, device: str, samples: list[list[int]]) -> str:
-    from worker import evaluate
-    from worker.device import Engine
+    from worker.runtime.device import Compute
+    from worker.scoring import held_out
 
     torch._dynamo.reset()
     _, _, _, model = pass_through(folder, device, torch.bfloat16, samples=samples, compiled=True)
-    engine = Engine(torch.device(device), device, "bf16", torch.bfloat16, 1)
+    engine = Compute(torch.device(device), device, "bf16", torch.bfloat16, 1)
     began = time.perf_counter()
-    found = evaluate.validate(model, data_of(samples), 300, engine)
+    found = held_out.validate(model, data_of(samples), 300, engine)
     assert np.isfinite(found["loss"])
     return f"loss {found['loss']:.4f} in {time.perf_counter() - began:.2f} s"
 
 
 def softmax() -> str:
-    from worker.softmax import softmax_gradient_
+    from worker.kernels.gpu.cross_entropy import softmax_gradient_
 
     worst = 0.0
     for vocabulary in (4000, 32_000, 128_256, 151_936):

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import edits, formats, mixing, readers, rules, splits
+from app import formats
+from app.datasets import compose_rows, edits, readers, rules, splits
+from app.datasets.readers._repair import repaired
+from app.datasets.readers._tables import read_parquet
+from app.datasets.report import Report, texts
+from app.datasets.rules._base import seen
 from app.formats._base import parsed
-from app.readers._repair import repaired
-from app.readers._tables import read_parquet
-from app.report import Report, texts
-from app.rules._base import seen
-from app.storable import shortened
+from app.kit.json_safe import shortened
 
 FIRST_CHARACTERS, CHARACTERS = 1 << 14, 1 << 18
 ENOUGH_SECONDS = 0.002
@@ -213,10 +214,10 @@ def _conversions(text: str) -> Run:
     by_shape |= {"preference": {**rows[0], "chosen": rows[0]["messages"], "rejected": []}, "instruction": rows[0]}
 
     def run() -> None:
-        for (shape, wanted), how in mixing.CONVERSIONS.items():
+        for (shape, wanted), how in compose_rows.CONVERSIONS.items():
             for made in how.turn(by_shape[shape]) if shape in by_shape else ():
                 if wanted in by_shape:
-                    mixing.file_row(made, wanted)
+                    compose_rows.file_row(made, wanted)
 
     return run
 
@@ -227,13 +228,13 @@ def _shown(text: str) -> Run:
 
 def _tokens(folder: Path) -> Prepare:
     def prepare(text: str) -> Run:
-        from worker.inspect import Counter, open_tokenizer
+        from worker.data.inspection import TokenCounter, open_tokenizer
 
         _, labelled, pair = _normalised(text)  # the cost of a conversation's turns is the template's, which has bounds of its own
 
         def run() -> None:
             for task, shown in (("generation", [pair]), ("classification", [labelled])):
-                counter = Counter(open_tokenizer(folder, task), {"kind": "dialogue"}, task, lambda line, finding: None)
+                counter = TokenCounter(open_tokenizer(folder, task), {"kind": "dialogue"}, task, lambda line, finding: None)
                 for line, row in enumerate(shown, 1):
                     counter.add(row, line)
                 counter.result()

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import starters
-from app.alone import kind_of
 from app.errors import StudioError
-from app.generation import GenerateRequest, Sampling, Seen, SeenToken
-from app.manifest import sha256_of
-from app.next_tokens import probability
+from app.inference.next_tokens import probability
+from app.inference.protocol import GenerateRequest, PromptLogprobs, Sampling, SeenToken
+from app.jobs.local import kind_of
+from app.kit.manifest import sha256_of
+from app.models import starters
 from app.spec import Adapter, ModelRef
 
 KINDS = ("generic", "instruction", "dialogue")
@@ -50,7 +50,7 @@ def look(engine: Any, ref: ModelRef, top: int, **prompt: Any) -> list[SeenToken]
     )
     for entries in engine.answer(request):
         for entry in entries:
-            if isinstance(entry, Seen):
+            if isinstance(entry, PromptLogprobs):
                 return entry.following
             if entry.type == "error":
                 raise SystemExit(f"{ref.name}: {entry.message} {entry.way_out}".strip())
@@ -80,8 +80,8 @@ def reference(named: str) -> ModelRef:
 
 
 def _of_studio(name: str) -> ModelRef:
-    from app import models
     from app.cli import as_owner
+    from app.models import service as models
 
     try:
         ref: ModelRef = as_owner(lambda session, user: models.resolve(session, user, name).ref)
@@ -92,8 +92,8 @@ def _of_studio(name: str) -> ModelRef:
 
 def usual() -> list[ModelRef]:
     """One model of each kind, as far as they are here; says on stderr which are missing."""
-    from app import models
     from app.cli import as_owner
+    from app.models import service as models
 
     found = [reference(name) for name in USUAL if starters.present(name)]
     missing = [name for name in USUAL if not starters.present(name)]
@@ -135,13 +135,13 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    from worker.engine import Engine
-    from worker.lanes import Shelf
+    from worker.inference.engine import Engine
+    from worker.inference.model_pool import ModelPool
 
     refs = [reference(named) for named in given.model] if given.model else usual()
     if not refs:
         raise SystemExit("There is no model here. Run `make studio` first, or name a folder with --model.")
-    engine = Engine(Shelf())
+    engine = Engine(ModelPool())
     columns = columns_of(engine, refs, given.text, given.top)
     engine.close()
     print(as_text(given.text, columns))

@@ -17,11 +17,12 @@ ASKED = "How long does it take until the varnish of my violin is dry?"
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Predict a job, run it, and lay its result on the base again."""
     from app import events
-    from app.estimate import estimate
-    from app.machine import this_machine
+    from app.machines.hardware import this_machine
+    from app.planning.duration import estimate
     from app.settings import get_settings
-    from worker import frozen, train
+    from worker import train
     from worker.run import calibrate
+    from worker.training import train_on_features
 
     spec, stats = order_of(plan)
     predicted = estimate(spec, stats, this_machine())
@@ -32,7 +33,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         return exported(attempt, spec, model, *rest)
 
     exported = train.export
-    train.export = frozen.export = exporting
+    train.export = train_on_features.export = exporting
     attempt = get_settings().folder("runs") / uuid.uuid4().hex / "a1"
     for event in train.train(spec, attempt):
         if isinstance(event, events.Started):
@@ -71,7 +72,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     from app.shapes import shape_of
     from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
     from app.strategies import STRATEGIES
-    from worker.inspect import Counter, open_tokenizer
+    from worker.data.inspection import TokenCounter, open_tokenizer
 
     folder = get_settings().data_dir / "models" / plan["model"]
     shape = shape_of(json.loads((folder / "config.json").read_text()))
@@ -79,7 +80,7 @@ def order_of(plan: dict[str, Any]) -> tuple[Any, Any]:
     rows = list(csv.DictReader((SAMPLES / "shop-questions.csv").open())) if classes else _json_lines("support-replies.jsonl")
     path, sha256 = _stored(rows, plan["task"])
     kind = "encoder" if shape.architecture == "encoder" else "dialogue"
-    counter = Counter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
+    counter = TokenCounter(open_tokenizer(folder, plan["task"]), {"kind": kind}, plan["task"], lambda line, finding: None)
     for line, row in enumerate(rows, start=1):
         counter.add(row, line)
     counted = counter.result()["report"]
@@ -102,7 +103,7 @@ def _json_lines(name: str) -> list[dict[str, Any]]:
 
 def _stored(rows: list[dict[str, Any]], name: str) -> tuple[str, str]:
     """The rows as the studio stores them: their place in the data folder, and their hash."""
-    from app.rows import write_rows
+    from app.datasets.row_store import write_rows
     from app.settings import get_settings
 
     path = get_settings().folder("rows", name) / "rows.parquet"
@@ -116,11 +117,11 @@ def load(spec: Any, finished: Any) -> Any:
 
     from app.spec import Adapter
     from app.strategies._selected import Selected
-    from worker import attention, kernels
-    from worker.classifier import load_classifier
-    from worker.device import choose
-    from worker.lesson import body_of
-    from worker.load import load_model
+    from worker.modeling import fused_layers, packed_attention
+    from worker.modeling.classifier import load_classifier
+    from worker.modeling.loading import load_model
+    from worker.runtime.device import choose
+    from worker.training.objectives._base import body_of
 
     if type(spec.strategy).adapter:
         laid = Adapter(strategy=spec.strategy.name, path=finished.path, sha256=finished.adapter_sha256 or "")
@@ -131,13 +132,13 @@ def load(spec: Any, finished: Any) -> Any:
     wide = torch.float32 if isinstance(spec.strategy, Selected) else engine.frozen
     if spec.task == "classification":
         ref = ref.model_copy(update={"labels": tuple(finished.labels)})
-        model = load_classifier(ref, wide, str(engine.device), attention.NAME)[0]
+        model = load_classifier(ref, wide, str(engine.device), packed_attention.NAME)[0]
     else:
-        model = load_model(ref, wide, attention.NAME, str(engine.device))
+        model = load_model(ref, wide, packed_attention.NAME, str(engine.device))
     if isinstance(spec.strategy, Selected):
         _narrow(model, spec.strategy, engine.frozen)
-    kernels.use_fused_layers(model)  # as in training, whose rounding the fused layers share
-    kernels.speed_up(body_of(model), engine, 0.0)
+    fused_layers.use_fused_layers(model)  # as in training, whose rounding the fused layers share
+    fused_layers.speed_up(body_of(model), engine, 0.0)
     return model
 
 
@@ -156,9 +157,9 @@ def answers(spec: Any, model: Any) -> Any:
     """Logits of a fixed text, float32: of every token, or of every class."""
     import torch
 
-    from worker.device import choose
-    from worker.evaluate import evaluating
-    from worker.load import load_tokenizer
+    from worker.modeling.loading import load_tokenizer
+    from worker.runtime.device import choose
+    from worker.scoring.held_out import evaluating
 
     tokenizer, engine = load_tokenizer(spec.model), choose(spec.run, spec.strategy)
     ids = [*([tokenizer.pad_token_id or 0] * spec.strategy.virtual_tokens()), *tokenizer(ASKED)["input_ids"]]

@@ -152,7 +152,8 @@ HERE = """
 import json, sys, time
 from pathlib import Path
 began = time.monotonic()
-from app import alone, events
+from app.jobs.service import local as alone
+from app import events
 path = Path(sys.argv[1])
 first, ends = None, []
 for event in alone.train(alone.spec_of(json.loads(path.read_text()), path.parent)):

@@ -67,16 +67,16 @@ def main() -> None:
 def studio() -> Iterator[tuple[str, Any, list[Page]]]:
     """(address, what makes a link that signs in once, pages) of a web process of its own."""
     with servers() as own:
-        from app import accounts
         from app.db import transaction
+        from app.web import auth
         from tests.data_worker import data_worker
 
         with transaction() as session:
-            user = accounts.first_user(session)
+            user = auth.first_user(session)
             samples = seed(session, user, own.folder / "data")
 
             def link() -> str:
-                made = accounts.new_sign_in_link(session, user)
+                made = auth.new_sign_in_link(session, user)
                 session.commit()
                 return made
 
@@ -106,8 +106,16 @@ def studio() -> Iterator[tuple[str, Any, list[Page]]]:
 
 def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
-    from app import comparisons, datasets, evaluations, ids, jobs, playground, predictions, prompt_runs, prompts, samples
-    from app.generation import Sampling
+    from app.datasets import ingest_task, samples
+    from app.evaluation import comparisons, predictions
+    from app.evaluation import service as evaluations
+    from app.inference import playground
+    from app.inference.protocol import Sampling
+    from app.jobs import request as job_request
+    from app.jobs import service as jobs
+    from app.kit import ids
+    from app.prompts import runs as prompt_runs
+    from app.prompts import service as prompts
     from app.tables import Vote
     from tests import lives
 
@@ -115,12 +123,12 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     data = {name: samples.add(session, user, name) for name in ("support-replies", "shop-questions", "straight-answers")}
     session.commit()
     for one in data.values():
-        datasets.read(one.id)
+        ingest_task.read(one.id)
         session.refresh(one)
     key = {name: ids.public(ids.DATASET, one.id) for name, one in data.items()}
 
     def job(**more: Any) -> Any:
-        made = jobs.create(session, user, jobs.read_order({"model": model.name, "dataset_id": key["support-replies"], **more}))
+        made = jobs.create(session, user, job_request.read_order({"model": model.name, "dataset_id": key["support-replies"], **more}))
         session.commit()
         return lives.Life(session, made)
 
@@ -137,7 +145,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         ended(lives.Life(session, one))
     prompt, version = prompts.create(session, user, "Classify", prompts.PromptBody(template="{{input}}"))
     run = prompt_runs.create(session, user, version, model.name, data["shop-questions"], prompt_runs.RunOrder(rows=5))
-    score = evaluations.create(session, user, evaluations.EvaluationOrder(model=model.name, dataset_id=key["support-replies"], rows=5))
+    score = evaluations.create(session, user, evaluations.EvaluationRequest(model=model.name, dataset_id=key["support-replies"], rows=5))
     vectors = predictions.create_vectors(session, user, model.name, key["shop-questions"])
     exchange, _ = playground.ask(session, user, [model.name], "Do you mend bows?", Sampling())
     said = [{"role": "user", "content": "Do you mend bows?"}]
@@ -163,10 +171,10 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
 
 def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
     """Every page of the application, with its examples and its tabs."""
-    from app.job_tabs import TABS
     from app.main import create_app
     from app.routes.models import TABS as OF_MODELS
-    from app.shell import each_route
+    from app.views.job_tabs import TABS
+    from app.web.navigation import each_route
 
     tabs = {"/jobs/{job_id}": list(TABS), "/models/{key}": list(OF_MODELS), "/datasets/{key}": ["report", "issues", "versions"]}
     found = []

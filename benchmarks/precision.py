@@ -42,7 +42,7 @@ def main() -> None:
 
 def names(only: str | None, model: Path) -> list[str]:
     """The strategies asked for, or all that write text and can be trained here by gradients."""
-    from app.machine import this_machine
+    from app.machines.hardware import this_machine
     from app.shapes import shape_of
     from app.strategies import STRATEGIES
 
@@ -67,7 +67,8 @@ def learnt(name: str, precision: str, model: Path, given: argparse.Namespace) ->
 HERE = """
 import json, sys
 from pathlib import Path
-from app import alone, events
+from app.jobs.service import local as alone
+from app import events
 path = Path(sys.argv[1])
 scores, steps = [], []
 for event in alone.train(alone.spec_of(json.loads(path.read_text()), path.parent)):

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.servers import free_port, python, servers
-from tests.malformed_run import Children, wait
+from tests.datasets.malformed_run import Children, wait
 
 PROJECT = Path(__file__).resolve().parent.parent
 SECONDS, BYTES, PAGE_SECONDS = 60.0, 1 << 30, 0.150
@@ -63,14 +63,17 @@ def rows(count: int, seed: int = 1) -> str:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import httpx
 
-    from app import accounts, datasets, files, ids
+    from app.datasets import service as datasets
     from app.db import transaction
+    from app.kit import ids
+    from app.storage import files
     from app.tables import Dataset, Finding
+    from app.web import auth
 
     data = rows(options.rows).encode()
     with transaction() as session:
-        user = accounts.first_user(session)
-        link = accounts.new_sign_in_link(session, user)
+        user = auth.first_user(session)
+        link = auth.new_sign_in_link(session, user)
         model = register(session, options.model, folder / "data")
         dataset = datasets.create(session, user, files.add_bytes(session, user, data, "rows.jsonl", "fine-tune"))
     children = Children()

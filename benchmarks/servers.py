@@ -26,8 +26,8 @@ class Servers:
     """Both servers, each of which can be killed and started again."""
 
     def __init__(self, folder: Path, fast: bool = True) -> None:
-        from app.embedded.postgres import Postgres
-        from app.embedded.valkey import Valkey
+        from app.ops.embedded.postgres import Postgres
+        from app.ops.embedded.valkey import Valkey
 
         self.folder = folder
         self.postgres, self.valkey = Postgres(folder, fast=fast), Valkey(folder)
@@ -122,7 +122,7 @@ def free_port() -> int:
 
 def tiny_model(data_dir: Path, session: Any) -> Any:
     """The small Llama of the tests, as a registered base."""
-    from app import manifest
+    from app.kit import manifest
     from app.shapes import shape_of
     from app.tables import Model
     from tests.tiny import build_model
@@ -156,7 +156,7 @@ class Studio(NamedTuple):
 @contextmanager
 def studio(model: Path, name: str = STARTER) -> Iterator[Studio]:
     """`luthier up` in a folder of its own with the starter model `name` in it, copied from the folder `model`."""
-    from app import starters
+    from app.models import starters
 
     folder = Path(tempfile.mkdtemp(prefix="luthier-studio-"))
     folder.chmod(0o711)

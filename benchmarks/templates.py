@@ -21,10 +21,10 @@ from benchmarks.report import rows
 def measure(folder: Path, count: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    from worker.batches import Row, tokenise
-    from worker.light import LightTokenizer
-    from worker.prompts import prepare_tokenizer, render_prompt
-    from worker.rendering import Renderer, counts_of, length_of
+    from worker.data.batch_rendering import Renderer, counts_of, length_of
+    from worker.data.batching import Row, tokenise
+    from worker.data.chat_template import prepare_tokenizer, render_prompt
+    from worker.data.light_tokenizer import LightTokenizer
 
     real, light = AutoTokenizer.from_pretrained(folder), LightTokenizer(folder)
     for tokenizer in (real, light):
@@ -63,10 +63,10 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
 def huge(folder: Path, tokenizer: Any, size: int = 20_000_000) -> dict[str, Any]:
     """A prompt of `size` characters, asked as the playground asks."""
     from app.errors import BadRequest
-    from app.generation import GenerateRequest, Sampling
+    from app.inference.protocol import GenerateRequest, Sampling
     from app.shapes import shape_of
     from app.spec import ModelRef
-    from worker.asking import rendered
+    from worker.inference.request import rendered
 
     class Shelf:
         def tokenizer(self, ref: ModelRef) -> tuple[Any, frozenset[int]]:

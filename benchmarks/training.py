@@ -67,7 +67,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The weights and the samples on disk, and the plan that every engine reads."""
     from app.shapes import shape_of
-    from worker.pack import plan as plan_packs
+    from worker.data.packing import plan as plan_packs
 
     cuda = options.device == "cuda"
     model = Path(options.model) if options.model else work / "models" / options.shape
@@ -75,7 +75,9 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         code = f"from benchmarks.shapes import write_model; from pathlib import Path; write_model({options.shape!r}, Path({str(model)!r}), {options.device!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
     if not cuda:  # as a worker does when it starts
-        subprocess.run([sys.executable, "-m", "worker.ahead"], env={**os.environ, "NUMBA_CACHE_DIR": str(work / "numba")}, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "worker.kernels.cpu.warmup"], env={**os.environ, "NUMBA_CACHE_DIR": str(work / "numba")}, check=True
+        )
     tokens = options.tokens or (16_384 if cuda else 1024)
     lengths = (1500.0, 0.6, 64, 4096) if options.long else (180.0, 0.8, 16, 1024) if cuda else (75.0, 0.5, 30, 200)
     mean = lengths[0] * 2.718281828 ** (lengths[1] ** 2 / 2)
@@ -109,7 +111,7 @@ def curves(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dic
 def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One engine's run in a process of its own."""
     try:
-        from worker.exits import ALLOCATOR, CUDA_ALLOCATOR, THREADS
+        from worker.supervision.exit_codes import ALLOCATOR, CUDA_ALLOCATOR, THREADS
     except ImportError:  # a machine with the trainer's packages alone
         ALLOCATOR, THREADS, CUDA_ALLOCATOR = {}, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
@@ -137,7 +139,7 @@ def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> di
 
 def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]], losses: dict[str, list[float]]) -> dict[str, Any]:
     """Medians over the rounds, ratios, the share of the device's peak, and how far the curves on the same rows lie apart."""
-    from app.estimate import operations_per_token
+    from app.planning.duration import operations_per_token
     from app.shapes import shape_of
 
     shape = shape_of(json.loads((Path(plan["model"]) / "config.json").read_text()))
@@ -183,7 +185,7 @@ def device(kind: str) -> tuple[str, float]:
     if kind == "cuda":
         name = torch.cuda.get_device_name()
         return name, next((peak for key, peak in PEAKS.items() if key in name), _products("cuda"))
-    from app.machine import this_machine
+    from app.machines.hardware import this_machine
 
     machine = this_machine()
     return f"{machine.cores} cores of {machine.processor}", _products("cpu")

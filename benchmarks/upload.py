@@ -182,13 +182,15 @@ def main() -> None:
 
 
 def run(rows: Rows, breaks: int, folder: Path) -> dict[str, Any]:
-    from app import accounts, files, ids
     from app.db import transaction
+    from app.kit import ids
+    from app.storage import files
     from app.tables import Dataset, File
+    from app.web import auth
 
     with transaction() as session:
-        user = accounts.first_user(session)
-        _, key = accounts.create_key(session, user, "upload")
+        user = auth.first_user(session)
+        _, key = auth.create_key(session, user, "upload")
     port = free_port()
     command = ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "warning"]
     web = python(*command, log=folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")

@@ -88,19 +88,21 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from app import accounts, claims, ids
     from app.db import transaction
+    from app.jobs import lifecycle
+    from app.kit import ids
+    from app.web import auth
+    from tests.jobs.test_lifecycle import STARTED, step
     from tests.orders import make_dataset, make_job
-    from tests.test_claims import STARTED, step
 
     with transaction() as session:
-        user = accounts.first_user(session)
-        _, key = accounts.create_key(session, user, "watchers")
+        user = auth.first_user(session)
+        _, key = auth.create_key(session, user, "watchers")
         session.commit()
         job = make_job(session, user, tiny_model(folder / "data", session), make_dataset(session, user, folder / "data"))
     port = free_port()
     command = ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "warning"]
-    command += ["--http", "app.http_protocol:Guarded", "--no-proxy-headers"]
+    command += ["--http", "app.web.http_protocol:Guarded", "--no-proxy-headers"]
     web = python(*command, "--timeout-graceful-shutdown", "2", log=folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")
     try:
         _wait_for_port(port)
@@ -115,13 +117,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"the watchers could not all connect:\n{(folder / 'web.log').read_text()[-3000:]}")
         connected = time.monotonic() - began
         with transaction() as session:
-            held = claims.claim(session, job.id, "benchmark")
-            claims.record(session, held, 0, [STARTED])
+            held = lifecycle.claim(session, job.id, "benchmark")
+            lifecycle.record(session, held, 0, [STARTED])
         before = sum(psutil.Process(web.pid).cpu_times()[:2])
         expected = int(options.seconds / options.interval)
         for n in range(1, expected + 1):
             with transaction() as session:
-                claims.record(session, held, n, [step(n)])
+                lifecycle.record(session, held, n, [step(n)])
             time.sleep(options.interval)
         settle(made, expected)
         full = psutil.Process(web.pid).memory_info().rss

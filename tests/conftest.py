@@ -67,8 +67,8 @@ class PostgresServer(Server):
 
 @pytest.fixture(scope="session")
 def postgres(servers_dir: Path) -> Iterator[PostgresServer]:
-    from app.embedded.postgres import Postgres
     from app.migrate import upgrade
+    from app.ops.embedded.postgres import Postgres
 
     database = Postgres(servers_dir, fast=True)
     database.prepare()
@@ -88,7 +88,7 @@ def postgres(servers_dir: Path) -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def valkey(servers_dir: Path) -> Iterator[Server]:
-    from app.embedded.valkey import Valkey
+    from app.ops.embedded.valkey import Valkey
 
     server = Valkey(servers_dir)
     with (servers_dir / "valkey.log").open("wb") as log:
@@ -145,8 +145,8 @@ def forget_settings() -> None:
             old.dispose() if hasattr(old, "dispose") else old.close()
         cached.cache_clear()
     settings.get_settings.cache_clear()
-    if "app.accounts" in sys.modules:
-        sys.modules["app.accounts"].secret.cache_clear()
+    if "app.web.auth" in sys.modules:
+        sys.modules["app.web.auth"].secret.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -202,9 +202,9 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
 @pytest.fixture
 def user(session: Session):
     """The person who owns what a test makes: the first account, committed."""
-    from app import accounts
+    from app.web import auth
 
-    found = accounts.first_user(session)
+    found = auth.first_user(session)
     session.commit()
     return found
 
@@ -225,9 +225,9 @@ def client(web, session: Session, user) -> Iterator:
     """A browser without its screen: signed in by the link, with the cookie, the origin and the CSRF token."""
     from starlette.testclient import TestClient
 
-    from app import accounts
+    from app.web import auth
 
-    link = accounts.new_sign_in_link(session, user)
+    link = auth.new_sign_in_link(session, user)
     session.commit()
     browser = TestClient(web.app, base_url=ORIGIN, headers={"origin": ORIGIN})
     page = browser.get(link)
@@ -247,9 +247,9 @@ def api(web, session: Session, user) -> Iterator:
     """An httpx client with an API key. `openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api)` works on it too."""
     from starlette.testclient import TestClient
 
-    from app import accounts
+    from app.web import auth
 
-    _, key = accounts.create_key(session, user, "tests")
+    _, key = auth.create_key(session, user, "tests")
     session.commit()
     program = TestClient(web.app, base_url=ORIGIN, headers={"authorization": f"Bearer {key}"})
     program.key = key
@@ -270,7 +270,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     """The small model as a base everyone can use, under the name `tiny`, committed."""
-    from app import checks, manifest
+    from app.kit import manifest
+    from app.models import import_checks
     from app.shapes import shape_of
     from app.tables import Model
 
@@ -279,7 +280,7 @@ def tiny_registered(session: Session, data_dir: Path, tiny_model: Path):
     shutil.copytree(tiny_model, folder)
     shape = shape_of(json.loads((folder / "config.json").read_text())).model_dump()
     source = {"from": "folder", "path": str(tiny_model)}
-    made = manifest.write(folder, source=source, license="apache-2.0", kind="dialogue", shape=shape, rules=checks.RULES)
+    made = manifest.write(folder, source=source, license="apache-2.0", kind="dialogue", shape=shape, rules=import_checks.RULES)
     model = Model(
         id=key,
         name="tiny",
@@ -303,8 +304,8 @@ STARTER = "smollm2-135m-instruct"
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The folder of the starter model, made once per checkout; skips only where its wheel cannot be had."""
-    from app import starters
     from app.errors import StudioError
+    from app.models import starters
 
     kept = PROJECT / ".data" / "tests"
     kept.mkdir(parents=True, exist_ok=True)

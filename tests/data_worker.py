@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 from sqlalchemy import func, select
 
-from app import datasets, db, inspections, queue
+from app import db, queue
 from app.tables import Outbox
+from worker import tasks
 
-BODIES = {queue.READ: datasets.read, queue.INSPECT: inspections.answer}
+BODIES = {queue.READ: tasks.read, queue.INSPECT: tasks.inspect}
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def data_worker() -> Iterator[None]:
     def work() -> None:
         while not stop.is_set():
             for task, key in take():
-                BODIES[task](key)
+                BODIES[task](str(key))
             time.sleep(0.03)
 
     thread = threading.Thread(target=work)

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 def install() -> None:
     """From now on every application checks what it answers."""
-    from app import middleware
+    from app.web import middleware
 
     plain = middleware.install
     if not hasattr(plain, "checks"):
@@ -96,7 +96,7 @@ class Contract:
         from referencing import Registry, Resource
         from referencing.jsonschema import DRAFT202012
 
-        from app.openapi import document, operations
+        from app.schemas.openapi import document, operations
 
         self.document = document(app)
         self.routes = [(method, route.path_regex, path) for method, path, route in operations(app)]

@@ -173,9 +173,9 @@ def stored_answers(session, count: int = 1) -> list:
 def openai_client(live, session, user):
     import openai
 
-    from app import accounts
+    from app.web import auth
 
-    _, key = accounts.create_key(session, user, "tests")
+    _, key = auth.create_key(session, user, "tests")
     session.commit()
     with openai.OpenAI(base_url=f"{live}/v1", api_key=key, max_retries=0, timeout=60) as client:
         yield client

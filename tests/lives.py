@@ -9,7 +9,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app import claims, events
+from app import events
+from app.jobs import lifecycle
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, Model, User
@@ -47,7 +48,7 @@ def order(session: Session, user: User, model: Model, *, name: str = "support-to
     )  # fmt: skip
     session.add(job)
     session.flush()
-    claims.say(session, job.id, 0, events.Queued())
+    lifecycle.record_event(session, job.id, 0, events.Queued())
     session.commit()
     return job
 
@@ -94,38 +95,38 @@ class Life:
 
     def __init__(self, session: Session, job: Job) -> None:
         self.session, self.job_id, self.said = session, job.id, 0
-        self.held: claims.Claim | None = None
+        self.held: lifecycle.Claim | None = None
 
     def claim(self) -> Life:
-        self.held, self.said = claims.claim(self.session, self.job_id, "w1"), 0
+        self.held, self.said = lifecycle.claim(self.session, self.job_id, "w1"), 0
         assert self.held is not None, "nobody could claim the job"
         self.session.commit()
         return self
 
     def say(self, *said: events.TrainerEvent) -> Life:
-        claims.record(self.session, self.held, self.said, list(said))
+        lifecycle.record(self.session, self.held, self.said, list(said))
         self.said += len(said)
         self.session.commit()
         return self
 
     def lose(self) -> Life:
-        claims.lost(self.session, self.held, events.Failed(kind="worker_lost", message="The worker was lost: it stopped beating."))
+        lifecycle.lost(self.session, self.held, events.Failed(kind="worker_lost", message="The worker was lost: it stopped beating."))
         self.session.commit()
         return self
 
     def leave(self, step: int) -> Life:
         """The trainer saved and left, as it was asked to."""
-        claims.stopped(self.session, self.held, step)
+        lifecycle.stopped(self.session, self.held, step)
         self.session.commit()
         return self
 
     def fail(self, failed: events.Failed) -> Life:
-        claims.fail(self.session, self.held, failed)
+        lifecycle.fail(self.session, self.held, failed)
         self.session.commit()
         return self
 
     def finish(self, step: int = 120) -> Life:
-        claims.finish(self.session, self.held, finished(step))
+        lifecycle.finish(self.session, self.held, finished(step))
         self.session.commit()
         return self
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def sign_in(page, url: str, session, user):
-    from app import accounts
+    from app.web import auth
 
-    link = accounts.new_sign_in_link(session, user)
+    link = auth.new_sign_in_link(session, user)
     session.commit()
     page.goto(url + link)
     if page.locator("form button").count() and "/sign-in" in page.url:

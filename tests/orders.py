@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app import queue
-from app.rows import write_rows
+from app.datasets.row_store import write_rows
 from app.spec import JobSpec
 from app.tables import Dataset, File, Job, Model, User
 
@@ -95,6 +95,6 @@ def make_job(session: Session, user: User, model: Model, dataset: Dataset, **run
     )
     session.add(job)
     session.flush()
-    queue.put_in_outbox(session, queue.TRAIN, job.id)
+    queue.enqueue(session, queue.TRAIN, job.id)
     session.commit()
     return job

@@ -18,17 +18,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
-from app.generation import GenerateRequest, Sampling
-from app.manifest import sha256_of
+from app.inference.protocol import GenerateRequest, Sampling
+from app.kit.manifest import sha256_of
 from app.shapes import shape_of
 from app.spec import Adapter, ModelRef
 
 
 def build(folder: Path, key: str) -> FastAPI:
-    from worker.engine import Engine
-    from worker.lanes import Shelf
+    from worker.inference.engine import Engine
+    from worker.inference.model_pool import ModelPool
 
-    app, engine = FastAPI(), Engine(Shelf())
+    app, engine = FastAPI(), Engine(ModelPool())
     shape = shape_of(json.loads((folder / "config.json").read_text()))
     base = ModelRef(id=uuid.uuid4(), name="base", kind="generic", path=str(folder), revision="", shape=shape)
     served: dict[str, ModelRef] = {"served-base": base}

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from app import doctor, ids, jobs
-from app.alone import spec_of
 from app.cli import app, event_line, laid_over, read_spec
 from app.errors import BadData, BadField, StudioError
+from app.jobs import service as jobs
+from app.jobs.local import spec_of
+from app.kit import ids
+from app.ops import doctor
 from app.settings import get_settings
 from app.tables import ApiKey, Job, Model
 

@@ -17,26 +17,17 @@ WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
 WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 """Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
-GROUND = {"settings", "errors", "ids", "events", "tables", "shapes", "storable", "impatient"}
-MIDDLE = {"strategies", "formats", "db", "queue"}
-PURE = {"spec", "run_settings", "chat_templates", "optimizers", "estimate", "estimate_memory", "advisor", "progress"}
-HTTP = {
-    "main",
-    "routes",
-    "web",
-    "shell",
-    "middleware",
-    "answers",
-    "accounts",
-    "pages",
-    "logs",
-    "multipart",
-    "streams",
-    "watch",
-    "openapi",
-    "well_formed",
-}
-TOP = {"main", "routes", "cli", "embedded", "relay", "doctor"}
+APP = """
+settings · errors · events · shapes · kit · tables · pg_connection · db · queue, leases, migrate · machines · formats, strategies, optimizers, chat_templates ·
+run_settings · spec · storage · planning · models · datasets · naming · jobs · inference · evaluation · prompts · web · views · schemas · routes ·
+relay · ops · main · cli
+"""
+WORKER = """
+kernels.gpu · runtime · supervision · kernels.cpu · modeling · data · scoring · training · conversion, exporters · inference · evaluation · train ·
+run · tasks · main, selftest
+"""
+"""Which way the arrows point: what stands left may be imported by all to its right. Packages between two dots know nothing of each other."""
+WITH_HTTP = {"web", "routes", "schemas", "main", "cli", "ops", "db"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -72,56 +63,96 @@ def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
         yield from outside_functions(node)
 
 
-def neighbours(path: Path) -> set[str]:
-    """First names under `app` that a file imports: {'settings', 'strategies', …}."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("app.") and len(name.split(".")) > 1}
+def places(line: str) -> dict[str, int]:
+    return {name.strip(): place for place, names in enumerate(line.split("·")) for name in names.split(",")}
 
 
-def files_of(names: set[str]) -> list[Path]:
-    return [path for path in sources("app") if path.relative_to(PROJECT / "app").with_suffix("").parts[0] in names]
+def module_files() -> dict[str, Path]:
+    return {module_of(path): path for folder in ("app", "worker") for path in sources(folder)}
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(PROJECT / "app").with_suffix("").parts[0]
+def graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Modules of ours that each module imports anywhere: at its top, in functions and under TYPE_CHECKING."""
+    found = {}
+    for module, path in files.items():
+        names = {name if name in files else name.rpartition(".")[0] for name in imports(path)}
+        found[module] = {name for name in names if name in files and name != module}
+    return found
 
 
-def forbidden(paths: list[Path], allowed: set[str]) -> list[str]:
-    return [
-        f"{path.relative_to(PROJECT)} imports app.{name}"
-        for path in paths
-        for name in sorted(neighbours(path) - allowed - {name_of(path), "__version__"})
-    ]
+def place_of(module: str) -> tuple[str, int] | None:
+    """(the package that an arrow line names, its place in the line); None for `app` and `worker` themselves."""
+    top, *rest = module.split(".")
+    if not rest or rest == ["kernels"]:
+        return None
+    package = ".".join(rest[:2]) if rest[0] == "kernels" else rest[0]
+    return package, places(APP if top == "app" else WORKER)[package]
 
 
-def test_the_ground_stands_on_nothing():
-    assert forbidden(files_of(GROUND), GROUND) == []
+def wrong_arrows(arrows: dict[str, set[str]]) -> list[str]:
+    found = []
+    for module, others in arrows.items():
+        for other in sorted(others):
+            here, there = place_of(module), place_of(other)
+            if here is None or there is None or module.split(".")[0] != other.split(".")[0]:
+                continue
+            if there[1] > here[1] or (there[1] == here[1] and there[0] != here[0]):
+                found.append(f"{module} imports {other}")
+    return found
 
 
-def test_strategies_formats_and_the_database_know_only_the_ground():
-    assert forbidden(files_of(MIDDLE), GROUND | MIDDLE) == []
+def cycles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that lead to each other (Tarjan's strongly connected components of more than one)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in arrows[module]:
+            if other not in order:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == order[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in arrows:
+        if module not in order:
+            visit(module)
+    return found
 
 
-def test_what_is_pure_knows_no_service():
-    assert forbidden(files_of(PURE), GROUND | MIDDLE | PURE | {"machine"}) == []
+def test_every_package_has_its_place():
+    for folder, line in (("app", APP), ("worker", WORKER)):
+        here = {path.relative_to(PROJECT / folder).with_suffix("").parts[0] for path in sources(folder)} - {"__init__"}
+        assert here <= {name.split(".")[0] for name in places(line)}, folder
 
 
-def test_nobody_imports_the_top():
-    services = [path for path in sources("app") if name_of(path) not in TOP]
-    found = [f"{path.relative_to(PROJECT)} imports app.{name}" for path in services for name in sorted(neighbours(path) & TOP)]
-    assert found == []
+def test_arrows_point_one_way():
+    assert wrong_arrows(graph(module_files())) == []
 
 
-def test_only_main_imports_routes():
-    found = [
-        str(path.relative_to(PROJECT))
-        for path in sources("app")
-        if "routes" in neighbours(path) and name_of(path) not in ("main", "routes")
-    ]
-    assert found == []
+def test_no_module_leads_back_to_itself():
+    assert cycles(graph(module_files())) == []
+
+
+def test_wrong_arrows_and_cycles_are_seen():
+    """The two tests above would pass on an empty graph too."""
+    arrows = graph(module_files())
+    assert len(arrows) > 300 and sum(map(len, arrows.values())) > 1500
+    arrows["app.kit.ids"] = {"app.jobs.service"}
+    assert wrong_arrows(arrows) == ["app.kit.ids imports app.jobs.service"]
+    assert any({"app.kit.ids", "app.jobs.service"} <= set(group) for group in cycles(arrows))
 
 
 def test_services_know_no_http():
-    services = [path for path in sources("app") if name_of(path) not in HTTP | TOP | {"db"}]
+    services = [path for path in sources("app") if path.relative_to(PROJECT / "app").with_suffix("").parts[0] not in WITH_HTTP]
     found = [
         f"{path.relative_to(PROJECT)} imports {name}"
         for path in services
@@ -144,7 +175,7 @@ def test_the_worker_knows_no_web():
         for path in sources("worker")
         for name in imports(path)
         if name.split(".")[0] in ("fastapi", "starlette")
-        or name.startswith(("app.routes", "app.main", "app.web", "app.cli", "app.embedded"))
+        or name.startswith(("app.routes", "app.main", "app.web.templates", "app.cli", "app.ops.embedded"))
     ]
     assert found == []
 
@@ -250,7 +281,7 @@ def test_the_web_process_needs_no_torch_and_little_memory(data_dir, capsys):
 def test_compose_runs_what_luthier_up_runs(data_dir):
     import yaml
 
-    from app.embedded.up import commands
+    from app.ops.embedded.up import commands
     from app.settings import get_settings
 
     compose = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())

@@ -16,9 +16,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
-from app import logs, web
 from app.errors import Conflict, TooMany
+from app.kit import logs
 from app.main import create_app
+from app.web import templates as web_templates
 from tests.conftest import ORIGIN, PROJECT
 
 
@@ -129,7 +130,7 @@ def test_each_part_of_a_stream_leaves_at_once(data_dir):
     router.add_api_route("/healthz/stream", lambda: StreamingResponse(parts(), media_type="text/event-stream"))
     app.include_router(router, dependencies=[])
     app.dependency_overrides = {}
-    from app import accounts
+    from app.web import auth
 
     seen: list[bytes] = []
 
@@ -147,18 +148,18 @@ def test_each_part_of_a_stream_leaves_at_once(data_dir):
         "raw_path": b"/healthz/stream", "query_string": b"", "root_path": "", "headers": [(b"host", b"127.0.0.1"), (b"accept-encoding", b"gzip")],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000), "state": {},
     }  # fmt: skip
-    before, accounts.PUBLIC = accounts.PUBLIC, accounts.PUBLIC | {"/healthz/stream"}
+    before, auth.PUBLIC = auth.PUBLIC, auth.PUBLIC | {"/healthz/stream"}
     try:
         asyncio.run(app(scope, receive, send))
     finally:
-        accounts.PUBLIC = before
+        auth.PUBLIC = before
     assert seen == [b"data: one\n\n", b"data: two\n\n"]
 
 
 def test_bodies_have_a_limit(api, monkeypatch):
-    from app import middleware
+    from app.web import middleware
 
-    monkeypatch.setattr(middleware, "MOST_JSON_BYTES", 1000)
+    monkeypatch.setattr(middleware, "MAX_JSON_BYTES", 1000)
     for size, status in ((500, 405), (2000, 413)):
         assert api.post("/v1/studio", content=b"x" * size).status_code == status
 
@@ -171,9 +172,9 @@ def test_bodies_have_a_limit(api, monkeypatch):
 
 
 def test_messages_outlive_one_redirect_and_no_more(client, session, user):
-    from app import accounts
+    from app.web import auth
 
-    key, _ = accounts.create_key(session, user, "<b>old</b>")
+    key, _ = auth.create_key(session, user, "<b>old</b>")
     session.commit()
     page = client.post(f"/settings/keys/{key.id}/revoke")
     assert "&lt;b&gt;old&lt;/b&gt;” is revoked" in page.text
@@ -181,7 +182,7 @@ def test_messages_outlive_one_redirect_and_no_more(client, session, user):
 
 
 def test_a_forged_message_is_not_shown(client):
-    client.cookies.set(web.messages_cookie(), "W1siZ29vZCIsImZvcmdlZCJdXQ.x")
+    client.cookies.set(web_templates.messages_cookie(), "W1siZ29vZCIsImZvcmdlZCJdXQ.x")
     assert "forged" not in client.get("/").text
 
 
@@ -212,15 +213,15 @@ def test_ready_says_what_is_missing(web, monkeypatch):
 
 
 def test_workers_are_counted_while_they_say_so(api):
-    from app import workers
+    from app.machines import heartbeats
 
-    workers.say_alive("train", started_at=0.0)
+    heartbeats.say_alive("train", started_at=0.0)
     found = {duty["queue"]: duty["alive"] for duty in api.get("/v1/studio").json()["workers"]}
     assert found["train"] == 1 and found["data"] == 0
 
 
 def test_figures_are_for_this_machine_and_the_signed_in(web, client, api):
-    from app.web import static
+    from app.web.templates import static
 
     stranger = TestClient(web.app, base_url=ORIGIN, client=("203.0.113.9", 4000))
     assert stranger.get("/metrics", follow_redirects=False).status_code == 303
@@ -262,7 +263,7 @@ def test_static_files_are_kept_by_their_version(web):
 
 
 def web_version() -> str:
-    return web.static_version()
+    return web_templates.static_version()
 
 
 def test_vendored_files_are_the_locked_ones():

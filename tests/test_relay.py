@@ -18,10 +18,19 @@ import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import func, select, text, update
 
-from app import claims, datasets, evaluations, fetching, files, ids, models, prompt_runs, prompts, queue
+from app import queue
+from app.datasets import ingest_task
+from app.datasets import service as datasets
 from app.db import transaction
+from app.evaluation import service as evaluations
+from app.jobs import lifecycle
+from app.kit import ids
+from app.models import imports as model_imports
+from app.prompts import runs as prompt_runs
+from app.prompts import service as prompts
 from app.relay import database_is_settled, reap, relay, send_batch, take_over
 from app.settings import PROJECT, get_settings
+from app.storage import files
 from app.tables import Evaluation, Event, Job, Outbox, PromptRun
 from tests.conftest import wait_until
 from tests.orders import make_dataset, make_job
@@ -31,7 +40,7 @@ def order(count: int = 1, task: str = queue.TRAIN) -> list[uuid.UUID]:
     keys = [uuid.uuid4() for _ in range(count)]
     with transaction() as session:
         for key in keys:
-            queue.put_in_outbox(session, task, key)
+            queue.enqueue(session, task, key)
     return keys
 
 
@@ -59,7 +68,7 @@ def test_messages_go_to_their_queues_in_order_and_only_once(session):
 
 def test_an_order_that_was_rolled_back_is_never_sent(session):
     with pytest.raises(RuntimeError), transaction() as s:
-        queue.put_in_outbox(s, queue.TRAIN, uuid.uuid4())
+        queue.enqueue(s, queue.TRAIN, uuid.uuid4())
         s.flush()
         raise RuntimeError
     with transaction() as s:
@@ -130,14 +139,14 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
     evaluation = evaluations.create(session, user, ordered)
     file = files.add_bytes(session, user, b'{"prompt": "a", "completion": "b"}', "x.jsonl", "fine-tune")
     reading = datasets.create(session, user, file)
-    fetch = models.add_folder(session, user, str(tiny_model), "another", anywhere=True)
+    fetch = model_imports.add_folder(session, user, str(tiny_model), "another", anywhere=True)
     _, version = prompts.create(session, user, "a prompt", prompts.read_body({"max_tokens": 2}))
     run = prompt_runs.create(session, user, version, "tiny", data, prompt_runs.RunOrder())
     session.commit()
     with transaction() as s:
-        held = claims.claim(s, job.id, "w1")
-        assert held and evaluations.claim(s, evaluation.id) and datasets.claim(s, reading.id) and prompt_runs.claim(s, run.id)
-    assert fetching._claim(fetch.id)
+        held = lifecycle.claim(s, job.id, "w1")
+        assert held and evaluations.claim(s, evaluation.id) and ingest_task.claim(s, reading.id) and prompt_runs.claim(s, run.id)
+    assert model_imports._claim(fetch.id)
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp()))
     session.commit()
     with transaction() as s:
@@ -153,10 +162,10 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
         assert [row.status for row in found] == ["queued"] * 3
         lost = s.scalars(select(Event).where(Event.job_id == job.id, Event.type == "lost")).one()
         assert lost.data["message"] == "Worker w1 died with the studio."
-        assert claims.claim(s, job.id, "w2").fence == held.fence + 1 and datasets.claim(s, reading.id)
-    assert fetching._claim(fetch.id)
-    with pytest.raises(claims.FenceLost), transaction() as s:
-        claims.beat(s, held)
+        assert lifecycle.claim(s, job.id, "w2").fence == held.fence + 1 and ingest_task.claim(s, reading.id)
+    assert model_imports._claim(fetch.id)
+    with pytest.raises(lifecycle.FenceLost), transaction() as s:
+        lifecycle.heartbeat(s, held)
     with transaction() as s:
         take_over(s)
         assert s.scalar(select(Evaluation.deaths)) == 1, "what nobody held has lost nobody"
@@ -182,7 +191,7 @@ def test_the_process_outlives_its_database_connection_and_stops_when_told(sessio
 
 def test_old_messages_are_swept(session):
     """Done in the reaper's round: messages sent over a day ago go, the others stay."""
-    from app import jobs
+    from app.jobs import service as jobs
 
     order(2)
     with transaction() as s:

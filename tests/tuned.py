@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import claims, events
+from app import events
+from app.jobs import lifecycle
 from app.tables import Dataset, Job, Model, User
 from tests.orders import make_job, make_spec
 
@@ -33,14 +34,14 @@ def carry_out(session: Session, data_dir: Path, job: Job, *, live: bool = False)
     """Train a queued job here and now, and record what came of it; with `live` also every event, for pages that show them."""
     from worker.train import train
 
-    held = claims.claim(session, job.id, "a test")
+    held = lifecycle.claim(session, job.id, "a test")
     assert held is not None
     session.commit()
     for number, event in enumerate(train(held.spec, data_dir / held.folder)):
         if isinstance(event, events.Finished):
-            claims.finish(session, held, event)
+            lifecycle.finish(session, held, event)
         elif not isinstance(event, events.Failed):
-            claims.record(session, held, number, [event]) if live or isinstance(event, events.Saved) else None
+            lifecycle.record(session, held, number, [event]) if live or isinstance(event, events.Saved) else None
         session.commit()
     session.refresh(job)
     assert job.status == "succeeded", job.error

@@ -13,12 +13,14 @@ from typing import Any
 
 from celery import signals
 
-from app import workers
 from app.db import get_engine
+from app.machines import heartbeats
 from app.queue import celery, get_redis
 from app.settings import get_settings
-from worker import ahead, tasks, watchdog
-from worker.supervise import die_with_parent
+from worker import tasks
+from worker.kernels.cpu import warmup
+from worker.supervision import watchdog
+from worker.supervision.train_attempt import die_with_parent
 
 app = celery
 
@@ -64,7 +66,7 @@ def _begin(sender: Any = None, **_: Any) -> None:
         return
     queues = list(sender.app.amqp.queues.consume_from)
     for queue in queues:
-        workers.keep_saying(queue)
+        heartbeats.keep_saying(queue)
     watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)
     if "train" in queues:
-        ahead.begin()
+        warmup.begin()

@@ -21,9 +21,9 @@ from app import events
 from app.errors import BadData, DoesNotFit, StudioError
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker.curves import curves
-from worker.faults import disk_is_full, of_gpu
-from worker.importing import importing
+from worker.runtime.failures import disk_is_full, of_gpu
+from worker.runtime.fast_import import importing
+from worker.training.tensorboard import curves
 
 STOPPED = 75
 FIRST = os.environ.get("RANK", "0") == "0"  # asked before torch is there
@@ -55,7 +55,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         with curves(folder / "tensorboard", tell) as note:
             told = _events(spec, folder, runs, asked)
             if profile:
-                from worker.profile import profiled
+                from worker.training.profiler import profiled
 
                 told = profiled(told, spec, folder)
             for event in told:
@@ -146,7 +146,7 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
 # Beside the pipe ------------------------------------------------------------------------------------------------------
 
 
-LEAST_TOKENS = 500
+MIN_TOKENS = 500
 """Fewer say little of how fast a machine is: the first steps are slow."""
 
 
@@ -158,17 +158,18 @@ def calibrate(spec: JobSpec, started: events.Started | None, finished: events.Fi
 
 
 def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
-    from app import estimate, machine
+    from app.machines import hardware
+    from app.planning import duration
 
     measured, shape = finished.measured, spec.model.shape
-    if started is None or started.resumed_from is not None or measured.tokens < LEAST_TOKENS or not measured.tokens_per_second:
+    if started is None or started.resumed_from is not None or measured.tokens < MIN_TOKENS or not measured.tokens_per_second:
         return
     learnt = 0.0 if spec.task == "classification" else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
-    work = estimate.forward_operations(shape, 0.0) if features else estimate.operations_per_token(shape, spec.strategy, learnt, recomputed)
+    work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, learnt, recomputed)
     speed = measured.tokens_per_second * work
-    course = estimate.Course(
+    course = duration.Workload(
         train=started.train_tokens,
         held_out=started.train_tokens / max(started.train_rows, 1) * started.validation_rows,
         longest=0,
@@ -178,9 +179,9 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         rows=started.train_rows,
         labels=len(finished.labels or ()),
     )
-    pace = estimate.pace_from(spec, course, speed, recomputed, measured.seconds, started.seconds_to_load)
+    pace = duration.pace_from(spec, course, speed, recomputed, measured.seconds, started.seconds_to_load)
     if pace is not None:  # a job that found a part of its vectors made tells nothing
-        machine.calibrate(estimate.work_of(spec, started.precision), pace)
+        hardware.calibrate(duration.work_of(spec, started.precision), pace)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,58 +19,67 @@ going_down: Callable[[], bool] = _never
 
 @celery.task(name=TRAIN)
 def train(key: str) -> None:
-    from worker.supervise import work
+    from worker.supervision.train_attempt import work
 
     work(uuid.UUID(key), lambda: going_down())
 
 
 @celery.task(name=EVALUATE)
 def evaluate(key: str) -> None:
-    from worker.appraise import work
+    from worker.evaluation.attempt import work
 
     work(uuid.UUID(key), lambda: going_down())
 
 
 @celery.task(name=READ)
 def read(key: str) -> None:
-    from app import datasets, jobs
+    from app.datasets import ingest_task
     from app.db import transaction
+    from app.jobs import service as jobs
 
-    datasets.read(uuid.UUID(key))
+    ingest_task.read(uuid.UUID(key))
     with transaction() as session:
-        jobs.settle(session, uuid.UUID(key))  # jobs that waited for it
+        jobs.resolve_waiting_jobs(session, uuid.UUID(key))  # jobs that waited for it
 
 
 @celery.task(name=FETCH)
 def fetch(key: str) -> None:
-    from app import fetching
+    from app.models import imports as model_imports
 
-    fetching.fetch(uuid.UUID(key))
+    model_imports.fetch(uuid.UUID(key))
 
 
 @celery.task(name=EXAMINE)
 def examine(key: str) -> None:
-    from app import fetching
+    from app.db import transaction
+    from app.jobs import service as jobs
+    from app.models import imports as model_imports
 
-    fetching.examine(uuid.UUID(key))
+    model_imports.examine(uuid.UUID(key))
+    with transaction() as session:
+        jobs.cancel_without_model(session)
 
 
 @celery.task(name=INSPECT)
 def inspect(key: str) -> None:
-    from app import inspections
+    from app.datasets import inspections
+    from app.db import transaction
+    from app.jobs import split_leakage
 
     inspections.answer(uuid.UUID(key))
+    with transaction() as session:
+        split_leakage.resolve_waiting(session)
 
 
 @celery.task(name=GENERATE)
 def generate(request: dict[str, Any]) -> None:
-    from worker import generate as engine
+    from worker.inference import task as engine
 
     engine.generate(request)
 
 
 @celery.task(name=PROMPT)
 def prompt(key: str) -> None:
-    from worker import promptlab
+    from worker.evaluation import prompt_runs
 
-    promptlab.begin(uuid.UUID(key), lambda: going_down())
+    prompt_runs.begin(uuid.UUID(key), lambda: going_down())

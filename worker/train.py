@@ -8,7 +8,6 @@ is a whole job, with no database, queue or process around it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import statistics
 import time
@@ -21,33 +20,37 @@ from typing import Any
 import torch
 
 from app import events
-from app.errors import StudioError
-from app.estimate_memory import recomputed_layers
-from app.run_settings import RENAMED
+from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker import attention, checkpoint, kernels, neftune, optim, processes, results, rooms
-from worker.checkpoint import State, relative
-from worker.classifier import plain
-from worker.course import Course, course_of, seconds_expected
-from worker.device import Engine, choose, memory_here, peak_memory, release, rng_tensors, set_rng
-from worker.export import export
-from worker.late import Figures, depth
-from worker.lesson import Lesson, Scored, body_of, lesson_of, trained_parameters
-from worker.load import load_tokenizer
-from worker.rotary import use_fused_rotary
-from worker.step import next_window, parts_of, take_step
-from worker.telling import Telling
-from worker.whole import Whole, give_back, learns_whole, use_whole
+from worker.kernels.cpu import gradient_buffers
+from worker.kernels.cpu.full_tuning import learns_whole, patch_full_tuning, release_memory
+from worker.kernels.cpu.gradient_buffers import MasterWeight
+from worker.kernels.cpu.rotary import use_fused_rotary
+from worker.modeling import fused_layers, packed_attention
+from worker.modeling.classifier import plain
+from worker.modeling.loading import load_tokenizer
+from worker.runtime import distributed
+from worker.runtime.device import Compute, choose, memory_here, peak_memory, release, rng_tensors, set_rng
+from worker.runtime.failures import Diverged
+from worker.runtime.progress import ProgressReporter
+from worker.runtime.transfer import AsyncScalars, depth
+from worker.training import checkpoint, final_evaluation, neftune, optim
+from worker.training.checkpoint import State, measured, relative, spec_digest
+from worker.training.export import export
+from worker.training.objectives import objective_of
+from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
+from worker.training.schedule import Schedule, course_of, seconds_expected
+from worker.training.step import next_window, parts_of, take_step
 
-MOST_NOT_FINITE = 3
+MAX_NOT_FINITE = 3
 DIVERGED_STEPS = 15
 """Steps in a row whose loss is far above that of the first ones, after which a job is given up."""
 SPEED_WINDOW = 20
 
 
 @dataclass
-class Control:
+class StopSignals:
     """What others ask of a running job, looked at after every optimizer step; and whether it `stopped` for it, its state saved."""
 
     stop: bool = False
@@ -55,33 +58,27 @@ class Control:
     stopped: bool = False
 
 
-class Diverged(StudioError):
-    """The loss was not finite several times in a row, or rose far above its start."""
-
-    code = "diverged"
-
-
 @dataclass
-class Trainee:
+class TrainState:
     """Everything that lives while a job trains."""
 
     spec: JobSpec
     attempt: Path
-    engine: Engine
-    lesson: Lesson
-    course: Course
+    engine: Compute
+    lesson: Objective
+    course: Schedule
     model: torch.nn.Module
     trained: optim.Named
     optimizer: torch.optim.Optimizer
     state: State
     parts: int  # how many parts of a pack are computed side by side
-    wholes: list[Whole]  # the weights of full tuning on a CPU
+    wholes: list[MasterWeight]  # the weights of full tuning on a CPU
     began: float  # monotonic, for the seconds of everything
     pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
     lap: float = 0.0
-    world: processes.World = field(default_factory=processes.World)
-    factors: Any = None  # worker.factors.Learnt, for LoRA on a CPU with matrix units
-    shards: Any = None  # worker.shards.Shards, where several processes share the weights themselves
+    world: distributed.ProcessGroup = field(default_factory=distributed.ProcessGroup)
+    factors: Any = None  # worker.kernels.cpu.lora_step.LoraOptimizer, for LoRA on a CPU with matrix units
+    shards: Any = None  # worker.training.fsdp.Shards, where several processes share the weights themselves
     pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
     @property
@@ -99,23 +96,23 @@ class Trainee:
         return bool(patience) and self.state.without_better >= patience
 
 
-def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Control | None = None) -> Iterator[events.TrainerEvent]:
+def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSignals | None = None) -> Iterator[events.TrainerEvent]:
     """Tune `spec.model` and say what happens; the result is written under `folder`, an attempt's folder.
 
     Goes on from the newest whole checkpoint under `runs` (by default the folder's parent). Ends after `Finished`, or without
     it when `control.stop` was set and the state was saved. Raises BadData, BadModel, DoesNotFit, Diverged, or what torch raises.
     """
-    control = control or Control()
+    control = control or StopSignals()
     began = time.monotonic()
     if type(spec.strategy).recipe == "features":
-        if processes.rank():
+        if distributed.rank():
             return  # the model is read once, by the first process
-        from worker.frozen import train_on_features
+        from worker.training.train_on_features import train_on_features
 
         yield from train_on_features(spec, folder, control, began)
         return
     digest = spec_digest(spec)
-    spec = processes.spread(spec)
+    spec = distributed.spread(spec)
     run, strategy = spec.run, spec.strategy
     found = checkpoint.newest(runs or folder.parent)
     state = checkpoint.read_state(found) if found else State()
@@ -126,29 +123,29 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
 
-    lesson = lesson_of(spec, load_tokenizer(spec.model))
+    lesson = objective_of(spec, load_tokenizer(spec.model))
     course = course_of(lesson, engine)
     yield from (_log("warn", text) for text in lesson.remarks())
 
     model = lesson.load(engine)
-    kernels.use_fused_layers(model)
+    fused_layers.use_fused_layers(model)
     use_fused_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    yield from Telling("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
+    yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
-    recompute = kernels.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
+    recompute = fused_layers.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
-        kernels.round_embeddings(plain(model), engine.compute)
+        fused_layers.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = kernels.speed_up(
+    done = fused_layers.speed_up(
         body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
     )
     trained = trained_parameters(model)
-    wholes = use_whole(body_of(model), engine) if learns_whole(strategy, engine) else []
+    wholes = patch_full_tuning(body_of(model), engine) if learns_whole(strategy, engine) else []
     optimizer = optim.optimizer_of(trained, spec)
 
     strategy.begin(body_of(model), course.total_steps)
@@ -156,58 +153,58 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: Contro
     parts = parts_of(lesson, model, engine, course)
     facts = {**engine.facts(), "parts": parts, "spec": digest, "dataset": spec.dataset.sha256}
     if wholes:
-        facts["whole"] = "apart" if rooms.keep(wholes, parts, run.passes, optimizer) else True
+        facts["whole"] = "apart" if gradient_buffers.keep(wholes, parts, run.passes, optimizer) else True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
     if found:
         checkpoint.load_weights(found, trained)
-        if not processes.spreads(strategy):
+        if not distributed.spreads(strategy):
             optim.load_state(optimizer, trained, checkpoint.read_optimizer(found))
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
         yield from _differences(state.facts, facts)
     state.facts = facts
-    job = Trainee(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
+    job = TrainState(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
     if hasattr(body_of(model), "peft_config"):
-        from worker import lora
+        from worker.modeling import fused_lora
 
-        job.factors = lora.keep(body_of(model), parts, engine, optimizer)
+        job.factors = fused_lora.keep(body_of(model), parts, engine, optimizer)
     yield started(job, state.step if found else None, exact, {**done, "recomputed_layers": recompute}, time.monotonic() - began)
     del model, trained, optimizer, wholes  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
-    with processes.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
+    with distributed.together(engine.device) as job.world, engine.abreast.in_order(job.added_in_order()):
         yield from _steps(job, control, found)
     if job.world.first and not control.stopped:
         yield from finish(job)
 
 
-def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[events.TrainerEvent]:
+def _steps(job: TrainState, control: StopSignals, saved: Path | None) -> Iterator[events.TrainerEvent]:
     """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved. They
     go on from the checkpoint `saved`."""
     run, state, course, lesson, world = job.spec.run, job.state, job.course, job.lesson, job.world
     world.even(job.trained.values())
     if world.first and state.evaluated_at < 0:
-        yield from judge(job)
+        yield from evaluate(job)
     world.wait()
-    if processes.spreads(job.spec.strategy):
-        from worker import shards  # most jobs do without
+    if distributed.spreads(job.spec.strategy):
+        from worker.training import fsdp  # most jobs do without
 
-        job.shards = shards.spread(job, saved)
+        job.shards = fsdp.spread(job, saved)
     packs = course.packs(lesson.train.lengths, run, state.step * run.passes)
-    late: deque[tuple[events.Step, Figures]] = deque()
+    late: deque[tuple[events.Step, AsyncScalars]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
     before, window = state.step, next_window(job, packs)
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        figures = Figures(take_step(job, window))
+        figures = AsyncScalars(take_step(job, window))
         late.append((_step_event(job), figures))
         # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
         window = next_window(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
-        if state.step == before + 2 and (missed := kernels.given_up()):
+        if state.step == before + 2 and (missed := fused_layers.given_up()):
             yield _log(
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
             )
@@ -216,10 +213,10 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
         if course.due(state.step) or course.saves(state.step) or saving or stop:
             while late:
                 yield report(job, *late.popleft())
-            with shards.whole(job) if job.shards else contextlib.nullcontext():
+            with fsdp.whole(job) if job.shards else contextlib.nullcontext():
                 if world.first:
                     if course.due(state.step):
-                        yield from judge(job)
+                        yield from evaluate(job)
                     if course.saves(state.step) or saving or stop or (run.load_best and state.best_step == state.step):
                         yield save(job)
             world.wait()
@@ -229,23 +226,14 @@ def _steps(job: Trainee, control: Control, saved: Path | None) -> Iterator[event
                 return
             job.lap = time.perf_counter()
     if job.shards:
-        shards.join(job)
+        fsdp.join(job)
         job.shards = None
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def spec_digest(spec: JobSpec) -> str:
-    """What tells an order from every other. A setting that has another name now goes by its old one, so that a job which began under it
-    is the same order."""
-    told = spec.model_dump_json()
-    for old, (new, _) in RENAMED.items():
-        told = told.replace(f'"{new}":', f'"{old}":', 1)
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
+def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[str, Any], seconds: float) -> events.Started:
     lesson, model = job.lesson, job.model
     return events.Started(
         device=job.engine.name,
@@ -259,7 +247,7 @@ def started(job: Trainee, resumed_from: int | None, exact: bool, done: dict[str,
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": attention.NAME, **done, "tokens_per_pass": job.course.budget},
+        details={**job.state.facts, "attention": packed_attention.NAME, **done, "tokens_per_pass": job.course.budget},
     )
 
 
@@ -276,7 +264,7 @@ def _log(level: str, message: str) -> events.Log:
 # What is told of a step ------------------------------------------------------------------------------------------------
 
 
-def _step_event(job: Trainee) -> events.Step:
+def _step_event(job: TrainState) -> events.Step:
     """The step as far as it is known without waiting for the device."""
     state = job.state
     return events.Step(
@@ -293,7 +281,7 @@ def _step_event(job: Trainee) -> events.Step:
     )
 
 
-def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
+def report(job: TrainState, step: events.Step, figures: AsyncScalars) -> events.Step:
     """The finished event of a step. Raises Diverged after several steps in a row without a finite loss."""
     state = job.state
     read = figures.read()
@@ -303,9 +291,9 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
     job.lap = now
     job.pace.append((step.tokens, state.seconds))
     state.not_finite = 0 if math.isfinite(loss_value) and math.isfinite(norm_value) else state.not_finite + 1
-    if state.not_finite >= MOST_NOT_FINITE:
+    if state.not_finite >= MAX_NOT_FINITE:
         raise Diverged(
-            f"The loss was not a finite number in {MOST_NOT_FINITE} steps in a row, the last being step {step.step}.",
+            f"The loss was not a finite number in {MAX_NOT_FINITE} steps in a row, the last being step {step.step}.",
             way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)
@@ -321,7 +309,7 @@ def report(job: Trainee, step: events.Step, figures: Figures) -> events.Step:
     )
 
 
-def watch_divergence(job: Trainee, step: int, loss: float) -> None:
+def watch_divergence(job: TrainState, step: int, loss: float) -> None:
     """Stop a job whose loss has left its start far behind: each of the newest steps above twice that of the first ones and a nat more.
     A few hard packs, or new layers that overshoot at first, do not stay there so long. Raises Diverged."""
     state = job.state
@@ -336,7 +324,7 @@ def watch_divergence(job: Trainee, step: int, loss: float) -> None:
         )
 
 
-def _speed(job: Trainee) -> float:
+def _speed(job: TrainState) -> float:
     """Tokens per second over the last steps of this attempt, evaluations left out."""
     (tokens, seconds), (last_tokens, last_seconds) = job.pace[0], job.pace[-1]
     if last_seconds > seconds:
@@ -347,13 +335,13 @@ def _speed(job: Trainee) -> float:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
+def evaluate(job: TrainState) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
     if len(lesson.held_out):
         began = time.monotonic()
-        scored = yield from Telling("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
+        scored = yield from ProgressReporter("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
@@ -363,7 +351,7 @@ def judge(job: Trainee) -> Iterator[events.Doing | events.Evaluated | events.Sam
         yield events.Sampled(step=state.step, samples=samples)
 
 
-def _remember(job: Trainee, scored: Scored) -> bool:
+def _remember(job: TrainState, scored: EvalResult) -> bool:
     state, loss = job.state, scored.metrics["loss"]
     metric = job.spec.run.metric_for_best
     value = loss if metric == "loss" else -scored.metrics[job.lesson.accuracy]
@@ -380,7 +368,7 @@ def _remember(job: Trainee, scored: Scored) -> bool:
     return True
 
 
-def save(job: Trainee) -> events.Saved:
+def save(job: TrainState) -> events.Saved:
     """Write a checkpoint, and sweep the ones no longer needed."""
     state = job.state
     state.wall_seconds = time.monotonic() - job.began
@@ -400,7 +388,7 @@ def save(job: Trainee) -> events.Saved:
     )
 
 
-def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished]:
+def finish(job: TrainState) -> Iterator[events.Log | events.Doing | events.Finished]:
     """Write the result: the best checkpoint's weights where rows were held out and it is asked for, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson
@@ -414,9 +402,9 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
         checkpoint.load_weights(best, job.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
-    give_back(job.wholes)
+    release_memory(job.wholes)
     job.optimizer, job.trained, job.wholes = None, {}, []  # type: ignore[assignment]  # their memory is needed
-    compared = yield from results.compare(job)
+    compared = yield from final_evaluation.compare(job)
     state.wall_seconds = time.monotonic() - job.began
     yield events.Finished(
         reason="completed" if state.step >= job.course.total_steps else "early_stopped",
@@ -431,16 +419,4 @@ def finish(job: Trainee) -> Iterator[events.Log | events.Doing | events.Finished
         measured=measured(state, job.engine),
         forgetting=compared.forgetting,
         evaluation=compared.evaluation,
-    )
-
-
-def measured(state: State, engine: Engine) -> events.Measured:
-    return events.Measured(
-        peak_memory_bytes=peak_memory(engine.device),
-        seconds=state.wall_seconds,
-        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-        tokens=state.tokens,
-        trained_tokens=state.trained_tokens,
-        steps=state.step,
-        device=engine.name,
     )

@@ -58,7 +58,7 @@ def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]
     return _content.suggest(FORMATS, rows)
 
 
-FEWEST_GOOD = 0.1
+MIN_GOOD = 0.1
 """Below this share of good rows a format explains nothing, however many columns it claims."""
 RATINGS = {*FORMATS["rated"].fields[2].synonyms, "thumbs_up", "is_good", "desirable"}
 
@@ -70,7 +70,7 @@ def rank(rows: Sequence[Row]) -> list[tuple[Format, Guess]]:
     be learnt without a word. One that learns every answer never comes first beside a column that says which are bad.
     """
     guesses = [(entry, guess) for entry in FORMATS.values() if (guess := entry.recognise(rows)) is not None]
-    claims = [set(guess.mapping.values()) for _, guess in guesses if guess.good >= FEWEST_GOOD]
+    claims = [set(guess.mapping.values()) for _, guess in guesses if guess.good >= MIN_GOOD]
 
     def order(pair: tuple[Format, Guess]) -> tuple[bool, float]:
         return any(set(pair[1].mapping.values()) < claimed for claimed in claims), -pair[1].score

@@ -1,6 +1,6 @@
 """What every dataset format is: how it is recognised, what makes a row good, and how a row is brought into our shape.
 
-A format never sees a file: the readers (`app/readers.py`) hand it raw rows, one dict each, and a *mapping* from the
+A format never sees a file: the readers (`app/datasets/readers/`) hand it raw rows, one dict each, and a *mapping* from the
 format's fields to the columns of this file. Columns no field claims are kept as metadata.
 """
 
@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from app.storable import DEEPEST, finite, too_deep
+from app.kit.json_safe import DEEPEST, finite, too_deep
 
 Severity = Literal["error", "warning", "note"]
 Row = dict[str, Any]
-LONGEST_NAME = 300
+MAX_NAME_LENGTH = 300
 """Characters of a column's name: a longer one is a cell that slipped into the header. Every finding about a message repeats it."""
 Columns = Mapping[str, str]
 """Field of the format → column of the file."""
@@ -71,7 +71,7 @@ class Format(ABC):
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
         """The best column for each field by its synonyms; each column is taken once."""
-        by_name = {plain(column): column for column in reversed(columns) if len(column) <= LONGEST_NAME}
+        by_name = {plain(column): column for column in reversed(columns) if len(column) <= MAX_NAME_LENGTH}
         mapping: dict[str, str] = {}
         for field in self.fields:
             for synonym in field.synonyms:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from app.formats._base import LONGEST_NAME, Format, Row, columns_of, parsed, plain, text_of
+from app.formats._base import MAX_NAME_LENGTH, Format, Row, columns_of, parsed, plain, text_of
 from app.formats._messages import is_sharegpt, is_turn
 
-MOST_COLUMNS = 300
+MAX_COLUMNS = 300
 """Columns that are judged: nobody means the 301st."""
-LONGEST_LABEL = 60
+MAX_LABEL_LENGTH = 60
 HINTS = {
     "question": ("question", "frage", "pregunta", "domanda", "prompt", "query", "instruction", "request", "user", "customer", "kunde"),
     "answer": ("answer", "antwort", "respuesta", "réponse", "reponse", "risposta", "reply", "response", "output", "completion", "solution"),
@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
 def suggest(formats: Mapping[str, Format], rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:
     """The format that the values look like, None where no column holds text, and the likeliest mapping for every format."""
-    names = [name for name in columns_of(rows) if len(name) <= LONGEST_NAME][:MOST_COLUMNS]
+    names = [name for name in columns_of(rows) if len(name) <= MAX_NAME_LENGTH][:MAX_COLUMNS]
     columns = [_measure(name, place, rows) for place, name in enumerate(names)]
     return _format_of(columns), {name: _mapping(entry, columns) for name, entry in formats.items()}
 
@@ -56,7 +56,7 @@ def _measure(name: str, place: int, rows: Sequence[Row]) -> Column:
     texts = [text.strip() for row in rows if (text := text_of(row, name)) and text.strip()]
     wordy = sum(_WORD.search(text) is not None and not _NO_PROSE.fullmatch(text) for text in texts)
     kinds, count = len(set(texts)), max(1, len(texts))
-    short = bool(texts) and max(map(len, texts)) <= LONGEST_LABEL
+    short = bool(texts) and max(map(len, texts)) <= MAX_LABEL_LENGTH
     column = Column(
         name=name,
         place=place,

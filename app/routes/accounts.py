@@ -10,13 +10,13 @@ from fastapi.responses import RedirectResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from app import accounts
-from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.settings import get_settings
 from app.tables import User
-from app.web import render
+from app.web import auth
+from app.web.auth import CurrentUser
+from app.web.templates import render
 
 pages = APIRouter()
 
@@ -29,7 +29,7 @@ def safe_next(path: str) -> str:
 
 @pages.get("/sign-in")
 def sign_in_page(request: Request, next: str = "/") -> Response:
-    if accounts.identify(request):
+    if auth.identify(request):
         return RedirectResponse(safe_next(next), 303)
     return _form(request, next)
 
@@ -50,7 +50,7 @@ async def sign_in(
     """A password, of which the first five wrong ones cost nothing but themselves."""
     address = request.client.host if request.client else ""
     try:
-        user_id = await accounts.check_password(name.strip()[:80], password[:1000], address, accounts.known_browser(request))
+        user_id = await auth.check_password(name.strip()[:80], password[:1000], address, auth.known_browser(request))
         return await run_in_threadpool(_let_in, request, user_id, next)
     except StudioError as fault:
         response = await run_in_threadpool(_form, request, next, fault, name)
@@ -62,7 +62,7 @@ async def sign_in(
 def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
     response = RedirectResponse(safe_next(next), 303)
     with transaction() as session:
-        accounts.open_session(session, request, response, session.get_one(User, user_id))
+        auth.open_session(session, request, response, session.get_one(User, user_id))
     return response
 
 
@@ -70,20 +70,20 @@ def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
 def sign_in_by_link(request: Request, token: str, session: Db) -> Response:
     """The link that `luthier up` prints. It works once."""
     try:
-        user = accounts.use_link(session, token)
+        user = auth.use_link(session, token)
     except StudioError:
-        if accounts.identify(request):
+        if auth.identify(request):
             return RedirectResponse("/", 303)  # the link was opened again by one who is in already
         raise
     response = RedirectResponse("/", 303)
-    accounts.open_session(session, request, response, user)
+    auth.open_session(session, request, response, user)
     return response
 
 
 @pages.post("/sign-out")
 def sign_out(request: Request, user: CurrentUser, session: Db) -> Response:
     response = RedirectResponse("/sign-in", 303)
-    accounts.close_session(session, request, response)
+    auth.close_session(session, request, response)
     return response
 
 
@@ -93,5 +93,5 @@ def theme(request: Request, user: CurrentUser, theme: Annotated[Literal["", "lig
     back = request.headers.get("referer", "/")
     path = safe_next("/" + back.split("/", 3)[3]) if back.count("/") >= 3 else "/"
     response = RedirectResponse(path, 303)
-    response.set_cookie("luthier_theme", theme, max_age=365 * 86_400, samesite="lax", secure=accounts.secure(request), path="/")
+    response.set_cookie("luthier_theme", theme, max_age=365 * 86_400, samesite="lax", secure=auth.secure(request), path="/")
     return response

@@ -9,15 +9,22 @@ from fastapi import APIRouter, Body, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app import advice, datasets, evaluations, first_model, ids, models, pairs, schemas
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db
 from app.errors import StudioError
-from app.openapi import answers, takes
-from app.orders import bad_field
+from app.evaluation import advice
+from app.evaluation import service as evaluations
+from app.jobs import preselection
+from app.jobs.request import bad_field
+from app.kit import ids
+from app.models import first_model
+from app.models import service as models
+from app.schemas.openapi import answers, takes
 from app.spec import RunSettings
 from app.strategies import STRATEGIES
-from app.web import render
+from app.web.auth import CurrentUser
+from app.web.templates import render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -59,7 +66,7 @@ def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str =
     """Without a choice the model and dataset that were used last are taken."""
     usable = [m for m in models.list_(session, user) if m.status == "ready"]
     sets = [d for d in datasets.list_(session, user) if d.status == "ready"]
-    chosen, data = pairs.pair(session, user, usable, sets, model, dataset)
+    chosen, data = preselection.pair(session, user, usable, sets, model, dataset)
     found, fault = None, None
     if chosen is not None and data is not None:
         try:

@@ -16,35 +16,36 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from app import answers as errors_as_json
-from app import playground, schemas
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import BadField
-from app.generation import (
-    MOST_CHOICES,
-    MOST_STOPS,
-    MOST_TOP_LOGPROBS,
+from app.inference import playground
+from app.inference.client import stream
+from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.protocol import (
+    MAX_CHOICES,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
     ChoiceFinished,
     Done,
     Entry,
     Logprob,
     Offsets,
+    PromptLogprobs,
     Sampling,
-    Seen,
     SeenToken,
     Started,
     TextPart,
 )
-from app.listening import listen
-from app.openapi import answers
-from app.playground import Asked, Heard
-from app.streams import Stream, collect, later, left, merge, while_connected
+from app.schemas.openapi import answers
 from app.tables import User
+from app.web import error_responses as errors_as_json
+from app.web.auth import CurrentUser
+from app.web.streaming import Stream, collect, later, left, merge, while_connected
 
 api = APIRouter(prefix="/v1")
 
-MOST_PROMPTS = 16
+MAX_PROMPTS = 16
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -67,8 +68,8 @@ class _Body(BaseModel):
     model: str = Field(min_length=1, max_length=512)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
-    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MOST_STOPS)] = []
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
@@ -129,7 +130,7 @@ class ChatBody(_Body):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
 
     refused = {
@@ -148,7 +149,7 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
     max_tokens: int | None = Field(16, ge=0)  # type: ignore[assignment]
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)  # type: ignore[assignment]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # type: ignore[assignment]
     echo: bool | None = False
 
     refused = {"suffix": ("",), "best_of": ()}
@@ -201,8 +202,8 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
 def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
     """One or several prompts, as text or as tokens."""
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
-    if not several or len(several) > MOST_PROMPTS:
-        raise BadField(f"Send between 1 and {MOST_PROMPTS} prompts.", param="prompt")
+    if not several or len(several) > MAX_PROMPTS:
+        raise BadField(f"Send between 1 and {MAX_PROMPTS} prompts.", param="prompt")
     return [{"prompt": playground.readable(p)} if isinstance(p, str) else {"tokens": p} for p in several]
 
 
@@ -307,8 +308,8 @@ class Call:
     ) -> None:
         self.shape, self.user, self.sampling, self.prompts, self.stored = shape, user, sampling, prompts, stored
         self.head: dict[str, Any] = {}
-        self.asked: list[Asked] = []
-        self.heard: list[Heard] = []
+        self.asked: list[PendingAnswer] = []
+        self.heard: list[AnswerFold] = []
         self.held: dict[str, Any] | None = None
         self.seen: list[list[SeenToken]] = []
         """The tokens of each prompt, where they are given back."""
@@ -318,7 +319,7 @@ class Call:
         looks = isinstance(self.shape, Completion) and self.shape.echo and (self.sampling.logprobs or not self._writes)
         if looks and not await self._look(request):
             return left()
-        streams = [listen(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
+        streams = [stream(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
         self.head = {
             "id": f"{self.shape.prefix}-{uuid.uuid4().hex}",
             "object": self.shape.part if body.stream else self.shape.whole,
@@ -336,8 +337,8 @@ class Call:
     def _resolve(self) -> None:
         with transaction() as session:
             who = playground.speaker(session, self.user, self.shape.model)
-        self.asked = [Asked(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
-        self.heard = [Heard() for _ in self.asked]
+        self.asked = [PendingAnswer(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
+        self.heard = [AnswerFold() for _ in self.asked]
 
     @property
     def _writes(self) -> bool:
@@ -348,9 +349,9 @@ class Call:
         who, n = self.asked[0].speaker, self.sampling.n
         settings = Sampling(max_tokens=1, temperature=0, seed=0, top_logprobs=self.sampling.top_logprobs)
         looks = [playground.request_for(self.user, who, settings, look=1, **prompt) for prompt in self.prompts]
-        heard = await collect(request, [listen(look) for look in looks])
+        heard = await collect(request, [stream(look) for look in looks])
         for p, entries in enumerate(heard or []):
-            seen = next(e for e in entries if isinstance(e, Seen)).tokens
+            seen = next(e for e in entries if isinstance(e, PromptLogprobs)).tokens
             given = self.prompts[p].get("prompt")
             if given is not None and seen and not given.startswith(seen[0].token.strip("�")):
                 seen = seen[1:]  # the token that begins every text of some models is not a part of the prompt

@@ -9,17 +9,19 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import classify, schemas, web
-from app.accounts import CurrentUser
-from app.classify import Sorting
+from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import GenerateRequest
-from app.listening import listen, listen_calmly
-from app.openapi import answers
-from app.playground import MOST_PANES
-from app.streams import collect, left
+from app.inference import classify
+from app.inference.classify import Sorting
+from app.inference.client import stream
+from app.inference.playground import MAX_PANES
+from app.inference.protocol import GenerateRequest
+from app.schemas.openapi import answers
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -39,7 +41,7 @@ async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser
     """Probabilities of every label for each text. A text longer than the model reads is cut, and says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     (asked,) = await run_in_threadpool(_ask, user, [body.model], texts)
-    heard = await collect(request, [listen(asked)])
+    heard = await collect(request, [stream(asked)])
     return left() if heard is None else classify.to_json(classify.read(body.model, asked, heard[0]))
 
 
@@ -58,7 +60,7 @@ async def classify_page(
     if texts:
         try:
             asked = await run_in_threadpool(_ask, user, names, texts)
-            heard = await collect(request, [listen_calmly(one) for one in asked])
+            heard = await collect(request, [stream_or_error(one) for one in asked])
             if heard is None:
                 return left()
             found = [classify.read(*each) for each in zip(names, asked, heard, strict=True)]
@@ -80,7 +82,7 @@ def _page(
     every = [option for group in choices.values() for option in group]
     names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
     context = {
-        "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "texts": texts, "found": found, "error": error,
+        "choices": choices, "names": names, "most_panes": MAX_PANES, "text": text, "texts": texts, "found": found, "error": error,
         "shown": SHOWN,
     }  # fmt: skip
-    return web.render(request, "classify.html", status_code=error.status if error else 200, **context)
+    return web_templates.render(request, "classify.html", status_code=error.status if error else 200, **context)

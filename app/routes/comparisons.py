@@ -1,4 +1,4 @@
-"""Comparisons: `/v1/comparisons`, and the pages under `/compare`. Both call `app.comparisons`."""
+"""Comparisons: `/v1/comparisons`, and the pages under `/compare`. Both call `app.evaluation.comparisons`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
 
-from app import compare_form, comparison_table, comparison_view, comparisons, ids, lists, schemas
-from app.accounts import CurrentUser
-from app.comparisons import ComparisonOrder
+from app import schemas
 from app.db import Db
 from app.errors import Conflict, StudioError
-from app.openapi import answers, takes
-from app.pages import After, Limit, page
+from app.evaluation import comparison_table, comparisons
+from app.evaluation.comparisons import ComparisonOrder
+from app.kit import ids
+from app.schemas.openapi import answers, takes
 from app.tables import Comparison
-from app.web import flash, render
+from app.views import comparison as comparison_view
+from app.views import comparison_form, lists
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
+from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 
-Wish = Annotated[lists.Wish, Query()]
+Wish = Annotated[lists.ListQuery, Query()]
 
 
 def key(text: str) -> uuid.UUID:
@@ -110,7 +114,7 @@ def learning_curves(request: Request, user: CurrentUser, session: Db, wish: Wish
     return _list_page(request, session, found, "/compare/curves", wish)
 
 
-def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.Wish) -> Response:
+def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.ListQuery) -> Response:
     every = comparison_view.rows(session, found)
     bar = lists.comparisons_bar(every, path, wish)
     rows = lists.comparisons(every, bar)
@@ -145,10 +149,10 @@ def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_ke
         return comparisons.create(session, user, order)
 
 
-def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[compare_form.CompareForm, dict[str, str]]:
+def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[comparison_form.CompareForm, dict[str, str]]:
     """Of a name sent twice the last counts (a checkbox overrules the hidden field before it), but for the strategies."""
     typed = {name: value for name, value in items if name != "strategy"}
-    return compare_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
+    return comparison_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
 
 
 def _form_page(
@@ -157,7 +161,7 @@ def _form_page(
     form, typed = _read(session, user, items)
     command = ""
     if form.ready and form.order:
-        body = json.dumps(compare_form.body_of(form.order), indent=2, ensure_ascii=False)
+        body = json.dumps(comparison_form.body_of(form.order), indent=2, ensure_ascii=False)
         command = (
             f"curl {str(request.base_url).rstrip('/')}/v1/comparisons \\\n"
             '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'

@@ -7,14 +7,14 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import conflicts, inspections, rowedit
-from app.accounts import CurrentUser
+from app.datasets import conflicts, inspections, row_editor
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
-from app.pages import MAX_NUMBER, PageNumber
 from app.routes.versions import dataset_of, path_of
 from app.tables import User
-from app.web import flash, render
+from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, PageNumber
+from app.web.templates import flash, render
 
 pages = APIRouter()
 WAIT_SECONDS = 2.5
@@ -44,7 +44,7 @@ def _page(request: Request, user: User, key: str, page: int, line: int | None, p
         rows={item["line"]: item for item in (found.result or {}).get("rows", [])} if found else {},
         fault=found.error if found else None,
         waiting=dataset.status == "reading" or (found is not None and found.status in ("waiting", "running")),
-        parts=rowedit.parts,
+        parts=row_editor.parts,
         labels=list((dataset.report or {}).get("labels", {}))[:500] if dataset.task == "classification" else [],
         page=page,
         more=more,

@@ -10,28 +10,35 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import dataset_view, datasets, files, formats, hub_datasets, ids, joining, lists, mixing, pasting, readers, samples, schemas
-from app import pages as cursor
-from app.accounts import CurrentUser
+from app import formats, schemas
+from app.datasets import compose, compose_rows, ingest_task, pasting, readers, samples
+from app.datasets import hub as hub_datasets
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.multipart import Form as StreamedForm
-from app.multipart import read_form
-from app.openapi import answers
+from app.kit import ids
 from app.routes.files import report_json
 from app.routes.versions import to_json
+from app.schemas.openapi import answers
 from app.settings import get_settings
+from app.storage import files
 from app.tables import Dataset, User
-from app.web import flash, render
+from app.views import dataset as dataset_view
+from app.views import lists
+from app.web import pagination as cursor
+from app.web.auth import CurrentUser
+from app.web.multipart import Form as StreamedForm
+from app.web.multipart import read_form
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
-MOST_FORM_BYTES = 32 << 20
+MAX_FORM_BYTES = 32 << 20
 """Of one field of a form: a pasted table, each character written as up to nine."""
 
 
 @pages.get("/datasets")
-def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     rows, tokens = datasets.listed(session, user)
     newest: dict[Any, Dataset] = {}
     for dataset in rows:  # one line per dataset: its newest version
@@ -112,7 +119,7 @@ def _path(dataset: Dataset) -> str:
 @pages.post("/datasets/paste")
 async def paste(request: Request, user: CurrentUser) -> Response:
     """A table that was pasted instead of uploaded: `text`, and `name` where one is wished."""
-    form = await request.form(max_part_size=MOST_FORM_BYTES)
+    form = await request.form(max_part_size=MAX_FORM_BYTES)
     return RedirectResponse(await run_in_threadpool(_paste, user, str(form.get("text", "")), str(form.get("name", ""))), 303)
 
 
@@ -148,7 +155,7 @@ def join_form(request: Request, user: CurrentUser, session: Db, first: str = "",
 def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
     able = [dataset for dataset in datasets.with_rows(session, user) if dataset.rows_path]
     targets = sorted(
-        {wanted for dataset in able for wanted in mixing.MAPPINGS if (joining.shape_of(dataset), wanted) in mixing.CONVERSIONS}
+        {wanted for dataset in able for wanted in compose_rows.MAPPINGS if (compose.shape_of(dataset), wanted) in compose_rows.CONVERSIONS}
     )
     return render(
         request,
@@ -173,13 +180,13 @@ async def join(request: Request, user: CurrentUser) -> Response:
 def _join(request: Request, user: User, typed: dict[str, str]) -> Response:
     try:
         with transaction() as session:
-            return RedirectResponse(_path(joining.order(session, user, _join_order(typed))), 303)
+            return RedirectResponse(_path(compose.order(session, user, _join_order(typed))), 303)
     except StudioError as error:
         with transaction() as session:
             return _join_page(request, user, session, typed, error)
 
 
-def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
+def _join_order(typed: dict[str, str]) -> compose.CombineRequest:
     """The form's fields as an order; those that the operation does not use are left aside."""
     operation = typed.get("operation", "")
     used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
@@ -195,7 +202,7 @@ def _join_order(typed: dict[str, str]) -> joining.JoinOrder:
     if not parts:
         raise BadField("No dataset was chosen.", way_out="Select at least one.", param="datasets")
     try:
-        return joining.JoinOrder.model_validate({"operation": operation, "datasets": parts, **values})
+        return compose.CombineRequest.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])
@@ -264,7 +271,7 @@ def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
 def again(user: CurrentUser, session: Db, key: str) -> Response:
     """Read it once more as it is, after a fault such as a full disk."""
     dataset = _get(session, user, key)
-    datasets.read_again(session, dataset)
+    ingest_task.read_again(session, dataset)
     return RedirectResponse(_path(dataset), 303)
 
 
@@ -302,7 +309,7 @@ def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
 def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """Read it once more as it is, after a fault such as a full disk, or where its rows are damaged or gone."""
     dataset = _get(session, user, key)
-    datasets.read_again(session, dataset)
+    ingest_task.read_again(session, dataset)
     return to_json(dataset)
 
 

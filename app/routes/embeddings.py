@@ -13,15 +13,17 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import models, playground, schemas
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import BadField, Unavailable
-from app.generation import MOST_TEXTS, Embedded, GenerateRequest, Sampling
-from app.listening import listen
-from app.openapi import answers
-from app.streams import collect, left
+from app.inference import playground
+from app.inference.client import stream
+from app.inference.protocol import MAX_TEXTS, Embedded, GenerateRequest, Sampling
+from app.models import service as models
+from app.schemas.openapi import answers
 from app.tables import User
+from app.web.auth import CurrentUser
+from app.web.streaming import collect, left
 
 api = APIRouter(prefix="/v1")
 LONGEST = 200_000  # characters
@@ -40,11 +42,11 @@ class EmbeddingsBody(BaseModel):
 async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Vectors of one or several texts, from an encoder."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
-        raise BadField(f"input takes 1 to {MOST_TEXTS} texts, none of them empty.", param="input")
+    if not 1 <= len(texts) <= MAX_TEXTS or not all(texts):
+        raise BadField(f"input takes 1 to {MAX_TEXTS} texts, none of them empty.", param="input")
     if max(map(len, texts)) > LONGEST:
         raise BadField(f"A text has more than {LONGEST} characters.", way_out="Cut it into parts.", param="input")
-    heard = await collect(request, [listen(await run_in_threadpool(_request, user, body.model, texts))])
+    heard = await collect(request, [stream(await run_in_threadpool(_request, user, body.model, texts))])
     if heard is None:
         return left()
     found = next((e for e in heard[0] if isinstance(e, Embedded)), None)

@@ -9,14 +9,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import blend, datasets, evaluation_view, evaluations, first_model, forms, ids, models, schemas, score_view
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
-from app.openapi import answers, takes
-from app.pages import After, Limit, page
+from app.evaluation import service as evaluations
+from app.kit import forms, ids
+from app.models import first_model, interpolation
+from app.models import service as models
+from app.schemas.openapi import answers, takes
 from app.tables import Evaluation
-from app.web import flash, render
+from app.views import evaluation as evaluation_view
+from app.views import scores as score_view
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/evaluations")
@@ -32,7 +39,10 @@ def key_of(text: str) -> uuid.UUID:
 
 
 @api.post(
-    "", operation_id="create_evaluation", responses=answers(schemas.Evaluation, 404, 409), openapi_extra=takes(evaluations.EvaluationOrder)
+    "",
+    operation_id="create_evaluation",
+    responses=answers(schemas.Evaluation, 404, 409),
+    openapi_extra=takes(evaluations.EvaluationRequest),
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """Queue the scoring of a model on a dataset. An equal one that has not ended is given instead of a second."""
@@ -157,7 +167,7 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
         view=evaluation_view.view(found) if scored else None,
         classes=score_view.view({"tuned": scored.get("scores")}, found.spec["task"]) if scored else None,
         forgot=score_view.forgot(scored.get("forgetting")) if scored else None,
-        curve=blend.curve(found.result) if found.kind == "blend" else None,
+        curve=interpolation.curve(found.result) if found.kind == "blend" else None,
     )
 
 

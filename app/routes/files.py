@@ -8,15 +8,19 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, files, ids, readers, schemas
-from app import pages as cursor
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import readers
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.multipart import Form, read_form
-from app.openapi import BYTES, answers, takes
+from app.kit import ids
+from app.schemas.openapi import BYTES, answers, takes
 from app.settings import get_settings
+from app.storage import files
 from app.tables import Dataset, File, Finding, User
+from app.web import pagination as cursor
+from app.web.auth import CurrentUser
+from app.web.multipart import Form, read_form
 
 api = APIRouter(prefix="/v1")
 CONTENT: dict[int | str, dict[str, Any]] = {

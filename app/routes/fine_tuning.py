@@ -12,17 +12,23 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import checkpoints, events, ids, jobs, leases, models, order_file, schemas, verdict, watch
-from app.accounts import CurrentUser
+from app import events, leases, schemas
 from app.db import Db
 from app.errors import BadField, NotFound
-from app.openapi import answers, takes
-from app.orders import Hyperparameters, JobOrder, read_order
-from app.pages import MAX_NUMBER, After, Limit, Offset, Step, page
+from app.evaluation import verdict
+from app.jobs import checkpoints, config_file
+from app.jobs import service as jobs
+from app.jobs.defaults import rows_per_step
+from app.jobs.request import Hyperparameters, JobRequest, read_order
+from app.kit import ids
+from app.models import service as models
 from app.routes.models import to_json as model_json
+from app.schemas.openapi import answers, takes
 from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
-from app.usual import rows_per_step
+from app.web import event_stream
+from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, After, Limit, Offset, Step, page
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
@@ -117,10 +123,10 @@ def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None
 )
 def stream(
     session: Db, user: CurrentUser, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
-) -> watch.EventStream:
+) -> event_stream.EventStream:
     """Server-sent events, from after `Last-Event-ID` or `after`. The session of this request ends before the stream begins."""
     job = jobs.get(session, user, job_key(job_id))
-    return watch.EventStream(job.id, watch.after_id(last_event_id, after))
+    return event_stream.EventStream(job.id, event_stream.after_id(last_event_id, after))
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ def forbid(session: Db, user: CurrentUser, checkpoint: str, permission_id: str) 
 
 def job_json(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and a few more."""
-    order = JobOrder.model_validate(job.order)
+    order = JobRequest.model_validate(job.order)
     tuned = jobs.tuned_model(session, job)
     return {
         "object": "fine_tuning.job",
@@ -243,12 +249,12 @@ def job_json(session: Session, job: Job) -> Json:
     }
 
 
-def verdict_json(session: Session, job: Job, order: JobOrder) -> Json | None:
+def verdict_json(session: Session, job: Job, order: JobRequest) -> Json | None:
     """The verdict on a job that has ended. `order` of a suggestion is a whole body for POST /v1/fine_tuning/jobs."""
     found = verdict.of_job(job)
     if found is None:
         return None
-    body = order_file.body_of(session, session.get_one(Dataset, job.dataset_id), order)
+    body = config_file.body_of(session, session.get_one(Dataset, job.dataset_id), order)
     orders = [{**body, "run": {**body.get("run", {}), **s.order["run"]}} for s in found.suggestions]
     told = [{"label": s.label, "order": one} for s, one in zip(found.suggestions, orders, strict=True)]
     return {**found.model_dump(mode="json"), "suggestions": told}
@@ -282,7 +288,7 @@ def hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json:
     return {name: came_to[name] if value == "auto" else value for name, value in settings.items()}
 
 
-def method_json(session: Session, job: Job, order: JobOrder) -> Json:
+def method_json(session: Session, job: Job, order: JobRequest) -> Json:
     """The method as it was asked for; where nobody said, the one that follows from the data."""
     kind = order.method.type if order.method else "dpo" if job.spec["task"] == "preference" else "supervised"
     settings = hyperparameters(session, job, order.asked())

@@ -13,18 +13,20 @@ from fastapi.responses import Response
 from pydantic.fields import FieldInfo
 from sqlalchemy import select
 
-from app import calculator, models, orders
-from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import NotFound
 from app.formats import FORMATS
-from app.forms import Control, controls, whole_number
-from app.glossary import GLOSSARY
-from app.learning_path import PATH
+from app.jobs import request as job_request
+from app.kit.forms import FormField, controls, whole_number
+from app.models import service as models
+from app.planning import calculator
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Job
-from app.web import render
+from app.views.glossary import GLOSSARY
+from app.views.learning_path import PATH
+from app.web.auth import CurrentUser
+from app.web.templates import render
 
 pages = APIRouter()
 
@@ -105,7 +107,7 @@ def name_of(cls: type[Strategy]) -> str:
     return str(cls.model_fields["name"].default)
 
 
-def bounds(control: Control, info: FieldInfo) -> str:
+def bounds(control: FormField, info: FieldInfo) -> str:
     """What may be written into a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
     if control.widget == "checkbox":
         return "yes or no"
@@ -128,7 +130,7 @@ def bounds(control: Control, info: FieldInfo) -> str:
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
     """How much of each base model here it would train, with its own settings, at the first of its tasks that the model can do:
     counted, not listed by hand."""
-    found, cuda = [], orders.has_gpu()
+    found, cuda = [], job_request.has_gpu()
     for model in models.list_(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)

@@ -7,11 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import accounts, measures, schemas, studio
-from app.accounts import CurrentUser
-from app.addresses import is_loopback
+from app import schemas
 from app.errors import NotSignedIn
-from app.openapi import answers, document
+from app.kit.addresses import is_loopback
+from app.schemas.openapi import answers, document
+from app.views import overview
+from app.web import auth
+from app.web import metrics as web_metrics
+from app.web.auth import CurrentUser
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -26,8 +29,8 @@ async def healthz() -> dict[str, str]:
 
 @pages.get("/readyz")
 async def readyz() -> JSONResponse:
-    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `studio.CHECK_SECONDS`."""
-    found, workers = await studio.checks_in_time()
+    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `overview.CHECK_SECONDS`."""
+    found, workers = await overview.checks_in_time()
     ready = all(check.good for check in found)
     body = {
         "status": "ready" if ready else "waiting",
@@ -42,9 +45,9 @@ async def readyz() -> JSONResponse:
 @pages.get("/metrics")
 def metrics(request: Request) -> Response:
     """Metrics in the text format of Prometheus, for this machine and for the signed-in."""
-    if not _local(request) and accounts.identify(request) is None:
+    if not _local(request) and auth.identify(request) is None:
         raise NotSignedIn("The metrics are for this machine and for the signed-in.", way_out="Send an API key.")
-    return Response(measures.text(), media_type="text/plain; version=0.0.4")
+    return Response(web_metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _local(request: Request) -> bool:
@@ -59,9 +62,9 @@ def state(user: CurrentUser) -> dict[str, Any]:
     """The health of every part: what the Overview and the Settings show."""
     return {
         "object": "studio",
-        "checks": [check.model_dump() for check in studio.checks()],
-        "workers": [duty.model_dump() for duty in studio.duties()],
-        "versions": dict(studio.versions()),
+        "checks": [check.model_dump() for check in overview.checks()],
+        "workers": [duty.model_dump() for duty in overview.duties()],
+        "versions": dict(overview.versions()),
     }
 
 

@@ -1,6 +1,6 @@
 """The pages of jobs: the list, the order form, one job live, and what a person can ask of it.
 
-The JSON twin stands in `app/routes/fine_tuning.py`; both call `app.jobs`.
+The JSON twin stands in `app/routes/fine_tuning.py`; both call `app.jobs.service`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,24 @@ from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from app import (
-    cards,
-    checkpoints,
-    downloads,
-    first_model,
-    ids,
-    job_files,
-    job_tabs,
-    jobs,
-    lists,
-    live,
-    models,
-    order_file,
-    order_form,
-    run_compare,
-    watch,
-)
-from app import job_view as view
-from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import BadData, BadField, Conflict
-from app.orders import JobOrder
-from app.pages import MAX_NUMBER, Offset, Step
-from app.schedule import GOVERNED
+from app.jobs import artifacts as job_artifacts
+from app.jobs import checkpoints, config_file, metrics_csv, progress_cache
+from app.jobs import service as jobs
+from app.jobs.request import JobRequest
+from app.kit import ids, zip_stream
+from app.kit.humanize import human_number
+from app.models import first_model, model_card
+from app.models import service as models
+from app.planning.schedule import GOVERNED
 from app.tables import Job, Model
-from app.web import flash, human_number, render
+from app.views import job as view
+from app.views import job_form, job_tabs, lists, run_comparison
+from app.web import event_stream
+from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, Offset, Step
+from app.web.templates import flash, render
 
 pages = APIRouter()
 
@@ -55,7 +47,7 @@ Form = Annotated[dict[str, str], Depends(_form)]
 
 
 @pages.get("/jobs")
-def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.Wish, Query()]) -> Response:
+def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     bar = lists.jobs_bar(session, user, wish)
     found = session.scalars(lists.jobs(jobs.mine(user), bar).limit(wish.shown + 1)).all()
     shown, bar.more = list(found[: wish.shown]), len(found) > wish.shown
@@ -63,7 +55,7 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
         request,
         "jobs.html",
         bar=bar,
-        rows=view.rows(shown, live.best_losses(session, shown)),
+        rows=view.rows(shown, progress_cache.best_losses(session, shown)),
         summary=view.summary(shown),
         moving=any(job.status in ("queued", "running") for job in shown),
     )
@@ -75,7 +67,7 @@ def compare_runs(
 ) -> Response:
     """Up to eight jobs next to each other: scores, what differs in their settings, and their curves; with `?part=live` what changes
     while they run."""
-    context = run_compare.page(session, user, job or [])
+    context = run_comparison.page(session, user, job or [])
     return render(request, "parts/compare_runs_live.html" if part == "live" else "compare_runs.html", **context)
 
 
@@ -87,25 +79,25 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
     """The form for what is in the address: `?dataset=&model=`, all it was typed so far, or `?clone=ftjob-…`."""
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
-        typed = order_file.typed_of(session, user, clone) | typed
-    return _order_page(request, session, user, order_form.order_form(session, user, typed), typed.get("key"))
+        typed = config_file.typed_of(session, user, clone) | typed
+    return _order_page(request, session, user, job_form.order_form(session, user, typed), typed.get("key"))
 
 
 @pages.get("/jobs/new/file")
 def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Response:
     """The job that the form would start, every setting with its value, as a file for `luthier train`."""
-    form = order_form.order_form(session, user, dict(request.query_params.multi_items()))
+    form = job_form.order_form(session, user, dict(request.query_params.multi_items()))
     if form.unseen or form.spec is None or not form.ready:
         said = form.unseen or "There is no file of it: something below is not right yet."
         return _order_page(request, session, user, form, None, problem=said, status_code=409 if form.unseen else 400)
-    return _yaml_file(order_file.as_file(form.spec), "job.yaml")
+    return _yaml_file(config_file.as_file(form.spec), "job.yaml")
 
 
 async def _file(request: Request) -> bytes:
     """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
     length = request.headers.get("content-length", "")
-    if not length.isdigit() or int(length) > order_file.LARGEST_FILE:
-        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {order_file.LARGEST_FILE:,} bytes.")
+    if not length.isdigit() or int(length) > config_file.MAX_FILE:
+        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {config_file.MAX_FILE:,} bytes.")
     sent = (await request.form(max_files=1)).get("file")
     if not isinstance(sent, UploadFile) or not sent.filename:
         raise BadField("No file was chosen.", way_out="Choose the YAML file of a job.", param="file")
@@ -115,14 +107,14 @@ async def _file(request: Request) -> bytes:
 @pages.post("/jobs/new/file")
 def load_job_file(user: CurrentUser, session: Db, sent: Annotated[bytes, Depends(_file)]) -> Response:
     """The form as a configuration file fills it in."""
-    return RedirectResponse(f"/jobs/new?{urlencode(order_file.read(session, user, sent))}", status_code=303)
+    return RedirectResponse(f"/jobs/new?{urlencode(config_file.read(session, user, sent))}", status_code=303)
 
 
 @pages.get("/jobs/{job_id}/job.yaml")
 def job_file(user: CurrentUser, session: Db, job_id: str) -> Response:
     """Everything that decided the job, as a file for `luthier train`."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    return _yaml_file(order_file.of_job(job), f"job-{job.id.hex[:8]}.yaml")
+    return _yaml_file(config_file.of_job(job), f"job-{job.id.hex[:8]}.yaml")
 
 
 def _yaml_file(text: str, name: str) -> Response:
@@ -131,7 +123,7 @@ def _yaml_file(text: str, name: str) -> Response:
 
 @pages.post("/jobs")
 def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> Response:
-    form = order_form.order_form(session, user, typed)
+    form = job_form.order_form(session, user, typed)
     if form.unseen:
         return _order_page(request, session, user, form, typed.get("key"), problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
@@ -141,7 +133,7 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
     return RedirectResponse(view.url(job), status_code=303)
 
 
-def _create_once(session: Db, user: CurrentUser, order: JobOrder, key: str) -> Job:
+def _create_once(session: Db, user: CurrentUser, order: JobRequest, key: str) -> Job:
     """The key came with the form, so that a double click orders once. A form that was gone back to and changed carries
     its old key with a new order: that is meant as a new job."""
     try:
@@ -156,7 +148,7 @@ def _order_page(
     request: Request,
     session: Db,
     user: CurrentUser,
-    form: order_form.OrderForm,
+    form: job_form.OrderForm,
     key: str | None,
     *,
     problem: str | None = None,
@@ -164,7 +156,7 @@ def _order_page(
 ) -> Response:
     texts = {}
     if form.ready and form.order and form.dataset:
-        texts = order_file.as_texts(order_file.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
+        texts = config_file.as_texts(config_file.body_of(session, form.dataset, form.order), str(request.base_url).rstrip("/"))
     answer = render(
         request,
         "new_job.html",
@@ -218,7 +210,7 @@ def job_page(
 def job_log(user: CurrentUser, session: Db, job_id: str) -> Response:
     """The whole log: the events of the job, and what its trainers wrote."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    return StreamingResponse(job_files.log(session, job), media_type="text/plain", headers=_attached(f"job-{job.id.hex[:8]}.log"))
+    return StreamingResponse(job_artifacts.log(session, job), media_type="text/plain", headers=_attached(f"job-{job.id.hex[:8]}.log"))
 
 
 def _attached(name: str) -> dict[str, str]:
@@ -231,14 +223,14 @@ def job_stream(
 ) -> Response:
     """The job's events as they happen, from after `Last-Event-ID` or `?after=`."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    return watch.EventStream(job.id, watch.after_id(last_event_id, after))
+    return event_stream.EventStream(job.id, event_stream.after_id(last_event_id, after))
 
 
 @pages.get("/jobs/{job_id}/results.csv")
 def job_results(user: CurrentUser, session: Db, job_id: str) -> Response:
     """Every step's metrics as CSV: the whole of what the charts thin out."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
-    figures = jobs.results_csv(jobs.events(session, job))
+    figures = metrics_csv.results_csv(jobs.events(session, job))
     return Response(figures, media_type="text/csv", headers=_attached(f"step_metrics-{job.id.hex[:8]}.csv"))
 
 
@@ -266,7 +258,7 @@ def download(user: CurrentUser, session: Db, job_id: str, step: Step) -> Respons
     row = checkpoints.get(session, job, step)
     folder, model = checkpoints.folder_of(row), checkpoints.model_of(session, job, row)
     made_of, chain = models.made_of(session, model), [*models.lineage(session, session.get_one(Model, job.model_id)), model]
-    stream = downloads.zip_of(folder / checkpoints.WEIGHTS, cards.card(model, chain, job, made_of), made_of.base)
+    stream = zip_stream.zip_of(folder / checkpoints.WEIGHTS, model_card.card(model, chain, job, made_of), made_of.base)
     return StreamingResponse(stream, media_type="application/zip", headers=_attached(f"job-{job.id.hex[:8]}-step-{step}.zip"))
 
 
@@ -290,7 +282,7 @@ def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
     if suggestion >= len(found):
         raise BadField("This job suggests no such settings.", way_out="Clone it, and change what you like.", param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
-    return _asked(jobs.create(session, user, JobOrder.model_validate(order)))
+    return _asked(jobs.create(session, user, JobRequest.model_validate(order)))
 
 
 @pages.post("/jobs/{job_id}/delete")

@@ -11,38 +11,29 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import (
-    accounts,
-    cards,
-    downloads,
-    engines,
-    evaluation_view,
-    evaluations,
-    fetching,
-    ids,
-    integrity,
-    lists,
-    models,
-    outside,
-    schemas,
-    snippets,
-    standby,
-    starters,
-    tryout,
-    verdict,
-)
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
-from app.integrity import BadModel
-from app.openapi import answers
+from app.evaluation import service as evaluations
+from app.evaluation import verdict
+from app.inference import external_server, external_servers, residency, tryout
+from app.kit import ids, zip_stream
+from app.models import imports as model_imports
+from app.models import integrity, model_card, starters
+from app.models import service as models
+from app.models.integrity import BadModel
 from app.routes.accounts import safe_next
+from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.shapes import Shape
 from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
-from app.web import KINDS as KINDS_SHOWN
-from app.web import flash, render
+from app.views import evaluation as evaluation_view
+from app.views import lists, snippets
+from app.web import auth
+from app.web.auth import CurrentUser
+from app.web.templates import KINDS as KINDS_SHOWN
+from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
@@ -99,7 +90,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "bytes": model.bytes,
         "license": model.license,
         "labels": model.labels,
-        "engine": engines.to_json(model),
+        "engine": external_servers.to_json(model),
         "revision": model.revision,
         "adapter_sha256": model.adapter_sha256,
     }
@@ -149,10 +140,10 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
     if order.kind and order.kind not in KINDS:
         raise BadField(f"{order.kind[:40]!r} is no kind of model.", way_out=f"There are {', '.join(KINDS)}.", param="kind")
     if order.starter:
-        return models.add_starter(session, order.starter, accept_terms=order.accept_terms)
+        return model_imports.add_starter(session, order.starter, accept_terms=order.accept_terms)
     if order.folder:
-        return models.add_folder(session, user, order.folder, order.name, kind=order.kind)
-    return models.add_hub(session, user, str(order.hub), order.name, order.revision)
+        return model_imports.add_folder(session, user, order.folder, order.name, kind=order.kind)
+    return model_imports.add_hub(session, user, str(order.hub), order.name, order.revision)
 
 
 def may_change(user: User, model: Model) -> None:
@@ -168,7 +159,7 @@ def _groups(found: list[Model]) -> list[dict[str, Any]]:
     """Each base with what was tuned from it, at any depth."""
     groups: dict[uuid.UUID, dict[str, Any]] = {}
     for model in found:
-        base = lists.root(model)
+        base = models.root(model)
         group = groups.setdefault(base.id, {"base": base, "tuned": []})
         if model.id != base.id:
             group["tuned"].append(model)
@@ -181,10 +172,10 @@ def _list_page(
     user: User,
     fault: StudioError | None = None,
     form: dict[str, str] | None = None,
-    wish: lists.Wish | None = None,
+    wish: lists.ListQuery | None = None,
 ) -> Response:
     rows, few_shot = models.list_(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
-    bar = lists.models_bar(rows, wish or lists.Wish(), KINDS_SHOWN)
+    bar = lists.models_bar(rows, wish or lists.ListQuery(), KINDS_SHOWN)
     found, bar.more = lists.models(rows, bar)
     here = {model.id for model in rows}
     return render(
@@ -196,8 +187,8 @@ def _list_page(
         groups=_groups(found),
         busy=any(model.status == "fetching" for model in rows),
         starters=[s for s in starters.STARTERS.values() if starters.model_id(s.name) not in here],
-        folders=[path for path in fetching.importable()],
-        import_folder=fetching.import_folders()[0],
+        folders=[path for path in model_imports.importable()],
+        import_folder=model_imports.import_folders()[0],
         offline=get_settings().offline,
         kinds=KINDS,
         kind_words=KIND_WORDS,
@@ -206,7 +197,7 @@ def _list_page(
         key=_key,
         try_url=lambda base, model: tryout.address(base.name, model.name, model.kind, model.id in few_shot),
         fault=fault,
-        **standby.part(session, user),
+        **residency.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
     )
 
@@ -216,7 +207,7 @@ def _key(model: Model) -> str:
 
 
 @pages.get("/models", response_class=HTMLResponse)
-def list_page(request: Request, session: Db, user: CurrentUser, wish: Annotated[lists.Wish, Query()]) -> Response:
+def list_page(request: Request, session: Db, user: CurrentUser, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     return _list_page(request, session, user, wish=wish)
 
 
@@ -275,7 +266,7 @@ def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: 
 def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     """A key, shown this once in the code that uses it."""
     model = models.get(session, user, key)
-    _, text = accounts.create_key(session, user, model.title)
+    _, text = auth.create_key(session, user, model.title)
     return _model_page(request, session, user, model, "use", new_key=text)
 
 
@@ -309,14 +300,14 @@ def _model_page(
         rows=[evaluation_view.row(one) for one in evaluations.list_(session, user, model_id=model.id)],
         blends=evaluations.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,
-        load_code=cards.load_code(model.kind, models.made_of(session, model)),
+        load_code=model_card.load_code(model.kind, models.made_of(session, model)),
         snippets=snippets.snippets(model.kind, model.name, address, new_key or snippets.NO_KEY),
         new_key=new_key,
         merged=merged,
         merges=models.can_merge(session, model),
         key_of=_key,
         may_rename=model.owner_id == user.id or user.role == "admin",
-        engines=list(outside.allowed()) if user.role == "admin" else [],
+        engines=list(external_server.allowed()) if user.role == "admin" else [],
         fault=fault,
     )
 
@@ -347,7 +338,7 @@ def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annot
 def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "/models") -> Response:
     model = models.get(session, user, key)
     may_change(user, model)
-    fetching.try_again(session, model)
+    model_imports.try_again(session, model)
     return RedirectResponse(safe_next(then), status_code=303)
 
 
@@ -375,7 +366,7 @@ def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
     chain = models.lineage(session, model)
     job = session.get(Job, model.job_id) if model.job_id else None
     made_of = models.made_of(session, model)
-    stream = downloads.zip_of(folder, cards.card(model, chain, job, made_of), made_of.base)
+    stream = zip_stream.zip_of(folder, model_card.card(model, chain, job, made_of), made_of.base)
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.name)
     headers = {"content-disposition": f'attachment; filename="{safe}.zip"', "x-content-type-options": "nosniff"}
     return StreamingResponse(stream, media_type="application/zip", headers=headers)

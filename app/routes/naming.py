@@ -11,21 +11,28 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from app import comparison_table, comparisons, datasets, ids, jobs, models, naming, run_compare, schemas
-from app.accounts import CurrentUser
+from app import naming, schemas
+from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
-from app.openapi import answers
+from app.evaluation import comparison_table, comparisons
+from app.jobs import service as jobs
+from app.kit import ids
+from app.kit.humanize import plural
+from app.models import service as models
 from app.routes import fine_tuning, versions
 from app.routes import models as model_routes
+from app.schemas.openapi import answers
 from app.tables import User
-from app.web import flash, plural
+from app.views import run_comparison
+from app.web.auth import CurrentUser
+from app.web.templates import flash
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
 Place = Literal["jobs", "models", "datasets", "compare"]
-MOST_TOLD = 5
+MAX_TOLD = 5
 """Refusals that are told one by one."""
 
 
@@ -61,21 +68,23 @@ KINDS: dict[Place, Kind] = {
 
 
 class NewName(BaseModel, extra="forbid"):
-    name: str = Field(description=f"One line of at most {naming.LONGEST_NAME} characters.")
+    name: str = Field(description=f"One line of at most {naming.MAX_NAME_LENGTH} characters.")
 
 
 class NewNaming(BaseModel, extra="forbid"):
     """What is omitted stays as it is."""
 
-    name: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters.")
-    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+    name: str | None = Field(None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters.")
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MAX_TAGS}.")
 
 
 class NewModelNaming(BaseModel, extra="forbid"):
     """What is omitted stays as it is."""
 
-    title: str | None = Field(None, description=f"One line of at most {naming.LONGEST_NAME} characters. The name that requests use stays.")
-    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MOST_TAGS}.")
+    title: str | None = Field(
+        None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters. The name that requests use stays."
+    )
+    tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MAX_TAGS}.")
     kept: Literal[True] | None = Field(None, description="Offer a comparison's result in the lists of models.")
 
 
@@ -167,8 +176,8 @@ def bulk(
     if done:
         flash(request, f"{plural(done, kind.title)} {'deleted' if do == 'delete' else 'tagged ' + ', '.join(added)}.")
     if refused:
-        more = f" And {len(refused) - MOST_TOLD} more." if len(refused) > MOST_TOLD else ""
-        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MOST_TOLD])}{more}"
+        more = f" And {len(refused) - MAX_TOLD} more." if len(refused) > MAX_TOLD else ""
+        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MAX_TOLD])}{more}"
         flash(request, said, "bad")
     return RedirectResponse(here, status_code=303)
 
@@ -177,8 +186,8 @@ def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
     """What has to be chosen or written first, said above the list."""
     if not picked:
         return "No row is ticked. Tick at least one."
-    if do == "compare" and place == "jobs" and not 2 <= picked <= run_compare.MOST:
-        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_compare.MOST} to compare."
+    if do == "compare" and place == "jobs" and not 2 <= picked <= run_comparison.MOST:
+        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_comparison.MOST} to compare."
     if do == "tag" and not added:
         return "No tag was written. Write at least one, with commas between them."
     return None

@@ -9,17 +9,19 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import next_tokens, playground, schemas, web
-from app.accounts import CurrentUser
+from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.generation import MOST_NEXT
-from app.listening import listen, listen_calmly
-from app.next_tokens import View
-from app.openapi import answers
-from app.playground import MOST_PANES, Asked
-from app.streams import collect, left
+from app.inference import next_tokens, playground
+from app.inference.client import stream
+from app.inference.next_tokens import View
+from app.inference.playground import MAX_PANES, PendingAnswer
+from app.inference.protocol import MAX_NEXT
+from app.schemas.openapi import answers
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -27,13 +29,13 @@ SHOWN = 10
 
 
 class NextTokens(BaseModel):
-    models: list[str] = Field(min_length=1, max_length=MOST_PANES)
-    prompt: str = Field(min_length=1, max_length=next_tokens.LONGEST_TEXT)
-    top_k: int = Field(10, ge=1, le=MOST_NEXT)
+    models: list[str] = Field(min_length=1, max_length=MAX_PANES)
+    prompt: str = Field(min_length=1, max_length=next_tokens.MAX_TEXT_LENGTH)
+    top_k: int = Field(10, ge=1, le=MAX_NEXT)
     prompt_tokens: bool = Field(False, description="Also say how likely each token of the prompt was.")
 
 
-def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
+def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[PendingAnswer]:
     with transaction() as session:
         return next_tokens.ask(session, user, models, prompt, top_k)
 
@@ -47,7 +49,7 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Asked]:
 async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
     """The likeliest next tokens by several models, and how likely each token of the text was."""
     asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)
-    heard = await collect(request, [listen(one.request) for one in asked])
+    heard = await collect(request, [stream(one.request) for one in asked])
     if heard is None:
         return left()
     views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
@@ -70,7 +72,7 @@ async def tokens_page(
     if text:
         try:
             asked = await run_in_threadpool(_ask, user, names, text, top_k)
-            heard = await collect(request, [listen_calmly(one.request) for one in asked])
+            heard = await collect(request, [stream_or_error(one.request) for one in asked])
             if heard is None:
                 return left()
             views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
@@ -86,8 +88,8 @@ def _page(request: Request, user: User, names: list[str], text: str, top_k: int,
         names = [option.name for group in choices.values() for option in group][:1]
     said = [view for view in views if not view.error]
     context = {
-        "choices": choices, "names": names, "most_panes": MOST_PANES, "text": text, "top_k": top_k, "views": views, "error": error,
+        "choices": choices, "names": names, "most_panes": MAX_PANES, "text": text, "top_k": top_k, "views": views, "error": error,
         "probability": next_tokens.probability, "shade": next_tokens.shade, "rows": next_tokens.side_by_side(said), "said": said,
         "same": next_tokens.same_tokens(said) if said else False,
     }  # fmt: skip
-    return web.render(request, "tokens.html", status_code=error.status if error else 200, **context)
+    return web_templates.render(request, "tokens.html", status_code=error.status if error else 200, **context)

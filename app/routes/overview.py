@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from app import first_model, ids, studio
-from app.accounts import CurrentUser
 from app.db import Db
+from app.kit import ids
+from app.models import first_model
 from app.routes.accounts import safe_next
-from app.web import render
+from app.views import overview as views_overview
+from app.web.auth import CurrentUser
+from app.web.templates import render
 
 pages = APIRouter()
 STARTING_SECONDS = 60
@@ -17,10 +19,10 @@ STARTING_SECONDS = 60
 
 @pages.get("/")
 def overview(request: Request, user: CurrentUser, session: Db) -> Response:
-    seen = studio.overview(session, user)
-    troubles = [duty for duty in studio.duties() if not duty.alive]
-    starting = bool(troubles) and studio.seconds_up() < STARTING_SECONDS
-    bad = [check for check in studio.checks(session) if not check.good]
+    seen = views_overview.overview(session, user)
+    troubles = [duty for duty in views_overview.duties() if not duty.alive]
+    starting = bool(troubles) and views_overview.seconds_up() < STARTING_SECONDS
+    bad = [check for check in views_overview.checks(session) if not check.good]
     return render(
         request,
         "overview.html",

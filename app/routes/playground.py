@@ -14,15 +14,16 @@ from pydantic import BaseModel, Field, create_model
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import forms, ids, playground, standby, tryout, votes, web
-from app.accounts import CurrentUser
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
-from app.generation import MOST_STOPS, Broke, ChoiceFinished, Done, Entry, Sampling
-from app.listening import listen_calmly
-from app.playground import Asked, Heard
-from app.streams import Stream, later, left, merge, while_connected
+from app.inference import playground, residency, tryout, votes
+from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
+from app.kit import forms, humanize, ids
 from app.tables import Exchange, User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.streaming import Stream, later, left, merge, stream_or_error, while_connected
 
 pages = APIRouter()
 
@@ -73,8 +74,8 @@ async def _order(request: Request, user: User) -> Order:
         raise BadField(sentence, param=f"sampling.{name}" if name else "sampling")
     settings = Knobs(**filled.settings).model_dump()
     system, stops = settings.pop("system", ""), settings.pop("stop", "").splitlines()
-    if len(stops) > MOST_STOPS:
-        raise BadField(f"{len(stops)} stop texts were given; {MOST_STOPS} is the most.", param="sampling.stop")
+    if len(stops) > MAX_STOPS:
+        raise BadField(f"{len(stops)} stop texts were given; {MAX_STOPS} is the most.", param="sampling.stop")
     named = zip_longest(form.getlist("models"), form.getlist("follows"), fillvalue="")
     follows = {str(name): str(old) or str(name) for name, old in named if name}
     parent = _uuid(data.get("parent"))
@@ -107,7 +108,7 @@ def show_empty(
     question: Annotated[int | None, Query(description="line of a validation row")] = None,
     prompt: Annotated[str, Query(max_length=20_000)] = "",
 ) -> Response:
-    named = _names(models)[: playground.MOST_PANES]
+    named = _names(models)[: playground.MAX_PANES]
     look = tryout.look_at(session, user, named) if question is not None else None
     chosen = next((q for q in look.questions if q["line"] == question), None) if look else None
     more = {"question": chosen, "prompt": chosen["prompt"]} if chosen else {"prompt": prompt}
@@ -127,7 +128,7 @@ def show(
     """A conversation as it ended, or before its last question where that is edited; its columns may go on with other models."""
     last = playground.get(session, user, exchange_id)
     asked = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
-    named = _names(models)[: playground.MOST_PANES] or asked
+    named = _names(models)[: playground.MAX_PANES] or asked
     old = _names(follows) if models else [(last.sampling.get("follows") or {}).get(name, name) for name in named] if edit else []
     taken_over = dict(zip(named, old, strict=False))
     if edit:
@@ -162,7 +163,7 @@ def _page(
     context = {
         "panes": [playground.pane(name, choices, thread, (follows or {}).get(name, "")) for name in named],
         "choices": choices,
-        "most_panes": playground.MOST_PANES,
+        "most_panes": playground.MAX_PANES,
         "parent": key,
         "asked": thread[0][0].prompt if thread else "",
         "title": (last.title or "") if last else "",
@@ -176,9 +177,9 @@ def _page(
         "stops": STOPS,
         "prompt": "",
         "error": None,
-        **standby.part(session, user),
+        **residency.part(session, user),
     }
-    return web.render(request, "playground.html", **(context | more))
+    return web_templates.render(request, "playground.html", **(context | more))
 
 
 def forms_text(exchange: Exchange) -> dict[str, str]:
@@ -191,7 +192,7 @@ def forms_text(exchange: Exchange) -> dict[str, str]:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
+def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[PendingAnswer]]:
     with transaction() as session:
         exchange, asked = playground.ask(
             session, user, order.models, order.prompt, order.sampling, system=order.system, parent=order.parent, follows=order.follows
@@ -199,12 +200,12 @@ def _ask(user: User, order: Order) -> tuple[uuid.UUID, list[Asked]]:
         return exchange.id, asked
 
 
-def _record_all(exchange_id: uuid.UUID, asked: list[Asked], heard: list[Heard]) -> None:
+def _record_all(exchange_id: uuid.UUID, asked: list[PendingAnswer], heard: list[AnswerFold]) -> None:
     for one, said in zip(asked, heard, strict=True):
         _record(exchange_id, one, said)
 
 
-def _record(exchange_id: uuid.UUID, asked: Asked, heard: Heard) -> None:
+def _record(exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> None:
     with transaction() as session:
         playground.record(session, exchange_id, asked, heard)
 
@@ -220,10 +221,10 @@ async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
         return await run_in_threadpool(
             _again, request, user, [str(m) for m in form.getlist("models") if m], str(form.get("prompt", "")), error
         )
-    heard = [Heard() for _ in asked]
+    heard = [AnswerFold() for _ in asked]
 
     async def listen_to_all() -> None:
-        async for place, entries in merge([listen_calmly(one.request) for one in asked]):
+        async for place, entries in merge([stream_or_error(one.request) for one in asked]):
             heard[place].take(entries)
 
     if not await while_connected(request, listen_to_all()):
@@ -249,16 +250,16 @@ async def ask_and_stream(request: Request, user: CurrentUser) -> Response:
     return Stream(_lines(exchange_id, asked), media_type="application/x-ndjson")
 
 
-async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[bytes]:
-    heard, stored = [Heard() for _ in asked], set()
-    merged = merge([listen_calmly(one.request) for one in asked])
+async def _lines(exchange_id: uuid.UUID, asked: list[PendingAnswer]) -> AsyncIterator[bytes]:
+    heard, stored = [AnswerFold() for _ in asked], set()
+    merged = merge([stream_or_error(one.request) for one in asked])
     try:
         panes = [{"model": one.speaker.name, "kind": one.speaker.ref.kind, "answer": str(one.request.id)} for one in asked]
         yield _line({"type": "asked", "exchange": str(exchange_id), "panes": panes})
         async for place, entries in merged:
             heard[place].take(entries)
             for entry in entries:
-                if isinstance(entry, Done | Broke):
+                if isinstance(entry, Done | StreamError):
                     stored.add(place)
                     await run_in_threadpool(_record, exchange_id, asked[place], heard[place])
                 yield _line(_told(place, asked[place], heard[place], entry))
@@ -270,14 +271,14 @@ async def _lines(exchange_id: uuid.UUID, asked: list[Asked]) -> AsyncIterator[by
         await merged.aclose()  # type: ignore[attr-defined]
 
 
-def _told(place: int, asked: Asked, heard: Heard, entry: Entry) -> dict[str, Any]:
+def _told(place: int, asked: PendingAnswer, heard: AnswerFold, entry: Entry) -> dict[str, Any]:
     said = {"pane": place, **entry.model_dump(mode="json", exclude_defaults=False)}
     if isinstance(entry, Done):
         who = asked.speaker
         engine = asked.request.engine.host if asked.request.engine else None
         said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed, engine)
     if isinstance(entry, ChoiceFinished):
-        said |= {"note": STOPS[entry.reason], "html": str(web.markdown(heard.choices[entry.index].text))}
+        said |= {"note": STOPS[entry.reason], "html": str(web_templates.markdown(heard.choices[entry.index].text))}
     return said
 
 
@@ -289,5 +290,5 @@ def _line(value: dict[str, Any]) -> bytes:
 def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
     """One answer over the others to the same prompt, as votes."""
     exchange, count = votes.prefer(session, user, answer)
-    web.flash(request, f"{web.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
+    web_templates.flash(request, f"{humanize.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
     return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

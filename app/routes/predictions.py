@@ -9,16 +9,23 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import evaluations, files, forms, ids, models, predictions, readers, schemas, web
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import readers
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.multipart import Form, read_form
-from app.openapi import BYTES, answers
-from app.pages import After, Limit, page
-from app.predictions import KINDS, Format, PredictionOrder, key_of, to_json
+from app.evaluation import predictions
+from app.evaluation import service as evaluations
+from app.evaluation.predictions import KINDS, Format, PredictionOrder, key_of, to_json
+from app.kit import forms, ids
+from app.models import service as models
+from app.schemas.openapi import BYTES, answers
 from app.settings import get_settings
+from app.storage import files
 from app.tables import Evaluation, User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.multipart import Form, read_form
+from app.web.pagination import After, Limit, page
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/predictions")
@@ -85,7 +92,7 @@ def batch_page(request: Request, session: Db, user: CurrentUser, model: str = ""
 def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
     usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None]
     rows = session.scalars(evaluations.mine(user, KINDS).order_by(Evaluation.created_at.desc(), Evaluation.id).limit(50)).all()
-    return web.render(
+    return web_templates.render(
         request,
         "batch.html",
         status_code=fault.status if fault else 200,
@@ -146,5 +153,5 @@ def cancel_page(session: Db, user: CurrentUser, prediction_id: str) -> Response:
 @pages.post(PAGE + "/{prediction_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, prediction_id: str) -> Response:
     predictions.delete(session, user, key_of(prediction_id))
-    web.flash(request, "The predictions were deleted.")
+    web_templates.flash(request, "The predictions were deleted.")
     return RedirectResponse(PAGE, status_code=303)

@@ -10,15 +10,24 @@ from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, enough, first_model, forms, ids, lab, playground, prompt_runs, prompts, schemas, web
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.openapi import answers, takes
-from app.pages import After, Limit, Offset, PageNumber, page
-from app.prompt_runs import RUN
-from app.prompts import PromptBody
+from app.inference import playground
+from app.kit import forms, ids
+from app.models import first_model
+from app.prompts import prompt_vs_tuning
+from app.prompts import runs as prompt_runs
+from app.prompts import service as prompts
+from app.prompts.runs import RUN
+from app.prompts.service import PromptBody
+from app.schemas.openapi import answers, takes
 from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
+from app.views import prompt_lab
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, Offset, PageNumber, page
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/prompts")
@@ -142,7 +151,7 @@ Typed = dict[str, str]
 
 @pages.get("/playground/lab")
 def lab_page(request: Request, session: Db, user: CurrentUser) -> Response:
-    return web.render(request, "lab.html", **_lab(session, user))
+    return web_templates.render(request, "lab.html", **_lab(session, user))
 
 
 def _lab(session: Session, user: User) -> Json:
@@ -150,8 +159,8 @@ def _lab(session: Session, user: User) -> Json:
     choices = playground.choices(session, user)
     return {
         "prompts": [(p, prompts.versions(session, p)) for p in prompts.list_(session, user)],
-        "datasets": lab.usable(session, user), "choices": choices, "error": None, "public": ids.public,
-        "table": [(dataset, lab.matrix(rows), enough.verdict(session, rows)) for dataset, rows in runs],
+        "datasets": prompt_lab.usable(session, user), "choices": choices, "error": None, "public": ids.public,
+        "table": [(dataset, prompt_lab.matrix(rows), prompt_vs_tuning.verdict(session, rows)) for dataset, rows in runs],
         "builders": prompts.BUILDERS, "metrics": prompts.SCORES,
         "offer": None if choices else first_model.offer(session, user),
         "live": any(run.status in ("queued", "running") for _, rows in runs for run, _, _ in rows),
@@ -172,12 +181,12 @@ def new(
     chosen = _chosen(session, user, {"dataset": dataset})
     if chosen is not None and chosen.task == "classification":
         start = start | {"score": "label", "max_tokens": 16}
-    return web.render(request, "prompt.html", **_form(session, user, PromptBody(**start), {"dataset": dataset}, [model]))
+    return web_templates.render(request, "prompt.html", **_form(session, user, PromptBody(**start), {"dataset": dataset}, [model]))
 
 
 def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
     """The dataset that was chosen, or the newest that can be used."""
-    found = lab.usable(session, user)
+    found = prompt_lab.usable(session, user)
     return next((d for d in found if ids.public(ids.DATASET, d.id) == data.get("dataset")), found[0] if found else None)
 
 
@@ -200,8 +209,8 @@ def _form(
     return {
         "controls": {c.name: c for c in controls}, "name": data.get("name", ""), "prompt": prompt, "error": None, "public": ids.public,
         "versions": prompts.versions(session, prompt) if prompt else [], "presets": prompts.BUILDERS, "choices": choices,
-        "datasets": lab.usable(session, user), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
-        "try_rows": lab.TRY_ROWS, "preview": lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
+        "datasets": prompt_lab.usable(session, user), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
+        "try_rows": prompt_lab.TRY_ROWS, "preview": prompt_lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
     }  # fmt: skip
 
 
@@ -233,10 +242,10 @@ def _preview(request: Request, user: User, data: Typed) -> Response:
     found, error = None, None
     with transaction() as session:
         try:
-            found = lab.preview(prompts.read_body(_typed_body(_typed(data))), _chosen(session, user, data))
+            found = prompt_lab.preview(prompts.read_body(_typed_body(_typed(data))), _chosen(session, user, data))
         except StudioError as fault:
             error = fault
-        return web.render(request, "parts/prompt_preview.html", preview=found, error=error)
+        return web_templates.render(request, "parts/prompt_preview.html", preview=found, error=error)
 
 
 @pages.post("/playground/lab/try")
@@ -260,18 +269,18 @@ def _save(request: Request, user: User, data: Typed, models: list[str], deed: st
                 dataset = _dataset(session, user, data.get("dataset"), None)
                 if not models:
                     raise BadField("No model was chosen.", way_out="Choose one to try the prompt on.", param="models")
-                run = lab.try_out(session, user, body, models[0], dataset)
+                run = prompt_lab.try_out(session, user, body, models[0], dataset)
                 return RedirectResponse(f"/playground/lab/runs/{ids.public(RUN, run.id)}", status_code=303)
             prompt, made = _saved(session, user, data, body)
             if deed == "run":
-                lab.run_matrix(session, user, [made], models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
+                prompt_lab.run_matrix(session, user, [made], models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
             name, number, place = prompt.name, made.number, ids.public(ids.PROMPT, prompt.id)
     except StudioError as error:
         with transaction() as session:
             prompt_ = prompts.get(session, user, key_of(data["prompt_id"])) if data.get("prompt_id") else None
             context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
-            return web.render(request, "prompt.html", status_code=error.status, **context)
-    web.flash(request, f"Saved “{name}”, version {number}.")
+            return web_templates.render(request, "prompt.html", status_code=error.status, **context)
+    web_templates.flash(request, f"Saved “{name}”, version {number}.")
     return RedirectResponse("/playground/lab#scores" if deed == "run" else f"/playground/lab/prompts/{place}", status_code=303)
 
 
@@ -304,14 +313,14 @@ def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, versi
     prompt = prompts.get(session, user, key_of(prompt_id))
     found = prompts.version(session, prompt, version)
     context = _form(session, user, PromptBody(**found.body), {"name": prompt.name}, [], prompt, shown=found.number)
-    return web.render(request, "prompt.html", **context)
+    return web_templates.render(request, "prompt.html", **context)
 
 
 @pages.post("/playground/lab/prompts/{prompt_id}/delete")
 def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> Response:
     prompt = prompts.get(session, user, key_of(prompt_id))
     prompts.delete(session, user, prompt)
-    web.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
+    web_templates.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
     return RedirectResponse("/playground/lab", status_code=303)
 
 
@@ -325,10 +334,10 @@ def _start(request: Request, user: User, data: Typed, models: list[str], chosen:
     try:
         with transaction() as session:
             versions = [_version(session, user, name) for name in chosen]
-            lab.run_matrix(session, user, versions, models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
+            prompt_lab.run_matrix(session, user, versions, models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
     except StudioError as error:
         with transaction() as session:
-            return web.render(request, "lab.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
+            return web_templates.render(request, "lab.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
     return RedirectResponse("/playground/lab#scores", status_code=303)
 
 
@@ -342,7 +351,7 @@ def _version(session: Session, user: User, name: str) -> PromptVersion:
 def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Offset = 0) -> Response:
     run = prompt_runs.get(session, user, run_key(run_id))
     found = prompt_runs.results(session, run, after, 51)
-    return web.render(
+    return web_templates.render(
         request, "prompt_run.html", run=run, key=run_id, results=found[:50], more=found[49].line if len(found) > 50 else None,
         live=run.status in ("queued", "running"), metrics=prompts.SCORES, trial=bool(run.spec.get("trial")),
     )  # fmt: skip

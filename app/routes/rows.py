@@ -8,16 +8,21 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, ids, inspections, ledger, rowedit, rowview, schemas, versions
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import inspections, row_editor, versions
+from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, NotFound
-from app.openapi import answers
-from app.pages import MAX_NUMBER, PageNumber
+from app.jobs import row_losses
+from app.kit import ids
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import TRAIN_ON, TrainOn
+from app.schemas.openapi import answers
 from app.tables import Dataset, Job, Model, User
-from app.web import flash, render
+from app.views import rows as row_view
+from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER, PageNumber
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -43,8 +48,8 @@ class Found(NamedTuple):
     model: Model | None
     cutoff: int
     judged: Job | None
-    entries: list[ledger.Entry]
-    shown: rowview.Shown
+    entries: list[row_losses.Entry]
+    shown: row_view.Shown
     more: bool
     train_on: TrainOn
 
@@ -69,8 +74,8 @@ def asked(
         TrainOn | None, Query(description="Turns that carry a loss; without it, those of the job named, else assistant.")
     ] = None,
 ) -> Asked:
-    if sort and sort not in rowview.SORTS:
-        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(rowview.SORTS)}.", param="sort")
+    if sort and sort not in row_view.SORTS:
+        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(row_view.SORTS)}.", param="sort")
     return Asked(model, cutoff, search, page, line, sort, job, train_on)
 
 
@@ -82,23 +87,23 @@ def _find(user: User, key: str, want: Asked) -> Found:
     """No connection is held while a child of the data worker looks at the rows."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
-        chosen = rowview.choose_model(session, user, dataset, want.model or None)
-        cutoff = min(want.cutoff or rowview.DEFAULT_CUTOFF, rowview.window(chosen))
-        judged = ledger.job_of(session, user, dataset, want.job or None)
-        entries = ledger.read(session, judged) if judged else []
+        chosen = row_view.choose_model(session, user, dataset, want.model or None)
+        cutoff = min(want.cutoff or row_view.DEFAULT_CUTOFF, row_view.window(chosen))
+        judged = row_losses.job_of(session, user, dataset, want.job or None)
+        entries = row_losses.read(session, judged) if judged else []
         turns = want.train_on or (judged.spec["run"].get("train_on") if judged and want.job else None) or "assistant"
-        lengths = rowview.ask_lengths(session, dataset, chosen, cutoff, turns)
+        lengths = row_view.ask_lengths(session, dataset, chosen, cutoff, turns)
     if want.sort == "longest" and lengths is not None:
-        lengths = inspections.wait(lengths.id, rowview.WAIT_SECONDS)
+        lengths = inspections.wait(lengths.id, row_view.WAIT_SECONDS)
     lines, more = [want.line] if want.line else None, None
-    if lines is None and (ordered := rowview.order(want.sort, entries, lengths)) is not None:
-        first = (want.page - 1) * rowview.ROWS_PER_PAGE
-        lines, more = ordered[first : first + rowview.ROWS_PER_PAGE], len(ordered) > first + rowview.ROWS_PER_PAGE
+    if lines is None and (ordered := row_view.order(want.sort, entries, lengths)) is not None:
+        first = (want.page - 1) * row_view.ROWS_PER_PAGE
+        lines, more = ordered[first : first + row_view.ROWS_PER_PAGE], len(ordered) > first + row_view.ROWS_PER_PAGE
     with transaction() as session:
-        rows = rowview.ask_rows(session, dataset, rowview.Wish(chosen, cutoff, want.search, want.page, lines, turns))
-    shown = rowview.look(rows, lengths, cutoff)
+        rows = row_view.ask_rows(session, dataset, row_view.RowQuery(chosen, cutoff, want.search, want.page, lines, turns))
+    shown = row_view.look(rows, lengths, cutoff)
     if more is None:
-        more = lines is None and want.page * rowview.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)
+        more = lines is None and want.page * row_view.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)
     return Found(dataset, chosen, cutoff, judged, entries, shown, more, turns)
 
 
@@ -108,10 +113,10 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
             return RedirectResponse(path_of(dataset), 303)
-        able = rowview.able_models(session, user, dataset)
-        with_ledger = [(job, ids.public(ids.JOB, job.id)) for job in ledger.jobs_of(session, dataset)]
+        able = row_view.able_models(session, user, dataset)
+        with_ledger = [(job, ids.public(ids.JOB, job.id)) for job in row_losses.jobs_of(session, dataset)]
     found = _find(user, key, want)
-    sorts = {name: title for name, title in rowview.SORTS.items() if (with_ledger if name in ledger.SORTS else found.model)}
+    sorts = {name: title for name, title in row_view.SORTS.items() if (with_ledger if name in row_losses.SORTS else found.model)}
     return render(
         request,
         "rows.html",
@@ -123,7 +128,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         cutoff=found.cutoff,
         train_on=found.train_on,
         turns=TRAIN_ON if dataset.task == "generation" and dataset.format != "text" else {},
-        cutoffs=rowview.cutoffs(found.model, found.cutoff),
+        cutoffs=row_view.cutoffs(found.model, found.cutoff),
         search=want.search,
         page=want.page,
         line=want.line,
@@ -133,13 +138,13 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         with_ledger=with_ledger,
         job_key=ids.public(ids.JOB, found.judged.id) if found.judged else "",
         losses={entry.line: entry for entry in found.entries},
-        losses_summary=ledger.summary(found.entries) if found.entries else None,
+        losses_summary=row_losses.summary(found.entries) if found.entries else None,
         shown=found.shown,
         items=found.items,
         matches=(found.shown.rows.result or {}).get("matches", 0),
         more=found.more,
         lengths=found.lengths,
-        drawing=rowview.bars(found.lengths, found.cutoff) if found.lengths else None,
+        drawing=row_view.bars(found.lengths, found.cutoff) if found.lengths else None,
         report=dataset.report or {},
     )
 
@@ -149,7 +154,7 @@ def edit(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
     """The editor of one row, or of the raw line of one that is not valid."""
     dataset, found = _row(user, key, line)
     if found is not None:
-        return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=found, parts=rowedit.parts(found), problem=None)
+        return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=found, parts=row_editor.parts(found), problem=None)
     return _raw_line(request, user, key, line)
 
 
@@ -200,7 +205,7 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
             elif typed.get("do") == "raw":
                 new = versions.retype_line(session, user, dataset, line, text)
             else:
-                text = rowedit.merged(text, typed) if typed.get("do") != "json" else text
+                text = row_editor.merged(text, typed) if typed.get("do") != "json" else text
                 new = versions.edit_row(session, user, dataset, line, text)
         flash(request, f"Version {new.version} is created with this change; version {dataset.version} is kept.")
         return RedirectResponse(path_of(new), 303)
@@ -209,10 +214,10 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
             return _raw_line(request, user, key, line, text, error)
         with transaction() as session:
             dataset = dataset_of(session, user, key)
-        row = rowedit.parsed(text)
+        row = row_editor.parsed(text)
         return render(
             request, "row_edit.html", status_code=400, dataset=dataset, key=key, line=line, row=row if row is not None else text,
-            parts=rowedit.parts(row) if row is not None else [], problem=error,
+            parts=row_editor.parts(row) if row is not None else [], problem=error,
         )  # fmt: skip
 
 
@@ -223,7 +228,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
     """The good row of a line; None where there is none."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
-        asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": rowview.DEFAULT_CUTOFF, "lines": [line], "whole": True})
+        asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": row_view.DEFAULT_CUTOFF, "lines": [line], "whole": True})
     found = inspections.wait(asked.id, 20)
     if found.status != "ready" or not found.result:
         raise _NOT_YET
@@ -235,7 +240,7 @@ def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
     """One line as it is in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
     with transaction() as session:
         asked = inspections.ask(session, dataset_of(session, user, key), "line", {"line": line})
-    answer = inspections.wait(asked.id, rowview.WAIT_SECONDS)
+    answer = inspections.wait(asked.id, row_view.WAIT_SECONDS)
     return {
         "object": "dataset.line",
         "line": line,

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 
-from app import accounts, shell, studio
-from app.accounts import CurrentUser
 from app.db import Db
 from app.errors import NotFound
 from app.settings import get_settings
 from app.tables import User
-from app.web import flash, render
+from app.views import overview
+from app.web import auth, navigation
+from app.web.auth import CurrentUser
+from app.web.templates import flash, render
 
 pages = APIRouter()
 
@@ -26,14 +27,14 @@ def settings(request: Request, user: CurrentUser, session: Db) -> Response:
 
 def _page(request: Request, user: User, session: Db, new_key: str | None = None) -> Response:
     values: dict[str, Any] = {
-        "keys": accounts.list_keys(session, user),
+        "keys": auth.list_keys(session, user),
         "new_key": new_key,
         "base_url": f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1",
-        "duties": studio.duties(),
-        "checks": studio.checks(session),
-        "versions": studio.versions(),
-        "space": studio.space(),
-        "machine": shell.machine_facts(),
+        "duties": overview.duties(),
+        "checks": overview.checks(session),
+        "versions": overview.versions(),
+        "space": overview.space(),
+        "machine": navigation.machine_facts(),
     }
     return render(request, "settings.html", **values)
 
@@ -41,7 +42,7 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
 @pages.post("/settings/keys")
 def create_key(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form()] = "") -> Response:
     """Answers with the page itself, because the key is shown this once and kept nowhere, not even for a redirect."""
-    _, text = accounts.create_key(session, user, name)
+    _, text = auth.create_key(session, user, name)
     return _page(request, user, session, new_key=text)
 
 
@@ -51,6 +52,6 @@ def revoke_key(request: Request, user: CurrentUser, session: Db, key: str) -> Re
         key_id = uuid.UUID(key)
     except ValueError:
         raise NotFound("No such API key.") from None
-    name = accounts.revoke_key(session, user, key_id).name
+    name = auth.revoke_key(session, user, key_id).name
     flash(request, f"The key “{name}” is revoked. Programs that use it have lost access.")
     return RedirectResponse("/settings#keys", 303)

@@ -6,10 +6,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from app import ids, jobs, shell
-from app.accounts import CurrentUser
 from app.db import Db
+from app.jobs import service as jobs
+from app.kit import ids
 from app.tables import Job
+from app.web import navigation
+from app.web.auth import CurrentUser
 
 pages = APIRouter()
 
@@ -20,4 +22,4 @@ def look(request: Request, user: CurrentUser, session: Db, watch: Annotated[str,
     wanted = [ids.parse(ids.JOB, text, param="watch") for text in watch.split(",") if text]
     found = session.scalars(jobs.mine(user).where(Job.id.in_(wanted))) if wanted else []
     watched = {ids.public(ids.JOB, job.id): {"name": job.name, "status": job.status} for job in found}
-    return {**shell.state(request), "jobs": watched}
+    return {**navigation.state(request), "jobs": watched}

@@ -8,16 +8,19 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import datasets, ids, inspections, rowedit, schemas, versions
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import inspections, row_editor, versions
+from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict
-from app.openapi import answers
-from app.pages import PageNumber
+from app.kit import ids
 from app.routes.versions import dataset_of, path_of
+from app.schemas.openapi import answers
 from app.spec import RunSettings
 from app.tables import Dataset, Inspection
-from app.web import flash, render
+from app.web.auth import CurrentUser
+from app.web.pagination import PageNumber
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -91,7 +94,7 @@ def show(
         query=urlencode(chosen),
         side=side,
         rows=rows,
-        parts_of=rowedit.parts,
+        parts_of=row_editor.parts,
         page=page,
         pages=-(-listed // per_page),
         examples=examples[(page - 1) * PER_PAGE : page * PER_PAGE],

@@ -6,13 +6,19 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app import advice, datasets, ids, models, order_checks, orders, schemas
-from app.accounts import CurrentUser
-from app.advisor import Advice
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db
-from app.openapi import answers
+from app.evaluation import advice
+from app.jobs import request as job_request
+from app.kit import ids
+from app.models import service as models
+from app.planning import feasibility
+from app.planning.advisor import Advice
+from app.schemas.openapi import answers
 from app.spec import ModelRef
 from app.strategies import STRATEGIES, Strategy
+from app.web.auth import CurrentUser
 
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
@@ -49,7 +55,7 @@ def _advised(found: Advice | None) -> Json:
 def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str | None = None) -> Json:
     reason = None
     if model is not None:
-        reason = order_checks.why_not_tuned(model, task or "classification") or orders.why_not(cls(), model.shape, task)
+        reason = feasibility.why_not_tuned(model, task or "classification") or job_request.why_not(cls(), model.shape, task)
     elif task is not None and task not in cls.tasks:
         reason = f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
     return {

@@ -15,13 +15,13 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from app import uploads
-from app.accounts import CurrentUser
+from app.datasets import resumable_upload
 from app.db import transaction
 from app.errors import BadField, NotFound, StudioError, Unsupported
-from app.openapi import BYTES, answers, header
+from app.schemas.openapi import BYTES, answers, header
 from app.settings import get_settings
 from app.tables import Upload, User
+from app.web.auth import CurrentUser
 
 VERSION = "1.0.0"
 BASE = "/v1/tus"
@@ -127,7 +127,7 @@ def create(request: Request, user: CurrentUser) -> Response:
     _check_version(request)
     said = _metadata(request)
     with transaction() as session:
-        upload = uploads.begin(
+        upload = resumable_upload.begin(
             session, user, _number(request, "upload-length"), said.get("filename", ""), said.get("purpose") or "fine-tune", said
         )
         return _answer(201, Location=f"{BASE}/{upload.id}", Upload_Expires=_when(upload))
@@ -137,14 +137,14 @@ def _when(upload: Upload) -> str:
     return upload.expires_at.astimezone(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
-def _find(user: User, key: str) -> tuple[uploads.Ticket, str]:
+def _find(user: User, key: str) -> tuple[resumable_upload.UploadHandle, str]:
     try:
         upload_id = uuid.UUID(key)
     except ValueError:
         raise NotFound("There is no such upload.", way_out="Begin again.") from None
     with transaction() as session:
-        upload = uploads.get(session, user, upload_id)
-        return uploads.ticket(upload), _when(upload)
+        upload = resumable_upload.get(session, user, upload_id)
+        return resumable_upload.ticket(upload), _when(upload)
 
 
 @api.head("/tus/{key}", operation_id="retrieve_upload", responses=HELD, openapi_extra={"parameters": [SPEAKS]})
@@ -174,12 +174,12 @@ async def append(request: Request, user: CurrentUser, key: str) -> Response:
     start = _number(request, "upload-offset")
     held, when = await run_in_threadpool(_find, user, key)
     if held.file is None:
-        at = await uploads.append(held, start, _chunks(request))
+        at = await resumable_upload.append(held, start, _chunks(request))
     else:
         at = held.length
     if at < held.length:
         return _answer(204, Upload_Offset=str(at), Upload_Expires=when)
-    dataset = await run_in_threadpool(uploads.finish, user, held)
+    dataset = await run_in_threadpool(resumable_upload.finish, user, held)
     return _answer(204, Upload_Offset=str(at), **_became(dataset))
 
 
@@ -200,5 +200,5 @@ def stop(request: Request, user: CurrentUser, key: str) -> Response:
     with transaction() as session:
         upload = session.get(Upload, held.id)
         if upload is not None:
-            uploads.stop(session, upload)
+            resumable_upload.stop(session, upload)
     return _answer(204)

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import datasets, evaluations, ids, models, predictions, web
-from app.accounts import CurrentUser
+from app.datasets import service as datasets
 from app.db import Db
 from app.errors import StudioError
-from app.predictions import VECTORS
+from app.evaluation import predictions
+from app.evaluation import service as evaluations
+from app.evaluation.predictions import VECTORS
+from app.kit import ids
+from app.models import service as models
 from app.tables import Evaluation
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
 
 pages = APIRouter()
 PAGE = "/playground/vectors"
@@ -28,7 +33,7 @@ def vectors_page(request: Request, session: Db, user: CurrentUser, model: str = 
 def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
     usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "classifier"]
     found = session.scalars(evaluations.mine(user, VECTORS).order_by(Evaluation.created_at.desc()).limit(20)).all()
-    return web.render(
+    return web_templates.render(
         request,
         "vectors.html",
         status_code=fault.status if fault else 200,
@@ -65,7 +70,7 @@ def map_page(request: Request, session: Db, user: CurrentUser, key: str, row: An
     colors = {label: min(place, COLORS) + 1 for place, label in enumerate(labels)}
     chosen = next((point for point in points if point["line"] == row), None)
     near = [(points[place], share) for place, share in chosen["near"]] if chosen else []
-    return web.render(
+    return web_templates.render(
         request,
         "vectors_map.html",
         e=found,

@@ -10,14 +10,20 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from app import changes, dataset_view, datasets, findings, hub_datasets, ids, inspections, joining, schemas, versions
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import changes, compose, findings_export, inspections, versions
+from app.datasets import hub as hub_datasets
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
-from app.openapi import answers
-from app.pages import MAX_NUMBER
+from app.kit import ids
+from app.kit.humanize import plural
+from app.schemas.openapi import answers
 from app.tables import Dataset, User
-from app.web import flash, plural, render
+from app.views import dataset as dataset_view
+from app.web.auth import CurrentUser
+from app.web.pagination import MAX_NUMBER
+from app.web.templates import flash, render
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1")
@@ -138,7 +144,7 @@ def download(user: CurrentUser, session: Db, key: Key, kind: Literal["csv", "jso
     media = {"csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson"}[kind]
     name = f"findings-{ids.public(ids.DATASET, dataset.id)}.{kind}"
     return StreamingResponse(
-        findings.download(dataset.id, kind), media_type=media, headers={"content-disposition": f'attachment; filename="{name}"'}
+        findings_export.download(dataset.id, kind), media_type=media, headers={"content-disposition": f'attachment; filename="{name}"'}
     )
 
 
@@ -150,7 +156,7 @@ class Fix(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
-    findings: list[int] = Field(default_factory=list, max_length=versions.MOST_FINDINGS)
+    findings: list[int] = Field(default_factory=list, max_length=versions.MAX_FINDINGS)
     rule: str | None = None
     roles: dict[str, str] = Field(
         default_factory=dict, description="Of a report's unknown roles: user, assistant, system or tool for each."
@@ -189,9 +195,9 @@ class Reading(BaseModel):
 
 
 @api.post("/datasets", operation_id="create_dataset", responses=answers(schemas.Dataset, 404, 409))
-def join_json(user: CurrentUser, session: Db, order: joining.JoinOrder) -> dict[str, Any]:
+def join_json(user: CurrentUser, session: Db, order: compose.CombineRequest) -> dict[str, Any]:
     """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
-    return to_json(joining.order(session, user, order))
+    return to_json(compose.order(session, user, order))
 
 
 @api.post("/datasets/hub", operation_id="import_hub_dataset", responses=answers(schemas.Dataset))

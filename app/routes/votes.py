@@ -10,18 +10,21 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import datasets, ids, playground, schemas, votes, web
-from app.accounts import CurrentUser
+from app import schemas
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
-from app.generation import Sampling
-from app.listening import listen_calmly
-from app.openapi import answers
-from app.pages import After, Limit, page
-from app.playground import Heard
+from app.inference import playground, votes
+from app.inference.playground import AnswerFold
+from app.inference.protocol import Sampling
+from app.kit import ids
 from app.routes.chat import Message
-from app.streams import collect, later, left
+from app.schemas.openapi import answers
 from app.tables import User
+from app.web import templates as web_templates
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
+from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
 api = APIRouter(prefix="/v1/votes")
@@ -39,7 +42,7 @@ class NewVote(BaseModel):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     answers: list[str] = Field(min_length=2, max_length=2)
     choice: int = Field(ge=0, le=2, description="1 the first answer, 2 the second, 0 a tie")
-    edited: str | None = Field(None, max_length=votes.LONGEST_EDIT)
+    edited: str | None = Field(None, max_length=votes.MAX_EDIT_LENGTH)
 
 
 @api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
@@ -83,7 +86,7 @@ def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
 
 @pages.get("/playground/ab")
 def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
-    return web.render(request, "ab.html", **_context(session, user, models or []))
+    return web_templates.render(request, "ab.html", **_context(session, user, models or []))
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
@@ -111,11 +114,11 @@ async def ask(
         vote_id, asked = await run_in_threadpool(_begin, user, names, prompt, dataset, sampling)
     except StudioError as error:
         return await run_in_threadpool(_again, request, user, names, prompt, dataset, error)
-    said = await collect(request, [listen_calmly(one.request) for one in asked])
+    said = await collect(request, [stream_or_error(one.request) for one in asked])
     if said is None:
         later(lambda: _forget(user, vote_id))
         return left()
-    heard = [Heard.of(entries) for entries in said]
+    heard = [AnswerFold.of(entries) for entries in said]
     broken = next((h.error for h in heard if h.error), None)
     await run_in_threadpool(_answered, user, vote_id, asked, heard, sampling)
     if broken:
@@ -133,7 +136,7 @@ def _begin(user: User, names: list[str], prompt: str, dataset: str, sampling: Sa
         return vote.id, asked
 
 
-def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[Heard], sampling: Sampling) -> None:
+def _answered(user: User, vote_id: uuid.UUID, asked: list[Any], heard: list[AnswerFold], sampling: Sampling) -> None:
     with transaction() as session:
         votes.answered(session, user, vote_id, asked, heard, sampling)
 
@@ -146,7 +149,7 @@ def _forget(user: User, vote_id: uuid.UUID) -> None:
 def _again(request: Request, user: User, names: list[str], prompt: str, dataset: str, error: StudioError) -> Response:
     with transaction() as session:
         context = _context(session, user, names, prompt=prompt, dataset=dataset, error=error)
-        return web.render(request, "ab.html", status_code=error.status, **context)
+        return web_templates.render(request, "ab.html", status_code=error.status, **context)
 
 
 @pages.get("/playground/ab/{vote_id}")
@@ -154,7 +157,7 @@ def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -
     vote = votes.get(session, user, key_of(vote_id))
     drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
     context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
-    return web.render(request, "ab.html", **context)
+    return web_templates.render(request, "ab.html", **context)
 
 
 @pages.post("/playground/ab/{vote_id}")
@@ -163,7 +166,7 @@ def cast(
     user: CurrentUser,
     vote_id: str,
     choice: Annotated[int, Form()],
-    edited: Annotated[str, Form(max_length=votes.LONGEST_EDIT)] = "",
+    edited: Annotated[str, Form(max_length=votes.MAX_EDIT_LENGTH)] = "",
 ) -> Response:
     votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
     return RedirectResponse(f"/playground/ab/{vote_id}", status_code=303)

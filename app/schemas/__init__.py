@@ -1,7 +1,7 @@
 """What the API takes and answers, one file per noun: pydantic models that describe the JSON, and are never put in its way.
 
 An answer is made by the function that knows the object and is sent as it is. These models say its shape in the OpenAPI document
-(`app.openapi`), and the tests check every answer that they get against that document. A field with a default may be absent.
+(`app.schemas.openapi`), and the tests check every answer that they get against that document. A field with a default may be absent.
 """
 
 from app.schemas.answers import (

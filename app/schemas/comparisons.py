@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.comparison_table import Unit
-from app.comparisons import ComparisonOrder, Kind
+from app.evaluation.comparison_table import Unit
+from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.schemas.base import UNBUILT, Problem, Schema
 from app.schemas.fine_tuning import JobEstimate
 from app.spec import PreferenceSettings, RunSettings

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from app.evaluations import Part
-from app.forgetting import Forgetting
+from app.evaluation.forgetting import Forgetting
+from app.evaluation.service import Part
 from app.schemas.base import Problem, Schema
 from app.schemas.fine_tuning import ListedRow
 from app.spec import Task

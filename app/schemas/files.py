@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from app.files import UPLOAD_PURPOSES
 from app.schemas.base import Schema
+from app.storage.files import UPLOAD_PURPOSES
 
 Bytes = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
 

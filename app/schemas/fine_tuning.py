@@ -10,19 +10,19 @@ from pydantic import BaseModel, Field, RootModel, create_model
 from pydantic.json_schema import SkipJsonSchema
 
 from app import events
-from app.estimate import Estimate
+from app.evaluation.forgetting import Forgetting, WithoutMeasuring
+from app.evaluation.verdict import Verdict
 from app.events import Measured
-from app.forgetting import Forgetting, WithoutMeasuring
-from app.orders import JobOrder
+from app.jobs.request import JobRequest
+from app.planning.duration import Estimate
 from app.schemas.base import UNBUILT, Problem, Schema
 from app.spec import PreferenceSettings, RunSettings, Task
 from app.strategies import AnyStrategy
-from app.verdict import Verdict
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
-class CreateJob(JobOrder):
+class CreateJob(JobRequest):
     """What is fine-tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
     are ignored, as OpenAI's clients need."""
 

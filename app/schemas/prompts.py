@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.prompt_runs import RunOrder
-from app.prompts import PromptBody
+from app.prompts.runs import RunOrder
+from app.prompts.service import PromptBody
 from app.schemas.base import UNBUILT, Problem, Schema
 
 

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from app.advice import Tune
-from app.advice_cards import Card, Step
-from app.advisor import Advice, Cost, Facts, Rule
+from app.evaluation.advice import Tune
+from app.evaluation.advice_cards import Card, Step
+from app.planning.advisor import Advice, Cost, Facts, Rule
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
 from app.strategies._base import Family
-from app.studio import Check, Duty
+from app.views.overview import Check, WorkerRole
 
 
 class Studio(Schema):
@@ -20,7 +20,7 @@ class Studio(Schema):
 
     object: Literal["studio"]
     checks: list[Check]
-    workers: list[Duty]
+    workers: list[WorkerRole]
     versions: dict[str, str]
 
 

@@ -22,7 +22,7 @@ Family = Literal["feature", "partial", "full", "additive", "selective", "reparam
 
 
 class Memory(NamedTuple):
-    """Bytes that a strategy adds or changes, the model's activations left to `app/estimate_memory.py`.
+    """Bytes that a strategy adds or changes, the model's activations left to `app/planning/memory.py`.
 
     `weights` is what the frozen and trained weights take, adapters included; `gradients` and `optimizer` follow from
     what is trained.
@@ -80,11 +80,12 @@ class Strategy(BaseModel, ABC):
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
-    recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/features.py
+    recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/training/train_on_features.py
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        """Documents say what `orders.read_strategy` does: settings without a name are those of one strategy, so all others need theirs."""
+        """Documents say what `app.jobs.request.read_strategy` does: settings without a name are those of one strategy, so all
+        others need theirs."""
         found = handler.resolve_ref_schema(handler(core_schema))
         if cls.model_fields["name"].default != UNNAMED:
             found["required"] = list(dict.fromkeys(["name", *found.get("required", [])]))
@@ -124,7 +125,7 @@ class Strategy(BaseModel, ABC):
         return not self.adapter
 
     def joins(self) -> bool:
-        """Whether `worker/lora.py` computes its layers: one product for the layers that read the same, and what they add is added
+        """Whether `worker/modeling/fused_lora.py` computes its layers: one product for the layers that read the same, and what they add is added
         before rounding."""
         return False
 

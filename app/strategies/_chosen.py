@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from app.shapes import Linear, Shape
 from app.strategies._low_rank import LowRank
 
-MOST_NAMES = 64
+MAX_NAMES = 64
 
 
 def _listed(value: Any) -> Any:
@@ -53,8 +53,8 @@ class ChosenLowRank(LowRank):
     def _instead_of_layers(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("layers", "all-linear") != "all-linear":
             raise ValueError("It means the same as layers, which was given too: omit one of the two")
-        if value is not None and not 0 < len(names_in(value)) <= MOST_NAMES:
-            raise ValueError(f"It takes 1 to {MOST_NAMES} names: write q_proj, v_proj, or leave it empty")
+        if value is not None and not 0 < len(names_in(value)) <= MAX_NAMES:
+            raise ValueError(f"It takes 1 to {MAX_NAMES} names: write q_proj, v_proj, or leave it empty")
         return value
 
     def unknown_modules(self, shape: Shape) -> list[str]:

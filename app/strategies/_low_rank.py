@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LayerChoice = Literal["all-linear", "attention", "feed-forward"]
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of a block that read the same and share a product in `worker/together.py`."""
+"""Layers of a block that read the same and share a product in `worker/kernels/cpu/shared_projection.py`."""
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense")
 
 
@@ -40,7 +40,7 @@ def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
 
 
 class InOnePass:
-    """For a strategy whose layers `worker/lora.py` or `worker/vera.py` computes, so that it also learns in bf16."""
+    """For a strategy whose layers `worker/modeling/fused_lora.py` or `worker/modeling/fused_vera.py` computes, so that it also learns in bf16."""
 
     dropout: float
 

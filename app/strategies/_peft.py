@@ -31,7 +31,9 @@ class PeftStrategy(Strategy):
         return get_peft_model(model, self.config(model, task=task))
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        model.create_or_update_model_card = lambda _: None  # ours is written by worker/export.py; peft would fill a template each time
+        model.create_or_update_model_card = lambda _: (
+            None
+        )  # ours is written by worker/training/export.py; peft would fill a template each time
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { bytes, number } from "./format.js";
 
-const MOST_POINTS = 2400; // per line; beyond this every second one goes, which no screen can show
+const MAX_POINTS = 2400; // per line; beyond this every second one goes, which no screen can show
 
 /** A value as the page writes it, by the unit of its chart. */
 export function write(value, unit) {
@@ -24,7 +24,7 @@ export class Line {
     if (!Number.isFinite(value)) return;
     this.steps.push(step);
     this.values.push(value);
-    if (this.steps.length > MOST_POINTS) this.thin();
+    if (this.steps.length > MAX_POINTS) this.thin();
   }
 
   forgetAfter(step) {

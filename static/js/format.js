@@ -1,4 +1,4 @@
-// The same words for numbers as the filters in app/web.py. A test compares the two.
+// The same words for numbers as the filters in app/web/templates.py. A test compares the two.
 
 const NARROW = "\u202f";
 const NOTHING = "–";

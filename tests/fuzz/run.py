@@ -11,9 +11,9 @@ from typing import Any
 
 from markupsafe import escape
 
-from app import answers
 from app.errors import StudioError
-from app.shell import each_route
+from app.web import error_responses
+from app.web.navigation import each_route
 from tests.fuzz.asgi import Answer, Headers, Raw, ask
 from tests.fuzz.mutate import Mutator, Parts, raw
 from tests.fuzz.samples import KEYS, NAMES, SAFE, UNSAFE, Sample
@@ -205,10 +205,10 @@ def json_shape(answer: Answer) -> Iterator[str]:
 
 def spy(fuzz: Fuzz, monkeypatch: Any) -> None:
     """Every fault that becomes an answer is kept for a look: the API joins message and way out to one text."""
-    real = answers.answer
+    real = error_responses.answer
 
     def answer(request: Any, fault: StudioError) -> Any:
         fuzz.faults.append(fault)
         return real(request, fault)
 
-    monkeypatch.setattr(answers, "answer", answer)
+    monkeypatch.setattr(error_responses, "answer", answer)

@@ -13,10 +13,19 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import accounts, comparisons, datasets, evaluations, files, ids, manifest, playground, prompt_runs, prompts, uploads, votes
-from app.generation import Done, Sampling, Started, TextPart
-from app.playground import Heard
+from app.datasets import ingest_task, resumable_upload
+from app.datasets import service as datasets
+from app.evaluation import comparisons
+from app.evaluation import service as evaluations
+from app.inference import playground, votes
+from app.inference.playground import AnswerFold
+from app.inference.protocol import Done, Sampling, Started, TextPart
+from app.kit import ids, manifest
+from app.prompts import runs as prompt_runs
+from app.prompts import service as prompts
+from app.storage import files
 from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, PromptRun, User
+from app.web import auth
 from tests.lives import Life, started, steps
 from tests.orders import make_job
 
@@ -89,7 +98,7 @@ class World:
         file = files.add_bytes(self.session, self.user, text.encode(), "chats.jsonl", "fine-tune")
         made = datasets.create(self.session, self.user, file)
         self.session.commit()
-        datasets.read(made.id)
+        ingest_task.read(made.id)
         self.session.refresh(made)
         assert made.status == "ready", made.error
         return made
@@ -99,7 +108,7 @@ class World:
 
     def _exchange(self) -> uuid.UUID:
         exchange, asked = playground.ask(self.session, self.user, [self.base.name], "What wood?", Sampling())
-        heard = Heard()
+        heard = AnswerFold()
         said = [
             Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
             TextPart(index=0, text="Spruce.", tokens=3),
@@ -161,7 +170,7 @@ class World:
         return ids.public(ids.MODEL, self._model(path=None, status="error", error={"message": "It broke.", "way_out": "Try again."}).id)
 
     def _new_key(self) -> str:
-        return str(accounts.create_key(self.session, self.user, "a key")[0].id)
+        return str(auth.create_key(self.session, self.user, "a key")[0].id)
 
     def _new_prompt(self) -> str:
         return ids.public(ids.PROMPT, prompts.create(self.session, self.user, "A prompt", prompts.read_body({}))[0].id)
@@ -204,8 +213,8 @@ class World:
         return ids.public(ids.VOTE, made.id)
 
     def _new_upload(self) -> str:
-        self.session.query(uploads.Upload).filter(uploads.Upload.file_id.is_(None)).delete()  # fifty may be open at once
-        return str(uploads.begin(self.session, self.user, 1000, "a.jsonl", "user_data").id)
+        self.session.query(resumable_upload.Upload).filter(resumable_upload.Upload.file_id.is_(None)).delete()  # fifty may be open at once
+        return str(resumable_upload.begin(self.session, self.user, 1000, "a.jsonl", "user_data").id)
 
     def _new_permission(self) -> str:
         key = uuid.uuid4()

@@ -8,16 +8,21 @@ import re
 
 import pytest
 
-from app import calculator, datasets, estimate_memory, files, ids
-from app.glossary import GLOSSARY
-from app.learning_path import PATH
-from app.machine import this_machine
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.kit import ids
+from app.kit.humanize import human_bytes, human_number
+from app.machines.hardware import this_machine
+from app.planning import calculator
+from app.planning import memory as memory_estimate
 from app.shapes import Shape
 from app.spec import RunSettings
+from app.storage import files
 from app.strategies import STRATEGIES
 from app.tables import Model
-from app.web import human_bytes, human_number
-from tests.test_advisor import ENCODER
+from app.views.glossary import GLOSSARY
+from app.views.learning_path import PATH
+from tests.planning.test_advisor import ENCODER
 
 
 def make(session, user, rows: list[dict], name: str):
@@ -25,7 +30,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found
@@ -175,7 +180,7 @@ def test_the_calculator_is_the_estimate(client):
     rows = {row.strategy: row for row in calculator.table(shape, 2048)}
     for name, bits, precision in (("full", 0, "fp32"), ("lora", 1, "bf16")):
         run = RunSettings(precision=precision, max_tokens_per_step=2048, max_length=2048)
-        parts = estimate_memory.memory_of(shape, STRATEGIES[name](), run, 2048, calculator.GPU, 0)
+        parts = memory_estimate.memory_of(shape, STRATEGIES[name](), run, 2048, calculator.GPU, 0)
         assert rows[name].bytes[bits] == sum(parts.model_dump().values())
     assert rows["full"].bytes[0] > 16 * shape.parameters() and rows["full"].bytes[2:] == (None, None)
     assert list(rows["lora"].bytes) == sorted(rows["lora"].bytes, reverse=True)
@@ -198,7 +203,7 @@ def test_the_guide_tells_open_bounds_from_closed_ones(client, tiny_registered):
 
 def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, session, tiny_registered, chats):
     from app.tables import Evaluation
-    from worker import appraise
+    from worker.evaluation import attempt as evaluation_attempt
 
     before = ask(api, tiny_registered, chats).json()
     assert before["evaluation"] is None and "measure" in before["how_to_measure"] and not before["tune"]["measured"]
@@ -209,7 +214,7 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
     page = f"/jobs/advice?model=tiny&dataset={ids.public(ids.DATASET, chats.id)}"
     assert "waiting for the train worker" in client.get(page).text
     made = session.query(Evaluation).one()
-    appraise.work(made.id)
+    evaluation_attempt.work(made.id)
     after = ask(api, tiny_registered, chats, {"measure": True}).json()
     assert after["evaluation"]["status"] == "succeeded", after["evaluation"]
     found = after["evaluation"]["result"]
@@ -229,13 +234,13 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
 
 
 def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, user, tiny_registered, labelled):
-    from app import advice
+    from app.evaluation import advice
     from app.tables import Evaluation
-    from worker import appraise
+    from worker.evaluation import attempt as evaluation_attempt
 
     made = advice.measure(session, user, "tiny", labelled)
     session.commit()
-    appraise.work(made.id)
+    evaluation_attempt.work(made.id)
     session.expire_all()
     found = session.get_one(Evaluation, made.id)
     assert found.status == "succeeded", found.error
@@ -264,7 +269,7 @@ def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, 
     ],
 )
 def test_whether_to_tune_at_all_in_words(session, chats, result, says, worth):
-    from app import advice
+    from app.evaluation import advice
 
     told = advice.should_tune(advice.facts_of(chats, result), result)
     assert says in told.answer and told.worth_it is worth and told.measured

@@ -10,8 +10,10 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from app import models, standby, streams
+from app.inference import residency
+from app.models import service as models
 from app.tables import Answer
+from app.web import streaming
 from tests.conftest import csrf_token, wait_until
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
 
@@ -86,9 +88,9 @@ def lines(client, live, user, session, order):  # noqa: F811
     """What the playground's own stream says, as it comes."""
     import httpx
 
-    from app import accounts
+    from app.web import auth
 
-    link = accounts.new_sign_in_link(session, user)
+    link = auth.new_sign_in_link(session, user)
     session.commit()
     with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True, timeout=60) as browser:
         page = browser.get(link)
@@ -151,7 +153,7 @@ def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user
 
 
 def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, live, session, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(streams, "STUCK_SECONDS", 1.0)
+    monkeypatch.setattr(streaming, "STUCK_SECONDS", 1.0)
     host, port = live.removeprefix("http://").split(":")
     many = {"n": 8, "logprobs": True, "top_logprobs": 20}  # more than all buffers on the way hold
     body = json.dumps({"model": "tiny", "messages": ASK, "stream": True, **many, **ENDLESS}).encode()
@@ -169,7 +171,7 @@ def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, live, 
             what="the cut",
             seconds=15,
         )
-    wait_until(lambda: not any(m.answering for one in standby.everyone() for m in one.models), what="the engine's rest", seconds=20)
+    wait_until(lambda: not any(m.answering for one in residency.everyone() for m in one.models), what="the engine's rest", seconds=20)
     session.rollback()
     cut = next(a for a in session.scalars(select(Answer)) if (a.usage or {}).get("completion_tokens") != 2)
     assert (cut.usage or {}).get("completion_tokens", 0) < 8 * 400, "nothing was cut, so the test shows nothing"

@@ -12,7 +12,7 @@ from app import events
 from app.tables import Model
 from tests.conftest import forget_settings
 from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
-from tests.worker.test_classification import put_encoder, sorting, texts
+from tests.worker.training.test_classification import put_encoder, sorting, texts
 from worker.train import train
 
 

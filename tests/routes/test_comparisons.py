@@ -11,12 +11,19 @@ import re
 import pytest
 from sqlalchemy import select, update
 
-from app import charts, comparison_table, comparisons, datasets, files, ids, jobs, ledger
-from app.claims import finish
+from app.datasets import ingest_task
+from app.datasets import service as datasets
 from app.errors import BadField
+from app.evaluation import comparison_table, comparisons
 from app.events import Evaluated, Measured
+from app.jobs import row_losses
+from app.jobs import service as jobs
+from app.jobs.lifecycle import finish
+from app.kit import ids
+from app.storage import files
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Event, Job, Model, Outbox, User
+from app.web import charts
 from tests import lives
 
 
@@ -25,7 +32,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found
@@ -118,10 +125,10 @@ def test_a_comparison_in_which_none_fits_is_refused_with_the_reasons(api, sessio
     assert "bias" in error["message"].lower() and "does not support the task generation" in error["message"]
     only = api.post("/v1/comparisons", json=body(chats, "lora", "bitfit")).json()["error"]
     assert only["code"] == "nothing_to_compare" and "Only LoRA is left" in only["message"]
-    from app import workers
+    from app.machines import heartbeats
 
-    small = workers.training_machine().model_copy(update={"memory_bytes": 2**20})
-    monkeypatch.setattr(workers, "training_machine", lambda: small)
+    small = heartbeats.training_machine().model_copy(update={"memory_bytes": 2**20})
+    monkeypatch.setattr(heartbeats, "training_machine", lambda: small)
     tight = api.post("/v1/comparisons", json=body(chats, "lora", "full")).json()["error"]
     assert tight["code"] == "no_strategy_fits" and "GB of memory, which this machine does not have" in tight["message"]
     assert jobs.list_(session, user) == [] and session.scalars(select(Comparison)).all() == []
@@ -311,7 +318,7 @@ def test_a_learning_curve_is_judged_by_the_same_rows(session, user, tiny_registe
         columns = {"line": list(range(40)), "before": [3.0] * 40, "after": after, "tokens": [5] * 40, "held_out": [True] * 40}
         folder = data_dir / path
         folder.parent.mkdir(parents=True, exist_ok=True)
-        (folder.parent / ledger.FILE).write_text(json.dumps(columns))
+        (folder.parent / row_losses.FILE).write_text(json.dumps(columns))
     told = comparison_table.more_data(session, comparison_table.table(session, found))
     assert (told.answer, says in told.sentence) == (answer, True), told.sentence
 
@@ -362,7 +369,7 @@ def test_the_form_checks_the_first_of_each_family_and_says_what_cannot_be_had(cl
     assert re.search(r'value="bitfit" disabled>', page.text) and re.search(r'value="feature_extraction" disabled>', page.text)
     assert f"Start {len(checked)} jobs" in page.text and "disabled>Start" not in page.text
     plan = comparisons.planned(session, user, comparisons.read_order(body(chats, *checked)))
-    from app.web import human_seconds
+    from app.kit.humanize import human_seconds
 
     assert f"Total time {human_seconds(plan.seconds)}" in words(page)
 

@@ -5,7 +5,11 @@ import re
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, formats, ids, samples
+from app import formats
+from app.datasets import ingest_task, samples
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
 from app.tables import Dataset, User
 
 CHAT = '{"messages": [{"role": "user", "content": "<b>ask</b>"}, {"role": "assistant", "content": "tell"}]}\n'
@@ -19,7 +23,7 @@ def upload(client, name="talk.jsonl", data=CHAT * 12 + BAD + "{broken\n", **fiel
 def read(session, answer):
     assert answer.status_code == 303, answer.text
     key = ids.parse(ids.DATASET, answer.headers["location"].rsplit("/", 1)[1])
-    datasets.read(key)
+    ingest_task.read(key)
     session.expire_all()
     return answer.headers["location"]
 

@@ -8,11 +8,12 @@ import re
 
 import pytest
 
-from app import evaluations, ids
+from app.evaluation import service as evaluations
+from app.kit import ids
 from app.tables import Evaluation
 from tests.orders import make_dataset
 from tests.tuned import tune
-from worker import appraise
+from worker.evaluation import attempt as evaluation_attempt
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
     assert said.status_code == 303
     page = client.get(said.headers["location"])
     assert "waiting for the train worker" in page.text and 'hx-trigger="every 2s"' in page.text
-    appraise.work(session.query(Evaluation).one().id)
+    evaluation_attempt.work(session.query(Evaluation).one().id)
     page = html.unescape(client.get(said.headers["location"]).text)
     assert "Scores on 9 rows" in page and "Perplexity" in page and "Highest loss" in page and "hx-trigger" not in page
     assert "loss" in client.get("/evaluations").text
@@ -73,7 +74,7 @@ def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, 
     evil = client.post("/evaluations", data=form | {"next": "//elsewhere.example/x"}, follow_redirects=False)
     assert evil.headers["location"].startswith("/evaluations/eval-")
     (made,) = session.query(Evaluation).all()
-    appraise.work(made.id)
+    evaluation_attempt.work(made.id)
     session.refresh(made)
     assert made.status == "succeeded", made.error
     points = made.result["points"]
@@ -88,7 +89,7 @@ def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, 
     # A blend is a model wherever one is named.
     half = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data), "answers": 0}).json()
     assert half["model"] == f"{tuned.name}@0.5" and half["part"] == "validation"
-    appraise.work(evaluations.get(session, user, ids.parse(ids.EVALUATION, half["id"])).id)
+    evaluation_attempt.work(evaluations.get(session, user, ids.parse(ids.EVALUATION, half["id"])).id)
     session.expire_all()
     found = api.get(f"/v1/evaluations/{half['id']}").json()["result"]
     assert found["scores"]["loss"] == pytest.approx(points[2]["score"], rel=1e-4)

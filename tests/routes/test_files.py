@@ -8,8 +8,11 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.kit import ids
 from app.queue import READ
+from app.storage import files
 from app.tables import Dataset, File, Outbox, User
 
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -66,7 +69,7 @@ def test_an_upload_becomes_a_dataset_that_is_read_and_reported(openai_client, ap
     dataset = session.scalars(select(Dataset)).one()
     assert session.scalars(select(Outbox.key).where(Outbox.task == READ)).one() == dataset.id
     assert api.get(f"/v1/files/{made.id}/report").json()["status"] == "reading"
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     assert openai_client.files.wait_for_processing(made.id).status == "processed"
     report = api.get(f"/v1/files/{made.id}/report").json()
     assert (report["format"], report["task"], report["rows"], report["good_rows"]) == ("chat", "generation", 3, 2)

@@ -13,13 +13,19 @@ import openai
 import pytest
 import uvicorn
 
-from app import accounts, claims, datasets, events, ids, jobs, queue
+from app import events, queue
+from app.datasets import ingest_task
+from app.datasets import service as datasets
 from app.db import transaction
+from app.jobs import lifecycle
+from app.jobs import service as jobs
+from app.kit import ids
 from app.spec import JobSpec
 from app.tables import User
+from app.web import auth
 from tests.conftest import free_port
+from tests.jobs.test_lifecycle import FINISHED, STARTED, saved, step, take
 from tests.orders import make_dataset
-from tests.test_claims import FINISHED, STARTED, saved, step, take
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def server(session, user, data_dir):
     """The address of a live server, and a key."""
     from app.main import create_app
 
-    _, key = accounts.create_key(session, user, "tests")
+    _, key = auth.create_key(session, user, "tests")
     session.commit()
     port = free_port()
     running = uvicorn.Server(uvicorn.Config(create_app(), port=port, log_level="warning", timeout_graceful_shutdown=1))
@@ -99,7 +105,7 @@ def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
     held = take(key_of(job))
     kept = saved(30, best=True).model_copy(update={"metrics": {"loss": 1.0, "token_accuracy": 0.5}})
     with transaction() as session:
-        claims.record(session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), kept])
+        lifecycle.record(session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), kept])
     running = ai.fine_tuning.jobs.retrieve(job.id)
     assert running.status == "running" and running.estimated_finish >= time.time() - 5 and running.progress["step"] == 30
     said = list(ai.fine_tuning.jobs.list_events(job.id, limit=7))
@@ -114,7 +120,7 @@ def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
     }  # fmt: skip
     assert checkpoint.scores == {"loss": 1.0, "token_accuracy": 0.5} and checkpoint.best is True
     with transaction() as session:
-        claims.finish(session, held, FINISHED)
+        lifecycle.finish(session, held, FINISHED)
     done = ai.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:") and done.finished_at and done.trained_tokens == 777
     assert done.measured["peak_memory_bytes"] == 1
@@ -156,7 +162,7 @@ def pairs_id(ai, user):
     uploaded = ai.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
     with transaction() as session:
         dataset = datasets.for_file(session, user, ids.parse(ids.FILE, uploaded.id))
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     return uploaded.id
 
 
@@ -173,9 +179,9 @@ def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data
     held = take(key_of(job))
     said = list(train(JobSpec.model_validate(held.spec), data_dir / "runs" / job.id / "a1"))
     with transaction() as session:
-        claims.record(session, held, 0, said[:-1])
+        lifecycle.record(session, held, 0, said[:-1])
     with transaction() as session:
-        claims.finish(session, held, said[-1])
+        lifecycle.finish(session, held, said[-1])
     done = ai.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:")
     assert done.evaluation["tuned"]["reward_accuracy"] > 0.9
@@ -262,7 +268,7 @@ def test_an_idempotency_key_is_honoured(ai, file_id):
 
 
 def test_checkpoint_permissions(ai, file_id, data_dir):
-    from app import manifest
+    from app.kit import manifest
 
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
@@ -271,8 +277,8 @@ def test_checkpoint_permissions(ai, file_id, data_dir):
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     manifest.write(folder)
     with transaction() as session:
-        claims.record(session, held, 0, [STARTED, step(3), saved(3)])
-        claims.finish(session, held, FINISHED)
+        lifecycle.record(session, held, 0, [STARTED, step(3), saved(3)])
+        lifecycle.finish(session, held, FINISHED)
     name = ai.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     made = ai.fine_tuning.checkpoints.permissions.create(name, project_ids=["p1", "p2"])
     assert {p.project_id for p in made} == {"p1", "p2"}
@@ -320,7 +326,7 @@ class Reader(threading.Thread):
 
 def record(job, held, first, *said):
     with transaction() as session:
-        claims.record(session, held, first, list(said))
+        lifecycle.record(session, held, first, list(said))
 
 
 def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server, ai, file_id):
@@ -340,10 +346,10 @@ def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server,
 
 
 def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_id, monkeypatch):
-    from app import watch
+    from app.web import event_stream
 
-    monkeypatch.setattr(watch, "RING", 50)
-    monkeypatch.setattr(watch, "PAGE", 40)
+    monkeypatch.setattr(event_stream, "RING", 50)
+    monkeypatch.setattr(event_stream, "PAGE", 40)
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     record(job, held, 0, *[step(n) for n in range(1, 301)])
@@ -355,7 +361,7 @@ def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_i
 
 
 def test_without_redis_watchers_still_hear(server, ai, file_id, monkeypatch):
-    monkeypatch.setattr(queue, "wake", lambda *_: None)
+    monkeypatch.setattr(queue, "notify", lambda *_: None)
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     reader = Reader(server, job.id, 3)
@@ -380,7 +386,7 @@ def test_another_persons_stream_is_not_there(server, ai, file_id, session):
     other = User(name="other")
     session.add(other)
     session.flush()
-    _, key = accounts.create_key(session, other, "k")
+    _, key = auth.create_key(session, other, "k")
     session.commit()
     job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     answer = httpx.get(f"{server[0]}/v1/fine_tuning/jobs/{job.id}/stream", headers={"authorization": f"Bearer {key}"})

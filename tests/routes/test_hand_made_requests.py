@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app import ids
+from app.kit import ids
 from tests.orders import make_dataset
 
 BIG = 9223372036854775808

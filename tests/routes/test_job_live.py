@@ -10,7 +10,11 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from app import claims, events, ids, job_tabs, jobs
+from app import events
+from app.jobs import lifecycle
+from app.jobs import service as jobs
+from app.kit import ids
+from app.views import job_tabs
 from tests import lives
 from tests.conftest import free_port
 from tests.looks import COLORS, objections
@@ -40,9 +44,9 @@ def served(session, user) -> Iterator[str]:
 
 
 def sign_in(context, served, session, user):
-    from app import accounts
+    from app.web import auth
 
-    link = accounts.new_sign_in_link(session, user)
+    link = auth.new_sign_in_link(session, user)
     session.commit()
     page = context.new_page()
     page.goto(served + link)
@@ -337,7 +341,7 @@ def test_the_overview_of_a_finished_job_fits_one_screen(page, served, session, u
     few = side | {"score": 0.79, "interval": [-0.05, 0.12]}
     contest = {"metric": "accuracy", "base": side, "few_shot": few, "few_shot_by": "vectors", "examples": 16, "cross_validated": True}
     evaluation = {"rows": 96, "base": {"loss": 2.51}, "tuned": {"loss": 1.13, "accuracy": 0.83}, "contest": contest}
-    claims.finish(session, life.held, lives.finished().model_copy(update={"evaluation": evaluation}))
+    lifecycle.finish(session, life.held, lives.finished().model_copy(update={"evaluation": evaluation}))
     session.commit()
     page.set_viewport_size({"width": 1360, "height": 700})
     page.goto(served + address(life))

@@ -8,9 +8,15 @@ import re
 
 import pytest
 
-from app import datasets, events, files, ids, job_tabs, jobs
+from app import events
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.jobs import service as jobs
+from app.kit import ids
 from app.settings import get_settings
+from app.storage import files
 from app.strategies import STRATEGIES
+from app.views import job_tabs
 from tests import lives
 
 
@@ -21,7 +27,7 @@ def dataset(session, user, data_dir):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found

@@ -11,13 +11,16 @@ import re
 import numpy as np
 import pytest
 
-from app import claims, ids, job_tabs, score_view
-from app.forgetting import TextScore, compare, without_measuring
+from app.evaluation.forgetting import TextScore, compare, without_measuring
+from app.jobs import lifecycle
+from app.kit import ids
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
+from app.views import job_tabs
+from app.views import scores as score_view
 from tests import lives
-from worker.batches import Row
-from worker.classify import evaluation_of
+from worker.data.batching import Row
+from worker.training.objectives.classification import evaluation_of
 
 GENERATION = {
     "rows": 120,
@@ -68,7 +71,7 @@ def finish(session, user, model, evaluation: dict, forgetting: dict | None = Non
     said = said.model_copy(
         update={"evaluation": evaluation, "forgetting": forgetting, "measured": said.measured.model_copy(update=measured)}
     )
-    claims.finish(session, life.held, said)
+    lifecycle.finish(session, life.held, said)
     session.commit()
     return f"/jobs/{ids.public(ids.JOB, life.job_id)}"
 

@@ -9,19 +9,22 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 import pytest
 from sqlalchemy import select
 
-from app import checkpoints, ids, manifest, playground, prompts
-from app.generation import Done, Sampling, Started, TextPart
-from app.playground import Heard
+from app.inference import playground
+from app.inference.playground import AnswerFold
+from app.inference.protocol import Done, Sampling, Started, TextPart
+from app.jobs import checkpoints
+from app.kit import ids, manifest
+from app.prompts import service as prompts
 from app.tables import Checkpoint, Model
 from tests.lives import Life, started, steps
 from tests.orders import make_job
 from tests.routes.test_comparisons import body, create, make
-from tests.test_evaluation_looks import record, scores
+from tests.views.test_evaluation_looks import record, scores
 
 NAMED = re.compile(r"(?<=/)(ds|ftjob|model|eval|cmp|prompt|run|vote)-[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=/rows/)\d+")
 AWAY = re.compile("/models/terms/")
 """Pages whose words stand on another server, which the tests are kept from; they say so with a 503."""
-MOST_ALIKE = 3
+MAX_ALIKE = 3
 """Pages of one kind, of one tab, that are asked for with the same names in the query: the third row of a dataset is like the second."""
 
 
@@ -64,7 +67,7 @@ def full(session, user, tiny_registered, data_dir) -> None:
     prompts.create(session, user, "Say it", prompts.read_body({}))
     exchange, asked = playground.ask(session, user, [tuned.name], "What wood?", Sampling())
     said = [Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64), TextPart(index=0, text="Spruce.", tokens=3)]
-    heard = Heard()
+    heard = AnswerFold()
     heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])
     playground.record(session, exchange.id, asked[0], heard)
     session.commit()
@@ -87,7 +90,7 @@ def crawl(client) -> tuple[dict[str, str], list[str]]:
         seen[address] = page
         kind = kind_of(address)
         alike[kind] = alike.get(kind, 0) + 1
-        if alike[kind] > MOST_ALIKE:
+        if alike[kind] > MAX_ALIKE:
             continue
         answer = client.get(address, follow_redirects=False)
         away = answer.status_code == 503 and AWAY.match(address)

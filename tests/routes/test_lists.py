@@ -9,8 +9,10 @@ import uuid
 
 from sqlalchemy import event, insert
 
-from app import comparisons, ids, versions
+from app.datasets import versions
 from app.db import get_engine
+from app.evaluation import comparisons
+from app.kit import ids
 from app.tables import Comparison, Dataset, Job, Model
 from tests.routes.test_comparisons import body, chats, create, end, kinds, make, words
 

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
-from app import datasets, files, formats, ids
-from tests.malformed_sheets import workbook
+from app import formats
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
+from tests.datasets.malformed_sheets import workbook
 
 GERMAN = "\ufeffNr;Frage;Kategorie\n" + "".join(
     f"{n};Wo bleibt meine Geige Nummer {n}, die ich über Ihre Seite bestellt habe?;{('Lieferung', 'Rückgabe', 'Zahlung')[n % 3]}\n"
@@ -61,7 +65,7 @@ def test_what_columns_hold_is_judged_by_their_values(name):
 def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api, client, session, user, name, text, mapping):
     dataset = datasets.create(session, user, files.add_bytes(session, user, text.encode(), name, "fine-tune"))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     path = f"/v1/datasets/{ids.public(ids.DATASET, dataset.id)}"
     error = api.get(path).json()["error"]
     assert error["code"] == "unknown_format" and error["message"].startswith("We could not match the columns")
@@ -69,7 +73,7 @@ def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api,
     assert error["columns"][1:] == list(mapping.values()) and len(error["preview"]) == 5
     assert error["preview"][0] == {column: error["preview"][0][column] for column in error["columns"]}
     made = api.post(f"{path}/readings", json=error["suggested"]).json()
-    datasets.read(ids.parse(ids.DATASET, made["id"]))
+    ingest_task.read(ids.parse(ids.DATASET, made["id"]))
     after = api.get(f"/v1/datasets/{made['id']}").json()
     assert (after["status"], after["good_rows"], after["mapping"], after["error"]) == ("ready", 12, mapping, None)
     page = client.get(f"/datasets/{made['id']}").text
@@ -80,12 +84,12 @@ def test_an_excel_file_is_read_in_the_limited_child(api, session, user):
     table = [line.split(";") for line in GERMAN.removeprefix("\ufeff").splitlines()]
     dataset = datasets.create(session, user, files.add_bytes(session, user, workbook(table, [["notes"]]), "fragen.xlsx", "fine-tune"))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     key = ids.public(ids.DATASET, dataset.id)
     suggested = api.get(f"/v1/datasets/{key}").json()["error"]["suggested"]
     assert suggested == {"format": "classification", "mapping": {"text": "Frage", "label": "Kategorie"}}
     made = api.post(f"/v1/datasets/{key}/readings", json=suggested).json()
-    datasets.read(ids.parse(ids.DATASET, made["id"]))
+    ingest_task.read(ids.parse(ids.DATASET, made["id"]))
     report = api.get(f"/v1/datasets/{made['id']}/report").json()
     assert report["good_rows"] == 12 and "other_sheets" in {entry["rule"] for entry in report["rules"]}
 
@@ -94,7 +98,7 @@ def test_a_format_chosen_at_the_upload_is_suggested_with_its_columns(api, sessio
     file = files.add_bytes(session, user, GERMAN.encode(), "fragen.csv", "fine-tune")
     dataset = datasets.create(session, user, file, format="completion")
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     error = api.get(f"/v1/datasets/{ids.public(ids.DATASET, dataset.id)}").json()["error"]
     assert error["code"] == "incomplete_mapping"
     assert error["suggested"] == {"format": "completion", "mapping": {"prompt": "Frage", "completion": "Kategorie"}}

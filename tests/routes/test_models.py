@@ -15,14 +15,16 @@ import pytest
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
-from app import ids, manifest, models, starters
 from app.events import Finished, Measured
+from app.kit import ids, manifest
+from app.models import service as models
+from app.models import starters
 from app.shapes import Shape
 from app.tables import Job, Model
 from tests.card_code import run_card
 from tests.conftest import ORIGIN
+from tests.models.test_service import tune_by_hand
 from tests.orders import make_dataset, make_spec
-from tests.test_models import tune_by_hand
 
 MEASURED = Measured(peak_memory_bytes=1, seconds=1, tokens_per_second=1, tokens=1, trained_tokens=1, steps=1, device="cpu")
 

@@ -8,8 +8,14 @@ import re
 
 import pytest
 
-from app import advice, datasets, files, ids, jobs
-from app.machine import this_machine
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.evaluation import advice
+from app.jobs import request as job_request
+from app.jobs import service as jobs
+from app.kit import ids
+from app.machines.hardware import this_machine
+from app.storage import files
 from app.strategies import STRATEGIES
 
 
@@ -18,7 +24,7 @@ def make(session, user, rows: list[dict], name: str):
     session.flush()
     found = datasets.create(session, user, file)
     session.commit()
-    datasets.read(found.id)
+    ingest_task.read(found.id)
     session.refresh(found)
     assert found.status == "ready", found.error
     return found
@@ -99,10 +105,10 @@ def test_strategies_say_what_this_data_means_for_them(api, session, user, tiny_r
 
 
 def test_a_strategy_too_large_for_the_machine_says_so(api, session, user, tiny_registered, chats, monkeypatch):
-    from app import workers
+    from app.machines import heartbeats
 
     small = this_machine().model_copy(update={"memory_bytes": 200 * 2**20})
-    monkeypatch.setattr(workers, "training_machine", lambda: small)
+    monkeypatch.setattr(heartbeats, "training_machine", lambda: small)
     found = api.get("/v1/strategies", params={"model": "tiny", "dataset": public(chats)}).json()["data"]
     full = next(s for s in found if s["name"] == "full")
     assert not full["available"] and "this machine has 0.2 GB" in full["reason"]
@@ -177,12 +183,12 @@ def test_a_preset_sets_settings_and_each_says_its_time(client, api, session, use
 
 
 def test_the_pair_used_last_is_chosen_and_the_model_suits_the_task(client, session, user, tiny_registered, kinds, chats):
-    from app.pairs import pair
+    from app.jobs.preselection import pair
     from app.tables import Model
 
     both = [session.get_one(Model, tiny_registered.id)]
     assert pair(session, user, both, [chats, kinds], None, None) == (both[0], chats), "nothing was used yet"
-    jobs.create(session, user, jobs.read_order({"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "dense_head"}}))
+    jobs.create(session, user, job_request.read_order({"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "dense_head"}}))
     session.commit()
     encoder = Model(name="mini", title="Mini", kind="encoder")
     assert pair(session, user, [*both, encoder], [], None, None)[0] is both[0], "for text a model that writes"
@@ -201,7 +207,7 @@ def test_presets_are_offered_where_they_differ(client, tiny_registered, kinds):
 
 
 def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session, user, tiny_registered, kinds, chats):
-    from app.pairs import pair
+    from app.jobs.preselection import pair
 
     rated = make(session, user, [{"prompt": f"{n}?", "completion": "No.", "label": n % 2 == 0} for n in range(20)], "rated.jsonl")
     bare = make(session, user, [{"messages": []}, {"messages": []}], "bare.jsonl")
@@ -216,7 +222,7 @@ def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session,
 
 
 def test_text_begins_with_a_base_model(session, user, tiny_registered):
-    from app.pairs import pair
+    from app.jobs.preselection import pair
     from app.tables import Model
 
     base = Model(name="plain", title="Plain", kind="generic", kept=True)

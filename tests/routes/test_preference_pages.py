@@ -8,7 +8,12 @@ import re
 
 import pytest
 
-from app import datasets, events, files, ids, jobs
+from app import events
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.jobs import service as jobs
+from app.kit import ids
+from app.storage import files
 from tests import lives
 
 
@@ -19,7 +24,7 @@ def make(session, user, data_dir):
         session.flush()
         found = datasets.create(session, user, file)
         session.commit()
-        datasets.read(found.id)
+        ingest_task.read(found.id)
         session.refresh(found)
         assert found.status == "ready", found.error
         return ids.public(ids.DATASET, found.id)

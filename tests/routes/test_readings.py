@@ -5,7 +5,8 @@ import json
 import pytest
 from sqlalchemy import select
 
-from app import datasets, ids
+from app.datasets import ingest_task
+from app.kit import ids
 from app.tables import Dataset
 
 PLAIN = "".join(json.dumps({"prompt": f"Say {n}", "completion": f"number {n}"}) + "\n" for n in range(12)).encode()
@@ -16,7 +17,7 @@ def plain_file(api, session):
     """(id of a file, the dataset that was read from it)."""
     sent = api.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("plain.jsonl", PLAIN)}).json()
     dataset = session.scalars(select(Dataset)).one()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     return sent["id"], dataset
 
@@ -34,7 +35,7 @@ def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_register
     made = api.post(f"/v1/datasets/{ids.public(ids.DATASET, good.id)}/readings", json=wrong).json()
     waiting = api.post("/v1/fine_tuning/jobs", json=order).json()  # ordered while it is read: takes what it gives
     assert waiting["status"] == "validating_files"
-    datasets.read(ids.parse(ids.DATASET, made["id"]))
+    ingest_task.read(ids.parse(ids.DATASET, made["id"]))
     session.expire_all()
     after = api.post("/v1/fine_tuning/jobs", json=order | {"seed": 2})
     assert after.status_code == 200, after.text
@@ -45,6 +46,6 @@ def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_register
     report = api.get(f"/v1/files/{file_id}/report").json()
     assert report["good_rows"] == 12 and report["failed_later"]["dataset"] == made["id"]
     right = api.post(f"/v1/datasets/{made['id']}/readings", json={"format": "completion"}).json()
-    datasets.read(ids.parse(ids.DATASET, right["id"]))
+    ingest_task.read(ids.parse(ids.DATASET, right["id"]))
     last = api.post("/v1/fine_tuning/jobs", json=order | {"seed": 3}).json()
     assert last["dataset"] == right["id"] and not any("failed" in text for text in last["estimate"]["warnings"])

@@ -7,7 +7,10 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import datasets, files, ids
+from app.datasets import ingest_task
+from app.datasets import service as datasets
+from app.kit import ids
+from app.storage import files
 from app.tables import Dataset, Event, Job
 from tests.data_worker import data_worker
 
@@ -32,7 +35,7 @@ def worker(session):
 def dataset(session, user):
     made = datasets.create(session, user, files.add_bytes(session, user, lines(25).encode(), "x.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(made.id)
+    ingest_task.read(made.id)
     session.expire_all()
     return made
 
@@ -78,7 +81,7 @@ def test_long_rows_are_cut_on_the_page_and_whole_in_their_editor(client, session
         row["messages"][1]["content"] = "spruce " * 70_000
     made = datasets.create(session, user, files.add_bytes(session, user, "\n".join(map(json.dumps, long)).encode(), "x.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(made.id)
+    ingest_task.read(made.id)
     path = f"/datasets/{ids.public(ids.DATASET, made.id)}/rows"
     page = until_ready(client, path)
     assert "10 rows" in page and "Tokens of line 10" in page
@@ -112,7 +115,7 @@ def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user
     data = lines(12) + '\n{"messages": [{"role": "user", "content": "<i>a"}\n' + lines(1).replace('"user"', '"customer"')
     dataset = datasets.create(session, user, files.add_bytes(session, user, data.encode(), "x.jsonl", "fine-tune"))
     session.commit()
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     key = ids.public(ids.DATASET, dataset.id)
     path = f"/datasets/{key}"

@@ -10,7 +10,9 @@ import pytest
 from sqlalchemy import func, select, text, update
 from starlette.requests import ClientDisconnect
 
-from app import datasets, files, ids, uploads
+from app.datasets import ingest_task, resumable_upload
+from app.kit import ids
+from app.storage import files
 from app.tables import Dataset, File, Upload, User
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -58,7 +60,7 @@ def test_a_whole_upload_becomes_a_dataset(api, session):
     assert (dataset.name, dataset.format, dataset.status) == ("Chats", "chat", "reading")
     assert session.get(File, dataset.file_id).sha256 == hashlib.sha256(DATA).hexdigest()
     assert files.blob_path(hashlib.sha256(DATA).hexdigest()).read_bytes() == DATA
-    datasets.read(dataset.id)
+    ingest_task.read(dataset.id)
     session.expire_all()
     assert dataset.good_rows == 30_000
     again = patch(api, answer.headers["location"], len(DATA), b"")
@@ -69,7 +71,7 @@ def test_a_whole_upload_becomes_a_dataset(api, session):
 def test_resumed_many_times_at_random_places_the_bytes_are_the_same(api, session):
     draw = random.Random(11)
     url = begin(api).headers["location"]
-    held = uploads.ticket(session.scalars(select(Upload)).one())
+    held = resumable_upload.ticket(session.scalars(select(Upload)).one())
     for _ in range(20):
         start = at(api, url)
         cut = draw.randrange(0, 90_000)
@@ -80,7 +82,7 @@ def test_resumed_many_times_at_random_places_the_bytes_are_the_same(api, session
             raise ClientDisconnect
 
         with pytest.raises(ClientDisconnect):
-            asyncio.run(uploads.append(held, start, torn()))
+            asyncio.run(resumable_upload.append(held, start, torn()))
         assert at(api, url) == start + cut
     last = patch(api, url, at(api, url), DATA[at(api, url) :])
     assert last.status_code == 204
@@ -127,15 +129,15 @@ def test_an_upload_expires_and_is_swept(api, session, data_dir):
     session.execute(update(Upload).values(expires_at=func.clock_timestamp() - text("interval '1 second'")))
     session.commit()
     assert api.head(url, headers=TUS).status_code == 410
-    assert uploads.sweep(session) == 1
+    assert resumable_upload.sweep(session) == 1
     session.commit()
     assert not list((data_dir / "tmp").glob("tus-*")) and session.scalars(select(Upload)).all() == []
 
 
 def test_two_senders_at_once_cannot_mix_their_bytes(api, session):
     url = begin(api).headers["location"]
-    held = uploads.ticket(session.scalars(select(Upload)).one())
-    with uploads._held(held.path):
+    held = resumable_upload.ticket(session.scalars(select(Upload)).one())
+    with resumable_upload._held(held.path):
         assert patch(api, url, 0, b"abc").status_code == 423
     assert at(api, url) == 0
 
@@ -159,7 +161,7 @@ def test_another_persons_upload_is_not_there(api, session):
     other = User(name="other")
     session.add(other)
     session.flush()
-    upload = uploads.begin(session, other, 10, "x.jsonl")
+    upload = resumable_upload.begin(session, other, 10, "x.jsonl")
     session.commit()
     for method in ("HEAD", "DELETE"):
         assert api.request(method, f"/v1/tus/{upload.id}", headers=TUS).status_code == 404

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-MOST_SECONDS = 3.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+MAX_SECONDS = 3.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 """Any of them ends in three, on a machine that has nothing else to do."""
 PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _DEEP = 3000

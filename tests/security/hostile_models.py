@@ -231,7 +231,7 @@ HOSTILE: dict[str, Case] = {
 
 def bring_in(source: Path, into: Path) -> dict[str, Any]:
     """As the converting child does. Raises StudioError."""
-    from worker.convert import from_folder
+    from worker.conversion.convert import from_folder
 
     into.mkdir()
     return from_folder(source, into)
@@ -374,7 +374,7 @@ HONEST: dict[str, Callable[[Path, Path], None]] = {
 def main() -> None:
     from app.errors import StudioError
     from tests.tiny import build_model
-    from worker import convert
+    from worker.conversion import convert
 
     convert.TRIAL_SECONDS = 4  # so that the endless template does not take a minute
     with tempfile.TemporaryDirectory(prefix="hostile-") as place:

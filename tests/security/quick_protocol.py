@@ -1,7 +1,7 @@
 """The protocol with its waits shortened, for tests that see them run out: `uvicorn --http tests.security.quick_protocol:Guarded`."""
 
-from app import http_protocol
-from app.http_protocol import Guarded
+from app.web import http_protocol
+from app.web.http_protocol import Guarded
 
 __all__ = ["Guarded"]
 http_protocol.REQUEST_SECONDS = 1.5

@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 
-from app import confinement, events
-from app.embedded import sweep
+from app import events
+from app.kit import confinement
+from app.ops.embedded import sweep
 from app.settings import PROJECT, get_settings
 from tests.conftest import wait_until
-from tests.worker.test_supervise import ended, new_job, now_of, odd, said  # noqa: F401  # fixtures
-from worker import exits, supervise, walls
+from tests.worker.supervision.test_train_attempt import ended, new_job, now_of, odd, said  # noqa: F401  # fixtures
+from worker.supervision import confinement as supervision_confinement
+from worker.supervision import exit_codes, train_attempt
 
 USERS = ["root", "plain"]
 NEEDS = "needs "
@@ -130,7 +132,7 @@ def test_two_processes_train_one_job_behind_the_walls(new_job):  # noqa: F811
     """They talk over a loopback of their own, and the second opens the pipe that the first was given."""
     get_settings().gpus_per_job, get_settings().stop_grace_seconds = 2, 60.0
     job = new_job(epochs=1, samples=0, forgetting=False, row_losses=False)
-    supervise.work(job.id)
+    train_attempt.work(job.id)
     assert now_of(job).status == "succeeded", now_of(job).error
 
 
@@ -153,10 +155,10 @@ def test_what_a_trainer_says_of_others_files_is_not_believed(data_dir):
     (data_dir / "secrets").mkdir()
     (data_dir / folder / "link").symlink_to(data_dir / "secrets")
     for path in ("secrets", "runs/mine/a1/checkpoint-1", "runs/mine/a2/../../../secrets", "/etc", folder, f"{folder}/link", "", "."):
-        told = walls.believed(events.Saved(step=1, path=path, bytes=1, manifest_sha256="0" * 64), folder)
+        told = supervision_confinement.believed(events.Saved(step=1, path=path, bytes=1, manifest_sha256="0" * 64), folder)
         assert isinstance(told, events.Log), path
     own = events.Saved(step=1, path=f"{folder}/checkpoint-1", bytes=1, manifest_sha256="0" * 64)
-    assert walls.believed(own, folder) is own
+    assert supervision_confinement.believed(own, folder) is own
 
 
 def test_a_checkpoint_elsewhere_is_never_swept_away(odd):  # noqa: F811
@@ -174,19 +176,19 @@ def test_a_result_with_a_link_is_refused_and_a_log_that_is_one_is_not_read(data_
     secret.write_text("canary")
     result = data_dir / "runs/mine/a1/final"
     result.mkdir(parents=True)
-    from app import manifest
+    from app.kit import manifest
 
     (result / "adapter_config.json").symlink_to(secret)
     manifest.write(result)
-    assert "no plain file" in exits.check_result(result).message
+    assert "no plain file" in exit_codes.check_result(result).message
     (result / "adapter_config.json").unlink()
     os.mkfifo(result / "adapter_config.json")
-    assert "no plain file" in exits.check_result(result).message
+    assert "no plain file" in exit_codes.check_result(result).message
     (result / "adapter_config.json").unlink()
     manifest.write(result)
-    assert exits.check_result(result) is None
+    assert exit_codes.check_result(result) is None
     (log := result.parent / "trainer.log").symlink_to(secret)
-    assert exits.tail(log) == ""
+    assert exit_codes.tail(log) == ""
 
 
 # How much is insisted on --------------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def test_a_result_with_a_link_is_refused_and_a_log_that_is_one_is_not_read(data_
 
 def test_required_starts_nothing_where_a_wall_is_missing(data_dir, monkeypatch):
     monkeypatch.setattr(get_settings(), "confinement", "required")
-    room = confinement.Room(write=[data_dir], layers=("limits", "capabilities", "network"))
+    room = confinement.Confinement(write=[data_dir], layers=("limits", "capabilities", "network"))
     done = subprocess.run(confinement.confined(["/bin/echo", "ran"], room), cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "ran" not in done.stdout and "does not wall off: files" in done.stderr
     monkeypatch.setattr(get_settings(), "confinement", "auto")
@@ -224,8 +226,8 @@ def test_an_installation_for_root_alone_is_not_run_by_another_user(tmp_path):
 def test_it_dies_with_its_parent(data_dir):
     """Also after a change of user, which makes the kernel forget the order."""
     code = (
-        "import subprocess, sys, time; from app import confinement;"
-        "p = subprocess.Popen(confinement.confined(['/bin/sleep', '600'], confinement.Room()), start_new_session=True);"
+        "import subprocess, sys, time; from app.kit import confinement;"
+        "p = subprocess.Popen(confinement.confined(['/bin/sleep', '600'], confinement.Confinement()), start_new_session=True);"
         "print(p.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=PROJECT)

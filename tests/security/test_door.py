@@ -19,9 +19,10 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from app import passwords, web
-from app.embedded.up import commands
+from app.ops.embedded.up import commands
 from app.settings import get_settings
+from app.web import passwords
+from app.web import templates as web_templates
 from tests.conftest import ORIGIN, PROJECT, free_port, wait_until
 
 
@@ -29,7 +30,7 @@ from tests.conftest import ORIGIN, PROJECT, free_port, wait_until
 def web_process(folder: Path, **environment: str) -> Iterator[tuple[int, psutil.Process]]:
     """The web process as `luthier up` starts it, except for the waits: its port and itself."""
     port = free_port()
-    command = [part.replace("app.http_protocol", "tests.security.quick_protocol") for part in commands(get_settings())["web"]]
+    command = [part.replace("app.web.http_protocol", "tests.security.quick_protocol") for part in commands(get_settings())["web"]]
     command[command.index("--port") + 1] = str(port)
     log = folder / "web.log"
     with log.open("ab") as out:
@@ -166,13 +167,14 @@ def test_a_body_that_does_not_come_is_ended_and_a_slow_one_is_waited_for(door):
 
 def test_a_client_that_does_not_read_its_answer_is_given_up(door):
     port, process = door
-    largest = max((path for path in web.STATIC.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max((path for path in web_templates.STATIC.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
         mine = connection.getsockname()[1]
         connection.sendall(
-            f"GET {web.static(largest.relative_to(web.STATIC).as_posix())} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode() * 10
+            f"GET {web_templates.static(largest.relative_to(web_templates.STATIC).as_posix())} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
+            * 10
         )
         time.sleep(0.5)
         held = lambda: mine in [one.raddr.port for one in process.net_connections("tcp") if one.raddr]  # noqa: E731

@@ -16,7 +16,9 @@ from contextlib import contextmanager, suppress
 import pytest
 from sqlalchemy import func, select
 
-from app import db, ids, inspections, manifest, queue
+from app import db, queue
+from app.datasets import inspections
+from app.kit import ids, manifest
 from app.main import create_app
 from app.tables import Outbox
 from tests.conftest import ORIGIN, csrf_token

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from app import checks, fetching, manifest, models
 from app.errors import BadData, BadField, Conflict, StudioError
+from app.kit import manifest
+from app.models import import_checks
+from app.models import imports as model_imports
+from app.models import service as models
 from app.tables import Job, Model, Outbox
 from tests.orders import make_dataset, make_spec
 from tests.security import hostile_models
 from tests.security.hostile_models import CONFIG, HONEST, HOSTILE, MARK, TOKENIZER
-from worker import convert
-from worker.limited import limited
+from worker import tasks
+from worker.conversion import convert
+from worker.runtime.limited_fork import limited
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -44,7 +48,7 @@ def test_an_honest_folder_comes_in(name: str, tiny_model: Path, tmp_path: Path) 
     source.mkdir()
     HONEST[name](source, tiny_model)
     facts = hostile_models.bring_in(source, tmp_path / "into")
-    assert facts["parameters"] > 0 and facts["rules"] == checks.RULES
+    assert facts["parameters"] > 0 and facts["rules"] == import_checks.RULES
 
 
 def test_keys_that_say_nothing_are_not_kept(tiny_model: Path, tmp_path: Path) -> None:
@@ -62,8 +66,8 @@ def test_a_vocabulary_from_elsewhere_is_seen_even_if_the_keys_were_allowed(
     name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind the lists of keys stands the comparison: what was loaded must be what the folder holds."""
-    monkeypatch.setattr("app.model_json.check", lambda name, value: value)
-    monkeypatch.setattr(checks, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr("app.models.model_json.check", lambda name, value: value)
+    monkeypatch.setattr(import_checks, "check_tokenizer", lambda *_: None)
     source = hostile_models.make(name, tiny_model, tmp_path)
     with pytest.raises(BadData, match="tokens that the folder's own files do not name") as caught:
         hostile_models.bring_in(source, tmp_path / "into")
@@ -84,7 +88,7 @@ def test_a_fork_may_take_only_so_much() -> None:
     with pytest.raises(BadData, match="broke down"):
         limited(lambda: os.abort(), "It", 5, 2**28)
     with pytest.raises(BadData, match="can run code"):
-        limited(lambda: checks.refuse_pickled("a.pkl") or {}, "It", 5, 2**28)
+        limited(lambda: import_checks.refuse_pickled("a.pkl") or {}, "It", 5, 2**28)
 
 
 # In the studio ------------------------------------------------------------------------------------------------------
@@ -95,10 +99,10 @@ def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path,
     (data_dir / "import" / "x").mkdir(parents=True)
     hostile_models.make("45 MB of added tokens", tiny_model, data_dir / "import" / "x")
     began = time.process_time()
-    model = models.add_folder(session, user, "x/model", "big")
+    model = model_imports.add_folder(session, user, "x/model", "big")
     assert time.process_time() - began < 0.5 and model.status == "fetching"
     session.commit()
-    models.fetch(model.id)
+    model_imports.fetch(model.id)
     session.refresh(model)
     assert model.status == "error" and "larger than 4 MiB" in model.error["message"] and model.error["way_out"]
 
@@ -107,8 +111,8 @@ def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path,
 def test_a_name_that_reads_as_an_id_is_refused(session, user, data_dir: Path, tiny_model: Path, name: str) -> None:
     shutil.copytree(tiny_model, data_dir / "import" / "m")
     with pytest.raises(BadField, match="how an id is written"):
-        models.add_folder(session, user, "m", name)
-    assert models.add_folder(session, user, "m", "model-" + "0a" * 15).status == "fetching"
+        model_imports.add_folder(session, user, "m", name)
+    assert model_imports.add_folder(session, user, "m", "model-" + "0a" * 15).status == "fetching"
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "loop", "\ud800", "\0"])
@@ -116,7 +120,7 @@ def test_a_folder_that_cannot_be_is_refused(session, user, data_dir: Path, path:
     (data_dir / "import").mkdir()
     (data_dir / "import" / "loop").symlink_to("loop")
     with pytest.raises(StudioError) as caught:
-        models.add_folder(session, user, path, "m")
+        model_imports.add_folder(session, user, path, "m")
     assert caught.value.status in (400, 403)
 
 
@@ -129,7 +133,7 @@ def kept_before(session, user, data_dir: Path, tiny_model: Path, name: str | Non
     session.flush()
     model.path = f"models/{model.id}"
     folder = Path(shutil.copytree(tiny_model, data_dir / model.path))
-    model.shape = checks.check_head(folder)[0].model_dump()
+    model.shape = import_checks.check_head(folder)[0].model_dump()
     if name:
         HOSTILE[name].change(folder, hostile_models.write_secret(data_dir / "secret"))
     model.revision = manifest.write(folder)["revision"]
@@ -138,7 +142,7 @@ def kept_before(session, user, data_dir: Path, tiny_model: Path, name: str | Non
 
 
 def announced(session) -> list[str]:
-    models.reap(session)
+    model_imports.reap(session)
     session.commit()
     return list(session.scalars(select(Outbox.key).where(Outbox.task == "luthier.examine")))
 
@@ -157,24 +161,24 @@ def test_models_of_earlier_rules_are_examined_once(session, user, data_dir: Path
     before = manifest.read(data_dir / str(bad.path))
     assert sorted(announced(session)) == sorted([good.id, bad.id])
     for model in (good, bad):
-        fetching.examine(model.id)
+        tasks.examine(str(model.id))
     session.expire_all()
-    assert (good.status, good.source["rules"]) == ("ready", checks.RULES)
+    assert (good.status, good.source["rules"]) == ("ready", import_checks.RULES)
     assert bad.status == "error" and bad.error["code"] == "refused_by_rules" and "vocab_file" in bad.error["message"]
     assert tuned.status == "error" and bad.name in tuned.error["message"] and job.status == "cancelled"
     assert manifest.verify(data_dir / str(bad.path)) == before  # its files stay
     with pytest.raises(Conflict, match="cannot be used"):
         models.resolve(session, user, bad.name)
     with pytest.raises(Conflict, match="was refused"):
-        fetching.try_again(session, tuned)
+        model_imports.try_again(session, tuned)
     assert len(announced(session)) == 2  # and none is announced again
     fence = good.fence
-    fetching.examine(good.id)  # the message may come twice
+    model_imports.examine(good.id)  # the message may come twice
     session.refresh(good)
     assert good.fence == fence
-    fetching.try_again(session, bad)
+    model_imports.try_again(session, bad)
     session.commit()
-    models.fetch(bad.id)
+    model_imports.fetch(bad.id)
     session.refresh(bad)
     assert bad.status == "error"  # the hub is not asked in a test, and what was refused is not taken back from the disk
 

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from app import formats, readers, rules
-from app.edits import TEXT_EDITS
-from app.rules._base import seen
-from app.rules.secrets import MOST_LOOKED_AT, Secrets, mask
+from app import formats
+from app.datasets import readers, rules
+from app.datasets.edits import TEXT_EDITS
+from app.datasets.rules._base import seen
+from app.datasets.rules.secrets import MAX_LOOKED_AT, Secrets, mask
 from benchmarks import linear
 
 LENGTHS = (1 << 11, 1 << 16)
@@ -31,7 +32,7 @@ def test_what_shows_in_long_texts_only(name, text):
 def test_the_rest_of_a_text_beyond_all_measure_is_said_not_to_be_looked_at():
     said = []
     rule = Secrets(lambda line, finding: said.append(finding), "generation")
-    far = "a" * MOST_LOOKED_AT + " mail anna.berg@posteo.de"
+    far = "a" * MAX_LOOKED_AT + " mail anna.berg@posteo.de"
     rule.see(seen(1, {"text": far}, [("text", far)]))
     assert [finding.rule for finding in said] == ["not_looked_at"] and "1,048,576" in said[0].message and said[0].severity == "note"
     assert mask(far).endswith("mail [e-mail address]")

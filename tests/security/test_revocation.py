@@ -14,9 +14,10 @@ import pytest
 import uvicorn
 from fastapi import APIRouter
 
-from app import accounts, ids, revocation
+from app.kit import ids
 from app.main import create_app
-from app.streams import Stream
+from app.web import auth, revocation
+from app.web.streaming import Stream
 from tests.conftest import csrf_token, free_port, wait_until
 from tests.orders import make_dataset, make_job
 
@@ -77,11 +78,11 @@ def listen(url: str, path: str, revoke, **client) -> tuple[bytes, float]:
 @pytest.mark.parametrize("kind", ["job", "words"])
 def test_a_revoked_key_ends_its_open_streams(served, session, user, kind):
     url, path = served
-    key, text = accounts.create_key(session, user, "tests")
+    key, text = auth.create_key(session, user, "tests")
     session.commit()
 
     def revoke() -> None:
-        accounts.revoke_key(session, user, key.id)
+        auth.revoke_key(session, user, key.id)
         session.commit()
 
     said, seconds = listen(url, path if kind == "job" else "/v1/words", revoke, headers={"authorization": f"Bearer {text}"})
@@ -92,7 +93,7 @@ def test_a_revoked_key_ends_its_open_streams(served, session, user, kind):
 
 def test_signing_out_ends_the_open_streams_of_this_browser_alone(served, session, user):
     url, path = served
-    links = [accounts.new_sign_in_link(session, user) for _ in range(2)]
+    links = [auth.new_sign_in_link(session, user) for _ in range(2)]
     session.commit()
     cookies = []
     for link in links:

@@ -16,9 +16,9 @@ import httpx
 import psutil
 import pytest
 
-from app import web as web_pages
-from app.embedded.postgres import DATABASE, Postgres
-from app.embedded.valkey import Valkey
+from app.ops.embedded.postgres import DATABASE, Postgres
+from app.ops.embedded.valkey import Valkey
+from app.web import templates as web_pages
 from tests.conftest import wait_until
 from tests.security.test_door import web_process
 
@@ -60,8 +60,8 @@ class Servers:
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[Servers, str, str]]:
     """The servers, the address of a web process on them, and an API key."""
-    from app.embedded.up import is_open
     from app.migrate import upgrade
+    from app.ops.embedded.up import is_open
 
     with tempfile.TemporaryDirectory(prefix="luthier-") as name:
         folder = Path(name)

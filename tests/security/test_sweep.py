@@ -12,8 +12,9 @@ import uuid
 import pytest
 from starlette.testclient import TestClient
 
-from app import accounts, ids
-from app.shell import each_route
+from app.kit import ids
+from app.web import auth
+from app.web.navigation import each_route
 from tests.conftest import ORIGIN
 
 OPEN = {"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{token}", "/static"}
@@ -51,9 +52,9 @@ def every(app) -> list[tuple[str, str]]:
 
 
 def test_the_public_list_is_the_one_written_here(web):
-    assert accounts.PUBLIC | {"/static"} == OPEN
+    assert auth.PUBLIC | {"/static"} == OPEN
     known = {path for _, path in every(web.app)}
-    assert known >= accounts.PUBLIC, "a public path that no route has any more"
+    assert known >= auth.PUBLIC, "a public path that no route has any more"
 
 
 def test_nothing_else_answers_without_sign_in(web):
@@ -73,7 +74,7 @@ def test_a_made_up_key_or_cookie_opens_nothing(web):
     fakes = (
         {"authorization": f"Bearer sk-luthier-{'0' * 32}-x"},
         {"authorization": "Basic b3duZXI6eA=="},
-        {"cookie": f"luthier_{accounts.studio_mark()}=guess"},
+        {"cookie": f"luthier_{auth.studio_mark()}=guess"},
     )
     for headers in fakes:
         asker = TestClient(web.app, base_url=ORIGIN, headers=headers)
@@ -109,7 +110,7 @@ def test_a_cookie_alone_changes_nothing(client):
 
 def test_a_token_belongs_to_one_session(client, session, user):
     other = TestClient(client.app, base_url=ORIGIN, headers={"origin": ORIGIN, "x-csrf-token": client.headers["x-csrf-token"]})
-    link = accounts.new_sign_in_link(session, user)
+    link = auth.new_sign_in_link(session, user)
     session.commit()
     other.get(link)
     assert client.post("/theme", data={"theme": "dark"}, follow_redirects=False).status_code == 303

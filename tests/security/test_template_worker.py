@@ -13,7 +13,7 @@ import pytest
 
 from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
 from tests.security import bombs
-from tests.security.bombs import MOST_SECONDS
+from tests.security.bombs import MAX_SECONDS
 
 BOOM = [{"role": "user", "content": "BOOM"}]
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -61,8 +61,8 @@ def test_bombs_are_refused_and_other_models_answer_as_before(openai_client, gene
         f"{refused}; another model's answer {statistics.median(before):.3f} s before, {statistics.median(during):.3f} s during, at most {max(during):.3f}"
     )
     assert {status for status, _, _ in refused} <= {422, 503} and (422, "chat_template_stopped") in [one[:2] for one in refused]
-    assert max(took for *_, took in refused) < 2 * MOST_SECONDS
-    assert slower < 3 and max(during) < MOST_SECONDS
+    assert max(took for *_, took in refused) < 2 * MAX_SECONDS
+    assert slower < 3 and max(during) < MAX_SECONDS
     assert worker.memory_info().rss - held < 200 << 20
 
     deadline = time.monotonic() + 10  # nothing of it goes on
@@ -78,5 +78,5 @@ def test_a_prompt_of_megabytes_is_refused_at_once(openai_client, generate_worker
     with pytest.raises(openai.BadRequestError) as caught:
         seconds(openai_client, "tiny", "The belly is made of spruce. " * 200_000)
     print(f"refused after {time.monotonic() - began:.2f} s, {(worker.memory_info().rss - held) >> 20} MiB more")
-    assert caught.value.code == "context_length_exceeded" and time.monotonic() - began < MOST_SECONDS
+    assert caught.value.code == "context_length_exceeded" and time.monotonic() - began < MAX_SECONDS
     assert worker.memory_info().rss - held < 150 << 20

@@ -12,12 +12,12 @@ import pytest
 
 from app.errors import BadData, BadTemplate
 from tests.security import bombs
-from tests.security.bombs import MOST_SECONDS
+from tests.security.bombs import MAX_SECONDS
 from tests.tiny import build_tokenizer
-from worker import templates
-from worker.prompts import prepare_tokenizer, render_prompt, render_row
-from worker.rendering import render_rows
-from worker.templates import Chat, write
+from worker.data import template_pool
+from worker.data.batch_rendering import render_rows
+from worker.data.chat_template import prepare_tokenizer, render_prompt, render_row
+from worker.data.template_pool import Chat, write
 
 GOOD, BOOM = ([{"role": "user", "content": text}] for text in ("What wood is it?", "BOOM"))
 ROW = {"messages": [*GOOD, {"role": "assistant", "content": "Spruce."}]}
@@ -39,7 +39,7 @@ def own(tokenizer):
 @pytest.fixture
 def shorter(monkeypatch):
     """Less time for each, since there are so many."""
-    monkeypatch.setattr(templates, "CPU_SECONDS", 0.25)
+    monkeypatch.setattr(template_pool, "CPU_SECONDS", 0.25)
 
 
 def peak_bytes(process: int | str = "self") -> int:
@@ -51,7 +51,7 @@ def ended(tokenizer, template: str, messages=BOOM) -> BadData:
     before, began = peak_bytes(), time.monotonic()
     with pytest.raises(BadData) as caught:
         write(tokenizer, template, Chat(messages, generate=True))
-    assert time.monotonic() - began < MOST_SECONDS
+    assert time.monotonic() - began < MAX_SECONDS
     assert peak_bytes() - before < 64 << 20
     assert len(caught.value.message) < 1000 and caught.value.way_out
     return caught.value
@@ -80,13 +80,13 @@ def test_nothing_of_python_is_reached(tokenizer, template: str) -> None:
 
 
 def test_the_limits_are_those_that_are_promised(tokenizer) -> None:
-    assert templates.CPU_SECONDS <= 1 and templates.SECONDS <= 2
+    assert template_pool.CPU_SECONDS <= 1 and template_pool.SECONDS <= 2
     write(tokenizer, bombs.PLAIN, Chat(GOOD))
-    child = next(one for one in templates._pool()._idle if one.kind.template == bombs.PLAIN)
+    child = next(one for one in template_pool._pool()._idle if one.kind.template == bombs.PLAIN)
     limits = dict(
         (line[:26].strip(), line[26:].split()[0]) for line in Path(f"/proc/{child.process.pid}/limits").read_text().splitlines()[1:]
     )
-    assert int(limits["Max address space"]) == templates.MEMORY_BYTES <= 512 << 20
+    assert int(limits["Max address space"]) == template_pool.MEMORY_BYTES <= 512 << 20
     assert limits["Max open files"] == "3" and limits["Max file size"] == limits["Max core file size"] == "0"
     environment = Path(f"/proc/{child.process.pid}/environ").read_bytes().split(b"\0")
     assert {line.partition(b"=")[0] for line in environment} <= {b"", b"TZ", b"LUTHIER_STUDIO", b"LD_LIBRARY_PATH", b"LC_CTYPE"}
@@ -102,9 +102,9 @@ def test_others_are_not_waited_for_while_bombs_go_off(tokenizer) -> None:
 
     def boom(template: str) -> None:
         began = time.monotonic()
-        with pytest.raises((BadTemplate, templates.Unavailable)) as caught:
+        with pytest.raises((BadTemplate, template_pool.Unavailable)) as caught:
             write(tokenizer, template, Chat(BOOM))
-        assert time.monotonic() - began < MOST_SECONDS + templates.SECONDS / 2
+        assert time.monotonic() - began < MAX_SECONDS + template_pool.SECONDS / 2
         outcomes.append(caught.type)
 
     threads = [threading.Thread(target=boom, args=[template]) for template in [*bad, *bad, *bad]]
@@ -126,11 +126,11 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
 
     script = (
         "import os, threading, time\nfrom tests.security import bombs\nfrom tests.tiny import build_tokenizer\n"
-        "from worker import templates\ntokenizer = build_tokenizer()\n"
-        "templates.write(tokenizer, bombs.PLAIN, templates.Chat([{'role': 'user', 'content': 'a'}]))\n"
+        "from worker.data import template_pool\ntokenizer = build_tokenizer()\n"
+        "template_pool.write(tokenizer, bombs.PLAIN, template_pool.Chat([{'role': 'user', 'content': 'a'}]))\n"
         "bomb = bombs.guarded(bombs.GUARDED['late loops'])\n"
-        "chat = templates.Chat([{'role': 'user', 'content': 'BOOM'}])\n"
-        "threading.Thread(target=lambda: templates.write(tokenizer, bomb, chat), daemon=True).start()\n"
+        "chat = template_pool.Chat([{'role': 'user', 'content': 'BOOM'}])\n"
+        "threading.Thread(target=lambda: template_pool.write(tokenizer, bomb, chat), daemon=True).start()\n"
         "time.sleep(0.6)\n"
         "print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\nos.kill(os.getpid(), 9)\n"
     )
@@ -154,8 +154,8 @@ def command(process: str) -> str:
 
 
 def test_rows_that_set_off_a_bomb_are_refused_in_words_and_the_others_are_read(own, monkeypatch) -> None:
-    monkeypatch.setattr(templates, "TROUBLE_SECONDS", 60.0)
-    monkeypatch.setattr(templates, "CPU_SECONDS", 0.25)
+    monkeypatch.setattr(template_pool, "TROUBLE_SECONDS", 60.0)
+    monkeypatch.setattr(template_pool, "CPU_SECONDS", 0.25)
     own.chat_template = bombs.guarded(bombs.GUARDED["late loops"])
     rows = [ROW] * 150 + [BAD_ROW] + [ROW] * 49
     found = render_rows(own, rows, "dialogue", 99)
@@ -164,19 +164,19 @@ def test_rows_that_set_off_a_bomb_are_refused_in_words_and_the_others_are_read(o
 
 
 def test_a_template_that_always_has_to_be_stopped_is_given_up(own, monkeypatch) -> None:
-    monkeypatch.setattr(templates, "TROUBLE_SECONDS", 1.0)
-    monkeypatch.setattr(templates, "CPU_SECONDS", 0.25)
+    monkeypatch.setattr(template_pool, "TROUBLE_SECONDS", 1.0)
+    monkeypatch.setattr(template_pool, "CPU_SECONDS", 0.25)
     own.chat_template = bombs.guarded(bombs.GUARDED["late loops"]) + " "
     began = time.monotonic()
     found = render_rows(own, [BAD_ROW] * 3000, "dialogue", 99)
     assert len(found) == 3000 and all(isinstance(one, BadTemplate) for one in found)
-    assert "too often" in found[-1].message and time.monotonic() - began < 4 * MOST_SECONDS
+    assert "too often" in found[-1].message and time.monotonic() - began < 4 * MAX_SECONDS
 
 
 def test_a_row_of_endless_text_is_not_rendered(own, monkeypatch) -> None:
-    from worker import prompts
+    from worker.data import chat_template
 
-    monkeypatch.setattr(prompts, "MAX_ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(chat_template, "MAX_ROW_CHARACTERS", 1000)
     long = {"messages": [{"role": "user", "content": "a" * 600}, {"role": "assistant", "content": "b" * 600}]}
     with pytest.raises(BadData, match=r"has 1,2\d\d characters, and one may have 1,000"):
         render_row(own, long, "dialogue", 99)
@@ -190,10 +190,10 @@ def test_a_prompt_far_too_long_is_refused_before_it_is_encoded(own, tiny_model) 
     import uuid
 
     from app.errors import BadRequest
-    from app.generation import GenerateRequest, Sampling
+    from app.inference.protocol import GenerateRequest, Sampling
     from app.shapes import shape_of
     from app.spec import ModelRef
-    from worker.asking import render
+    from worker.inference.request import render
 
     shape = shape_of(json.loads((tiny_model / "config.json").read_text()))
     ref = ModelRef(id=uuid.uuid4(), name="tiny", kind="dialogue", path=".", revision="0" * 64, shape=shape)
@@ -228,4 +228,4 @@ def test_a_prompt_far_too_long_is_refused_before_it_is_encoded(own, tiny_model) 
 
 def test_a_prompt_is_the_same_in_and_out_of_a_process(own) -> None:
     text, ids = render_prompt(own, "dialogue", [*ROW["messages"], *GOOD])
-    assert own.decode(ids) == text and os.getpid() not in [one.process.pid for one in templates._pool()._idle]
+    assert own.decode(ids) == text and os.getpid() not in [one.process.pid for one in template_pool._pool()._idle]

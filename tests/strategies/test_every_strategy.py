@@ -21,18 +21,20 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from app.cards import Laid, MadeOf, load_code
-from app.forms import controls, fill
+from app.kit.forms import controls, fill
+from app.models.model_card import AppliedAdapter, Provenance, load_code
 from app.shapes import Shape, shape_of
 from app.spec import RunSettings
 from app.strategies import STRATEGIES, Memory, Strategy
 from app.strategies._model import blocks, feed_forward_output
 from tests.card_code import run_card
 from tests.worker.orders import chat_rows
-from worker import attention, evaluate, kernels, optim
-from worker.batches import Row, Tokenised, make_batch, tokenise
-from worker.device import choose
-from worker.loss import head_of, linear_cross_entropy
+from worker.data.batching import Row, Tokenised, make_batch, tokenise
+from worker.modeling import fused_layers, packed_attention
+from worker.modeling.cross_entropy import head_of, linear_cross_entropy
+from worker.runtime.device import choose
+from worker.scoring import held_out
+from worker.training import optim
 
 NAMES = list(STRATEGIES)
 WRITERS = [name for name, cls in STRATEGIES.items() if cls.recipe == "gradient" and "generation" in cls.tasks]
@@ -55,9 +57,9 @@ def tokenizer(tiny_model: Path):
 
 def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME, dtype=dtype)
     model.name_or_path = model.config._name_or_path = "tiny"
-    kernels.use_fused_layers(model)
+    fused_layers.use_fused_layers(model)
     return model
 
 
@@ -84,8 +86,8 @@ def learn(
     strategy.begin(model, steps)
     batch, losses = make_batch(data, list(range(len(data))), engine.device), []
     for step in range(1, steps + 1):
-        hidden = evaluate.hidden_states(model, batch, engine)
-        loss = linear_cross_entropy(hidden, head_of(evaluate.plain_model(model)), batch.targets, engine.compute) / batch.trained
+        hidden = held_out.hidden_states(model, batch, engine)
+        loss = linear_cross_entropy(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute) / batch.trained
         extra = strategy.regulariser(model)
         (loss if extra is None else loss + extra).backward()
         optimizer.step()
@@ -98,9 +100,9 @@ def learn(
 def logits(model: torch.nn.Module, data: Tokenised) -> torch.Tensor:
     """Of the packed rows, so that every architecture of the engine is in play."""
     batch = make_batch(data, [0, 1, 2], torch.device("cpu"))
-    with evaluate.evaluating(model):
-        hidden = evaluate.hidden_states(model, batch, choose(RunSettings(precision="fp32"), STRATEGIES["lora"]()))
-        return evaluate.plain_model(model).get_output_embeddings()(hidden)
+    with held_out.evaluating(model):
+        hidden = held_out.hidden_states(model, batch, choose(RunSettings(precision="fp32"), STRATEGIES["lora"]()))
+        return held_out.plain_model(model).get_output_embeddings()(hidden)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -113,7 +115,7 @@ def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: P
         model = fresh(tiny_model, dtype)
         torch.manual_seed(1)
         model = strategy.attach(model)
-        kernels.speed_up(model, choose(RunSettings(precision=precision), strategy), 0.0)
+        fused_layers.speed_up(model, choose(RunSettings(precision=precision), strategy), 0.0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         # At a rate ten times as high, full tuning doubles every last digit from step to step.
         told[precision] = learn(strategy, model, data, 8, precision, least=1e-2 if strategy.adapter else 1e-3)
@@ -198,15 +200,15 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
     again = strategy.load(fresh(tiny_model), folder)
     torch.testing.assert_close(logits(again, data), after, atol=2e-5, rtol=1e-4)
 
-    asked = evaluate.questions(tokenizer, [Row(1, chat_rows(1)[0]), Row(2, chat_rows(2)[1])], "dialogue", 2, 200)
+    asked = held_out.questions(tokenizer, [Row(1, chat_rows(1)[0]), Row(2, chat_rows(2)[1])], "dialogue", 2, 200)
     lead = [tokenizer.pad_token_id] * strategy.virtual_tokens()
     engine = choose(RunSettings(precision="fp32"), strategy)
-    together = evaluate.answers(again, tokenizer, asked, 8, engine, lead)
-    apart = list(itertools.chain(*(evaluate.answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
+    together = held_out.answers(again, tokenizer, asked, 8, engine, lead)
+    apart = list(itertools.chain(*(held_out.answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
     assert together == apart  # padding on the left changes nothing
 
     tokenizer.save_pretrained(folder)
-    made_of = MadeOf("base", (Laid("it", strategy),)) if strategy.adapter else MadeOf(None)
+    made_of = Provenance("base", (AppliedAdapter("it", strategy),)) if strategy.adapter else Provenance(None)
     elsewhere = run_card(f"```python\n{load_code('dialogue', made_of)}```", folder, base=tiny_model)["model"].eval()
     ids = torch.tensor([asked[0].ids])
     with torch.no_grad():
@@ -257,9 +259,9 @@ def built(kind: str) -> torch.nn.Module:
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False))
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(packed_attention.NAME)
     model.name_or_path = model.config._name_or_path = kind
-    kernels.use_fused_layers(model)
+    fused_layers.use_fused_layers(model)
     return model
 
 
@@ -272,9 +274,9 @@ def states(model: torch.nn.Module, lead: int) -> torch.Tensor:
     sequences = [[0] * lead + list(range(3, 27)), [0] * lead + list(range(9, 26))]
     lengths = [len(ids) for ids in sequences]
     ids, places = torch.tensor([[*itertools.chain(*sequences)]]), torch.cat([torch.arange(n) for n in lengths])[None]
-    plain = evaluate.plain_model(model)
+    plain = held_out.plain_model(model)
     body = plain.get_decoder() if hasattr(plain, "lm_head") else plain
-    return body(input_ids=ids, position_ids=places, **attention.packed_arguments(lengths, torch.device("cpu"))).last_hidden_state[0]
+    return body(input_ids=ids, position_ids=places, **packed_attention.packed_arguments(lengths, torch.device("cpu"))).last_hidden_state[0]
 
 
 def variants(name: str) -> list[Strategy]:
@@ -320,7 +322,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str, kind: str) -> None
 
     def learnt(layers: int) -> tuple[float, dict[str, torch.Tensor], int]:
         model = built(kind)
-        kernels.recompute_layers(model, layers)
+        fused_layers.recompute_layers(model, layers)
         passes = []
         feed_forward_output(blocks(model)[0]).register_forward_pre_hook(lambda *_: passes.append(1))
         model = strategy.attach(model, task=task, labels=3).train()

@@ -15,6 +15,6 @@ def tokenizer(tiny_model: Path):
 
 @pytest.fixture
 def network(tiny_model: Path):
-    from worker import attention
+    from worker.modeling import packed_attention
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
+    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=packed_attention.NAME)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app import events
-from app.rows import write_rows
+from app.datasets.row_store import write_rows
 from app.settings import PROJECT, get_settings
 from app.shapes import shape_of
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
@@ -119,7 +119,16 @@ class WarmTrainer:
         os.mkfifo(pipe)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["worker.run", "worker.train", "worker.writing", "worker.lora", "peft", "pyarrow.parquet", "scipy.stats", "tests.worker.orders"]
+            [
+                "worker.run",
+                "worker.train",
+                "worker.training.objectives.causal_lm",
+                "worker.modeling.fused_lora",
+                "peft",
+                "pyarrow.parquet",
+                "scipy.stats",
+                "tests.worker.orders",
+            ]
         )
         arguments = ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd"]
         self.process = context.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at, place), daemon=True)

@@ -11,7 +11,7 @@ import pytest
 
 from app.settings import PROJECT
 from benchmarks.estimates import error, order_key, parser, plans, table
-from tests.worker.test_classification import put_encoder
+from tests.worker.training.test_classification import put_encoder
 
 
 def run(*arguments, folder):

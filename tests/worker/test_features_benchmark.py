@@ -10,8 +10,8 @@ import sys
 
 from app.settings import PROJECT
 from benchmarks.features import verdict
-from tests.worker.test_classification import put_encoder, texts
-from worker.features import STRENGTHS
+from tests.worker.training.test_classification import put_encoder, texts
+from worker.training.feature_cache import STRENGTHS
 
 
 def test_a_job_beside_plain_scikit_learn(tmp_path, data_dir, tiny_model):

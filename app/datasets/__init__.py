@@ -1,0 +1,1 @@
+"""Datasets: read, checked, edited, split and combined."""

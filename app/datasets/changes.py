@@ -1,0 +1,86 @@
+"""What a version changed against the one it was made from. Lines keep their numbers through every version of a file, so both are
+walked through side by side, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.datasets import inspections
+from app.datasets.row_store import read_rows
+from app.kit.json_safe import shortened
+from app.tables import Dataset, Inspection
+
+KINDS = {"removed": "removed", "relabeled": "relabeled", "edited": "edited", "added": "now valid"}
+"""Each kind of change, and how it is counted in words."""
+EXAMPLES, EXAMPLE_BYTES = 5, 4 << 10
+
+
+def parent_of(session: Session, dataset: Dataset) -> Dataset | None:
+    """The version it was made from, where its rows are still there and come from the same file."""
+    parent = session.get(Dataset, dataset.parent_id) if same_file(dataset) else None
+    return parent if parent is not None and parent.status == "ready" and parent.rows_path and parent.deleted_at is None else None
+
+
+def same_file(dataset: Dataset) -> bool:
+    """Whether it is a version by edits or another reading; a dataset made of others has lines of its own."""
+    return dataset.parent_id is not None and not (dataset.origin or {}).get("sources")
+
+
+def ask(session: Session, dataset: Dataset) -> Inspection | None:
+    """The comparison with its parent; None where there is nothing to compare with."""
+    parent = parent_of(session, dataset)
+    if parent is None or dataset.status != "ready":
+        return None
+    return inspections.ask(session, dataset, "changes", {"before_rows": parent.rows_path})
+
+
+def words(result: dict[str, Any]) -> str:
+    """`2 rows removed, 1 edited`."""
+    found = [(name, result[kind]) for kind, name in KINDS.items() if result[kind]]
+    if not found:
+        return "No row changed"
+    (name, first), *others = found
+    return ", ".join([f"{first:,} row{'s' if first != 1 else ''} {name}", *(f"{count:,} {name}" for name, count in others)])
+
+
+# In a child of the data worker ----------------------------------------------------------------------------------------
+
+
+def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
+    """`payload`: rows and before, the files of both versions. Counts every kind of change, and shows the first of each."""
+    counts: Counter[str] = Counter()
+    examples: list[dict[str, Any]] = []
+    for line, before, after in _side_by_side(Path(payload["before"]), Path(payload["rows"])):
+        kind = "kept" if before == after else _kind(before, after)
+        counts[kind] += 1
+        if kind != "kept" and counts[kind] <= EXAMPLES:
+            examples.append({"line": line, "kind": kind, "before": _shown(before), "after": _shown(after)})
+    return {kind: counts[kind] for kind in (*KINDS, "kept")} | {"examples": examples}
+
+
+def _side_by_side(before: Path, after: Path) -> Iterator[tuple[int, str | None, str | None]]:
+    """(line, row before, row after) in the order of the lines, None where a version has no such row."""
+    left, right = read_rows(before), read_rows(after)
+    one, other = next(left, None), next(right, None)
+    while one or other:
+        line = min(found[0] for found in (one, other) if found)
+        ours, theirs = (found[1] if found and found[0] == line else None for found in (one, other))
+        yield line, ours, theirs
+        one, other = (next(left, None) if ours is not None else one), (next(right, None) if theirs is not None else other)
+
+
+def _kind(before: str | None, after: str | None) -> str:
+    if before is None or after is None:
+        return "added" if before is None else "removed"
+    one, other = json.loads(before), json.loads(after)
+    return "relabeled" if "label" in one and {**one, "label": other.get("label")} == other else "edited"
+
+
+def _shown(row: str | None) -> dict[str, Any] | None:
+    return None if row is None else shortened(json.loads(row), EXAMPLE_BYTES)[0]

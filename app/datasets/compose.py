@@ -1,0 +1,196 @@
+"""Datasets made of others: joined, mixed by weights, drawn at random, freed of repetitions, or converted.
+
+    order ─→ a new version with its lineage, `reading` ─→ the data worker writes its file (`app/datasets/compose_rows.py`) and reads it
+
+The result is a dataset like any other: it has a file of its own, so it can be mended, downloaded and joined again. Its
+`origin` names every source with its version and the hash of its rows, so the same order always gives the same rows.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from app import formats, queue
+from app.datasets import compose_rows, versions
+from app.datasets import service as datasets
+from app.errors import BadField, Conflict
+from app.kit import ids
+from app.tables import Dataset, User
+
+Operation = Literal["concatenate", "mix", "sample", "deduplicate", "convert"]
+MAX_SOURCES, MAX_ROWS = 20, 5_000_000
+
+
+class Part(BaseModel):
+    """One dataset of a combination, and its weight in a mixture."""
+
+    model_config = ConfigDict(extra="forbid")
+    dataset: str = Field(description="Its id.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="Its share of a mixture, relative to the weights of the others."
+    )
+
+
+def _bare_id(value: Any) -> Any:
+    return {"dataset": value} if isinstance(value, str) else value
+
+
+Source = Annotated[Part, BeforeValidator(_bare_id, json_schema_input_type=str | Part)]
+"""A dataset and its weight, or its id alone."""
+
+
+class CombineRequest(BaseModel):
+    """What to make, and of what."""
+
+    model_config = ConfigDict(extra="forbid")
+    operation: Operation
+    datasets: Annotated[list[Source], Field(min_length=1, max_length=MAX_SOURCES)]
+    rows: int | None = Field(
+        default=None, ge=1, le=MAX_ROWS, description="Rows of a mixture or a sample; a mixture takes as many as it can."
+    )
+    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Decides which rows are drawn, and the order of a mixture.")
+    repeat: bool = Field(default=False, description="Whether rows of a dataset that is too small for its share may come several times.")
+    near: bool = Field(default=False, description="Whether near duplicates are removed too.")
+    format: str | None = Field(default=None, description="What a conversion makes of the rows.")
+    name: str | None = Field(default=None, max_length=200)
+
+
+def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
+    """A new version of the first dataset, made of all of them, ordered from the data worker.
+
+    Raises BadField where the datasets or numbers do not go together, Conflict for one that is not ready.
+    """
+    parts = [(datasets.get(session, user, ids.parse(ids.DATASET, part.dataset, param="datasets")), part.weight) for part in wish.datasets]
+    found = [dataset for dataset, _ in parts]
+    _check_sources(found, wish)
+    shape = _shape(found, wish)
+    rows = _rows(found, [weight for _, weight in parts], wish)
+    first = found[0]
+    new = Dataset(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        parent_id=first.id,
+        name=((wish.name or "").strip() or first.name)[:200],
+        version=versions.next_number(session, first),
+        format=shape,
+        format_chosen=True,
+        mapping=compose_rows.MAPPINGS[shape],
+        status="reading",
+        origin={
+            "operation": wish.operation,
+            "from": ids.public(ids.DATASET, first.id),
+            "sources": [_source(dataset, weight) for dataset, weight in parts],
+            "shape": shape,
+            "rows": rows,
+            "seed": wish.seed,
+            "near": wish.near,
+            "converted": conversions(found, shape),
+        },
+    )
+    session.add(new)
+    session.flush()
+    queue.enqueue(session, queue.READ, new.id)
+    session.refresh(new)
+    return new
+
+
+def _source(dataset: Dataset, weight: float) -> dict[str, Any]:
+    return {
+        "dataset": ids.public(ids.DATASET, dataset.id),
+        "name": dataset.name,
+        "version": dataset.version,
+        "path": dataset.rows_path,
+        "sha256": dataset.rows_sha256,
+        "shape": shape_of(dataset),
+        "size": dataset.good_rows,
+        "weight": weight,
+    }
+
+
+def shape_of(dataset: Dataset) -> str:
+    return formats.get(dataset.format or "").shape
+
+
+def _check_sources(found: list[Dataset], wish: CombineRequest) -> None:
+    for dataset in found:
+        if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
+            state = "has no valid rows" if dataset.status == "ready" else f"is {dataset.status}"
+            raise Conflict(f"The dataset {dataset.name} {state}.", way_out="Wait until it is ready, or exclude it.")
+    if wish.operation in ("sample", "convert") and len(found) > 1:
+        raise BadField(
+            f"Only one dataset can be {'sampled' if wish.operation == 'sample' else 'converted'} at a time, and {len(found)} were chosen.",
+            way_out="Choose one, or combine several first.",
+            param="datasets",
+        )
+    if wish.operation in ("concatenate", "mix") and len(found) < 2:
+        raise BadField("Combining needs at least two datasets.", way_out="Choose another one.", param="datasets")
+
+
+def _shape(found: list[Dataset], wish: CombineRequest) -> str:
+    """The shape of the rows to be made. Raises BadField where the datasets cannot be brought into one without a loss."""
+    shapes = [shape_of(dataset) for dataset in found]
+    if wish.operation != "convert":
+        common = compose_rows.common_shape(shapes)
+        if common is None:
+            named = "; ".join(f"{dataset.name} is {_title(shape)}" for dataset, shape in zip(found, shapes, strict=True))
+            raise BadField(
+                f"These datasets have different formats, and none converts to another without loss: {named}.",
+                way_out="Choose datasets of one format, or convert one of them first; the result lists what was lost.",
+                param="datasets",
+            )
+        return common
+    wanted = formats.get(wish.format).shape if wish.format else ""
+    if wanted == shapes[0] or compose_rows.conversion(shapes[0], wanted) is None:
+        able = (
+            ", ".join(name for name in compose_rows.MAPPINGS if name != shapes[0] and compose_rows.conversion(shapes[0], name))
+            or "nothing else"
+        )
+        raise BadField(
+            f"Rows in the format {_title(shapes[0])} can be converted to {able}.", way_out="Send format with one of these.", param="format"
+        )
+    return wanted
+
+
+def conversions(found: list[Dataset], shape: str) -> list[str]:
+    """What is done to the rows of each dataset that are not of this shape yet, in words."""
+    words = []
+    for dataset in found:
+        own = shape_of(dataset)
+        how = compose_rows.conversion(own, shape)
+        if own != shape and how is not None:
+            words.append(f"{dataset.name}, {_title(own)} to {_title(shape)}: {how.words}.")
+    return words
+
+
+def _title(shape: str) -> str:
+    return formats.FORMATS[shape].title.lower()
+
+
+def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> int | None:
+    """How many rows are drawn; None where all are taken. Raises BadField for more than there are."""
+    sizes = [dataset.good_rows or 0 for dataset in found]
+    if wish.operation == "sample":
+        if wish.rows is None:
+            raise BadField("The number of rows to sample is missing.", way_out=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
+        if wish.rows > sizes[0]:
+            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", way_out="Sample fewer.", param="rows")
+        return wish.rows
+    if wish.operation != "mix":
+        return None
+    most = compose_rows.most_rows(weights, sizes)
+    if wish.rows is None:
+        if most < 1:
+            raise BadField("At these weights no row can be used.", way_out="Choose weights that are closer together.", param="datasets")
+        return min(most, MAX_ROWS)
+    for dataset, size, count in zip(found, sizes, compose_rows.shares(weights, wish.rows), strict=True):
+        if count > size and not wish.repeat:
+            raise BadField(
+                f"{wish.rows:,} rows at these weights take {count:,} of {dataset.name}, which has {size:,}.",
+                way_out=f"Ask for at most {most:,} rows, or allow repeated rows.",
+                param="rows",
+            )
+    return wish.rows

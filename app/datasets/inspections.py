@@ -1,0 +1,239 @@
+"""Questions about a dataset that need a child of the data worker, and their answers, which are kept.
+
+    ask ─→ waiting ─answer()─→ ready | error
+
+The web process asks, waits a moment, and shows the answer or a page that looks again. Everything asked for a second time
+is there at once, because a version of a dataset never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import db, queue
+from app.datasets import service as datasets
+from app.errors import Conflict, StudioError
+from app.kit import sandbox
+from app.settings import get_settings
+from app.spec import ModelRef, RunSettings
+from app.storage import files
+from app.tables import Dataset, File, Finding, Inspection, Model
+
+FUNCTIONS = {
+    "lengths": "worker.data.inspection:lengths",
+    "rows": "worker.data.inspection:rows",
+    "split": "app.datasets.splits:look",
+    "side": "app.datasets.splits:side",
+    "line": "app.datasets.raw_line:look",
+    "changes": "app.datasets.changes:look",
+}
+"""What the child runs. Names, because nothing here imports the worker."""
+LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
+LEASE_SECONDS = 60
+ASK_AGAIN_SECONDS = 20
+ANSWERS = 4
+"""Raised when the same question is answered differently, so that older answers are not shown."""
+TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
+
+
+def ask(
+    session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None, *, announce: bool = True
+) -> Inspection:
+    """The inspection that answers this, ordered when it is new, failed, or was forgotten on the way; `announce` is False for
+    one whose answer is there already."""
+    if dataset.status != "ready":
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+    asked = json.dumps(
+        [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments, ANSWERS],
+        sort_keys=True,
+    )
+    question = hashlib.sha256(asked.encode()).hexdigest()
+    values = {"id": uuid.uuid4(), "dataset_id": dataset.id, "model_id": model.id if model else None, "kind": kind}
+    new = session.scalar(
+        insert(Inspection)
+        .values(**values, arguments=arguments, question=question)
+        .on_conflict_do_nothing(index_elements=["question"])
+        .returning(Inspection.id)
+    )
+    quiet = func.clock_timestamp() - timedelta(seconds=ASK_AGAIN_SECONDS)
+    again = None if new else session.scalar(
+        update(Inspection)
+        .where(Inspection.question == question, Inspection.status != "ready", Inspection.asked_at < quiet)
+        .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
+        .values(status="waiting", asked_at=func.clock_timestamp(), error=None)
+        .returning(Inspection.id)
+    )  # fmt: skip
+    if announce and (new or again):
+        queue.enqueue(session, queue.INSPECT, new or again)
+    return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
+
+
+def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:
+    """The inspection once it is answered, or as it is after `seconds`. Holds no connection while it waits."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with db.transaction() as session:
+            found = session.get_one(Inspection, inspection_id)
+        if found.status in ("ready", "error") or time.monotonic() > deadline:
+            return found
+        time.sleep(0.08)
+
+
+def tokenizer_of(session: Session, model: Model) -> str:
+    """The folder of a model's tokenizer, relative to the data folder: the newest adapter's own, or the base's."""
+    from app.models import service as models
+
+    ref = models.reference(session, model)
+    data = get_settings().data_dir
+    own = [adapter.path for adapter in ref.adapters if (data / adapter.path / "tokenizer_config.json").is_file()]
+    return own[-1] if own else ref.path
+
+
+# In the data worker ---------------------------------------------------------------------------------------------------
+
+
+def answer(inspection_id: uuid.UUID) -> None:
+    """Body of the task INSPECT: claim, run a child, record. A question that is being answered already is left alone."""
+    with db.transaction() as session:
+        found = session.scalar(
+            update(Inspection)
+            .where(Inspection.id == inspection_id, Inspection.status.in_(("waiting", "running")))
+            .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
+            .values(status="running", lease_until=func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS))
+            .returning(Inspection)
+        )
+        payload = _payload(session, found) if found is not None else None
+    if found is None:
+        return
+    try:
+        if payload is None:
+            raise Conflict("The dataset, its file or the model was deleted.", way_out="Choose another.")
+        result, error = (
+            sandbox.run(
+                FUNCTIONS[found.kind],
+                payload,
+                LIMITS,
+                folder=get_settings().folder("tmp"),
+                read=[payload[name] for name in ("rows", "validation", "before", "path", "tokenizer") if name in payload],
+                keep_going=lambda: _beat(inspection_id),
+            ),
+            None,
+        )
+    except sandbox.Refused as refused:
+        result, error = None, refused.error
+    except sandbox.Killed as killed:
+        result, error = None, {"message": f"It could not be computed. {killed.message}", "way_out": "Try again, or with another model."}
+    except StudioError as fault:
+        result, error = None, {"message": fault.message, "way_out": fault.way_out}
+    with db.transaction() as session:
+        _record(session, inspection_id, result, error)
+
+
+def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
+    dataset, model = session.get_one(Dataset, found.dataset_id), session.get(Model, found.model_id) if found.model_id else None
+    if dataset.deleted_at is not None or not dataset.rows_path or (found.model_id and (model is None or model.deleted_at is not None)):
+        return None
+    data = get_settings().data_dir
+    payload = {**found.arguments, "rows": str(data / dataset.rows_path), "count_of_rows": dataset.good_rows, "task": dataset.task}
+    payload.setdefault("count", dataset.good_rows)
+    for name in ("validation", "before"):
+        if other := payload.get(f"{name}_rows"):
+            payload[name] = str(data / other)
+    if found.kind == "line":
+        file = session.get(File, dataset.file_id) if dataset.file_id else None
+        if file is None or file.deleted_at is not None:
+            return None
+        payload |= {"path": str(files.blob_path(file.sha256)), "filename": file.filename, "format": dataset.format}
+        payload |= {"mapping": dataset.mapping, "edits": dataset.edits or []}
+    if model is not None:
+        payload |= {"tokenizer": str(data / tokenizer_of(session, model)), "kind": model.kind}
+    return payload
+
+
+def _beat(inspection_id: uuid.UUID) -> bool:
+    with db.transaction() as session:
+        lease = func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
+        kept = update(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").values(lease_until=lease)
+        return session.scalar(kept.returning(Inspection.id)) is not None
+
+
+def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+    found = session.scalar(select(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").with_for_update())
+    if found is None:
+        return
+    found.result = result
+    found.error = error
+    found.status, found.lease_until = ("ready" if error is None else "error"), None
+
+
+KEPT_DAYS = {"rows": 7, "side": 7, "line": 1}
+"""Answers of a page of rows are soon asked again, and cost little to make; the others are kept as long as their dataset."""
+
+
+def sweep(session: Session, at_most: int = 1000) -> int:
+    """Remove answers about deleted datasets and those that nobody will ask for again. Returns how many went."""
+    old = [
+        (Inspection.kind == kind) & (Inspection.asked_at < func.clock_timestamp() - timedelta(days=days))
+        for kind, days in KEPT_DAYS.items()
+    ]
+    gone = select(Dataset.id).where(Dataset.id == Inspection.dataset_id, Dataset.deleted_at.is_not(None)).exists()
+    idle = or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp())
+    found = select(Inspection.id).where(or_(gone, *old), idle).limit(at_most).with_for_update(skip_locked=True)
+    return len(session.execute(delete(Inspection).where(Inspection.id.in_(found)).returning(Inspection.id)).all())
+
+
+# What the trainer's converter says of every row -------------------------------------------------------------------------
+
+
+def counting(session: Session, model: Model) -> dict[str, Any]:
+    """What a child needs to count a dataset's tokens as this model's trainer would, cut where a job's own settings cut."""
+    folder = str(get_settings().data_dir / tokenizer_of(session, model))
+    return {"tokenizer": folder, "tokenizer_name": model.name, "kind": model.kind, "cutoff": report_cutoff(model)}
+
+
+def report_cutoff(model: Model) -> int:
+    return min(RunSettings().max_length, int((model.shape or {}).get("positions") or 1 << 30))
+
+
+def keep_lengths(session: Session, dataset: Dataset, model: Model, result: dict[str, Any]) -> None:
+    """Keep the lengths that were counted while a dataset was read, as the answer to the question its page of rows asks."""
+    found = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model, announce=False)
+    found.result = {name: value for name, value in result.items() if name != "report"}
+    found.status, found.lease_until = "ready", None
+
+
+def stats_for(session: Session, dataset: Dataset, ref: ModelRef) -> datasets.DatasetStats:
+    """The totals of a dataset with its tokens as this model's tokenizer makes them. Where another counted when the dataset
+    was read they are asked for, and that one's figures stand in until they are there."""
+    found = datasets.stats(dataset)
+    model = session.get(Model, ref.id)
+    while model is not None and model.base_id is not None:  # what it was tuned from reads as it does
+        model = session.get(Model, model.base_id)
+    counted_by = (dataset.report or {}).get("tokenizer")
+    if model is None or not model.path or counted_by in (None, model.name) or dataset.status != "ready":
+        return found
+    own = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model).result or {}
+    return found.model_copy(update={name: own[name] for name in ("tokens", "trained_tokens", "longest") if name in own})
+
+
+def add_to_report(session: Session, dataset: Dataset, result: dict[str, Any], said: list[dict[str, Any]]) -> None:
+    """What the converter found in a dataset that was read before there was a model becomes part of its report."""
+    session.execute(delete(Finding).where(Finding.dataset_id == dataset.id, Finding.rule.in_(TOKEN_RULES)))
+    for at in range(0, len(said), 1000):
+        session.execute(insert(Finding), [{"dataset_id": dataset.id, **finding} for finding in said[at : at + 1000]])
+    report = dict(dataset.report or {})
+    found = {rule: entry for rule, entry in report.get("findings", {}).items() if rule not in TOKEN_RULES}
+    for finding in said:
+        rule = finding["rule"]
+        found.setdefault(rule, {"severity": finding["severity"], "count": result["counts"][rule], "message": finding["message"]})
+    dataset.report = report | {"findings": found} | result["report"]
+    queue.notify(session, "dataset", dataset.id)

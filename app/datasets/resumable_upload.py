@@ -1,0 +1,234 @@
+"""Resumable uploads: tus 1.0 (https://tus.io/protocols/resumable-upload) with creation, termination and expiration.
+
+    begin ─→ append, append, … ─→ finish        a File, and a dataset where it is one
+                └ broken off: the bytes that came stay; `offset` says where to go on
+
+How far an upload is stands nowhere but in the length of its file, so nothing can disagree about it. The bytes go to disk
+as they come, and are hashed once they are all there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app import formats
+from app.datasets import readers
+from app.datasets import service as datasets
+from app.db import transaction
+from app.errors import BadField, Conflict, NotFound, StudioError, TooLarge
+from app.kit import ids
+from app.settings import get_settings
+from app.storage import files
+from app.storage.files import Blob, disk_errors
+from app.tables import Upload, User
+
+EXPIRES_SECONDS = 24 * 3600
+MAX_OPEN = 50
+"""Uploads one person may have open at once."""
+_WRITE_BYTES = 1 << 20
+
+
+class Locked(StudioError):
+    """Somebody else is sending bytes of this upload at this moment."""
+
+    status, code, type = 423, "locked", "invalid_request_error"
+
+
+class Gone(NotFound):
+    """The upload has expired."""
+
+    status, code = 410, "expired"
+
+
+class UploadHandle(NamedTuple):
+    """What a sender needs to know of an upload: where its bytes are, how many there must be, what it became."""
+
+    id: uuid.UUID
+    path: Path
+    length: int
+    dataset: str | None
+    file: str | None
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are safely here."""
+        if self.file:
+            return self.length
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+
+def begin(
+    session: Session, user: User, length: int, filename: str, purpose: str = "fine-tune", wishes: dict[str, str] | None = None
+) -> Upload:
+    """A new upload of `length` bytes. What can be known to be wrong is said before any byte is sent."""
+    limit = get_settings().upload_limit_bytes
+    if length > limit:
+        raise TooLarge(f"The file is larger than {limit:,} bytes.", way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
+    if length <= 0:
+        raise BadField("The file is empty.", way_out="Choose a file with at least one row.", param="file")
+    files.check_purpose(purpose)
+    if purpose == "fine-tune":
+        readers.kind_of(filename)
+    wishes = {name: value for name, value in (wishes or {}).items() if name in ("name", "format") and value}
+    if "format" in wishes:
+        formats.get(wishes["format"])
+    open_ = session.scalar(select(func.count()).where(Upload.owner_id == user.id, Upload.file_id.is_(None)))
+    if (open_ or 0) >= MAX_OPEN:
+        raise Conflict(f"{open_} uploads are open already.", way_out="Finish or stop some of them; each ends by itself after a day.")
+    key = uuid.uuid4()
+    path = get_settings().folder("tmp") / f"tus-{key.hex}"
+    with disk_errors():
+        path.touch(0o600, exist_ok=False)
+    upload = Upload(
+        id=key,
+        owner_id=user.id,
+        filename=files.clean_name(filename),
+        purpose=purpose,
+        wishes=wishes,
+        length=length,
+        path=path.relative_to(get_settings().data_dir).as_posix(),
+        expires_at=func.clock_timestamp() + timedelta(seconds=EXPIRES_SECONDS),
+    )
+    session.add(upload)
+    session.flush()
+    session.refresh(upload)
+    return upload
+
+
+def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
+    """An upload of this user. Raises NotFound, and Gone for one that has expired."""
+    upload = session.get(Upload, upload_id)
+    if upload is None or upload.owner_id != user.id:
+        raise NotFound("There is no such upload.", way_out="Begin again.")
+    if upload.file_id is None and session.scalar(select(func.clock_timestamp())) >= upload.expires_at:
+        raise Gone("This upload has expired.", way_out="Begin again.")
+    return upload
+
+
+def ticket(upload: Upload) -> UploadHandle:
+    return UploadHandle(
+        upload.id,
+        get_settings().data_dir / upload.path,
+        upload.length,
+        ids.public(ids.DATASET, upload.dataset_id) if upload.dataset_id else None,
+        ids.public(ids.FILE, upload.file_id) if upload.file_id else None,
+    )
+
+
+async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) -> int:
+    """Add bytes at `offset` and give the new one. What came before a broken connection stays.
+
+    Raises Conflict when the upload stands elsewhere, Locked when another request is adding, TooLarge beyond its length.
+    """
+    with _held(held.path) as handle:
+        at = os.fstat(handle).st_size
+        if at != offset:
+            raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", way_out="Ask with HEAD where to go on.", param="Upload-Offset")
+        buffer = bytearray()
+        try:
+            async for chunk in chunks:
+                buffer += chunk
+                if at + len(buffer) > held.length:
+                    raise TooLarge("More bytes came than were announced.", way_out="Begin again with the right Upload-Length.")
+                if len(buffer) >= _WRITE_BYTES:
+                    at += await run_in_threadpool(_write, handle, buffer)
+                    buffer = bytearray()
+        finally:
+            if buffer and at + len(buffer) <= held.length:
+                at += _write(handle, buffer)
+        return at
+
+
+def _write(handle: int, data: bytearray) -> int:
+    with disk_errors():
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+    return len(data)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[int]:
+    """The file, open at its end, held by this request alone, whichever process it runs in."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:
+        raise Gone("The bytes of this upload are gone.", way_out="Begin again.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(
+                "Another request is sending bytes of this upload.", way_out="Wait a moment, and ask with HEAD where to go on."
+            ) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def finish(user: User, held: UploadHandle) -> str | None:
+    """Make the complete upload a file, and a dataset; gives the dataset's id. Doing it twice gives the same."""
+    with transaction() as session:
+        upload = session.scalars(select(Upload).where(Upload.id == held.id).with_for_update()).one()
+        if upload.file_id is not None:
+            return ticket(upload).dataset
+        blob = _settle(held)
+        file = files.create(session, user, blob, upload.filename, upload.purpose)
+        upload.file_id = file.id
+        if upload.purpose == "fine-tune":
+            made = datasets.create(session, user, file, upload.wishes.get("name"), upload.wishes.get("format"))
+            upload.dataset_id = made.id
+        session.flush()
+        return ticket(upload).dataset
+
+
+def _settle(held: UploadHandle) -> Blob:
+    """The bytes under their SHA-256. The name in tmp/ goes with the next sweep."""
+    digest = hashlib.sha256()
+    with held.path.open("rb") as stream, disk_errors():
+        while piece := stream.read(_WRITE_BYTES):
+            digest.update(piece)
+        os.fsync(stream.fileno())
+        blob = Blob(digest.hexdigest(), held.length)
+        target = files.blob_path(blob.sha256)
+        get_settings().folder("blobs", blob.sha256[:2])
+        # A second name for the same bytes: whatever happens before the row is in, the upload still has them.
+        with contextlib.suppress(FileExistsError):
+            os.link(held.path, target)
+        os.utime(target)  # a blob without a row is swept by its age
+        files.sync_folder(target.parent)
+    return blob
+
+
+def stop(session: Session, upload: Upload) -> None:
+    """Take an upload back; what it became stays."""
+    (get_settings().data_dir / upload.path).unlink(missing_ok=True)
+    session.delete(upload)
+
+
+def sweep(session: Session) -> int:
+    """Remove what has expired, and the temporary names of what is complete. Returns how many went."""
+    expired = select(Upload).where(Upload.expires_at < func.clock_timestamp()).limit(200).with_for_update(skip_locked=True)
+    found = session.scalars(expired).all()
+    for upload in found:
+        stop(session, upload)
+    done = select(Upload).where(Upload.file_id.is_not(None)).limit(200)
+    for upload in session.scalars(done):
+        (get_settings().data_dir / upload.path).unlink(missing_ok=True)
+    return len(found)

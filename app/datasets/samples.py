@@ -1,0 +1,39 @@
+"""The sample datasets that come with the studio: `samples/index.yaml` says what each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from sqlalchemy.orm import Session
+
+from app.datasets import service as datasets
+from app.errors import NotFound
+from app.settings import RESOURCES
+from app.storage import files
+from app.tables import Dataset, User
+
+FOLDER = RESOURCES / "samples"
+
+
+def list_() -> list[dict[str, Any]]:
+    """Every sample: name, file, title, format, rows, shows, and held-out prompts where there are some."""
+    return yaml.safe_load((FOLDER / "index.yaml").read_text(encoding="utf-8"))["samples"]
+
+
+def added(rows: Iterable[Dataset], sample: dict[str, Any]) -> Dataset | None:
+    """The newest of these datasets that was read from the sample's file."""
+    return next((one for one in rows if (one.origin or {}).get("filename") == sample["file"] and one.status != "error"), None)
+
+
+def add(session: Session, user: User, name: str) -> Dataset:
+    """A sample as a dataset of this user: the one that is there, or a new one. Raises NotFound for a name that is not in the index."""
+    sample = next((sample for sample in list_() if sample["name"] == name), None)
+    if sample is None:
+        raise NotFound(f"There is no sample “{name[:60]}”.", way_out=f"There are {', '.join(entry['name'] for entry in list_())}.")
+    here = added(datasets.list_(session, user), sample)
+    if here is not None:
+        return here
+    file = files.add_bytes(session, user, (FOLDER / sample["file"]).read_bytes(), sample["file"], "fine-tune")
+    return datasets.create(session, user, file, name=sample["title"])

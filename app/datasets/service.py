@@ -1,0 +1,368 @@
+"""Datasets: files read as rows, with a report. A dataset is never changed in place; what differs is a new version.
+
+    create ─→ reading ─→ ready | error          how it is read stands in `app/datasets/ingest_task.py`
+
+Versions that mend, edit or join come from `app/datasets/versions.py` and `app/datasets/compose.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from sqlalchemy import Select, func, insert, literal, or_, select
+from sqlalchemy.orm import Session, defer
+
+from app import db, formats, queue
+from app.datasets import readers
+from app.datasets.ingest import VERSION
+from app.errors import BadField, Conflict, NotFound
+from app.formats._messages import known_role
+from app.kit import ids
+from app.settings import get_settings
+from app.spec import DatasetRef
+from app.storage import files
+from app.tables import Dataset, File, Finding, Job, User
+
+UNFINISHED = ("queued", "running", "paused")
+
+
+class DatasetStats(BaseModel):
+    """Totals over the good rows. Token figures are None until a model's tokenizer has counted them."""
+
+    rows: int
+    characters: int
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    longest: int | None = None
+    labels: int | None = None
+
+
+# Making ---------------------------------------------------------------------------------------------------------------
+
+
+def create(
+    session: Session, user: User, file: File, name: str | None = None, format: str | None = None, mapping: dict[str, str] | None = None
+) -> Dataset:
+    """A dataset of this file, ordered to be read; at once ready when the same bytes were read the same way before.
+
+    `format` and `mapping` overrule the guess. Raises Unsupported for an extension no reader takes, BadField for an
+    unknown format.
+    """
+    readers.kind_of(file.filename)
+    if format:
+        formats.get(format)
+    dataset = Dataset(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        file_id=file.id,
+        name=(name or Path(file.filename).name.split(".")[0] or file.filename).strip()[:200],
+        version=1,
+        format=format,
+        format_chosen=bool(format),
+        mapping=mapping or {},
+        origin={"operation": "upload", "filename": file.filename},
+    )
+    return order(session, dataset, file)
+
+
+def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping: dict[str, str] | None = None) -> Dataset:
+    """A new version of a dataset: the same file, read as the person says."""
+    formats.get(format)
+    file = file_of(session, dataset)
+    version = session.scalar(select(func.max(Dataset.version)).where(Dataset.id.in_(family(session, dataset)))) or dataset.version
+    new = Dataset(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        file_id=dataset.file_id,
+        parent_id=dataset.id,
+        name=dataset.name,
+        version=version + 1,
+        format=format,
+        format_chosen=True,
+        mapping=mapping or {},
+        edits=dataset.edits,
+        origin={"operation": "read_as", "format": format, "mapping": mapping or {}, "from": ids.public(ids.DATASET, dataset.id)},
+    )
+    return order(session, new, file)
+
+
+def order(session: Session, dataset: Dataset, file: File) -> Dataset:
+    """Order a new dataset of `file` to be read, unless the same reading is there already."""
+    if dataset.parent_id is not None:
+        dataset.tags = session.get_one(Dataset, dataset.parent_id).tags
+    twin = _twin(session, dataset, file) if not dataset.edits else None
+    if twin is not None:
+        _copy_reading(session, twin, dataset)
+        file.status = "processed"
+    else:
+        dataset.status = "reading"
+        session.add(dataset)
+        session.flush()
+        queue.enqueue(session, queue.READ, dataset.id)
+    session.flush()
+    session.refresh(dataset)
+    return dataset
+
+
+def _twin(session: Session, dataset: Dataset, file: File) -> Dataset | None:
+    """A reading of the same bytes under the same kind of name, with the same wishes, that can be taken over."""
+    query = (
+        select(Dataset, File.filename)
+        .join(File, File.id == Dataset.file_id)
+        .where(Dataset.owner_id == dataset.owner_id, Dataset.status == "ready", Dataset.deleted_at.is_(None), File.sha256 == file.sha256)
+        .where(Dataset.edits.is_(None))
+        .where(Dataset.format_chosen == dataset.format_chosen, Dataset.report["version"].as_integer() == VERSION)
+        .where(or_(Dataset.origin["operation"].astext.in_(("upload", "read_as")), Dataset.origin.is_(None)))
+        .order_by(Dataset.created_at.desc())
+        .limit(20)
+    )
+    for other, filename in session.execute(query):
+        wishes = not dataset.format_chosen or (other.format == dataset.format and other.origin.get("mapping", {}) == dataset.mapping)
+        same = Path(filename).suffixes[-2:] == Path(file.filename).suffixes[-2:]
+        if wishes and same and other.rows_path and (get_settings().data_dir / other.rows_path).exists():
+            return other
+    return None
+
+
+def _copy_reading(session: Session, twin: Dataset, dataset: Dataset) -> None:
+    for column in ("format", "task", "mapping", "status", "rows", "good_rows", "rows_path", "rows_sha256", "report"):
+        setattr(dataset, column, getattr(twin, column))
+    session.add(dataset)
+    session.flush()
+    columns = ["line", "column", "rule", "severity", "value", "message", "fix"]
+    source = (
+        select(literal(dataset.id), *[getattr(Finding, column) for column in columns])
+        .where(Finding.dataset_id == twin.id)
+        .order_by(Finding.id)
+    )
+    session.execute(insert(Finding).from_select(["dataset_id", *columns], source))
+
+
+def file_of(session: Session, dataset: Dataset) -> File:
+    """The file whose bytes it is read from. Raises Conflict when it was deleted."""
+    file = session.get(File, dataset.file_id) if dataset.file_id else None
+    if file is None or file.deleted_at is not None or not files.blob_path(file.sha256).exists():
+        raise Conflict("The file of this dataset was deleted, so it cannot be read again.", way_out="Upload the file again.")
+    return file
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, user: User, dataset_id: uuid.UUID) -> Dataset:
+    """A dataset of this user. Raises NotFound, also for another person's."""
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None or dataset.owner_id != user.id or dataset.deleted_at is not None:
+        raise NotFound(f"No such dataset: {ids.public(ids.DATASET, dataset_id)}", way_out="It may have been deleted.", param="dataset")
+    return dataset
+
+
+def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
+    """The newest reading of a file that gave rows or still may, or the newest where none did. Raises NotFound for an unknown file, BadField
+    for one that is no dataset."""
+    file = files.get(session, user, file_id)
+    query = _readings(file.id).where(Dataset.owner_id == user.id).order_by(_GAVE_NOTHING, *_NEWEST)
+    dataset = session.scalars(query.limit(1)).first()
+    if dataset is None:
+        raise BadField(
+            f"The file {file.filename} was uploaded with the purpose “{file.purpose}” and is not a dataset.",
+            way_out="Upload it with purpose fine-tune.",
+            param="file_id",
+        )
+    return dataset
+
+
+_GAVE_NOTHING = or_(Dataset.status == "error", (Dataset.status == "ready") & (func.coalesce(Dataset.good_rows, 0) == 0))
+_NEWEST = (Dataset.version.desc(), Dataset.created_at.desc())
+
+
+def _readings(file_id: uuid.UUID | None) -> Select[tuple[Dataset]]:
+    """The datasets a file's id may stand for: its own rows, since a mended version has an id of its own."""
+    return select(Dataset).where(Dataset.file_id == file_id, Dataset.edits.is_(None), Dataset.deleted_at.is_(None))
+
+
+def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
+    """The newest reading of the same file where it failed and came after this one, which then stands in for it."""
+    if dataset.edits is not None or dataset.file_id is None:
+        return None
+    own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)
+    newest = session.scalars(own.order_by(*_NEWEST).limit(1)).first()
+    return newest if newest is not None and (newest.status == "error" or (newest.status == "ready" and not newest.good_rows)) else None
+
+
+def list_(session: Session, user: User) -> list[Dataset]:
+    """This user's datasets, newest first."""
+    query = select(Dataset).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    return list(session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id)))
+
+
+def listed(session: Session, user: User) -> tuple[list[Dataset], dict[uuid.UUID, int | None]]:
+    """The same for lists, without the reports, which may be long; and the tokens of each."""
+    query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
+    query = query.where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)).order_by(Dataset.created_at.desc(), Dataset.id)
+    rows = session.execute(query).all()
+    return [row[0] for row in rows], {row[0].id: row[1] for row in rows}
+
+
+def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:
+    """Ids of this dataset, everything it came from and everything that came from any of them."""
+    known = {dataset.id}
+    edge = {dataset.id} | ({dataset.parent_id} if dataset.parent_id else set())
+    while edge - known or edge == {dataset.id}:
+        known |= edge
+        rows = session.execute(select(Dataset.id, Dataset.parent_id).where(or_(Dataset.id.in_(known), Dataset.parent_id.in_(known))))
+        edge = {key for row in rows for key in row if key is not None}
+        if edge <= known:
+            break
+    return list(known)
+
+
+def versions(session: Session, dataset: Dataset) -> list[Dataset]:
+    """Every version of a dataset that is still there, oldest first."""
+    query = select(Dataset).where(Dataset.id.in_(family(session, dataset)), Dataset.deleted_at.is_(None))
+    return list(session.scalars(query.order_by(Dataset.version, Dataset.created_at)))
+
+
+def line(session: Session, dataset: Dataset) -> list[Dataset]:
+    """The versions that a list shows as one: of the same file, under the same name."""
+    same = Dataset.file_id == dataset.file_id if dataset.file_id else Dataset.file_id.is_(None)
+    own = select(Dataset).where(Dataset.owner_id == dataset.owner_id, Dataset.deleted_at.is_(None))
+    return list(session.scalars(own.where(same, Dataset.name == dataset.name)))
+
+
+def with_rows(session: Session, user: User) -> list[Dataset]:
+    """The newest versions that were read and have a valid row: what can be scored, shown on a map and asked about."""
+    return [d for d in list_(session, user) if d.status == "ready" and d.good_rows]
+
+
+def trainable(dataset: Dataset) -> bool:
+    """Whether a method trains on these rows as they are. True while nobody knows, since a job may wait for a dataset that is being read."""
+    return dataset.good_rows != 0 and (dataset.format is None or formats.get(dataset.format).shape != "rated")
+
+
+# Telling --------------------------------------------------------------------------------------------------------------
+
+
+def reference(dataset: Dataset) -> DatasetRef:
+    """Which rows a trainer reads. Its `format` is the shape of the rows. Raises Conflict before the dataset is ready, BadField for rows
+    that no recipe learns from."""
+    if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
+        raise Conflict(
+            f"The dataset {dataset.name} is {dataset.status}, not ready.", way_out="Wait until it is read, or look at its report."
+        )
+    if formats.get(dataset.format).shape == "rated":
+        raise BadField(
+            f"The dataset {dataset.name} holds single answers with a rating. No method here trains on those as they are.",
+            way_out="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
+            param="dataset",
+        )
+    return DatasetRef(
+        id=dataset.id,
+        name=dataset.name,
+        path=dataset.rows_path,
+        sha256=dataset.rows_sha256,
+        format=formats.get(dataset.format).shape,
+        rows=dataset.good_rows or 0,
+    )
+
+
+def stats(dataset: Dataset) -> DatasetStats:
+    report = dataset.report or {}
+    return DatasetStats(
+        rows=dataset.good_rows or 0,
+        characters=report.get("characters", 0),
+        tokens=report.get("tokens"),
+        trained_tokens=report.get("trained_tokens"),
+        longest=report.get("longest"),
+        labels=report.get("label_count"),
+    )
+
+
+def preview(dataset: Dataset, n: int = 10) -> list[dict[str, Any]]:
+    """The first normalised rows, long texts cut."""
+    return [item["row"] for item in (dataset.report or {}).get("preview", [])[:n]]
+
+
+def rules(dataset: Dataset) -> list[dict[str, Any]]:
+    """What was found, by rule: errors first, then by count. Keys: rule, severity, count, message (an example)."""
+    order = {"error": 0, "warning": 1, "note": 2}
+    found = [{"rule": rule, **entry} for rule, entry in (dataset.report or {}).get("findings", {}).items()]
+    return sorted(found, key=lambda entry: (order.get(entry["severity"], 3), -entry["count"], entry["rule"]))
+
+
+def unknown_roles(dataset: Dataset) -> list[dict[str, Any]]:
+    """Speakers whose rows are excluded until somebody says what they stand for: role, messages, and suggested or None."""
+    found = (dataset.report or {}).get("unknown_roles", {})
+    return [{"role": role, "messages": count, "suggested": known_role(role)} for role, count in found.items()]
+
+
+ORDERS: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
+"""How findings can be sorted."""
+
+
+def findings(
+    session: Session,
+    dataset: Dataset,
+    rule: str | None = None,
+    severity: str | None = None,
+    sort: str = "line",
+    after: int = 0,
+    limit: int = 50,
+) -> tuple[list[Finding], bool]:
+    """One page of findings and whether there are more. `sort` is line, rule or severity; `after` counts those before it."""
+    query: Select[tuple[Finding]] = select(Finding).where(Finding.dataset_id == dataset.id)
+    if rule:
+        query = query.where(Finding.rule == rule)
+    if severity:
+        query = query.where(Finding.severity == severity)
+    if sort not in ORDERS:
+        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
+    query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
+    rows = list(session.scalars(query))
+    return rows[:limit], len(rows) > limit
+
+
+def at_line(session: Session, dataset: Dataset, line: int) -> list[Finding]:
+    """What was found in one line."""
+    return list(
+        session.scalars(select(Finding).where(Finding.dataset_id == dataset.id, Finding.line == line).order_by(Finding.id).limit(50))
+    )
+
+
+def delete(session: Session, user: User, dataset: Dataset) -> None:
+    """Take a dataset away, unless an unfinished job needs it. Its rows go once no other version shares them."""
+    job = session.scalars(
+        select(Job).where(
+            or_(Job.dataset_id == dataset.id, Job.validation_dataset_id == dataset.id), Job.status.in_(UNFINISHED), Job.deleted_at.is_(None)
+        )
+    ).first()
+    if job is not None:
+        raise Conflict(
+            f"The job “{job.name}” ({job.status}) still needs the dataset {dataset.name}.",
+            way_out=f"Cancel {ids.public(ids.JOB, job.id)} first, or wait until it has finished.",
+        )
+    dataset.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    session.flush()
+    path = dataset.rows_path
+    if path and not session.scalar(select(Dataset.id).where(Dataset.rows_path == path, Dataset.deleted_at.is_(None)).limit(1)):
+        folder = (get_settings().data_dir / path).parent
+        db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def delete_line(session: Session, user: User, dataset: Dataset) -> None:
+    """Take a dataset away with all the versions that a list shows as one. Raises Conflict, and then none is gone."""
+    for version in line(session, dataset):
+        delete(session, user, version)
+
+
+def delete_file(session: Session, user: User, file_id: uuid.UUID) -> File:
+    """Delete a file and the datasets read from it. Raises Conflict when an unfinished job needs one of them."""
+    for dataset in session.scalars(
+        select(Dataset).where(Dataset.file_id == file_id, Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    ):
+        delete(session, user, dataset)
+    return files.delete(session, user, file_id)

@@ -1,0 +1,1 @@
+"""Evaluations, comparisons, advice and verdicts."""

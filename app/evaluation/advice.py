@@ -1,0 +1,270 @@
+"""The advice for one model and one dataset on this machine: facts gathered, each strategy's cost estimated, all ranked.
+
+What needs the model itself (how unlike the data is to general text, what a prompt alone reaches) is measured by an
+evaluation of the kind `advice` when somebody asks for it, and used here from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+
+from app.datasets import inspections
+from app.datasets import service as datasets
+from app.errors import Conflict
+from app.evaluation import service as evaluations
+from app.evaluation.advice_cards import Card, Step, cards, steps
+from app.jobs.defaults import usual_run
+from app.kit import ids
+from app.kit.humanize import human_bytes, human_number
+from app.machines import heartbeats
+from app.models import service as models
+from app.planning import advisor, duration, feasibility
+from app.planning.advisor import Advice, Cost, Facts, Rule
+from app.shapes import Shape
+from app.spec import JobSpec, ModelRef, RunSettings
+from app.strategies import STRATEGIES
+from app.tables import JSON, Dataset, Evaluation, User
+
+
+class Shown(BaseModel):
+    """One fact as the page shows it."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+class Tune(BaseModel):
+    """Whether to fine-tune at all, in words, with the scores of a prompt alone on validation rows that the words are based on.
+
+    Scores are shares, 0 to 1, of `metric`; `chance` is what always giving the commonest label reaches.
+    """
+
+    answer: str
+    worth_it: bool | None = None
+    measured: bool = False
+    metric: str | None = None
+    zero_shot: float | None = None
+    few_shot: float | None = None
+    shots: int = 0
+    chance: float | None = None
+    rows: int = 0
+    how: str | None = None
+    changed: str | None = None  # what the test changed in the ranking
+
+
+class Advised(BaseModel):
+    model: str
+    dataset: str
+    dataset_id: str
+    facts: Facts
+    shown: list[Shown]
+    tune: Tune
+    cards: list[Card]
+    steps: list[Step]
+    ranking: list[Advice]
+    rules: list[Rule]
+    evaluation: JSON | None = None
+    how_to_measure: str | None = None
+
+
+HOW_TO_MEASURE = "Send the same request with measure set to true: the base model is then tested on validation rows, zero-shot and few-shot."
+
+
+def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
+    """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
+    asked = dict(run or {})
+    settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
+    feasibility.refuse_optimizer(settings, heartbeats.training_machine())
+    resolved = models.resolve(session, user, model)
+    if dataset.status != "ready":
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Ask again when it has been read.", param="dataset_id")
+    measured = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
+    result = result_of(measured)
+    facts = facts_of(dataset, result)
+    why_not = feasibility.why_not_tuned(resolved.ref, facts.task)
+    costs = {} if why_not else costs_of(session, resolved.ref, dataset, facts, settings)
+    ranking = advisor.advise(facts, resolved.ref.shape, costs, why_not)
+    tune = should_tune(facts, result)
+    if result and not why_not:
+        tune.changed = changed(ranking, advisor.advise(facts_of(dataset), resolved.ref.shape, costs))
+    return Advised(
+        model=resolved.model.name,
+        dataset=dataset.name,
+        dataset_id=ids.public(ids.DATASET, dataset.id),
+        facts=facts,
+        shown=show(facts, resolved.ref.shape),
+        tune=tune,
+        cards=cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id)),
+        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.list_(session, user)),
+        ranking=ranking,
+        rules=advisor.rules(ranking),
+        evaluation=evaluations.to_json(measured) if measured else None,
+        how_to_measure=HOW_TO_MEASURE if measured is None or measured.status == "failed" else None,
+    )
+
+
+def changed(ranking: list[Advice], before: list[Advice]) -> str:
+    """What the test of the base model did to the order, in a sentence: the first place, else the largest move."""
+    places = {a.strategy: n for n, a in enumerate(before, 1)}
+    first = ranking[0]
+    if places[first.strategy] != 1:
+        return f"The test moved {first.title} from place {places[first.strategy]} to the top."
+    moves = {a.strategy: places[a.strategy] - n for n, a in enumerate(ranking, 1) if a.available}
+    most = max(moves, key=lambda name: abs(moves[name]), default="")
+    if not most or not moves[most]:
+        return f"The test changed no rank: {first.title} stays first."
+    title = STRATEGIES[most].title
+    return f"The test moved {title} from place {places[most]} to {places[most] - moves[most]}; {first.title} stays first."
+
+
+def measure(session: Session, user: User, model: str, dataset: Dataset) -> Evaluation:
+    """What was measured for this model and data, or is being measured; ordered where there is nothing of the kind yet."""
+    resolved = models.resolve(session, user, model)
+    found = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
+    if found is not None and found.status != "failed":
+        return found
+    named = {"model": model, "dataset_id": ids.public(ids.DATASET, dataset.id), "kind": "advice"}
+    return evaluations.create(session, user, evaluations.read_order(named))
+
+
+def result_of(measured: Evaluation | None) -> JSON:
+    return (measured.result if measured is not None and measured.status == "succeeded" else None) or {}
+
+
+def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None) -> Facts:
+    """What is known of the data and the machine, and what an evaluation of the kind `advice` found."""
+    metric, zero, few = prompted(result or {})
+    stats, here = datasets.stats(dataset), heartbeats.training_machine()
+    report = dataset.report or {}
+    counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
+    return Facts(
+        task=dataset.task or "generation",  # type: ignore[arg-type]
+        rows=dataset.good_rows or 0,
+        tokens=stats.tokens,
+        classes=(report.get("label_count") or len(counts)) if counts else None,
+        smallest_class=min(counts) if counts else None,
+        largest_class=max(counts) if counts else None,
+        distance=(result or {}).get("distance"),
+        metric=metric,
+        prompted=max((score for score in (zero, few) if score is not None), default=None),
+        chance=(result or {}).get("chance"),
+        how=(result or {}).get("how"),
+        memory_bytes=here.training_memory_bytes,
+        cuda=here.cuda,
+    )
+
+
+def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, Cost]:
+    """What each strategy would take with these run settings; those that cannot run here are left out."""
+    here, reference = heartbeats.training_machine(), datasets.reference(dataset)
+    stats = inspections.stats_for(session, dataset, ref)
+    found = {}
+    for name, cls in STRATEGIES.items():
+        strategy = cls()
+        if strategy.unavailable(ref.shape, task=facts.task, cuda=facts.cuda) is not None:
+            continue
+        spec = JobSpec(name="advice", task=facts.task, model=ref, dataset=reference, run=run, strategy=strategy)
+        cost = duration.estimate(spec, stats, here)
+        found[name] = Cost(
+            memory_bytes=cost.memory_bytes,
+            seconds=cost.seconds,
+            trainable_parameters=cost.trainable_parameters,
+            learning_bytes=cost.memory.gradients + cost.memory.optimizer + cost.memory.activations,
+            recomputed_layers=cost.recomputed_layers,
+            tokens=cost.tokens,
+        )
+    return found
+
+
+def show(facts: Facts, shape: Shape) -> list[Shown]:
+    """The facts in words, in the order in which they matter."""
+    found = [Shown(name="Rows", value=human_number(facts.rows), note=facts.task)]
+    if facts.tokens is not None:
+        each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
+        found.append(Shown(name="Tokens", value=human_number(facts.tokens), note=each))
+    if facts.classes:
+        note = (
+            "" if facts.smallest_class is None else f"{human_number(facts.smallest_class)} to {human_number(facts.largest_class)} rows each"
+        )
+        found.append(Shown(name="Classes", value=human_number(facts.classes), note=note))
+        if facts.smallest_class is not None:
+            uneven = advisor.balance(facts)
+            even = "imbalanced: judge by macro F1, not accuracy" if uneven >= advisor.UNEVEN else "largest class to smallest"
+            found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
+    found.append(Shown(name="Model", value=f"{human_number(shape.parameters() / 1e6, 1)} M", note=f"parameters, {shape.architecture}"))
+    found.append(Shown(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
+    found.append(_domain(facts))
+    return found
+
+
+def _domain(facts: Facts) -> Shown:
+    if facts.distance is None:
+        return Shown(name="Domain distance", value="–", note="not applicable to encoders" if facts.how == "vectors" else "not measured")
+    return Shown(name="Domain distance", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
+
+
+def closeness(distance: float) -> str:
+    if distance <= advisor.CLOSE:
+        return "close to general text"
+    return "far from general text" if distance >= advisor.FAR else "somewhat new to the model"
+
+
+# Should you fine-tune at all? ----------------------------------------------------------------------------------------------
+
+NAMES = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
+
+
+def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float | None]:
+    """(metric, zero-shot, few-shot) of a prompt alone: the metric that says most about these rows."""
+    zero, few = result.get("zero_shot") or {}, result.get("few_shot") or {}
+    metric = next((name for name in NAMES if name in zero or name in few), None)  # long answers hardly ever agree to the letter
+    return (metric, zero.get(metric), few.get(metric)) if metric else (None, None, None)
+
+
+def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
+    """From the scores of a prompt alone on validation rows, zero-shot and few-shot."""
+    if not result:
+        return Tune(answer="Not measured yet. Test the base model first: if a prompt is good enough, there is nothing to train.")
+    metric, zero, few = prompted(result)
+    if metric is None or facts.prompted is None:
+        reason = result.get("reason") or "No prompt could be tried on these rows."
+        return Tune(answer=f"{reason} A short job shows whether fine-tuning is worth it.", measured=True)
+    return Tune(
+        answer=_answer(facts, zero, few) + _foreseen(result),
+        worth_it=advisor.worth_tuning(facts),
+        measured=True,
+        metric=NAMES[metric],
+        zero_shot=zero,
+        few_shot=few,
+        shots=int(result.get("shots") or 0),
+        chance=facts.chance,
+        rows=int(result.get("prompted_rows") or 0),
+        how=facts.how,
+    )
+
+
+def _answer(facts: Facts, zero: float | None, few: float | None) -> str:
+    reached = f"{NAMES[facts.metric or 'accuracy']} {facts.prompted:.2f}"
+    by = _by(facts, examples=few is not None and (zero is None or few > zero))
+    if not advisor.worth_tuning(facts):
+        return f"Perhaps not. {by} the base model reaches {reached} on the validation set: a prompt may be sufficient."
+    if facts.chance is not None and (facts.prompted or 0) <= facts.chance + 0.05:
+        return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({facts.chance:.2f}): much headroom."
+    return f"Yes. {by} the base model reaches {reached} on the validation set: headroom for fine-tuning."
+
+
+def _by(facts: Facts, *, examples: bool) -> str:
+    if facts.how == "vectors":
+        return "By nearest neighbor among a few examples" if examples else "By the label name with the nearest vector"
+    return "Few-shot" if examples else "Zero-shot"
+
+
+def _foreseen(result: Mapping[str, Any]) -> str:
+    """What examples do to the likelihood of the references, which is steadier than a few generated answers."""
+    before, after = ((result.get(name) or {}).get("bits_per_byte") for name in ("zero_shot", "few_shot"))
+    return f" Bits per byte of the references: {before:.2f} zero-shot, {after:.2f} few-shot." if before and after else ""

@@ -1,0 +1,304 @@
+"""The table of a comparison: figures of its jobs beside each other, who is best in what, and what a learning curve says.
+
+A figure is None where a job has not got so far. Memory and sizes are bytes, times seconds, losses nats per learnt token,
+forgetting the relative change of bits per byte on the general probe.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Float, cast, select
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.orm import Session
+
+from app.evaluation import comparisons
+from app.jobs import row_losses
+from app.kit import ids, stats
+from app.strategies import STRATEGIES
+from app.tables import JSON, Comparison, Event, Job, Model
+
+Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
+Interval = tuple[float, float]
+LEVEL = 0.05
+"""A share of right answers that moved less, and is known to twice as much, has levelled off."""
+WORTH_MORE = 0.02
+"""A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
+
+
+class Column(NamedTuple):
+    """One column: where its figure stands in a row, the one predicted for it, how it is written, and whether less is better."""
+
+    key: str
+    title: str
+    unit: Unit
+    less: bool
+    predicted: str | None = None
+
+
+class Table(NamedTuple):
+    columns: list[Column]  # the first is the score
+    rows: list[JSON]
+    winners: dict[str, list[str]]  # column → id of the job that is best in it, beyond chance
+    base: JSON  # the scores before tuning, by column
+
+
+SCORES = {
+    "generation": [Column("loss", "Validation loss", "", True)],
+    "classification": [
+        Column("accuracy", "Accuracy", "share", False),
+        Column("macro_f1", "Macro F1", "share", False),
+        Column("loss", "Validation loss", "", True),
+    ],
+    "preference": [Column("reward_accuracy", "Preference accuracy", "share", False), Column("loss", "Validation loss", "", True)],
+}
+SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
+COSTS = [
+    Column("forgetting", "General ability", "change", True),
+    Column("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
+    Column("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
+    Column("seconds", "Time", "seconds", True, "predicted_seconds"),
+    Column("bytes", "On disk", "bytes", True),
+]
+
+
+def table(session: Session, comparison: Comparison) -> Table:
+    """Figures of every job of the comparison that is still there."""
+    found = table_of(session, comparisons.jobs_of(session, comparison))
+    if comparison.kind == "learning_curve":
+        for row in found.rows:
+            row["title"] = f"{row['data_fraction']:.0%} of the rows"
+    return found
+
+
+def table_of(session: Session, found: list[Job]) -> Table:
+    """Figures of some jobs. Jobs checked with other rows can be read beside each other, but none is called the best in a score."""
+    keys = [job.id for job in found]
+    judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
+    rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
+    tasks = dict.fromkeys(job.spec["task"] for job in found) or ["generation"]
+    columns = [*{column.key: column for task in tasks for column in SCORES[task]}.values(), *COSTS]
+    alike = len({_checked(job) for job in found}) == 1
+    base = next((_scores(job.evaluation, "base") for job in found if alike and (job.evaluation or {}).get("base")), {})
+    sure = [_sure(job, row, alike) for job, row in zip(found, rows, strict=True)]
+    return Table(columns, rows, {c.key: _winners(rows, sure, c) for c in columns}, base)
+
+
+def _checked(job: Job) -> tuple[str, ...]:
+    """What decides the base and the rows that a job is judged by."""
+    spec = job.spec
+    run = [str(spec["run"].get(name)) for name in ("seed", "validation_fraction", "max_length")]
+    return (
+        spec["model"]["name"],
+        spec["dataset"]["sha256"],
+        str((spec.get("validation") or {}).get("sha256")),
+        str(spec.get("split")),
+        *run,
+    )
+
+
+def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
+    """The scores of each job's best evaluation so far: the one with the least loss, whose checkpoint is kept."""
+    loss = cast(Event.data["loss"].astext, Float)
+    query = select(Event.job_id, Event.data).where(Event.job_id.in_(keys), Event.type == "evaluated")
+    query = query.ext(distinct_on(Event.job_id)).order_by(Event.job_id, loss)
+    return {key: _known({**(data.get("metrics") or {}), "loss": data["loss"]}) for key, data in session.execute(query)}
+
+
+def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """Parameters that learnt, as the trainers counted them."""
+    query = select(Event.job_id, Event.data["trainable_parameters"].as_integer())
+    return {key: n for key, n in session.execute(query.where(Event.job_id.in_(keys), Event.type == "started").order_by(Event.id))}
+
+
+def _tuned(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
+    """Name of each tuned model, whether it is kept, and its bytes on disk without the base it needs."""
+    query = select(Model.job_id, Model.name, Model.kept, Model.bytes)
+    query = query.where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
+    return {key: {"model": name, "kept": kept, "bytes": size} for key, name, kept, size in session.execute(query) if key is not None}
+
+
+def _scores(evaluation: JSON | None, of: str) -> JSON:
+    return _known((evaluation or {}).get(of) or {})
+
+
+def _known(found: JSON) -> JSON:
+    return {name: found[name] for name in SCORED if is_number(found.get(name))}
+
+
+def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSON:
+    measured, estimate, forgot = job.measured or {}, job.estimate or {}, job.forgetting or {}
+    change = forgot.get("change")
+    if change is None and forgot.get("before") and forgot.get("after") is not None:
+        change = forgot["after"] / forgot["before"] - 1
+    strategy = job.spec["strategy"]["name"]
+    scores = dict.fromkeys(SCORED) | judged | _scores(job.evaluation, "tuned")
+    return {
+        "job": ids.public(ids.JOB, job.id),
+        "name": job.name,
+        "status": job.status,
+        "strategy": strategy,
+        "title": _title(job),
+        "data_fraction": job.spec["run"].get("data_fraction", 1.0),
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "seconds_left": job.seconds_left,
+        **scores,
+        "rows": (job.evaluation or {}).get("rows"),
+        "forgetting": change,
+        "interval": forgot.get("interval"),
+        "verdict": forgot.get("verdict"),
+        "trainable_parameters": counted,
+        "predicted_trainable_parameters": estimate.get("trainable_parameters"),
+        "peak_memory_bytes": measured.get("peak_memory_bytes"),
+        "predicted_memory_bytes": estimate.get("memory_bytes"),
+        "seconds": measured.get("seconds"),
+        "predicted_seconds": estimate.get("seconds"),
+        **(tuned or {"model": None, "kept": None, "bytes": None}),
+        "error": {name: job.error.get(name) for name in ("code", "message", "way_out")} if job.error else None,
+    }
+
+
+def _title(job: Job) -> str:
+    """The strategy with its own settings."""
+    strategy = job.spec["strategy"]
+    if strategy["name"] not in STRATEGIES:
+        return str(strategy["name"])
+    return comparisons.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
+    """95 % of each measured figure. On the same rows a score is known by its distance from the base, which all share."""
+    found: dict[str, Interval] = {}
+    if row["verdict"] == "nothing, by construction":
+        found["forgetting"] = (0.0, 0.0)
+    elif row["interval"]:
+        found["forgetting"] = tuple(row["interval"])
+    if not alike:
+        return found
+    evaluation = job.evaluation or {}
+    found |= {name: tuple(between) for name, between in ((evaluation.get("tuned") or {}).get("intervals") or {}).items() if between}
+    contest = evaluation.get("contest") or {}
+    base = contest.get("base") or {}
+    if base.get("interval"):
+        found[contest.get("metric") or "loss"] = (base["score"] + base["interval"][0], base["score"] + base["interval"][1])
+    return found
+
+
+def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) -> list[str]:
+    """The finished job with the best figure. A measured one must be better than every other beyond chance: where their intervals
+    meet, nobody has won. What a job cost is known as it is, and a tie has no winner."""
+    known: list[tuple[Interval, str]] = []
+    for row, intervals in zip(rows, sure, strict=True):
+        value = row[column.key]
+        if row["status"] != "succeeded" or not is_number(value):
+            continue
+        between = intervals.get(column.key) if column.key in (*SCORED, "forgetting") else (value, value)
+        if between is None:
+            return []  # how sure it is was not told, so it may be as good as the best
+        known.append((between if column.less else (-between[1], -between[0]), row["job"]))
+    known.sort()
+    return [known[0][1]] if len(known) > 1 and all(known[0][0][1] < other[0] for other, _ in known[1:]) else []
+
+
+# The learning curve ---------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """Whether more data would help, and why one may think so."""
+
+    answer: Literal["more", "enough", "unclear"]
+    sentence: str
+
+
+def more_data(session: Session, found: Table) -> Outcome | None:
+    """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from.
+
+    A loss is judged by the same held-out rows under both jobs, where their ledgers have them: what chance alone may bring is no gain.
+    """
+    column = found.columns[0]
+    done = [row for row in found.rows if row["status"] == "succeeded" and is_number(row[column.key])]
+    points = sorted(done, key=lambda row: row["data_fraction"])
+    if len(points) < 2 or points[-1]["data_fraction"] < 1:
+        return None
+    last, newest = points[-2:]
+    share, before, now = last["data_fraction"], last[column.key], newest[column.key]
+    what = column.title.lower()
+    write = (lambda v: f"{v:.1%}") if column.unit == "share" else (lambda v: f"{v:.3f}")
+    moved = f"From {share:.0%} of the rows to all of them the {what} went from {write(before)} to {write(now)}"
+    if column.unit == "share":
+        return _by_share(moved, before, now, newest["rows"])
+    low, high = _moved_by(session, last["job"], newest["job"]) or (now - before, now - before)
+    if low < high:
+        moved += f" ({low:+.3f} to {high:+.3f} on the same validation rows)"
+    return _by_loss(moved, before, now, low, high)
+
+
+def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Outcome:
+    """`low` to `high` is by how much the loss may really have changed."""
+    gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
+    if gain >= WORTH_MORE and high < 0:
+        return Outcome("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
+    if low > 0 and gain <= -WORTH_MORE:
+        return Outcome("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
+    if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
+        return Outcome("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might.")
+    return Outcome("unclear", f"Inconclusive. {moved}: too few validation rows.")
+
+
+def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
+    """95 % of the change of the loss from one job to another on the held-out rows that both have in their ledgers."""
+    first, second = (
+        {entry.line: entry for entry in row_losses.read(session, session.get_one(Job, ids.parse(ids.JOB, job))) if entry.held_out}
+        for job in (before, now)
+    )
+    both = [line for line in second if line in first]
+    if len(both) < 2:
+        return None
+    usual = sum(second[line].tokens for line in both) / len(both)
+    return stats.spread([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
+
+
+def _by_share(moved: str, before: float, now: float, rows: int | None) -> Outcome:
+    """The same for a share of right answers, which is known no better than the number of held-out rows allows."""
+    noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
+    gain = now - before
+    held = f" on {rows:,} validation rows" if rows else ""
+    if gain > noise:
+        return Outcome("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
+    if abs(gain) <= noise and (gain >= LEVEL or noise >= 2 * LEVEL):
+        return Outcome("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
+    if gain > -noise:
+        return Outcome("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
+    return Outcome("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
+
+
+# As JSON --------------------------------------------------------------------------------------------------------------
+
+
+def to_json(session: Session, comparison: Comparison) -> JSON:
+    """A `comparison` of `/v1/comparisons`."""
+    found = table(session, comparison)
+    says = more_data(session, found) if comparison.kind == "learning_curve" else None
+    return {
+        "id": ids.public(ids.COMPARISON, comparison.id),
+        "object": "comparison",
+        "created_at": int(comparison.created_at.timestamp()),
+        "name": comparison.name,
+        "kind": comparison.kind,
+        "status": comparisons.status_of([row["status"] for row in found.rows]),
+        "model": comparison.order["model"],
+        "score": found.columns[0].key,
+        "columns": [column._asdict() for column in found.columns],
+        "data": found.rows,
+        "base": found.base,
+        "winners": found.winners,
+        "refused": comparison.refused,
+        "says": says._asdict() if says else None,
+    }

@@ -1,0 +1,218 @@
+"""Predictions over a whole file, and a look at a dataset's vectors: work for the queue of evaluations, with results of their own.
+
+A row of the table `evaluations` with the kind `predictions` gives a file back with columns added: classes with their
+probabilities, answers, or vectors. `vectors` is a map of a dataset's rows with the nearest of each. Claims, leases, deaths and
+the confined process are those of `app/evaluation/service.py`. Predictions lie in a file of the data folder, moved there whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from app import queue
+from app.datasets import readers
+from app.datasets import service as datasets
+from app.db import on_commit
+from app.errors import BadData, BadField, Conflict
+from app.evaluation import service as evaluations
+from app.evaluation.service import EvaluationSpec, Kind
+from app.inference import tryout
+from app.jobs.lifecycle import storable
+from app.kit import ids
+from app.models import service as models
+from app.settings import get_settings
+from app.spec import DatasetRef
+from app.storage import files
+from app.tables import JSON, Evaluation, User
+
+MAX_ROWS = 100_000
+OUTPUT = "output.jsonl"
+"""What the process writes into its own folder: each row of the file with what was predicted."""
+KINDS: tuple[Kind, ...] = ("predictions",)
+VECTORS: tuple[Kind, ...] = ("vectors",)
+MAX_POINTS = 500
+Format = Literal["csv", "jsonl"]
+
+
+class PredictionOrder(BaseModel):
+    """A model, and the file it runs on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=512, description="A classifier, a model that writes, or an embedding model.")
+    file: str = Field(description="Id of an uploaded file: CSV, TSV, JSON, JSONL, Parquet or text, of at most 100,000 rows.")
+    column: str | None = Field(None, max_length=200, description="Column with the text or the messages. Empty detects it.")
+    system: str | None = Field(None, max_length=20_000, description="System prompt. Empty takes that of the model's training rows.")
+    max_tokens: int = Field(128, ge=1, le=1024, description="Longest answer of a model that writes.")
+
+
+def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
+    """A queued run and its message. Raises NotFound, BadField for a model that another server answers for, Unsupported for a file
+    that no reader takes, Conflict while the model is not ready."""
+    resolved = models.resolve(session, user, order.model)
+    _check_is_here(resolved)
+    file = files.get(session, user, ids.parse(ids.FILE, order.file, param="file"))
+    files.content(session, user, file.id)
+    readers.kind_of(file.filename)
+    look = tryout.of_name(session, user, order.model) if resolved.ref.kind in ("dialogue", "instruction") else None
+    data = get_settings().data_dir
+    path = files.blob_path(file.sha256).relative_to(data).as_posix()
+    spec = EvaluationSpec(
+        kind="predictions",
+        task="classification" if resolved.ref.labels else "generation",
+        model=resolved.ref,
+        dataset=DatasetRef(id=file.id, name=file.filename, path=path, sha256=file.sha256, format="file", rows=0),
+        rows=MAX_ROWS,
+        part="all",
+        answer_tokens=order.max_tokens,
+        column=order.column or None,
+        system=(look.system if look and order.system is None else order.system) or "",
+        forgetting=False,
+    )
+    return _queued(session, user, spec, resolved.model.id, file_id=file.id)
+
+
+def create_vectors(session: Session, user: User, model: str, dataset_id: str) -> Evaluation:
+    """A map of a dataset's rows as a model embeds them; one that is there or under way is given instead of a second."""
+    resolved = models.resolve(session, user, model)
+    _check_is_here(resolved)
+    if resolved.ref.labels:
+        raise BadField(f"{model} is a classifier.", way_out="Take an embedding model, or the base it was fine-tuned from.", param="model")
+    dataset = evaluations.find_dataset(session, user, dataset_id, None)
+    if dataset.status != "ready" or not dataset.good_rows:
+        raise Conflict(f"{dataset.name} is {dataset.status}.", way_out="Take a dataset that is ready.", param="dataset_id")
+    task: Any = dataset.task or "generation"
+    ref = datasets.reference(dataset)
+    spec = EvaluationSpec(
+        kind="vectors", task=task, model=resolved.ref, dataset=ref, rows=MAX_POINTS, part="all", max_length=256, forgetting=False
+    )
+    same = evaluations.mine(user, VECTORS).where(Evaluation.spec == spec.model_dump(mode="json"))
+    earlier = session.scalar(same.where(Evaluation.status.in_((*evaluations.OPEN, "succeeded"))).limit(1))
+    return earlier or _queued(session, user, spec, resolved.model.id, dataset_id=dataset.id)
+
+
+def _check_is_here(resolved: models.Resolved) -> None:
+    if resolved.model.engine is not None:
+        raise BadField(
+            f"{resolved.ref.name} answers through another server; its weights are not here.",
+            way_out="Take a model of this studio.",
+            param="model",
+        )
+
+
+def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.UUID, **of: uuid.UUID) -> Evaluation:
+    made = Evaluation(
+        id=uuid.uuid4(), owner_id=user.id, kind=spec.kind, model_id=model_id, spec=storable(spec.model_dump(mode="json")), **of
+    )
+    session.add(made)
+    session.flush()
+    queue.enqueue(session, queue.EVALUATE, made.id)
+    session.refresh(made)
+    return made
+
+
+def key_of(text: str) -> uuid.UUID:
+    return ids.parse(ids.PREDICTION, text, param="prediction_id")
+
+
+def to_json(found: Evaluation) -> JSON:
+    """A run as the API gives it."""
+    spec, result = found.spec, found.result or {}
+    return {
+        "id": ids.public(ids.PREDICTION, found.id),
+        "object": "prediction",
+        "status": found.status,
+        "model": spec["model"]["name"],
+        "file": ids.public(ids.FILE, found.file_id) if found.file_id else None,
+        "filename": spec["dataset"]["name"],
+        "column": result.get("column") or spec.get("column"),
+        "system": spec.get("system") or None,
+        "max_tokens": spec["answer_tokens"],
+        "progress": found.progress,
+        "stage": found.stage,
+        "rows": result.get("rows"),
+        "added": result.get("added") or [],
+        "without": result.get("without"),
+        "seconds": result.get("seconds"),
+        "error": found.error,
+        "created_at": int(found.created_at.timestamp()),
+        "finished_at": int(found.finished_at.timestamp()) if found.finished_at else None,
+    }
+
+
+# The file that comes of it ----------------------------------------------------------------------------------------------
+
+
+def path_of(evaluation_id: uuid.UUID) -> Path:
+    return get_settings().data_dir / "predictions" / f"{evaluation_id.hex}.jsonl"
+
+
+def keep(evaluation_id: uuid.UUID, folder: Path) -> None:
+    """Move what the process wrote out of its folder, whole. Raises BadData for anything but a plain file."""
+    written = folder / OUTPUT
+    if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
+        raise BadData("The process left no predictions.", way_out="Start it again.")
+    with files.disk_errors(), written.open("rb") as file:
+        os.fsync(file.fileno())
+    target = path_of(evaluation_id)
+    get_settings().folder("predictions")
+    os.replace(written, target)
+    files.sync_folder(target.parent)
+
+
+def forget_unless_wanted(session: Session, evaluation_id: uuid.UUID) -> None:
+    """Remove the file of a run that was cancelled or deleted before it was recorded."""
+    found = session.get(Evaluation, evaluation_id, populate_existing=True)
+    if found is None or found.deleted_at is not None or found.status in ("cancelled", "failed"):
+        path_of(evaluation_id).unlink(missing_ok=True)
+
+
+def delete(session: Session, user: User, evaluation_id: uuid.UUID) -> None:
+    """Take a run and its file away; one that runs is stopped."""
+    evaluations.delete(session, user, evaluation_id, KINDS)
+    on_commit(session, lambda: path_of(evaluation_id).unlink(missing_ok=True))
+
+
+def usual_format(filename: str) -> Format:
+    """Like the input: tables as CSV, everything else as JSON lines."""
+    return "csv" if readers.kind_of(filename) in ("csv", "tsv") else "jsonl"
+
+
+def content(found: Evaluation, format: Format) -> Iterator[str]:
+    """The file with its columns added, piece by piece. Raises Conflict before there is one."""
+    if found.status != "succeeded" or not path_of(found.id).is_file():
+        raise Conflict(f"The predictions are {found.status}.", way_out="Wait until they have succeeded.", code="not_ready")
+    return _lines(path_of(found.id)) if format == "jsonl" else _csv(path_of(found.id), (found.result or {}).get("columns") or [])
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from file
+
+
+def _csv(path: Path, columns: list[str]) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for line in _lines(path):
+        row = json.loads(line)
+        writer.writerow([_cell(row.get(column)) for column in columns])
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+    yield buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | bool) else value

@@ -1,0 +1,410 @@
+"""Evaluations: a model scored on a dataset, without training.
+
+    queued ──claim──▶ running ──finish──▶ succeeded
+      ▲                 │ ├────fail────▶ failed
+      │                 │ └───cancel───▶ cancelled
+      └──lapse, release─┘        a process that died; after three deaths it failed
+
+`scores` measures a model, and the model it was tuned from, on the same rows. `advice` measures what the advice needs of a
+base: how unlike the data is to general text, and what a prompt alone reaches. `blend` scores a tuned model at five points
+between its base and itself. The Celery message only says "look at this one"; the claim below decides, and every write of a
+runner names the fence it holds.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import ColumnElement, Select, select, update
+from sqlalchemy.orm import Session
+
+from app import queue
+from app.datasets import service as datasets
+from app.errors import BadField, Conflict, NotFound
+from app.jobs import service as jobs
+from app.jobs.lifecycle import BEHIND_A_BACKLOG, storable
+from app.jobs.request import bad_field
+from app.kit import ids
+from app.leases import OVER, lapsed, lease, now
+from app.models import interpolation
+from app.models import service as models
+from app.settings import get_settings
+from app.spec import DatasetRef, ModelRef, Split, Task
+from app.tables import JSON, Dataset, Evaluation, Job, Model, Outbox, User
+
+Kind = Literal["scores", "advice", "blend", "predictions", "vectors"]
+SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
+"""The kinds of evaluations; the others only share the queue (`app/evaluation/predictions.py`)."""
+Part = Literal["all", "validation"]
+MAX_DEATHS = 3
+ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
+"""Rows that are read when the order names no number."""
+OPEN = ("queued", "running")
+
+
+class EvaluationRequest(BaseModel):
+    """What is scored on what. The dataset is named by its id or by the file it was made from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    dataset_id: str | None = None
+    file: str | None = None
+    kind: Literal["scores", "advice", "blend"] = "scores"
+    rows: int | None = Field(None, ge=1, le=100_000, description="Max examples, drawn by the seed; empty takes a default.")
+    part: Part | None = Field(
+        None,
+        description="All rows, or the validation split. Empty takes the validation split of a dataset that the model was trained on, and all rows of any other.",
+    )
+    validation_fraction: float | None = Field(None, gt=0, lt=1, description="Validation fraction; empty takes that of the model's job.")
+    max_length: int = Field(1024, ge=8, le=131_072, description="Longer examples are truncated to this many tokens.")
+    answers: int = Field(8, ge=0, le=64, description="Rows that are answered in full and compared with their references.")
+    answer_tokens: int = Field(64, ge=1, le=1024, description="Max new tokens of such an answer.")
+    forgetting: bool = Field(True, description="Score general texts too, to see what a fine-tuned model forgot.")
+    seed: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="Random seed of the split and the draw; empty takes that of the model's job."
+    )
+
+
+class EvaluationSpec(BaseModel):
+    """The frozen order, all that `worker/evaluation/process.py` is told. `base` is the model that `model` was tuned from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    task: Task
+    model: ModelRef
+    base: ModelRef | None = None
+    dataset: DatasetRef
+    rows: int
+    part: Part
+    validation_fraction: float = 0.1
+    split: Split | None = None
+    max_length: int = 1024
+    answers: int = 8
+    answer_tokens: int = 64
+    forgetting: bool = True
+    seed: int = 42
+    note: str = ""
+    column: str | None = None  # of predictions
+    system: str = ""
+
+
+def read_order(body: Mapping[str, Any]) -> EvaluationRequest:
+    try:
+        return EvaluationRequest.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        raise bad_field(error) from None
+
+
+# Ordering -----------------------------------------------------------------------------------------------------------
+
+
+def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation:
+    """A queued evaluation and its message. An equal one that waits or runs already is given instead of a second.
+
+    Raises NotFound, BadField when the model cannot do the dataset's task, Conflict while either is not ready.
+    """
+    resolved = models.resolve(session, user, order.model)
+    dataset = find_dataset(session, user, order.dataset_id, order.file)
+    spec = _spec(session, order, resolved, dataset)
+    frozen = spec.model_dump(mode="json")
+    same = mine(user).where(Evaluation.status.in_(OPEN), Evaluation.spec == frozen)
+    if (earlier := session.scalar(same.limit(1))) is not None:
+        return earlier
+    evaluation = Evaluation(
+        id=uuid.uuid4(), owner_id=user.id, kind=order.kind, model_id=resolved.model.id, dataset_id=dataset.id, spec=frozen
+    )
+    session.add(evaluation)
+    session.flush()
+    queue.enqueue(session, queue.EVALUATE, evaluation.id)
+    session.refresh(evaluation)
+    return evaluation
+
+
+def find_dataset(session: Session, user: User, dataset_id: str | None, file: str | None, param: str = "file") -> Dataset:
+    """By `ds-…`, or by the file it was made from. Raises NotFound, or BadField when neither is named."""
+    if dataset_id:
+        return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
+    if file:
+        return datasets.for_file(session, user, ids.parse(ids.FILE, file, param=param))
+    raise BadField("No data was named.", way_out=f"Send dataset_id or {param}.", param="dataset_id", code="missing_required_parameter")
+
+
+def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
+    if dataset.status != "ready" or not dataset.good_rows:
+        raise Conflict(
+            f"The dataset {dataset.name} cannot be evaluated on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
+            way_out="Wait until it has been read, or fix the issues of its report.",
+            param="dataset_id",
+        )
+    task: Task = dataset.task or "generation"  # type: ignore[assignment]
+    job, base = models.origin(session, resolved)
+    _check_can_do(resolved, task, order.kind, job)
+    learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
+    run = job.spec["run"] if job is not None and learnt else {}
+    shared = learnt and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
+    part = order.part or ("validation" if order.kind == "advice" or shared else "all")
+    return EvaluationSpec(
+        kind=order.kind,
+        task=task,
+        model=resolved.ref,
+        base=models.reference(session, base) if base is not None and order.kind != "advice" else None,
+        dataset=datasets.reference(dataset),
+        rows=order.rows or ROWS[order.kind],
+        part=part,
+        validation_fraction=order.validation_fraction or run.get("validation_fraction") or 0.1,
+        split=Split.model_validate(job.spec["split"]) if learnt and job is not None and job.spec.get("split") else None,
+        max_length=order.max_length,
+        answers=order.answers,
+        answer_tokens=order.answer_tokens,
+        forgetting=order.forgetting and base is not None,
+        seed=order.seed if order.seed is not None else run.get("seed", 42),
+        note=_note(shared, part, order, run, same=job is not None and job.dataset_id == dataset.id) if learnt else "",
+    )
+
+
+def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, Any], *, same: bool) -> str:
+    """What a reader of the scores should know about rows that the model may have learnt."""
+    own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
+    if part == "all" or not shared or not own_split:
+        return "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
+    return "" if same else "The model was trained on another version of this dataset: a few of these rows may be among its training rows."
+
+
+def _strategy(job: Job | None) -> str | None:
+    return job.spec["strategy"]["name"] if job is not None else None
+
+
+def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | None) -> None:
+    model, ref = resolved.model, resolved.ref
+    name, writes = ref.name, ref.shape.architecture != "encoder" and not ref.labels
+    if model.engine is not None:
+        raise BadField(
+            f"{name} answers through another server; its weights are not here.", way_out="Take a model of this studio.", param="model"
+        )
+    if kind == "blend":
+        if ref.name != interpolation.split_name(ref.name)[0]:
+            raise BadField(f"{name} is a blend already.", way_out="Name the fine-tuned model itself.", param="model")
+        if reason := interpolation.why_not(_strategy(job), labels=bool(ref.labels)):
+            raise BadField(f"{name} cannot be blended with its base: {reason}", way_out="Score it as it is.", param="model")
+    if kind == "advice":
+        if ref.labels:
+            raise BadField(
+                f"{name} is a classifier already, so it cannot be tested before fine-tuning.", way_out="Take its base.", param="model"
+            )
+        return
+    if task == "preference":
+        raise BadField("Preference rows cannot be scored yet.", way_out="Take a dataset of answers or of labels.", param="dataset_id")
+    if task == "classification" and not ref.labels:
+        raise BadField(
+            f"{name} is not a classifier, so it cannot be scored on labels.",
+            way_out="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
+            param="model",
+        )
+    if task == "generation" and not writes:
+        raise BadField(
+            f"{name} generates no text, so it cannot be scored on answers.", way_out="Use a model that generates text.", param="model"
+        )
+
+
+# Looking ------------------------------------------------------------------------------------------------------------
+
+
+def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[tuple[Evaluation]]:
+    return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None), Evaluation.kind.in_(kinds))
+
+
+def get(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
+    """One's own. Raises NotFound, also for another person's."""
+    found = session.scalar(mine(user, kinds).where(Evaluation.id == evaluation_id).execution_options(populate_existing=True))
+    if found is None:
+        raise NotFound(f"No such evaluation: {ids.public(ids.EVALUATION, evaluation_id)}", param="evaluation_id")
+    return found
+
+
+def list_(session: Session, user: User, *, model_id: uuid.UUID | None = None, limit: int = 50) -> list[Evaluation]:
+    """Newest first."""
+    query = mine(user).order_by(Evaluation.created_at.desc(), Evaluation.id.desc()).limit(limit)
+    return list(session.scalars(query if model_id is None else query.where(Evaluation.model_id == model_id)))
+
+
+def latest(session: Session, user: User, model_id: uuid.UUID, kind: Kind, dataset_id: uuid.UUID | None = None) -> Evaluation | None:
+    """The newest evaluation of this kind that says something: one that waits, runs or succeeded before one that failed."""
+    query = mine(user).where(Evaluation.model_id == model_id, Evaluation.kind == kind, Evaluation.status != "cancelled")
+    if dataset_id is not None:
+        query = query.where(Evaluation.dataset_id == dataset_id)
+    found = session.scalars(query.order_by(Evaluation.created_at.desc()).limit(10)).all()
+    return next((e for e in found if e.status != "failed"), found[0] if found else None)
+
+
+def blend_panel(session: Session, user: User, model: Model | None, page: str) -> JSON | None:
+    """What `templates/parts/blend.html` shows of a tuned model on `page`; None for a base."""
+    job = session.get(Job, model.job_id) if model is not None and model.job_id is not None else None
+    if model is None or job is None or model.status != "ready":
+        return None
+    found = latest(session, user, model.id, "blend")
+    return {
+        "page": page,
+        "model": model.name,
+        "base": job.spec["model"]["name"],
+        "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "why_not": interpolation.why_not(model.strategy, labels=bool(model.labels)),
+        "evaluation": to_json(found) if found else None,
+        "curve": interpolation.curve(found.result) if found and found.status == "succeeded" else None,
+    }
+
+
+def cancel(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
+    """Stop one that waits or runs: its runner sees at the next beat that it is no longer wanted. One that has ended stays."""
+    get(session, user, evaluation_id, kinds)
+    session.execute(
+        update(Evaluation)
+        .where(Evaluation.id == evaluation_id, Evaluation.status.in_(OPEN))
+        .values(status="cancelled", lease_until=None, finished_at=now())
+    )
+    return get(session, user, evaluation_id, kinds)
+
+
+def delete(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> None:
+    """Take it away; one that runs is stopped."""
+    cancel(session, user, evaluation_id, kinds).deleted_at = session.scalar(select(now()))
+    session.flush()
+
+
+def to_json(evaluation: Evaluation) -> JSON:
+    """The evaluation as the API gives it."""
+    spec = evaluation.spec
+    return {
+        "id": ids.public(ids.EVALUATION, evaluation.id),
+        "object": "evaluation",
+        "kind": evaluation.kind,
+        "status": evaluation.status,
+        "model": spec["model"]["name"],
+        "base": (spec.get("base") or {}).get("name"),
+        "dataset_id": ids.public(ids.DATASET, evaluation.dataset_id) if evaluation.dataset_id else None,
+        "dataset": spec["dataset"]["name"],
+        "task": spec["task"],
+        "part": spec["part"],
+        "rows": spec["rows"],
+        "seed": spec["seed"],
+        "note": spec.get("note", ""),
+        "progress": evaluation.progress,
+        "stage": evaluation.stage,
+        "result": evaluation.result,
+        "error": evaluation.error,
+        "created_at": int(evaluation.created_at.timestamp()),
+        "finished_at": int(evaluation.finished_at.timestamp()) if evaluation.finished_at else None,
+    }
+
+
+# Who runs it --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run an evaluation, for as long as nobody holds a higher fence."""
+
+    id: uuid.UUID
+    fence: int
+    deaths: int
+    spec: EvaluationSpec
+
+
+def _held(claim: Claim) -> ColumnElement[bool]:
+    e = Evaluation
+    return (e.id == claim.id) & (e.fence == claim.fence) & (e.status == "running") & e.deleted_at.is_(None)
+
+
+def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
+    """Take one that waits, or one whose runner stopped beating. None: there is nothing to do, drop the message."""
+    expire_leases(session, evaluation_id)
+    row = session.execute(
+        update(Evaluation)
+        .where(Evaluation.id == evaluation_id, Evaluation.deleted_at.is_(None), Evaluation.status == "queued")
+        .values(status="running", fence=Evaluation.fence + 1, lease_until=lease(), progress=0.0, stage=None)
+        .returning(Evaluation.fence, Evaluation.deaths, Evaluation.spec)
+    ).one_or_none()
+    return None if row is None else Claim(evaluation_id, row.fence, row.deaths, EvaluationSpec.model_validate(row.spec))
+
+
+def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
+    """Keep the lease; False when it is no longer ours: taken over, cancelled or deleted."""
+    values = {"lease_until": lease(), "progress": progress, "stage": storable(stage)}
+    return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
+
+
+def finish(session: Session, held: Claim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
+    """Record how it ended; False when it is no longer ours."""
+    values = {
+        "status": "failed" if error else "succeeded",
+        "result": storable(result),
+        "error": storable(error),
+        "lease_until": None,
+        "progress": 1.0,
+        "stage": None,
+        "finished_at": now(),
+    }
+    return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
+
+
+def release(session: Session, held: Claim, reason: str = "") -> None:
+    """Give it back to be run again: with a `reason` its process died, without one its worker is going down."""
+    found = session.scalar(select(Evaluation).where(_held(held)).with_for_update().execution_options(populate_existing=True))
+    if found is not None:
+        _again(session, found, reason)
+
+
+def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
+    """Queue it once more, or give up at the cap. The caller holds its row."""
+    evaluation.deaths += bool(reason)
+    evaluation.lease_until, evaluation.stage = None, None
+    if evaluation.deaths >= MAX_DEATHS:
+        evaluation.status = "failed"
+        evaluation.finished_at = session.scalar(select(now()))
+        way_out = "Look at the worker's log; fewer rows or a smaller model may help."
+        evaluation.error = storable({"code": "crashed", "message": f"{reason} That was death {evaluation.deaths}.", "way_out": way_out})
+        return
+    evaluation.status = "queued"
+    session.flush()
+    queue.enqueue(session, queue.EVALUATE, evaluation.id)
+
+
+def expire_leases(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
+    """Give back those whose runner was not heard of for a lease: all, or one. Returns how many."""
+    wanted = select(Evaluation).where(Evaluation.status == "running", lapsed(Evaluation.lease_until))
+    wanted = wanted.where(Evaluation.deleted_at.is_(None))
+    if evaluation_id is not None:
+        wanted = wanted.where(Evaluation.id == evaluation_id)
+    dead = session.scalars(wanted.limit(50).with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
+    for evaluation in dead:
+        silent = f"Its worker was not heard of for {get_settings().lease_seconds:g} seconds."
+        _again(session, evaluation, "Its worker died with the studio." if evaluation.lease_until == OVER else silent)
+    return len(dead)
+
+
+def redeliver(session: Session, backlog: int = 0) -> int:
+    """Queued ones that no message speaks of any more; less often while `backlog` messages wait. Returns how many."""
+    recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1))
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == Evaluation.id, Outbox.task == queue.EVALUATE, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
+    )
+    silent = session.scalars(
+        select(Evaluation.id)
+        .where(Evaluation.status == "queued", Evaluation.deleted_at.is_(None), ~spoken_of.exists())
+        .limit(50)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for key in silent:
+        queue.enqueue(session, queue.EVALUATE, key)
+    return len(silent)
+
+
+def reap(session: Session) -> dict[str, int]:
+    """The relay's round."""
+    return {"lapsed": expire_leases(session), "announced": redeliver(session, jobs.backlog())}

@@ -1,0 +1,1 @@
+"""Answers of models: the protocol with the worker, external servers, the playground."""

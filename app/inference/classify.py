@@ -1,0 +1,86 @@
+"""Texts sorted into classes by one or several classifiers: what is asked of the worker, and what came back, for page and API."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from app.errors import BadField
+from app.inference import playground
+from app.inference.playground import MAX_PANES, Option
+from app.inference.protocol import MAX_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
+from app.models import service as models
+from app.spec import ModelRef
+from app.tables import User
+
+MAX_TEXT_LENGTH = 200_000  # characters
+
+
+class Sorting(NamedTuple):
+    """What one classifier said of some texts: for each its labels with their probabilities, likeliest first."""
+
+    name: str
+    ref: ModelRef
+    texts: list[list[tuple[str, float]]]
+    cut: list[bool]
+    tokens: int
+    error: dict[str, Any] | None = None
+
+
+def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]) -> list[GenerateRequest]:
+    """One request for each classifier. Raises BadField for no or too many models or texts, for one that is empty or too long,
+    and for a model that is no classifier."""
+    if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
+        raise BadField(f"Name between one and {MAX_PANES} different classifiers; {len(names)} were named.", param="model")
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise BadField(f"Give between one and {MAX_TEXTS} texts; {len(texts)} were given.", param="input")
+    for place, text in enumerate(texts):
+        if not text.strip():
+            raise BadField(f"Text {place} is empty.", way_out="Remove it.", param="input")
+        if len(text) > MAX_TEXT_LENGTH:
+            raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="input")
+    given = [playground.readable(text) for text in texts]
+    return [
+        GenerateRequest(id=uuid.uuid4(), owner=user.id, model=_classifier(session, user, name), classify=given, sampling=Sampling(), seed=0)
+        for name in names
+    ]
+
+
+def _classifier(session: Session, user: User, name: str) -> ModelRef:
+    ref = models.resolve(session, user, name).ref
+    if ref.kind != "classifier" or not ref.labels:
+        raise BadField(
+            f"{name} is no classifier.", way_out="Choose a model fine-tuned on labeled rows; the page Models lists them.", param="model"
+        )
+    return ref
+
+
+def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorting:
+    """What a classifier said, its labels the likeliest first."""
+    broke = next((e for e in entries if isinstance(e, StreamError)), None)
+    found = next((e for e in entries if isinstance(e, Classified)), None)
+    if broke or found is None:
+        error = {"message": broke.message, "way_out": broke.way_out} if broke else {"message": "No answer came.", "way_out": "Ask again."}
+        return Sorting(name, request.model, [], [], 0, error)
+    done = next((e for e in entries if isinstance(e, Done)), None)
+    texts = [sorted(zip(found.labels, p, strict=True), key=lambda pair: -pair[1]) for p in found.probabilities]
+    return Sorting(name, request.model, texts, found.cut, done.prompt_tokens if done else 0)
+
+
+def to_json(sorting: Sorting) -> dict[str, Any]:
+    """The answer of `POST /v1/classify`."""
+    data = [
+        {"object": "classification", "index": i, "label": said[0][0], "probabilities": dict(said), "truncated": cut}
+        for i, (said, cut) in enumerate(zip(sorting.texts, sorting.cut, strict=True))
+    ]
+    usage = {"prompt_tokens": sorting.tokens, "total_tokens": sorting.tokens}
+    return {"object": "list", "data": data, "model": sorting.name, "usage": usage}
+
+
+def choices(session: Session, user: User) -> dict[str, list[Option]]:
+    """The classifiers that can be asked, newest first."""
+    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
+    return {"Classifiers": [playground.option(m) for m in reversed(rows)]} if rows else {}

@@ -1,0 +1,193 @@
+"""The reader's end of an answer: order it, and hear it token by token without a thread and without a database session.
+
+Whoever stops listening, by closing the iterator, stops the generation. Whoever is not answered any more hears an error
+within seconds: the worker's key has expired, a part was lost, or nobody took the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from weakref import WeakKeyDictionary
+
+import redis
+import redis.asyncio
+from starlette.concurrency import run_in_threadpool
+
+from app import queue
+from app.errors import StudioError, Unavailable
+from app.inference import external_server
+from app.inference.protocol import (
+    READER_SECONDS,
+    Done,
+    Entry,
+    GenerateRequest,
+    Rendered,
+    StreamError,
+    claim_key,
+    reader_key,
+    stream_key,
+    unpack,
+    worker_key,
+)
+from app.machines import heartbeats
+from app.queue import GENERATE
+from app.settings import get_settings
+
+BLOCK_SECONDS = 1.0
+SILENT_SECONDS = 10.0
+RENEW_SECONDS = 2.0
+AGAIN_SECONDS = 10.0
+"""A request nobody has taken is announced again; the claim makes a second message harmless."""
+NO_WORKER_SECONDS = 20.0
+WAIT_SECONDS = 90.0
+
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[str, redis.asyncio.Redis]] = WeakKeyDictionary()
+_farewells: set[asyncio.Task[object]] = set()
+
+
+def _wire() -> redis.asyncio.Redis:
+    """One client per event loop: its connections belong to the loop that opened them."""
+    loop, url = asyncio.get_running_loop(), get_settings().redis_url
+    if not url:
+        raise Unavailable("No message broker is set.", way_out="Start the studio with `luthier up`.")
+    known = _clients.get(loop)
+    if known is None or known[0] != url:
+        # Longer than the wait of a read that blocks, which a silent server would otherwise draw out for ever.
+        client = redis.asyncio.Redis.from_url(url, socket_timeout=SILENT_SECONDS, socket_connect_timeout=5, health_check_interval=15)
+        known = _clients[loop] = (url, client)
+    return known[1]
+
+
+def raise_broke(entry: StreamError) -> None:
+    """The error a worker told, as it would have been raised here."""
+    fault = StudioError(entry.message, way_out=entry.way_out, param=entry.param, code=entry.code)
+    fault.status, fault.type = entry.status, entry.error_type
+    raise fault
+
+
+async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
+    """Entries of one request, in order and complete, ending with Done. Raises StudioError when they cannot go on.
+
+    A request with an engine of its own is rendered by a worker and answered by that server.
+    """
+    async with contextlib.aclosing(_outside(request) if request.engine else _own(request)) as answer:
+        async for entries in answer:
+            yield entries
+
+
+async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
+    rendered = None
+    if request.messages is None or request.engine is None or request.engine.via == "tokens":
+        async for entries in _own(request.model_copy(update={"id": uuid.uuid4(), "engine": None, "render": True})):
+            rendered = next((e for e in entries if isinstance(e, Rendered)), rendered)
+    async with contextlib.aclosing(external_server.answer(request, rendered)) as answer:
+        async for entries in answer:
+            yield entries
+
+
+async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
+    """Through the queue, from a generate worker of this studio."""
+    wire = _wire()
+    try:
+        await wire.set(reader_key(request.id), 1, ex=READER_SECONDS)
+        await _send(request)
+        async for entries in _read(wire, request):
+            for entry in entries:
+                if isinstance(entry, StreamError):
+                    raise_broke(entry)
+            yield entries
+            if entries and isinstance(entries[-1], Done):
+                return
+    except redis.RedisError as error:
+        if queue.cannot_write(error):
+            raise  # it has not gone away; `app.web.error_responses` says what is the matter
+        raise Unavailable("The message broker went away in the middle of the answer.", way_out="Ask again.") from error
+    finally:
+        # Not awaited here: a reader that is being cancelled may not wait for anything.
+        task = asyncio.ensure_future(_leave(wire, request))
+        _farewells.add(task)
+        task.add_done_callback(_farewells.discard)
+
+
+async def _leave(wire: redis.asyncio.Redis, request: GenerateRequest) -> None:
+    with contextlib.suppress(redis.RedisError, RuntimeError):
+        await wire.set(reader_key(request.id), "left", ex=60)
+        await wire.delete(stream_key(request.id))
+
+
+async def _send(request: GenerateRequest) -> None:
+    payload = request.model_dump(mode="json")
+    await run_in_threadpool(queue.celery.send_task, GENERATE, args=[payload], expires=WAIT_SECONDS)
+
+
+async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIterator[list[Entry]]:
+    key, last, seq = stream_key(request.id), b"0-0", 0
+    watch = _Watch(wire, request)
+    while True:
+        await watch.renew()
+        found = await wire.xread({key: last}, count=64, block=int(BLOCK_SECONDS * 1000))
+        if not found:
+            await watch.check()
+            continue
+        watch.heard()
+        entries = found[0][1] if isinstance(found, list) else next(iter(found.values()))[0]
+        for entry_id, fields in entries:
+            last = entry_id
+            if int(fields[b"seq"]) != seq:
+                raise Unavailable("A part of the answer was lost on the way.", way_out="Ask again.", code="answer_lost")
+            seq += 1
+            yield unpack(fields[b"entries"])
+
+
+class _Watch:
+    """Keeps the reader's own key alive and looks after the worker's while nothing comes."""
+
+    def __init__(self, wire: redis.asyncio.Redis, request: GenerateRequest) -> None:
+        self.wire, self.request = wire, request
+        self.began = self.sent = time.monotonic()
+        self.renewed = 0.0
+        self.worker: str | None = None
+        self.absent = 0
+
+    async def renew(self) -> None:
+        now = time.monotonic()
+        if now - self.renewed > RENEW_SECONDS:
+            await self.wire.set(reader_key(self.request.id), 1, ex=READER_SECONDS)
+            self.renewed = now
+
+    def heard(self) -> None:
+        self.absent = 0
+
+    async def check(self) -> None:
+        """Raises Unavailable once it is clear that nothing will come."""
+        if self.worker is None:
+            claimed = await self.wire.get(claim_key(self.request.id))
+            if claimed is None:
+                await self._unclaimed()
+                return
+            self.worker = claimed.decode()
+        self.absent = 0 if await self.wire.exists(worker_key(self.worker)) else self.absent + 1
+        if self.absent >= 2:
+            raise Unavailable(
+                "The worker that was answering has stopped.",
+                way_out="Ask again: it starts anew by itself.",
+                code="worker_lost",
+            )
+
+    async def _unclaimed(self) -> None:
+        now = time.monotonic()
+        if now - self.began > WAIT_SECONDS:
+            raise Unavailable(
+                f"Every worker has had its hands full for {WAIT_SECONDS:.0f} seconds.",
+                way_out="Try again in a moment, or start another generate worker.",
+                code="busy",
+            )
+        if now - self.began > NO_WORKER_SECONDS and not [w for w in await run_in_threadpool(heartbeats.alive) if w.queue == "generate"]:
+            raise Unavailable("No generate worker is running.", way_out="Start the studio with `luthier up`.", code="no_worker")
+        if now - self.sent > AGAIN_SECONDS:
+            self.sent = now
+            await _send(self.request)

@@ -1,0 +1,403 @@
+"""The wire to an engine outside: an OpenAI-compatible server (vLLM, say) asked for one answer, and what it says in our own entries.
+
+The studio renders the prompt with the model's own tokenizer, as in training, and sends its tokens to `/v1/completions`; a
+server that takes no tokens is sent the messages instead (`via="chat"`).
+
+Only the addresses in LUTHIER_ENGINES are ever called: the person who runs the studio lists them, nobody who uses it can add
+one. The name is resolved once per call and the connection goes to that very address; redirects, proxies of the environment
+and link-local addresses (where clouds keep their secrets) are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import json
+import socket
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from app.errors import BadField, StudioError, Unavailable
+from app.inference.protocol import ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Rendered, Started, TextPart
+from app.settings import get_settings
+
+if TYPE_CHECKING:
+    import httpx
+
+JSON = dict[str, Any]
+
+CONNECT_SECONDS = 5.0
+ASKING_SECONDS = 10.0
+SILENT_SECONDS = 120.0
+"""A server that says nothing for so long has stopped."""
+MAX_LINE_LENGTH = 4 * 2**20
+MAX_ANSWER_LENGTH = 64 * 2**20  # bytes
+NO_LIMIT_TOKENS = 512
+"""What a server that renders the prompt itself is asked for when nobody set a limit: the room left is known to it alone."""
+
+
+class Address(NamedTuple):
+    """One entry of LUTHIER_ENGINES: its address without the key, and the key."""
+
+    url: str
+    key: str | None
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+
+# Which servers there are ----------------------------------------------------------------------------------------------
+
+
+def allowed() -> dict[str, Address]:
+    """The servers the settings name, by address. Raises BadField for an entry that is no address of a server."""
+    found = {}
+    for part in get_settings().engines.replace(",", " ").split():
+        address = _address(part)
+        found[address.url] = address
+    return found
+
+
+def _address(text: str) -> Address:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise BadField(
+            "LUTHIER_ENGINES names something that is no address of a server.",
+            way_out="Write addresses as http://127.0.0.1:8001/v1, with commas between them.",
+            param="engines",
+        )
+    named = f"[{host}]" if ":" in host else host
+    url = f"{parts.scheme}://{named}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+    return Address(url, unquote(parts.password) if parts.password else None)
+
+
+def find(url: str) -> Address:
+    """Raises BadField for an address that the settings do not name."""
+    known = allowed()
+    wanted = url.strip().rstrip("/")
+    if wanted not in known:
+        raise BadField(
+            f"{wanted[:120]!r} is not among the engines of this studio.",
+            way_out=f"There are {', '.join(known)}." if known else "Whoever runs the studio lists them in LUTHIER_ENGINES.",
+            param="url",
+        )
+    return known[wanted]
+
+
+def names(address: Address) -> list[str]:
+    """What a server says it serves, by `GET /models`. Raises Unavailable."""
+    import httpx
+
+    try:
+        where, more = _pinned(f"{address.url}/models")
+        with httpx.Client(**_options(address, ASKING_SECONDS)) as client, client.stream("GET", where, **more) as answer:
+            body = b""
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > MAX_LINE_LENGTH:
+                    raise _strange(address)
+        if answer.status_code != 200:
+            raise _refused(address, answer.status_code, body, None)
+        return [str(entry["id"]) for entry in json.loads(body)["data"]]
+    except (httpx.HTTPError, OSError) as error:
+        raise _away(address, error) from None
+    except (ValueError, KeyError, TypeError):
+        raise _strange(address) from None
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+
+async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGenerator[list[Entry]]:
+    """Entries of one request as the server says them, in the order our own engine gives. Closing it ends the connection,
+    which is how such a server learns that nobody listens. Raises StudioError."""
+    import httpx
+
+    engine = request.engine
+    assert engine is not None
+    address = find(engine.url)
+    fold = _Fold(request, rendered, address)
+    deadline = asyncio.get_running_loop().time() + request.seconds
+    try:
+        where, more = await asyncio.to_thread(_pinned, f"{address.url}/{fold.path}")
+        async with httpx.AsyncClient(**_options(address)) as client:
+            await _load_adapter(client, address, engine)
+            async with client.stream("POST", where, json=fold.body(), **more) as response:
+                if response.status_code != 200:
+                    raise _refused(address, response.status_code, await _some(response), request)
+                yield [fold.started()]
+                events = _events(response, address)
+                while (data := await _next(events, deadline)) not in (None, "[DONE]"):
+                    if entries := fold.take(str(data)):
+                        yield entries
+                yield fold.end()
+    except (httpx.HTTPError, OSError) as error:
+        raise _away(address, error) from None
+
+
+async def _next(events: AsyncIterator[str], deadline: float) -> str | None:
+    """The next event; None at the end, and when the time is over: the answer is cut off, as our own engine does."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline):
+            return await anext(events, None)
+    return None
+
+
+async def _some(response: httpx.Response) -> bytes:
+    body = b""
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > 10_000:
+            break
+    return body
+
+
+async def _events(response: httpx.Response, address: Address) -> AsyncIterator[str]:
+    """What stands after `data:` in each server-sent event; too long a line or answer ends in an error."""
+    held, total = b"", 0
+    async for part in response.aiter_bytes():
+        total += len(part)
+        *lines, held = (held + part).split(b"\n")
+        if len(held) > MAX_LINE_LENGTH or total > MAX_ANSWER_LENGTH:
+            raise _strange(address)
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip().decode("utf-8", "replace")
+
+
+async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: ExternalEngine) -> None:
+    """Tell the server where an adapter lies, once. vLLM answers 200, and 400 for one that it has already."""
+    if engine.adapter is None or (address.url, engine.model) in _loaded:
+        return
+    where, more = await asyncio.to_thread(_pinned, f"{address.url}/load_lora_adapter")
+    folder = str((get_settings().data_dir / engine.adapter).resolve())
+    answer = await client.post(where, json={"lora_name": engine.model, "lora_path": folder}, **more)
+    if answer.status_code != 200 and "already" not in answer.text[:2000]:
+        raise Unavailable(
+            f"{address.host} would not load the adapter (status {answer.status_code}).",
+            way_out="Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
+            "on a machine that sees the data folder; or take the engine away from the base model.",
+            code="engine_adapter",
+        )
+    _loaded.add((address.url, engine.model))
+
+
+_loaded: set[tuple[str, str]] = set()
+"""Adapters this process has seen loaded. A server that was started anew says 404, and the adapter is forgotten here."""
+
+
+# Two wires, one answer --------------------------------------------------------------------------------------------------
+
+
+class _Fold:
+    """One request in the server's words, and the server's answer in ours."""
+
+    def __init__(self, request: GenerateRequest, rendered: Rendered | None, address: Address) -> None:
+        self.request, self.rendered, self.address = request, rendered, address
+        assert request.engine is not None
+        self.engine = request.engine
+        self.chat = request.messages is not None and self.engine.via == "chat"
+        self.path = "chat/completions" if self.chat else "completions"
+        self.began = time.monotonic()
+        self.first: float | None = None
+        self.usage: dict[str, Any] = {}
+        self.parts = [0] * request.sampling.n
+        self.reasons: dict[int, str] = {}
+
+    def body(self) -> JSON:
+        s, most = self.request.sampling, self.request.sampling.max_tokens
+        room = self.rendered.max_tokens if self.rendered else None
+        body: JSON = {
+            "model": self.engine.model, "stream": True, "stream_options": {"include_usage": True}, "seed": self.request.seed, "n": s.n,
+            "temperature": s.temperature, "top_p": s.top_p, "max_tokens": min(most or room or NO_LIMIT_TOKENS, room or 10**9),
+        }  # fmt: skip
+        if self.chat:
+            body |= {"messages": self.request.messages} | ({"tools": self.request.tools} if self.request.tools else {})
+            body |= {"logprobs": True, "top_logprobs": s.top_logprobs} if s.logprobs else {}
+        else:
+            body |= {"prompt": self.rendered.tokens if self.rendered else self.request.tokens or self.request.prompt}
+            body |= {"stop_token_ids": self.rendered.stop_tokens} if self.rendered else {}
+            body |= {"logprobs": s.top_logprobs} if s.logprobs else {}
+        # What not every server knows is said only where it changes something.
+        plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+        body |= {name: getattr(s, name) for name, usual in plain.items() if getattr(s, name) != usual}
+        body |= {"stop": list(s.stop)} if s.stop else {}
+        body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias.items()}} if s.logit_bias else {}
+        return body
+
+    def started(self) -> Started:
+        if self.rendered is not None:
+            text, tokens = self.rendered.text, len(self.rendered.tokens)
+        else:
+            asked = [f"{m['role']}: {m.get('content') or ''}" for m in self.request.messages or []]
+            text, tokens = "\n".join(asked) or self.request.prompt or "", 0
+        most = self.request.sampling.max_tokens or (self.rendered.max_tokens if self.rendered else NO_LIMIT_TOKENS)
+        return Started(rendered_prompt=text, prompt_tokens=tokens, max_tokens=most, context=self.rendered.context if self.rendered else 0)
+
+    def take(self, data: str) -> list[Entry]:
+        """The entries that one event becomes. Raises the server's own error, and Unavailable for what is no event of this kind."""
+        try:
+            said = json.loads(data)
+            if said.get("error"):
+                raise _refused(self.address, _status(said["error"]), data.encode(), self.request)
+            self.usage = said.get("usage") or self.usage
+            return [entry for choice in said.get("choices", []) for entry in self._choice(choice)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _strange(self.address) from None
+
+    def _choice(self, choice: JSON) -> list[Entry]:
+        index, text = int(choice["index"]), (choice["delta"].get("content") if self.chat else choice["text"]) or ""
+        if not 0 <= index < len(self.parts):
+            raise ValueError(index)
+        if choice.get("finish_reason"):
+            self.reasons[index] = "length" if choice["finish_reason"] == "length" else "stop"
+        logs = (
+            _logprobs(choice["logprobs"], self.request.sampling.top_logprobs)
+            if self.request.sampling.logprobs and choice.get("logprobs")
+            else []
+        )
+        if not text and not logs:
+            return []
+        self.first = self.first or time.monotonic()
+        self.parts[index] += len(logs) or 1
+        return [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)]
+
+    def end(self) -> list[Entry]:
+        """Every choice's end, then Done. A server that says no usage is counted by the parts it sent."""
+        now, n = time.monotonic(), len(self.parts)
+        written = int(self.usage.get("completion_tokens") or sum(self.parts))
+        read = int(self.usage.get("prompt_tokens") or (len(self.rendered.tokens) if self.rendered else 0))
+        details = self.usage.get("prompt_tokens_details") or {}
+        tokens = [written] if n == 1 else self.parts
+        ends: list[Entry] = [ChoiceFinished(index=i, reason=self.reasons.get(i, "length"), tokens=tokens[i]) for i in range(n)]  # type: ignore[arg-type]
+        speed = (written - n) / max(now - self.first, 1e-9) if self.first and written > n else None
+        done = Done(
+            prompt_tokens=read,
+            cached_tokens=int(details.get("cached_tokens") or 0),
+            completion_tokens=written,
+            first_token_seconds=self.first - self.began if self.first else None,
+            tokens_per_second=speed,
+        )
+        return [*ends, done]
+
+
+def _logprobs(said: JSON, top: int) -> list[Logprob]:
+    """Both spellings of the API: a list of tokens with their alternatives, and the older parallel lists, in which vLLM counts
+    the token itself among the alternatives."""
+    if "content" in said:
+        return [_logprob(x, [_logprob(t, []) for t in x.get("top_logprobs") or []]) for x in said["content"] or []]
+    tops = said.get("top_logprobs") or [None] * len(said["tokens"])
+    found = []
+    for token, value, others in zip(said["tokens"], said["token_logprobs"], tops, strict=True):
+        best = sorted((others or {}).items(), key=lambda pair: -pair[1])[:top]
+        if value is not None:
+            also = [Logprob(token=t, bytes=list(t.encode()), logprob=v) for t, v in best]
+            found.append(Logprob(token=token, bytes=list(token.encode()), logprob=value, top=also))
+    return found
+
+
+def _logprob(x: JSON, top: list[Logprob]) -> Logprob:
+    return Logprob(token=x["token"], bytes=x.get("bytes") or list(x["token"].encode()), logprob=x["logprob"], top=top)
+
+
+# The connection ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _options(address: Address, seconds: float = SILENT_SECONDS) -> dict[str, Any]:
+    import httpx
+
+    return {
+        "headers": {"authorization": f"Bearer {address.key}"} if address.key else {},
+        "timeout": httpx.Timeout(seconds, connect=CONNECT_SECONDS),
+        "follow_redirects": False,
+        "trust_env": False,
+        "verify": _certificates() if address.url.startswith("https:") else False,
+    }
+
+
+def _pinned(url: str, resolve: Callable[..., Any] = socket.getaddrinfo) -> tuple[str, dict[str, Any]]:
+    """The URL with its host's address in the place of its name, and what a request needs to be understood all the same."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = [entry[4][0] for entry in resolve(parts.hostname, port, type=socket.SOCK_STREAM)]
+    good = [one for one in found if _may_be_called(one)]
+    if not good:
+        raise OSError(f"{parts.hostname} has no address that may be called")
+    at = f"[{good[0]}]" if ":" in good[0] else good[0]
+    more = {"headers": {"host": parts.netloc}, "extensions": {"sni_hostname": parts.hostname}}
+    return parts._replace(netloc=f"{at}:{port}").geturl(), more
+
+
+def _may_be_called(address: str) -> bool:
+    """Loopback and private addresses are where such servers live; link-local ones and the like never are."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
+
+
+# What went wrong --------------------------------------------------------------------------------------------------------
+
+
+def _away(address: Address, error: Exception) -> Unavailable:
+    return Unavailable(
+        f"The engine at {address.host} cannot be reached ({type(error).__name__}).",
+        way_out="Start it, or take it away from the model on the model's page; then the studio's own engine answers.",
+        code="engine_unreachable",
+    )
+
+
+def _strange(address: Address) -> Unavailable:
+    return Unavailable(
+        f"The engine at {address.host} answered what no OpenAI-compatible server answers.",
+        way_out="Check its address in LUTHIER_ENGINES; it usually ends in /v1.",
+        code="engine_answer",
+    )
+
+
+def _status(error: JSON) -> int:
+    """The status an error in mid-stream would have had: vLLM says it as `code`, the API by its type."""
+    if isinstance(error.get("code"), int):
+        return int(error["code"])
+    return 400 if error.get("type") == "invalid_request_error" else 500
+
+
+def _refused(address: Address, status: int, body: bytes, request: GenerateRequest | None) -> StudioError:
+    """The server's refusal as ours: what is wrong with the request is passed on, everything else is the server's own fault."""
+    try:
+        said = json.loads(body)
+        said = said.get("error", said) if isinstance(said, dict) else {}
+        message = str(said.get("message") or said.get("detail") or "")[:2000] if isinstance(said, dict) else str(said)[:2000]
+    except ValueError:
+        said, message = {}, ""
+    if status == 404 and request is not None and request.engine is not None:
+        _loaded.discard((address.url, request.engine.model))
+    if status in (400, 413, 422, 429) and message:
+        fault = StudioError(f"{address.host}: {message}", param=said.get("param"), code=said.get("code") and str(said["code"]))
+        fault.status, fault.type = (429, "rate_limit_error") if status == 429 else (400, "invalid_request_error")
+        fault.code = fault.code if fault.code != StudioError.code else "engine_refused"
+        return fault
+    if status in (401, 403):
+        return Unavailable(
+            f"The engine at {address.host} refuses the studio's key.", way_out="Put its key into LUTHIER_ENGINES.", code="engine_key"
+        )
+    words = f": {message}" if message else ""
+    return Unavailable(
+        f"The engine at {address.host} answered with status {status}{words}",
+        way_out="See its log, or take it away from the model on the model's page.",
+        code="engine_failed",
+    )

@@ -1,0 +1,74 @@
+"""Which server answers for which model: an engine outside takes over, and nothing else changes.
+
+A plain LoRA adapter of a model that is served outside is loaded there by vLLM's `/v1/load_lora_adapter`; what a server cannot
+hold (other adapters, blends, checkpoints of whole models) our own engine answers. The wire is `app/inference/external_server.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+from sqlalchemy.orm import Session
+
+from app.errors import BadField, Conflict
+from app.inference.external_server import find, names
+from app.inference.protocol import ExternalEngine
+from app.models.service import Resolved
+from app.settings import get_settings
+from app.tables import JSON, Model
+
+
+def register(model: Model, url: str, name: str, via: str = "tokens") -> ExternalEngine:
+    """Let a server answer for a model from now on. Raises BadField when it does not serve that name, Unavailable when it is away."""
+    address = find(url)
+    if via not in ("tokens", "chat"):
+        raise BadField(f"{via[:20]!r} is no way to send a prompt.", way_out="There are tokens and chat.", param="via")
+    if model.kind in ("classifier", "encoder"):
+        raise BadField(f"{model.name} does not write text, so no engine can answer for it.", param="model")
+    served = names(address)
+    if name not in served:
+        shown = ", ".join(served[:8]) or "nothing"
+        raise BadField(f"{address.host} serves no model {name[:120]!r}.", way_out=f"It serves {shown}.", param="engine_model")
+    engine = ExternalEngine(url=address.url, model=name, via=via)  # type: ignore[arg-type]  (checked above)
+    model.engine = engine.model_dump(mode="json", exclude={"adapter"})
+    return engine
+
+
+def remove(model: Model) -> None:
+    """Our own engine answers again. Raises Conflict for a model that has no other."""
+    if model.engine is None:
+        raise Conflict(f"{model.name} is answered by the studio's own engine already.", param="model")
+    model.engine = None
+
+
+def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
+    """Who answers: the model's own engine if it has one, else that of its base where the server can hold the adapter.
+    None is our own engine."""
+    adapters = found.ref.adapters
+    if any(adapter.blend != 1 for adapter in adapters):
+        return None
+    if found.checkpoint is None and found.model.engine is not None:
+        return ExternalEngine.model_validate(found.model.engine)
+    base = found.model
+    while base.adapter and base.base_id is not None:
+        base = session.get_one(Model, base.base_id)
+    if base.engine is None or base.path != found.ref.path or len(adapters) != 1 or not _plain_lora(adapters[0].path):
+        return None
+    served = ExternalEngine.model_validate(base.engine)
+    return served.model_copy(update={"model": f"luthier-{adapters[0].sha256[:32]}", "adapter": adapters[0].path})
+
+
+@functools.lru_cache(maxsize=512)
+def _plain_lora(path: str) -> bool:
+    """Whether a folder holds LoRA and nothing else, which is all that servers hold in addition to a base. It is never changed in place."""
+    try:
+        config = json.loads((get_settings().data_dir / path / "adapter_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    extras = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "alpha_pattern", "rank_pattern", "layer_replication")
+    return config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not any(config.get(x) for x in extras)
+
+
+def to_json(model: Model) -> JSON | None:
+    return None if model.engine is None else {"url": model.engine["url"], "model": model.engine["model"], "via": model.engine["via"]}

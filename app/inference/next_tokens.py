@@ -1,0 +1,94 @@
+"""What several models think of one text: their likeliest next tokens, and how likely each token of the text was to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from app.errors import BadField
+from app.inference import playground
+from app.inference.playground import MAX_PANES, PendingAnswer, ResolvedModel
+from app.inference.protocol import MAX_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
+from app.tables import User
+
+MAX_TEXT_LENGTH = 20_000  # characters
+
+
+def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: int) -> list[PendingAnswer]:
+    """One request for each model. Raises BadField for no or too many models, and for an empty or overlong text."""
+    if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
+        raise BadField(f"Name between one and {MAX_PANES} different models; {len(names)} were named.", param="models")
+    if not text:
+        raise BadField("The text is empty.", way_out="Write at least one character.", param="prompt")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise BadField(f"The text has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
+    if not 1 <= top_k <= MAX_NEXT:
+        raise BadField(f"top_k lies between 1 and {MAX_NEXT}.", param="top_k")
+    asked = []
+    for name in names:
+        who = playground.speaker(session, user, name)
+        request = playground.request_for(
+            user, who, Sampling(max_tokens=1, temperature=0, seed=0), prompt=playground.readable(text), look=top_k
+        )
+        asked.append(PendingAnswer(who, request))
+    return asked
+
+
+class View(NamedTuple):
+    """What one model said of the text. `tokens` are those of the text, `following` what it thinks comes next."""
+
+    speaker: ResolvedModel
+    tokens: list[SeenToken]
+    following: list[SeenToken]
+    error: dict[str, Any] | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """Surprise in bits a token: the mean of -log2 p over the tokens that something comes before."""
+        known = [t.logprob for t in self.tokens if t.logprob is not None]
+        return -sum(known) / len(known) / math.log(2) if known else None
+
+
+def view(asked: PendingAnswer, entries: Sequence[Entry]) -> View:
+    seen = next((e for e in entries if isinstance(e, PromptLogprobs)), None)
+    broke = next((e for e in entries if isinstance(e, StreamError)), None)
+    error = {"message": broke.message, "way_out": broke.way_out} if broke else None
+    return View(asked.speaker, seen.tokens if seen else [], seen.following if seen else [], error)
+
+
+def to_json(found: View, tokens: bool) -> dict[str, Any]:
+    """The answer of the API; with `tokens` also each token of the text."""
+    said: dict[str, Any] = {
+        "model": found.speaker.name,
+        "revision": found.speaker.ref.revision,
+        "adapter_sha256": found.speaker.adapter_sha256,
+        "tokens": [_token(t) for t in found.following],
+    }
+    return said | {"prompt_tokens": [_token(t) for t in found.tokens]} if tokens else said
+
+
+def _token(t: SeenToken) -> dict[str, Any]:
+    return {"token": t.token, "id": t.id, "bytes": t.bytes, "logprob": t.logprob, "probability": probability(t)}
+
+
+def probability(t: SeenToken) -> float | None:
+    return None if t.logprob is None else math.exp(t.logprob)
+
+
+def shade(t: SeenToken) -> int:
+    """0 (certain) to 5 (less than one in a thousand): the class that colours a token."""
+    p = probability(t)
+    return 0 if p is None else next((i for i, low in enumerate((0.5, 0.2, 0.05, 0.01, 0.001)) if p >= low), 5)
+
+
+def side_by_side(views: Sequence[View]) -> list[list[SeenToken | None]]:
+    """Token by token, one column for each model: where all cut the text in the same way the rows stand for the same tokens."""
+    return [list(row) for row in zip_longest(*(v.tokens for v in views))]
+
+
+def same_tokens(views: Sequence[View]) -> bool:
+    return len({tuple(t.id for t in v.tokens) for v in views}) == 1

@@ -1,0 +1,429 @@
+"""The playground: the same prompt put to several models, and a record of what each answered and which weights did.
+
+A conversation is a chain of exchanges. Each pane has a history of its own, since each model sees its own answers; the
+history is rebuilt here from what is stored, so a reload, a link and a plain form go on where the script would. A column
+may go on with another model: the exchange then says which column of the turn before it `follows`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from app.errors import BadField, NotFound
+from app.inference import external_servers, tryout
+from app.inference.protocol import (
+    ChoiceFinished,
+    Done,
+    Entry,
+    ExternalEngine,
+    GenerateRequest,
+    Logprob,
+    Sampling,
+    Started,
+    StreamError,
+    TextPart,
+)
+from app.jobs import solved_examples
+from app.models import interpolation
+from app.models import service as models
+from app.models.service import Resolved
+from app.spec import ModelRef
+from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
+
+MAX_PANES = 4
+MAX_TURNS = 200
+MAX_PROMPT_LENGTH = 1_000_000  # characters
+
+
+class ResolvedModel(NamedTuple):
+    """Who is asked: the name it was asked by, what that means, and the server that answers in place of our own engine."""
+
+    name: str
+    resolved: Resolved
+    engine: ExternalEngine | None = None
+    examples: tuple[solved_examples.Asked, ...] = ()
+
+    @property
+    def ref(self) -> ModelRef:
+        return self.resolved.ref
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        return self.ref.adapters[-1].sha256 if self.ref.adapters else None
+
+
+class PendingAnswer(NamedTuple):
+    """One model's part of an exchange, ready to be sent. The row of its answer gets the request's id."""
+
+    speaker: ResolvedModel
+    request: GenerateRequest
+
+
+@dataclass
+class Choice:
+    text: str = ""
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    tokens: int = 0
+
+
+@dataclass
+class AnswerFold:
+    """What one model said so far, folded from the entries of its stream."""
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+    started: Started | None = None
+    done: Done | None = None
+    error: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> AnswerFold:
+        heard = cls()
+        heard.take(entries)
+        return heard
+
+    def take(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            match entry:
+                case Started():
+                    self.started = entry
+                case TextPart():
+                    choice = self.choices.setdefault(entry.index, Choice())
+                    choice.text += entry.text
+                    choice.logprobs += entry.logprobs
+                    choice.tokens = entry.tokens
+                case ChoiceFinished():
+                    choice = self.choices.setdefault(entry.index, Choice())
+                    choice.finish_reason, choice.tokens = entry.reason, entry.tokens
+                case Done():
+                    self.done = entry
+                case StreamError():
+                    self.error = {"message": entry.message, "way_out": entry.way_out, "code": entry.code}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens in the shape of the OpenAI API; of an answer that was stopped, those that were heard of."""
+        last = self.done or self.started
+        prompt = last.prompt_tokens if last else 0
+        written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": self.done.cached_tokens if self.done else 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+
+
+# Asking -------------------------------------------------------------------------------------------------------------
+
+
+def speaker(session: Session, user: User, name: str) -> ResolvedModel:
+    """The model behind a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that
+    does not write text."""
+    resolved = models.resolve(session, user, name)
+    found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
+    if found.ref.kind in ("classifier", "encoder"):
+        raise BadField(
+            f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
+            way_out="Choose a generic, instruction or dialogue model.",
+            param="model",
+        )
+    return found
+
+
+def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
+    """The same for a column of the page, which may be a base behind the solved examples of a tuned model's verdict."""
+    if not name.startswith(tryout.FEW_SHOT):
+        return speaker(session, user, name)
+    look = tryout.of_name(session, user, name)
+    if look is None or not look.examples:
+        raise BadField(f"{name} has no solved examples.", way_out="Choose a model fine-tuned on questions with answers.", param="models")
+    return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
+
+
+def request_for(user: User, who: ResolvedModel, sampling: Sampling, **prompt: Any) -> GenerateRequest:
+    """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
+    seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
+    engine = None if "look" in prompt else who.engine  # what a model thinks of a text is looked up in the weights that are here
+    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
+
+
+def ask(
+    session: Session,
+    user: User,
+    names: Sequence[str],
+    prompt: str,
+    sampling: Sampling,
+    *,
+    system: str = "",
+    parent: uuid.UUID | None = None,
+    follows: Mapping[str, str] | None = None,
+) -> tuple[Exchange, list[PendingAnswer]]:
+    """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. One seed serves all panes."""
+    if not 1 <= len(names) <= MAX_PANES:
+        raise BadField(f"Choose between one and {MAX_PANES} models; {len(names)} were named.", param="models")
+    if len(set(names)) != len(names):
+        raise BadField("A model was named twice.", way_out="Choose different models.", param="models")
+    if not prompt:
+        raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
+    if len(prompt) > MAX_PROMPT_LENGTH:
+        raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
+    prompt, system = readable(prompt), readable(system)
+    taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
+    before = thread(session, user, parent) if parent else []
+    if sampling.seed is None:
+        sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
+    exchange = Exchange(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        parent_id=parent,
+        source="playground",
+        prompt=_storable(prompt),
+        messages=_storable([{"role": "system", "content": system}]) if system else None,
+        sampling=_storable(sampling.model_dump(mode="json") | {"models": list(names), "follows": taken_over}),
+    )
+    asked = []
+    for name in names:
+        who = column_speaker(session, user, name)
+        turns = column(before, taken_over.get(name, name))
+        asked.append(PendingAnswer(who, request_for(user, who, sampling, **_input(who, turns, prompt, system))))
+    session.add(exchange)
+    session.flush()
+    return exchange, asked
+
+
+def _input(who: ResolvedModel, before: Sequence[tuple[Exchange, Answer]], prompt: str, system: str) -> dict[str, Any]:
+    """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
+    alone, a dialogue model all turns. A turn whose answer failed is left out: the model has said nothing to go on from."""
+    turns = [(exchange.prompt or "", answer.text) for exchange, answer in before if not answer.error]
+    if who.ref.kind == "generic" and not any(isinstance(e.prompt, list) for e in who.examples):
+        text = "".join(question + answer for question, answer in turns) + prompt
+        return {"prompt": solved_examples.with_examples(text, who.examples)}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    if who.ref.kind != "instruction":
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": solved_examples.with_examples([*messages, {"role": "user", "content": prompt}], who.examples)}
+
+
+def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> list[tuple[Exchange, Answer]]:
+    """What was said in the column that bears this name at the end of a conversation, its first turn first."""
+    found: list[tuple[Exchange, Answer]] = []
+    for exchange, said in reversed(thread):
+        found = [(exchange, a) for a in said if a.model_name == name] + found
+        name = (exchange.sampling.get("follows") or {}).get(name, name)
+    return found
+
+
+def fingerprint(who: ResolvedModel) -> str:
+    """Changes when the weights that answer do: the API's `system_fingerprint`."""
+    parts = [who.ref.revision, *(a.key for a in who.ref.adapters)]
+    return f"fp_{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:12]}"
+
+
+# Recording ----------------------------------------------------------------------------------------------------------
+
+
+def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> list[Answer]:
+    """Store what a model answered, one row for each choice; what was cut off is stored as far as it came."""
+    who, request = asked.speaker, asked.request
+    rows = []
+    for index in range(request.sampling.n):
+        choice = heard.choices.get(index, Choice())
+        row = Answer(
+            id=request.id if index == 0 else uuid.uuid4(),
+            exchange_id=exchange_id,
+            model_id=who.resolved.model.id,
+            checkpoint_id=who.resolved.checkpoint.id if who.resolved.checkpoint else None,
+            model_name=who.name,
+            revision=who.ref.revision,
+            adapter_sha256=who.adapter_sha256,
+            seed=request.seed + index,
+            rendered_prompt=_storable(heard.started.rendered_prompt) if heard.started else None,
+            text=_storable(choice.text),
+            finish_reason="error" if heard.error else choice.finish_reason or "cancelled",
+            error=heard.error,
+            usage=heard.usage() | ({"engine": request.engine.host} if request.engine else {}),
+            first_token_seconds=heard.done.first_token_seconds if heard.done else None,
+            tokens_per_second=heard.done.tokens_per_second if heard.done else None,
+        )
+        session.add(row)
+        rows.append(row)
+    session.flush()
+    return rows
+
+
+def record_call(
+    session: Session, user: User, heard: Sequence[tuple[PendingAnswer, AnswerFold]], sampling: Sampling, **asked: Any
+) -> Exchange:
+    """Store a call of the API: its exchange and every answer."""
+    exchange = Exchange(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        source="api",
+        sampling=_storable(sampling.model_dump(mode="json")),
+        **_storable(asked),
+    )
+    session.add(exchange)
+    session.flush()
+    for one, said in heard:
+        record(session, exchange.id, one, said)
+    return exchange
+
+
+def _storable(value: Any) -> Any:
+    """The same without NUL, which PostgreSQL does not store, in every text of it."""
+    if isinstance(value, str):
+        return readable(value).replace("\0", "�")
+    if isinstance(value, dict):
+        return {_storable(k): _storable(v) for k, v in value.items()}
+    return [_storable(v) for v in value] if isinstance(value, list) else value
+
+
+def readable(text: str) -> str:
+    """Text that is UTF-8 without halves of surrogate pairs, which JSON can smuggle in and tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# Looking back ---------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, user: User, exchange_id: uuid.UUID) -> Exchange:
+    found = session.get(Exchange, exchange_id)
+    if found is None or found.owner_id != user.id:
+        raise NotFound(f"Conversation not found: {exchange_id}.", way_out="The playground's history lists those that are stored.")
+    return found
+
+
+def answers(session: Session, exchange_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Answer]]:
+    found: dict[uuid.UUID, list[Answer]] = {key: [] for key in exchange_ids}
+    for row in session.scalars(select(Answer).where(Answer.exchange_id.in_(exchange_ids)).order_by(Answer.created_at, Answer.id)):
+        found[row.exchange_id].append(row)
+    return found
+
+
+def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[Exchange, list[Answer]]]:
+    """The conversation that ends with this exchange, its first turn first."""
+    chain: list[Exchange] = []
+    key: uuid.UUID | None = exchange_id
+    while key is not None and len(chain) < MAX_TURNS:
+        chain.insert(0, get(session, user, key))
+        key = chain[0].parent_id
+    said = answers(session, [e.id for e in chain])
+    return [(e, said[e.id]) for e in chain]
+
+
+def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchange, list[Answer]]]:
+    """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and what was saved on the way."""
+    gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
+    shown = or_(Exchange.title.is_not(None), Exchange.id.not_in(gone_on))
+    query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", shown)
+    rows = session.scalars(query.order_by(Exchange.title.is_(None), Exchange.created_at.desc(), Exchange.id).limit(limit)).all()
+    said = answers(session, [e.id for e in rows])
+    return [(e, said[e.id]) for e in rows]
+
+
+def proof(answer: Answer) -> str:
+    engine = (answer.usage or {}).get("engine")
+    return proof_line(answer.adapter_sha256, answer.revision, answer.tokens_per_second, answer.seed, engine)
+
+
+def proof_line(
+    adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int, engine: str | None = None
+) -> str:
+    """One line that says which weights spoke: what stands under an answer. Of an engine outside it says what was asked for."""
+    parts = [f"adapter {adapter_sha256[:6]} on " if adapter_sha256 else "", f"revision {(revision or '')[:6]}"]
+    speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
+    return "".join(parts) + speed + f" · seed {seed}" + (f" · through {engine}" if engine else "")
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """One model the page offers. `text` tells it apart from the others; one that is not kept is offered only where it was named."""
+
+    name: str
+    title: str
+    kind: str
+    text: str = ""
+    kept: bool = True
+
+
+class Turn(NamedTuple):
+    exchange: Exchange
+    answer: Answer
+    speaker: Option  # of this turn: a column may have gone on with another model
+
+
+class Pane(NamedTuple):
+    """One column: a model, the column of the last turn it goes on from, and what was said in it so far."""
+
+    name: str
+    title: str
+    kind: str
+    follows: str
+    turns: list[Turn]
+    blends: list[tuple[float, str]]  # (place between the base and the tuned model, its name); none where it cannot be blended
+
+
+def choices(session: Session, user: User) -> dict[str, list[Option]]:
+    """What can be asked, by group, newest tuned model first. Classifiers and encoders do not write."""
+    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
+    kinds = {m.id: m.kind for m in rows}
+    few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
+    found = {
+        "Base models": [option(m) for m in rows if m.base_id is None],
+        "Fine-tuned models": [option(m) for m in reversed(rows) if m.base_id is not None],
+        "Base, few-shot": [
+            option(m, tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot")._replace(kind=kinds[m.base_id]) for m in few_shot
+        ],
+        "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50 % strength") for m in reversed(rows) if _blends(m)][:20],
+        "Checkpoints": _checkpoints(session, user),
+    }
+    return {group: options for group, options in found.items() if options}
+
+
+def option(model: Model, name: str = "", title: str = "") -> Option:
+    """A model as it is offered, or something made of it under a name and title of its own."""
+    return Option(name or model.name, title or model.title, model.kind, models.option_text(model, title), model.kept)
+
+
+def _blends(model: Model) -> bool:
+    return model.job_id is not None and interpolation.why_not(model.strategy, labels=bool(model.labels)) is None
+
+
+def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
+    query = select(Checkpoint, Job, Model.kind).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
+    query = query.where(Job.owner_id == user.id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None))
+    rows = session.execute(query.order_by(Checkpoint.created_at.desc()).limit(limit)).all()
+    return [
+        Option(
+            models.checkpoint_name(session, job, row.step), title := f"{job.name}, step {row.step}", kind, title, job.comparison_id is None
+        )
+        for row, job, kind in rows
+        if kind not in ("classifier", "encoder")
+    ]
+
+
+def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exchange, Sequence[Answer]]], follows: str = "") -> Pane:
+    """A column of the page, also for a model that is no longer there."""
+    found, plain = option_of(name, offered), interpolation.split_name(name)[0]
+    turns = [Turn(e, a, option_of(a.model_name, offered)) for e, a in column(thread, follows or name)]
+    able = any(o.name == interpolation.full_name(plain, 0.5) for o in offered.get("Blends", []))
+    places = [(at, plain if at == 1 else interpolation.full_name(plain, at)) for at in interpolation.POINTS] if able else []
+    return Pane(found.name, found.title, found.kind, follows or name, turns, places)
+
+
+def option_of(name: str, offered: dict[str, list[Option]]) -> Option:
+    plain, share = interpolation.split_name(name)
+    found = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
+    return found if share is None else Option(name, f"{found.title} at {share * 100:g} % strength", found.kind)

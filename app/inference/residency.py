@@ -1,0 +1,160 @@
+"""Which models stand ready to answer, and the rule by which they are put away.
+
+A generate worker says every second or two which models it has loaded; a train worker says how much memory its job takes.
+Both are words in Redis that fade by themselves, so a worker that dies takes nothing with it:
+
+    luthier:standby:<worker>          the models that a generate worker has loaded
+    luthier:room:<machine>:<job>      the bytes a job of this machine takes while it trains
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import redis
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+
+from app.machines.hardware import this_machine
+from app.models import service as models
+from app.queue import PREFIX, get_redis
+from app.settings import get_settings
+from app.tables import JSON, Model, User
+
+FADES_SECONDS = 15
+ROOM_SECONDS = 60
+"""Life of a job's word, renewed with each of its beats."""
+
+
+class LoadedModelInfo(BaseModel):
+    """One loaded model: its folder, the folders of the adapters that share its weights, and how it is used."""
+
+    path: str
+    adapters: list[str] = []
+    bytes: int
+    answering: int = 0
+    idle_seconds: float = 0
+
+
+class WorkerResidency(BaseModel):
+    """What one generate worker has loaded. `limit_bytes` is what it may take now; `training_bytes` what jobs take beside it."""
+
+    device: str
+    used_bytes: int
+    limit_bytes: int
+    training_bytes: int
+    models: list[LoadedModelInfo]
+
+
+class Shown(NamedTuple):
+    """A loaded model as its page names it; `model` is None for one of somebody else."""
+
+    model: Model | None
+    tuned: list[Model]
+    ready: LoadedModelInfo
+
+
+# The worker's side ----------------------------------------------------------------------------------------------------
+
+
+def say(worker: str, standing: WorkerResidency) -> None:
+    get_redis().set(f"{PREFIX}standby:{worker}", standing.model_dump_json(), ex=FADES_SECONDS)
+
+
+@functools.cache
+def machine_id() -> str:
+    """The running kernel: the same for every process and container of a machine, and another on each machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _gpus() -> str:
+    """The GPUs a process may use, as its environment names them; empty is all of them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
+
+
+def ask_room(job_id: uuid.UUID, size_bytes: int) -> None:
+    """Idle models of this machine are put away while a job trains that needs their memory. Repeat it while it trains."""
+    where = f"cuda:{_gpus()}" if this_machine().cuda else "cpu"
+    with contextlib.suppress(redis.RedisError, RuntimeError):  # a broker that is away is no reason not to train
+        get_redis().set(_room(job_id), f"{size_bytes} {where}", ex=ROOM_SECONDS)
+
+
+def give_room_back(job_id: uuid.UUID) -> None:
+    with contextlib.suppress(redis.RedisError, RuntimeError):
+        get_redis().delete(_room(job_id))
+
+
+def room_asked(cuda: bool) -> int:
+    """Bytes that the jobs of this machine take on the device this process uses."""
+    wire, total = get_redis(), 0
+    keys = list(wire.scan_iter(match=f"{PREFIX}room:{machine_id()}:*", count=500))
+    for word in wire.mget(keys) if keys else []:
+        size, _, where = (word or b"0 cpu").decode().partition(" ")
+        kind, _, gpus = where.partition(":")
+        mine = _gpus().split(",")[0]
+        if cuda == (kind == "cuda") and (not cuda or not gpus or not mine or mine in gpus.split(",")):
+            total += int(size)
+    return total
+
+
+def _room(job_id: uuid.UUID) -> str:
+    return f"{PREFIX}room:{machine_id()}:{job_id.hex}"
+
+
+# The reader's side ----------------------------------------------------------------------------------------------------
+
+
+def rule() -> str:
+    """When a model is loaded and put away, in words for the pages."""
+    minutes = get_settings().generate_idle_seconds / 60
+    return (
+        f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a job "
+        "that trains on the same machine needs it. A model with an active request finishes it first."
+    )
+
+
+def everyone() -> list[WorkerResidency]:
+    """What every generate worker has loaded; nothing when Redis is away."""
+    try:
+        wire = get_redis()
+        keys = sorted(wire.scan_iter(match=f"{PREFIX}standby:*", count=500))
+        return [WorkerResidency.model_validate_json(word) for word in (wire.mget(keys) if keys else []) if word]
+    except (redis.RedisError, RuntimeError):
+        return []
+
+
+def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown]:
+    """The models of one worker with the names that this person may see, those last used first."""
+    by_path: dict[str, list[Model]] = {}
+    for model in models.list_(session, user):
+        if model.path and model.deleted_at is None:
+            by_path.setdefault(model.path, []).append(model)
+    found = []
+    for ready in sorted(standing.models, key=lambda r: r.idle_seconds):
+        named = by_path.get(ready.path, [])
+        tuned = [model for path in dict.fromkeys(ready.adapters) for model in by_path.get(path, [])]  # a blend shares its path
+        found.append(Shown(named[0] if named else None, tuned, ready))
+    return found
+
+
+def part(session: Session, user: User) -> JSON:
+    """What the pages show of it, for their template."""
+    return {"standing": [(one, shown(session, user, one)) for one in everyone()], "rule": rule()}
+
+
+def to_json(session: Session, user: User, standing: WorkerResidency) -> JSON:
+    """One worker for the API; the models of other people are counted and not named."""
+    rows = [
+        {
+            "model": one.model.name if one.model else None,
+            "tuned": [model.name for model in one.tuned],
+            **one.ready.model_dump(include={"bytes", "answering", "idle_seconds"}),
+        }
+        for one in shown(session, user, standing)
+    ]
+    return {"object": "generator", **standing.model_dump(exclude={"models"}), "models": rows}

@@ -1,0 +1,94 @@
+"""The fair first look at a tuned model: what its job left to ask it (`app/jobs/solved_examples.py`), beside its base with and without the
+examples of the job's verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+from pydantic import ValidationError
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.errors import StudioError
+from app.inference.protocol import Sampling
+from app.jobs.solved_examples import Asked
+from app.models import interpolation
+from app.models import service as models
+from app.settings import get_settings
+from app.tables import JSON, Job, Model, User
+
+FEW_SHOT = "few-shot:"
+"""Before a tuned model's name: its base, asked behind the examples of the verdict. Only the playground's columns take it."""
+_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Look(NamedTuple):
+    """What one job left for the first look at its model."""
+
+    job: Job
+    base: Model
+    system: str
+    questions: list[JSON]  # line, system, prompt, reference
+    examples: list[Asked]
+
+
+def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
+    """What the first of these columns that was tuned here brings; None where none was, its job left nothing, or it is gone."""
+    for name in names:
+        with contextlib.suppress(StudioError):
+            if look := of_name(session, user, name):
+                return look
+    return None
+
+
+def of_name(session: Session, user: User, name: str) -> Look | None:
+    """By the name of a column: a tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
+    plain = interpolation.split_name(name.removeprefix(FEW_SHOT))[0]
+    job, base = models.origin(session, models.resolve(session, user, plain))
+    left = (job.evaluation or {}).get("tryout") if job else None
+    if job is None or base is None or not left:
+        return None
+    return Look(job, base, left["system"], left["questions"], [Asked(**example) for example in left["examples"]])
+
+
+def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
+    """The newest tuned models whose bases can be asked few-shot."""
+    examples = func.jsonb_array_length(Job.evaluation["tryout"]["examples"])
+    query = select(Model).join(Job, Model.job_id == Job.id).where(models.visible(user), Job.evaluation.has_key("tryout"), examples > 0)
+    return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
+
+
+def address(base: str, tuned: str, kind: str, few_shot: bool = False) -> str:
+    """Where a model is tried: a result beside its base, bare and few-shot; a classifier where texts are sorted."""
+    if kind == "classifier":
+        return f"/playground/classify?{urlencode({'models': tuned})}"
+    names = [base, FEW_SHOT + tuned if few_shot else "", tuned]
+    return f"/playground?{urlencode([('models', name) for name in names if name])}"
+
+
+def has_examples(job: Job | None) -> bool:
+    return bool(job and ((job.evaluation or {}).get("tryout") or {}).get("examples"))
+
+
+def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:
+    """The sampling that the models' own generation_config.json asks for; empty where they do not agree, or ask for none."""
+    found = []
+    for name in names:
+        with contextlib.suppress(StudioError):
+            found.append(_own_sampling(models.resolve(session, user, name.removeprefix(FEW_SHOT)).model, session))
+    return found[0] if found and all(one == found[0] for one in found) else {}
+
+
+def _own_sampling(model: Model, session: Session) -> JSON:
+    try:
+        text = (get_settings().data_dir / str(models.base_of(session, model).path) / "generation_config.json").read_text()
+        given = json.loads(text)
+        own = {name: given[name] for name in _OWN if given.get(name) is not None} if given.get("do_sample") else {}
+        Sampling(**own)
+    except (OSError, ValueError, AttributeError, ValidationError):
+        return {}
+    return own

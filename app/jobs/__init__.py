@@ -1,0 +1,1 @@
+"""Fine-tuning jobs: asked for, leased, followed, ended."""

@@ -1,0 +1,462 @@
+"""Who holds a job, and every move between its states.
+
+    queued ──claim──▶ running ──finish──▶ succeeded
+      ▲ │               │ │ └──fail────▶ failed
+      │ └─cancel,pause  │ └──stopped───▶ paused | cancelled | queued (the worker is going down)
+      └──resume, lost───┘   (failed and cancelled jobs with a checkpoint resume too)
+
+The Celery message only says "look at this job"; the claim below decides. Each claim raises the job's `fence`, and every
+write of an attempt names the fence it holds, so a worker that was thought dead and wakes up later can change nothing.
+Every move is one conditional UPDATE by the database's clock, safe to repeat when the answer to a COMMIT was lost.
+
+The UPDATE comes first and the events after it: it holds the job's row, so the ids of one job's events rise in the order
+in which they are committed, and a watcher who has seen event n has seen all before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import db, events, queue
+from app.leases import OVER, lapsed, lease, now
+from app.settings import get_settings
+from app.spec import JobSpec
+from app.tables import Checkpoint, Event, Job, Outbox
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""An attempt that dies this often without a newer checkpoint is not tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run one attempt of a job, for as long as nobody holds a higher fence."""
+
+    job_id: uuid.UUID
+    fence: int
+    attempt: int
+    spec: JobSpec
+    memory_bytes: int = 0
+    """What the attempt is thought to take; 0 when nobody knows."""
+
+    @property
+    def folder(self) -> str:
+        """The attempt's own folder, relative to the data folder: a file system cannot check a fence, a path can."""
+        return f"runs/{self.job_id}/a{self.fence}"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlFlags:
+    """What people asked of a running job since it was claimed."""
+
+    cancel: bool
+    pause: bool
+    save: bool
+
+
+class FenceLost(Exception):
+    """Another attempt holds the job, or it was ended: this one must stop its trainer and write nothing more."""
+
+
+def _held(claim: Claim) -> ColumnElement[bool]:
+    return (Job.id == claim.job_id) & (Job.fence == claim.fence) & (Job.status == "running")
+
+
+def has_rows() -> ColumnElement[bool]:
+    """The spec names rows that can be read; false while a dataset of the job is still being read."""
+    return (Job.spec["dataset"]["path"].astext != "") & (func.coalesce(Job.spec["validation"]["path"].astext, "none") != "")
+
+
+def is_complete(session: Session, job_id: uuid.UUID) -> bool:
+    return bool(session.scalar(select(has_rows()).where(Job.id == job_id)))
+
+
+# Saying things ------------------------------------------------------------------------------------------------------
+
+
+def storable(value: Any) -> Any:
+    """The same JSON without what Postgres cannot keep: NUL characters and halves of surrogate pairs, as a model's sample
+    answers may hold, and numbers that are not finite, which become the words that pydantic reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {storable(key): storable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [storable(item) for item in value]
+    return value
+
+
+def record_event(session: Session, job_id: uuid.UUID, attempt: int, event: events.JobEvent, key: uuid.UUID | None = None) -> None:
+    """Record one event and wake the job's watchers. The caller has locked the job's row by updating it."""
+    record_events(session, job_id, attempt, [(key or uuid.uuid4(), event)])
+
+
+def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
+    """Record events under keys of their own; a key that is there already is left alone, so saying twice is saying once."""
+    rows = [
+        {
+            "key": key,
+            "job_id": job_id,
+            "attempt": attempt,
+            "type": event.type,
+            "data": storable(event.model_dump(mode="json", exclude={"type"})),
+        }
+        for key, event in said
+    ]
+    if rows:
+        session.execute(insert(Event).on_conflict_do_nothing(index_elements=["key"]), rows)
+    queue.notify(session, "job", job_id)
+
+
+# One attempt --------------------------------------------------------------------------------------------------------
+
+
+def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
+    """Take a queued job, or one whose holder stopped beating. None: there is nothing to do, drop the message."""
+    expire_leases(session, job_id)
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == "queued", Job.deleted_at.is_(None), has_rows())
+        .values(
+            status="running",
+            fence=Job.fence + 1,
+            attempt=Job.attempt + 1,
+            lease_until=lease(),
+            worker=worker,
+            started_at=func.coalesce(Job.started_at, now()),
+            save_requested=False,
+        )
+        .returning(Job.fence, Job.attempt, Job.spec, Job.estimate)
+    ).one_or_none()
+    if row is None:
+        return None
+    held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec), int((row.estimate or {}).get("memory_bytes", 0)))
+    record_event(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
+    remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
+    return held
+
+
+def heartbeat(session: Session, held: Claim) -> ControlFlags:
+    """Renew the lease and hear what people want. Raises FenceLost."""
+    row = session.execute(
+        update(Job).where(_held(held)).values(lease_until=lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
+    ).one_or_none()
+    if row is None:
+        raise FenceLost
+    return ControlFlags(row.cancel_requested, row.pause_requested, row.save_requested)
+
+
+def record(session: Session, held: Claim, first: int, said: Sequence[events.TrainerEvent]) -> None:
+    """Record what the trainer said. `first` is the number of the first event within the attempt, from 0: recording the
+    same events again changes nothing. Raises FenceLost."""
+    changes = _changes(said)
+    row = session.execute(update(Job).where(_held(held)).values(**changes).returning(Job.total_steps)).one_or_none()
+    if row is None:
+        raise FenceLost
+    record_events(session, held.job_id, held.attempt, [(_key(held, first + i), event) for i, event in enumerate(said)])
+    for event in said:
+        if isinstance(event, events.Saved):
+            _checkpoint(session, held, event)
+
+
+def _key(held: Claim, number: int) -> uuid.UUID:
+    return uuid.uuid5(held.job_id, f"{held.fence}/{number}")
+
+
+def _changes(said: Sequence[events.TrainerEvent]) -> dict[str, Any]:
+    """The columns of the job that these events move."""
+    changes: dict[str, Any] = {"lease_until": lease()}
+    for event in said:
+        if isinstance(event, events.Started):
+            changes |= {"total_steps": event.total_steps, "step": event.resumed_from or 0}
+        elif isinstance(event, events.Step):
+            pace = event.seconds / max(event.step, 1)
+            total = changes.get("total_steps", Job.total_steps)
+            changes |= {
+                "step": event.step,
+                "trained_tokens": event.trained_tokens,
+                "seconds_left": func.greatest(total - event.step, 0) * pace,
+            }
+    return changes
+
+
+def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
+    """Enter a verified checkpoint. A newer one than any before clears the deaths: the job does get on."""
+    newest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == held.job_id))
+    values = {
+        "path": saved.path,
+        "manifest_sha256": saved.manifest_sha256,
+        "bytes": saved.bytes,
+        "metrics": storable(saved.model_dump(mode="json")["metrics"]),
+        "best": saved.best,
+        "deleted_at": None,
+    }
+    if saved.best:
+        session.execute(update(Checkpoint).where(Checkpoint.job_id == held.job_id).values(best=False))
+    session.execute(
+        insert(Checkpoint)
+        .values(id=uuid.uuid4(), job_id=held.job_id, step=saved.step, **values)
+        .on_conflict_do_update(index_elements=["job_id", "step"], set_=values)
+    )
+    forgiven = {"deaths": 0} if newest is None or saved.step > newest else {}
+    session.execute(update(Job).where(_held(held)).values(save_requested=False, **forgiven))
+
+
+# How an attempt ends ------------------------------------------------------------------------------------------------
+
+
+def _end(session: Session, held: Claim, status: str, **values: Any) -> None:
+    """Move the held job, whose row the caller has locked, to `status`."""
+    session.execute(update(Job).where(_held(held)).values(status=status, lease_until=None, seconds_left=None, **values))
+
+
+def _mine(session: Session, held: Claim) -> Job | None:
+    """The held job, locked. None when this very attempt ended it before, in whatever way, and the answer was lost. Raises
+    FenceLost when the job is no longer this attempt's."""
+    job = session.scalar(select(Job).where(_held(held)).with_for_update().execution_options(populate_existing=True))
+    if job is None and not session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
+        raise FenceLost
+    return job
+
+
+def finish(session: Session, held: Claim, finished: events.Finished) -> None:
+    """The job succeeded: its state, its model and its metrics file in one transaction. Raises FenceLost.
+
+    A cancel that was accepted before this wins: the job ends as cancelled and its result goes. A pause does not: nothing is
+    left to go on with, and the machine is free all the same.
+    """
+    from app.jobs import metrics_csv
+    from app.models import service as models
+
+    job = _mine(session, held)
+    if job is None:
+        return
+    if job.cancel_requested:
+        folder = get_settings().data_dir / finished.path
+        db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+        _settle_wish(session, job, finished.step, "asked for")
+        return
+    values = _QUIET | {
+        "finished_at": now(),
+        "error": None,
+        "step": finished.step,
+        "trained_tokens": finished.measured.trained_tokens,
+        "measured": finished.measured.model_dump(mode="json"),
+        "evaluation": storable(finished.evaluation) or None,
+        "forgetting": storable(finished.forgetting),
+    }
+    _end(session, held, "succeeded", **values)
+    session.refresh(job)
+    models.register_tuned(session, job, finished)
+    record_event(session, held.job_id, held.attempt, finished)
+    session.flush()
+    try:
+        metrics_csv.write_results(session, job)
+    except OSError as error:  # the model is what was worked for; its page draws the same figures from the events
+        log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
+        why = getattr(error, "message", None) or str(error)
+        message = f"The metrics of the steps are not kept as a file. {why} They are on this page and can be downloaded from it."
+        record_event(session, held.job_id, held.attempt, events.Log(level="warn", message=message))
+
+
+def fail(session: Session, held: Claim, failed: events.Failed) -> None:
+    """The attempt failed. What another attempt may survive is queued again; a full disk pauses the job, since nothing
+    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a way out. A job that was to be cancelled
+    is cancelled, whatever it failed of. Raises FenceLost."""
+    job = _mine(session, held)
+    if job is None:
+        return None
+    if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
+        return _mark_attempt_dead(session, job, failed)
+    if job.cancel_requested:
+        _settle_wish(session, job, failed.step, failed.message)
+        return None
+    if failed.kind == "disk_full":
+        _end(session, held, "paused", error=_error(failed), **_QUIET)
+        return record_event(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
+    _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET)
+    return record_event(session, held.job_id, held.attempt, failed)
+
+
+_QUIET = {"cancel_requested": False, "pause_requested": False, "save_requested": False}
+
+
+def _error(failed: events.Failed) -> dict[str, Any]:
+    param = "training_file" if failed.kind == "bad_data" else "model" if failed.kind == "bad_model" else None
+    return storable(
+        {"code": failed.kind, "message": failed.message, "way_out": failed.way_out, "param": param}
+        | {name: value for name in ("step", "line", "suggestion") if (value := getattr(failed, name)) is not None}
+    )
+
+
+def lost(session: Session, held: Claim, failed: events.Failed) -> None:
+    """The trainer died in a way that another attempt may survive. Raises FenceLost."""
+    job = _mine(session, held)
+    if job is not None:
+        _mark_attempt_dead(session, job, failed)
+
+
+def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -> None:
+    """The trainer saved and left. The request decides: cancelled, paused, or, when nobody asked, queued again because
+    its worker is going down. Raises FenceLost."""
+    job = _mine(session, held)
+    if job is not None:
+        _settle_wish(session, job, step, reason) or _requeue(session, job, "worker_left")
+
+
+def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:
+    """Give a job nobody runs any more what was asked of it. False when nothing was. The caller holds its row."""
+    if not (job.cancel_requested or job.pause_requested):
+        return False
+    status = "cancelled" if job.cancel_requested else "paused"
+    job.status, job.lease_until, job.seconds_left = status, None, None
+    job.cancel_requested = job.pause_requested = job.save_requested = False
+    if status == "cancelled":
+        job.finished_at = session.scalar(select(now()))
+    session.flush()
+    record_event(session, job.id, job.attempt, events.Stopped(status=status, step=step, reason=reason))
+    return True
+
+
+def _requeue(session: Session, job: Job, reason: Any) -> None:
+    job.status, job.lease_until, job.seconds_left, job.error = "queued", None, None, None
+    session.flush()
+    queue.enqueue(session, queue.TRAIN, job.id)
+    record_event(session, job.id, job.attempt, events.Queued(reason=reason))
+
+
+def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> None:
+    """An attempt is dead. Queue the job again, or give up at the cap. The caller holds its row."""
+    record_event(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
+    job.deaths += 1
+    if _settle_wish(session, job, job.step):
+        return
+    if job.deaths < MAX_DEATHS:
+        return _requeue(session, job, "worker_lost" if failed.kind == "worker_lost" else "retry")
+    job.status, job.lease_until, job.seconds_left = "failed", None, None
+    job.finished_at = session.scalar(select(now()))
+    job.cancel_requested = job.pause_requested = job.save_requested = False
+    given_up = failed.model_copy(
+        update={
+            "message": f"{failed.message} The trainer crashed {job.deaths} times without progress, so the job failed.",
+            "way_out": failed.way_out or "Look at the log of the last attempt, then resume the job or start it with less.",
+        }
+    )
+    job.error = _error(given_up)
+    session.flush()
+    record_event(session, job.id, job.attempt, given_up)
+
+
+# The reaper ---------------------------------------------------------------------------------------------------------
+
+
+def expire_leases(session: Session, job_id: uuid.UUID | None = None) -> int:
+    """Bury the attempts whose lease has passed: all of them, or one job's. Returns how many."""
+    wanted = select(Job).where(Job.status == "running", lapsed(Job.lease_until)).order_by(Job.id).limit(100)
+    if job_id is not None:
+        wanted = wanted.where(Job.id == job_id)
+    dead = session.scalars(wanted.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
+    for job in dead:
+        log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
+        silent = f"Worker {job.worker} was not heard of for {get_settings().lease_seconds:g} seconds."
+        message = f"Worker {job.worker} died with the studio." if job.lease_until == OVER else silent
+        _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=message))
+    return len(dead)
+
+
+BEHIND_A_BACKLOG = 20.0
+"""While other messages wait, a job is announced again this many times less often."""
+
+
+def redeliver(session: Session, backlog: int = 0) -> int:
+    """Queued jobs that no message speaks of any more: their message was lost with Redis, or with a worker that took it
+    and died before its claim. Returns how many.
+
+    `backlog` messages wait for a worker. While there are any, most likely this job's is among them: announcing every
+    job of a long queue every few seconds would only bury the workers in messages to drop.
+    """
+    patience = get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1)
+    recent = now() - timedelta(seconds=patience)
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == Job.id, Outbox.task == queue.TRAIN, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
+    )
+    silent = session.scalars(
+        select(Job.id)
+        .where(Job.status == "queued", Job.deleted_at.is_(None), has_rows(), ~spoken_of.exists())
+        .order_by(Job.created_at)
+        .limit(100)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for job_id in silent:
+        queue.enqueue(session, queue.TRAIN, job_id)
+    return len(silent)
+
+
+def resume_after_full_disk(session: Session) -> int:
+    """Jobs that a full disk paused go on by themselves once there is room for two more of their checkpoints."""
+    free = shutil.disk_usage(get_settings().data_dir).free
+    size = select(func.max(Checkpoint.bytes)).where(Checkpoint.job_id == Job.id).scalar_subquery()
+    room = 2 * func.coalesce(size, 0) + 256 * 2**20 < free
+    waiting = session.scalars(
+        select(Job).where(Job.status == "paused", Job.error["code"].astext == "disk_full", room).limit(20).with_for_update(skip_locked=True)
+    ).all()
+    for job in waiting:
+        _requeue(session, job, "resumed")
+    return len(waiting)
+
+
+def sweep_outbox(session: Session) -> int:
+    """Forget messages sent over a day ago."""
+    old = now() - timedelta(days=1)
+    return session.execute(delete(Outbox).where(Outbox.sent_at < old)).rowcount
+
+
+def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
+    """Keep a job's newest `keep` checkpoints and its best; remove the folders of the others after the commit."""
+    kept = session.scalars(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+        .order_by(Checkpoint.step.desc())
+        .with_for_update(skip_locked=True)
+    ).all()
+    for old in kept[keep:]:
+        if not old.best:
+            old.deleted_at = session.scalar(select(now()))
+            folder = get_settings().data_dir / old.path
+            db.on_commit(session, lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
+
+
+def remove_folders(session: Session, job_id: uuid.UUID) -> None:
+    """Remove the folders of a job's deleted checkpoints after the commit: now, and again with each claim, since whoever deleted them
+    may have died before."""
+    gone = session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_not(None))).all()
+    for path in gone:
+        db.on_commit(session, lambda path=path: shutil.rmtree(get_settings().data_dir / path, ignore_errors=True))
+
+
+def sweep_folders(session: Session) -> int:
+    """Remove folders of deleted checkpoints that are still on disk, of jobs that nobody claims any more. Returns how many."""
+    root = get_settings().data_dir
+    there = {folder.relative_to(root).as_posix() for folder in root.glob("runs/*/a*/checkpoint-*")}
+    gone = (
+        session.scalars(select(Checkpoint.path).where(Checkpoint.path.in_(there), Checkpoint.deleted_at.is_not(None))).all()
+        if there
+        else []
+    )
+    for path in gone:
+        shutil.rmtree(root / path, ignore_errors=True)
+    return len(gone)

@@ -1,0 +1,433 @@
+"""What a person may order, and the frozen spec that comes of it.
+
+Everything that can be known to be wrong is said here, before a job exists: a model or file that is missing, a dataset
+with errors, a setting out of range, a strategy the model cannot run.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from sqlalchemy.orm import Session
+
+from app.errors import BadField, StudioError, field_path, plain
+from app.jobs.defaults import mean_tokens, usual_run
+from app.kit import ids
+from app.planning import feasibility
+from app.planning.schedule import PresetName
+from app.run_settings import RENAMED
+from app.shapes import Shape
+from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
+from app.strategies import STRATEGIES, UNNAMED, AnyStrategy, Strategy
+from app.tables import JSON, Dataset, User
+
+Number = float | Literal["auto"]
+Count = int | Literal["auto"]
+
+
+class Hyperparameters(BaseModel):
+    """OpenAI's own settings. "auto" leaves the choice to us."""
+
+    n_epochs: Annotated[Count, Field(description="Epochs, 1 to 1000.")] = "auto"
+    batch_size: Annotated[Count, Field(description="Rows behind each step.")] = "auto"
+    learning_rate_multiplier: Annotated[Number, Field(description="Multiplier of the method's default learning rate.")] = "auto"
+    beta: Annotated[Number, Field(description="KL penalty β of preference training.")] = "auto"
+
+
+class MethodOrder(BaseModel):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(BaseModel):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: MethodOrder | None = None
+    dpo: MethodOrder | None = None
+
+    def hyperparameters(self) -> Hyperparameters | None:
+        named = self.supervised if self.type == "supervised" else self.dpo
+        return named.hyperparameters if named else None
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+def _dataset_key(value: Any) -> Any:
+    """The UUID in a dataset's public id; anything else as it came."""
+    return value.removeprefix(f"{ids.DATASET}-") if isinstance(value, str) else value
+
+
+DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key, json_schema_input_type=str)]
+"""A dataset as `ds-…`, which is what answers call it, or as its plain UUID."""
+
+
+class JobRequest(BaseModel):
+    """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy`
+    and `preference` are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    dataset_id: DatasetId | None = None
+    training_file: str | None = None
+    validation_dataset_id: DatasetId | None = None
+    validation_file: str | None = None
+    split: Split | None = None
+    task: Task | None = None
+    preset: PresetName | None = Field(
+        None,
+        description="How long to train: quick (about 25 steps), balanced (at least 60 steps or 3 epochs; the default) or best (at least 150 "
+        "steps or 5 epochs). It decides tokens per batch, epochs, evaluations, max steps and patience where `run` omits them.",
+    )
+    run: dict[str, Any] = Field(default_factory=dict)
+    strategy: dict[str, Any] = Field(default_factory=lambda: {"name": UNNAMED})
+    preference: dict[str, Any] | None = None
+    name: Annotated[str, StringConstraints(max_length=200)] | None = None
+    suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
+    comparison_id: uuid.UUID | None = None
+
+    def asked(self) -> Hyperparameters:
+        """OpenAI's settings, from `method` or from the deprecated place beside it."""
+        return (self.method and self.method.hyperparameters()) or self.hyperparameters or Hyperparameters()
+
+
+def read_order(body: Mapping[str, Any]) -> JobRequest:
+    """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field.
+
+    Which comparison a job belongs to is no wish of a request: `app.evaluation.comparisons` says it.
+    """
+    try:
+        order = JobRequest.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
+    except ValidationError as error:
+        raise bad_field(error) from None
+    for place, wish in enumerate(order.integrations or ()):
+        _check_integration(wish, f"integrations.{place}")
+    return order
+
+
+def _check_integration(wish: Mapping[str, Any], param: str) -> None:
+    """Raises BadField for another service than Weights & Biases, and for an order to it without a project."""
+    if wish.get("type") != "wandb":
+        raise BadField(f"{param}.type can only be 'wandb'.", way_out="Leave the integration out.", param=f"{param}.type")
+    settings = wish.get("wandb")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("project"), str) or not settings["project"]:
+        raise BadField(f"{param}.wandb.project is missing.", way_out="Name the project.", param=f"{param}.wandb.project")
+
+
+def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadField:
+    """The first fault of a pydantic error as ours. `param` is the path of the field, as `strategy.rank`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
+    if first["type"] == "extra_forbidden":
+        _, now = RENAMED.get(param.rpartition(".")[2], ("", "Omit it, or look up the settings under /v1/strategies."))
+        return BadField(f"There is no setting {param!r}.", way_out=now, param=param)
+    if first["type"] == "missing":
+        return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    return BadField(f"{param} cannot be {shown}.", way_out=plain(first["msg"]), param=param)
+
+
+# From an order to a spec --------------------------------------------------------------------------------------------
+
+
+_strategies: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
+
+
+def read_strategy(asked: Mapping[str, Any]) -> Strategy:
+    """The strategy with its settings. Raises BadField."""
+    name = asked.get("name", UNNAMED)
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
+    try:
+        return _strategies.validate_python({**asked, "name": name})
+    except ValidationError as error:
+        raise bad_field(error, "strategy", tag=name) from None
+
+
+class OrderContext(NamedTuple):
+    """What every strategy of an order would stand on: the model and the data, found and checked."""
+
+    model: ModelRef
+    dataset: Dataset
+    validation: Dataset | None
+    task: Task
+
+
+def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
+    """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
+    `lifecycle.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    return spec_on(ground(session, user, order), order)
+
+
+def ground(session: Session, user: User, order: JobRequest) -> OrderContext:
+    """The model and data of an order. Raises BadField, NotFound or Conflict with `param`."""
+    from app.models import service as models
+
+    if order.method and order.method.type == "reinforcement":
+        raise BadField("Reinforcement fine-tuning is not offered.", way_out="Use the method supervised.", param="method.type")
+    resolved = _with_param("model", models.resolve, session, user, order.model)
+    if resolved.model.status != "ready":
+        raise BadField(
+            f"The model {order.model} is not ready: it is {resolved.model.status}.",
+            way_out="Wait until it has been fetched, or look at its page for what went wrong.",
+            param="model",
+        )
+    if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
+        way_out = "Fine-tune the model itself, or its base, and blend the result."
+        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", way_out=way_out, param="model")
+    dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
+    if dataset is None:
+        raise BadField(
+            "No data was named.", way_out="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
+        )
+    validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
+    task = _task(order, dataset)
+    for named, where in ((dataset, param), (validation, validation_param)):
+        if named is not None:
+            _check_dataset(named, task, where)
+    feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
+    feasibility.refuse_labels(task, dataset, validation, param, validation_param)
+    return OrderContext(resolved.ref, dataset, validation, task)
+
+
+def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
+    """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
+    from app.machines import heartbeats
+
+    model, dataset, validation, task = found
+    strategy = read_strategy(order.strategy)
+    feasibility.refuse_modules(strategy, model.shape, task)
+    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
+    if reason:
+        raise BadField(reason, way_out="Choose another method or model.", param="strategy", code="strategy_unavailable")
+    run = _run_settings(order, strategy, dataset, task)
+    feasibility.refuse_no_room(strategy, run, model.shape)
+    feasibility.refuse_unread(strategy, run)
+    feasibility.refuse_turns(run, task, dataset.format)
+    feasibility.refuse_template(run, task, model.kind, dataset.format)
+    feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())
+    return JobSpec(
+        name=order.name or f"{dataset.name} with {strategy.title}",
+        task=task,
+        model=model,
+        dataset=reference(dataset),
+        validation=reference(validation) if validation is not None else None,
+        split=_split(order, dataset),
+        run=run,
+        strategy=strategy,
+        preference=_preference(order, task, dataset),
+    )
+
+
+def why_not(strategy: Strategy, shape: Shape, task: str | None) -> str | None:
+    """Why this strategy cannot tune such a model here; None where it can. Without a task, as while rows are still being read,
+    any task that it can learn will do."""
+    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu()) for one in ((task,) if task else strategy.tasks)]
+    return reasons[0] if all(reasons) else None
+
+
+def reference(dataset: Dataset) -> DatasetRef:
+    """Which rows; without a path while they are still being read."""
+    from app.datasets import service as datasets
+
+    if dataset.status == "ready":
+        return datasets.reference(dataset)
+    return DatasetRef(id=dataset.id, name=dataset.name, path="", sha256="", format=dataset.format or "", rows=0)
+
+
+def _with_param(param: str, call: Any, *arguments: Any) -> Any:
+    """The service's own error, with the field of this request that named the object."""
+    try:
+        return call(*arguments)
+    except StudioError as error:
+        error.param = param
+        raise
+
+
+def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id: str | None, param: str) -> tuple[Dataset | None, str]:
+    from app.datasets import service as datasets
+
+    if dataset_id is not None:
+        param = "dataset_id" if param == "training_file" else "validation_dataset_id"
+        return _with_param(param, datasets.get, session, user, dataset_id), param
+    if file_id is not None:
+        key = ids.parse(ids.FILE, file_id, param=param)
+        return _with_param(param, datasets.for_file, session, user, key), param
+    return None, param
+
+
+def _task(order: JobRequest, dataset: Dataset) -> Task:
+    if order.method and order.method.type == "dpo":
+        if order.task not in (None, "preference"):
+            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Omit task.", param="task")
+        return "preference"
+    if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
+        raise BadField(
+            f"The method supervised needs single answers, and the dataset {dataset.name} holds pairs of them.",
+            way_out="Set the method to dpo, or choose a dataset with one answer to each prompt.",
+            param="method.type",
+        )
+    return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
+
+
+def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
+    return order.task is not None or dataset.status == "ready" or (order.method is not None and order.method.type == "dpo")
+
+
+def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
+    """The dataset can be trained on for this task. One that is still being read is checked when it is ready."""
+    if dataset.status == "reading":
+        return
+    if dataset.status == "error":
+        said = (dataset.error or {}).get("message", "It could not be read.")
+        raise BadField(
+            f"The dataset {dataset.name} has an error: {said}",
+            way_out=(dataset.error or {}).get("way_out") or "Fix the file and upload it again.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if not dataset.good_rows:
+        raise BadField(
+            f"The dataset {dataset.name} has no valid row.",
+            way_out="Its report lists every invalid row with the reason.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if dataset.task and dataset.task != task:
+        raise BadField(
+            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
+            way_out=f"Set task to {dataset.task}, or choose a dataset for {task}.",
+            param="task" if param != "validation_file" else param,
+        )
+
+
+def _split(order: JobRequest, dataset: Dataset) -> Split | None:
+    """How rows are held out; None for at random, which is what every order without a wish means."""
+    asked = order.split
+    if asked is None or asked.method == "random":
+        return None
+    if order.validation_file or order.validation_dataset_id:
+        raise BadField("Both a validation file and a split are set.", way_out="Remove one of them.", param="split")
+    if asked.method == "grouped" and not asked.column:
+        raise BadField("The group column is missing.", way_out="Send split.column.", param="split.column")
+    if dataset.status == "ready":
+        known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
+        if asked.column and asked.column not in known | {"label"}:
+            way_out = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
+            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", way_out=way_out, param="split.column")
+        if asked.method == "stratified" and not asked.column and dataset.task != "classification":
+            raise BadField("Only labeled rows can be split by label.", way_out="Send split.column, or split at random.", param="split")
+    return asked
+
+
+MAX_STEP_TOKENS = 1_048_576
+"""What `max_tokens_per_step` takes at most. A batch of more rows is cut to it: a row has at least one token."""
+
+
+def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
+    """Our run settings; what `run` says goes before what OpenAI's settings say.
+
+    `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts
+    rows where we count tokens, so it is taken times the mean length of a row of this dataset, in tokens.
+    """
+    asked, settings = order.asked(), dict(order.run)
+    for name, value in (
+        ("n_epochs", asked.n_epochs),
+        ("batch_size", asked.batch_size),
+        ("learning_rate_multiplier", asked.learning_rate_multiplier),
+    ):
+        if value != "auto" and value <= 0:
+            raise BadField(f"{name} cannot be {value}.", way_out='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
+    if asked.n_epochs != "auto":
+        settings.setdefault("epochs", asked.n_epochs)
+    if asked.learning_rate_multiplier != "auto":
+        usual = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
+        settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
+    if asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:
+        settings.setdefault(
+            "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
+        )
+    elsewhere = bool(order.validation_file or order.validation_dataset_id)
+    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced")
+    if settings.get("learning_rate") is None:
+        settings["learning_rate"] = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
+    if order.seed is not None:
+        settings.setdefault("seed", order.seed)
+    try:
+        return RunSettings.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "run") from None
+
+
+def _preference(order: JobRequest, task: Task, dataset: Dataset) -> PreferenceSettings | None:
+    """How the pairs of a preference job are compared; what `preference` says goes before OpenAI's `beta`."""
+    if task != "preference":
+        # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.
+        if order.preference is not None and dataset.status == "ready":
+            raise BadField(
+                f"The settings “preference” are for preference datasets; this job is for {task}.",
+                way_out="Remove them, or choose a preference dataset.",
+                param="preference",
+            )
+        return None
+    settings, beta = dict(order.preference or {}), order.asked().beta
+    if beta != "auto":
+        if not 0 < beta <= 10:
+            raise BadField(
+                f"beta cannot be {beta}.", way_out='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta"
+            )
+        settings.setdefault("beta", beta)
+    try:
+        return PreferenceSettings.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "preference") from None
+
+
+def has_gpu() -> bool:
+    from app.machines import heartbeats
+
+    return heartbeats.training_machine().cuda
+
+
+def figures_of(session: Session, spec: JobSpec) -> JSON | None:
+    """Memory, time and steps of a job on the machine that trains; None while its rows are not known."""
+    from app.datasets import inspections
+    from app.machines import heartbeats
+    from app.planning import duration
+
+    if not spec.dataset.path:
+        return None
+    stats = inspections.stats_for(session, session.get_one(Dataset, spec.dataset.id), spec.model)
+    checked_on = inspections.stats_for(session, session.get_one(Dataset, spec.validation.id), spec.model) if spec.validation else None
+    return duration.estimate(spec, stats, heartbeats.training_machine(), checked_on).model_dump(mode="json")
+
+
+def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
+    """The job's figures, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows are
+    not known."""
+    from app.datasets import service as datasets
+    from app.jobs import split_leakage
+
+    found = figures_of(session, spec)
+    if found is None:
+        return None
+    dataset = session.get_one(Dataset, spec.dataset.id)
+    validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
+    both_sides, warnings = split_leakage.leakage_summary(session, spec)
+    later = datasets.failed_later(session, dataset)
+    warnings = [
+        *feasibility.later_failed(dataset, later),
+        *feasibility.few_steps(spec, found["steps"]),
+        *feasibility.warnings(spec, dataset, validation),
+        *warnings,
+    ]
+    return found | {"warnings": warnings, "overlap": both_sides}

@@ -1,0 +1,324 @@
+"""Jobs as people see them: ordered, listed, paused, resumed, cancelled. Who runs them stands in `app/jobs/lifecycle.py`, what
+may be ordered in `app/jobs/request.py`.
+
+What a person asks of a job nobody runs is done at once by one UPDATE. What they ask of a running one is a request on
+its row, which the next beat of its supervisor hears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import uuid
+from typing import Any
+
+import redis
+from sqlalchemy import Select, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import db, queue
+from app import events as said
+from app.errors import Conflict, NotFound, StudioError
+from app.jobs import lifecycle, split_leakage
+from app.jobs.lifecycle import record_event
+from app.jobs.request import JobRequest, build_spec, estimate_of
+from app.kit import ids
+from app.models import service as models
+from app.settings import get_settings
+from app.spec import JobSpec
+from app.tables import Checkpoint, Dataset, Event, Job, Model, User
+
+log = logging.getLogger(__name__)
+
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+# Ordering -----------------------------------------------------------------------------------------------------------
+
+
+def create(session: Session, user: User, order: JobRequest, idempotency_key: str | None = None) -> Job:
+    """A queued job and its message, in this transaction. The same key with the same order gives the job that is there;
+    with another order it is a Conflict. Raises BadField, NotFound."""
+    asked = order.model_dump(mode="json", exclude_none=True)
+    if idempotency_key is not None:
+        earlier = _by_key(session, user, idempotency_key, asked)
+        if earlier is not None:
+            return earlier
+    spec = build_spec(session, user, order)
+    job_id = uuid.uuid4()
+    inserted = session.scalar(
+        insert(Job)
+        .values(
+            id=job_id,
+            owner_id=user.id,
+            name=spec.name,
+            spec=spec.model_dump(mode="json"),
+            model_id=spec.model.id,
+            dataset_id=spec.dataset.id,
+            validation_dataset_id=spec.validation.id if spec.validation else None,
+            comparison_id=order.comparison_id,
+            order=asked,
+            user_metadata=order.metadata,
+            idempotency_key=idempotency_key,
+            estimate=estimate_of(session, spec),
+        )
+        .on_conflict_do_nothing(index_elements=["owner_id", "idempotency_key"])
+        .returning(Job.id)
+    )
+    if inserted is None:  # the same request came twice at the same moment, and the other one was first
+        return _by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
+    if _complete(spec):
+        queue.enqueue(session, queue.TRAIN, job_id)
+    record_event(session, job_id, 0, said.Queued(reason="submitted"))
+    for wish in order.integrations or ():
+        record_event(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
+    return session.get_one(Job, job_id)
+
+
+def _not_sent(project: str) -> str:
+    return (
+        f"W&B logging is not supported, so nothing is sent to the project {project[:100]}. "
+        "The metrics are in the job's events, in its result file and in the TensorBoard files of its run."
+    )
+
+
+def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Job | None:
+    job = session.scalar(select(Job).where(Job.owner_id == user.id, Job.idempotency_key == key))
+    if job is not None and job.order != asked:
+        raise Conflict(
+            "This Idempotency-Key was used for another order.",
+            way_out="Send a new key with a new order, or the first order unchanged.",
+            param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )
+    return job
+
+
+def _complete(spec: JobSpec) -> bool:
+    return spec.dataset.path != "" and (spec.validation is None or spec.validation.path != "")
+
+
+# Looking ------------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, user: User, job_id: uuid.UUID) -> Job:
+    """One's own job. Raises NotFound, also for another person's."""
+    job = session.scalar(mine(user).where(Job.id == job_id).execution_options(populate_existing=True))
+    if job is None:
+        raise NotFound(f"No such fine-tuning job: {ids.public(ids.JOB, job_id)}", param="fine_tuning_job_id")
+    return job
+
+
+def mine(user: User) -> Select[tuple[Job]]:
+    return select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None))
+
+
+def mine_of(job: Job) -> Select[tuple[Job]]:
+    """The jobs of the person who ordered this one."""
+    return select(Job).where(Job.owner_id == job.owner_id, Job.deleted_at.is_(None))
+
+
+def list_(session: Session, user: User, *, limit: int | None = None, status: str | None = None) -> list[Job]:
+    """One's jobs, newest first."""
+    query = mine(user).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    return list(session.scalars(query if status is None else query.where(Job.status == status)))
+
+
+def events(session: Session, job: Job, after_id: int = 0, limit: int | None = None) -> list[Event]:
+    """What the job said after the event `after_id`, in order."""
+    return list(session.scalars(select(Event).where(Event.job_id == job.id, Event.id > after_id).order_by(Event.id).limit(limit)))
+
+
+def checkpoints(session: Session, job: Job) -> list[Checkpoint]:
+    """The checkpoints that are still there, newest first."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
+    return list(session.scalars(query.order_by(Checkpoint.step.desc())))
+
+
+def tuned_model(session: Session, job: Job) -> Model | None:
+    return session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None), Model.deleted_at.is_(None)))
+
+
+def reading(session: Session, job: Job) -> bool:
+    """Queued, but its dataset is still being read: what the REST API calls validating_files."""
+    return job.status == "queued" and not _complete(JobSpec.model_validate(job.spec))
+
+
+# Asking -------------------------------------------------------------------------------------------------------------
+
+
+def cancel(session: Session, user: User, job_id: uuid.UUID) -> Job:
+    """End the job: at once when nobody runs it, else at the next step boundary. It ends as cancelled and leaves no model, also
+    when it reaches its end before it hears of this. Raises NotFound, Conflict."""
+    return _stop(session, get(session, user, job_id), "cancelled", ("queued", "paused"))
+
+
+def pause(session: Session, user: User, job_id: uuid.UUID) -> Job:
+    """Let the job save and leave the machine; `resume` goes on from there. One that reaches its end before it hears of this
+    ends as succeeded, since nothing is left to go on with. Raises NotFound, Conflict."""
+    return _stop(session, get(session, user, job_id), "paused", ("queued",))
+
+
+def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job:
+    """`idle` are the states in which nobody holds the job, so that it can be moved at once."""
+    ended = {"finished_at": func.clock_timestamp()} if status == "cancelled" else {}
+    moved = session.execute(
+        update(Job)
+        .where(Job.id == job.id, Job.status.in_(idle))
+        .values(status=status, error=None, **ended)
+        .returning(Job.attempt, Job.step)
+    ).one_or_none()
+    if moved is not None:
+        record_event(session, job.id, moved.attempt, said.Stopped(status=status, step=moved.step or None, reason="asked for"))  # type: ignore[arg-type]
+    else:
+        wish = {"cancel_requested": True} if status == "cancelled" else {"pause_requested": True}
+        if session.execute(update(Job).where(Job.id == job.id, Job.status == "running").values(**wish)).rowcount == 0:
+            session.refresh(job)
+            if job.status != status:
+                raise _state(job, "cancelled" if status == "cancelled" else "paused")
+    queue.notify(session, "job", job.id)
+    session.refresh(job)
+    return job
+
+
+def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
+    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint, as if it had been paused. A cancelled job
+    without one is refused, since nothing of it is left to go on with. Raises NotFound, Conflict."""
+    job = get(session, user, job_id)
+    models.reference(session, session.get_one(Model, job.model_id))  # refuses what was deleted or refused meanwhile
+    saved = select(Checkpoint.id).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)).exists()
+    moved = session.execute(
+        update(Job)
+        .where(Job.id == job.id, Job.status.in_(("paused", "failed")) | ((Job.status == "cancelled") & saved))
+        .values(status="queued", deaths=0, error=None, finished_at=None, cancel_requested=False, pause_requested=False)
+        .returning(Job.attempt)
+    ).one_or_none()
+    if moved is not None:
+        if lifecycle.is_complete(session, job.id):
+            queue.enqueue(session, queue.TRAIN, job.id)
+        record_event(session, job.id, moved.attempt, said.Queued(reason="resumed"))
+    elif session.execute(
+        update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
+    ).rowcount:
+        queue.notify(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
+    elif job.status == "cancelled":
+        raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
+    elif job.status not in ("queued", "running"):
+        raise _state(job, "resumed")
+    session.refresh(job)
+    return job
+
+
+def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
+    """Ask a running job for a checkpoint at its next step. Raises NotFound, Conflict."""
+    job = get(session, user, job_id)
+    if session.execute(update(Job).where(Job.id == job.id, Job.status == "running").values(save_requested=True)).rowcount == 0:
+        raise _state(job, "asked for a checkpoint")
+    session.refresh(job)
+    return job
+
+
+def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
+    """Take an ended job off the lists. Its files go too, but for what its model needs. Raises NotFound, Conflict."""
+    job = get(session, user, job_id)
+    moved = session.execute(
+        update(Job).where(Job.id == job.id, Job.status.in_((*ENDED, "paused"))).values(deleted_at=func.clock_timestamp())
+    ).rowcount
+    if not moved:
+        raise _state(job, "deleted", "Cancel it first.")
+    session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(deleted_at=func.clock_timestamp()))
+    folder = get_settings().data_dir / "runs" / str(job.id)
+    if tuned_model(session, job) is None:
+        db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+    else:
+        db.on_commit(session, lambda: [shutil.rmtree(old, ignore_errors=True) for old in folder.glob("a*/checkpoint-*")])
+
+
+def refuse_cancelled(job: Job) -> None:
+    """For the API, which answers a second cancel as OpenAI does; a second click on a page is no fault. Raises Conflict."""
+    if job.status == "cancelled":
+        raise _state(job, "cancelled again")
+
+
+def _state(job: Job, what: str, way_out: str = "") -> Conflict:
+    return Conflict(f"The job is {job.status}, so it cannot be {what}.", way_out=way_out, param="fine_tuning_job_id", code="wrong_state")
+
+
+# The reaper's round -------------------------------------------------------------------------------------------------
+
+
+def reap(session: Session) -> dict[str, int]:
+    """One round: what was lost is queued again or given up, what nobody speaks of is announced again."""
+    return {
+        "settled": resolve_waiting_jobs(session),
+        "compared": split_leakage.resolve_waiting(session),
+        "without_model": cancel_without_model(session),
+        "lapsed": lifecycle.expire_leases(session),
+        "announced": lifecycle.redeliver(session, backlog()),
+        "resumed": lifecycle.resume_after_full_disk(session),
+        "swept": lifecycle.sweep_outbox(session),
+        "folders": lifecycle.sweep_folders(session),
+    }
+
+
+def cancel_without_model(session: Session) -> int:
+    """Cancel the jobs whose model was refused after they were ordered. Called by the task that refused it, and by the reaper."""
+    waiting = select(Job).join(Model, Job.model_id == Model.id).where(Model.status == "error", Job.deleted_at.is_(None))
+    found = 0
+    for job in session.scalars(waiting.where(Job.status.in_(("queued", "paused", "running")), ~Job.cancel_requested)).all():
+        with contextlib.suppress(Conflict):  # it ended meanwhile
+            cancel(session, session.get_one(User, job.owner_id), job.id)
+            found += 1
+    return found
+
+
+def backlog() -> int:
+    """Messages that wait for a train worker; 0 when Redis is away, since then none of them may be left."""
+    try:
+        return int(queue.get_redis().llen(f"{queue.PREFIX}train"))  # type: ignore[arg-type]
+    except (redis.RedisError, RuntimeError):
+        return 0
+
+
+def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) -> int:
+    """Jobs that waited for their dataset: those whose data can be read now get their spec and their message, those
+    whose data has an error fail with it. Called by the reaper, and by whoever makes a dataset ready. Returns how many."""
+    waiting = (
+        select(Job)
+        .where(Job.status == "queued", Job.deleted_at.is_(None), ~lifecycle.has_rows())
+        .where(
+            select(Dataset.id)
+            .where(Dataset.id.in_((Job.dataset_id, Job.validation_dataset_id)), Dataset.status == "reading")
+            .exists()
+            .is_(False)
+        )
+    )
+    if dataset_id is not None:
+        waiting = waiting.where((Job.dataset_id == dataset_id) | (Job.validation_dataset_id == dataset_id))
+    found = session.scalars(waiting.limit(50).with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
+    for job in found:
+        _resolve_waiting_job(session, job)
+    return len(found)
+
+
+def _resolve_waiting_job(session: Session, job: Job) -> None:
+    owner = session.get_one(User, job.owner_id)
+    try:
+        spec = build_spec(session, owner, JobRequest.model_validate(job.order))
+    except StudioError as error:
+        failed = said.Failed(kind="bad_data", message=error.message, way_out=error.way_out)
+        job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
+        job.error = {"code": error.code, "message": error.message, "way_out": error.way_out, "param": error.param}
+        session.flush()
+        record_event(session, job.id, job.attempt, failed)
+        return
+    if job.name == job.spec["name"]:  # nobody renamed it while it waited
+        job.name = spec.name
+    job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec)
+    # A file's id may stand for another reading by now, where the one that was waited for failed.
+    job.dataset_id, job.validation_dataset_id = spec.dataset.id, spec.validation.id if spec.validation else None
+    session.flush()
+    queue.enqueue(session, queue.TRAIN, job.id)
+    queue.notify(session, "job", job.id)

@@ -1,0 +1,67 @@
+"""What a job leaves for the first look at its model: held-out questions with their reference, the system prompt of its training
+rows, and the solved examples by which its base was asked for the verdict.
+
+The trainer writes it down, where the rows are divided anyway; `app/inference/tryout.py` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+MAX_QUESTIONS = 8
+MAX_QUESTION_LENGTH, MAX_EXAMPLES_LENGTH = 4000, 20_000  # characters
+
+
+class Asked(NamedTuple):
+    """A prompt as the model is asked it, and what a person answered."""
+
+    prompt: str | list[dict[str, Any]]
+    reference: str
+
+
+def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked]) -> str | list[dict[str, Any]]:
+    """The prompt behind solved examples: as earlier turns of a conversation, or as text."""
+    if isinstance(prompt, str):
+        return "".join(f"{e.prompt}{e.reference}\n\n" for e in examples) + prompt
+    lead = 1 if prompt and prompt[0]["role"] == "system" else 0
+    turns: list[dict[str, Any]] = []
+    for example in examples:
+        before = [m for m in example.prompt if isinstance(m, dict) and m["role"] != "system"] if not isinstance(example.prompt, str) else []
+        turns += [*before, {"role": "assistant", "content": example.reference}]
+    return [*prompt[:lead], *turns, *prompt[lead:]]
+
+
+def of_rows(training: Iterable[Any], held: Iterable[Any]) -> dict[str, Any]:
+    """`{"system", "questions", "examples"}` of a job's rows, each with `line` and `row`; the examples come with the verdict."""
+    systems = Counter(question["system"] for row in training if (question := question_of(row.row)))
+    questions = [{"line": row.line, **question} for row in held if (question := question_of(row.row))]
+    brief = [q for q in questions if len(q["prompt"]) + len(q["reference"]) + len(q["system"]) <= MAX_QUESTION_LENGTH]
+    return {"system": systems.most_common(1)[0][0] if systems else "", "questions": brief[:MAX_QUESTIONS], "examples": []}
+
+
+def kept(examples: Sequence[Asked]) -> dict[str, Any]:
+    """The examples that a base was asked behind, none where they are too long to keep."""
+    shown = [example._asdict() for example in examples]
+    return {"examples": shown if len(json.dumps(shown)) <= MAX_EXAMPLES_LENGTH else []}
+
+
+def question_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The first question of a normalised row and its answer; None for a row that asks nothing, or needs tools."""
+    if "messages" in row:
+        turns = [*row["messages"], *(row.get("chosen") or (row.get("answer") if row.get("good") else None) or [])]
+        spoken = [turn for turn in turns if turn["role"] != "system"]
+        if row.get("tools") or [turn["role"] for turn in spoken[:2]] != ["user", "assistant"]:
+            return None
+        system = next((_words(turn) for turn in turns if turn["role"] == "system"), "")
+        found = {"system": system, "prompt": _words(spoken[0]), "reference": _words(spoken[1])}
+    else:
+        found = {"system": "", "prompt": str(row.get("prompt") or ""), "reference": str(row.get("completion") or "")}
+    return found if found["prompt"].strip() and found["reference"].strip() else None
+
+
+def _words(turn: dict[str, Any]) -> str:
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

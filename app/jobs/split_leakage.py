@@ -1,0 +1,88 @@
+"""What a job would be evaluated on although it is trained on it: the rows on both sides of its split.
+
+    of an order ── asked ──→ waiting ──→ the data worker's answer, which is told wherever the order is shown
+
+The answer takes a pass over the rows, so the form and the job are not held up by it: both show it once it is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.datasets import inspections
+from app.kit import ids
+from app.spec import JobSpec
+from app.tables import JSON, Dataset, Inspection, Job
+
+NAMED = 5
+
+
+def arguments_of(spec: JobSpec) -> dict[str, Any] | None:
+    """What the inspection of an order's split is asked with; None where nothing is held out."""
+    if spec.validation is not None:
+        return {"validation_rows": spec.validation.path}
+    if not spec.run.validation_fraction:
+        return None
+    method, column = (spec.split.method, spec.split.column) if spec.split else ("random", None)
+    return {"method": method, "column": column, "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
+
+
+def ask(session: Session, spec: JobSpec) -> Inspection | None:
+    """The comparison of both sides of an order whose rows are known; None where nothing is held out."""
+    arguments = arguments_of(spec)
+    if arguments is None or not spec.dataset.path:
+        return None
+    return inspections.ask(session, session.get_one(Dataset, spec.dataset.id), "split", arguments)
+
+
+def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
+    """(what an estimate says of it, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that
+    are in the training set too, of `held_out`; `page` lists them."""
+    found = ask(session, spec)
+    if found is None:
+        return {"status": "none", "rows": 0}, []
+    said: JSON = {"status": "waiting" if found.status == "running" else found.status, "rows": None, "page": page_of(spec)}
+    if found.status != "ready" or not found.result:
+        return said, []
+    said |= {"rows": found.result["overlap"], "held_out": found.result["validation"]}
+    return said, [words(spec, found.result)] if found.result["overlap"] else []
+
+
+def page_of(spec: JobSpec) -> str:
+    """The page that shows both sides of this order's split."""
+    query: dict[str, Any] = {"side": "overlap", "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
+    if spec.validation is not None:
+        query["validation"] = ids.public(ids.DATASET, spec.validation.id)
+    elif spec.split is not None:
+        query |= {"method": spec.split.method, "column": spec.split.column or ""}
+    return f"/datasets/{ids.public(ids.DATASET, spec.dataset.id)}/split?{urlencode(query)}"
+
+
+def words(spec: JobSpec, result: dict[str, Any]) -> str:
+    """The warning: how many, how alike, which lines, and where they are left out at once."""
+    count, whole = result["overlap"], result["whole"]
+    alike = {0: "by their prompt", count: "as whole rows"}.get(whole, f"{whole:,} as whole rows, {count - whole:,} by their prompt")
+    lines = ", ".join(f"{item['line']:,}" for item in result["examples"][:NAMED]) + (", …" if count > NAMED else "")
+    return (
+        f"{count:,} of the {result['validation']:,} validation rows {'is' if count == 1 else 'are'} also in the training set of "
+        f"{spec.dataset.name}, {alike} (validation {'line' if count == 1 else 'lines'} {lines}). Metrics on them look better than they "
+        "are. The split page lists every line and removes them from the training set with one click."
+    )
+
+
+def resolve_waiting(session: Session) -> int:
+    """Add the answers that have come to the jobs that were ordered before them. Called by the task that answered, and by the reaper.
+    Returns to how many."""
+    waiting, resolved = Job.estimate["overlap"]["status"].astext == "waiting", 0
+    for job in session.scalars(select(Job).where(waiting, Job.deleted_at.is_(None)).with_for_update(skip_locked=True)):
+        if job.estimate is None:
+            continue
+        overlap, warnings = leakage_summary(session, JobSpec.model_validate(job.spec))
+        if overlap["status"] != "waiting":
+            job.estimate = job.estimate | {"overlap": overlap, "warnings": [*job.estimate.get("warnings", []), *warnings]}
+            resolved += 1
+    return resolved

@@ -1,0 +1,1 @@
+"""Helpers without business: what any project would need."""

@@ -1,0 +1,220 @@
+"""A form from a pydantic class, and the class's settings from a filled form.
+
+Strategies and run settings describe themselves where they are declared: a field's description is the help under it, its
+bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight, `{"rows": 4}` makes it a text of several lines and `{"unit": "tokens"}` names its unit, and
+`{"words": {"rouge_l": "ROUGE-L"}}` says its choices in words. So a new strategy has its form without a line here.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from app.errors import plain
+
+Widget = Literal["number", "select", "checkbox", "text", "area"]
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """One field of a form. Every value is the text of the input, as a browser sends it and as a person typed it."""
+
+    name: str
+    key: str  # name of the input: `strategy.rank`
+    label: str
+    help: str
+    widget: Widget
+    basic: bool
+    value: str
+    default: str
+    placeholder: str = ""
+    unit: str | None = None
+    minimum: str | None = None
+    maximum: str | None = None
+    step: str | None = None
+    choices: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)  # choice → how the form says it
+    group: str = "Method"
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        return self.key.replace(".", "-").replace("_", "-")
+
+    @property
+    def changed(self) -> bool:
+        return self.value != self.default
+
+
+class Fault(NamedTuple):
+    """What is wrong with a form, and the id of the element where it can be put right."""
+
+    text: str
+    place: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What came of a filled form: the settings that were given, or what is wrong with each field."""
+
+    typed: dict[str, str]
+    settings: dict[str, Any]  # only the fields that differ from their default, as JSON can hold them
+    errors: dict[str, str]  # field → sentence; "" for what belongs to no field
+
+
+def controls(
+    cls: type[BaseModel],
+    prefix: str,
+    *,
+    typed: Mapping[str, str] | None = None,
+    errors: Mapping[str, str] | None = None,
+    placeholders: Mapping[str, str] | None = None,
+) -> list[FormField]:
+    """The fields of a class in the order of their declaration, each with what was typed in it so far and its error. What stands in
+    `placeholders` is decided by the data where a field is left empty, whatever the class's own default is."""
+    typed, errors, placeholders = typed or {}, errors or {}, placeholders or {}
+    found = []
+    for name, info in cls.model_fields.items():
+        if name == "name":
+            continue
+        default = "" if name in placeholders else as_text(info.get_default(call_default_factory=True))
+        found.append(
+            FormField(
+                name=name,
+                key=f"{prefix}.{name}",
+                label=label_of(name, info),
+                help=info.description or "",
+                value=typed.get(name, default),
+                default=default,
+                placeholder=placeholders.get(name, default),
+                error=errors.get(name),
+                basic=bool(_extra(info, "basic")),
+                unit=_extra(info, "unit"),
+                words=_extra(info, "words") or {},
+                group=_extra(info, "group") or "Method",
+                **_widget(info),
+            )
+        )
+    return found
+
+
+def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str, keep: Container[str] = ()) -> Filled:
+    """Read the inputs `prefix.*` of a form. An empty input means the field's default; fields in `keep` mean something else when
+    they are empty, so what was typed there is kept although it is the default.
+
+    Never raises for what a person typed: errors stand beside the fields they belong to, with the value kept.
+    """
+    typed = {key.removeprefix(prefix + "."): value.strip() for key, value in data.items() if key.startswith(prefix + ".")}
+    # A form sends every field. One that stands at its default was not chosen, so that another may take its place.
+    defaults = {name: as_text(info.get_default(call_default_factory=True)) for name, info in cls.model_fields.items()}
+    given = {name: value for name, value in typed.items() if value != "" and (name in keep or value != defaults.get(name))}
+    try:
+        settings = cls.model_validate(given)
+    except ValidationError as error:
+        return Filled(typed, {}, {str(e["loc"][0]) if e["loc"] else "": explain(cls, dict(e)) for e in error.errors()})
+    changed = {
+        name for name in given if name in keep or getattr(settings, name) != cls.model_fields[name].get_default(call_default_factory=True)
+    }
+    return Filled(typed, settings.model_dump(mode="json", include=changed), {})
+
+
+def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as a sentence that says what is wrong and what to write instead."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    info = cls.model_fields.get(name)
+    if info is None:
+        return f"There is no setting {name!r}. There is: {', '.join(n for n in cls.model_fields if n != 'name')}."
+    label, limits, wrote = label_of(name, info), error.get("ctx", {}), f"you wrote {as_text(error.get('input'))[:40]}"
+    if as_text(error.get("input")).strip().lower() in ("nan", "-nan", "+nan"):
+        return f"{label} takes a number; {wrote}."
+    match error["type"]:
+        case "greater_than_equal":
+            return f"{label} must be {as_text(limits['ge'])} or more; {wrote}."
+        case "greater_than":
+            return f"{label} must be more than {as_text(limits['gt'])}; {wrote}."
+        case "less_than_equal":
+            return f"{label} must be {as_text(limits['le'])} or less; {wrote}."
+        case "less_than":
+            return f"{label} must be less than {as_text(limits['lt'])}; {wrote}."
+        case "int_parsing" | "int_from_float" | "int_type" | "int_parsing_size":
+            return f"{label} takes a whole number; {wrote}."
+        case "float_parsing" | "float_type" | "finite_number":
+            return f"{label} takes a number; {wrote}."
+        case "literal_error":
+            return f"{label} is one of {', '.join(_choices(info))}; {wrote}."
+        case "bool_parsing" | "bool_type":
+            return f"{label} is true or false; {wrote}."
+        case "value_error":
+            return f"{label}: {plain(error['msg'])}"
+        case _:
+            return f"{label}: {error['msg']}; {wrote}."
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a person typed, of at most 15 digits; None for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as a browser would send it; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        text = f"{value:.10g}"
+        return f"{Decimal(text):f}" if 1e-6 <= abs(value) < 1 else text  # 0.00005, which Python calls 5e-05
+    return str(value)
+
+
+def label_of(name: str, info: FieldInfo) -> str:
+    return info.title or name.replace("_", " ").capitalize()
+
+
+def _extra(info: FieldInfo, key: str) -> Any:
+    return info.json_schema_extra.get(key) if isinstance(info.json_schema_extra, dict) else None
+
+
+def _kind(info: FieldInfo) -> Any:
+    """The annotation without `| None`."""
+    if get_origin(info.annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(info.annotation) if a is not types.NoneType)
+    return info.annotation
+
+
+def _choices(info: FieldInfo) -> tuple[str, ...]:
+    kind = _kind(info)
+    return tuple(as_text(c) for c in get_args(kind)) if get_origin(kind) is Literal else ()
+
+
+def _widget(info: FieldInfo) -> dict[str, Any]:
+    """The right input for a field's type: its kind, and the bounds that a browser can hold a person to."""
+    kind = _kind(info)
+    if kind is bool:
+        return {"widget": "checkbox"}
+    if choices := _choices(info):
+        return {"widget": "select", "choices": choices if info.is_required() or info.default is not None else ("", *choices)}
+    if kind not in (int, float):
+        return {"widget": "area" if _extra(info, "rows") else "text"}
+    bounds: dict[str, Any] = {"widget": "number", "step": "1" if kind is int else "any"}
+    for rule in info.metadata:
+        # A browser knows no open bound. For whole numbers the next one stands in; for others the server has the last word.
+        beside = 1 if kind is int else 0
+        match rule:
+            case annotated_types.Ge(ge=bound):
+                bounds["minimum"] = as_text(bound)
+            case annotated_types.Gt(gt=bound):
+                bounds["minimum"] = as_text(bound + beside)
+            case annotated_types.Le(le=bound):
+                bounds["maximum"] = as_text(bound)
+            case annotated_types.Lt(lt=bound):
+                bounds["maximum"] = as_text(bound - beside)
+    return bounds

@@ -1,0 +1,112 @@
+"""Numbers, sizes and times as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+NOTHING = "–"
+
+
+def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
+    """Unknown numbers are shown as a dash, not as an error."""
+
+    def safe(value: Any, *rest: Any) -> str:
+        return NOTHING if value is None or value != value else function(value, *rest)
+
+    return safe
+
+
+@_or_nothing
+def human_bytes(value: float) -> str:
+    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three figures."""
+    size, unit = float(value), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
+    return f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " ")
+
+
+@_or_nothing
+def human_seconds(value: float) -> str:
+    """130 → `2 min 10 s`, 0.0312 → `31 ms`, 93_600 → `1 d 2 h`. Two units at most."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    parts = [(whole // 86_400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    while parts[0][0] == 0:
+        parts = parts[1:]
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
+
+
+@_or_nothing
+def human_number(value: float, digits: int | None = None) -> str:
+    """1204 → `1,204`, 1.0834 → `1.08`, 0.00002 → `0.00002`."""
+    if digits is None:
+        if isinstance(value, int) or abs(value) >= 1000:
+            digits = 0
+        elif value and abs(value) < 0.01:
+            return _small(value)
+        else:
+            digits = 2
+    return f"{value:,.{digits}f}"
+
+
+def _small(value: float) -> str:
+    """Three figures, written out as far as an eye can count the zeros."""
+    if abs(value) < 1e-6:
+        return f"{value:.3g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".rstrip("0")
+
+
+@_or_nothing
+def human_percent(value: float, digits: int = 1) -> str:
+    """A share, 0 to 1: 0.018 → `1.8 %`. What is there but would round to nothing is below the smallest figure."""
+    if 0 < abs(value) * 100 < 0.5 * 10**-digits:
+        return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
+    return f"{value * 100:.{digits}f}{NARROW}%"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 row`, `1,204 rows`."""
+    return f"{human_number(count)} {one if count == 1 else many or one + 's'}"
+
+
+@_or_nothing
+def clock(value: datetime) -> str:
+    """A moment in full, as a `<time>` that `static/js/shell.js` turns into the reader's own time zone."""
+    moment = value.astimezone(UTC)
+    return Markup('<time datetime="{}" data-clock>{} UTC</time>').format(moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M}")
+
+
+@_or_nothing
+def ago(value: datetime) -> str:
+    """How long ago a moment was: `3 min ago`, with the moment itself on hover."""
+    seconds = (datetime.now(UTC) - value).total_seconds()
+    moment = value.astimezone(UTC)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M:%S} UTC", _ago(seconds)
+    )
+
+
+def _ago(seconds: float) -> str:
+    if abs(seconds) < 45:
+        return "just now"
+    for size, unit in ((86_400 * 365, "year"), (86_400 * 30, "month"), (86_400, "day"), (3600, "h"), (60, "min")):
+        if abs(seconds) >= size or unit == "min":
+            count = max(1, round(abs(seconds) / size))
+            word = unit if unit in ("h", "min") or count == 1 else f"{unit}s"
+            return f"{count} {word} ago" if seconds > 0 else f"in {count} {word}"
+    raise AssertionError

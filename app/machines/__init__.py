@@ -1,0 +1,1 @@
+"""What the machines are and which workers live on them."""

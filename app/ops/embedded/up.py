@@ -1,0 +1,357 @@
+"""`luthier up`, from top to bottom; and the database alone, for commands beside a studio or without one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.errors import BadField, Forbidden, Unavailable
+from app.kit.addresses import is_loopback
+from app.ops.embedded import sweep
+from app.ops.embedded.places import Lock, make_data_dir, private_folder
+from app.ops.embedded.postgres import DATABASE, Postgres, launched
+from app.ops.embedded.supervisor import Child, Supervisor
+from app.ops.embedded.valkey import Valkey
+from app.settings import Settings, get_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from app.tables import User
+
+SERVERS = ["valkey", "postgres"]
+
+
+def up(say: Callable[[str], None]) -> None:
+    """Start everything, print the sign-in link, keep it alive until Ctrl-C, and stop it in order."""
+    settings = get_settings()
+    refuse_open_address(settings)
+    make_data_dir(settings.data_dir)
+    lock = Lock(settings.data_dir)
+    lock.take()
+    try:
+        refuse_taken_port(settings)
+        if left := sweep.clear(settings.data_dir):
+            say(f"{len(left)} processes of a studio that was killed here before were stopped.")
+        run_studio(settings, lock, say)
+    finally:
+        lock.release()
+
+
+def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> None:
+    run = secrets.token_hex(8)
+    os.environ |= {sweep.MARK: sweep.mark(settings.data_dir, run), "LUTHIER_DATA_DIR": str(settings.data_dir)}
+    supervisor = Supervisor(private_folder(settings.data_dir / "logs"), say)
+    supervisor.catch_signals()
+    try:
+        supervisor.start(warden(settings.data_dir, run))
+        start_servers(supervisor, settings)
+        if not settings.database_url:  # workers of other machines may hold what they do in another database
+            free_what_was_held()
+        web, *others = processes(settings)
+        supervisor.start(web)
+        url = studio_url(settings)
+        lock.tell(url=url, external=bool(settings.database_url))
+        path = welcome()
+        supervisor.wait_for(lambda: answers(settings), what=web, seconds=120)
+        for child in others:  # only now, so that they do not take the processor from the page a person waits for
+            supervisor.start(child)
+        say(f"Luthier is ready. Sign in (once, within an hour):\n\n    {url}{path}\n\nCtrl-C stops it. Logs: {supervisor.logs}")
+        supervisor.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        supervisor.stopping = max(1, supervisor.stopping)
+        stop(supervisor, say)
+        sweep.end(sweep.marked(settings.data_dir, run))
+
+
+def stop(supervisor: Supervisor, say: Callable[[str], None]) -> None:
+    """Workers first, while all they need to save their work is there; the database last."""
+    names = [child.name for child in supervisor.children]
+    workers = [name for name in names if name.startswith(("train", "data", "import", "generate"))]
+    if any(child.process for child in supervisor.children if child.name.startswith("train")):
+        say("Stopping. A job that runs saves where it is and goes on at the next start; Ctrl-C again does not wait for it.")
+    supervisor.stop(workers)
+    supervisor.stop(["web", "relay"])
+    supervisor.stop(["valkey"])
+    supervisor.stop(["postgres"])
+    supervisor.stop(["warden"])
+
+
+# What runs -------------------------------------------------------------------------------------------------------------
+
+
+def commands(settings: Settings) -> dict[str, list[str]]:
+    """Our own processes by name, as a person would type them. docker-compose.yml starts the same; a test compares them."""
+    celery = ["celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+    web = ["uvicorn", "app.main:create_app", "--factory", "--host", settings.host, "--port", str(settings.port)]
+    # What proxies say is believed by the application, of those that a setting names; uvicorn would believe all of this machine.
+    web += ["--http", "app.web.http_protocol:Guarded", "--no-proxy-headers"]
+    return {
+        "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would hold sign-in links
+        "relay": ["app.relay"],
+        "generate": [*celery, "-Q", "generate", "--pool=threads", "-c", "64", "-n", "generate@%h"],
+        "data": [*celery, "-Q", "data", "--pool=threads", "-c", "2", "-n", "data@%h"],
+        "import": [*celery, "-Q", "import", "--pool=threads", "-c", "2", "-n", "import@%h"],
+        "train": [*celery, "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"],
+    }
+
+
+def processes(settings: Settings) -> list[Child]:
+    """The children that run our own code; one train worker per GPU, each seeing its own."""
+    children = []
+    for name, arguments in commands(settings).items():
+        command = launched([sys.executable, "-m", *arguments])
+        if name == "train":
+            children += [train_worker(command, number, settings) for number in range(1, settings.train_workers + 1)]
+        else:
+            children.append(Child(name, command))
+    return children
+
+
+def train_worker(command: list[str], number: int, settings: Settings) -> Child:
+    """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
+    env = {}
+    gpus = visible_gpus()
+    each = settings.gpus_per_job
+    if settings.train_workers > 1 and len(gpus) >= settings.train_workers * each:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(number - 1) * each : number * each])
+    named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
+    return Child(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this studio may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def warden(data_dir: Path, run: str) -> Child:
+    """It carries no mark of its own, because it ends what is marked and must not die with the supervisor it watches."""
+    command = [sys.executable, "-m", "app.ops.embedded.sweep", str(data_dir), run, str(os.getpid())]
+    return Child("warden", command, env={sweep.MARK: f"warden:{run}"}, stop_signal=signal.SIGKILL)
+
+
+# The servers -----------------------------------------------------------------------------------------------------------
+
+
+def start_servers(supervisor: Supervisor, settings: Settings) -> None:
+    """Valkey and PostgreSQL, unless addresses of others are given; then the newest schema."""
+    if not settings.redis_url:
+        valkey = Valkey(settings.data_dir)
+        server = supervisor.start(Child("valkey", valkey.command(), cwd=valkey.folder, grace_seconds=15))
+        os.environ["LUTHIER_REDIS_URL"] = valkey.url
+        supervisor.wait_for(lambda: listens(valkey.socket), what=server, seconds=20)
+    if not settings.database_url:
+        postgres = Postgres(settings.data_dir)
+        if not (postgres.folder / "PG_VERSION").exists():
+            supervisor.say("Making the database. This happens once.")
+        postgres.prepare()
+        server = supervisor.start(Child("postgres", postgres.command(), stop_signal=signal.SIGINT, grace_seconds=60, cwd=Path("/")))
+        supervisor.wait_for(lambda: is_open(postgres), what=server, seconds=120)
+        os.environ["LUTHIER_DATABASE_URL"] = postgres.url
+    get_settings.cache_clear()
+    migrate()
+
+
+def migrate() -> None:
+    from app.migrate import upgrade
+
+    url = get_settings().database_url
+    assert url is not None
+    upgrade(url)
+
+
+def free_what_was_held() -> None:
+    """The lock is held and what was left is ended, so whatever a worker holds in this studio's own database, it is dead."""
+    from app import relay
+    from app.db import transaction
+
+    with transaction() as session:
+        relay.take_over(session)
+
+
+def listens(path: Path) -> bool:
+    """Whether a server accepts connections on this unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def is_open(postgres: Postgres) -> bool:
+    """Whether the server takes queries (after a crash it first replays its log); makes our database at the first start."""
+    import psycopg
+
+    if not (postgres.sockets / ".s.PGSQL.5432").exists():
+        return False
+    try:
+        with psycopg.connect(postgres.url_of("postgres").replace("+psycopg", ""), autocommit=True, connect_timeout=5) as connection:
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,)).fetchone()
+            if not found:
+                connection.execute(f"CREATE DATABASE {DATABASE}")
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+# The address -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_open_address(settings: Settings) -> None:
+    if not is_loopback(settings.host) and not settings.admin_password:
+        raise Forbidden(
+            f"Luthier does not listen on {settings.host} without a password.",
+            way_out="Set LUTHIER_ADMIN_PASSWORD to the password of the first account, or leave --host at 127.0.0.1.",
+            code="password_needed",
+        )
+
+
+def refuse_taken_port(settings: Settings) -> None:
+    """Seen before anything starts; `--port 0` is answered with a free port."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise BadField(
+                f"The studio cannot listen on {settings.host}, port {settings.port}: {error.strerror}.",
+                way_out="Stop what listens there, or choose another port with --port (0 takes a free one).",
+                param="port",
+            ) from None
+        if settings.port == 0:
+            os.environ["LUTHIER_PORT"] = str(probe.getsockname()[1])
+            settings.port = probe.getsockname()[1]
+
+
+def studio_url(settings: Settings) -> str:
+    """What a person types into a browser on this machine, or the public address when one is set."""
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)  # noqa: S104
+    return f"http://{host}:{settings.port}"
+
+
+def answers(settings: Settings) -> bool:
+    """Whether `/readyz` says yes. No proxy: it is our own process on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)  # noqa: S104
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{host}:{settings.port}/readyz", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def sign_in_path() -> str:
+    from app.db import transaction
+    from app.web import auth
+
+    with transaction() as session:
+        return auth.new_sign_in_link(session, auth.first_user(session))
+
+
+def welcome() -> str:
+    """What a person finds when they come in: the starter models on disk, at the first start the samples, and a way in."""
+    from app.db import transaction
+    from app.web import auth
+
+    with transaction() as session:
+        from app.models import imports as model_imports
+
+        user = auth.first_user(session)
+        model_imports.adopt_starters(session)
+        import_samples(session, user)
+        return auth.new_sign_in_link(session, user)
+
+
+def import_samples(session: Session, user: User) -> None:
+    """The small datasets of `samples/`, once: into a studio that never had a file."""
+    from sqlalchemy import select
+
+    from app.datasets import samples
+    from app.tables import File
+
+    if session.scalar(select(File.id).limit(1)) is None:
+        for sample in samples.list_():
+            samples.add(session, user, sample["name"])
+
+
+# Beside a studio, or without one ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """The studio's database and Redis for one command: the running studio's, else started for the moment."""
+    settings = get_settings()
+    if settings.database_url and settings.redis_url:
+        yield
+        return
+    make_data_dir(settings.data_dir)
+    lock = Lock(settings.data_dir)
+    holder = lock.holder()
+    if holder is not None:
+        if holder.get("external"):
+            raise Unavailable(
+                "The running studio uses a database of its own choosing.",
+                way_out="Give this command the same LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL as the studio.",
+            )
+        point_at(Postgres(settings.data_dir), Valkey(settings.data_dir))
+        wait_for_start(settings)
+        yield
+        return
+    lock.take(url="for one command")
+    try:
+        sweep.clear(settings.data_dir)
+        with servers_for_a_moment(settings):
+            yield
+    finally:
+        lock.release()
+
+
+def point_at(postgres: Postgres, valkey: Valkey) -> None:
+    """Make this process use these two."""
+    os.environ.setdefault("LUTHIER_DATABASE_URL", postgres.url)
+    os.environ.setdefault("LUTHIER_REDIS_URL", valkey.url)
+    get_settings.cache_clear()
+
+
+def wait_for_start(settings: Settings, seconds: float = 60.0) -> None:
+    """A studio that has just been started may still be making its database."""
+    postgres, deadline = Postgres(settings.data_dir), time.monotonic() + seconds
+    while not is_open(postgres):
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                "The running studio's database does not answer.", way_out=f"See {settings.data_dir / 'logs' / 'postgres.log'}."
+            )
+        time.sleep(0.1)
+    migrate()
+
+
+@contextlib.contextmanager
+def servers_for_a_moment(settings: Settings) -> Iterator[None]:
+    """Both servers as children of this command, ended with it."""
+    os.environ[sweep.MARK] = sweep.mark(settings.data_dir, secrets.token_hex(8))
+    supervisor = Supervisor(private_folder(settings.data_dir / "logs"), lambda line: print(line, file=sys.stderr))
+    try:
+        start_servers(supervisor, settings)
+        yield
+    finally:
+        supervisor.stopping = 1
+        supervisor.stop(SERVERS)

@@ -1,0 +1,330 @@
+"""Memory and time of a job before it starts: arithmetic on the model's shape, the data and the machine. Pure, no torch.
+
+The figures describe Luthier's own engine: packed rows without padding, attention without masks, a head that is applied
+only where a token is learnt. `tests/planning/test_memory.py` and `benchmarks/estimates.py` hold them against measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from app.machines.hardware import Machine, Pace, kind_of_work
+from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
+from app.shapes import Shape
+from app.spec import JobSpec, RunSettings
+from app.strategies import Strategy
+from app.strategies.feature_extraction import FeatureExtraction
+
+SPEED_PER_CORE = 35e9
+SPEED_PER_CORE_MATRIX_UNITS = 120e9
+SPEED_GPU = 150e12
+"""Operations per second taken for granted until a job has been measured on this machine."""
+
+FIXED_SECONDS = 4.0
+"""Libraries loaded, rows made into tokens and results written, until a job has been measured here; reading the weights comes on top."""
+MIN_BESIDE, MIN_FIXED_SECONDS = 0.1, 0.1
+"""The least share of its arithmetic that what a job does beside its steps is taken to need, and the least that is fixed."""
+DISK_BYTES_PER_SECOND = 400e6
+"""Weights read, or written with their SHA-256."""
+PROBE_TOKENS = 4000
+ANSWERED = 8
+"""The general texts of `worker/scoring/probe/`, and the held-out rows that a final evaluation answers."""
+SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, 32_768
+"""What a base without tuning is given for the verdict (worker/scoring/prompt_baseline.py): solved examples before a question, examples of a class,
+and at most so many held-out rows and tokens."""
+
+FIT_SWEEPS, FIT_PASSES = 13, 60
+"""Logistic regression goes over the vectors as often as 13 whole fits do (six strengths in three folds of two thirds each, and
+the one that is kept), each in some 60 passes; where the strength is given, once."""
+FIT_ROWS = 3000
+"""Rows that cross-validation looks at."""
+DENSE_ROW_SECONDS = 5e-6
+"""What a row of a dense classifier's step takes beyond its products."""
+FIT_OPERATIONS_PER_SECOND = 50e9
+"""What scikit-learn's solver reached on one core, float32, for 10 to 77 classes of 384 and 576 numbers."""
+
+
+class Stats(Protocol):
+    """What is known of a dataset. Token figures are None until they were counted."""
+
+    rows: int
+    characters: int
+    tokens: int | None
+    trained_tokens: int | None
+    longest: int | None
+    labels: int | None
+
+
+class Estimate(BaseModel):
+    """Bytes and seconds. `low_seconds` to `high_seconds` is the range to expect."""
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_bytes: int
+    memory: MemoryParts
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    trainable_parameters: int
+    fits: bool
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    recomputed_layers: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | None = None) -> Estimate:
+    """What the job will take on this machine. `validation` is what is known of the rows of `spec.validation`."""
+    course = course_of(spec, stats, validation)
+    if type(spec.strategy).recipe == "features":
+        return _of_features(spec, course, machine)
+    shape, run, strategy = spec.model.shape, spec.run, spec.strategy
+    recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
+    memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
+    per_second = speed_of(spec, machine) / operations_per_token(shape, strategy, course.learnt, recompute / shape.layers)
+    return _estimate(spec, machine, course, memory, per_second, recompute)
+
+
+def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryParts, per_second: float, recompute: int = 0) -> Estimate:
+    twice = recompute / spec.model.shape.layers
+    speed = speed_of(spec, machine)
+    found, measured = pace_of(spec, machine)
+    seconds = step_seconds(spec, course, speed, twice) + (found.beside if found else 1.0) * beside_seconds(spec, course, speed)
+    seconds += found.fixed_seconds if found else FIXED_SECONDS + _read_seconds(spec.model.shape)
+    total = sum(memory.model_dump().values())
+    spread = 1.25 if measured else 1.5 if found else 2.0
+    return Estimate(
+        memory_bytes=total,
+        memory=memory,
+        seconds=seconds,
+        low_seconds=seconds / spread,
+        high_seconds=seconds * spread,
+        trainable_parameters=spec.strategy.learns(spec.model.shape, task=spec.task, labels=course.labels),
+        fits=total <= 0.95 * machine.training_memory_bytes,
+        steps=course.steps,
+        tokens=course.tokens,
+        tokens_per_second=per_second,
+        recomputed_layers=recompute,
+        device="cuda" if machine.cuda else "cpu",
+    )
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+class Workload(NamedTuple):
+    """The data of a job as it is gone through. All but `steps` and `labels` in tokens, a soft prompt's placeholders among them."""
+
+    train: float  # of the rows that are learnt from, once
+    held_out: float
+    longest: int  # of the longest sequence, after cutting
+    tokens: int  # of all steps
+    steps: int
+    learnt: float  # share of the tokens that carry a loss
+    rows: int  # rows that are learnt from
+    labels: int
+
+
+def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
+    """How a job goes through its data."""
+    run = spec.run
+    rows, longest = _placed(spec, stats)
+    if spec.validation is None:
+        held_out, share = rows * run.validation_fraction, (1 - run.validation_fraction) * run.data_fraction
+    else:
+        held_out, share = 0.0, run.data_fraction
+        if validation is not None:
+            held_out, _ = _placed(spec, validation)
+    train = rows * share
+    learned_from = math.ceil(stats.rows * share)
+    mean = train / max(learned_from, 1)
+    steps = total_steps(train, learned_from, longest, run)
+    tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
+    learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
+    return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
+
+
+def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
+    """(tokens of all rows, of the longest) with placeholders before each sequence; a row's sequences share a pack."""
+    each, lead = sequences_per_row(spec), spec.strategy.virtual_tokens()
+    rows, longest = tokens_of(stats, spec.run, each)
+    return rows + each * stats.rows * lead, each * (longest + lead)
+
+
+def sequences_per_row(spec: JobSpec) -> int:
+    """How many sequences a row becomes: a pair is its prompt with the one answer and with the other."""
+    return 2 if spec.task == "preference" else 1
+
+
+def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
+    """(tokens of all rows, tokens of the longest sequence) after cutting, with `each` sequences a row; four characters are
+    a token until tokens are counted."""
+    tokens = stats.tokens if stats.tokens is not None else math.ceil(stats.characters / 4) + 8 * stats.rows
+    mean = tokens / max(each * stats.rows, 1)
+    longest = stats.longest if stats.longest is not None else math.ceil(3 * mean)
+    return min(tokens, each * stats.rows * run.max_length), max(1, min(longest, run.max_length))
+
+
+def learnt_share(stats: Stats) -> float:
+    """Share of the tokens that carry a loss; half when nobody counted."""
+    if not stats.tokens or stats.trained_tokens is None:
+        return 0.5
+    return min(1.0, stats.trained_tokens / stats.tokens)
+
+
+def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) -> int:
+    """Optimizer steps of a job whose epoch has so many tokens and rows."""
+    batches = rows / run.batch_size if run.batch_size else train_tokens / (run.max_tokens_per_step or 1)
+    if not run.packing and not run.batch_size:  # at most, as if every row were as long as the longest
+        batches = rows / max(1, (run.max_tokens_per_step or 1) // longest)
+    steps = max(1, math.ceil(run.epochs * max(1, math.ceil(batches)) / run.gradient_accumulation_steps))
+    return min(steps, run.max_steps) if run.max_steps else steps
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recompute: float = 0.0) -> float:
+    """Floating-point operations of one training step per token: 2 per weight forwards, 2 back through it as far as gradients
+    reach, and 2 more per weight that learns; `recompute` is the share of layers run forwards twice. The head counts only where
+    tokens are learnt."""
+    blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
+    head = shape.vocabulary * shape.hidden * learnt
+    learns = min(strategy.trainable(shape), blocks + head)
+    passed = blocks * strategy.reaches(shape) / shape.layers
+    return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
+
+
+def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:
+    """What is known of the pace of such a job here, and whether one like it was measured."""
+    return machine.pace(work_of(spec, precision_of(spec.run, spec.strategy, machine)))
+
+
+def work_of(spec: JobSpec, precision: str) -> str:
+    """The kind of work that a job is."""
+    return kind_of_work(spec.strategy.name, spec.model.shape.architecture, type(spec.strategy).recipe, precision)
+
+
+def speed_of(spec: JobSpec, machine: Machine) -> float:
+    """Operations per second to expect: as measured here before, or a cautious figure."""
+    found, _ = pace_of(spec, machine)
+    if found:
+        return found.operations_per_second
+    if machine.cuda:
+        return SPEED_GPU * machine.processes
+    matrix_units = machine.bf16_pays and precision_of(spec.run, spec.strategy, machine) == "bf16"
+    return machine.cores * (SPEED_PER_CORE_MATRIX_UNITS if matrix_units else SPEED_PER_CORE)
+
+
+def _read_seconds(shape: Shape) -> float:
+    return 4 * shape.parameters() / DISK_BYTES_PER_SECOND
+
+
+def forward_operations(shape: Shape, learnt: float) -> float:
+    """Operations of reading one token, the head applied to a share of them."""
+    blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
+    return 2 * (blocks + shape.vocabulary * shape.hidden * learnt)
+
+
+def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float = 0.0) -> float:
+    """Seconds of all steps, or of reading every text once, at `speed` operations a second; `recompute` is the share of layers run
+    forwards twice."""
+    shape = spec.model.shape
+    if type(spec.strategy).recipe == "features":
+        return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
+    padded = 1.0 if spec.run.packing else max(1.0, course.longest * course.rows / max(course.train, 1))
+    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
+
+
+def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
+    """Seconds of what a job computes beside its steps: scores, answers, checkpoints, and a classifier learnt on vectors."""
+    shape, run = spec.model.shape, spec.run
+    if type(spec.strategy).recipe == "features":
+        return _fit_seconds(spec, course)
+    classes = spec.task == "classification"
+    forward = forward_operations(shape, course.learnt)
+    often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.tokens / max(course.train, 1)
+    saves = judged = max(1, math.ceil(often))
+    if run.save_steps:
+        saves = math.ceil(course.steps / run.save_steps)
+    # The held-out rows are scored before the first step and at every evaluation; classes once more at the end, for their evaluation.
+    scored = (judged + 1 + classes) * course.held_out * forward
+    # At the end every training row is scored, but for classes also with the model before tuning, and so are the texts that
+    # show forgetting; an encoder writes none.
+    passes = (1 if classes else 2) if run.row_losses else 0
+    scored += passes * course.train * forward
+    probed = run.forgetting and shape.architecture == "decoder"
+    if probed:
+        scored += 2 * PROBE_TOKENS * forward_operations(shape, 1.0)
+    scored += _contest_tokens(spec, course) * forward
+    if spec.task == "preference":  # the model before tuning reads every pair once
+        scored += (course.train + course.held_out) * forward
+    # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
+    written = 0 if classes else run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
+    again = _read_seconds(shape) if probed or passes == 2 else 0.0
+    return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
+
+
+def _contest_tokens(spec: JobSpec, course: Workload) -> float:
+    """Tokens of held-out rows that are read again for the verdict: behind examples by the base, and by the tuned model; of a
+    classifier, the texts whose vectors are compared."""
+    mean = course.train / max(course.rows, 1)
+    held = course.held_out / max(mean, 1.0)
+    if spec.task == "classification":
+        return mean * (min(EXAMPLES_A_CLASS * max(course.labels, 1), course.rows, 800) + min(held, 400))
+    if spec.task == "preference" or spec.dataset.format == "plain_text":
+        return 0.0
+    bare = min(held, CONTEST_ROWS) * mean
+    return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)
+
+
+def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:
+    """What a job of `seconds` in all, the first `loaded` of them before its first step, tells of the next. What it took longer than
+    the arithmetic is fixed; what it took less, it was faster beside its steps. None when it cannot have read its texts at all."""
+    beside = beside_seconds(spec, course, speed)
+    rest = seconds - step_seconds(spec, course, speed, recompute)
+    if type(spec.strategy).recipe == "features":
+        return Pace(operations_per_second=speed, fixed_seconds=rest - beside) if rest > beside else None
+    share = min(1.0, max(rest - loaded, MIN_BESIDE * beside) / beside) if beside else 1.0
+    return Pace(operations_per_second=speed, fixed_seconds=max(rest - share * beside, MIN_FIXED_SECONDS), beside=share)
+
+
+def _save_seconds(spec: JobSpec) -> float:
+    """Seconds of a checkpoint: what learns with its two moments, and a whole model where the result is one."""
+    strategy, shape = spec.strategy, spec.model.shape
+    learnt = strategy.trainable(shape)
+    return (12 * learnt + (0 if type(strategy).adapter else 4 * (shape.parameters() - learnt))) / DISK_BYTES_PER_SECOND
+
+
+# Frozen features ------------------------------------------------------------------------------------------------------
+
+
+def _of_features(spec: JobSpec, course: Workload, machine: Machine) -> Estimate:
+    """Every text read once, forwards only, and a small classifier learnt on the vectors."""
+    strategy = spec.strategy
+    assert isinstance(strategy, FeatureExtraction)
+    steps = 1 if strategy.classifier == "logistic" else strategy.passes
+    course = course._replace(tokens=int(course.train + course.held_out), steps=steps)
+    per_second = speed_of(spec, machine) / forward_operations(spec.model.shape, 0.0)
+    return _estimate(
+        spec,
+        machine,
+        course,
+        features_memory(spec.model.shape, strategy, spec.run, course.tokens, course.rows, course.longest, machine),
+        per_second,
+    )
+
+
+def _fit_seconds(spec: JobSpec, course: Workload) -> float:
+    """Seconds of learning a classifier on the vectors."""
+    strategy = spec.strategy
+    assert isinstance(strategy, FeatureExtraction)
+    head = strategy.head_parameters(spec.model.shape, course.labels)
+    if strategy.classifier == "dense":
+        return strategy.passes * course.rows * (6 * head / FIT_OPERATIONS_PER_SECOND + DENSE_ROW_SECONDS)
+    sweeps = 1.0 if strategy.regularisation is not None else 1 + (FIT_SWEEPS - 1) * min(1.0, FIT_ROWS / max(course.rows, 1))
+    return 4 * sweeps * FIT_PASSES * course.rows * head / FIT_OPERATIONS_PER_SECOND

@@ -1,0 +1,83 @@
+"""Would a better prompt have been enough? The best prompt and the best tuned model, line by line.
+
+Both were asked the same lines, so they are compared as a pair: only lines on which one did better count, and the exact sign
+test says whether chance explains them (McNemar's test, where an answer is right or wrong).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.kit import stats
+from app.tables import Prompt, PromptResult, PromptRun, PromptVersion
+
+FEWEST = 20
+"""Lines that both were asked, below which nothing is said."""
+
+Row = tuple[PromptRun, Prompt, PromptVersion]
+
+
+class Paired(NamedTuple):
+    """Two runs on the lines that both answered: how many, their mean scores there, and on how many which did better."""
+
+    lines: int
+    tuned: float
+    prompt: float
+    tuned_better: int
+    prompt_better: int
+
+    @property
+    def p(self) -> float:
+        return stats.sign_test(self.tuned_better, self.prompt_better)
+
+
+def verdict(session: Session, rows: Sequence[Row]) -> str:
+    """The answer in a sentence or two, from the finished runs on one dataset, the best of them first."""
+    done = [row for row in rows if row[0].status == "succeeded" and (row[0].result or {}).get("rows")]
+    tuned = next((row for row in done if is_tuned(row[0]) and row[0].spec["part"] == "validation"), None)
+    plain = [row for row in done if not is_tuned(row[0])]
+    if tuned is None or not plain:
+        return "Run a prompt on a base model and on a fine-tuned one, on the validation set, to see whether prompting is sufficient."
+    rule = tuned[0].spec["body"]["score"]
+    prompt = next((row for row in plain if row[0].spec["body"]["score"] == rule), None)
+    if prompt is None:
+        return "The fine-tuned models and the prompts were scored with different metrics, so they cannot be compared."
+    found = paired(session, tuned[0], prompt[0])
+    if found.lines < FEWEST:
+        return (
+            f"Only {found.lines} rows were run with both the best prompt and the best fine-tuned model. "
+            "Run them together, on rows that neither was trained on."
+        )
+    return _in_words(found, tuned[0].spec["model"]["name"], f"“{prompt[1].name}” on {prompt[0].spec['model']['name']}")
+
+
+def _in_words(found: Paired, tuned: str, prompt: str) -> str:
+    on = f"On the {found.lines} rows of both, {tuned} scores {found.tuned:.1%} and {prompt} {found.prompt:.1%}"
+    counted = f"it is ahead on {found.tuned_better} rows and behind on {found.prompt_better}"
+    test = f"(exact paired test, p = {max(found.p, 1e-4):.2g})"
+    if found.p >= stats.SURE:
+        return f"Prompting may be sufficient. {on}; {counted}: no significant difference {test}. More rows would tell."
+    if found.tuned_better > found.prompt_better:
+        return f"Fine-tuning was needed. {on}; {counted}, a significant difference {test}."
+    return f"Prompting is sufficient. {on}; the fine-tuned model is ahead on {found.tuned_better} rows and behind on {found.prompt_better} {test}."
+
+
+def paired(session: Session, tuned: PromptRun, prompt: PromptRun) -> Paired:
+    one, other = (_scores(session, run) for run in (tuned, prompt))
+    pairs = [(score, other[line]) for line, score in one.items() if line in other]
+    lines = len(pairs)
+    means = [sum(side) / lines for side in zip(*pairs, strict=True)] if pairs else [0.0, 0.0]
+    return Paired(lines, *means, sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+
+
+def _scores(session: Session, run: PromptRun) -> dict[int, float]:
+    found = session.execute(select(PromptResult.line, PromptResult.score).where(PromptResult.run_id == run.id))
+    return {line: score for line, score in found}
+
+
+def is_tuned(run: PromptRun) -> bool:
+    return bool(run.spec["model"]["adapters"]) or run.spec["model"]["name"].startswith("ft:")

@@ -1,0 +1,358 @@
+"""Runs of the prompt lab: one version of a prompt, put to one model over the held-out rows of one dataset.
+
+    queued ──claim──▶ running ──finish──▶ succeeded
+      ▲                 │  ├────fail────▶ failed
+      └──── lapse ──────┘  └───cancel───▶ cancelled      what was scored so far is kept
+
+Results are kept row by row, so a run whose worker died goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import ColumnElement, Select, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from app import queue
+from app.datasets import service as datasets
+from app.errors import BadField, Conflict, NotFound
+from app.inference import playground
+from app.inference.protocol import ExternalEngine
+from app.jobs.lifecycle import storable
+from app.jobs.request import bad_field
+from app.kit import ids, stats
+from app.prompts.service import PromptBody
+from app.settings import get_settings
+from app.spec import DatasetRef, JobSpec, ModelRef, Split
+from app.tables import JSON, Dataset, Job, Model, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
+
+MAX_DEATHS = 3
+"""Deaths of workers without a row scored between them, after which a run fails."""
+LEASE_SECONDS = 30.0
+RUN = "run"
+
+
+class Learnt(BaseModel):
+    """What one job of a model's past learnt from these rows or another version of them: all but what it held out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: DatasetRef
+    validation_fraction: float
+    seed: int
+    split: Split | None = None
+
+
+class RunSpec(BaseModel):
+    """The frozen order, all that the worker is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: uuid.UUID
+    body: PromptBody
+    model: ModelRef
+    engine: ExternalEngine | None = None
+    dataset: DatasetRef
+    task: str
+    part: Literal["validation", "all"]
+    rows: int
+    validation_fraction: float  # 1: all rows are held out
+    split_seed: int
+    split: Split | None = None
+    learnt: tuple[Learnt, ...] = ()
+    trial: bool = False  # a try of the form, which is in no list
+
+
+class RunOrder(BaseModel):
+    """Which rows: `validation` are those that the job which tuned the model held out, or a job with this fraction and seed.
+
+    Of them, none is asked that the model or one of `beside` has learnt: so all these models can be put to the same lines.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    part: Literal["validation", "all"] = "validation"
+    rows: int = Field(100, ge=1, le=100_000)
+    validation_fraction: float | None = Field(None, gt=0, lt=1)
+    split_seed: int | None = Field(None, ge=0, le=2**31 - 1)
+    beside: list[str] = Field([], max_length=16, description="Models this one is compared with.")
+
+
+def read_order(given: JSON) -> RunOrder:
+    try:
+        return RunOrder.model_validate(given)
+    except ValidationError as error:
+        raise bad_field(error) from None
+
+
+def create(
+    session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder, *, trial: bool = False
+) -> PromptRun:
+    """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
+    who = playground.speaker(session, user, model)
+    ref = datasets.reference(dataset)
+    if ref.format == "plain_text" or dataset.task == "preference":
+        raise BadField(
+            f"The rows of {dataset.name} have no reference answers.",
+            way_out="Take a dataset of instructions, conversations, completions or labels.",
+            param="dataset_id",
+        )
+    body = PromptBody(**version.body)
+    if body.score == "label" and dataset.task != "classification":
+        raise BadField(f"{dataset.name} has no labels to score by.", way_out="Score by exact match or contains.", param="score")
+    held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
+    if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
+        raise BadField(
+            "Examples come from the training set, and a run over all rows leaves none.",
+            way_out="Run on the validation set, or use fixed rows as examples.",
+            param="part",
+        )
+    spec = RunSpec(
+        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", part=order.part,
+        rows=order.rows, trial=trial, **held,
+    )  # fmt: skip
+    run = PromptRun(
+        id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
+        spec=storable(spec.model_dump(mode="json")),
+    )  # fmt: skip
+    session.add(run)
+    session.flush()
+    queue.enqueue(session, queue.PROMPT, run.id)
+    session.refresh(run)
+    return run
+
+
+def _held_out(session: Session, user: User, speakers: Sequence[playground.ResolvedModel], dataset: Dataset, order: RunOrder) -> JSON:
+    """Which rows are held out, as RunSpec says it: the split of the first job that learnt from this dataset, and what all learnt."""
+    kin, learnt, found = set(datasets.family(session, dataset)), [], None
+    for job in {job.id: job for who in speakers for job in _past(session, who)}.values():
+        spec = JobSpec.model_validate(job.spec)
+        share = 0.0 if spec.validation else spec.run.validation_fraction
+        if spec.validation and spec.validation.id == dataset.id:
+            found = found or (1.0, spec.run.seed, None)
+        if spec.dataset.id in kin:
+            learnt.append(Learnt(dataset=spec.dataset, validation_fraction=share, seed=spec.run.seed, split=spec.split))
+            found = found or ((share, spec.run.seed, spec.split) if spec.dataset.id == dataset.id and share else None)
+    fraction, seed, split = found or (0.1, 42, None)
+    if order.validation_fraction is not None or order.split_seed is not None:
+        fraction, seed, split = order.validation_fraction or 0.1, 42 if order.split_seed is None else order.split_seed, None
+    return {"validation_fraction": fraction, "split_seed": seed, "split": split, "learnt": tuple(learnt)}
+
+
+def _past(session: Session, who: playground.ResolvedModel) -> list[Job]:
+    """The jobs that made a model out of the one it goes back to, the newest first."""
+    found, model = [], who.resolved.model
+    key = who.resolved.checkpoint.job_id if who.resolved.checkpoint else model.job_id
+    while True:
+        job = session.get(Job, key) if key else None
+        found += [job] if job else []
+        if model.base_id is None:
+            return found
+        base = session.get(Model, model.base_id)
+        if base is None:
+            return found
+        model, key = base, base.job_id
+
+
+# Looking ------------------------------------------------------------------------------------------------------------
+
+
+def mine(user: User) -> Select[tuple[PromptRun]]:
+    return select(PromptRun).where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
+
+
+def is_trial() -> ColumnElement[bool]:
+    return func.coalesce(PromptRun.spec["trial"].as_boolean(), False)
+
+
+def trial(session: Session, run_id: uuid.UUID) -> bool:
+    return bool(session.scalar(select(PromptRun.id).where(PromptRun.id == run_id, is_trial())))
+
+
+def get(session: Session, user: User, run_id: uuid.UUID) -> PromptRun:
+    found = session.scalar(mine(user).where(PromptRun.id == run_id).execution_options(populate_existing=True))
+    if found is None:
+        raise NotFound(f"No such run: {ids.public(RUN, run_id)}", param="run_id")
+    return found
+
+
+def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[tuple[PromptRun]]:
+    return mine(user).where(PromptRun.version_id.in_(select(PromptVersion.id).where(PromptVersion.prompt_id == prompt.id)))
+
+
+def results(session: Session, run: PromptRun, after: int = 0, limit: int = 50) -> list[PromptResult]:
+    """Rows in the order of the dataset, from the one behind line `after`."""
+    query = select(PromptResult).where(PromptResult.run_id == run.id, PromptResult.line > after).order_by(PromptResult.line).limit(limit)
+    return list(session.scalars(query))
+
+
+def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset, list[tuple[PromptRun, Prompt, PromptVersion]]]]:
+    """All runs by dataset, the newest dataset first, and on each the best score first: prompts and tuned models in one table."""
+    query = (
+        select(PromptRun, Prompt, PromptVersion, Dataset)
+        .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
+        .join(Prompt, Prompt.id == PromptVersion.prompt_id)
+        .join(Dataset, Dataset.id == PromptRun.dataset_id)
+        .where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None), ~is_trial())
+        .order_by(PromptRun.created_at.desc())
+        .limit(limit)
+    )
+    found: dict[uuid.UUID, tuple[Dataset, list[Any]]] = {}
+    for run, prompt, version, dataset in session.execute(query):
+        found.setdefault(dataset.id, (dataset, []))[1].append((run, prompt, version))
+    for _, rows in found.values():
+        rows.sort(key=lambda row: -(row[0].result or {}).get("score", -1.0))
+    return list(found.values())
+
+
+def to_json(run: PromptRun) -> JSON:
+    spec = run.spec
+    return {
+        "id": ids.public(RUN, run.id),
+        "object": "prompt.run",
+        "status": run.status,
+        "model": spec["model"]["name"],
+        "revision": spec["model"]["revision"],
+        "dataset": spec["dataset"]["name"],
+        "dataset_id": ids.public(ids.DATASET, run.dataset_id),
+        "part": spec["part"],
+        "validation_fraction": spec["validation_fraction"],
+        "split_seed": spec["split_seed"],
+        "score_rule": spec["body"]["score"],
+        "progress": run.progress,
+        "result": run.result,
+        "error": run.error,
+        "created_at": int(run.created_at.timestamp()),
+        "finished_at": int(run.finished_at.timestamp()) if run.finished_at else None,
+    }
+
+
+def result_json(row: PromptResult) -> JSON:
+    names = ("line", "input", "rendered_prompt", "expected", "said", "answer", "score")
+    return {name: getattr(row, name) for name in names}
+
+
+def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
+    """Stop a run; what was scored so far is kept. One that has ended stays as it is."""
+    session.refresh(run, with_for_update=True)
+    if run.status in ("queued", "running"):
+        run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()  # type: ignore[assignment]
+        run.result = _whole(session, run)
+        session.flush()
+    session.refresh(run)
+    return run
+
+
+def delete(session: Session, user: User, run: PromptRun) -> None:
+    if run.status in ("queued", "running"):
+        raise Conflict("The run has not ended.", way_out="Cancel it first.")
+    run.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    session.flush()
+
+
+# Who runs it --------------------------------------------------------------------------------------------------------
+
+
+def _lease() -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
+
+
+def _held(run_id: uuid.UUID, fence: int) -> ColumnElement[bool]:
+    return (PromptRun.id == run_id) & (PromptRun.fence == fence) & (PromptRun.status == "running") & PromptRun.deleted_at.is_(None)
+
+
+def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], JSON] | None:
+    """The fence, the order, the lines that are scored already and what they took; None when there is nothing to do or another is at it."""
+    free = or_(PromptRun.status == "queued", (PromptRun.status == "running") & (PromptRun.lease_until < func.clock_timestamp()))
+    row = session.execute(
+        update(PromptRun)
+        .where(PromptRun.id == run_id, PromptRun.deleted_at.is_(None), free)
+        .values(status="running", fence=PromptRun.fence + 1, lease_until=_lease())
+        .returning(PromptRun.fence, PromptRun.spec, PromptRun.result)
+    ).one_or_none()
+    if row is None:
+        return None
+    done = set(session.scalars(select(PromptResult.line).where(PromptResult.run_id == run_id)))
+    return row.fence, RunSpec.model_validate(row.spec), done, row.result or {}
+
+
+def heartbeat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
+    """Keep the lease, and store the rows scored since the last beat with what all of them took; False when the run is no longer ours
+    or was stopped."""
+    values = {"lease_until": _lease(), "progress": progress, "result": storable(totals)}
+    held = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
+    if session.scalar(held) is None:
+        return False
+    session.add_all([PromptResult(run_id=run_id, **storable(row)) for row in rows])
+    session.flush()
+    return True
+
+
+def finish(session: Session, run_id: uuid.UUID, fence: int, *, totals: JSON | None = None, error: JSON | None = None) -> bool:
+    """Record how it ended, with the score over what was stored; False when it is no longer ours."""
+    values: JSON = {
+        "status": "failed" if error else "succeeded",
+        "result": storable((summary(session, run_id) or {}) | (totals or {})) or None,
+        "error": storable(error),
+        "lease_until": None,
+        "finished_at": func.clock_timestamp(),
+    }
+    values |= {} if error else {"progress": 1.0}
+    done = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
+    return session.scalar(done) is not None
+
+
+def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
+    """Mean score with its 95 % interval over the stored rows; None without any."""
+    scores = list(session.scalars(select(PromptResult.score).where(PromptResult.run_id == run_id).order_by(PromptResult.line)))
+    if not scores:
+        return None
+    low, high = stats.interval(scores)
+    return {"score": sum(scores) / len(scores), "low": low, "high": high, "rows": len(scores)}
+
+
+def _whole(session: Session, run: PromptRun) -> JSON | None:
+    """The score so far beside what the rows took."""
+    return ((summary(session, run.id) or {}) | (run.result or {})) or None
+
+
+def reap(session: Session) -> int:
+    """Runs whose worker died or whose message was lost are announced again; one whose workers die without a row between them fails.
+
+    Returns how many were looked after.
+    """
+    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == PromptRun.id, Outbox.task == queue.PROMPT, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
+    )
+    free = or_(PromptRun.lease_until.is_(None), PromptRun.lease_until < func.clock_timestamp())
+    lost = session.scalars(
+        select(PromptRun)
+        .where(PromptRun.status.in_(("queued", "running")), PromptRun.deleted_at.is_(None), free, ~spoken_of.exists())
+        .limit(50)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for run in lost:
+        if run.status == "running" and _died_again(session, run) >= MAX_DEATHS:
+            run.status, run.lease_until, run.finished_at = "failed", None, func.clock_timestamp()  # type: ignore[assignment]
+            run.result = _whole(session, run)
+            message = f"Its worker died {MAX_DEATHS} times without scoring a row between."
+            run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
+            continue
+        run.status, run.lease_until = "queued", None
+        queue.enqueue(session, queue.PROMPT, run.id)
+    return len(lost)
+
+
+def _died_again(session: Session, run: PromptRun) -> int:
+    """How often its worker has now died since the last row that was scored."""
+    rows = session.scalar(select(func.count()).select_from(PromptResult).where(PromptResult.run_id == run.id)) or 0
+    result = run.result or {}
+    deaths = 1 + (result.get("deaths", 0) if result.get("rows_at_death") == rows else 0)
+    run.result = {**result, "deaths": deaths, "rows_at_death": rows}
+    return deaths

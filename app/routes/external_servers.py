@@ -1,0 +1,93 @@
+"""Which server answers for which model: `/v1/engines`, and the form on a model's page."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import RedirectResponse, Response
+from pydantic import BaseModel, Field
+
+from app import schemas
+from app.db import Db
+from app.errors import Forbidden, StudioError
+from app.inference import external_server, external_servers
+from app.models import service as models
+from app.schemas.openapi import answers
+from app.tables import JSON, Model, User
+from app.web.auth import CurrentUser
+from app.web.templates import flash
+
+api = APIRouter(prefix="/v1", tags=["engines"])
+pages = APIRouter()
+
+
+class EngineOrder(BaseModel):
+    model: str = Field(min_length=1, max_length=512, description="The model that the server shall answer for.")
+    url: str = Field(min_length=1, max_length=512, description="One of the studio's engines, as GET /v1/engines lists them.")
+    engine_model: str = Field(min_length=1, max_length=512, description="What that server calls the model.")
+    via: str = Field("tokens", description="tokens: the studio renders the prompt; chat: the server does.")
+
+
+def _may_change(user: User) -> None:
+    """A server sees what everyone types to its models, so only an admin chooses it."""
+    if user.role != "admin":
+        raise Forbidden("Only an admin may choose the engine of a model.", way_out="Ask an admin.", param="model")
+
+
+@api.get("/engines", operation_id="list_engines", responses=answers(schemas.list_of(schemas.Engine), 403))
+def list_engines(user: CurrentUser) -> dict[str, Any]:
+    """Every engine of the settings with what it serves, or why it cannot be asked."""
+    _may_change(user)
+    return {"object": "list", "data": [look(address) for address in external_server.allowed().values()], "has_more": False}
+
+
+def look(address: external_server.Address) -> JSON:
+    try:
+        return {"url": address.url, "object": "engine", "models": external_server.names(address), "error": None}
+    except StudioError as error:
+        return {"url": address.url, "object": "engine", "models": [], "error": {"code": error.code, "message": error.message}}
+
+
+@api.post("/engines", operation_id="register_engine", responses=answers(schemas.EngineOfModel, 404, 409))
+def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, Any]:
+    """Let a server of the settings answer for a model."""
+    _may_change(user)
+    model = models.get(session, user, order.model)
+    external_servers.register(model, order.url, order.engine_model, order.via)
+    return _said(model)
+
+
+@api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))
+def remove(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
+    """Go back to the built-in engine for a model."""
+    _may_change(user)
+    row = models.get(session, user, model)
+    external_servers.remove(row)
+    return _said(row) | {"deleted": True}
+
+
+def _said(model: Model) -> dict[str, Any]:
+    return {"object": "model.engine", "id": model.name, "engine": external_servers.to_json(model)}
+
+
+@pages.post("/models/{key}/engine")
+def from_page(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    key: str,
+    url: Annotated[str, Form(max_length=512)] = "",
+    engine_model: Annotated[str, Form(max_length=512)] = "",
+    via: Annotated[str, Form(max_length=20)] = "tokens",
+) -> Response:
+    """Register, or with an empty address go back to the studio's own engine."""
+    _may_change(user)
+    model = models.get(session, user, key)
+    if not url:
+        external_servers.remove(model)
+        flash(request, f"{model.title} runs on the built-in engine.")
+    else:
+        engine = external_servers.register(model, url, engine_model, via)
+        flash(request, f"{model.title} runs on {engine.host} from now on.")
+    return RedirectResponse(f"/models/{key}?tab=settings", status_code=303)

@@ -1,0 +1,31 @@
+"""Which models stand ready to answer: `/v1/standby`, and the part of the pages that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from app import schemas
+from app.db import Db
+from app.inference import residency
+from app.schemas.openapi import answers
+from app.web.auth import CurrentUser
+from app.web.templates import render
+
+api = APIRouter(prefix="/v1", tags=["models"])
+pages = APIRouter()
+
+
+@api.get("/standby", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
+def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
+    """What every generate worker has loaded, and the rule by which it is unloaded."""
+    rows = [residency.to_json(session, user, one) for one in residency.everyone()]
+    return {"object": "list", "data": rows, "has_more": False, "rule": residency.rule()}
+
+
+@pages.get("/standby")
+def part(request: Request, session: Db, user: CurrentUser, chip: bool = False) -> Response:
+    """The list or its chip alone, which the pages ask for anew while they are open."""
+    return render(request, "parts/loaded.html" if chip else "parts/standby.html", **residency.part(session, user))

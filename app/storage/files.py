@@ -1,0 +1,331 @@
+"""Where bytes live: uploads stored once by their SHA-256, and files written so that nobody ever sees half of one.
+
+data_dir/tmp/upload-…      while the bytes come in
+data_dir/blobs/ab/<sha256> afterwards; several File rows may point at one blob
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
+from app.kit import ids
+from app.settings import get_settings
+from app.tables import File, User
+
+UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+"""What a client may upload for."""
+PURPOSES = (*UPLOAD_PURPOSES, "fine-tune-results", "batch_output", "assistants_output")
+
+_WRITE_BYTES = 1 << 20
+_UNUSED_SECONDS = 600.0
+"""A blob without a row is kept this long, because its row may be on the way."""
+
+
+class Blob(NamedTuple):
+    sha256: str
+    bytes: int
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------
+
+
+def blob_path(sha256: str) -> Path:
+    """Where the bytes with this SHA-256 lie. Only hexadecimal digits are let through, so no path can be smuggled in."""
+    if len(sha256) != 64 or not all(c in "0123456789abcdef" for c in sha256):
+        raise ValueError("not a SHA-256")
+    return get_settings().data_dir / "blobs" / sha256[:2] / sha256
+
+
+class BlobWriter:
+    """Takes bytes as they come, hashing them on the way to disk; `finish` gives the blob, `discard` leaves no trace.
+
+    Raises TooLarge beyond `limit` bytes and DiskFull when the disk is full.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+        with disk_errors():
+            handle, name = tempfile.mkstemp(prefix="upload-", dir=get_settings().folder("tmp"))
+        self._path = Path(name)
+        self._file = os.fdopen(handle, "wb", buffering=0)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.bytes += len(data)
+        if self.bytes > self.limit:
+            raise TooLarge(
+                f"The file is larger than {self.limit:,} bytes.",
+                way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES and start the studio again.",
+                param="file",
+            )
+        self._hash.update(data)
+        with disk_errors():
+            view = memoryview(data)
+            while view:  # an unbuffered write may take fewer bytes than it was given
+                view = view[self._file.write(view) :]
+
+    def finish(self) -> Blob:
+        """Bytes safely on disk under their name. Equal bytes that are there already are kept, and marked as in use."""
+        blob = Blob(self._hash.hexdigest(), self.bytes)
+        target = blob_path(blob.sha256)
+        with disk_errors():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            get_settings().folder("blobs", blob.sha256[:2])
+            os.replace(self._path, target)
+            sync_folder(target.parent)
+        return blob
+
+    def discard(self) -> None:
+        """Take away whatever was written. Harmless after `finish`."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+async def store(chunks: AsyncIterator[bytes], limit: int | None = None) -> Blob:
+    """Store a stream in constant memory. `limit` in bytes, by default the studio's upload limit."""
+    writer = BlobWriter(limit or get_settings().upload_limit_bytes)
+    try:
+        buffer = bytearray()
+        async for chunk in chunks:
+            buffer += chunk
+            if len(buffer) >= _WRITE_BYTES:
+                await run_in_threadpool(writer.write, buffer)
+                buffer = bytearray()
+        if buffer:
+            await run_in_threadpool(writer.write, buffer)
+        return await run_in_threadpool(writer.finish)
+    finally:
+        writer.discard()
+
+
+def adopt(path: Path, blob: Blob) -> Blob:
+    """Take a file that was written here, of a known hash, as a blob: it is moved, not copied."""
+    target = blob_path(blob.sha256)
+    with disk_errors():
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        get_settings().folder("blobs", blob.sha256[:2])
+        os.replace(path, target)
+        os.utime(target)  # a blob without a row is swept by its age
+        sync_folder(target.parent)
+    return blob
+
+
+def store_bytes(data: bytes) -> Blob:
+    writer = BlobWriter(get_settings().upload_limit_bytes)
+    try:
+        writer.write(data)
+        return writer.finish()
+    finally:
+        writer.discard()
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: a temporary neighbour, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with disk_errors():
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the system says of a full disk, as an error that a person can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(get_settings().data_dir).free
+            raise DiskFull(
+                f"The disk of {get_settings().data_dir} is full ({free:,} bytes left); nothing was saved.",
+                way_out="Make room there, delete files or models, then try again.",
+            ) from error
+        raise
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def create(session: Session, user: User, blob: Blob, filename: str, purpose: str, expires_after: int | None = None) -> File:
+    """A File row for stored bytes. `expires_after` in seconds, 3,600 to 2,592,000 (OpenAI's range).
+
+    Raises BadField for a purpose or time that is not allowed, Unavailable when the bytes were swept away meanwhile.
+    """
+    check_purpose(purpose)
+    if expires_after is not None and not 3600 <= expires_after <= 2_592_000:
+        raise BadField(
+            f"“expires_after[seconds]” is {expires_after}.", way_out="It must be from 3600 to 2592000.", param="expires_after[seconds]"
+        )
+    _lock(session, blob.sha256)
+    if not blob_path(blob.sha256).exists():
+        raise Unavailable("The uploaded bytes are gone.", way_out="Upload the file again.")
+    file = File(
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        sha256=blob.sha256,
+        bytes=blob.bytes,
+        filename=clean_name(filename),
+        purpose=purpose,
+        status="uploaded",
+    )
+    if expires_after is not None:
+        file.expires_at = func.clock_timestamp() + timedelta(seconds=expires_after)  # type: ignore[assignment]
+    if purpose != "fine-tune":
+        file.status = "processed"  # nothing is read from it
+    session.add(file)
+    session.flush()
+    session.refresh(file)
+    return file
+
+
+def check_purpose(purpose: str) -> None:
+    """Raises BadField for a purpose that nothing can be stored under."""
+    if purpose not in PURPOSES:
+        raise BadField(
+            f"“{purpose[:80]}” is not a purpose." if purpose else "The purpose is missing.",
+            way_out=f"Use one of {', '.join(UPLOAD_PURPOSES)}; a dataset to fine-tune on is “fine-tune”.",
+            param="purpose",
+        )
+
+
+def clean_name(filename: str) -> str:
+    """A file name to show: no folders, no control characters, at most 255 characters with its extensions. It never becomes a path."""
+    name = filename.replace("\\", "/").rsplit("/", 1)[-1].encode("utf-8", "replace").decode()
+    name = "".join(character for character in name if character.isprintable()).strip()
+    kinds = "".join(Path(name).suffixes[-2:])[-20:]  # what a reader tells the file by is not cut off
+    return name if 0 < len(name) <= 255 else name[: 255 - len(kinds)] + kinds or "unnamed"
+
+
+def add_bytes(session: Session, user: User, data: bytes, filename: str, purpose: str) -> File:
+    """Store small bytes and their row at once."""
+    return create(session, user, store_bytes(data), filename, purpose)
+
+
+def get(session: Session, user: User, file_id: uuid.UUID) -> File:
+    """A file of this user. Raises NotFound, also for another person's."""
+    file = session.get(File, file_id)
+    if file is None or file.owner_id != user.id or file.deleted_at is not None or _expired(session, file):
+        raise NotFound(f"No such file: {ids.public(ids.FILE, file_id)}", param="file_id")
+    return file
+
+
+def _expired(session: Session, file: File) -> bool:
+    return file.expires_at is not None and session.scalar(select(func.clock_timestamp())) >= file.expires_at
+
+
+def list_(session: Session, user: User, purpose: str | None = None, order: str = "desc") -> list[File]:
+    """This user's files, newest first unless `order` is asc."""
+    query = select(File).where(File.owner_id == user.id, File.deleted_at.is_(None))
+    query = query.where(File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp()))
+    if purpose:
+        query = query.where(File.purpose == purpose)
+    keys = (File.created_at, File.id)
+    return list(session.scalars(query.order_by(*(key.asc() if order == "asc" else key.desc() for key in keys))))
+
+
+def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
+    """Where the bytes of a file lie. Raises NotFound when they are not there."""
+    path = blob_path(get(session, user, file_id).sha256)
+    if not path.exists():
+        raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", way_out="Upload the file again.")
+    return path
+
+
+def delete(session: Session, user: User, file_id: uuid.UUID) -> File:
+    """Mark a file deleted. Its bytes go with the next sweep, once no other file shares them."""
+    file = get(session, user, file_id)
+    file.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    session.flush()
+    return file
+
+
+def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most: int = 1000) -> int:
+    """Remove expired files, blobs that no file points at, and what broken uploads left. Returns how many blobs went."""
+    session.execute(
+        text(
+            "UPDATE files SET deleted_at = clock_timestamp() WHERE deleted_at IS NULL AND expires_at IS NOT NULL AND expires_at <= clock_timestamp()"
+        )
+    )
+    limit = time.time() - older_than_seconds
+    for path in (get_settings().folder("tmp")).glob("upload-*"):
+        _unlink_if_old(path, time.time() - max(older_than_seconds, 86_400))  # a slow upload may take hours
+    for name in ("child-*", "bring-*"):  # what a reader that was killed left behind
+        for path in get_settings().folder("tmp").glob(name):
+            if _modified(path) < time.time() - 86_400:
+                shutil.rmtree(path, ignore_errors=True)
+    removed = 0
+    for path in get_settings().folder("blobs").glob("??/*"):
+        if removed >= at_most:
+            break
+        if _modified(path) < limit and not _used(session, path.name):
+            # The lock makes a new row of these bytes wait, and then see that they are gone.
+            _lock(session, path.name)
+            if not _used(session, path.name):
+                removed += _unlink_if_old(path, limit)
+    return removed
+
+
+def discard_if_unused(session: Session, blob: Blob) -> None:
+    """Take back a blob whose upload was refused, unless a file needs it."""
+    _lock(session, blob.sha256)
+    if not _used(session, blob.sha256):
+        blob_path(blob.sha256).unlink(missing_ok=True)
+
+
+def _used(session: Session, sha256: str) -> bool:
+    return session.scalar(select(File.id).where(File.sha256 == sha256, File.deleted_at.is_(None)).limit(1)) is not None
+
+
+def _lock(session: Session, sha256: str) -> None:
+    """Hold this blob until the transaction ends, so that its last row and its bytes go together or not at all."""
+    session.execute(select(func.pg_advisory_xact_lock(int(sha256[:15], 16))))
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+
+
+def _unlink_if_old(path: Path, limit: float) -> int:
+    if _modified(path) >= limit:
+        return 0
+    path.unlink(missing_ok=True)
+    return 1

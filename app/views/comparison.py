@@ -1,0 +1,182 @@
+"""What the pages of comparisons show: the table with its best figures marked, the plot, and what a learning curve says."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.evaluation import comparison_table, comparisons
+from app.evaluation.comparison_table import Column, Table, is_number
+from app.evaluation.metrics import ABILITY, ability
+from app.kit import ids
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.strategies import STRATEGIES
+from app.tables import Comparison, Job
+from app.views.job import count
+from app.web import charts
+from app.web.charts import Dot, Picture, Scale
+
+OPEN = ("queued", "running", "paused")
+
+
+def url(comparison: Comparison) -> str:
+    return f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"
+
+
+def write(value: Any, unit: str) -> str:
+    """A figure of a column as the page writes it."""
+    if not is_number(value):
+        return NOTHING
+    writers: dict[str, Callable[[Any], str]] = {
+        "bytes": human_bytes,
+        "seconds": human_seconds,
+        "count": lambda n: count(int(n)),
+        "share": human_percent,
+        "change": ability,
+        "": lambda v: human_number(v, 3),
+    }
+    return str(writers[unit](value))
+
+
+# The list -------------------------------------------------------------------------------------------------------------
+
+
+def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
+    """Each comparison with how far its jobs are."""
+    query = select(Job.comparison_id, Job.status, Job.spec["dataset"]["name"].astext)
+    query = query.where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None)).order_by(Job.created_at)
+    jobs: dict[uuid.UUID | None, list[tuple[str, str]]] = {}
+    for key, status, dataset in session.execute(query):
+        jobs.setdefault(key, []).append((status, dataset))
+    return [_row(comparison, jobs.get(comparison.id, [])) for comparison in found]
+
+
+def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]:
+    """`found` are the statuses of its jobs, each with its dataset."""
+    states = [status for status, _ in found]
+    return {
+        "comparison": comparison,
+        "key": ids.public(ids.COMPARISON, comparison.id),
+        "url": url(comparison),
+        "kind": "learning curve" if comparison.kind == "learning_curve" else "strategies",
+        "status": (status := comparisons.status_of(states)),
+        "open": status in OPEN,
+        "jobs": len(found),
+        "ended": sum(one not in OPEN for one in states),
+        "failed": states.count("failed"),
+        "model": comparison.order["model"],
+        "dataset": found[0][1] if found else "",
+    }
+
+
+# One comparison -------------------------------------------------------------------------------------------------------
+
+
+def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> dict[str, Any]:
+    """Everything `comparison.html` and its live part show. `x` and `y` are columns; others than there are mean the usual ones."""
+    table = comparison_table.table(session, comparison)
+    found = comparisons.jobs_of(session, comparison)
+    curve = comparison.kind == "learning_curve"
+    across, up = _axes(table, x, y)
+    picture = _curve(table) if curve else _scatter(table, across, up)
+    return {
+        "comparison": comparison,
+        "url": url(comparison),
+        "curve": curve,
+        "status": (status := comparisons.status_of([job.status for job in found])),
+        "open": status in OPEN,
+        "ended": sum(job.status not in OPEN for job in found),
+        "seconds_left": _seconds_left(found),
+        "table": table,
+        "verdicts": {row["verdict"] for row in table.rows},
+        "lines": _lines(table),
+        "base": [(column, write(table.base.get(column.key), column.unit)) for column in table.columns],
+        "first": found[0] if found else None,
+        "across": across,
+        "up": up,
+        "picture": picture,
+        "drawn_numbers": {dot.number for dot in picture.dots} if picture else set(),
+        "says": comparison_table.more_data(session, table) if curve else None,
+    }
+
+
+def _axes(table: Table, x: str, y: str) -> tuple[Column, Column]:
+    by_key = {column.key: column for column in table.columns}
+    return by_key.get(x, by_key["seconds"]), by_key.get(y, table.columns[0])
+
+
+def _seconds_left(found: list[Job]) -> float | None:
+    """Until all have ended, one after the other: what running jobs say, and what was predicted for those that wait."""
+    if not any(job.status in OPEN for job in found):
+        return None
+    total = 0.0
+    for job in found:
+        predicted = (job.estimate or {}).get("seconds") or 0.0
+        total += (job.seconds_left if job.seconds_left is not None else predicted) if job.status == "running" else 0.0
+        total += predicted if job.status == "queued" else 0.0
+    return total
+
+
+def _lines(table: Table) -> list[dict[str, Any]]:
+    """The rows with every figure written, and the best of each column marked."""
+    found = []
+    for number, row in enumerate(table.rows, 1):
+        cells = [
+            {
+                "title": column.title,
+                "text": write(row[column.key], column.unit),
+                "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
+                "best": row["job"] in table.winners[column.key],
+                "note": _ability_note(row) if column.key == "forgetting" else "",
+            }
+            for column in table.columns
+        ]
+        found.append({**row, "number": number, "url": f"/jobs/{row['job']}", "cells": cells})
+    return found
+
+
+def _ability_note(row: dict[str, Any]) -> str:
+    """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
+    between = ability_interval(row)
+    removable = (
+        "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
+    )
+    return ", ".join(part for part in (ABILITY.get(row["verdict"], row["verdict"] or ""), between, removable) if part)
+
+
+def ability_interval(row: dict[str, Any]) -> str:
+    """`95 %: −4.0 % to −0.3 %`, the lower end first; nothing where it was not measured."""
+    return f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+
+
+def _scatter(table: Table, x: Column, y: Column) -> Picture | None:
+    dots = [
+        Dot(row[x.key], row[y.key], number, f"{row['title']}: {write(row[y.key], y.unit)}, {write(row[x.key], x.unit)}", _best(table, row))
+        for number, row in enumerate(table.rows, 1)
+        if is_number(row[x.key]) and is_number(row[y.key])
+    ]
+    return charts.picture(dots, _scale(x), _scale(y))
+
+
+def _curve(table: Table) -> Picture | None:
+    score = table.columns[0]
+    dots = [
+        Dot(row["data_fraction"], row[score.key], number, f"{row['data_fraction']:.0%} of the rows: {write(row[score.key], score.unit)}")
+        for number, row in enumerate(table.rows, 1)
+        if row["status"] == "succeeded" and is_number(row[score.key])
+    ]
+    base = table.base.get(score.key)
+    share = Scale("Share of the training rows", lambda v: human_percent(v, 0), amount=True)
+    return charts.picture(dots, share, _scale(score), joined=True, base=base if is_number(base) else None)
+
+
+def _scale(column: Column) -> Scale:
+    return Scale(column.title, lambda v: write(v, column.unit) if v else "0", amount=column.unit in ("bytes", "seconds", "count"))
+
+
+def _best(table: Table, row: dict[str, Any]) -> bool:
+    return row["job"] in table.winners[table.columns[0].key]

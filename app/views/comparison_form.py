@@ -1,0 +1,250 @@
+"""The form of a new comparison: what was chosen so far, every strategy with what it would take or why it cannot be had.
+
+Typed values are text by the name of their input, as in `app/views/job_form.py`; `strategy` comes once for each that is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy.orm import Session
+
+from app.errors import StudioError
+from app.evaluation import comparisons
+from app.evaluation.comparisons import ComparisonOrder, Kind
+from app.jobs import preselection
+from app.jobs.defaults import rows_per_step, usual_run
+from app.kit import ids
+from app.kit.forms import Fault, FormField, as_text, controls, fill
+from app.machines import heartbeats
+from app.models import service as models
+from app.planning.schedule import Schedule
+from app.run_settings import displaced
+from app.spec import RunSettings
+from app.strategies import STRATEGIES, Strategy
+from app.tables import JSON, Dataset, Model, User
+from app.views.job_form import ranking_of, with_rows
+
+FAMILIES = {
+    "reparametrized": "LoRA family",
+    "additive": "Adapters and soft prompts",
+    "selective": "Selective",
+    "partial": "Partial",
+    "full": "Full",
+    "feature": "Feature extraction",
+}
+"""Families in the order of the form, in plain words."""
+NOT_ASKED = ("data_fraction", "early_stopping_patience")
+"""Run settings that a comparison decides itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyOption:
+    """One strategy to choose. Without an estimate it cannot be had, and `reason` says why."""
+
+    cls: type[Strategy]
+    checked: bool
+    advised: bool
+    reason: str
+    estimate: JSON | None
+
+    @property
+    def name(self) -> str:
+        return str(self.cls.model_fields["name"].default)
+
+
+@dataclass(slots=True)
+class CompareForm:
+    typed: dict[str, str]
+    kind: Kind
+    models: list[Model]
+    datasets: list[Dataset]
+    model: Model | None
+    dataset: Dataset | None
+    picks: list[StrategyOption]
+    run_controls: list[FormField]
+    errors: dict[str, str] = field(default_factory=dict)
+    order: ComparisonOrder | None = None
+    memory_bytes: int = 0
+    rows_per_step: int = 0
+    asked: list[str] = field(default_factory=list)  # strategies that came checked
+
+    @property
+    def chosen(self) -> list[StrategyOption]:
+        return [pick for pick in self.picks if pick.checked]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, of all jobs one after the other."""
+        return sum(pick.estimate["seconds"] for pick in self.chosen if pick.estimate)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.chosen) * (len(comparisons.FRACTIONS) if self.kind == "learning_curve" else 1)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(pick.estimate["memory_bytes"] for pick in self.chosen if pick.estimate)
+
+    @property
+    def steps(self) -> str:
+        """Optimizer steps of the jobs: one number, or from the least to the most."""
+        found = sorted({pick.estimate["steps"] for pick in self.chosen if pick.estimate and pick.cls.recipe != "features"})
+        return "–".join(f"{n:,}" for n in (found[:1] + found[-1:] if len(found) > 1 else found)) or "0"
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(text for pick in self.chosen if pick.estimate for text in pick.estimate.get("warnings", [])))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the comparison can be started with what the form holds."""
+        return self.order is not None and not self.errors
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is wrong, each with the id of the element where it can be put right."""
+        places = {"model": "model", "dataset": "dataset", "strategy": "methods"} | {c.key: c.id for c in self.run_controls}
+        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+
+    @property
+    def unseen(self) -> str | None:
+        """Why these are not the jobs that the person saw when they pressed Start; None where they are."""
+        gone = [pick for pick in self.picks if pick.name in self.asked and not pick.checked]
+        return f"{gone[0].cls.title} cannot be part of it. {gone[0].reason} Check what is chosen now, then press Start." if gone else None
+
+    @property
+    def address(self) -> str:
+        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        chosen = {
+            "kind": self.kind,
+            "shown": self.kind,
+            "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
+            "model": self.model.name if self.model else self.typed.get("model"),
+            "strategy": [pick.name for pick in self.chosen] or self.asked,
+            **{c.key: c.value for c in self.run_controls if c.changed},
+            "name": self.typed.get("name"),
+        }
+        return f"/compare/new?{urlencode({name: value for name, value in chosen.items() if value}, doseq=True)}"
+
+    def families(self) -> list[tuple[str, list[StrategyOption]]]:
+        """The strategies by family, those that can be had first."""
+        found = [(title, [pick for pick in self.picks if pick.cls.family == name]) for name, title in FAMILIES.items()]
+        return [(title, sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
+
+
+def compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = ()) -> CompareForm:
+    """The form for what was typed and checked so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    from app.datasets import service as datasets
+
+    typed = dict(typed)
+    kind: Kind = "learning_curve" if typed.get("kind") == "learning_curve" else "strategies"
+    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    usable = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows]
+    errors: dict[str, str] = {}
+    model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
+    for name, found in (("model", model), ("dataset", dataset)):
+        if typed.get(name) and found is None:
+            errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
+    run = fill(
+        RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=Schedule._fields
+    )
+    usual = usual_run(dataset, run.settings) if dataset else {}
+    errors |= {f"run.{name}": text for name, text in run.errors.items()}
+    form = CompareForm(
+        typed=typed,
+        kind=kind,
+        models=ready,
+        datasets=usable,
+        model=model,
+        dataset=dataset,
+        picks=[],
+        run_controls=_controls(run.typed, run.errors, usual),
+        errors=errors,
+        memory_bytes=heartbeats.training_machine().training_memory_bytes,
+        asked=[name for name in strategies if name in STRATEGIES],
+    )
+    if model and dataset and not run.errors:
+        form.rows_per_step = rows_per_step(dataset, RunSettings(**{**usual, **run.settings}))
+        form.run_controls = with_rows(form.run_controls, form.rows_per_step)
+        _fill_picks(session, user, form, run.settings)
+        _try(form, run.settings)
+    return form
+
+
+def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[FormField]:
+    """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
+    empty = {"learning_rate": "each method’s default", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
+    empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
+    found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
+    says = {"epochs": "Passes over the data, unless a number of steps ends it before."}
+    basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}
+    return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]
+
+
+def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> None:
+    """Every strategy with what its jobs would take. Where none was shown before, each family's first that fits is checked."""
+    assert form.model and form.dataset
+    everything = _order(form, list(STRATEGIES), run)
+    try:
+        plan = comparisons.planned(session, user, everything)
+    except StudioError as error:
+        form.errors[{"dataset_id": "dataset"}.get(error.param or "", error.param or "")] = str(error)
+        return
+    costs = {name: [one.estimate for one in plan.jobs if one.strategy == name] for name in STRATEGIES}
+    reasons = {r["strategy"]: r["reason"] for r in plan.refused}
+    advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
+    fits = [name for name in STRATEGIES if costs[name] and name not in reasons]
+    checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
+    for name, cls in STRATEGIES.items():
+        cost = _together(costs[name]) if name in fits else None
+        form.picks.append(StrategyOption(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))
+
+
+def _by_default(kind: Kind, fits: list[str], advised: list[str]) -> list[str]:
+    best = [name for name in fits if name in advised]
+    if kind == "learning_curve":
+        return (best or fits)[:1]
+    families = {STRATEGIES[name].family: name for name in reversed(fits)}
+    return [*families.values(), *best]
+
+
+def _together(costs: list[JSON]) -> JSON:
+    """What several jobs take one after the other: the largest memory and the sum of the times."""
+    return {**max(costs, key=lambda cost: cost["memory_bytes"]), "seconds": sum(cost["seconds"] for cost in costs)}
+
+
+def _order(form: CompareForm, strategies: list[str], run: JSON) -> ComparisonOrder:
+    assert form.model and form.dataset
+    return ComparisonOrder(
+        model=form.model.name,
+        dataset_id=form.dataset.id,
+        strategies=list(strategies),
+        kind=form.kind,
+        run=run,
+        name=form.typed.get("name", "").strip()[:200] or None,
+    )
+
+
+def _try(form: CompareForm, run: JSON) -> None:
+    """The order of what is checked; what is wrong with the choice becomes an error of the form."""
+    if form.errors:
+        return
+    names = [pick.name for pick in form.chosen]
+    if not any(pick.estimate for pick in form.picks):
+        form.errors["strategy"] = "No method fits this model, this data and this machine; each shows the reason."
+    elif form.kind == "learning_curve" and len(names) != 1:
+        form.errors["strategy"] = "A learning curve is for one method. Choose one."
+    elif len(names) < 2 and form.kind == "strategies":
+        form.errors["strategy"] = "Choose at least two methods to compare."
+    else:
+        form.order = _order(form, names, run)
+
+
+def body_of(order: ComparisonOrder) -> dict[str, Any]:
+    """The order as the body of `POST /v1/comparisons`."""
+    body = order.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return body | ({"dataset_id": ids.public(ids.DATASET, order.dataset_id)} if order.dataset_id else {})

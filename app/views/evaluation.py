@@ -1,0 +1,95 @@
+"""What the pages of evaluations show: a line in the list, and the scores of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from app.evaluation.metrics import METRICS
+from app.kit import ids
+from app.tables import Evaluation
+
+KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
+
+
+class Line(NamedTuple):
+    title: str
+    meaning: str
+    base: float | None
+    value: float
+    better: bool | None
+    between: str = ""  # its 95 % interval, where it was told
+
+
+def row(evaluation: Evaluation) -> dict[str, Any]:
+    """A line of the list: what was scored, and the figure that says most."""
+    spec, result = evaluation.spec, evaluation.result or {}
+    return {
+        "url": f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}",
+        "kind": KINDS.get(evaluation.kind, evaluation.kind),
+        "model": spec["model"]["name"],
+        "dataset": spec["dataset"]["name"],
+        "part": "validation split" if spec["part"] == "validation" else "all rows",
+        "status": evaluation.status,
+        "progress": evaluation.progress,
+        "at": evaluation.created_at,
+        "figure": _figure(evaluation.kind, result),
+        "error": (evaluation.error or {}).get("message", ""),
+    }
+
+
+def _figure(kind: str, result: Mapping[str, Any]) -> str:
+    if kind == "blend" and result.get("points"):
+        return f"best at {result['best']:g}"
+    if kind == "advice":
+        return f"{result['distance']:.2f} × general text" if result.get("distance") else ""
+    scores = result.get("scores") or {}
+    for name in ("accuracy", "loss"):
+        if isinstance(scores.get(name), int | float):
+            return f"{METRICS[name][0].lower()} {scores[name]:.3f}"
+    return ""
+
+
+def view(evaluation: Evaluation) -> dict[str, Any]:
+    """The scores of one model, beside those of the model it was tuned from; classes are `app.views.scores`'s."""
+    result = evaluation.result or {}
+    scores, base = result.get("scores") or {}, result.get("base") or {}
+    return {
+        "lines": [_line(name, base.get(name), scores, result) for name in METRICS if isinstance(scores.get(name), int | float)],
+        "has_base": bool(base),
+        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Majority baseline",
+        "rows": result.get("rows"),
+        "skipped": result.get("skipped") or 0,
+        "answers": result.get("answers") or 0,
+        "unanswered": result.get("unanswered") or 0,
+        "worst": result.get("worst") or [],
+        "best": result.get("best") or [],
+        "seconds": result.get("seconds"),
+    }
+
+
+def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
+    (title, meaning, less), value = METRICS[name], scores[name]
+    before = float(base) if isinstance(base, int | float) else None
+    told = before is not None and before != value and not by_chance(result, name)
+    return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))
+
+
+def between(scores: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval of a score in words; empty where none was told."""
+    low_high = (scores.get("intervals") or {}).get(name)
+    return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
+
+
+def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:
+    """Whether chance alone may have made the difference between both models in a score: its 95 % interval holds zero."""
+    low_high = (evaluation.get("difference") or {}).get(name)
+    return bool(low_high) and low_high[0] <= 0 <= low_high[1]
+
+
+def mistakes(labels: list[str], counts: list[list[int]], most: int = 12) -> list[dict[str, Any]]:
+    """The commonest confusions of one class with another."""
+    found = [
+        {"truth": labels[i], "answer": labels[j], "count": n} for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j
+    ]
+    return sorted(found, key=lambda m: (-m["count"], m["truth"], m["answer"]))[:most]

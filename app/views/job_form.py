@@ -1,0 +1,375 @@
+"""The form of a new job: what was typed so far, what it would cost, what is wrong with it, and the same as text to copy.
+
+Typed values are text by the name of their input: `model`, `dataset`, `validation`, `strategy`, `name`, `strategy.rank`, `run.epochs`,
+and `kept.rank` for settings of a strategy that was looked at before, so that trying another one loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy.orm import Session
+
+from app.errors import StudioError
+from app.jobs import preselection
+from app.jobs import request as job_request
+from app.jobs.defaults import rows_per_step, usual_run
+from app.jobs.request import JobRequest
+from app.kit import ids
+from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
+from app.models import service as models
+from app.planning import feasibility
+from app.planning.advisor import Advice
+from app.planning.schedule import GOVERNED, PRESETS, PresetName
+from app.run_settings import displaced
+from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, usual_learning_rate
+from app.strategies import STRATEGIES, Strategy
+from app.tables import Dataset, Model, User
+
+FIELDS = {
+    "dataset_id": "dataset",
+    "training_file": "dataset",
+    "validation_dataset_id": "validation",
+    "task": "dataset",
+    "split": "split.method",
+    "strategy.name": "strategy",
+}
+"""Fields of an order → inputs of the form, where they differ."""
+PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods"} | {
+    name: name for name in ("split.method", "split.column")
+}
+"""Inputs that are no settings → the ids of their elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyCard:
+    """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` is the advisor's first choice."""
+
+    cls: type[Strategy]
+    chosen: bool
+    reason: str | None
+    advised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PresetCard:
+    """One preset to choose, with what the job would take by it."""
+
+    name: PresetName
+    title: str
+    summary: str
+    chosen: bool
+    estimate: dict[str, Any] | None = None
+
+
+GROUPS = ("Data", "Method", "Optimization", "Evaluation", "Hardware")
+"""The headings of the advanced settings, in order."""
+
+
+@dataclass(slots=True)
+class OrderForm:
+    typed: dict[str, str]
+    task: str
+    moved: bool  # data for another task was chosen than the form was shown for
+    presets: list[PresetCard]
+    models: list[Model]
+    datasets: list[Dataset]
+    model: Model | None
+    dataset: Dataset | None
+    validation: Dataset | None
+    checking: list[Dataset]  # datasets whose rows can check the result
+    strategy: type[Strategy]
+    cards: list[StrategyCard]
+    more_cards: list[StrategyCard]
+    strategy_controls: list[FormField]
+    run_controls: list[FormField]
+    preference_controls: list[FormField]  # none but for a dataset of preferences
+    kept: dict[str, str]
+    errors: dict[str, str] = field(default_factory=dict)
+    order: JobRequest | None = None
+    spec: JobSpec | None = None
+    estimate: dict[str, Any] | None = None
+    machine_bytes: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the job can be started with what the form holds."""
+        return self.order is not None and not self.errors
+
+    @property
+    def controls(self) -> list[FormField]:
+        return [*self.strategy_controls, *self.preference_controls, *self.run_controls]
+
+    @property
+    def groups(self) -> list[tuple[str, list[FormField]]]:
+        return [(title, [c for c in self.controls if c.group == title]) for title in GROUPS]
+
+    @property
+    def touched(self) -> bool:
+        """Whether a setting was changed or is wrong, so that it must be seen."""
+        places = {c.key for c in self.controls} | {"validation", "split.method", "split.column"}
+        return (
+            any(c.changed for c in self.controls)
+            or any(self.typed.get(n) for n in ("validation", "split.column"))
+            or bool(places & set(self.errors))
+        )
+
+    @property
+    def overruled(self) -> list[FormField]:
+        """What a preset would decide, and a person did."""
+        return [c for c in self.run_controls if c.name in GOVERNED and c.changed and c.value]
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """None where steps do not read rows, or nobody knows yet."""
+        if self.spec is None or self.dataset is None or self.dataset.status != "ready" or type(self.spec.strategy).recipe == "features":
+            return None
+        return rows_per_step(self.dataset, self.spec.run)
+
+    @property
+    def preset(self) -> PresetName:
+        return next(card.name for card in self.presets if card.chosen)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is wrong, each with the id of the element where it can be put right; none for what has no element."""
+        places = PLACES | {c.key: c.id for c in self.controls}
+        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+
+    @property
+    def method(self) -> str:
+        return str(self.strategy.model_fields["name"].default)
+
+    @property
+    def unseen(self) -> str | None:
+        """Why these are not the settings that the person saw when they pressed Start; None where they are."""
+        if self.moved and self.dataset:
+            return f"You chose {self.dataset.name}, which is for another task, so nothing was started. Check the model and the method, then press Start."
+        shown = self.typed.get("shown", self.method)
+        if shown == self.method:
+            return None
+        before = STRATEGIES[shown].title if shown in STRATEGIES else shown[:60]
+        return (
+            f"You chose {self.strategy.title}, and the page still showed the settings of {before}, so nothing was started. "
+            f"Now it shows those of {self.strategy.title}: check them, then press Start."
+        )
+
+    @property
+    def address(self) -> str:
+        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        chosen = {
+            "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
+            "model": self.model.name if self.model else self.typed.get("model"),
+            "validation": self.typed.get("validation"),
+            "strategy": self.method,
+            "preset": self.preset if self.preset != "balanced" else "",
+            **{name: self.typed.get(name) for name in ("split.method", "split.column")},
+            **{c.key: c.value for c in self.controls if c.changed},
+            **self.kept,
+            "name": self.typed.get("name"),
+        }
+        return f"/jobs/new?{urlencode({name: value for name, value in chosen.items() if value})}"
+
+
+def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
+    """The form for what was typed so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    from app.datasets import service as datasets
+
+    typed = dict(typed)
+    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    rows = datasets.list_(session, user)
+    usable = [d for d in rows if d.status in ("ready", "reading")]
+    errors: dict[str, str] = {}
+    moved = _moved(usable, typed)
+    if moved:  # data for another task: the model and the method are matched anew
+        typed = {name: value for name, value in typed.items() if name not in ("model", "strategy")}
+    model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
+    if typed.get("model") and model is None:
+        errors["model"] = f"There is no model {typed['model'][:80]}. It may have been deleted; choose another."
+    if typed.get("dataset") and dataset is None:
+        errors["dataset"] = _why_not(rows, typed["dataset"])
+    if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
+        errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
+    task = (dataset.task if dataset else None) or "generation"
+    checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
+    validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
+    # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
+    if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
+        errors["validation"] = _why_not(rows, typed["validation"])
+    ranking = ranking_of(session, user, model, dataset)
+    cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking)
+    strategy = next(card.cls for card in cards if card.chosen)
+    asked = _carried(typed, strategy)
+    preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
+    if typed.get("preset") and typed["preset"] != preset:
+        errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=GOVERNED)
+    usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset) if dataset else {}
+    usual = {"early_stopping_patience": RunSettings().early_stopping_patience} | usual
+    errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
+        f"run.{name}": text for name, text in run.errors.items()
+    }
+    compared = fill(PreferenceSettings, typed, "preference") if task == "preference" else None
+    errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
+    first, more = _split(cards)
+    form = OrderForm(
+        typed=typed,
+        task=task,
+        moved=moved,
+        presets=[PresetCard(name, p.title, p.summary, name == preset) for name, p in PRESETS.items()],
+        models=ready,
+        datasets=usable,
+        model=model,
+        dataset=dataset,
+        validation=validation,
+        checking=checking,
+        strategy=strategy,
+        cards=first,
+        more_cards=more,
+        strategy_controls=controls(strategy, "strategy", typed=filled.typed, errors=filled.errors),
+        run_controls=controls(
+            RunSettings,
+            "run",
+            typed=run.typed,
+            errors=run.errors,
+            placeholders={
+                "learning_rate": as_text(usual_learning_rate(strategy, task, run.settings.get("optimizer", "adamw"))),
+                **dict.fromkeys(displaced(run.settings), ""),
+                **{name: as_text(value) for name, value in usual.items()},
+            },
+        ),
+        preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
+        kept={key: value for key, value in asked.items() if key.startswith("kept.")},
+        errors=errors,
+        machine_bytes=_memory(),
+    )
+    if model and dataset and not errors:
+        _try(session, user, form, filled, run, compared)
+        for found in (form.strategy_controls, form.run_controls, form.preference_controls):
+            found[:] = [replace(c, error=form.errors.get(c.key)) for c in found]
+        form.run_controls[:] = with_rows(form.run_controls, form.rows_per_step)
+    return form
+
+
+def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:
+    """Build the order's spec and estimate; what is wrong with them becomes an error of the form."""
+    assert form.model and form.dataset
+    form.order = JobRequest(
+        model=form.model.name,
+        dataset_id=form.dataset.id,
+        validation_dataset_id=form.validation.id if form.validation else None,
+        name=form.typed.get("name", "").strip()[:200] or None,
+        preset=form.preset if form.preset != "balanced" else None,
+        strategy={"name": form.method, **filled.settings},
+        run=run.settings,
+        split=None if form.validation else _split_asked(form.typed),
+        preference=(compared and compared.settings) or None,
+    )
+    try:
+        found = job_request.ground(session, user, form.order)
+        form.spec = job_request.spec_on(found, form.order)
+        form.estimate = job_request.estimate_of(session, form.spec)
+        for place, card in enumerate(form.presets):
+            spec = job_request.spec_on(found, form.order.model_copy(update={"preset": card.name}))
+            form.presets[place] = replace(card, estimate=job_request.figures_of(session, spec))
+    except StudioError as error:
+        form.errors[FIELDS.get(error.param or "", error.param or "")] = str(error)
+
+
+def _split_asked(typed: Mapping[str, str]) -> Split | None:
+    """How rows are to be held out, where the form says other than at random."""
+    method, column = typed.get("split.method", ""), typed.get("split.column", "") or None
+    return Split(method=method, column=column) if method in ("stratified", "grouped") else None  # type: ignore[arg-type]
+
+
+def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:
+    """The controls, the size of a batch in rows too, as other tools count it."""
+    return [
+        replace(c, unit=f"≈ {rows:,} {'row' if rows == 1 else 'rows'}") if rows and c.name == "max_tokens_per_step" else c for c in found
+    ]
+
+
+def _moved(usable: list[Dataset], typed: Mapping[str, str]) -> bool:
+    """Whether a dataset for another task was chosen after the form was shown for `task`."""
+    dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == typed.get("dataset")), None)
+    return bool(typed.get("task") and dataset and dataset.task and dataset.task != typed["task"])
+
+
+def _why_not(rows: list[Dataset], wanted: str) -> str:
+    for row in rows:
+        if ids.public(ids.DATASET, row.id) == wanted:
+            return f"{row.name} has an error: {(row.error or {}).get('message', 'it could not be read')} Its page shows what to do."
+    return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
+
+
+def _memory() -> int | None:
+    """Bytes a job can have on the machine that trains: the GPU's where there is one."""
+    from app.machines import heartbeats
+
+    return heartbeats.training_machine().training_memory_bytes
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------
+
+
+def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None) -> dict[str, Advice]:
+    """The advisor's word on every strategy by its name; empty until there is a model and data that was read."""
+    from app.evaluation import advice
+
+    if model is None or dataset is None or dataset.status != "ready" or not dataset.good_rows:
+        return {}
+    try:
+        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset).ranking}
+    except StudioError:
+        return {}  # the form says itself what is wrong with the model or the data
+
+
+def _reference(session: Session, model: Model | None) -> ModelRef | None:
+    try:
+        return models.reference(session, model) if model and model.shape else None
+    except StudioError:
+        return None  # a part of it is gone: building the order says so beside the field
+
+
+def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice]) -> list[StrategyCard]:
+    """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
+    cuda = job_request.has_gpu()
+    whole = feasibility.why_not_tuned(model, task) if model else None
+    reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
+    able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
+    advised = [name for name in able if name in ranking and ranking[name].advised]
+    chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]
+    return [StrategyCard(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]
+
+
+def _split(cards: list[StrategyCard]) -> tuple[list[StrategyCard], list[StrategyCard]]:
+    """In sight: what is chosen and what is advised, and of each family the first that can run. The others are folded."""
+    seen: set[str] = set()
+    first = []
+    for card in cards:
+        if card.chosen or card.advised or (card.reason is None and card.cls.family not in seen):
+            first.append(card)
+        if card.reason is None:
+            seen.add(card.cls.family)
+    return first, [card for card in cards if card not in first]
+
+
+def _carried(typed: Mapping[str, str], strategy: type[Strategy]) -> dict[str, str]:
+    """Typed settings for this strategy. Those of the strategy shown before come along where both know the field and a
+    person changed it; what this one does not know is kept for the way back."""
+    before = STRATEGIES.get(typed.get("shown", ""), strategy)
+    if before is strategy:
+        return dict(typed)
+    defaults = {name: as_text(info.get_default(call_default_factory=True)) for name, info in before.model_fields.items()}
+    values = {key.removeprefix("kept."): value for key, value in typed.items() if key.startswith("kept.")}
+    for key, value in typed.items():
+        name = key.removeprefix("strategy.")
+        if key.startswith("strategy.") and value != defaults.get(name):
+            values[name] = value
+        elif key.startswith("strategy."):
+            values.pop(name, None)
+    known = {f"strategy.{name}": value for name, value in values.items() if name in strategy.model_fields and name != "name"}
+    return known | {f"kept.{name}": value for name, value in values.items() if name not in strategy.model_fields}

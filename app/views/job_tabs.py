@@ -1,0 +1,347 @@
+"""What each tab of a job's page shows. `app/views/job.py` makes the head that stands above all of them.
+
+A tab is an address of its own and asks only for what it shows, so following a job costs no more than the part looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from sqlalchemy.orm import Session
+
+from app.evaluation import metrics, verdict
+from app.evaluation import service as evaluations
+from app.inference import tryout
+from app.jobs import artifacts as job_artifacts
+from app.jobs import checkpoints, config_file, progress_cache, row_losses
+from app.jobs import service as jobs
+from app.jobs.progress import Progress
+from app.kit import ids
+from app.kit.forms import as_text
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.models import service as models
+from app.run_settings import renamed
+from app.spec import JobSpec
+from app.tables import Job, Model, User
+from app.views import scores as score_view
+from app.views.evaluation import between, by_chance
+from app.views.job import count, dataset_url, forgetting, head, model_url, url
+from app.web import charts
+
+Part = dict[str, Any]
+
+
+class Wish(NamedTuple):
+    """What the address of a tab may ask for besides: one prompt at one step, or some lines of the log."""
+
+    prompt: int = 0
+    step: int | None = None
+    filter: str = ""
+    level: str = ""
+
+
+def page(session: Session, user: User, job: Job, tab: str, wish: Wish, *, points: bool = True) -> Part:
+    """Everything the page shows with this tab open; the live part does without the charts' points, which the stream tells it."""
+    top = head(session, job)
+    made = TABS[tab][1](session, user, job, top, wish)
+    found = made.get("charts")
+    asked = {name: value for name, value in made.get("asked", {}).items() if value not in (None, "", 0)}
+    return {
+        **top,
+        **made,
+        "tab": tab,
+        "tabs": [(key, title) for key, (title, _) in TABS.items()],
+        "here": f"{top['url']}?{urlencode({'tab': tab, **asked})}",
+        "points": charts.data(found, top["progress"]) if points and found else None,
+    }
+
+
+# Overview -------------------------------------------------------------------------------------------------------------
+
+
+def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    progress, spec = top["progress"], top["spec"]
+    tuned = jobs.tuned_model(session, job)
+    learnt = progress.started.trainable_parameters if progress.started else spec.strategy.trainable(spec.model.shape)
+    total = progress.started.parameters if progress.started else spec.model.shape.parameters()
+    return {
+        "failure": failure(job, progress),
+        "forgot": _forgot(job, progress),
+        "removable": type(spec.strategy).adapter,
+        "suggestions": suggestions(session, job),
+        "tuned": tuned,
+        "compare_url": tryout.address(spec.model.name, tuned.name, tuned.kind, tryout.has_examples(job)) if tuned else "",
+        "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
+        "tiles": tiles(job, progress, spec),
+        "charts": charts.charts(progress)[:1],
+        "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
+        "settings": [(name, as_text(value)) for name, value in spec.strategy.model_dump(exclude={"name"}).items() if value is not None][:4],
+        "checkpoints": _checkpoints(session, job, progress),
+    }
+
+
+class Tile(NamedTuple):
+    """One figure at the top: what it is now, and what it is compared with. `good` colors the note; None leaves it grey."""
+
+    title: str
+    figure: str
+    note: str = ""
+    good: bool | None = None
+
+
+def tiles(job: Job, progress: Progress, spec: JobSpec) -> list[Tile]:
+    """The five figures that say most: loss, score and general ability with their change, and what it cost beside the estimate."""
+    estimate, measured = job.estimate or {}, job.measured or {}
+    ability = forgetting(_told(job, progress, "forgetting"))
+    coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and ability["figure"] == NOTHING
+    seconds = measured.get("seconds") or (progress.latest.seconds if progress.latest else None)
+    return [
+        _loss_tile(progress),
+        _score_tile(job, progress),
+        Tile("General ability", ability["figure"], "measured at the end" if coming else ability["verdict"]),
+        Tile("Peak memory", human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
+        Tile("Time" if measured else "Training time", human_seconds(seconds), _predicted(human_seconds(estimate.get("seconds")))),
+    ]
+
+
+def _predicted(text: str) -> str:
+    return f"predicted {text}" if text != NOTHING else ""
+
+
+def _loss_tile(progress: Progress) -> Tile:
+    """The best validation loss against the one before tuning; the training loss where no row is held out."""
+    best = progress.best_evaluation
+    if best is None:
+        first, now = progress.first_loss, progress.loss
+        unchecked = progress.started is not None and not progress.started.validation_rows
+        title = "Training loss" if unchecked else "Validation loss"
+        note = f"from {human_number(first)}; no validation rows" if unchecked and first is not None else ""
+        return Tile(title, human_number(now if unchecked else None), note)
+    before = progress.evaluations[0]
+    if best.step == before.step:
+        return Tile("Validation loss", human_number(best.loss), f"best, step {human_number(best.step)}")
+    change = best.loss / before.loss - 1 if before.loss else 0.0
+    note = f"{metrics.signed(change, 0)}, best at step {human_number(best.step)}"
+    return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
+
+
+TASK_SCORES = ("accuracy", "reward_accuracy", "rouge_l", "chrf", "token_accuracy")
+"""The score that says most about a task, the first that was measured."""
+
+
+def _score_tile(job: Job, progress: Progress) -> Tile:
+    """The task's score at the end against the base's; while it trains the newest one an evaluation measured."""
+    evaluation = _told(job, progress, "evaluation") or {}
+    tuned, base = evaluation.get("tuned"), evaluation.get("base")
+    tuned, base = tuned if isinstance(tuned, Mapping) else {}, base if isinstance(base, Mapping) else {}
+    contest = evaluation.get("contest") or {}
+    if contest.get("cross_validated"):  # of all rows, where the few held-out ones say little
+        score, before = contest["base"]["tuned"], contest["base"]["score"]
+        return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
+    for name in TASK_SCORES:
+        found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
+        if found is not None:
+            title = metrics.METRICS[name][0]
+            told = before is not None and found != before and not by_chance(evaluation, name)
+            note = f"from {human_number(before, 3)}" if before is not None else between(tuned, name)
+            return Tile(title, human_number(found, 3), note, found > before if told and before is not None else None)
+        if points := progress.metrics.get(name):
+            return Tile(metrics.METRICS[name][0], human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
+    return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
+
+
+def _told(job: Job, progress: Progress, name: str) -> Mapping[str, Any] | None:
+    """What a finished job measured: on its row, or in its last event."""
+    return getattr(job, name) or (getattr(progress.finished, name) if progress.finished else None)
+
+
+def _forgot(job: Job, progress: Progress) -> score_view.Forgot | None:
+    return score_view.forgot(_told(job, progress, "forgetting"))
+
+
+def failure(job: Job, progress: Progress) -> Part | None:
+    """What went wrong and the way out: from the trainer's last word, else from the job's row."""
+    if job.status == "paused" and job.error:  # a full disk pauses a job, which is nobody's wish
+        return {"message": job.error["message"], "way_out": job.error.get("way_out", ""), "line": None}
+    if job.status != "failed":
+        return None
+    if progress.failure:
+        return {"message": progress.failure.message, "way_out": progress.failure.way_out, "line": progress.failure.line}
+    error = job.error or {}
+    return {"message": error.get("message", "The job failed and left no reason."), "way_out": error.get("way_out", ""), "line": None}
+
+
+def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
+    """What to try next, a click each: what the verdict says, else what the failure does."""
+    if (found := verdict.of_job(job)) is not None:
+        return found.suggestions
+    failed = progress_cache.progress_of(session, job).failure if job.status == "failed" else None
+    if failed is None or not failed.suggestion:
+        return []
+    changed = renamed(failed.suggestion)
+    settings = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changed.items())
+    return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": changed})]
+
+
+def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
+    """The checkpoints on disk, newest first, each with its validation loss and where it is tried."""
+    losses = dict(progress.curves["validation"])
+    again = job.status in ("paused", "failed", "cancelled")
+    found = []
+    for row in jobs.checkpoints(session, job):
+        loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
+        name = models.checkpoint_name(session, job, row.step)
+        where = tryout.address(job.spec["model"]["name"], name, "classifier" if job.spec["task"] == "classification" else "")
+        found.append(
+            {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
+        )
+    return found
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def _metrics(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    started = top["progress"].started
+    return {
+        "charts": charts.charts(top["progress"]),
+        "predictions": predictions(session, job, started.trainable_parameters if started else None),
+        "count": count,
+        "signed": metrics.signed,
+    }
+
+
+JUDGED = 10
+"""How many of the newest jobs say how well this machine predicts."""
+
+
+def predictions(session: Session, job: Job, counted: int | None) -> Part | None:
+    """Each figure as it was predicted and measured, and how far predictions of the newest jobs here were off; None before the end."""
+    estimate, measured = job.estimate or {}, job.measured or {}
+    if not estimate or not measured:
+        return None
+    rows = [
+        ("Memory", "bytes", estimate.get("memory_bytes"), measured.get("peak_memory_bytes")),
+        ("Time", "seconds", estimate.get("seconds"), measured.get("seconds")),
+        ("Trainable parameters", "count", estimate.get("trainable_parameters"), counted),
+    ]
+    lines = [
+        {"title": title, "unit": unit, "predicted": predicted, "measured": found, "off": off(predicted, found)}
+        for title, unit, predicted, found in rows
+        if predicted is not None and found is not None
+    ]
+    return {"lines": lines, "sentence": _record(session, job)} if lines else None
+
+
+def off(predicted: float | None, measured: float | None) -> float | None:
+    """How far a prediction lies from what was measured, relative to it: +0.1 predicted a tenth too much."""
+    return predicted / measured - 1 if predicted and measured else None
+
+
+def _record(session: Session, job: Job) -> str:
+    """`The last 8 jobs here predicted memory within 6 %, time within 22 %.` Jobs of the same person on the same device."""
+    query = jobs.mine_of(job).where(Job.status == "succeeded", Job.measured["device"].astext == str((job.measured or {}).get("device")))
+    found = session.scalars(query.order_by(Job.finished_at.desc()).limit(JUDGED)).all()
+    memory = [off((j.estimate or {}).get("memory_bytes"), (j.measured or {}).get("peak_memory_bytes")) for j in found]
+    time = [off((j.estimate or {}).get("seconds"), (j.measured or {}).get("seconds")) for j in found]
+    both = [(abs(m), abs(t)) for m, t in zip(memory, time, strict=True) if m is not None and t is not None]
+    if len(both) < 2:
+        return ""
+    worst = [human_percent(max(figures), 0) for figures in zip(*both, strict=True)]
+    return f"The last {len(both)} jobs here predicted memory within {worst[0]}, time within {worst[1]}."
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def _samples(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    """One prompt at one step: what the base says, what the model says, and the reference."""
+    told = top["progress"].samples
+    steps = [sampled.step for sampled in told]
+    prompts = list(dict.fromkeys(sample.prompt for sampled in told for sample in sampled.samples))
+    chosen = min(wish.prompt, max(len(prompts) - 1, 0))
+    step = wish.step if wish.step in steps else (steps[-1] if steps else None)
+    at = steps.index(step) if step is not None else 0
+    answers = [s for sampled in told if sampled.step == step for s in sampled.samples if prompts and s.prompt == prompts[chosen]]
+    return {
+        "asked": {"prompt": chosen, "step": wish.step if wish.step in steps else None},
+        "prompts": prompts,
+        "prompt": chosen,
+        "steps": steps,
+        "step": step,
+        "earlier": steps[at - 1] if at > 0 else None,
+        "later": steps[at + 1] if at + 1 < len(steps) else None,
+        "sample": answers[0] if answers else None,
+    }
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def _evaluation(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    progress, spec = top["progress"], top["spec"]
+    tuned: Model | None = jobs.tuned_model(session, job)
+    return {
+        "scores": score_view.view(_told(job, progress, "evaluation"), spec.task),
+        "forgot": _forgot(job, progress),
+        "removable": type(spec.strategy).adapter,
+        "blends": evaluations.blend_panel(session, user, tuned, f"{url(job)}?tab=evaluation"),
+    }
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+HARDEST = 8
+
+
+def _data(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    """Which rows were trained on and which were held out, how far both overlap, and the rows that stayed hardest."""
+    entries = row_losses.read(session, job)
+    spec: JobSpec = top["spec"]
+    return {
+        "overlap": (job.estimate or {}).get("overlap") or {},
+        "warnings": (job.estimate or {}).get("warnings") or [],
+        "losses": row_losses.summary(entries) if entries else None,
+        "hardest": row_losses.ranked(entries, "after")[:HARDEST],
+        "rows_url": f"{dataset_url(spec.dataset.id)}/rows",
+        "ledger_query": urlencode({"sort": "after", "job": ids.public(ids.JOB, job.id)}),
+    }
+
+
+# Config & logs --------------------------------------------------------------------------------------------------------
+
+
+def _config(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
+    progress, started = top["progress"], top["progress"].started
+    return {
+        "asked": {"filter": wish.filter, "level": wish.level},
+        "yaml": config_file.of_job(job),
+        "environment": [(name, as_text(value)) for name, value in (started.details if started else {}).items() if _plain(value)],
+        "tensorboard": job_artifacts.tensorboard(job),
+        "lines": [line for line in reversed(progress.log) if _wanted(line.level, line.message, wish)],
+        "all_lines": len(progress.log),
+        "output": [line for line in job_artifacts.output(job) if _wanted("", line, wish)],
+        "filter": wish.filter,
+        "level": wish.level,
+    }
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _wanted(level: str, text: str, wish: Wish) -> bool:
+    return wish.filter.casefold() in text.casefold() and (not wish.level or level == wish.level)
+
+
+TABS: dict[str, tuple[str, Callable[[Session, User, Job, Part, Wish], Part]]] = {
+    "overview": ("Overview", _overview),
+    "metrics": ("Metrics", _metrics),
+    "samples": ("Samples", _samples),
+    "evaluation": ("Evaluation", _evaluation),
+    "data": ("Data", _data),
+    "config": ("Config & logs", _config),
+}
+"""Key, title and what makes it; the first is shown where the address names none."""

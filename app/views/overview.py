@@ -1,0 +1,285 @@
+"""What is going on in the studio as a whole: its health, its figures, and what its owner can do next."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import psutil
+import redis
+from pydantic import BaseModel
+from sqlalchemy import func, or_, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.db import get_engine
+from app.machines.heartbeats import Worker, alive
+from app.migrate import is_current
+from app.queue import cannot_write, get_redis
+from app.settings import get_settings
+from app.tables import Answer, Dataset, Exchange, Job, Model, User
+
+T = TypeVar("T")
+
+# Health ---------------------------------------------------------------------------------------------------------------
+
+
+class Check(BaseModel):
+    """One part of the studio, and what to do when it is not well."""
+
+    name: str
+    good: bool
+    message: str
+    way_out: str = ""
+
+
+def checks(session: Session | None = None) -> list[Check]:
+    """The parts without which nothing works: database, its schema, broker. Asked over `session` where there is one."""
+    return [*_database(session), _broker()]
+
+
+def _away(name: str) -> Check:
+    return Check(name=name, good=False, message="does not respond", way_out="It comes back by itself when `luthier up` runs it.")
+
+
+CHECK_SECONDS = 2.0
+_checkers = ThreadPoolExecutor(3, thread_name_prefix="check")
+_checking: dict[str, Future[Any]] = {}
+
+
+async def checks_in_time() -> tuple[list[Check], list[Worker]]:
+    """`checks` and the living workers, each asked in a thread kept for it and waited for two seconds at most."""
+    database, broker, workers = await asyncio.gather(
+        _in_time("database", lambda: _database(None), [_away("database")]),
+        _in_time("redis", _broker, _away("redis")),
+        _in_time("workers", alive, []),
+    )
+    return [*database, broker], workers
+
+
+async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
+    """What `ask` says, or `otherwise`. One that is still waiting is waited for again, not asked a second time: however many
+    want to know, it is one question at once."""
+    asked = _checking.get(name)
+    if asked is None or asked.done():
+        asked = _checking[name] = _checkers.submit(ask)
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), CHECK_SECONDS)
+    except TimeoutError:
+        return otherwise
+
+
+def _database(session: Session | None) -> list[Check]:
+    try:
+        if session is not None:
+            current = is_current(session.connection())
+        else:
+            with get_engine().connect() as connection:
+                current = is_current(connection)
+    except (SQLAlchemyError, RuntimeError):
+        return [_away("database")]
+    schema = "up to date" if current else "of another version"
+    return [
+        Check(name="database", good=True, message="online"),
+        Check(name="migrations", good=current, message=schema, way_out="" if current else "`luthier up` brings it up to date."),
+    ]
+
+
+def _broker() -> Check:
+    try:
+        get_redis().ping()
+    except redis.RedisError as error:
+        if cannot_write(error):
+            return Check(name="redis", good=False, message="is read-only: its disk is full", way_out=MAKE_ROOM)
+        return _away("redis")
+    except RuntimeError:
+        return _away("redis")
+    return Check(name="redis", good=True, message="online")
+
+
+MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."
+
+
+def no_room() -> bool:
+    """Whether the disk of the data folder has no room for a page of the database, which then cannot record what goes on."""
+    disk = os.statvfs(get_settings().data_dir)
+    return disk.f_bavail * disk.f_frsize < 2**20
+
+
+class WorkerRole(BaseModel):
+    """One kind of worker: how many are alive, and what stands still when there are none."""
+
+    queue: str
+    title: str
+    alive: int
+    up_seconds: float | None
+    stands_still: str
+
+
+_DUTIES = {
+    "train": ("Training", "Jobs stay queued."),
+    "data": ("Data workers", "Datasets are not read."),
+    "import": ("Model downloads", "Models are not downloaded."),
+    "generate": ("Inference", "Models cannot answer."),
+    "relay": ("Job dispatcher", "No new job starts."),
+}
+
+
+def seconds_up() -> float:
+    """How long this web process has been running."""
+    return time.time() - psutil.Process().create_time()
+
+
+def duties(workers: list[Worker] | None = None) -> list[WorkerRole]:
+    workers = alive() if workers is None else workers
+    return [_duty(queue, title, still, [w for w in workers if w.queue == queue]) for queue, (title, still) in _DUTIES.items()]
+
+
+def _duty(queue: str, title: str, still: str, mine: list[Worker]) -> WorkerRole:
+    longest = max((worker.up_seconds for worker in mine), default=None)
+    return WorkerRole(queue=queue, title=title, alive=len(mine), up_seconds=longest, stands_still=still)
+
+
+# The overview ---------------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """How far a person has come on the way dataset → tuned model → conversation. Each is the number done."""
+
+    datasets: int
+    reading: int
+    jobs: int
+    running: int
+    tuned: int
+    tried: int
+
+    @property
+    def next(self) -> int:
+        """The step to take now, counted from 1."""
+        if not self.datasets:
+            return 1
+        return 3 if self.tuned else 2
+
+
+class Overview(NamedTuple):
+    steps: Steps
+    jobs: list[Job]
+    datasets: list[Dataset]
+    models: list[Model]
+
+
+def overview(session: Session, user: User) -> Overview:
+    """The newest of everything, and how far this person has come."""
+    return Overview(
+        _steps(session, user),
+        list(
+            session.scalars(select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None)).order_by(Job.created_at.desc()).limit(5))
+        ),
+        list(
+            session.scalars(
+                select(Dataset)
+                .where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+                .order_by(Dataset.created_at.desc())
+                .limit(5)
+            )
+        ),
+        list(
+            session.scalars(
+                select(Model).where(_mine(user), Model.deleted_at.is_(None), Model.kept).order_by(Model.created_at.desc()).limit(5)
+            )
+        ),
+    )
+
+
+def _mine(user: User):
+    return or_(Model.owner_id == user.id, Model.owner_id.is_(None))
+
+
+def _steps(session: Session, user: User) -> Steps:
+    def count(table: type, *conditions: object):
+        return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
+
+    datasets, jobs = (Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)), (Job.owner_id == user.id, Job.deleted_at.is_(None))
+    tuned = (Model.owner_id == user.id, Model.job_id.is_not(None), Model.deleted_at.is_(None))
+    tried = (Model.owner_id == user.id, Model.job_id.is_not(None), Answer.model_id == Model.id, Answer.exchange_id == Exchange.id)
+    row = session.execute(
+        select(
+            count(Dataset, *datasets, Dataset.status == "ready"),
+            count(Dataset, *datasets, Dataset.status == "reading"),
+            count(Job, *jobs),
+            count(Job, *jobs, Job.status == "running"),
+            count(Model, *tuned),
+            select(func.count(Answer.id)).where(*tried).scalar_subquery(),
+        )
+    ).one()
+    return Steps(*row)
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+
+_LIBRARIES = ("luthier", "torch", "transformers", "peft", "fastapi", "sqlalchemy", "celery")
+
+
+def versions() -> list[tuple[str, str]]:
+    """What is installed, told without importing any of it."""
+    found = [("Python", platform.python_version())]
+    for name in _LIBRARIES:
+        try:
+            found.append((name.capitalize() if name == "luthier" else name, version(name)))
+        except PackageNotFoundError:
+            found.append((name, "not installed"))
+    return found
+
+
+_FOLDERS = (
+    ("blobs", "Uploaded files"),
+    ("rows", "Rows of datasets"),
+    ("models", "Models"),
+    ("runs", "Checkpoints and runs"),
+    ("postgres", "Database"),
+    ("logs", "Logs"),
+    ("tmp", "Temporary files"),
+)
+
+
+class Space(NamedTuple):
+    folders: list[tuple[str, int]]
+    free_bytes: int
+    total_bytes: int
+    data_dir: Path
+
+
+def space() -> Space:
+    """What the data folder takes, in bytes. Measured at most once a minute, since it looks at every file."""
+    return _space(get_settings().data_dir, int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=2)
+def _space(folder: Path, _minute: int) -> Space:
+    disk = os.statvfs(folder)
+    sizes = [(title, size_of(folder / name)) for name, title in _FOLDERS]
+    return Space(sizes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize, folder)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below; 0 for a folder that is not there or not ours to read."""
+    total, waiting = 0, [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        except (FileNotFoundError, PermissionError):
+            continue  # files come and go while a job runs, and the database's folder may belong to its own user
+    return total

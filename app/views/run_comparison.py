@@ -1,0 +1,144 @@
+"""Runs beside each other, whichever they are: their scores with intervals, the settings in which they differ, and their loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+
+from app.errors import BadField
+from app.evaluation import comparison_table, verdict
+from app.evaluation.comparison_table import SCORED, Column, Table, is_number
+from app.jobs import progress_cache
+from app.jobs import service as jobs
+from app.jobs.progress import Progress
+from app.kit import ids
+from app.kit.forms import as_text, label_of
+from app.kit.humanize import NOTHING, human_number, human_percent
+from app.spec import JobSpec
+from app.tables import Job, User
+from app.views import job as job_view
+from app.views.comparison import ability_interval, write
+from app.web.charts import Chart, Series
+
+MOST = 8
+"""Runs whose lines an eye can tell apart."""
+
+
+class Cell(NamedTuple):
+    text: str
+    note: str = ""
+    best: bool = False
+
+
+class Line(NamedTuple):
+    title: str
+    cells: list[Cell]
+
+
+def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
+    """What `compare_runs.html` and the part of it that follows its runs show. Raises BadField for too few or too many runs, NotFound for one that is not there."""
+    keys = list(dict.fromkeys(keys))
+    if not 2 <= len(keys) <= MOST:
+        chosen = {0: "No run was", 1: "One run was"}.get(len(keys), f"{len(keys)} runs were")
+        raise BadField(f"{chosen} chosen to compare.", way_out=f"Tick 2 to {MOST} in the list of runs, then press Compare.", param="job")
+    found = [jobs.get(session, user, ids.parse(ids.JOB, key, param="job")) for key in keys]
+    table = comparison_table.table_of(session, found)
+    specs = [JobSpec.model_validate(job.spec) for job in found]
+    settings = _settings(specs)
+    told = [progress_cache.progress_of(session, job) for job in found]
+    charts = _charts(found, told)
+    return {
+        "here": f"/jobs/compare?{urlencode([('job', key) for key in keys])}",
+        "open": any(_is_open(job) for job in found),
+        "runs": [
+            {"number": n, "job": job, "url": job_view.url(job), "method": spec.strategy.title, "verdict": verdict.of_job(job)}
+            for n, (job, spec) in enumerate(zip(found, specs, strict=True), 1)
+        ],
+        "figures": _figures(table, found),
+        "differing": [line for line in settings if len({cell.text for cell in line.cells}) > 1],
+        "same": [(line.title, line.cells[0].text) for line in settings if len({cell.text for cell in line.cells}) == 1],
+        "charts": charts,
+        "points": {"total": max((p.total_steps or 0 for p in told), default=0), "charts": {chart.name: chart.data() for chart in charts}},
+    }
+
+
+def _figures(table: Table, found: list[Job]) -> list[Line]:
+    """A line for each column of the table of a comparison that any of the runs has a figure for."""
+    return [
+        Line(column.title, [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
+        for column in table.columns
+        if any(is_number(row[column.key]) for row in table.rows)
+    ]
+
+
+def _cell(table: Table, column: Column, row: dict[str, Any], job: Job) -> Cell:
+    between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
+    note = ability_interval(row) if column.key == "forgetting" else ""
+    if column.key in SCORED and between:
+        note = f"95 %: {_plain(between[0], column)} to {_plain(between[1], column)}"
+    return Cell(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
+
+
+def _plain(value: float, column: Column) -> str:
+    return str(human_percent(value)) if column.unit == "share" else str(human_number(value, 3))
+
+
+# Settings -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(specs: list[JobSpec]) -> list[Line]:
+    """Every setting of any of the runs; a dash where a run's method has no such setting."""
+    each = [_of(spec) for spec in specs]
+    titles = dict.fromkeys(title for one in each for title in one)
+    return [Line(title, [Cell(one.get(title, NOTHING)) for one in each]) for title in titles]
+
+
+def _of(spec: JobSpec) -> dict[str, str]:
+    """The settings of one run by their titles."""
+    split = f"{spec.split.method} {spec.split.column or ''}".strip() if spec.split else "random"
+    found = {
+        "Base model": spec.model.name,
+        "Training data": spec.dataset.name,
+        "Rows": human_number(spec.dataset.rows),
+        "Validation data": spec.validation.name if spec.validation else "split of the training data",
+        "Split method": NOTHING if spec.validation else split,
+        "Method": spec.strategy.title,
+    }
+    found |= _fields(spec.strategy) | _fields(spec.run) | (_fields(spec.preference) if spec.preference else {})
+    return {**found, label_of("learning_rate", type(spec.run).model_fields["learning_rate"]): as_text(spec.learning_rate)}
+
+
+def _fields(settings: BaseModel) -> dict[str, str]:
+    fields = type(settings).model_fields
+    return {label_of(name, info): as_text(getattr(settings, name)) or NOTHING for name, info in fields.items() if name != "name"}
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+def _charts(found: list[Job], told: list[Progress]) -> list[Chart]:
+    """One chart of each loss, with a line for every run that has points of it, or may get them."""
+    charts, names = [], _short([job.name for job in found])
+    for curve, title in (("validation", "Validation loss"), ("loss", "Training loss")):
+        series = [
+            Series(f"{curve}{n}", f"{n} {name}", n, progress.curves[curve], dots=curve == "validation")
+            for n, (name, progress) in enumerate(zip(names, told, strict=True), 1)
+        ]
+        if any(line.points for line in series):
+            drawn = [line for line, job in zip(series, found, strict=True) if line.points or _is_open(job)]
+            charts.append(Chart(curve, title, "", drawn))
+    return charts
+
+
+def _is_open(job: Job) -> bool:
+    return job.status in ("queued", "running")
+
+
+def _short(names: list[str]) -> list[str]:
+    """The names without the one of their comparison, where all are of the same."""
+    parts = [name.partition(": ") for name in names]
+    return [tail or name for name, (_, _, tail) in zip(names, parts, strict=True)] if len({head for head, _, _ in parts}) == 1 else names

@@ -1,0 +1,237 @@
+"""What a finished job's page shows of its evaluation: scores, classes, the confusion matrix, rows to read, and forgetting.
+
+Every part is there only where the job told it, so jobs of earlier versions, which told less, are shown as far as they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from app.evaluation.metrics import ABILITY, METRICS, ability
+from app.kit.humanize import NARROW
+from app.views.evaluation import between, by_chance, mistakes
+
+MAX_DRAWN_CLASSES = 100
+MAX_NAMED_CLASSES = 14
+"""Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
+
+LOSSES = {"classification": "nats per row", "preference": "nats per pair"}
+"""What a loss is counted by, where that is not the learnt token."""
+SKILLS = {"instructions": "following instructions"}
+
+
+class Line(NamedTuple):
+    """One score of both models. `better` is whether the tuned one is; None where that cannot be said. `between` is the 95 %
+    interval of the tuned one's, in words, where it was told."""
+
+    title: str
+    meaning: str
+    base: float | None
+    tuned: float | None
+    better: bool | None
+    between: str = ""
+
+
+class Cell(NamedTuple):
+    """A square of the confusion matrix: how many rows of the class `truth` were answered `answer`, and their share of its rows."""
+
+    row: int
+    column: int
+    truth: str
+    answer: str
+    count: int
+    share: float
+
+
+class Matrix(NamedTuple):
+    labels: list[str]
+    cells: list[Cell]
+    named: bool
+
+
+class Reading(NamedTuple):
+    """One row to read. `base` and `tuned` are answers, None where nothing was written."""
+
+    line: int | None
+    prompt: str
+    reference: str
+    base: str | None
+    tuned: str | None
+    base_loss: float | None
+    tuned_loss: float | None
+    probability: float | None
+
+
+class View(NamedTuple):
+    rows: int | None
+    answers: int | None
+    unanswered: int | None
+    base_title: str
+    lines: list[Line]
+    classes: list[dict[str, Any]]
+    mistakes: list[dict[str, Any]]
+    matrix: Matrix | None
+    reliability: list[dict[str, Any]]
+    worst: list[Reading]
+    best: list[Reading]
+    base_answered: bool
+
+
+def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
+    """Base and tuned side by side; None where nothing was scored."""
+    whole = evaluation or {}
+    tuned = _mapping(whole.get("tuned"))
+    if not any(number(value) is not None for value in tuned.values()):
+        return None
+    base, labels, counts = _mapping(whole.get("base")), _texts(tuned.get("labels")), tuned.get("confusion")
+    square = isinstance(counts, list) and len(counts) == len(labels) and all(isinstance(r, list) and len(r) == len(labels) for r in counts)
+    worst, best = _readings(whole.get("worst")), _readings(whole.get("best"))
+    return View(
+        rows=_whole(whole.get("rows")) or _whole(tuned.get("rows")),
+        answers=_whole(whole.get("answers")),
+        unanswered=_whole(whole.get("unanswered")),
+        base_title="Prior baseline" if task == "classification" else "Base",
+        lines=[
+            _line(name, base, tuned, task, by_chance(whole, name))
+            for name in METRICS
+            if number(tuned.get(name)) is not None and not _said_twice(name, tuned)
+        ],
+        classes=_classes(tuned.get("per_class")),
+        mistakes=mistakes(labels, counts) if square and counts else [],
+        matrix=matrix(labels, counts) if square and counts else None,
+        reliability=[b for b in tuned.get("reliability") or [] if isinstance(b, Mapping) and {"confidence", "accuracy", "rows"} <= set(b)],
+        worst=worst,
+        best=best,
+        base_answered=any(row.base is not None for row in (*worst, *best)),
+    )
+
+
+def number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
+    """A classifier's loss is its log loss."""
+    return name == "loss" and scores.get("log_loss") == scores.get("loss")
+
+
+def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> Line:
+    title, meaning, less = METRICS[name]
+    meaning = LOSSES.get(task, meaning) if name == "loss" else meaning
+    before, after = number(base.get(name)), number(tuned.get(name))
+    # Always answering with the shares of the labels is never too sure, so nobody can do better in that.
+    unfair = name == "calibration_error" and task == "classification"
+    better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
+    return Line(title, meaning, before, after, better, between(tuned, name))
+
+
+def _classes(per_class: Any) -> list[dict[str, Any]]:
+    """Classes that have rows, those with the least F1 first: they are the ones to look at."""
+    found = [{"label": str(label), **scores} for label, scores in _mapping(per_class).items() if isinstance(scores, Mapping)]
+    found = [c for c in found if c.get("rows") and number(c.get("f1")) is not None]
+    return sorted(found, key=lambda c: (c["f1"], c["label"]))
+
+
+def matrix(labels: list[str], counts: list[list[int]]) -> Matrix | None:
+    """The matrix with rows of the truth and columns of the answer; None where it would be too large to see."""
+    if not 2 <= len(labels) <= MAX_DRAWN_CLASSES:
+        return None
+    cells = []
+    for i, row in enumerate(counts):
+        total = sum(row) or 1
+        cells += [Cell(i, j, labels[i], labels[j], n, n / total) for j, n in enumerate(row) if n]
+    return Matrix(labels, cells, len(labels) <= MAX_NAMED_CLASSES)
+
+
+def _readings(found: Any) -> list[Reading]:
+    if not isinstance(found, list):
+        return []
+    return [
+        Reading(
+            line=_whole(row.get("line")),
+            prompt=str(row.get("prompt") or ""),
+            reference=str(row.get("reference") or ""),
+            base=row.get("base_answer"),
+            tuned=row.get("tuned_answer"),
+            base_loss=number(row.get("base_loss")),
+            tuned_loss=number(row.get("tuned_loss")),
+            probability=number(row.get("probability")),
+        )
+        for row in found
+        if isinstance(row, Mapping)
+    ]
+
+
+# General ability ------------------------------------------------------------------------------------------------------
+
+
+class Skill(NamedTuple):
+    """Bits per byte of one skill, and the relative change with its 95 % interval; more bits are less ability."""
+
+    name: str
+    before: float | None
+    after: float | None
+    change: float
+    interval: tuple[float, float] | None
+
+    @property
+    def figure(self) -> str:
+        return ability(self.change)
+
+    @property
+    def between(self) -> str:
+        return f"{ability(self.interval[1])} to {ability(self.interval[0])}" if self.interval else ""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves zero out, so that the change is more than noise."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+class Forgot(NamedTuple):
+    verdict: str
+    sentence: str
+    whole: Skill | None  # None where nothing was scored
+    skills: list[Skill]
+
+    def in_short(self, removable: bool) -> str:
+        """`General ability −2.0 % (95 %: −4.0 % to 0 %), with the adapter on; removable.`"""
+        assert self.whole is not None
+        between = f" (95{NARROW}%: {self.whole.between})" if self.whole.interval else ""
+        return f"General ability {self.whole.figure}{between}{', with the adapter on; removable' if removable else ''}."
+
+
+def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
+    """The verdict with its interval, and one line per skill, the worst first; None where it was not asked for."""
+    if not found:
+        return None
+    said = str(found.get("verdict") or "")
+    said = ABILITY.get(said, said)
+    whole = _skill("all texts", found) if number(found.get("before")) else None
+    if whole is None:  # it is known without texts, or known not to be told
+        return Forgot(said, str(found["sentence"]), None, []) if found.get("sentence") else None
+    skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(SKILLS.get(name, name), values))]
+    return Forgot(said, str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))
+
+
+def _skill(name: str, values: Any) -> Skill | None:
+    values = _mapping(values)
+    before, after, change = (number(values.get(key)) for key in ("before", "after", "change"))
+    if change is None and before and after is not None:
+        change = after / before - 1
+    interval = values.get("interval")
+    pair = (float(interval[0]), float(interval[1])) if isinstance(interval, list | tuple) and len(interval) == 2 else None
+    return None if change is None else Skill(name, before, after, change, pair)

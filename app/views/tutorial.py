@@ -1,0 +1,171 @@
+"""The recipe that takes a newcomer from a generic model over an instruction-tuned one to a dialogue model, one button a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.datasets import samples
+from app.errors import Conflict
+from app.jobs import request as job_request
+from app.jobs import service as jobs
+from app.kit import ids
+from app.models import imports as model_imports
+from app.models import service as models
+from app.tables import Dataset, Job, Model, User
+
+GENERIC, DIALOGUE = "gemma-3-270m", "smollm2-135m-instruct"
+SAMPLE = "plain-explanations"
+RECIPE = "three-kinds"
+"""In the metadata of a job that this page has ordered."""
+PAGE = "/playground/kinds"
+QUESTION = "What is the capital of France?"
+"""What each is asked first."""
+
+
+class Action(NamedTuple):
+    """A button. `post` says that it does something; otherwise it leads somewhere."""
+
+    title: str
+    path: str
+    post: bool = False
+
+
+@dataclass
+class Step:
+    """One kind: what it is, the model that shows it, what is happening to it, and what can be done next."""
+
+    title: str
+    says: str
+    shown: str
+    missing: str
+    model: Model | None = None
+    doing: str = ""  # the work under way, in words
+    job: Job | None = None
+    actions: list[Action] = field(default_factory=list)
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        return ((self.job.estimate or {}) if self.job else {}).get("seconds")
+
+    @property
+    def took_seconds(self) -> float | None:
+        done = self.job if self.job and self.job.status == "succeeded" else None
+        return (done.finished_at - done.started_at).total_seconds() if done and done.finished_at and done.started_at else None
+
+
+def steps(session: Session, user: User) -> list[Step]:
+    """The three steps as they stand in this studio."""
+    every = models.list_(session, user)
+    ready = [m for m in every if m.status == "ready"]
+    coming = {m.name for m in every if m.status == "fetching"}
+    generic = _of_kind(ready, "generic", GENERIC)
+    dialogue = _of_kind(ready, "dialogue", DIALOGUE)
+    return [
+        _starter(
+            Step(
+                "Base (generic): it continues a text",
+                "Pretrained on much text for one task: predict the next token. A question may be answered, or followed by three more "
+                "questions. Its prompt is the text itself.",
+                QUESTION,
+                f"Add {GENERIC}; its terms must be accepted first.",
+                generic,
+            ),
+            coming,
+            GENERIC,
+            Action("Read the terms and add it", f"/models/terms/{GENERIC}?next={PAGE}"),
+        ),
+        _instruction(session, user, ready, generic),
+        _starter(
+            Step(
+                "Chat (dialogue-tuned): it holds a conversation",
+                "Another model, fine-tuned on whole conversations: turns, roles and when to stop. Every earlier turn is part of its prompt.",
+                f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+                f"Add the starter {DIALOGUE}.",
+                dialogue,
+            ),
+            coming,
+            DIALOGUE,
+            Action("Add it", f"{PAGE}/dialogue", post=True),
+        ),
+    ]
+
+
+def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
+    if step.model:
+        step.actions = [_ask(step.model)]
+    elif name in coming:
+        step.doing = f"{name} is being downloaded."
+    else:
+        step.actions = [add]
+    return step
+
+
+def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> Step:
+    """The step that is made here: asked when it is there, watched while it is tuned, and else one button away."""
+    tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
+    step = Step(
+        "Instruct (instruction-tuned): it follows instructions",
+        "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short explanations” and "
+        "starts a LoRA job on it: a few minutes are enough to see it change.",
+        f"### User:\n{QUESTION}\n\n### Assistant:\n",
+        "Train it yourself, in a few minutes." if generic else "Add the base model first.",
+        tuned or _of_kind(ready, "instruction", ""),
+        job=_ordered(session, user),
+    )
+    if step.job and step.job.status in ("queued", "running"):
+        step.doing = f"The job is {step.job.status}."
+    if step.model:
+        step.actions = [_ask(step.model)]
+    elif step.job and step.job.status in ("queued", "running", "paused"):
+        step.actions = [Action("Watch the job", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
+    elif generic:
+        step.actions = [Action("Fine-tune it here", f"{PAGE}/instruction", post=True)]
+    return step
+
+
+def _ask(model: Model) -> Action:
+    return Action("Ask it", f"/playground?{urlencode({'models': model.name, 'prompt': QUESTION})}")
+
+
+def _ordered(session: Session, user: User) -> Job | None:
+    """The newest job this page has ordered."""
+    query = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.user_metadata["recipe"].astext == RECIPE)
+    return session.scalars(query.order_by(Job.created_at.desc()).limit(1)).first()
+
+
+def tune(session: Session, user: User) -> Job:
+    """Order the second step: the sample as a dataset, unless it is here, and a LoRA job on the generic model.
+
+    Raises Conflict while there is no generic model; a job that is under way is returned as it is.
+    """
+    generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
+    if generic is None:
+        raise Conflict("There is no base model to fine-tune yet.", way_out=f"Add {GENERIC} first.")
+    earlier = _ordered(session, user)
+    if earlier and earlier.status in ("queued", "running", "paused"):
+        return earlier
+    order = {
+        "model": generic.name, "dataset_id": ids.public(ids.DATASET, _sample(session, user).id), "strategy": {"name": "lora"},
+        "name": f"{generic.title}, instruction-tuned", "suffix": "instruction", "metadata": {"recipe": RECIPE},
+    }  # fmt: skip
+    return jobs.create(session, user, job_request.read_order(order))
+
+
+def _sample(session: Session, user: User) -> Dataset:
+    return samples.add(session, user, SAMPLE)
+
+
+def add_dialogue(session: Session) -> Model:
+    """Order the third step's starter."""
+    return model_imports.add_starter(session, DIALOGUE)
+
+
+def _of_kind(ready: list[Model], kind: str, name: str) -> Model | None:
+    """The model this recipe means, or the first of the kind that was not tuned here."""
+    mine = [m for m in ready if m.kind == kind]
+    return next((m for m in mine if m.name == name), None) or next((m for m in mine if m.base_id is None), None)

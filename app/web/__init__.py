@@ -1,0 +1,1 @@
+"""HTTP, without any noun: templates, sign-in, errors, limits."""

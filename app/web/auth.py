@@ -1,0 +1,356 @@
+"""Who is asking: users, sign-in links, passwords, browser sessions and API keys.
+
+Secrets are random and long, so their SHA-256 is stored and compared; passwords are short, so they get argon2id.
+Every route is behind `sign_in`, which `app.main` sets as the dependency of the whole app; the only exceptions are the
+paths in `PUBLIC`. A cookie is sent by the browser even when another site asked for it, so whatever changes something
+with a cookie must also carry a token only our own pages know (`check_csrf`). An API key needs none: no browser adds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import uuid
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Annotated, NamedTuple
+
+from fastapi import Depends, Request, Response
+from itsdangerous import BadData, URLSafeSerializer
+from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app.db import transaction
+from app.errors import Forbidden, NotFound, NotSignedIn
+from app.settings import get_settings
+from app.tables import ApiKey, BrowserSession, SignInLink, User
+from app.web import passwords
+
+PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{token}"})
+"""Every route that may be asked without an account. `/metrics` guards itself: signed in, or from this machine."""
+
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+SESSION_DAYS = 30
+KNOWN_DAYS = 400
+LINK_MINUTES = 60
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def secret(name: str = "session") -> bytes:
+    """A random secret of this studio, made at the first start and readable by its owner alone (0600)."""
+    path = get_settings().folder("secrets") / f"{name}.key"
+    if not path.exists():
+        # Two processes may start at once: each writes a draft, and only one of them gets the name.
+        draft = path.with_suffix(f".{os.getpid()}")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_bytes()
+
+
+def studio_mark() -> str:
+    """8 hex digits in the names of this studio's cookies. Browsers know no ports, so two studios at one host name, as at the
+    ends of two tunnels, would otherwise take each other's cookies away. The secret tells them apart where the folder cannot."""
+    return hmac.new(secret(), b"cookies", "sha256").hexdigest()[:8]
+
+
+# People ---------------------------------------------------------------------------------------------------------------
+
+
+def first_user(session: Session) -> User:
+    """The account that owns the studio, made at the first start; its password follows LUTHIER_ADMIN_PASSWORD."""
+    settings = get_settings()
+    session.execute(insert(User).values(id=uuid.uuid4(), name=settings.admin_name).on_conflict_do_nothing(index_elements=["name"]))
+    user = session.scalars(select(User).where(User.name == settings.admin_name)).one()
+    password = settings.admin_password
+    if password and not passwords.matches(password, user.password_hash):
+        user.password_hash = passwords.hash_of(password)
+    return user
+
+
+def new_sign_in_link(session: Session, user: User, minutes: float = LINK_MINUTES) -> str:
+    """A path that signs `user` in once within `minutes`. Its token is not stored, only the hash of it."""
+    token = secrets.token_urlsafe(32)
+    expires = func.clock_timestamp() + timedelta(minutes=minutes)
+    session.add(SignInLink(token_sha256=sha256(token), user_id=user.id, expires_at=expires))
+    session.flush()
+    return f"/sign-in/{token}"
+
+
+def use_link(session: Session, token: str) -> User:
+    """The user of a sign-in link, which is spent by this. Raises NotFound when it is unknown, spent or too old."""
+    spent = (
+        update(SignInLink)
+        .where(SignInLink.token_sha256 == sha256(token), SignInLink.used_at.is_(None), SignInLink.expires_at > func.clock_timestamp())
+        .values(used_at=func.clock_timestamp())
+        .returning(SignInLink.user_id)
+    )
+    user_id = session.scalar(spent)
+    if user_id is None:
+        raise NotFound("This sign-in link was used already, or it is too old.", way_out="Run `luthier link` for a new one.")
+    return session.get_one(User, user_id)
+
+
+async def check_password(name: str, password: str, address: str, browser: str | None = None) -> uuid.UUID:
+    """The id of the user with this name and password. `browser` is the cookie of `known_browser`.
+
+    Raises NotSignedIn, or TooMany where too many tries were made before or are being judged.
+    """
+    tries, user_id, known = await run_in_threadpool(_begin_try, name, address, browser)
+    if not await passwords.judge(password, known) or user_id is None:
+        raise NotSignedIn("That name and password do not match.", way_out="Try again, or use a sign-in link from `luthier link`.")
+    await run_in_threadpool(tries.forget)
+    return user_id
+
+
+def _begin_try(name: str, address: str, browser: str | None) -> tuple[passwords.Tries, uuid.UUID | None, str | None]:
+    """The counts of one try, from which it is taken, and whose password must match which hash."""
+    with transaction() as session:
+        found = session.execute(select(User.id, User.password_hash).where(User.name == name)).one_or_none()
+    user_id, known = found or (None, None)
+    tries = passwords.Tries(name, address, _known_to(user_id, browser) if user_id and browser else None)
+    tries.take()
+    return tries, user_id, known
+
+
+# Browser sessions -----------------------------------------------------------------------------------------------------
+
+
+def secure(request: Request) -> bool:
+    """Whether the browser speaks https, to us or to the proxy in front of us."""
+    return request.url.scheme == "https" or (get_settings().public_url or "").startswith("https://")
+
+
+def cookie_name(request: Request, kind: str = "") -> str:
+    """Browsers refuse `__Host-` cookies over plain http, which is what 127.0.0.1 speaks."""
+    return f"{'__Host-' if secure(request) else ''}luthier{kind}_{studio_mark()}"
+
+
+def known_browser(request: Request) -> str | None:
+    """The mark that this browser was signed in before. It opens nothing: it only keeps its tries of a password apart."""
+    return request.cookies.get(cookie_name(request, "_known"))
+
+
+def _known_to(user_id: uuid.UUID, browser: str) -> str | None:
+    """What counts the tries of a browser in which this user was signed in before; None for any other."""
+    try:
+        owner, browser_id = _known_signer().loads(browser)
+    except (BadData, ValueError, TypeError):
+        return None
+    return str(browser_id) if owner == user_id.hex else None
+
+
+def _known_signer() -> URLSafeSerializer:
+    return URLSafeSerializer(secret(), salt="known browser")
+
+
+def open_session(session: Session, request: Request, response: Response, user: User) -> None:
+    """Sign a browser in: a new session always, so that a token planted before the sign-in is worth nothing."""
+    close_session(session, request)
+    token = secrets.token_urlsafe(32)
+    expires = func.clock_timestamp() + timedelta(days=SESSION_DAYS)
+    session.add(BrowserSession(token_sha256=sha256(token), user_id=user.id, expires_at=expires))
+    session.execute(delete(BrowserSession).where(BrowserSession.expires_at < func.clock_timestamp()))
+    known = str(_known_signer().dumps([user.id.hex, secrets.token_hex(8)]))
+    for name, value, days in ((cookie_name(request), token, SESSION_DAYS), (cookie_name(request, "_known"), known, KNOWN_DAYS)):
+        response.set_cookie(name, value, max_age=days * 86_400, httponly=True, samesite="lax", secure=secure(request), path="/")
+
+
+def close_session(session: Session, request: Request, response: Response | None = None) -> None:
+    """Sign a browser out on the server: its cookie is worth nothing from here on."""
+    if token := request.cookies.get(cookie_name(request)):
+        session.execute(delete(BrowserSession).where(BrowserSession.token_sha256 == sha256(token)))
+    if response is not None:
+        response.delete_cookie(cookie_name(request), httponly=True, samesite="lax", secure=secure(request), path="/")
+
+
+# API keys -------------------------------------------------------------------------------------------------------------
+
+
+def create_key(session: Session, user: User, name: str) -> tuple[ApiKey, str]:
+    """A new API key and its text, `sk-luthier-<id>-<secret>`, which can never be shown again."""
+    private = secrets.token_urlsafe(32)
+    key = ApiKey(id=uuid.uuid4(), user_id=user.id, name=name.strip()[:80] or "key", secret_sha256=sha256(private), hint=private[-4:])
+    session.add(key)
+    session.flush()
+    return key, f"sk-luthier-{key.id.hex}-{private}"
+
+
+def list_keys(session: Session, user: User) -> list[ApiKey]:
+    return list(session.scalars(select(ApiKey).where(ApiKey.user_id == user.id).order_by(ApiKey.created_at.desc())))
+
+
+def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
+    """From here on the key is refused. Revoking it twice is fine."""
+    key = session.scalars(select(ApiKey).where(ApiKey.id == key_id, ApiKey.user_id == user.id)).one_or_none()
+    if key is None:
+        raise NotFound(f"No such API key: {key_id}", param="key")
+    key.revoked_at = key.revoked_at or func.clock_timestamp()
+    return key
+
+
+def _known_key(session: Session, text: str) -> Row[tuple[User, ApiKey]] | None:
+    head, _, rest = text.removeprefix("sk-luthier-").partition("-")
+    if not text.startswith("sk-luthier-") or len(head) != 32 or not rest:
+        return None
+    try:
+        key_id = uuid.UUID(hex=head)
+    except ValueError:
+        return None
+    query = select(User, ApiKey).join(ApiKey, ApiKey.user_id == User.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+    found = session.execute(query).one_or_none()
+    if found is None or not hmac.compare_digest(found.ApiKey.secret_sha256, sha256(rest)):
+        return None
+    _note_use(session, found.ApiKey)
+    return found
+
+
+def _note_use(session: Session, key: ApiKey) -> None:
+    """A minute is fine enough for "last used", and spares a write on every request."""
+    if key.last_used_at is None or datetime.now(UTC) - key.last_used_at > timedelta(minutes=1):
+        session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=func.clock_timestamp()))
+
+
+# The door -------------------------------------------------------------------------------------------------------------
+
+
+def given_key(request: Request) -> str:
+    """What stands in the Authorization header, without blanks around it; where it is not empty, cookies count for nothing.
+
+    Whoever asks whether a request is a program's asks here, so that no spelling is a key to one and a cookie to the other.
+    """
+    return request.headers.get("authorization", "").strip()
+
+
+def identify(request: Request) -> User | None:
+    """The user behind a request, by one query, in a transaction of its own. `request.state.pass_` then says what let them in.
+
+    The route's own session is not used: a long upload or an open event stream would then hold its connection.
+    """
+    if given := given_key(request):
+        kind, _, text = given.partition(" ")
+        if kind.lower() != "bearer":
+            return None
+        with transaction() as session:
+            key = _known_key(session, text.strip())
+            request.state.pass_ = Pass(key_id=key.ApiKey.id) if key else None
+            return key.User if key else None
+    token = request.cookies.get(cookie_name(request))
+    if not token:
+        return None
+    request.state.pass_ = Pass(token_sha256=sha256(token))
+    with transaction() as session:
+        query = select(User).join(BrowserSession, BrowserSession.user_id == User.id)
+        return session.scalars(
+            query.where(BrowserSession.token_sha256 == sha256(token), BrowserSession.expires_at > func.clock_timestamp())
+        ).one_or_none()
+
+
+class Pass(NamedTuple):
+    """What a request was let in by: an API key or a browser session, of which one is given."""
+
+    key_id: uuid.UUID | None = None
+    token_sha256: str | None = None
+
+
+def still_good(session: Session, passes: Collection[Pass]) -> set[Pass]:
+    """Those of these passes that would be let in now."""
+    keys = select(ApiKey.id).where(ApiKey.id.in_([p.key_id for p in passes if p.key_id]), ApiKey.revoked_at.is_(None))
+    tokens = [p.token_sha256 for p in passes if p.token_sha256]
+    sessions = select(BrowserSession.token_sha256).where(
+        BrowserSession.token_sha256.in_(tokens), BrowserSession.expires_at > func.clock_timestamp()
+    )
+    return {Pass(key_id=key) for key in session.scalars(keys)} | {Pass(token_sha256=token) for token in session.scalars(sessions)}
+
+
+def is_public(request: Request) -> bool:
+    route = request.scope.get("route")
+    return getattr(route, "path", None) in PUBLIC
+
+
+async def sign_in(request: Request) -> User | None:
+    """The dependency of the whole app: a user, or an error, on every route that is not in `PUBLIC`.
+
+    Not run in a thread, so that a public route needs none: `/healthz` answers while all of them wait for the database.
+    """
+    if is_public(request):
+        return None
+    user = await run_in_threadpool(identify, request)
+    if user is None:
+        if given_key(request):
+            raise NotSignedIn("This API key is not known here, or it was revoked.", way_out="Create a key under Settings, API keys.")
+        raise NotSignedIn("You are not signed in.", way_out="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
+    request.state.user = user
+    return user
+
+
+async def current_user(user: Annotated[User | None, Depends(sign_in)]) -> User:
+    assert user is not None, "a public route has no user"
+    return user
+
+
+CurrentUser = Annotated[User, Depends(current_user)]
+"""What a route declares: `user: CurrentUser`."""
+
+
+# Forms ----------------------------------------------------------------------------------------------------------------
+
+
+def csrf_token(request: Request) -> str:
+    """A token bound to this browser session. Its salt differs every time, so that compressed pages do not leak it."""
+    token = request.cookies.get(cookie_name(request))
+    if not token:
+        return ""
+    salt = secrets.token_hex(8)
+    return f"{salt}.{_csrf_mark(token, salt)}"
+
+
+def _csrf_mark(token: str, salt: str) -> str:
+    return hmac.new(secret(), f"csrf|{salt}|{sha256(token)}".encode(), "sha256").hexdigest()
+
+
+def csrf_holds(request: Request, given: str) -> bool:
+    token = request.cookies.get(cookie_name(request), "")
+    salt, _, mark = given.partition(".")
+    return bool(token and mark and given.isascii()) and hmac.compare_digest(mark, _csrf_mark(token, salt))
+
+
+async def check_csrf(request: Request) -> None:
+    """The second dependency of the whole app: a cookie alone may not change anything.
+
+    The token comes in the header `x-csrf-token`, in the form field `csrf_token`, or, for a multipart form that the
+    route reads as a stream, in the query (`<form action="/datasets?{{ csrf_query() }}">`).
+    """
+    if request.method in SAFE or given_key(request) or is_public(request):
+        return
+    given = request.headers.get("x-csrf-token") or request.query_params.get("csrf_token") or await _form_token(request)
+    if not csrf_holds(request, given):
+        raise Forbidden(
+            "This form did not come from an open page of yours, or the page is too old.",
+            way_out="Go back, reload the page and send it again.",
+            code="csrf",
+        )
+
+
+async def _form_token(request: Request) -> str:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    parsed = getattr(request, "_form", None) is not None  # FastAPI read the form already, because the route declares its fields
+    if kind != "application/x-www-form-urlencoded" and not parsed:
+        return ""
+    value = (await request.form()).get("csrf_token", "")
+    return value if isinstance(value, str) else ""

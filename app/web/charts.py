@@ -1,0 +1,212 @@
+"""Charts as plain data: points for the browser to draw, and the table that says the same; and pictures drawn here.
+
+Those of a job page come from `app.jobs.progress.Progress`; their points are thinned to what a screen can show, and the table has
+fewer rows still. Pictures of a few points (scatter plots, learning curves) have all places worked out, so that they need no
+script. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.evaluation.metrics import METRICS
+from app.jobs.progress import Point, Progress, downsample
+
+POINTS = 600
+"""Points per line sent to a browser: more than a chart has pixels to tell apart."""
+
+ROWS = 40
+"""Rows of a table twin. The API's events and the results file hold every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    name: str
+    label: str
+    color: int  # which of the stylesheet's --series-N
+    points: list[Point]
+    dots: bool = False  # few points, each worth a mark
+
+    @property
+    def last(self) -> float | None:
+        return self.points[-1][1] if self.points else None
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    name: str
+    title: str
+    unit: str  # how a value is written: "", "bytes", "rate", "tokens/s"
+    series: list[Series]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the table's rows: a thinned first line, and every mark of the others."""
+        first, *others = self.series
+        kept = {step for step, _ in downsample(first.points, ROWS)}
+        return sorted(kept | {step for line in others for step, _ in downsample(line.points, ROWS)})
+
+    def rows(self) -> list[tuple[int, list[float | None]]]:
+        values = [dict(line.points) for line in self.series]
+        return [(step, [line.get(step) for line in values]) for step in self.steps]
+
+    def data(self) -> dict[str, Any]:
+        """What the browser draws: for each line its steps and its values, side by side."""
+        lines = {}
+        for line in self.series:
+            points = downsample(line.points, POINTS)
+            lines[line.name] = [[step for step, _ in points], [value for _, value in points]]
+        return lines
+
+
+def charts(progress: Progress) -> list[Chart]:
+    """Loss first, then what the recipe measures at every step, then what explains them, then what evaluations measure."""
+    c = progress.curves
+    loss = Chart(
+        "loss",
+        "Loss",
+        "",
+        [Series("loss", "training", 1, c["loss"]), Series("validation", "validation", 2, c["validation"], dots=True)],
+    )
+    single = [
+        ("learning_rate", "Learning rate", "rate", 1),
+        ("grad_norm", "Gradient norm", "", 4),
+        ("tokens_per_second", "Speed", "tokens/s", 3),
+        ("memory_bytes", "Peak memory", "bytes", 2),
+    ]
+    explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
+    own, judged_only = [], []
+    for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
+        title, trained = _title(name), progress.step_metrics.get(name)
+        judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
+        chart = Chart(name, title, "", [Series("training", "training", 1, trained), judged] if trained else [judged])
+        (own if trained else judged_only).append(chart)
+    if progress.total_steps == 1:  # a recipe that solves instead of stepping draws no curves
+        return [loss, *judged_only]
+    return [loss, *own, *explaining, *judged_only]
+
+
+def _title(name: str) -> str:
+    return METRICS[name].title if name in METRICS else name.replace("_", " ").capitalize()
+
+
+def data(found: list[Chart], progress: Progress) -> dict[str, Any]:
+    """All charts' points as one JSON value for the page."""
+    return {"total": progress.total_steps, "last_event_id": progress.last_event_id, "charts": {chart.name: chart.data() for chart in found}}
+
+
+# Pictures of a few points --------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 640.0, 320.0
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 20.0, 16.0, 44.0
+"""Room around the drawing, for the figures of the axes."""
+LOGARITHMIC_FROM = 20.0
+"""An axis of amounts whose largest is so many times its smallest is drawn in logarithms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One axis: what it is called, how a value is written, and whether it measures an amount that begins at zero."""
+
+    title: str
+    write: Callable[[float], str]
+    amount: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """One point: its values, or their places in a picture, its number in the table, what it is, and whether it is the best one."""
+
+    x: float
+    y: float
+    number: int
+    label: str
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All places of a drawing of WIDTH × HEIGHT. `line` joins the dots from left to right; `base` is the height of a line across."""
+
+    dots: list[Dot]
+    x_title: str
+    y_title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    line: str = ""
+    base: float | None = None
+    width: float = WIDTH
+    height: float = HEIGHT
+    left: float = LEFT
+    right: float = WIDTH - RIGHT
+    top: float = TOP
+    bottom: float = HEIGHT - BOTTOM
+
+
+def picture(points: Sequence[Dot], x: Scale, y: Scale, *, joined: bool = False, base: float | None = None) -> Picture | None:
+    """A scatter plot, or with `joined` a line through the points; None with fewer than two of them."""
+    if len(points) < 2:
+        return None
+    across, x_ticks = _axis([p.x for p in points], x, LEFT, WIDTH - RIGHT)
+    up, y_ticks = _axis([p.y for p in points] + ([base] if base is not None else []), y, HEIGHT - BOTTOM, TOP)
+    dots = [Dot(across(p.x), up(p.y), p.number, p.label, p.best) for p in points]
+    ordered = sorted(dots, key=lambda d: d.x)
+    return Picture(
+        dots=_apart(dots) if not joined else ordered,
+        x_title=x.title,
+        y_title=y.title,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        line=" ".join(f"{d.x:.1f},{d.y:.1f}" for d in ordered) if joined else "",
+        base=up(base) if base is not None else None,
+    )
+
+
+def _axis(values: Sequence[float], scale: Scale, start: float, end: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """(value → place, [(place, figure)]) of an axis from `start` to `end`, with a little room at both ends."""
+    low, high = min(values), max(values)
+    if scale.amount and low > 0 and high / low >= LOGARITHMIC_FROM:
+        low, high = math.log10(low), math.log10(high)
+        room = (high - low) * 0.06
+        low, high = low - room, high + room
+        found = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
+        found = found if len(found) >= 2 else sorted({min(values), max(values)})
+
+        def logarithmic(value: float) -> float:
+            return start + (math.log10(value) - low) / (high - low) * (end - start)
+
+        return logarithmic, [(logarithmic(v), scale.write(v)) for v in found[:: max(1, len(found) // 6)]]
+    room = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
+    low, high = (0.0 if scale.amount and low >= 0 else low - room), high + room
+
+    def linear(value: float) -> float:
+        return start + (value - low) / (high - low) * (end - start)
+
+    return linear, [(linear(v), scale.write(v)) for v in ticks(low, high)]
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round figures between two values, at most so many: steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / most
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * n for n in (1, 2, 5, 10) if size * n >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) + 0.0 for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _apart(dots: Sequence[Dot], least: float = 15.0) -> list[Dot]:
+    """The dots, those that would lie on each other moved up or down a little so that their numbers can be read."""
+    placed: list[Dot] = []
+    for dot in dots:
+        for n in range(200):
+            y = dot.y + 3.0 * ((n + 1) // 2) * (1 if n % 2 else -1)
+            free = all(abs(dot.x - other.x) >= least or abs(y - other.y) >= least for other in placed)
+            if free and TOP <= y <= HEIGHT - BOTTOM:
+                break
+        else:
+            y = dot.y
+        placed.append(Dot(dot.x, y, dot.number, dot.label, dot.best))
+    return placed

@@ -1,0 +1,286 @@
+"""What happens to every request before and after its route. Plain ASGI throughout, so that streams are never held up.
+
+Context    request id, nonce, log line, security headers, waiting messages
+  Hosts      only names the studio knows (a foreign name means DNS rebinding)
+    Origin     a page of another site may not change anything
+      Body       no larger than allowed
+        Compress   pages and lists, never streams
+          Faults     whatever was raised becomes an answer
+            WellFormed   UTF-8 without NUL, and JSON that means one thing
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+import socket
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BadRequest, Forbidden, StudioError, TooLarge
+from app.kit import humanize
+from app.settings import get_settings
+from app.web import accepts, error_responses
+from app.web import metrics as web_metrics
+from app.web import templates as web_templates
+from app.web.auth import SAFE, secure
+from app.web.well_formed import WellFormed
+
+log = structlog.get_logger("luthier.web")
+MAX_JSON_BYTES = 32 * 2**20
+MULTIPART_ROOM_BYTES = 2**20
+QUIET = ("/static/", "/shell", "/healthz", "/readyz", "/metrics")
+
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "x-frame-options": "DENY",
+}
+
+
+def policy(nonce: str) -> str:
+    """The content security policy: everything from here, no script or style written inside a page.
+
+    The nonce allows no inline script, since no inline script ever carries it; the htmx CSP extension reads it from here.
+    """
+    return (
+        f"default-src 'self'; script-src 'self' 'nonce-{nonce}'; style-src 'self'; img-src 'self' data:; object-src 'none'; "
+        "base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
+    )
+
+
+class Context:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        request.state.id = _request_id(request)
+        request.state.nonce = secrets.token_urlsafe(16)
+        token = web_templates.current.set(request)
+        structlog.contextvars.bind_contextvars(request_id=request.state.id)
+        started, status = time.perf_counter(), 500
+
+        async def finish(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                _add_headers(request, headers)
+                if accepts.is_program(request):
+                    headers["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, finish)
+        finally:
+            _note(request, status, time.perf_counter() - started)
+            structlog.contextvars.unbind_contextvars("request_id")
+            web_templates.current.reset(token)
+
+
+def _request_id(request: Request) -> str:
+    """The id a proxy gave, when it looks like one, so that its log and ours can be laid side by side."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w-]{8,64}", given) else f"req_{secrets.token_hex(12)}"
+
+
+def _add_headers(request: Request, headers: MutableHeaders) -> None:
+    headers["x-request-id"] = request.state.id
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
+    headers.setdefault("content-security-policy", policy(request.state.nonce))
+    headers.setdefault("cache-control", "no-store")
+    if secure(request):
+        headers.setdefault("strict-transport-security", "max-age=31536000")
+    _keep_messages(request, headers)
+
+
+def _keep_messages(request: Request, headers: MutableHeaders) -> None:
+    """Messages that no page has shown yet wait in a signed cookie; those that were shown leave it."""
+    waiting = getattr(request.state, "flashes", [])
+    if waiting:
+        headers.append(
+            "set-cookie",
+            f"{web_templates.messages_cookie()}={web_templates.pack_messages(waiting)}; Path=/; HttpOnly; SameSite=Lax; Max-Age=300",
+        )
+    elif getattr(request.state, "forget_messages", False):
+        headers.append("set-cookie", f"{web_templates.messages_cookie()}=; Path=/; HttpOnly; SameSite=Lax; Max-Age=0")
+
+
+def _note(request: Request, status: int, seconds: float) -> None:
+    path = request.url.path
+    route = getattr(request.scope.get("route"), "path", "/static" if path.startswith("/static/") else "none")
+    web_metrics.answered(request.method, route, status, seconds)
+    if not path.startswith(QUIET):
+        log.info("request", method=request.method, path=path, status=status, ms=round(seconds * 1000, 1))
+
+
+class Hosts:
+    """Numeric addresses are fine: an attacker who wants his page to share our origin needs a name he controls."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        settings = get_settings()
+        names = {"localhost", socket.gethostname().lower(), settings.host, *settings.trusted_hosts.lower().split(",")}
+        self.names = {name.strip() for name in names | {urlsplit(settings.public_url or "").hostname or ""}} - {""}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = [value for name, value in scope.get("headers", ()) if name == b"host"]
+        # Of two names a proxy may have checked the one and we the other.
+        if scope["type"] == "http" and (len(named) != 1 or not self.knows(named[0].decode("latin-1"))):
+            fault = BadRequest(
+                "The studio does not answer to this host name.",
+                way_out="Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS.",
+                code="unknown_host",
+            )
+            await _refuse(scope, receive, send, fault)
+            return
+        await self.app(scope, receive, send)
+
+    def knows(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+            return name in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+class Origin:
+    """Every method but the reading ones must come from our own pages, or from a program, which sends no Origin at all."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in SAFE and _foreign(Request(scope)):
+            fault = Forbidden(
+                "This request came from a page of another site.", way_out="Use the studio's own pages.", code="foreign_origin"
+            )
+            await _refuse(scope, receive, send, fault)
+            return
+        await self.app(scope, receive, send)
+
+
+def _foreign(request: Request) -> bool:
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return True
+    origin = request.headers.get("origin")
+    if origin is None:
+        return False
+    public = urlsplit(get_settings().public_url or "")
+    ours = {(request.url.scheme, request.headers.get("host", "")), (public.scheme, public.netloc)}
+    try:
+        came = urlsplit(origin)
+    except ValueError:  # half of an IPv6 address
+        return True
+    return (came.scheme, came.netloc) not in ours or not came.netloc
+
+
+class Body:
+    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in SAFE:
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        multipart = headers.get("content-type", "").startswith(("multipart/form-data", "application/offset+octet-stream"))
+        most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MAX_JSON_BYTES
+        length = headers.get("content-length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            fault: StudioError = BadRequest("The Content-Length of this request is not a number.", way_out="Send the request again.")
+            await _refuse(scope, receive, send, fault)
+            return
+        if int(length) > most:
+            await _refuse(scope, receive, send, _too_large(most))
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise _too_large(most)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _too_large(most: int) -> TooLarge:
+    return TooLarge(
+        f"This is larger than the {humanize.human_bytes(most)} that are accepted here.",
+        way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads.",
+    )
+
+
+class Compress(GZipMiddleware):
+    """gzip for pages, lists and our own files; event streams, downloads and archives go through untouched."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        streams = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream", "application/x-ndjson", "application/jsonl")
+        super().__init__(app, minimum_size=800, compresslevel=5, exclude_content_types=streams)
+
+
+class Faults:
+    """The edge: an error that no handler took becomes an answer too, with the same headers as every other answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            request = Request(scope, receive)
+            fault = error_responses.fault_of(error)
+            if fault.status >= 500:
+                log.error("fault", path=request.url.path, error=type(error).__name__, exc_info=error)
+            if begun:
+                raise  # the answer is on its way already; cutting it short is all that is left to do
+            await _refuse(scope, receive, send, fault)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError) -> None:
+    """In a thread, because a page asks the database for the counts beside its menu."""
+    response = await run_in_threadpool(error_responses.answer, Request(scope, receive), fault)
+    await response(scope, receive, send)
+
+
+def install(app: Any) -> None:
+    """The last one added is the outermost. What a proxy says of who asks is believed of those that the setting names alone."""
+    for layer in (WellFormed, Faults, Compress, Body, Origin, Hosts, Context):
+        app.add_middleware(layer)
+    if proxies := get_settings().forwarded_allow_ips:
+        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)

@@ -1,0 +1,174 @@
+"""What stands around every page: the menu with its counts, and the facts of the machine at its foot."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+from fastapi import Depends, Request
+from sqlalchemy import ScalarSelect, func, or_, select, tuple_
+from sqlalchemy.exc import DBAPIError
+from starlette.concurrency import run_in_threadpool
+
+from app.db import transaction
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, plural
+from app.tables import Dataset, Job, Model, User
+from app.web.accepts import is_program
+from app.web.auth import sign_in
+
+Page = tuple[str, str]
+MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (
+    ("", (("Home", "/"), ("Datasets", "/datasets"), ("Models", "/models"))),
+    ("Training", (("Runs", "/jobs"), ("New run", "/jobs/new"), ("Comparisons", "/compare"), ("Advice", "/jobs/advice"))),
+    (
+        "Evaluation",
+        (
+            ("Scores", "/evaluations"),
+            ("Prompt lab", "/playground/lab"),
+            ("Blind A/B", "/playground/ab"),
+            ("Learning curves", "/compare/curves"),
+        ),
+    ),
+    ("Playground", (("Chat", "/playground"), ("Next token", "/playground/tokens"), ("Classify", "/playground/classify"))),
+    ("", (("Learn", "/guide"), ("Settings", "/settings"))),
+)
+"""Groups of pages under their headings; a group without one stands for itself."""
+
+
+class Notes(NamedTuple):
+    """What the menu says beside its pages, what of this person's is being trained, and whether anything is."""
+
+    counts: dict[str, str] = {}  # noqa: RUF012  never changed
+    training: tuple[str, ...] = ()
+    busy: bool = False
+
+
+def paths(app: Any) -> set[str]:
+    """Every path this application answers to, through all included routers."""
+    return {path for path, _ in each_route(app.router)}
+
+
+def methods(app: Any, address: str) -> list[str]:
+    """Every method that some route takes at this address, in alphabetical order. Mounted files take GET and HEAD."""
+    found: set[str] = set()
+    for _, route in each_route(app.router):
+        if route.path_regex.match(address):
+            found |= getattr(route, "methods", {"GET", "HEAD"})
+    return sorted(found)
+
+
+def each_route(router: Any) -> Iterator[tuple[str, Any]]:
+    for route in router.routes:
+        inner = getattr(route, "original_router", None)
+        if inner is not None:
+            yield from each_route(inner)
+        else:
+            yield route.path, route
+
+
+def menu(request: Request, user: User) -> dict[str, Any]:
+    """`nav` (groups of title, path, note, current) and `foot` (lines of text) for the base template."""
+    told = state(request)
+    known = request.app.state.paths
+    groups = [(heading, [(title, path) for title, path in pages if path in known]) for heading, pages in MENU]
+    here = _longest(request.url.path, [path for _, pages in groups for _, path in pages])
+    nav = [
+        {
+            "title": heading,
+            "pages": [{"title": t, "path": p, "note": told["counts"].get(p, ""), "current": p == here} for t, p in pages],
+        }
+        for heading, pages in groups
+        if pages
+    ]
+    return {"nav": nav, "foot": told["foot"]}
+
+
+def state(request: Request) -> dict[str, Any]:
+    """What changes around a page while it stands: the counts beside the menu and the lines at its foot."""
+    notes: Notes = getattr(request.state, "notes", Notes())
+    return {"counts": notes.counts, "foot": foot(notes)}
+
+
+def _longest(path: str, pages: list[str]) -> str:
+    """The page of the menu that an address belongs to: the longest that it begins with."""
+    return max((page for page in pages if path == page or (page != "/" and path.startswith(f"{page}/"))), key=len, default="")
+
+
+async def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
+    """The third dependency of the whole app: ask for the counts of the menu before the route opens its own session.
+
+    Asked while the page is rendered, each request would hold one connection and wait for a second; enough of them at
+    once would then wait for each other until the pool gives up.
+    """
+    if user is not None and request.method in ("GET", "POST") and not is_program(request):
+        request.state.notes = await run_in_threadpool(notes, user)
+
+
+def notes(user: User) -> Notes:
+    """How many there are of each, and the jobs that run. Nothing when the database is away: the page says so elsewhere."""
+    mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
+    files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
+        Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)
+    )  # versions of one dataset share its file and name, as on its list
+    try:
+        with transaction() as session:
+            datasets, models, jobs, busy = session.execute(
+                select(
+                    files.scalar_subquery(),
+                    _count(Model, or_(Model.owner_id == user.id, Model.owner_id.is_(None))),
+                    _count(Job, Job.owner_id == user.id),
+                    _count(Job, Job.status == "running"),
+                )
+            ).one()
+            query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
+            running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MAX_NAMED + 1))]
+    except DBAPIError:
+        return Notes()
+    beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
+    counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
+    shown = {path: text for path, text in counts.items() if text != NOTHING}
+    return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy))
+
+
+MAX_NAMED = 9
+
+
+def _share(step: int, total: int | None) -> str:
+    return human_percent(step / total, 0) if total else ""
+
+
+def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
+    return select(func.count()).select_from(table).where(table.deleted_at.is_(None), *conditions).scalar_subquery()
+
+
+def foot(notes: Notes) -> list[str]:
+    """Two or three lines: what the machine is, how many workers are online, and what they train."""
+    from app.machines.heartbeats import alive
+
+    lines = [machine_line()] if importlib.util.find_spec("app.machines.hardware") else []
+    trainers = [worker for worker in alive() if worker.queue == "train"]
+    if not trainers:
+        return [*lines, "no train worker online"]
+    online = f"{plural(len(trainers), 'worker')} online"
+    if not notes.training:
+        return [*lines, f"{online} · {'busy' if notes.busy else 'idle'}"]
+    return [*lines, online, f"training {notes.training[0] if len(notes.training) == 1 else plural(len(notes.training), 'run')}"]
+
+
+def machine_line() -> str:
+    facts = dict(machine_facts())
+    return facts.get("GPU") or f"{facts['Processor']}, {facts['Memory']}"
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """What stands in this machine, as (what, how much)."""
+    if not importlib.util.find_spec("app.machines.hardware"):
+        return []
+    from app.machines.hardware import this_machine
+
+    machine = this_machine()
+    facts = [("Processor", f"{machine.cores} cores"), ("Memory", human_bytes(machine.memory_bytes))]
+    if gpu := getattr(machine, "gpu_name", None):
+        facts.insert(0, ("GPU", f"{gpu}, {human_bytes(machine.gpu_memory_bytes)}"))
+    return facts

@@ -1,0 +1,138 @@
+"""Passwords: hashed with argon2id, tried a few times, and judged in a place of their own.
+
+A try is counted before it is judged, so that many at once are as many as one after the other; the right password takes its
+own count back. Three counts slow it: of the account from one network, of the account from everywhere, and of the network over
+all accounts. A browser that was signed in before carries a mark (`app.web.auth.known_browser`) and has a count of its own
+instead, so that no stranger's tries, not even from the same address, keep the owner from the password.
+
+Argon2 takes tens of milliseconds and 64 MB; two run at once, a few wait, and more are sent away. It never runs in the
+threads that serve pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from app.errors import TooMany
+from app.kit.addresses import network_of
+
+AT_ONCE = 2
+MAX_WAITING = 16
+"""Tries that may wait for their turn, about a second's worth."""
+
+COUNTED_SECONDS = 86_400
+FIRST_WAIT_SECONDS = 30
+
+
+class Limit(NamedTuple):
+    """Tries that are free; each further one doubles the wait, from half a minute to `max_wait_seconds`."""
+
+    free: int
+    max_wait_seconds: int
+
+
+PAIR = Limit(5, 900)
+"""One account from one network, or from one known browser."""
+NETWORK = Limit(30, 900)
+ACCOUNT = Limit(30, 60)
+"""One account from everywhere. Its wait stays short: it also meets an owner with a new browser, who has the sign-in link."""
+
+
+def _hasher() -> Any:
+    from pwdlib import PasswordHash  # argon2 is only loaded by those who sign in with a password
+
+    return PasswordHash.recommended()
+
+
+def hash_of(password: str) -> str:
+    return str(_hasher().hash(password))
+
+
+def matches(password: str, known: str | None) -> bool:
+    """Whether the password has this hash. Without one it takes as long, so that nobody learns which names exist."""
+    right = bool(_hasher().verify(password, known or _nobody()))
+    return right and known is not None
+
+
+@cache
+def _nobody() -> str:
+    """A hash that no password matches."""
+    return hash_of(secrets.token_hex(16))
+
+
+# Judging --------------------------------------------------------------------------------------------------------------
+
+_judges = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="password")
+_judging = 0
+
+
+async def judge(password: str, known: str | None) -> bool:
+    """`matches`, in a thread kept for it. Raises TooMany when too many wait already."""
+    global _judging
+    if _judging >= AT_ONCE + MAX_WAITING:
+        raise TooMany("Too many people are signing in at this moment.", way_out="Try again in a few seconds.", retry_after_seconds=2.0)
+    _judging += 1
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_judges, matches, password, known)
+    finally:
+        _judging -= 1
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+_TAKE = """
+local wait = 0
+for i = 1, #KEYS, 2 do wait = math.max(wait, redis.call('PTTL', KEYS[i + 1])) end
+if wait > 0 then return wait end
+for i = 1, #KEYS, 2 do
+    local free, most = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
+    local count = redis.call('INCR', KEYS[i])
+    redis.call('EXPIRE', KEYS[i], tonumber(ARGV[#ARGV - 1]))
+    if count >= free then
+        redis.call('SET', KEYS[i + 1], 1, 'EX', math.min(tonumber(ARGV[#ARGV]) * 2 ^ math.min(count - free, 10), most))
+    end
+end
+return 0
+"""
+"""Take one try from every count, or none: the milliseconds to wait where one of them has run out. One script, because between
+two commands others would slip through."""
+
+
+class Tries:
+    """The counts that one try of a password falls under, in Redis so that every web process sees them."""
+
+    def __init__(self, name: str, address: str, browser: str | None = None) -> None:
+        from app.queue import PREFIX, get_redis
+
+        self.redis = get_redis()
+        network = network_of(address)
+        named = {f"browser|{browser}|{name}": PAIR} if browser else {f"pair|{network}|{name}": PAIR, f"account|{name}": ACCOUNT}
+        if not browser:
+            named[f"network|{network}"] = NETWORK
+        self.limits = {f"{PREFIX}tries:{sha256(key.encode()).hexdigest()}": limit for key, limit in named.items()}
+
+    def take(self) -> None:
+        """Count this try. Raises TooMany where it may not be made yet; such a one is not counted."""
+        keys = [part for key in self.limits for part in (key, f"{key}:wait")]
+        numbers = [part for limit in self.limits.values() for part in limit]
+        wait = int(self.redis.eval(_TAKE, len(keys), *keys, *numbers, COUNTED_SECONDS, FIRST_WAIT_SECONDS))  # type: ignore[arg-type]
+        if wait > 0:
+            seconds = -(-wait // 1000)
+            raise TooMany(
+                "Too many failed sign-ins.",
+                way_out=f"Wait {seconds} seconds, or use a sign-in link from `luthier link`.",
+                retry_after_seconds=float(seconds),
+            )
+
+    def forget(self) -> None:
+        """The password was right. The network's count only gets this try back: else one account would free it for guessing others."""
+        for key, limit in self.limits.items():
+            if limit is not NETWORK or int(self.redis.decr(key)) < limit.free:  # type: ignore[arg-type]
+                self.redis.delete(f"{key}:wait")
+            if limit is not NETWORK:
+                self.redis.delete(key)

@@ -1,0 +1,223 @@
+"""What holds of every request before a route sees it, so that no route need ask.
+
+Address and forms are UTF-8 without NUL. JSON is UTF-8 and means one thing: no key twice, no half of a surrogate pair, no NUL, no
+NaN or infinity, whole numbers of 64 bits, and nothing nested beyond reason. What Postgres, a float or a recursion would choke on
+later is refused here with a 400 that names the field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from email.message import Message as Header
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BadField, BadRequest
+
+MAX_DEPTH = 128
+"""Levels of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""
+MAX_CONTAINERS = 1_000_000
+"""Lists and objects in a body: each takes a hundred times the bytes it is written with."""
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
+
+_SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|NaN|Infinity|\d{19}|[eE]\+?\d{3}")
+"""What a text with a bad value has somewhere; most have nothing of it, and are not walked through."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NUL = "a NUL character, which no database can store"
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+class WellFormed:
+    """Refuses what is not well formed. JSON and plain forms are read whole here, and handed on as they came; multipart forms and
+    the bytes of uploads go through as a stream."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        check_address(scope.get("raw_path") or b"", scope["query_string"])
+        kind, charset = _content_type(Headers(scope=scope).get("content-type", ""))
+        if kind in _FORMS and charset not in ("utf-8", "utf8"):
+            raise BadRequest(f"A form cannot be sent in the charset {charset[:40]!r}.", way_out="Send it in UTF-8.", code="not_utf8")
+        if kind == _FORMS[0] or _is_json(kind):
+            body, rest = await _whole(receive)
+            check_json(body) if _is_json(kind) else check_form(body)
+            receive = rest
+        await self.app(scope, receive, send)
+
+
+def _content_type(text: str) -> tuple[str, str]:
+    """The kind in lower case and the charset, as FastAPI reads them."""
+    if not text:
+        return "", "utf-8"
+    header = Header()
+    header["content-type"] = text
+    charset = header.get_param("charset", "utf-8")
+    return header.get_content_type(), charset.lower() if isinstance(charset, str) else "?"
+
+
+def _is_json(kind: str) -> bool:
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+async def _whole(receive: Receive) -> tuple[bytes, Receive]:
+    """The body, and a `receive` that says it again in one piece. A client that leaves in the middle is told of as it was."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+            break
+    waiting = [message]
+
+    async def again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return message.get("body", b""), again
+
+
+# Addresses and forms --------------------------------------------------------------------------------------------------
+
+
+def check_address(path: bytes, query: bytes) -> None:
+    """Raises BadRequest for a path or query that holds a NUL or is not UTF-8."""
+    _check_text(unquote_to_bytes(path), "The path of this address")
+    _check_text(unquote_to_bytes(query), "The query of this address", query)
+
+
+def check_form(body: bytes) -> None:
+    """Raises BadField, naming the field, for an urlencoded form that holds a NUL or is not UTF-8."""
+    _check_text(unquote_to_bytes(body), "The form", body)
+
+
+def _check_text(text: bytes, what: str, fields: bytes = b"") -> None:
+    bad = _bad_bytes(text)
+    if not bad:
+        return
+    name = next((part.partition(b"=")[0] for part in fields.split(b"&") if _bad_bytes(unquote_to_bytes(part))), b"")
+    param = unquote_to_bytes(name).decode("utf-8", "replace").replace("\0", "�")[:80] or None
+    where = f"{what} holds {bad}" + (f", in {param}." if param else ".")
+    raise BadField(where, way_out="Remove it and send the request again.", param=param)
+
+
+def _bad_bytes(text: bytes) -> str:
+    if b"\0" in text:
+        return _NUL
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return "bytes that are not UTF-8"
+    return ""
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def check_json(body: bytes) -> None:
+    """Raises BadField for a body that is no JSON or holds what nobody can store or compute with. No body at all is fine here."""
+    if not body:
+        return
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _invalid(f"byte {error.start + 1} is not UTF-8") from None
+    containers = text.count("[") + text.count("{")
+    if containers > MAX_CONTAINERS:
+        raise BadField(f"The body holds more than {MAX_CONTAINERS:,} lists and objects.", way_out="Send less at once.")
+    try:
+        value = _parsed(text)
+    except RecursionError:
+        raise _too_deep(None) from None
+    if containers > MAX_DEPTH or _SUSPECT.search(text):
+        _check_values(value)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise _invalid(f"{error.msg}, at line {error.lineno}, column {error.colno}") from None
+    except ValueError:  # Python reads no whole number of more than 4,300 digits; twenty are too many too, and have a place
+        return json.loads(text, object_pairs_hook=_unique, parse_int=lambda digits: int(digits[:20]))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise BadField(
+            f"{_shown(name)} stands twice in one object.", way_out="Send each key once.", param=_shown(name), code="invalid_json"
+        )
+    return found
+
+
+def _invalid(reason: str) -> BadField:
+    return BadField(f"The body is not valid JSON: {reason}.", way_out="Send a JSON object in UTF-8.", code="invalid_json")
+
+
+Path = tuple["Path", str | int] | None
+"""Where a value stands: the path of what holds it, and its key there."""
+
+
+def _check_values(value: Any) -> None:
+    waiting: list[tuple[Any, int, Path]] = [(value, 0, None)]
+    while waiting:
+        one, depth, path = waiting.pop()
+        if isinstance(one, dict | list):
+            if depth == MAX_DEPTH:
+                raise _too_deep(path)
+            for key, item in one.items() if isinstance(one, dict) else enumerate(one):
+                if isinstance(key, str) and (fault := _bad_text(key)):
+                    raise _bad_value(path, f"A key there holds {fault}.")
+                waiting.append((item, depth + 1, (path, key)))
+        elif isinstance(one, str):
+            if fault := _bad_text(one):
+                raise _bad_value(path, f"It holds {fault}.")
+        elif isinstance(one, float):
+            if not math.isfinite(one):
+                raise _bad_value(path, "It should be a number that ends: NaN and infinity are none, nor is what is larger than 1.8e308.")
+        elif isinstance(one, int) and not MIN_INTEGER <= one <= MAX_INTEGER:
+            raise _bad_value(path, "It should be a whole number of at most 64 bits.")
+
+
+def _bad_text(text: str) -> str:
+    if "\0" in text:
+        return _NUL
+    return "half of a surrogate pair, which is no character" if not text.isascii() and _SURROGATE.search(text) else ""
+
+
+def _bad_value(path: Path, reason: str) -> BadField:
+    name = _name(path)
+    return BadField(f"{name or 'The body'}: {reason}", way_out="Correct it and send the request again.", param=name)
+
+
+def _too_deep(path: Path) -> BadField:
+    return BadField(
+        f"The body nests lists and objects more than {MAX_DEPTH} levels deep.",
+        way_out="Send it flatter.",
+        param=(_name(path) or "").split(".")[0] or None,
+    )
+
+
+def _name(path: Path) -> str | None:
+    parts: list[str] = []
+    while path is not None:
+        path, key = path
+        parts.append(_shown(str(key)))
+    return ".".join(reversed(parts))[:200] or None
+
+
+def _shown(key: str) -> str:
+    return key[:80].replace("\0", "�").encode("utf-8", "replace").decode()

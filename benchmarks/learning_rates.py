@@ -1,0 +1,103 @@
+"""Whether the default learning rate of each method is a good one: `python -m benchmarks.learning_rates`.
+
+    python -m benchmarks.learning_rates [--model NAME] [--methods NAME,…] [--factors 0.33,1,3] [--data FILE[:ROWS]] [--steps 40] [--json FILE]
+
+Each method trains the same rows of the same model for the same steps with its default rate times each factor, in a whole studio. The
+table holds the loss on the held-out rows, lowest in bold. A default is kept where no other rate is lower by more than `TELLING`, and
+is otherwise a reason to change `default_learning_rate` of that strategy. Results are kept in the file after each job, and jobs that
+it holds are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from app.strategies import STRATEGIES
+from benchmarks.comparison import folder_of
+from benchmarks.defaults import tune
+from benchmarks.servers import PROJECT, STARTER, studio
+
+METHODS = (
+    "lora",
+    "dora",
+    "full",
+    "top_layers",
+    "bottleneck_adapter",
+    "ia3",
+    "bitfit",
+    "layer_norm",
+    "prompt_tuning",
+    "prefix_tuning",
+    "p_tuning",
+)
+TELLING = 0.05
+"""Nats per token: less than this is the noise of a seed on a dozen held-out rows."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=STARTER)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--factors", default="0.33,1,3")
+    parser.add_argument("--data", default=str(PROJECT / "samples" / "support-replies.jsonl"), metavar="FILE[:ROWS]")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    path, _, rows = given.data.partition(":")
+    factors, found = [float(factor) for factor in given.factors.split(",")], _kept(given.json)
+    with studio(folder_of(given.model), given.model) as here:
+        for method in given.methods.split(","):
+            for factor in factors:
+                rate = STRATEGIES[method].default_learning_rate * factor
+                key = {"model": given.model, "method": method, "rate": rate, "steps": given.steps, "data": given.data}
+                if any(key.items() <= one.items() for one in found):
+                    continue
+                run = {"learning_rate": rate, "max_steps": given.steps, "early_stopping_patience": 0}
+                found.append(key | tune(here, given.model, Path(path), int(rows) if rows else None, method, run))
+                if given.json:
+                    given.json.write_text(json.dumps(found, indent=1) + "\n")
+                print(method, f"{rate:g}", _loss(found[-1]), flush=True)
+    print(as_text([one for one in found if one["model"] == given.model]))
+
+
+def _kept(path: Path | None) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path and path.exists() else []
+
+
+def _loss(one: dict[str, Any]) -> float | None:
+    """Of the tuned model on the held-out rows; None where the job diverged or failed."""
+    verdict = one["verdict"] or {}
+    return verdict.get("tuned") if verdict.get("metric") == "loss" and verdict.get("outcome") != "diverged" else None
+
+
+def as_text(found: list[dict[str, Any]]) -> str:
+    """The table in Markdown: a line for each method, its rates with their losses, and whether the default stands."""
+    lines = ["| model | method | steps | base | default rate | rate: loss | the default |", "|---|---|--:|--:|--:|---|---|"]
+    for method in dict.fromkeys(one["method"] for one in found):
+        mine = sorted((one for one in found if one["method"] == method), key=lambda one: one["rate"])
+        losses = {one["rate"]: _loss(one) for one in mine}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        default = STRATEGIES[method].default_learning_rate
+        best = min(known, key=lambda rate: known[rate], default=None)
+        cells = []
+        for rate, loss in losses.items():
+            text = f"{rate:.2g}: {'diverged' if loss is None else f'{loss:.3f}'}"
+            cells.append(f"**{text}**" if rate == best else text)
+        own = known.get(default)
+        if best is None or own is None:
+            said = "not told"
+        elif own - known[best] <= TELLING:
+            said = "stands"
+        else:
+            said = f"{own - known[best]:.2f} above {best:.2g}"
+        base = next((verdict["base"] for one in mine if (verdict := one["verdict"]) and verdict.get("base") is not None), None)
+        written = "" if base is None else f"{base:.3f}"
+        lines.append(f"| {mine[0]['model']} | {method} | {mine[0]['steps']} | {written} | {default:.2g} | {', '.join(cells)} | {said} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

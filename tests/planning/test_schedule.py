@@ -1,0 +1,46 @@
+"""Defaults that train: small data gets steps enough, large data keeps large steps, and what somebody chose is kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.planning.schedule import MIN_STEPS, PRESETS, schedule, steps
+
+
+@pytest.mark.parametrize("task", ["generation", "classification", "preference"])
+@pytest.mark.parametrize("mean", [20, 110, 600])
+@pytest.mark.parametrize("rows", [30, 45, 100, 300, 1000, 20_000])
+def test_data_of_every_size_gets_steps_enough(task, mean, rows):
+    found = schedule(task, rows, mean)
+    made = steps(rows * mean, found.max_tokens_per_step, found.epochs)
+    assert made >= MIN_STEPS and 3 <= found.epochs <= PRESETS["balanced"].max_epochs
+    assert found.epochs == 3 or made < 2 * PRESETS["balanced"].steps, "epochs rise only as far as they must"
+    assert found.max_tokens_per_step <= 2048
+    assert found.epochs * found.evaluations_per_epoch <= 11 or found.evaluations_per_epoch == 2
+
+
+def test_thirty_seven_conversations_are_no_six_steps():
+    found = schedule("generation", 33, 120)
+    assert steps(33 * 120, 2048, 3) == 6
+    assert 40 <= steps(33 * 120, found.max_tokens_per_step, found.epochs) <= 100
+
+
+def test_large_data_is_read_as_before():
+    assert schedule("generation", 10_000, 200) == (2048, 3, 2.0)
+    assert schedule("generation", 100_000, 200, gpu_memory_bytes=80 * 2**30) == (16_384, 3, 2.0)
+    assert schedule("classification", 9000, 18)[0] == 576, "32 texts behind each step"
+
+
+def test_what_somebody_chose_is_kept_and_the_rest_fits_it():
+    assert schedule("generation", 33, 120, epochs=1).epochs == 1
+    found = schedule("generation", 33, 120, max_tokens_per_step=2048)
+    assert found.max_tokens_per_step == 2048 and found.epochs == PRESETS["balanced"].max_epochs
+
+
+@pytest.mark.parametrize(("rows", "mean"), [(33, 120), (90, 60), (200, 150)])
+def test_a_preset_is_a_number_of_steps(rows, mean):
+    made = {}
+    for name, preset in PRESETS.items():
+        found = schedule("generation", rows, mean, preset=name)
+        made[name] = min(steps(rows * mean, found.max_tokens_per_step, found.epochs), preset.more.get("max_steps", 10**9))
+    assert 20 <= made["quick"] <= 30 and 50 <= made["balanced"] <= 100 and 120 <= made["best"] <= 250

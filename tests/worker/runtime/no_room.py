@@ -1,0 +1,32 @@
+"""One of two processes that put a job together, the second of which finds its disk full; each prints what it was told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from worker.runtime import distributed
+from worker.training import fsdp
+
+
+class Full:
+    def write_states(self, optimizer: None, path: Path) -> None:
+        if os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "this one's disk")
+        path.parent.mkdir()
+        path.write_bytes(b"")
+
+
+with distributed.together(torch.device("cpu")) as world:
+    job = SimpleNamespace(model=None, trained={}, optimizer=None, world=world, attempt=Path(sys.argv[1]), shards=Full())
+    try:
+        with fsdp.whole(job):
+            print("went on")
+    except OSError as error:
+        Path(sys.argv[1], f"told-{world.rank}").write_text(f"{error.errno} {error.strerror}")
+    world.wait()

@@ -1,0 +1,244 @@
+"""Two processes train as one does: the same packs, the same weights within float error, one voice."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app import events
+from app.settings import PROJECT, get_settings
+from tests.conftest import free_port
+from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
+from worker.run import STOPPED
+from worker.supervision.exit_codes import ask_to_save, launcher
+from worker.train import StopSignals, train
+from worker.training.checkpoint import piece_of, read_optimizer, write_piece
+
+
+@pytest.fixture
+def spec(data_dir, tiny_model):
+    return order(put_model(tiny_model), put_dataset(chat_rows(24)), micro_batches=2, epochs=1, evaluations_per_epoch=2)
+
+
+class Pair:
+    """`worker.run` as two processes under torchrun, as a supervisor with that many GPUs per job starts it."""
+
+    def __init__(self, spec, job: str) -> None:
+        root, folder = get_settings().data_dir, f"runs/{job}/a1"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        path = root / folder / "spec.json"
+        path.write_text(spec.model_dump_json())
+        read_end, write_end = os.pipe()
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)  # so that it cannot run ahead of its reader by more than a dozen steps
+        command = [sys.executable, *launcher(2), "-m", "worker.run"]
+        command += ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd", str(write_end)]
+        given = {**os.environ, "LUTHIER_DATA_DIR": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.log = root / folder / "trainer.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=PROJECT, env=given, pass_fds=[write_end], stdout=log, stderr=log)
+        os.close(write_end)
+        self.pipe = os.fdopen(read_end, "rb", buffering=0)
+
+    def __iter__(self):
+        for line in self.pipe:
+            yield events.read_line(line)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=120)
+
+
+class WarmPair:
+    """The same processes without their launcher, forked from one that has imported already what takes long."""
+
+    def __init__(self, spec, job: str, attempt: int = 1, processes: int = 2) -> None:
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        self.all = [WarmTrainer(spec, job, attempt, place=place) for place in places]
+        fcntl.fcntl(self.all[0].pipe, fcntl.F_SETPIPE_SZ, 4096)
+
+    def __iter__(self):
+        return iter(self.all[0])
+
+    def stop_after(self, step: int) -> None:
+        """Read their events to the end, and ask the last to stop once that step was told: any may be asked."""
+        for event in self:
+            if isinstance(event, events.Step) and event.step == step:
+                self.all[-1].process.terminate()
+        assert self.wait() == [STOPPED] * len(self.all)
+
+    def wait(self) -> list[int]:
+        return [one.wait() for one in self.all]
+
+
+def weights(path):
+    return load_file(get_settings().data_dir / path / "adapter_model.safetensors")
+
+
+def test_two_processes_learn_what_one_does(spec, data_dir):
+    alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
+    pair = Pair(spec, "pair")
+    said = list(pair)
+    assert pair.wait() == 0, pair.log.read_text()[-3000:]
+    assert [type(e) for e in said] == [type(e) for e in alone]
+    one, two = ([e for e in run if isinstance(e, events.Step)] for run in (alone, said))
+    assert [(e.step, e.tokens, e.trained_tokens) for e in one] == [(e.step, e.tokens, e.trained_tokens) for e in two]
+    assert max(abs(a.loss - b.loss) for a, b in zip(one, two, strict=True)) < 1e-4
+    first, second = weights(alone[-1].path), weights(said[-1].path)
+    assert first.keys() == second.keys()
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
+    assert any(float(v.abs().max()) > 1e-3 for k, v in first.items() if "lora_B" in k)
+
+
+def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch):
+    """Their checkpoint is whole on its own, so any number of processes goes on from it."""
+    whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
+    pair = Pair(spec, "shared")
+    saved = []
+    for event in pair:
+        if isinstance(event, events.Step) and event.step == 1:
+            with monkeypatch.context() as patched:
+                patched.setenv("LUTHIER_GPUS_PER_JOB", "2")
+                get_settings.cache_clear()
+                assert ask_to_save(pair.process.pid)  # they go on, and the launcher between lives
+            get_settings.cache_clear()
+        if isinstance(event, events.Saved):
+            saved.append(event.step)
+            pair.process.send_signal(signal.SIGTERM)
+    pair.wait()
+    assert saved and saved[0] < 6
+    rest = list(train(spec, data_dir / "runs" / "shared" / "a2", data_dir / "runs" / "shared"))
+    began = next(e for e in rest if isinstance(e, events.Started))
+    assert began.resumed_from and not began.exact
+    first, second = weights(whole[-1].path), weights(rest[-1].path)
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 5e-4
+
+
+def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
+    """Each process holds its rows of the blocks; the result and the checkpoints are those of one process alone."""
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=2, epochs=1, learning_rate=1e-3)
+    alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
+    pair = WarmPair(spec, "pair")
+    said = list(pair)
+    assert pair.wait() == [0, 0]
+    assert [type(e) for e in said] == [type(e) for e in alone]
+    one, two = ([e for e in run if isinstance(e, events.Step)] for run in (alone, said))
+    assert max(abs(a.loss - b.loss) for a, b in zip(one, two, strict=True)) < 1e-4
+    assert max(abs(a.grad_norm - b.grad_norm) for a, b in zip(one, two, strict=True)) < 1e-3
+    first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (alone, said))
+    assert first.keys() == second.keys()
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 1e-4
+    last = [[e.path for e in run if isinstance(e, events.Saved)][-1] for run in (alone, said)]
+    saved = [read_optimizer(data_dir / path) for path in last]
+    assert saved[0].keys() == saved[1].keys()
+    pieces = [load_file(path) for path in sorted((data_dir / last[1] / "trainer").glob("optimizer*"))]
+    moment = next(key for key in saved[0] if key.startswith("exp_avg/") and "q_proj" in key)
+    assert [len(piece[moment]) for piece in pieces] == [len(saved[0][moment]) / 2] * 2  # each wrote its own rows
+    assert not list((data_dir / "runs" / "pair").rglob("*.tmp"))
+    assert all(torch.allclose(saved[0][k], saved[1][k], atol=1e-5) for k in saved[0])
+
+
+@pytest.mark.parametrize(("began_with", "ends_with"), [(2, 1), (1, 2), (2, 3)])
+def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with, ends_with):
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=6, epochs=5, learning_rate=1e-3)
+    whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
+    runs = data_dir / "runs" / "shared"
+    if began_with == 2:
+        WarmPair(spec, "shared").stop_after(1)
+    else:
+        control = StopSignals()
+        for event in train(spec, runs / "a1", runs, control):
+            control.stop = control.stop or isinstance(event, events.Step)
+    if ends_with == 1:
+        rest = list(train(spec, runs / "a2", runs))
+    else:
+        pair = WarmPair(spec, "shared", attempt=2, processes=ends_with)
+        rest = list(pair)
+        assert pair.wait() == [0] * ends_with
+    began = next(e for e in rest if isinstance(e, events.Started))
+    assert began.resumed_from and began.resumed_from < began.total_steps
+    first, second = (load_file(data_dir / run[-1].path / "model.safetensors") for run in (whole, rest))
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-4
+
+
+def two_of(module: str, folder) -> tuple[list[str], str]:
+    """What two processes of a module wrote into `folder`, and printed."""
+    command = [sys.executable, *launcher(2), "-m", module, str(folder)]
+    given = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=PROJECT, env=given, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return [(folder / f"told-{rank}").read_text() for rank in (0, 1)], ended.stdout
+
+
+def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
+    """A block's weights are there while it computes and no longer, in the type of the products; what is kept stays float32."""
+    for told in map(json.loads, two_of("tests.worker.runtime.spread_blocks", tmp_path)[0]):
+        assert told["spread_after"] and len(told["gathered"]) == 3 and max(told["gathered"]) <= 2  # itself, and the next beforehand
+        assert told["kinds"] == ["torch.bfloat16"] and told["rows"] == ["torch.float32"]
+        assert told["losses"][0] == pytest.approx(told["losses"][1], rel=2e-3)
+        assert told["lengths"][0] == pytest.approx(told["lengths"][1], rel=2e-2)
+
+
+def test_all_are_told_that_one_has_no_room(tmp_path):
+    """The first speaks for all, so it must know why the second could not save its rows."""
+    told, said = two_of("tests.worker.runtime.no_room", tmp_path)
+    assert "went on" not in said
+    assert told == [f"{errno.ENOSPC} {os.strerror(errno.ENOSPC)}", f"{errno.ENOSPC} this one's disk"]
+
+
+@pytest.mark.parametrize("wrote", [1, 2, 3, 5])
+@pytest.mark.parametrize("reads", [1, 2, 4])
+def test_rows_are_read_by_whoever_wrote_them(tmp_path, wrote, reads):
+    """Four rows and a count, written by one process or more and read by one or more: each reads its own, and no row twice."""
+    states = {"exp_avg/up": torch.arange(12.0).view(4, 3), "exp_avg/bias": torch.arange(4.0), "step/up": torch.tensor(7.0)}
+    for place in range(wrote):
+        rows = {key: x.split(-(-4 // wrote)) for key, x in states.items() if x.ndim}
+        own = {key: pieces[place] if place < len(pieces) else states[key][:0] for key, pieces in rows.items()}
+        write_piece(piece_of(tmp_path / "trainer", place, wrote), own | ({"step/up": states["step/up"]} if place == 0 else {}))
+    each = -(-4 // reads)
+    found = [read_optimizer(tmp_path, lambda _, n, r=rank: slice(r * each, (r + 1) * each)) for rank in range(reads)]
+    for key, x in states.items():
+        assert all(torch.equal(one[key], x) for one in found) if not x.ndim else torch.equal(torch.cat([one[key] for one in found]), x)
+    assert all(torch.equal(x, states[key]) for key, x in read_optimizer(tmp_path).items())
+
+
+def test_two_machines_meet(spec, data_dir):
+    """As the README says it: torchrun on each, one rendezvous; what is said comes out of the first's standard output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = data_dir / "runs" / "apart" / "a1"
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "apart", "-m", "worker.run", "--spec", str(folder / "spec.json")]
+    command += ["--folder", "runs/apart/a1", "--resume-from", "runs/apart", "--events-fd", "1"]
+    given = {**os.environ, "LUTHIER_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    machines = [subprocess.Popen(command, cwd=PROJECT, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    told = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], told[0][1][-2000:]
+    said = [events.read_line(line) for out, _ in told for line in out.splitlines() if line.startswith(b"{")]
+    assert isinstance(said[-1], events.Finished) and sum(isinstance(e, events.Started) for e in said) == 1
+    assert weights(said[-1].path)
+
+
+def test_gradients_of_many_sizes_are_summed(monkeypatch):
+    """The messages split and join tensors of different shapes and types; a world of one leaves them alone."""
+    from worker.runtime import distributed
+
+    monkeypatch.setattr(distributed, "MESSAGE_BYTES", 64)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat, *a, **k: flat.mul_(2))
+    tensors = [torch.ones(3), torch.ones(20), torch.ones(2, 2), torch.ones(5, dtype=torch.float64)]
+    distributed.ProcessGroup(size=1).sum_(tensors)
+    assert all(bool((t == 1).all()) for t in tensors)
+    distributed.ProcessGroup(size=2).sum_(tensors)
+    assert all(bool((t == 2).all()) for t in tensors)

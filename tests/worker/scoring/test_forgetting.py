@@ -1,0 +1,49 @@
+"""The general probe: every text scored, kept between jobs, and a verdict at the end of a job."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from app import events
+from app.settings import get_settings
+from tests.worker.orders import chat_rows, order, put_dataset, put_model
+from worker import train
+from worker.data.chat_template import prepare_tokenizer
+from worker.modeling.loading import load_tokenizer
+from worker.scoring import forgetting
+
+
+def test_every_text_of_six_skills_is_scored(data_dir: Path, tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(put_model(tiny_model))
+    prepare_tokenizer(tokenizer)
+    probe = forgetting.Probe(tokenizer, "dialogue", 2048)
+    assert len(probe.data) == 72
+    assert {skill: probe.skills.count(skill) for skill in set(probe.skills)} == dict.fromkeys(
+        ("facts", "stories", "conversation", "instructions", "code", "arithmetic"), 12
+    )
+    assert all(size > 0 for size in probe.bytes)
+
+
+def test_a_job_says_what_was_forgotten_and_the_base_is_scored_once(data_dir: Path, tiny_model: Path) -> None:
+    model, data = put_model(tiny_model), put_dataset(chat_rows())
+    gentle = order(model, data, "lora", epochs=1, learning_rate=1e-6, forgetting=True)
+    told = list(train.train(gentle, data_dir / "runs" / "gentle" / "a1"))[-1]
+    assert isinstance(told, events.Finished)
+    assert told.forgetting["verdict"] == "within noise"
+    assert math.isfinite(told.forgetting["before"])
+    (kept,) = get_settings().folder("features").glob("probe-*.json")
+    scores = json.loads(kept.read_text())
+    assert len(scores) == 72
+
+    harsh = order(model, data, "full", epochs=6, learning_rate=2e-2, forgetting=True)
+    told = list(train.train(harsh, data_dir / "runs" / "harsh" / "a1"))[-1]
+    assert told.forgetting["before"] == pytest.approx(sum(s[1] for s in scores) / math.log(2) / sum(s[2] for s in scores))
+    assert set(told.forgetting["skills"]) == {"facts", "stories", "conversation", "instructions", "code", "arithmetic"}
+    assert told.forgetting["verdict"] != "within noise"
+
+    quiet = order(model, data, "lora", epochs=1, forgetting=False)
+    assert list(train.train(quiet, data_dir / "runs" / "quiet" / "a1"))[-1].forgetting is None

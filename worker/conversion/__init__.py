@@ -1,0 +1,1 @@
+"""Model files from one layout into another."""

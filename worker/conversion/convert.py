@@ -1,0 +1,206 @@
+"""Turn a GGUF file or a transformers folder into the folder Luthier keeps: `python -m worker.conversion.convert FROM INTO ANSWER [KIND]`.
+Or look at a kept folder once more, by today's rules: `python -m worker.conversion.convert --examine FOLDER ANSWER`.
+
+Runs as a child with limits, because it opens what came from outside: tokenizers, chat templates, quantised weights. It
+writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and way_out.
+
+A GGUF's weights are dequantised once and stored as float16, which loses nothing that can be measured (mean divergence of
+the next token 3e-6 nats for SmolLM2 and 1e-6 for Gemma, the same first choice everywhere; bfloat16 gave 6e-5 and another
+choice once in a hundred tokens). The config says bfloat16 all the same, the type both were published in: who computes in
+16 bits must compute in that, since Gemma's activations overflow float16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from app.errors import BadData, StudioError, Unsupported
+from app.models import gguf_header, import_checks
+from app.shapes import Shape
+from worker.conversion import trial
+from worker.runtime.fast_import import importing
+from worker.runtime.limited_fork import limited
+
+SECONDS, FILE_BYTES = 1800, 64 * 2**30  # processor time, and the largest file it may write
+TRIAL_SECONDS, TRIAL_BYTES = 60, 2 * 2**30  # processor time and memory of the fork that opens tokenizer and template
+
+
+def main(arguments: list[str]) -> None:
+    source, into, answer = (Path(a) for a in arguments[:3])
+    kind = arguments[3] if len(arguments) > 3 else None
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        if arguments[0] == "--examine":
+            facts = examine(into)
+        else:
+            facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
+            facts["kind"] = kind or facts["kind"]
+    except StudioError as error:
+        facts = {"error": error.message, "way_out": error.way_out, "code": error.code}
+    except MemoryError:
+        facts = {"error": "The machine has too little memory for this model.", "way_out": "Choose a smaller model."}
+    except Exception as error:  # whatever a library raises, a person must read it
+        facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "way_out": "Save it again and retry."}
+    answer.write_text(json.dumps(facts))
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------
+
+
+def from_gguf(source: Path, into: Path) -> dict[str, Any]:
+    """Dequantise, save as bfloat16 safetensors with its tokenizer, read it back and compare."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    keys = gguf_header.check_gguf(source)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    mend_tokenizer(tokenizer, keys, model.config.max_position_embeddings)
+    make_plain(model)
+    ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
+    must_fit(model)
+    for parameter in model.parameters():  # the parameters alone: the frequencies of the rotary embedding stay exact
+        parameter.data = parameter.data.to(torch.float16)
+    model.save_pretrained(into)
+    name_type(into, "bfloat16")
+    tokenizer.save_pretrained(into)
+    with torch.no_grad():
+        expected = model.float().eval()(ids).logits
+    facts = inspect(into)
+    again = AutoModelForCausalLM.from_pretrained(into, dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        if not torch.equal(again(ids).logits, expected):
+            raise BadData("The converted weights do not give the answers of those they came from.", way_out="Try again.")
+    return facts
+
+
+def must_fit(model: Any) -> None:
+    """Raises Unsupported when a weight is too large for float16."""
+    largest = max(p.abs().max().item() for p in model.parameters())
+    if not largest < 65_504:
+        raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", way_out="Use the model's safetensors version.")
+
+
+def name_type(folder: Path, dtype: str) -> None:
+    """The number format that a loader takes when it is asked for none."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+
+
+def make_plain(model: Any) -> None:
+    """Take off what says that the weights are quantised: they no longer are, and nothing with it can be saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        model.config.__dict__.pop(name, None)
+    if getattr(model, "quantization_method", None) is not None:
+        del model.quantization_method
+
+
+def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None:
+    """Give back what the GGUF reader of transformers leaves out.
+
+    A byte-level tokenizer with the pre-tokenizer "smollm" splits numbers into digits before anything else; without
+    that, two spaces before a number become other tokens than the model was trained on. And the longest text is known.
+    """
+    from tokenizers import pre_tokenizers
+
+    if keys.get("tokenizer.ggml.pre") in ("smollm", "starcoder"):
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    tokenizer.model_max_length = positions
+    tokenizer.padding_side = "right"
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+def from_folder(source: Path, into: Path) -> dict[str, Any]:
+    """Copy the files that may come in, and open what a library will open later. The copy is checked, which nobody else can
+    change; its JSON files are written anew from what was checked, without keys that say nothing to anybody here."""
+    _, files = import_checks.check_head(source)
+    for path in files:
+        target = into / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return inspect(into, rewrite=True)
+
+
+def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
+    """Check the folder's files, try its tokenizer and template, build the model without weights, and compare it with the
+    arithmetic and the weights."""
+    found = examine(folder, rewrite=rewrite)
+    written, shape = json.loads((folder / "config.json").read_text()), Shape.model_validate(found["shape"])
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
+        model = maker.from_config(config)
+    if shape.architecture == "decoder":
+        model.tie_weights()
+    counted = sum(p.numel() for p in model.parameters())
+    if counted != shape.parameters():
+        raise Unsupported(
+            f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
+            "so what it costs to fine-tune could not be predicted.",
+            way_out="Its architecture differs from the usual one and is not supported.",
+        )
+    check_names(folder, model, shape)
+    template = found["chat_template"]
+    return {
+        "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
+        "shape": found["shape"],
+        "parameters": counted,
+        "chat_template": template,
+        "labels": labels_of(written),
+        "rules": import_checks.RULES,
+    }
+
+
+def examine(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
+    """`{"shape", "chat_template"}` of a folder whose files pass the checks and whose tokenizer and template were tried, all
+    in a fork with limits. With `rewrite` its JSON files are written anew as they may be kept. Raises BadData."""
+    with importing():  # transformers imports most of itself when it is asked for a config, a model and a tokenizer
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    return limited(lambda: trial.look_at(folder, rewrite), "Reading the model's tokenizer and template", TRIAL_SECONDS, TRIAL_BYTES)
+
+
+def check_names(folder: Path, model: Any, shape: Shape) -> None:
+    """Every weight of the model stands in its files, so that none would be drawn at random when it is loaded."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        found |= import_checks.check_safetensors(path).keys()
+    bare = {name.removeprefix(f"{model.base_model_prefix}.") for name in found}
+    old = {name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for name in bare}
+    needed = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
+    missing = sorted(n for n in needed - old if not (shape.tied and n == "lm_head.weight") and not n.startswith("pooler."))
+    if missing:
+        raise BadData(
+            f"The weights lack {len(missing)} of the model's tensors, the first {missing[0][:80]}.", way_out="Copy the whole model."
+        )
+
+
+def labels_of(config: dict[str, Any]) -> list[str] | None:
+    """Class names of a sequence classifier, in order; None for any other model."""
+    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or []):
+        return None
+    names = config.get("id2label") or {}
+    return [str(names[key]) for key in sorted(names, key=int)] or None
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""Fold a model's adapters into its base's weights: `python -m worker.conversion.merge REF.json INTO ANSWER`.
+
+The folding is done in float32 and stored as float16, like the bases are; the answers of both forms are compared here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from app.errors import BadData, StudioError
+from app.spec import ModelRef, RunSettings
+from worker.runtime.fast_import import importing
+
+with importing():
+    import torch
+
+    from worker.conversion.convert import inspect, must_fit, name_type
+    from worker.data.batching import Row
+    from worker.modeling import packed_attention
+    from worker.modeling.classifier import load_classifier, save_classifier
+    from worker.modeling.loading import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
+    from worker.runtime.device import choose
+    from worker.training.objectives.classification import probabilities, tokenise_texts
+
+TRIAL = "The cat sat on the mat, and then it went to sleep in the sun."
+FARTHEST = 0.05
+"""Nats between the two forms' next-token distributions on the trial text; more means that the folding went wrong."""
+
+
+def main(arguments: list[str]) -> None:
+    order, into, answer = (Path(a) for a in arguments)
+    try:
+        facts = merge(ModelRef.model_validate_json(order.read_text()), into)
+    except StudioError as error:
+        facts = {"error": error.message, "way_out": error.way_out}
+    except Exception as error:  # whatever a library raises, a person must read it
+        facts = {"error": f"The model cannot be merged: {type(error).__name__}: {str(error)[:400]}", "way_out": "Download the adapter."}
+    answer.write_text(json.dumps(facts))
+
+
+def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
+    """Write the merged model with its tokenizer into a new folder. Raises BadData when its answers differ."""
+    if ref.labels:
+        return _merge_classifier(ref, into)
+    tokenizer = load_tokenizer(ref)
+    ids = tokenizer(TRIAL, return_tensors="pt").input_ids
+    expected = answers(load_model(ref), ids)
+    model = load_plain(ref)
+    _write(model, tokenizer, into)
+    apart = _apart(expected, answers(model.float(), ids))
+    return {**inspect(into), "kind": ref.kind, "labels": None, "apart": apart}
+
+
+def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
+    """The same for a classifier: its stack with everything folded in, and its head and labels beside it."""
+    tokenizer, (classifier, labels) = load_tokenizer(ref), load_classifier(ref, attention=packed_attention.NAME)
+    strategy = load_strategy(folder_of(ref.adapters[-1].path))
+    texts = tokenise_texts(tokenizer, [Row(1, {"text": TRIAL})], ref.shape.positions)
+    engine = choose(RunSettings(precision="fp32"), strategy, {})
+    expected = probabilities(classifier, texts, len(TRIAL), engine)
+    classifier.backbone = strategy.merge(classifier.backbone)
+    _write(classifier.backbone, tokenizer, into)
+    save_classifier(classifier, into, labels)
+    (into / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))  # which built the head
+    apart = _apart(*(torch.from_numpy(p).log() for p in (expected, probabilities(classifier.float(), texts, len(TRIAL), engine))))
+    return {"kind": ref.kind, "shape": ref.shape.model_dump(), "labels": labels, "apart": apart}
+
+
+def _write(model: Any, tokenizer: Any, into: Path) -> None:
+    must_fit(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float16)
+    model.save_pretrained(into)
+    name_type(into, "bfloat16")
+    tokenizer.save_pretrained(into)
+
+
+def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """How far two forms' log probabilities, (…, V), lie apart at most, in nats. Raises BadData when that is too far."""
+    apart = (expected.exp() * (expected - found)).sum(-1).max().item()
+    if not apart < FARTHEST:
+        raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", way_out="Download the adapter instead.")
+    return apart
+
+
+def answers(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Log probabilities of the next token at each place, (T, V)."""
+    with torch.no_grad():
+        return model(ids).logits[0].float().log_softmax(-1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

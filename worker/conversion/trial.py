@@ -1,0 +1,115 @@
+"""What a model's tokenizer and template are tried with when it comes in. Runs in a fork with limits (`worker/runtime/limited_fork.py`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from app.errors import BadData, Unsupported
+from app.models import import_checks
+
+CONVERSATION = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]
+
+_MADE_UP = frozenset(
+    ("<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>", "<eos>", "<|endoftext|>", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]",
+     "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
+)  # fmt: skip
+"""Tokens that the classes in `import_checks.TOKENIZERS` add of themselves."""
+
+
+def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
+    """`{"shape", "chat_template"}` of a folder that may be kept. Raises StudioError."""
+    shape, kept = import_checks.check_folder(folder)
+    if rewrite:
+        for name, value in kept.items():
+            (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    tokenizer = load(folder)
+    if len(tokenizer) > shape.vocabulary:
+        raise BadData(
+            f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", way_out="Take both from the same model."
+        )
+    check_vocabulary(tokenizer, folder, kept)
+    return {"shape": shape.model_dump(), "chat_template": has_working_template(tokenizer)}
+
+
+def load(folder: Path) -> Any:
+    """The tokenizer as every worker loads it. What a library says of a fault is not repeated: it may quote what it read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadData(
+            f"The tokenizer cannot be read ({type(error).__name__}).", way_out="Save the tokenizer again with save_pretrained()."
+        ) from error
+
+
+def check_vocabulary(tokenizer: Any, folder: Path, kept: dict[str, Any]) -> None:
+    """Every token that was loaded stands in the folder's own files under the same id, or is named there. Raises BadData.
+
+    So nothing that a library may read from elsewhere, now or in a later version, becomes part of a model.
+    """
+    own, named = own_vocabulary(folder, kept), named_tokens(kept) | _MADE_UP
+    strange = sum(token not in named and own.get(token, -1) not in (key, None) for token, key in tokenizer.get_vocab().items())
+    if strange:
+        raise BadData(
+            f"The tokenizer that was loaded has {strange:,} tokens that the folder's own files do not name under these ids.",
+            way_out="Save the tokenizer again with save_pretrained().",
+        )
+
+
+def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
+    """`{token: id}` as the folder's vocabulary files have it; None where the class that reads the file gives the ids."""
+    if written := kept.get("tokenizer.json"):
+        vocab = written["model"]["vocab"]
+        found = dict(vocab) if isinstance(vocab, dict) else {pair[0]: place for place, pair in enumerate(vocab)}
+        return found | {token["content"]: token["id"] for token in written.get("added_tokens") or []}
+    found = dict(kept.get("vocab.json") or {})
+    if (folder / "vocab.txt").is_file():
+        for line in (folder / "vocab.txt").open(encoding="utf-8"):
+            found |= {line.rstrip("\n"): None, line.rstrip(): None}
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        except (RuntimeError, OSError):
+            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json next to it.") from None
+        found |= dict.fromkeys(map(pieces.id_to_piece, range(pieces.get_piece_size())))
+    return found
+
+
+def named_tokens(kept: dict[str, Any]) -> set[str]:
+    """The contents of all tokens that the small files name, whatever for."""
+    stack: list[Any] = [kept.get("tokenizer_config.json"), kept.get("special_tokens_map.json")]
+    found = set(kept.get("added_tokens.json") or ())
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            found.add(item)
+        elif isinstance(item, (dict, list)):
+            stack.extend(item.values() if isinstance(item, dict) else item)
+    return found
+
+
+def has_working_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer renders a conversation, which it does in transformers' sandbox.
+
+    Raises Unsupported when there is a template and it fails on the plainest conversation.
+    """
+    if not tokenizer.chat_template:
+        return False
+    try:
+        text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Fix or remove the template."
+        ) from error
+    if "Hello." not in text or len(text) > 100_000:
+        raise Unsupported("The model's chat template does not write what it is given.", way_out="Fix or remove the template.")
+    return True

@@ -1,0 +1,180 @@
+"""Many rows at once: the ids and masks of `render_row`, with the texts of a whole batch encoded by one call.
+
+The rows go through the parts of `render_row` itself, with a stand-in for the tokenizer that notes each text it is asked to encode
+and gives a number for it. So there is one converter, and nothing here knows how a row is rendered. While the texts of one batch are
+encoded the chat template writes the next: a fast tokenizer lets go of Python's lock, and the template has a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from app.errors import BadData
+from worker.data import template_pool
+from worker.data.chat_template import Asked, Rendered, characters, chat_of, lay_out, template_of
+
+if TYPE_CHECKING:
+    from app.run_settings import TrainOn
+
+BATCH_ROWS, BATCH_CHARACTERS, WAITING_BATCHES = 128, 1 << 20, 3
+T, Product = TypeVar("T"), TypeVar("Product")
+
+
+class _Later:
+    """Stands in for a tokenizer. Each text to be encoded is noted, and two negative numbers are given for its ids: the first
+    stands for nothing, so that a mask laid on the very first token falls on it, and the second for all of the text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **rest: Any) -> dict[str, list[int]]:
+        if add_special_tokens:
+            return self._tokenizer(text, add_special_tokens=True, **rest)
+        self.texts.append(text)
+        return {"input_ids": [1 - 2 * len(self.texts), -2 * len(self.texts)]}
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+class Length(NamedTuple):
+    """Of a rendered row: its tokens, how many of them are learnt, and the place of the first that is; None where none is."""
+
+    tokens: int
+    learnt: int
+    first: int | None
+
+
+class Renderer(Generic[T, Product]):
+    """Takes rows one by one and hands each on, in their order, to `done(tag, what was made of it or what is wrong with it)`.
+
+    `encode` makes something of every text of a batch, and `make` a row of its draft and those: ids of ids, or a length of counts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        kind: str,
+        encode: Callable[[Any, list[str]], list[T]],
+        make: Callable[[Rendered, Sequence[T]], Product],
+        done: Callable[[Any, Product | BadData], None],
+        train_on: TrainOn = "assistant",
+    ) -> None:
+        self.train_on = train_on
+        self.tokenizer, self.kind, self.encode, self.make, self.done = tokenizer, kind, encode, make, done
+        self._rows: list[tuple[Any, dict[str, Any]]] = []
+        self._characters = 0
+        self._waiting: deque[Future[tuple[list[tuple[Any, Rendered | BadData]], list[T]]]] = deque()
+        self._writing, self._encoding = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "encode")
+
+    def add(self, tag: Any, row: dict[str, Any]) -> None:
+        self._rows.append((tag, row))
+        self._characters += characters(row)
+        if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
+            self._send()
+
+    def _send(self) -> None:
+        written = self._writing.submit(self._write, self._rows)
+        self._waiting.append(self._encoding.submit(self._encode, self._rows, written))
+        self._rows, self._characters = [], 0
+        while len(self._waiting) > WAITING_BATCHES:
+            self._finish_one()
+
+    def _write(self, rows: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Asked | None, Any]]:
+        """Of each row what was asked of the chat template, and what it wrote or what is wrong with the row."""
+        asked = [_or_error(chat_of, self.tokenizer, row, self.kind) for _, row in rows]
+        chats = [one.chat for one in asked if isinstance(one, Asked)]
+        written = iter(template_pool.write_many(self.tokenizer, template_of(self.tokenizer), chats))
+        return [(one, next(written)) if isinstance(one, Asked) else (None, one) for one in asked]
+
+    def _encode(
+        self, rows: list[tuple[Any, dict[str, Any]]], written: Future[list[tuple[Asked | None, Any]]]
+    ) -> tuple[list[tuple[Any, Rendered | BadData]], list[T]]:
+        """The rows as drafts, and what was made of their texts."""
+        later, drafts = _Later(self.tokenizer), list[tuple[Any, Rendered | BadData]]()
+        for (tag, row), (asked, text) in zip(rows, written.result(), strict=True):
+            drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked, self.train_on)))
+        return drafts, self.encode(self.tokenizer, later.texts)
+
+    def _finish_one(self) -> None:
+        drafts, encoded = self._waiting.popleft().result()
+        for tag, draft in drafts:
+            self.done(tag, draft if isinstance(draft, BadData) else self.make(draft, encoded))
+
+    def finish(self) -> None:
+        """Hand on what is still waiting."""
+        self._send()
+        while self._waiting:
+            self._finish_one()
+        self._writing.shutdown()
+        self._encoding.shutdown()
+
+
+def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except BadData as error:
+        return error
+
+
+def render_rows(tokenizer: Any, rows: Iterable[dict[str, Any]], kind: str, max_length: int) -> list[Rendered | BadData]:
+    """`render_row` of each row, or the BadData it raises."""
+    found: list[Rendered | BadData] = []
+    renderer = Renderer(
+        tokenizer, kind, ids_of, lambda draft, ids: filled(draft, ids, max_length), lambda tag, outcome: found.append(outcome)
+    )
+    for row in rows:
+        renderer.add(None, row)
+    renderer.finish()
+    return found
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, without special tokens."""
+    many = getattr(tokenizer, "encode_many", None)
+    if many or not texts:
+        return many(texts) if many else []
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def counts_of(tokenizer: Any, texts: list[str]) -> list[int]:
+    """How many ids each text has."""
+    many = getattr(tokenizer, "count_many", None)
+    return many(texts) if many else [len(ids) for ids in ids_of(tokenizer, texts)]
+
+
+def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
+    """What the rendered row is like, without its ids ever being made."""
+    tokens, learnt, first = 0, 0, None
+    for number, taught in zip(draft.ids, draft.trained, strict=True):
+        size = 1 if number >= 0 else 0 if number % 2 else counts[-number // 2 - 1]
+        begin = max(tokens, 1)  # nothing stands before the first token, so nothing predicts it
+        tokens += size
+        if taught and tokens > begin:
+            learnt += tokens - begin
+            first = begin if first is None else first
+    return Length(tokens, learnt, first)
+
+
+def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Rendered:
+    """A draft with the ids of its texts in the place of their numbers."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    for number, learnt in zip(draft.ids, draft.trained, strict=True):
+        if number >= 0:
+            ids.append(number)
+            trained.append(learnt)
+        elif number % 2 == 0:
+            piece = encoded[-number // 2 - 1]
+            ids += piece
+            trained += [learnt] * len(piece)
+    if trained:
+        trained[0] = False  # nothing stands before the first token, so nothing predicts it
+    return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)

@@ -1,0 +1,216 @@
+"""From the rows of a dataset to tensors: read, split, render once, and lay side by side."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from app.datasets import row_store as stored
+from app.datasets.splits import divide, key_of
+from app.errors import BadData
+from app.run_settings import TrainOn
+from app.settings import get_settings
+from app.spec import DatasetRef, JobSpec, Split
+from worker.data.batch_rendering import Renderer, filled, ids_of
+from worker.data.chat_template import Rendered
+from worker.modeling.packed_attention import PackShape, filling, packed_arguments
+from worker.runtime.transfer import sent
+
+
+class Row(NamedTuple):
+    """A normalised row and the line of the source it came from."""
+
+    line: int
+    row: dict[str, Any]
+
+
+class BadRow(BadData):
+    """A row that cannot be learnt from; `line` says which."""
+
+    def __init__(self, line: int, error: BadData) -> None:
+        super().__init__(error.message, way_out=error.way_out, code=error.code)
+        self.line = line
+
+
+def read_rows(ref: DatasetRef) -> list[Row]:
+    """All rows of a dataset, in its order. Raises BadData when its file is gone, holds no rows, or not those that were written."""
+    path = get_settings().data_dir / ref.path
+    stored.verify_rows(path, ref.sha256, ref.name)
+    rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
+    if not rows:
+        raise BadData(f"Dataset {ref.name} has no rows to train on.", way_out="Fix the rows its report lists, and upload it again.")
+    return rows
+
+
+def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = None) -> tuple[list[Row], list[Row]]:
+    """(train, validation). A row's side follows from its content and the seed, whatever the order; equal rows stay together.
+
+    At least one row is held out when `fraction` is above zero and there are two different rows.
+    """
+    out = divide(rows, fraction, seed, how.method if how else "random", how.column if how else None)
+    held = [row for row, held_out in zip(rows, out, strict=True) if held_out]
+    return [row for row, held_out in zip(rows, out, strict=True) if not held_out], sorted(held, key=lambda row: row.line)
+
+
+def sides(spec: JobSpec) -> tuple[list[Row], list[Row]]:
+    """(train, validation) rows of an order, read, split, and cut to the share of training rows it asks for."""
+    run, rows = spec.run, read_rows(spec.dataset)
+    if spec.validation:
+        train, held_out = rows, read_rows(spec.validation)
+    else:
+        train, held_out = split(rows, run.validation_fraction, run.seed, spec.split)
+    return share(train, run.data_fraction, run.seed), held_out
+
+
+def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
+    """The part of the training rows that `run.data_fraction` asks for, in their order. A smaller share lies within a larger.
+
+    Which rows follows from their content and the seed. Of labelled rows every class gives its share and at least one row, so
+    that a small share can still tell all classes; of others at least one row is left.
+    """
+    if fraction >= 1:
+        return list(rows)
+    parts: dict[Any, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        parts[row.row.get("label")].append(place)
+    kept: set[int] = set()
+    for places in parts.values():
+        drawn = sorted(places, key=lambda place: (key_of(rows[place].row, f"{seed} share"), place))
+        kept.update(drawn[: max(1, round(fraction * len(drawn)))])
+    return [row for place, row in enumerate(rows) if place in kept]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Rendered rows, end to end: row i is `ids[starts[i]:starts[i + 1]]`. Rows that teach nothing were left out."""
+
+    ids: np.ndarray  # (tokens,) int32
+    trained: np.ndarray  # (tokens,) bool
+    starts: np.ndarray  # (rows + 1,) int64
+    lines: list[int]
+    cut: int  # rows cut to the longest length allowed
+    skipped: list[int]  # lines of rows with nothing left to learn
+
+    @functools.cached_property  # every step asks for it
+    def lengths(self) -> list[int]:
+        return np.diff(self.starts).tolist()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def without(self, lead: int) -> Tokenised:
+        """The same rows without the `lead` placeholders before each, as a model reads them that has learnt nothing to put there."""
+        if not lead:
+            return self
+        kept = np.ones(len(self.ids), bool)
+        for place in range(lead):
+            kept[self.starts[:-1] + place] = False
+        starts = self.starts - lead * np.arange(len(self.starts))
+        return replace(self, ids=self.ids[kept], trained=self.trained[kept], starts=starts)
+
+    def only(self, lines: Container[int]) -> Tokenised:
+        """The rows of these lines, in their order."""
+        places = [i for i, line in enumerate(self.lines) if line in lines]
+        spans = [slice(self.starts[i], self.starts[i + 1]) for i in places]
+        ids, trained = (np.concatenate([of[span] for span in spans]) if spans else of[:0] for of in (self.ids, self.trained))
+        starts = np.cumsum([0, *(self.lengths[i] for i in places)])
+        return Tokenised(ids, trained, starts, [self.lines[i] for i in places], self.cut, self.skipped)
+
+    def trained_counts(self) -> list[int]:
+        """How many tokens of each row are trained on."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.starts]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def tokenise(
+    tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, lead: Sequence[int] = (), train_on: TrainOn = "assistant"
+) -> Tokenised:
+    """Every row rendered once, at most `max_length` tokens with the placeholders of `lead` before it. Raises BadRow with the
+    line of the first row that cannot be rendered."""
+    ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
+
+    def done(line: int, rendered: Rendered | BadData) -> None:
+        nonlocal cut
+        if isinstance(rendered, BadData):
+            raise BadRow(line, rendered)
+        cut += rendered.cut
+        if not any(rendered.trained):
+            return skipped.append(line)
+        ids.append(np.asarray([*lead, *rendered.ids], dtype=np.int32))
+        trained.append(np.asarray([False] * len(lead) + rendered.trained, dtype=bool))
+        starts.append(starts[-1] + len(ids[-1]))
+        lines.append(line)
+
+    renderer = Renderer(tokenizer, kind, ids_of, lambda draft, encoded: filled(draft, encoded, max_length - len(lead)), done, train_on)
+    for line, row in rows:
+        renderer.add(line, row)
+    renderer.finish()
+    flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
+    mask = np.concatenate(trained) if trained else np.zeros(0, bool)
+    return Tokenised(flat, mask, np.asarray(starts, np.int64), lines, cut, skipped)
+
+
+@dataclass
+class Batch:
+    """One pack of T tokens in a row. What fills it up is a sequence at its end that nothing is learnt of; `tokens` is without it."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), from 0 in each sequence
+    sources: torch.Tensor  # (K,) places whose next token is learnt
+    targets: torch.Tensor  # (K,) those tokens
+    arguments: dict[str, Any]  # for the attention
+    tokens: int
+    trained: int
+
+
+LEARNT_MULTIPLE = 256
+"""With a frame, the places that are learnt are filled up to a multiple of this, so that the head meets few shapes."""
+NOT_LEARNT = -100
+"""The target of such a filling place."""
+
+
+def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: PackShape | None = None, padded: bool = False) -> Batch:
+    """The tensors of a pack of row numbers, each `padded` to the longest where that is asked for, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
+    pinned memory without waiting."""
+    spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
+    lengths = [int(s.stop - s.start) for s in spans]
+    tokens = sum(lengths)
+    spare = [max(lengths) - length if padded else 0 for length in lengths]  # a sequence of its own behind its row
+    ids = _laid([data.ids[s] for s in spans], spare).astype(np.int64)
+    learnt = np.flatnonzero(_laid([data.trained[s] for s in spans], spare))
+    lengths = [length for pair in zip(lengths, spare, strict=True) for length in pair if length]
+    sources, targets = learnt - 1, ids[learnt]
+    more = frame.filling(len(ids)) if frame else filling(len(ids), device)
+    lengths, ids = lengths + more, np.concatenate([ids, np.zeros(sum(more), np.int64)])
+    if frame:
+        more_learnt = -len(learnt) % LEARNT_MULTIPLE
+        sources = np.concatenate([sources, np.zeros(more_learnt, np.int64)])
+        targets = np.concatenate([targets, np.full(more_learnt, NOT_LEARNT)])
+    places = np.concatenate([np.arange(n) for n in lengths])
+    tensors = [sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets)]
+    return Batch(*tensors, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
+
+
+def _laid(pieces: Sequence[np.ndarray], spare: Sequence[int]) -> np.ndarray:
+    """Pieces end to end, so many zeros behind each."""
+    return np.concatenate([part for piece, more in zip(pieces, spare, strict=True) for part in (piece, np.zeros(more, piece.dtype))])
+
+
+def trained_in(data: Tokenised, packs: Iterable[Sequence[int]]) -> int:
+    """Tokens with a loss in some packs, counted without making their tensors."""
+    return int(sum(data.trained[data.starts[r] : data.starts[r + 1]].sum() for pack in packs for r in pack))
+
+
+def batches(data: Tokenised, packs: Iterable[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+    for pack in packs:
+        yield make_batch(data, pack, device)

@@ -1,0 +1,287 @@
+"""The one place where rows and prompts become text and tokens.
+
+Training and the playground both render here, so the prompt a model was trained on is, token for token, the prompt it is
+given later. What learns is the answer: the text an assistant turn adds after the generation prompt, up to and including
+its end-of-turn token. The text is cut where an answer begins and ends, so no token straddles that line. A template's own
+markers in what a person typed stay text (`worker/data/special_tokens.py`).
+
+    row shape                 model's kind             rendered as
+    messages                  any                      the chat template (`app.chat_templates.PLAIN` when the model has none)
+    prompt + completion       instruction, dialogue    a user turn and an assistant turn
+    prompt + completion       generic                  as they stand, then the end-of-text token
+    text                      any                      as it stands, then the end-of-text token; all of it is learnt
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from app.chat_templates import PLAIN, source
+from app.errors import BadData, BadRequest
+from worker.data import special_tokens, template_pool
+from worker.data.template_pool import Chat, Span, Written
+
+if TYPE_CHECKING:
+    from app.run_settings import RunSettings, TrainOn
+
+CHAT_KINDS = ("instruction", "dialogue")
+MAX_ROW_CHARACTERS = 4 << 20
+"""Text of one conversation of a dataset: a million tokens, more than any row is cut to."""
+
+
+class Rendered(NamedTuple):
+    """A row as token ids and, for each, whether its prediction is learnt. `cut` says that it was longer than allowed."""
+
+    ids: list[int]
+    trained: list[bool]
+    cut: bool = False
+
+
+def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
+    """Give the tokenizer what training needs: a chat template, the one that `run` chooses, and a padding token. True when the plain
+    template was set because there was none.
+
+    Raises BadData for a tokenizer without an end-of-text token: nothing could teach the model to stop.
+    """
+    if tokenizer.eos_token is None:
+        raise BadData(
+            "The model's tokenizer names no end-of-text token, so the model could not learn where an answer ends.",
+            way_out="Add eos_token to its tokenizer_config.json.",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if run and run.chat_template != "model":
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        tokenizer.chat_template = source(run.chat_template, run.chat_template_jinja, special, bool(_lead(tokenizer)))
+    if tokenizer.chat_template:
+        return False
+    tokenizer.chat_template = PLAIN
+    return True
+
+
+def tuned_kind(kind: str, format_: str) -> str:
+    """The kind of a model of `kind` after it has learnt rows of a dataset format."""
+    if format_ == "chat":
+        return "dialogue"
+    if format_ == "instruction" and kind == "generic":
+        return "instruction"
+    return kind
+
+
+def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> Rendered:
+    """Token ids of a normalised row (shapes in `app/formats`), cut to `max_length`, and the mask of what is learnt, by `train_on`.
+
+    Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
+    """
+    asked = chat_of(tokenizer, row, kind)
+    written = template_pool.write_many(tokenizer, template_of(tokenizer), [asked.chat])[0] if asked else None
+    if isinstance(written, BadData):
+        raise written
+    return lay_out(tokenizer, row, max_length, written, asked, train_on)
+
+
+class Asked(NamedTuple):
+    """A row's conversation for the chat template, with placeholders for the special tokens `kept` in its contents."""
+
+    chat: Chat
+    kept: list[str]
+
+
+def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
+    """The conversation that a chat template writes a row as; None for a row that it has no say in. Raises BadData."""
+    if "text" in row or not ("messages" in row or kind in CHAT_KINDS):
+        return None
+    messages, tools = [_plain(m) for m in conversation(row)], row.get("tools")
+    if (size := characters([messages, tools])) > MAX_ROW_CHARACTERS:
+        raise BadData(
+            f"The row's conversation has {size:,} characters, and one may have {MAX_ROW_CHARACTERS:,}.", way_out="Split the conversation."
+        )
+    veiled, kept = special_tokens.veil(tokenizer, messages)
+    return Asked(Chat(veiled, tools or None), kept)
+
+
+def lay_out(
+    tokenizer: Any,
+    row: dict[str, Any],
+    max_length: int,
+    written: Written | None,
+    chat: Asked | None,
+    train_on: TrainOn = "assistant",
+) -> Rendered:
+    """`render_row` of a row whose conversation has been written; None for both where it is no conversation."""
+    if "text" in row:
+        ids = _lead(tokenizer) + _encode(tokenizer, row["text"]) + [tokenizer.eos_token_id]
+        trained = [True] * len(ids)
+    elif written is not None and chat is not None:
+        turns = conversation(row)
+        learnt = _learnt(written, [turn.get("weight", 1) != 0 for turn in turns], train_on)
+        ids, trained = _tokens(tokenizer, written.text, learnt, [edge for span in written.answers.values() for edge in span], chat.kept)
+    else:
+        asked, said = (message["content"] for message in conversation(row))
+        prompt = _lead(tokenizer) + _encode(tokenizer, asked)
+        answer = [*_encode(tokenizer, said), tokenizer.eos_token_id]
+        ids, trained = prompt + answer, [train_on == "all_turns"] * len(prompt) + [True] * len(answer)
+    if trained:
+        trained[0] = False  # nothing stands before the first token, so nothing predicts it
+    return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
+
+
+def _learnt(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
+    """The parts of a written conversation that are learnt; `weighed` says of each turn whether it may be."""
+    answers = [span for i, span in sorted(written.answers.items()) if weighed[i]]
+    if train_on != "all_turns":
+        return answers[-1:] if train_on == "last_turn" else answers
+    masked = [span for i, span in sorted(written.answers.items()) if not weighed[i]]
+    starts, ends = [0, *(span.end for span in masked)], [*(span.start for span in masked), len(written.text)]
+    return [Span(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
+
+
+def render_prompt(
+    tokenizer: Any,
+    kind: str,
+    prompt: str | Sequence[dict[str, Any]],
+    tools: list[Any] | None = None,
+    most: int = template_pool.MAX_WRITTEN,
+    seconds: float = template_pool.PATIENT_SECONDS,
+) -> tuple[str, list[int]]:
+    """The exact text and ids a model continues: a conversation through the chat template, or a text as it stands.
+
+    `kind` is the model's; a generic model is given a conversation in the plain template. Raises BadRequest when the
+    template refuses the conversation (roles out of order, for one), BadTemplate when it had to be stopped, and TooLong for
+    more than `most` characters, which are neither rendered nor encoded.
+    """
+    if (size := characters([prompt, tools])) > most:
+        raise template_pool.TooLong(size)
+    if isinstance(prompt, str):
+        return prompt, _lead(tokenizer) + _encode(tokenizer, prompt)
+    messages, kept = special_tokens.veil(tokenizer, [_plain(m) for m in prompt])
+    try:
+        # A placeholder is three characters long, and a special token at least two.
+        chat = Chat(messages, tools or None, generate=True)
+        text, answers = template_pool.write(tokenizer, template_of(tokenizer), chat, 2 * most, seconds)
+    except template_pool.Refused as error:
+        raise BadRequest(error.message, way_out=error.way_out, param="messages") from None
+    if len(shown := special_tokens.unveil(text, kept)) > most:
+        raise template_pool.TooLong(len(shown))
+    return shown, _tokens(tokenizer, text, [], [edge for span in answers.values() for edge in span], kept)[0]
+
+
+def characters(value: Any) -> int:
+    """Characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, value)) + sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
+
+
+def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row; a prompt and its completion become a user turn and an assistant turn."""
+    if "messages" in row:
+        if not isinstance(row["messages"], list) or not all(isinstance(m, dict) and "role" in m for m in row["messages"]):
+            raise BadData("The row's messages are not a list of objects with a role.", way_out="Fix the row.")
+        return row["messages"]
+    if "prompt" not in row or "completion" not in row:
+        raise BadData(
+            f"The row has the keys {', '.join(sorted(row))}, none of which a text model trains on.",
+            way_out="Use rows with messages, with prompt and completion, or with text.",
+        )
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+def sample_of(row: dict[str, Any], kind: str) -> tuple[str | list[dict[str, Any]], str]:
+    """What to ask and what a person wrote: the last answer of a held-out row, and all that stands before it."""
+    if "text" in row:
+        cut = max(1, min(len(row["text"]) // 3, 300))
+        return row["text"][:cut], row["text"][cut:]
+    if "messages" not in row and kind not in CHAT_KINDS:
+        return row["prompt"], row["completion"]
+    messages = conversation(row)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    reference = messages[last].get("content") or "" if last < len(messages) else ""
+    return messages[:last], reference
+
+
+def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, the model's own, and the one its chat template closes a turn with."""
+    found = {tokenizer.eos_token_id}
+    named = getattr(generation_config, "eos_token_id", None)
+    found.update(named if isinstance(named, (list, tuple)) else [named])
+    found.add(closing_id(tokenizer))
+    return sorted(i for i in found if i is not None)
+
+
+def closing_id(tokenizer: Any) -> int | None:
+    """The token that the chat template closes an answer with; None without a template, and where it is no token of its own."""
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, trained, _ = render_row(tokenizer, {"messages": turn}, "dialogue", 1 << 30)
+    except BadData:
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    last = [i for i, learnt in zip(ids, trained, strict=True) if learnt][-1:]
+    return last[0] if last and last[0] in special else None
+
+
+def template_remark(tokenizer: Any, run: RunSettings) -> str | None:
+    """What a person should know of the template that they chose; None for the model's own."""
+    if run.chat_template == "model":
+        return None
+    closing = closing_id(tokenizer)
+    if closing is None:
+        return (
+            "The chat template ends an answer with no token of this model's own, so nothing teaches the model to stop. End the turns of the "
+            "assistant with {{ eos_token }}."
+        )
+    named = "as the job says it" if run.chat_template == "jinja" else run.chat_template
+    return f"The chat template is {named}; an answer ends with {tokenizer.decode([closing])}. It is saved with the result."
+
+
+# Text and tokens ------------------------------------------------------------------------------------------------------
+
+
+def _tokens(tokenizer: Any, text: str, learnt: list[Span], cuts: list[int], kept: Sequence[str] = ()) -> tuple[list[int], list[bool]]:
+    """Ids of `text`, encoded piece by piece between the cuts, and the mask of the pieces that lie in a learnt span. `kept`
+    are the special tokens of the contents, which are encoded as text."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    edges = sorted({0, len(text), *cuts})
+    ends = {span.start: span.end for span in learnt}  # no two of them overlap, and each begins at a cut
+    until = 0
+    for start, end in itertools.pairwise(edges):
+        piece = special_tokens.encode(text[start:end], kept, lambda part: _encode(tokenizer, part))
+        ids += piece
+        until = max(until, ends.get(start, 0))
+        trained += [end <= until] * len(piece)
+    return ids, trained
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+
+def _lead(tokenizer: Any) -> list[int]:
+    """The tokens this tokenizer puts before every text (a begin-of-text token, or none)."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def template_of(tokenizer: Any) -> str:
+    """The source of the template that a model's conversations are written with."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    return template or PLAIN
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: without our `weight`, and text parts joined."""
+    kept = {k: v for k, v in message.items() if k != "weight" and v is not None}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = "".join(part.get("text", "") for part in kept["content"])
+    kept.setdefault("content", "")
+    return kept

@@ -1,0 +1,91 @@
+"""Pairs of answers to one prompt, as tokens: both are whole sequences, and a pair is never split over two packs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.errors import BadData
+from app.formats.preference import conversation_with
+from worker.data.batching import BadRow, Row, Tokenised
+from worker.data.chat_template import Rendered, render_row
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """The sequences of `pairs` end to end: pair i is sequence 2i (chosen) and 2i + 1 (rejected) of `sequences`.
+
+    Both views share their arrays. `lead` is how many placeholders stand at the beginning of every sequence.
+    """
+
+    pairs: Tokenised
+    sequences: Tokenised
+    lead: int
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def answer_tokens(self, sequence: int) -> int:
+        """Tokens of the answer of a sequence."""
+        part = slice(self.sequences.starts[sequence], self.sequences.starts[sequence + 1])
+        return int(self.sequences.trained[part].sum())
+
+    def without_lead(self) -> PreferencePairs:
+        """The same without the placeholders, as a model reads it that has learnt nothing to put there."""
+        if not self.lead:
+            return self
+        s = self.sequences
+        spans = [slice(start + self.lead, end) for start, end in zip(s.starts[:-1], s.starts[1:], strict=True)]
+        return _join([(s.ids[x], s.trained[x]) for x in spans], self.pairs.lines, self.pairs.cut, self.pairs.skipped, 0)
+
+
+def sequences_of(pack: Sequence[int]) -> list[int]:
+    """The sequences of a pack of pairs, the two of a pair side by side."""
+    return [sequence for pair in pack for sequence in (2 * pair, 2 * pair + 1)]
+
+
+def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> PreferencePairs:
+    """Both answers of every row rendered once, each sequence at most `max_length` tokens with its placeholders.
+
+    A pair is left out when the cut took a whole answer, or all that told the two apart. Raises BadRow with the line of the
+    first row that cannot be rendered.
+    """
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []
+    lines: list[int] = []
+    skipped: list[int] = []
+    cut = 0
+    for line, row in rows:
+        better, worse = _render(tokenizer, line, row, kind, max_length - len(lead))
+        cut += better.cut or worse.cut
+        if not any(better.trained) or not any(worse.trained) or better.ids == worse.ids:
+            skipped.append(line)
+            continue
+        pieces += [_with_lead(rendered, lead) for rendered in (better, worse)]
+        lines.append(line)
+    return _join(pieces, lines, cut, skipped, len(lead))
+
+
+def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[Rendered, Rendered]:
+    if not all(isinstance(row.get(key), list) and row[key] for key in ("messages", "chosen", "rejected")):
+        found = ", ".join(sorted(row))
+        raise BadRow(line, BadData(f"The row has the keys {found}.", way_out="Use rows with messages, chosen and rejected."))
+    try:
+        better, worse = (render_row(tokenizer, conversation_with(row, answer, kind), kind, longest) for answer in ("chosen", "rejected"))
+    except BadData as error:
+        raise BadRow(line, error) from None
+    return better, worse
+
+
+def _with_lead(rendered: Rendered, lead: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray([*lead, *rendered.ids], np.int32), np.asarray([False] * len(lead) + rendered.trained, bool)
+
+
+def _join(pieces: list[tuple[np.ndarray, np.ndarray]], lines: list[int], cut: int, skipped: list[int], lead: int) -> PreferencePairs:
+    ids = np.concatenate([p[0] for p in pieces]) if pieces else np.zeros(0, np.int32)
+    trained = np.concatenate([p[1] for p in pieces]) if pieces else np.zeros(0, bool)
+    starts = np.concatenate([[0], np.cumsum([len(p[0]) for p in pieces], dtype=np.int64)]).astype(np.int64)
+    pairs = Tokenised(ids, trained, starts[::2], lines, cut, skipped)
+    return PreferencePairs(pairs, Tokenised(ids, trained, starts, [n for n in lines for _ in range(2)], 0, []), lead)

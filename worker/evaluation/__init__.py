@@ -1,0 +1,1 @@
+"""Evaluations, each in a process of its own."""

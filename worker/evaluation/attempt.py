@@ -1,0 +1,221 @@
+"""One evaluation: claim it, run `python -m worker.evaluation.process` on it, and record how it ends.
+
+The child is a process of its own without the database's address, like a trainer: it can run out of memory or be killed
+without taking this worker with it. This process holds the fence and never imports torch. Nothing of an evaluation is worth
+keeping half done, so one that is stopped is killed, and one whose worker leaves begins anew elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app import events
+from app.db import transaction
+from app.errors import StudioError
+from app.evaluation import predictions
+from app.evaluation import service as evaluations
+from app.evaluation.service import Claim
+from app.kit.confinement import confined
+from app.kit.logs import turn_over
+from app.models import integrity
+from app.models.integrity import BadModel
+from app.settings import PROJECT, get_settings
+from app.storage.files import write_atomically
+from worker.supervision import confinement, exit_codes
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES
+from worker.supervision.train_attempt import _insist as insist
+
+log = logging.getLogger(__name__)
+
+MAX_SILENT_SECONDS = 1800.0
+"""A child that has said nothing for so long is thought to hang; loading a large model says nothing for minutes."""
+
+
+def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """The body of the task EVALUATE. `going_down` tells that this worker was asked to leave."""
+    if going_down():
+        return  # the reaper announces it again
+    held = insist(lambda: _claim(evaluation_id))
+    if held is None:
+        log.info("Nothing to do for evaluation %s.", evaluation_id)
+        return
+    Run(held, going_down).run()
+
+
+def _claim(evaluation_id: uuid.UUID) -> Claim | None:
+    with transaction() as session:
+        return evaluations.claim(session, evaluation_id)
+
+
+class Run:
+    """One try of an evaluation, from the start of its process to the record of its end."""
+
+    def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
+        self.held, self.going_down = held, going_down
+        self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
+        self.progress, self.stage = 0.0, ""
+        self.result: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.space = confinement.Space()  # what the child alone sees
+        self.heard_at, self.next_beat = time.monotonic(), 0.0
+        self.lost = self.leaving = self.hung = self.ended = False
+
+    def run(self) -> None:
+        memory = exit_codes.OomWatch()
+        try:
+            code = self._assess()
+            if not self.lost:
+                self._conclude(code, memory.killed_since())
+        except BadModel as error:
+            integrity.tell(error)
+            self._finish(error={"code": error.code, "message": error.message, "way_out": error.way_out})
+        except OSError as error:
+            failed = exit_codes.of_os_error(error)
+            self._finish(error=_error(failed, failed.message))
+        finally:
+            shutil.rmtree(self.folder.parent if self.ended else self.folder, ignore_errors=True)
+
+    def _assess(self) -> int:
+        """Start the child and watch over it to its end; its exit code, negative for a signal."""
+        for ref in (self.held.spec.model, self.held.spec.base):
+            if ref is not None:
+                integrity.check_model(ref, self._beat_when_due)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        spec = self.folder / "spec.json"
+        write_atomically(spec, self.held.spec.model_dump_json(indent=1))
+        environment = exit_codes.trainer_environment(os.environ, self.folder)
+        room = confinement.room_of(self.held.spec, self.folder, environment)
+        read_end, write_end = os.pipe()
+        try:
+            with (self.folder / "assess.log").open("ab") as out:
+                child = subprocess.Popen(
+                    confined(assess_command(spec, write_end), room),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=PROJECT,
+                    env=environment,
+                    pass_fds=[write_end],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        reader = threading.Thread(target=self._read, args=(read_end,), name="said", daemon=True)
+        reader.start()
+        try:
+            self._watch(child)
+        finally:
+            exit_codes.kill_group(child.pid)  # not yet reaped, so the number is still the child's
+            self.space.end()
+            code = child.wait()
+        reader.join(timeout=10)  # the pipe's last line
+        return code
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> None:
+        """Beat until the child is gone, or until there is a reason to end it."""
+        while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            self._beat_when_due()
+            self.space.look(child.pid)
+            turn_over(self.folder / "assess.log", LOG_LIMIT_BYTES)
+            self.leaving = self.going_down()
+            self.hung = time.monotonic() - self.heard_at > MAX_SILENT_SECONDS
+            if self.lost or self.leaving or self.hung:
+                return
+            time.sleep(0.1)
+
+    def _beat_when_due(self) -> None:
+        if time.monotonic() >= self.next_beat:
+            self.next_beat = time.monotonic() + get_settings().beat_seconds
+            self.lost = not self._beat()
+
+    def _beat(self) -> bool:
+        try:
+            with transaction() as session:
+                return evaluations.heartbeat(session, self.held, self.progress, self.stage)
+        except SQLAlchemyError as error:
+            log.warning("Evaluation %s: no beat: %s", self.held.id, type(error).__name__)
+            return True  # the lease says whether it is still ours once the database is back
+
+    def _read(self, read_end: int) -> None:
+        """Take what the child says off the pipe, one JSON object a line."""
+        with os.fdopen(read_end, "rb") as pipe:
+            for line in pipe:
+                self.heard_at = time.monotonic()
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    continue  # a kill may cut the last line short
+                self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
+                self.result, self.error = said.get("result", self.result), said.get("error", self.error)
+
+    def _conclude(self, code: int, out_of_memory: bool) -> None:
+        held = self.held
+        if self.result is not None and code == 0:
+            return self._hand_over()
+        if self.error is not None:
+            return self._finish(error=self.error)
+        if self.leaving:
+            return self._record(lambda session: evaluations.release(session, held))
+        if self.hung:
+            return self._record(lambda session: evaluations.release(session, held, "Nothing was heard of its process for half an hour."))
+        failed = exit_codes.classify(code, exit_codes.tail(self.folder / "assess.log"), out_of_memory)
+        message = failed.message.replace("The trainer", "Its process").replace("the trainer", "its process")
+        log.error("Evaluation %s: %s", held.id, message)
+        if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):
+            return self._record(lambda session: evaluations.release(session, held, message))
+        return self._finish(error=_error(failed, message))
+
+    def _hand_over(self) -> None:
+        """Predictions go where they are kept before they are said to be there, and away again when they are wanted no more."""
+        if self.held.spec.kind == "predictions":
+            try:
+                predictions.keep(self.held.id, self.folder)
+            except StudioError as fault:
+                return self._finish(error={"code": fault.code, "message": fault.message, "way_out": fault.way_out})
+        self._finish(result=self.result)
+        if self.held.spec.kind == "predictions" and not self.ended:
+            self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))
+
+    def _finish(self, **outcome: Any) -> None:
+        """Record how it ended. Only then may the folders of all its tries go: when it is no longer ours, another try works in one."""
+
+        def move(session: Session) -> None:
+            self.ended = evaluations.finish(session, self.held, **outcome)
+
+        self._record(move)
+
+    def _record(self, move: Callable[..., Any]) -> None:
+        def once() -> None:
+            with transaction() as session:
+                move(session)
+
+        insist(once, self.going_down)
+
+
+def _error(failed: events.Failed, message: str) -> dict[str, Any]:
+    """As the row keeps it. An evaluation has no steps to split and no checkpoint to go on from, so its ways out are its own."""
+    ways_out = {"disk_full": "Make room on the disk of the data folder, then start it again."}
+    if failed.kind.endswith("out_of_memory"):
+        ways_out[failed.kind] = "Take a smaller model, shorter rows, or run fewer things at a time."
+    return {"code": failed.kind, "message": message, "way_out": ways_out.get(failed.kind, failed.way_out)}
+
+
+def assess_command(spec: Path, write_end: int) -> list[str]:
+    return [sys.executable, "-m", "worker.evaluation.process", "--spec", str(spec), "--events-fd", str(write_end)]

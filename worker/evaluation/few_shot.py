@@ -1,0 +1,71 @@
+"""Which solved examples stand before a question."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from app.errors import BadData
+from app.prompts.service import PromptBody, Solved
+
+
+class Shots:
+    """Finds the examples for one question after another. Nothing but training rows is ever shown.
+
+    Random and balanced draws follow from the prompt's seed and the question, so a run that goes on draws the same again.
+    Similar ones are nearest by the cosine of TF-IDF vectors (Salton and Buckley 1988), the nearest standing last, next to
+    the question (Liu et al. 2022, "What Makes Good In-Context Examples for GPT-3?").
+    """
+
+    def __init__(self, body: PromptBody, training: Sequence[Solved], everything: Sequence[Solved]) -> None:
+        self.body, self.training = body, training
+        self.chosen: list[Solved] = []
+        count = body.shots
+        if body.choose == "chosen":
+            by_line = {row.line: row for row in everything}
+            missing = next((line for line in body.lines if line not in by_line), None)
+            if missing is not None:
+                raise BadData(f"The dataset has no line {missing} to take an example from.", way_out="Name lines it has.")
+            self.chosen = [by_line[line] for line in body.lines]
+        elif count and not training:
+            raise BadData("There are no training rows to take examples from.", way_out="Hold out fewer rows, or name the lines.")
+        if body.choose == "similar" and count:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+
+            self.vectors = TfidfVectorizer(lowercase=True, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
+            self.matrix = self.vectors.fit_transform([row.question for row in training])
+        if body.choose == "balanced" and count:
+            self.groups: dict[str, list[Solved]] = {}
+            for row in training:
+                self.groups.setdefault(row.answer.strip(), []).append(row)
+
+    def of(self, asked: Solved) -> list[Solved]:
+        """The examples for a question, in the order they are shown; never the question's own row."""
+        count = min(self.body.shots, len(self.training))
+        if self.body.choose == "chosen":
+            return [row for row in self.chosen if row.line != asked.line]
+        if not count:
+            return []
+        if self.body.choose == "similar":
+            near = (self.matrix @ self.vectors.transform([asked.question]).T).toarray().ravel()
+            return [self.training[i] for i in np.argsort(-near, kind="stable")[:count]][::-1]
+        digest = hashlib.sha256(f"{self.body.seed}\n{asked.question}".encode()).digest()
+        draw = random.Random(digest)
+        if self.body.choose == "random":
+            return draw.sample(list(self.training), count)
+        return self._balanced(draw, count)
+
+    def _balanced(self, draw: random.Random, count: int) -> list[Solved]:
+        """As many of each answer as of any other, give or take one, shuffled so that no order teaches a habit."""
+        groups = [draw.sample(rows, len(rows)) for rows in self.groups.values()]
+        draw.shuffle(groups)
+        found: list[Solved] = []
+        while len(found) < count:
+            for rows in groups:
+                if rows and len(found) < count:
+                    found.append(rows.pop())
+        draw.shuffle(found)
+        return found

@@ -1,0 +1,49 @@
+"""A tuned model scored at several places between its base and itself, on held-out rows and on the general probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.errors import BadData
+from app.evaluation.forgetting import TextScore, compare
+from app.evaluation.service import EvaluationSpec
+from app.models import interpolation as blends
+from app.spec import ModelRef
+from worker.evaluation.scoring import Reader, Say, choose_rows, part, same_rows, score
+from worker.modeling.loading import folder_of, load_strategy
+from worker.runtime.device import Compute
+
+
+def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
+    """`points`: for each place its `score` (loss in nats per token), other `scores`, and how much was forgotten there,
+    relative to the base, with its interval."""
+    if spec.base is None:
+        raise BadData(f"{spec.model.name} was not fine-tuned here.", way_out="Take a fine-tuned model.")
+    rows, _ = choose_rows(spec)
+    rows, skipped = same_rows([Reader(spec.model, engine)], rows, spec.max_length)
+    points: list[dict[str, Any]] = []
+    general: list[TextScore] | None = None
+    for place, share in enumerate(blends.POINTS):
+        reader = Reader(blends.blended(spec.model, spec.base, strategy_of(spec.model), share), engine)
+        say(place / len(blends.POINTS), f"Reading {len(rows)} rows at blend {share:g}")
+        with reader.loaded():
+            found = score(spec, reader, rows, part(say, place, len(blends.POINTS)))
+        general = general or found.general
+        forgot = compare(general, found.general) if general and found.general else None
+        points.append(
+            {
+                "blend": share,
+                "score": found.scores["loss"],
+                "scores": found.scores,
+                "forgetting": forgot.change if forgot else None,
+                "interval": list(forgot.interval) if forgot else None,
+                "verdict": forgot.verdict if forgot and place else None,
+            }
+        )
+    best, advice = blends.advise(points)
+    return {"rows": len(rows), "skipped": skipped, "metric": "loss", "points": points, "best": best, "advice": advice}
+
+
+def strategy_of(ref: ModelRef) -> str:
+    """What made a model, by the settings that lie beside its weights."""
+    return ref.adapters[-1].strategy if ref.adapters else load_strategy(folder_of(ref.path)).name

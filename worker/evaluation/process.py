@@ -1,0 +1,112 @@
+"""The evaluating process: `python -m worker.evaluation.process`. Reads an order, scores, and says how far it is as lines of JSON on a pipe.
+
+Lines: `{"progress", "stage"}` any number of times, then one `{"result"}` (exit 0) or `{"error"}` (exit 1).
+It has no address of the database; its supervisor records what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from app.errors import StudioError
+from app.evaluation.predictions import OUTPUT
+from app.evaluation.service import EvaluationSpec
+from worker.runtime.fast_import import importing
+
+with importing():
+    import torch
+
+    from worker.evaluation.scoring import Say, classify, engine_here, write
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    spec = EvaluationSpec.model_validate_json(Path(options.spec).read_bytes())
+    with os.fdopen(options.events_fd, "w", encoding="utf-8", buffering=1) as pipe:
+
+        def tell(**said: Any) -> None:
+            pipe.write(json.dumps(said) + "\n")
+
+        try:
+            tell(result=assess(spec, lambda progress, stage: tell(progress=progress, stage=stage), Path(options.spec).parent))
+            return 0
+        except BrokenPipeError:
+            return 1  # nobody listens any more
+        except BaseException as error:
+            traceback.print_exc(file=sys.stderr)
+            with contextlib.suppress(OSError):
+                tell(error=fault_of(error))
+            return 1
+
+
+def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
+    """The result of an order; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    began = time.monotonic()
+    torch.manual_seed(spec.seed)
+    engine = engine_here()
+    if spec.kind == "advice":
+        from worker.evaluation.baselines import advise
+
+        found = advise(spec, engine, say)
+    elif spec.kind == "blend":
+        from worker.evaluation.interpolation import blend
+
+        found = blend(spec, engine, say)
+    elif spec.kind == "predictions":
+        from worker.evaluation.predict import predict
+
+        found = predict(spec, engine, say, folder / OUTPUT)
+    elif spec.kind == "vectors":
+        from worker.evaluation.embedding_map import look
+
+        found = look(spec, engine, say)
+    elif spec.task == "classification":
+        found = classify(spec, engine, say)
+    else:
+        found = write(spec, engine, say)
+    return {**found, "device": engine.name, "precision": engine.precision, "seconds": time.monotonic() - began}
+
+
+# What a failure is called -----------------------------------------------------------------------------------------------
+
+
+def fault_of(error: BaseException) -> dict[str, Any]:
+    """Code, message and way out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        where = "The GPU" if isinstance(error, torch.OutOfMemoryError) else "The machine"
+        return {
+            "code": "out_of_memory",
+            "message": f"{where} ran out of memory.",
+            "way_out": "Take shorter rows or a smaller model, or wait until nothing else runs.",
+        }
+    if isinstance(error, StudioError):
+        line = getattr(error, "line", None)
+        message = f"Line {line}: {error.message}" if line is not None else error.message
+        return {"code": error.code, "message": message, "way_out": error.way_out}
+    return {
+        "code": "crashed",
+        "message": f"{type(error).__name__}: {error}"[:2000],
+        "way_out": "Look at the worker's log; if you see no reason, report it.",
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m worker.evaluation.process", description="Score a model on a dataset.")
+    parser.add_argument("--spec", required=True, help="file with the specification as JSON")
+    parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one JSON object per line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The body of the task PROMPT: put one prompt to one model, row by row, through this process's engine.
+
+Several rows are asked at once, so the engine answers them in one batch, together with whoever chats meanwhile: all runs
+together hold at most half of its rows. Every few seconds the scored rows are stored; a stopped or deleted run ends there.
+
+A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for
+people who chat. What waits is not claimed, so it may be taken by another worker, or be announced again when this one dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.datasets.splits import key_of
+from app.db import transaction
+from app.errors import BadData, StudioError
+from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampling, Started, TextPart
+from app.prompts import runs as prompt_runs
+from app.prompts import service as prompts
+from app.prompts.runs import Learnt, RunSpec
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8
+BEAT_SECONDS = 2.0
+RUNS_AT_ONCE = 2
+
+
+class RowAnswer(NamedTuple):
+    """What the engine answered to one row."""
+
+    prompt: str
+    texts: list[str]
+    prompt_tokens: int
+    tokens: int
+
+
+class Stopped(Exception):
+    """The run was cancelled, deleted or taken over."""
+
+
+class RunTotals:
+    """What the scored rows took, over all workers that were at the run, and the rows that got no answer.
+
+    An answer that failed says nothing about the prompt, so its row is left out of the score and counted. A fault of the row
+    itself (too long for the model, refused by its template) is the row's; others end the run when they come one after another.
+    """
+
+    def __init__(self, before: dict[str, Any]) -> None:
+        self.kept = {name: before[name] for name in ("deaths", "rows_at_death") if name in before}
+        self.prompt_tokens, self.tokens = before.get("prompt_tokens", 0), before.get("tokens", 0)
+        self.seconds, self.began = before.get("seconds", 0.0), time.monotonic()
+        self.unanswered: list[int] = []
+        self.first_fault: StudioError | None = None
+        self.strikes = 0
+
+    def answered(self, said: RowAnswer) -> None:
+        self.prompt_tokens += said.prompt_tokens
+        self.tokens += said.tokens
+        self.strikes = 0
+
+    def failed(self, line: int, fault: StudioError) -> None:
+        """Count a row out; raises the fault when it is not one row's."""
+        self.unanswered.append(line)
+        self.first_fault = self.first_fault or fault
+        self.strikes += fault.status != 400
+        if self.strikes >= AT_ONCE:
+            raise fault
+
+    def as_json(self, rows: int) -> dict[str, Any]:
+        return self.kept | {
+            "prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "seconds": self.seconds + time.monotonic() - self.began,
+            "unanswered": len(self.unanswered), "unanswered_lines": sorted(self.unanswered)[:20], "asked_of": rows,
+        }  # fmt: skip
+
+
+_turns = threading.Semaphore(RUNS_AT_ONCE)
+_held: set[uuid.UUID] = set()
+_lock = threading.Lock()
+
+
+def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """See to it that the run is done in its turn, and return at once. A run that waits here already is not put twice."""
+    with _lock:
+        if run_id in _held:
+            return
+        _held.add(run_id)
+
+    def in_turn() -> None:
+        try:
+            with contextlib.nullcontext() if _is_trial(run_id) else _turns:
+                work(run_id, going_down)
+        except SQLAlchemyError as error:  # the lease runs out, and the run is announced again
+            log.warning("The run %s was left: %s", run_id, error)
+        finally:
+            with _lock:
+                _held.discard(run_id)
+
+    threading.Thread(target=in_turn, name=f"run-{run_id.hex[:6]}", daemon=True).start()
+
+
+def _is_trial(run_id: uuid.UUID) -> bool:
+    """A person waits for a try of three rows, which must not stand behind runs of hours."""
+    with transaction() as session:
+        return prompt_runs.trial(session, run_id)
+
+
+def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """Run it, unless another worker is at it. Every fault becomes the run's error."""
+    with transaction() as session:
+        claimed = prompt_runs.claim(session, run_id)
+    if claimed is None:
+        return
+    fence, spec, done, before = claimed
+    run, error = Run(run_id, fence, spec, done, RunTotals(before)), None
+    try:
+        run.through(going_down)
+    except Stopped:
+        return
+    except StudioError as fault:
+        error = {"code": fault.code, "message": fault.message, "way_out": fault.way_out}
+    except Exception as fault:
+        log.exception("The run %s failed.", run_id)
+        error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "way_out": "Try it again."}
+    with transaction() as session:
+        prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
+
+
+class Run:
+    """One attempt at a run: the rows that are left, asked several at once, and stored every few seconds."""
+
+    def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: RunTotals) -> None:
+        self.id, self.fence, self.spec, self.done, self.totals = run_id, fence, spec, done, totals
+        self.rows = len(done)
+        self.scored: list[dict[str, Any]] = []
+
+    def through(self, going_down: Callable[[], bool]) -> None:
+        from worker.evaluation.few_shot import Shots
+
+        held, training, everything, labels = _rows(self.spec)
+        self.rows = len(held)
+        self.store()  # reading many rows takes a while, and so does looking for similar ones
+        shots = Shots(self.spec.body, training, everything)
+        self.store()
+        beaten = time.monotonic()
+        pending: dict[Future[RowAnswer], Any] = {}
+        rest = iter([row for row in held if row[0].line not in self.done])
+        leave = [False]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
+            try:
+                while True:
+                    for row, before in _some(rest, AT_ONCE - len(pending)):
+                        text = prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
+                        pending[pool.submit(_ask, self.spec, text, before, row.line, leave)] = row
+                    if not pending:
+                        break
+                    finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        self.take(pending.pop(future), future, labels)
+                    if going_down():
+                        raise Stopped  # what is stored is not done again by whoever takes the run
+                    if time.monotonic() - beaten > BEAT_SECONDS:
+                        beaten = time.monotonic()
+                        self.store()
+            finally:
+                leave[0] = True
+                self.store()
+        if not self.done and self.totals.first_fault:
+            fault = self.totals.first_fault
+            message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
+            raise StudioError(message, way_out=fault.way_out, code=fault.code)
+
+    def take(self, row: Any, future: Future[RowAnswer], labels: list[str]) -> None:
+        try:
+            said = future.result()
+        except StudioError as fault:
+            self.totals.failed(row.line, fault)
+            return
+        self.totals.answered(said)
+        self.scored.append(_scored(self.spec, row, said, labels))
+
+    def store(self) -> None:
+        """Keep the lease and store what was scored. Raises Stopped when the run is no longer ours."""
+        self.done |= {row["line"] for row in self.scored}
+        share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
+        with transaction() as session:
+            if not prompt_runs.heartbeat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
+                raise Stopped
+        self.scored.clear()
+
+
+def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        row = next(rows, None)
+        if row is None:
+            return
+        yield row
+
+
+def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> RowAnswer:
+    """One row through the engine. Raises what the engine raises; an answer that is left early is thrown away."""
+    from worker.inference.task import answer as answer_of
+
+    body = spec.body
+    sampling = Sampling(
+        temperature=body.temperature, top_p=1.0, max_tokens=body.max_tokens, n=body.samples, stop=body.stops(), seed=body.seed
+    )
+    if spec.model.kind == "generic":
+        prompt: dict[str, Any] = {"prompt": (f"{body.system}\n\n" if body.system else "") + text}
+    else:
+        system = [{"role": "system", "content": body.system}] if body.system else []
+        prompt = {"messages": [*system, *before, {"role": "user", "content": text}]}
+    request = GenerateRequest(
+        id=uuid.uuid4(),
+        owner=spec.owner,
+        model=spec.model,
+        engine=spec.engine,
+        bulk=True,
+        sampling=sampling,
+        seed=(body.seed + line * 31) % 2**31,
+        **prompt,
+    )
+    texts, rendered, tokens, read = [""] * body.samples, "", 0, 0
+    with contextlib.closing(answer_of(request)) as answer:
+        for entries in answer:
+            if leave[0]:
+                raise Stopped
+            for entry in entries:
+                match entry:
+                    case Started():
+                        rendered, read = entry.rendered_prompt, entry.prompt_tokens
+                    case TextPart():
+                        texts[entry.index] += entry.text
+                    case ChoiceFinished():
+                        tokens += entry.tokens
+                    case Done():
+                        pass
+                    case _:
+                        raise _fault(entry)
+    return RowAnswer(rendered, texts, read, tokens)
+
+
+def _fault(entry: Any) -> StudioError:
+    """What the engine said of a request that cannot go on, with its status."""
+    fault = StudioError(
+        getattr(entry, "message", "The model failed."), way_out=getattr(entry, "way_out", ""), code=getattr(entry, "code", None)
+    )
+    fault.status = getattr(entry, "status", 500)
+    return fault
+
+
+def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict[str, Any]:
+    """A row of the table of results."""
+    body = spec.body
+    expected = prompts.take(row.answer, body.reference, body.marker)
+    answer = prompts.majority([prompts.take(text, body.extract, body.marker) for text in said.texts], body.score)
+    if body.score == "rouge_l":
+        from worker.scoring.metrics import rouge_l
+
+        score = rouge_l(answer, expected)
+    else:
+        score = prompts.right(answer, expected, body.score, labels)
+    return {
+        "line": row.line, "input": row.question, "rendered_prompt": said.prompt, "expected": expected, "said": said.texts,
+        "answer": answer, "score": score,
+    }  # fmt: skip
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[Any], list[Any], list[str]]:
+    """(rows to ask with the turns before them, training rows, all rows, labels). The split is the one training makes."""
+    from worker.data.batching import read_rows, split
+
+    rows = read_rows(spec.dataset)
+    training, held = [], list(rows)
+    if spec.part == "validation":
+        if spec.validation_fraction < 1:
+            training, held = split(rows, spec.validation_fraction, spec.split_seed, spec.split)
+        taught = {key for one in spec.learnt for key in _taught(one)}
+        held = [row for row in held if key_of(row.row, "") not in taught]
+        if not held:
+            raise BadData(
+                f"Every row of {spec.dataset.name} was in the training set of a model that is compared here.",
+                way_out="Use the dataset it was validated on, or fine-tune it again with a validation split.",
+            )
+    # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
+    held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
+    held.sort(key=lambda row: row.line)
+    labels = sorted({str(row.row["label"]) for row in rows if "label" in row.row})
+    asked, examples, everything = ([prompts.solved(row.line, row.row) for row in some] for some in (held, training, rows))
+    return asked, [row for row, _ in examples], [row for row, _ in everything], labels
+
+
+def _taught(one: Learnt) -> list[bytes]:
+    """Keys of the rows that a job learnt from."""
+    from worker.data.batching import read_rows, split
+
+    training, _ = split(read_rows(one.dataset), one.validation_fraction, one.seed, one.split)
+    return [key_of(row.row, "") for row in training]

@@ -1,0 +1,264 @@
+"""What evaluations share: a model read in with its tokenizer, rows chosen and scored, answers written beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.errors import BadData
+from app.evaluation.forgetting import TextScore, compare
+from app.evaluation.service import EvaluationSpec
+from app.spec import ModelRef, RunSettings
+from app.strategies.lora import Lora
+from worker.data import batching
+from worker.data.batching import Row, Tokenised
+from worker.data.chat_template import prepare_tokenizer
+from worker.modeling import packed_attention
+from worker.modeling.loading import folder_of, load_model, load_strategy, load_tokenizer
+from worker.runtime.device import Compute, choose
+from worker.scoring import held_out
+from worker.scoring.forgetting import Probe
+from worker.scoring.metrics import answer_scores
+
+BUDGET = 2048
+"""Tokens of one pass."""
+ANSWER_SECONDS = 900.0
+"""Time that one model's answers may take: an evaluation is waited for, and an answer cut short would be counted as wrong."""
+LISTED = 5
+"""Rows that are listed as worst, and as best."""
+
+Say = Callable[[float, str], None]
+
+
+@dataclass
+class Reader:
+    """A model as an evaluation reads with it: its tokenizer, what stands before every sequence, and its weights when needed."""
+
+    ref: ModelRef
+    engine: Compute
+    tokenizer: Any = None
+    lead: list[int] = field(default_factory=list)
+    model: torch.nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.tokenizer = load_tokenizer(self.ref)
+        prepare_tokenizer(self.tokenizer)
+        if self.ref.adapters:
+            strategy = load_strategy(folder_of(self.ref.adapters[-1].path))
+            self.lead = [self.tokenizer.pad_token_id or 0] * strategy.virtual_tokens()
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[torch.nn.Module]:
+        """The weights, for as long as they are needed: two models are never in memory together."""
+        self.model = load_model(self.ref, self.engine.frozen, packed_attention.NAME, str(self.engine.device))
+        try:
+            yield self.model
+        finally:
+            self.model = None
+            gc.collect()
+
+    def tokenise(self, rows: Sequence[Row], longest: int) -> Tokenised:
+        return batching.tokenise(self.tokenizer, rows, self.ref.kind, min(longest, self.ref.shape.positions), self.lead)
+
+    def probe(self) -> list[TextScore]:
+        """The general texts scored."""
+        probe = Probe(self.tokenizer, self.ref.kind, self.ref.shape.positions, self.lead)
+        return probe.score(self.model, BUDGET, self.engine)
+
+    def learnt_bytes(self, data: Tokenised) -> int:
+        """UTF-8 bytes of all that the rows teach."""
+        total = 0
+        for start, end in zip(data.starts[:-1], data.starts[1:], strict=True):
+            ids = data.ids[start:end][data.trained[start:end]].tolist()
+            total += len(self.tokenizer.decode(ids, skip_special_tokens=True).encode())
+        return total
+
+
+@dataclass
+class RowScores:
+    """One model on the rows: its scores, and the loss of each row in nats per token."""
+
+    scores: dict[str, Any]
+    losses: list[float]
+    general: list[TextScore] | None = None
+
+
+def engine_here() -> Compute:
+    """Full precision on a CPU, where it costs little; bf16 on a GPU that has it."""
+    return choose(RunSettings(precision="auto" if torch.cuda.is_available() else "fp32"), Lora())
+
+
+def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:
+    """(rows to score, rows of the training side). The split is the one that training makes, the draw follows from the seed."""
+    rows, training = batching.read_rows(spec.dataset), []
+    if spec.part == "validation":
+        training, held = batching.split(rows, spec.validation_fraction, spec.seed, spec.split)
+        rows = held or rows
+    if spec.task == "classification" and training:
+        known = {row.row["label"] for row in training}
+        rows = [row for row in rows if row.row["label"] in known]  # a class that is all held out was learnt all the same
+    return drawn(rows, spec.rows, spec.seed), training
+
+
+def drawn(rows: list[Row], most: int, seed: int) -> list[Row]:
+    if len(rows) <= most:
+        return rows
+    return sorted(random.Random(seed).sample(rows, most), key=lambda row: row.line)
+
+
+# Texts and answers ------------------------------------------------------------------------------------------------------
+
+
+def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
+    """Loss and what follows from it on every row, answers to some, for the model and the one it was tuned from."""
+    rows, _ = choose_rows(spec)
+    own = Reader(spec.model, engine)
+    readers = [Reader(spec.base, engine), own] if spec.base else [own]
+    rows, skipped = same_rows(readers, rows, spec.max_length)
+    asked = questions(own, rows, range(min(spec.answers, len(rows))), spec.answer_tokens)
+    found: list[RowScores] = []
+    answers: list[dict[int, str]] = []
+    for place, reader in enumerate(readers):
+        say(place / len(readers), f"Reading {len(rows)} rows with {reader.ref.name}")
+        with reader.loaded():
+            found.append(score(spec, reader, rows, part(say, place, len(readers))))
+            say((place + 0.7) / len(readers), f"{reader.ref.name} is answering {len(asked)} rows")
+            answers.append(answer(reader, rows, list(asked), spec.answer_tokens))
+    worst, best = ends(found)
+    more = [place for place in dict.fromkeys([*worst, *best]) if place not in asked]
+    asked |= questions(own, rows, more, spec.answer_tokens)
+    if spec.answers:
+        for reader, told in zip(readers, answers, strict=True):
+            say(0.97, "Answering the rows that stand out")
+            with reader.loaded():
+                told |= answer(reader, rows, more, spec.answer_tokens)
+    first = range(min(spec.answers, len(rows)))
+    answered = answer_scores(answers, {place: asked[place].reference for place in first if place in asked})
+    for one, scores in zip(found, answered.scores, strict=True):
+        one.scores |= scores
+    listed = [_listed(place, rows, asked, found, answers) for place in (*worst, *best)]
+    general = [one.general for one in found]
+    return {
+        "rows": len(rows),
+        "skipped": skipped,
+        "answers": answered.rows,
+        "unanswered": len(first) - answered.rows,
+        "difference": answered.difference,
+        "scores": found[-1].scores,
+        "base": found[0].scores if spec.base else None,
+        "worst": listed[: len(worst)],
+        "best": listed[len(worst) :],
+        "forgetting": compare(general[0], general[1]).model_dump(mode="json") if len(general) == 2 and general[0] and general[1] else None,
+    }
+
+
+def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple[list[Row], int]:
+    """The rows that every model has something to say about, and how many were left out. Raises BadData when none is left."""
+    kept = set.intersection(*(set(reader.tokenise(rows, longest).lines) for reader in readers))
+    left = [row for row in rows if row.line in kept]
+    if not left:
+        raise BadData(
+            f"None of the {len(rows)} rows has an answer within {longest} tokens.",
+            way_out="Raise the longest length, or take rows with answers.",
+        )
+    return left, len(rows) - len(left)
+
+
+def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> RowScores:
+    """The loaded model on every row, and on the general texts where forgetting is asked for."""
+    data = reader.tokenise(rows, spec.max_length)
+    stage = f"Reading {len(rows)} rows with {reader.ref.name}"
+    scored = held_out.score_rows(reader.model, data, BUDGET, reader.engine, lambda share: say(0.6 * share, stage))
+    losses = [nats / tokens for nats, tokens in zip(scored.nats, scored.tokens, strict=True)]
+    general = None
+    if spec.forgetting:
+        say(0.6, f"Reading general texts with {reader.ref.name}")
+        general = reader.probe()
+    return RowScores(held_out.measures(scored, reader.learnt_bytes(data)), losses, general)
+
+
+def part(say: Say, place: int, of: int) -> Say:
+    """Progress of one part of several equal ones."""
+    return lambda share, stage: say((place + share) / of, stage)
+
+
+def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range, most: int) -> dict[int, held_out.Question]:
+    """The rows at some places as prompts; those that leave no room for an answer are passed over."""
+    room = reader.ref.shape.positions - most - len(reader.lead)
+    found = {place: held_out.questions(reader.tokenizer, [rows[place]], reader.ref.kind, 1, room) for place in places}
+    return {place: asked[0] for place, asked in found.items() if asked}
+
+
+def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int) -> dict[int, str]:
+    """The loaded model's likeliest answers to the rows at some places, asked as this model is asked."""
+    asked = questions(reader, rows, places, most)
+    told = held_out.answers_in_batches(
+        reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead, ANSWER_SECONDS
+    )
+    return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
+
+
+def ends(found: Sequence[RowScores]) -> tuple[list[int], list[int]]:
+    """(worst, best) rows: by how much their loss rose over the base's, or by the loss itself where there is no base."""
+    last = found[-1].losses
+    change = [t - b for b, t in zip(found[0].losses, last, strict=True)] if len(found) == 2 else last
+    order = sorted(range(len(change)), key=lambda place: change[place])
+    half = min(LISTED, len(order) // 2)
+    return order[::-1][: half or len(order)], order[:half]
+
+
+def _listed(
+    place: int, rows: Sequence[Row], asked: dict[int, held_out.Question], found: Sequence[RowScores], answers: Sequence[dict[int, str]]
+) -> dict[str, Any]:
+    one, two = asked.get(place), len(found) == 2
+    return {
+        "line": rows[place].line,
+        "prompt": one.text if one else json.dumps(rows[place].row, ensure_ascii=False)[:2000],
+        "reference": one.reference if one else None,
+        "base_loss": found[0].losses[place] if two else None,
+        "tuned_loss": found[-1].losses[place],
+        "base_answer": answers[0].get(place) if two else None,
+        "tuned_answer": answers[-1].get(place),
+    }
+
+
+# Classes ----------------------------------------------------------------------------------------------------------------
+
+TEXTS_AT_ONCE = 256
+
+
+def classify(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
+    """A classifier on labelled rows, beside always answering with the shares of the labels."""
+    from worker.modeling.classifier import load_classifier
+    from worker.training.objectives.classification import evaluation_of, probabilities, tokenise_texts
+
+    rows, training = choose_rows(spec)
+    say(0.0, f"Loading {spec.model.name}")
+    tokenizer = load_tokenizer(spec.model)
+    classifier, labels = load_classifier(spec.model, engine.frozen, str(engine.device), packed_attention.NAME)
+    known = {label: place for place, label in enumerate(labels)}
+    kept = [row for row in rows if row.row["label"] in known]
+    if not kept:
+        raise BadData(
+            f"None of the {len(rows)} rows has a label that {spec.model.name} knows; it knows {', '.join(labels[:5])}.",
+            way_out="Take a dataset with the same labels.",
+        )
+    lead = [tokenizer.pad_token_id or 0] * classifier.skip
+    longest, found = min(spec.max_length, spec.model.shape.positions), []
+    for start in range(0, len(kept), TEXTS_AT_ONCE):
+        say(start / len(kept), f"Reading {len(kept)} texts with {spec.model.name}")
+        data = tokenise_texts(tokenizer, kept[start : start + TEXTS_AT_ONCE], longest, lead)
+        found.append(probabilities(classifier, data, BUDGET, engine))
+    truth = np.asarray([known[row.row["label"]] for row in kept])
+    seen = [known[row.row["label"]] for row in training if row.row["label"] in known] or truth.tolist()
+    result = evaluation_of(np.concatenate(found), np.asarray(seen), truth, kept, labels)
+    result["scores"] = result.pop("tuned")
+    return {**result, "skipped": len(rows) - len(kept), "answers": 0, "forgetting": None}

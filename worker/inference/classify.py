@@ -1,0 +1,63 @@
+"""Texts sorted by a tuned classifier, for the playground and `POST /v1/classify`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from app.errors import BadData, BadRequest
+from app.inference.protocol import Classified
+from app.models.integrity import check
+from app.spec import ModelRef, RunSettings
+from worker.data.batching import BadRow, Row
+from worker.inference.model_cache import ModelCache
+from worker.modeling import packed_attention
+from worker.modeling.classifier import Classifier, load_classifier
+from worker.modeling.loading import folder_of, load_strategy, load_tokenizer
+from worker.runtime.device import Compute, choose
+from worker.training.objectives.classification import probabilities, tokenise_texts
+
+MAX_LOADED = 2
+TOKENS_AT_ONCE = 4096
+
+
+class _Loaded(NamedTuple):
+    tokenizer: Any
+    classifier: Classifier
+    labels: list[str]
+    engine: Compute
+
+
+_kept: ModelCache[_Loaded] = ModelCache(MAX_LOADED, lambda one: one.classifier)
+
+
+def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
+    """The probabilities of all labels for each text, and the tokens read. A text longer than the model reads is cut.
+
+    Raises BadModel for a model that is no classifier or whose files changed, BadRequest for a text without a token.
+    """
+    tokenizer, classifier, labels, engine = _kept.get((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), lambda: _load(ref))
+    lead = [tokenizer.pad_token_id or 0] * classifier.skip
+    rows = [Row(place, {"text": text}) for place, text in enumerate(texts)]
+    try:
+        data = tokenise_texts(tokenizer, rows, ref.shape.positions, lead)
+    except BadRow as error:
+        raise BadRequest(f"The model's tokenizer makes nothing of text {error.line}.", way_out="Remove it.", param="input") from None
+    except BadData as error:
+        raise BadRequest(error.message, way_out=error.way_out, param="model") from None
+    found = probabilities(classifier, data, TOKENS_AT_ONCE, engine)
+    cut = [length >= ref.shape.positions for length in data.lengths] if data.cut else [False] * len(texts)
+    return Classified(labels=labels, probabilities=found.tolist(), cut=cut), data.tokens
+
+
+def _load(ref: ModelRef) -> _Loaded:
+    check(ref.path, ref.name, ref.revision, may_be_plain=True)
+    for adapter in ref.adapters:
+        check(adapter.path, ref.name, may_be_plain=True)
+    strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
+    # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
+    run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
+    engine = choose(run, strategy, {})
+    classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), packed_attention.NAME)
+    return _Loaded(load_tokenizer(ref), classifier, labels, engine)

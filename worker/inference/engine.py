@@ -1,0 +1,449 @@
+"""The generation engine: one thread that answers many requests at once.
+
+At every step each lane feeds one flat row of tokens: the newest token of every answer that is being written, and a
+bounded chunk of the prompts that are still being read. So an answer joins as soon as its prompt is read and leaves when
+it ends, a long prompt stalls nobody, and the weights are read once for all (Yu et al. 2022, "Orca"; Agrawal et al. 2024,
+"Sarathi-Serve", for the chunks).
+
+    caller's thread   answer(): load the model, render the prompt, hand it over, and yield what comes back
+    engine's thread   admit → step → choose → give out, for every lane in turn
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+
+import torch
+
+from app.errors import TooMany, Unavailable
+from app.inference.protocol import ChoiceFinished, Done, Entry, GenerateRequest, Started, StreamError, TextPart
+from app.spec import ModelRef
+from worker.inference import prompt_logprobs, scheduler
+from worker.inference.errors import NotANumber, broke
+from worker.inference.kv_cache import Segment, Slot, Step
+from worker.inference.memory_budget import MemoryBudget
+from worker.inference.model_pool import LoadedModel, ModelHandle, ModelPool
+from worker.inference.request import render, room_for
+from worker.inference.sampling import Detokenizer, Sampler, logprob, one_thread
+from worker.inference.scheduler import Request, TokenSequence
+
+MAX_ROWS = 16
+"""Answers written at once in one lane."""
+CHUNK = 64
+"""Prompt tokens read in one step while others are answering; nobody waits longer than this takes."""
+LONE_CHUNK = 512
+"""The same while nobody is."""
+REUSE = 16
+"""A slot that begins with at least this many tokens of a new prompt is taken up where they part."""
+WAIT_SECONDS = 60.0
+"""Whoever has not begun to be answered by then is told to come again."""
+PATIENCE_SECONDS = 10.0
+"""A request that has waited this long for the memory of its answer is not overtaken any more."""
+MAX_OF_ONE = 24
+"""Requests of one person in the engine, waiting ones included."""
+
+
+class Engine:
+    """Start one per process. `answer` may be called from any number of threads. `on_death` is called in the engine's thread when
+    it dies of what no request is to blame for; everyone who waits for it has been told by then."""
+
+    def __init__(
+        self,
+        shelf: ModelPool | None = None,
+        *,
+        most_rows: int = MAX_ROWS,
+        chunk: int = CHUNK,
+        lone_chunk: int = LONE_CHUNK,
+        wait_seconds: float = WAIT_SECONDS,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.shelf = shelf or ModelPool()
+        self.room = MemoryBudget(self.shelf, most_rows)
+        self.most_rows, self.chunk, self.lone_chunk, self.wait_seconds = most_rows, chunk, lone_chunk, wait_seconds
+        self.on_death = on_death
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self.steps = 0
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._thread.start()
+
+    # The caller's side ------------------------------------------------------------------------------------------------
+
+    def answer(self, request: GenerateRequest, poll_seconds: float = 0.25) -> Iterator[list[Entry]]:
+        """Entries of one request as they come; an empty list each `poll_seconds` without any. Closing it stops the request.
+
+        Raises StudioError before the first entry when the model or the prompt is not right.
+        """
+        began = time.monotonic()
+        self._refuse_too_many(request)
+        place = self.shelf.place(request.model)
+        try:
+            running, started = self._prepare(request, place, began)
+            yield [started]
+            self._hand_over(running)
+            try:
+                yield from self._entries(running, poll_seconds)
+            finally:
+                running.cancelled = True
+                self._notify()
+        finally:
+            self.shelf.release(place.lane)
+
+    def _refuse_too_many(self, request: GenerateRequest) -> None:
+        with self._wake:
+            mine = sum(r.request.owner == request.owner and not r.request.bulk for r in [*self.waiting, *self.active])
+        if mine >= MAX_OF_ONE and not request.bulk:
+            raise TooMany(
+                f"{mine} of your questions are being answered or wait for it.",
+                way_out="Wait for some of them, or put several rows into one run.",
+            )
+
+    def _prepare(self, request: GenerateRequest, place: ModelHandle, began: float) -> tuple[Request, Started]:
+        lead = [0] * place.lane.lead
+        context = place.lane.context - len(lead)
+        text, ids = render(request, place.tokenizer, context)
+        room = room_for(request, len(ids), context)
+        sampling = request.sampling
+        most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
+        rows = [
+            TokenSequence(i, Sampler(sampling, request.seed + i, ids), Detokenizer(place.tokenizer, ids, sampling.stop))
+            for i in range(sampling.n)
+        ]
+        running = Request(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
+        return running, Started(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
+
+    def _entries(self, running: Request, poll_seconds: float) -> Iterator[list[Entry]]:
+        while True:
+            try:
+                entries = running.out.get(timeout=poll_seconds)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise Unavailable("The generation engine stopped.", way_out="Try again in a moment.") from None
+                yield []
+                continue
+            with contextlib.suppress(queue.Empty):  # what has gathered while the last entries were being sent
+                while True:
+                    entries = entries + running.out.get_nowait()
+            yield entries
+            if entries and isinstance(entries[-1], Done | StreamError):
+                return
+
+    def _hand_over(self, running: Request) -> None:
+        with self._wake:
+            self.waiting.append(running)
+            self._wake.notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop the thread; what is running ends with an error."""
+        self._closed = True
+        self._notify()
+        self._thread.join(10)
+
+    # The engine's side ------------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        """The thread. What ends it is told to all who wait; the process can then be started anew."""
+        died = False
+        try:
+            self._run()
+        except BaseException:
+            died = True
+            traceback.print_exc()
+        self._closed = True
+        for running in [*self.active, *self.waiting]:
+            running.out.put(
+                [StreamError(status=503, code="unavailable", message="The generation engine stopped.", way_out="Ask again in a moment.")]
+            )
+        if died:
+            self.on_death()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while not self._closed:
+            with self._wake:
+                while not (self.waiting or self.active or self._closed):
+                    self._wake.wait()
+            self._sweep()
+            self._admit()
+            for lane in {id(r.place.lane): r.place.lane for r in self.active}.values():
+                self._step_or_break(lane)
+            if self.waiting and not self.active:
+                time.sleep(0.002)
+
+    def _sweep(self) -> None:
+        """Let go of requests that were cancelled, ran out of time or have waited too long to begin."""
+        now = time.monotonic()
+        for running in [*self.active, *self.waiting]:
+            if running.cancelled or (running.deadline is not None and now > running.deadline):
+                running.log_stopped()
+                entries: list[Entry] = []
+                for row in running.rows:
+                    if not row.finished:
+                        self._finish(running, row, "cancelled" if running.cancelled else "length", entries)
+                self._leave(running, entries)
+            elif running.deadline is None and now - running.arrived > (
+                running.request.seconds if running.request.bulk else self.wait_seconds
+            ):
+                self._break([running], self._too_busy(running))
+
+    def _too_busy(self, running: Request) -> Unavailable:
+        rows = sum(row.slot is not None and row.slot.busy for r in self.active for row in r.rows)
+        return Unavailable(
+            f"{rows} answers are being written and {len(self.waiting)} questions wait; this one has waited for "
+            f"{time.monotonic() - running.arrived:.0f} seconds.",
+            way_out="Try again in a moment, or ask for shorter or fewer answers at once.",
+            code="busy",
+        )
+
+    def _admit(self) -> None:
+        """Begin answers, one row at a time, in the order of `scheduler.in_turn`, as long as there are slots and memory."""
+        passed: set[int] = set()
+        while True:
+            with self._wake:
+                waiting = [r for r in [*self.waiting, *self.active] if id(r) not in passed and r.next_row() is not None]
+            if not waiting:
+                return
+            best = scheduler.in_turn(waiting, scheduler.held(self.active))[0]
+            passed.add(id(best))
+            try:
+                begun = self._begin(best)
+            except Exception as error:
+                self._break([best], error)
+                continue
+            if begun:
+                passed.discard(id(best))
+            elif begun is None and time.monotonic() - best.arrived > PATIENCE_SECONDS:
+                return  # the memory that comes free next is for this one
+
+    def _begin(self, running: Request) -> bool | None:
+        """Give the next row of a request a slot. False when no row is free for it, None when there is no memory yet."""
+        lane, row = running.place.lane, running.next_row()
+        mine = [r for r in self.active if r.place.lane is lane]
+        if row is None:
+            return False
+        if running.keeper.finished:  # in its place, so that nothing more is taken
+            running.hand_on(row)
+            self._choose(lane, running.first_logits[None], [(row, running, 0)])
+            return True
+        if not scheduler.may_begin(running, scheduler.held(mine), self.most_rows):
+            return False
+        if not self.room.promise(running, self.active):
+            return None
+        if row is not running.rows[0]:
+            return self._begin_late(running, row)
+        source = max(lane.cache.slots(), key=lambda slot: self._shared(slot, running), default=None)
+        shared = self._shared(source, running) if source is not None else 0
+        if shared < REUSE or running.request.look:  # who looks at every token must read every token
+            shared, source = 0, None
+        slot = self.room.take(lane, len(running.prompt) + 1, source)
+        if slot is None:
+            return None
+        if source is not None and source is not slot:
+            lane.cache.copy(source, slot, shared)
+        slot.tokens, slot.owner, row.slot = slot.tokens[:shared], running.adapters, slot
+        running.read = running.cached = shared
+        running.deadline = time.monotonic() + running.request.seconds
+        if lane.stack is not None:
+            lane.stack.use(running.place.adapters, busy={key for r in mine for key in r.adapters})
+        with self._wake:
+            self.waiting.remove(running)
+        self.active.append(running)
+        return True
+
+    def _begin_late(self, running: Request, row: TokenSequence) -> bool | None:
+        """A further answer to a prompt that has been read."""
+        lane, kept = running.place.lane, running.keeper.slot
+        assert kept is not None and running.first_logits is not None
+        slot = self.room.take(lane, len(running.prompt) + 1)
+        if slot is None:
+            return None
+        lane.cache.copy(kept, slot, len(running.prompt))
+        row.slot = slot
+        self._choose(lane, running.first_logits[None], [(row, running, 0)])
+        return True
+
+    def _shared(self, slot: Slot, running: Request) -> int:
+        """How many tokens of the prompt a free slot holds already, under the same adapters. One is always left to read."""
+        if slot.busy or slot.owner != running.adapters:
+            return 0
+        most = min(len(slot.tokens), len(running.prompt) - 1)
+        return next((i for i in range(most) if slot.tokens[i] != running.prompt[i]), most)
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _step_or_break(self, lane: LoadedModel) -> None:
+        mine = [r for r in self.active if r.place.lane is lane]
+        try:
+            for r in mine:
+                if not self.room.make_longer(r):
+                    self._break([r], MemoryError())
+            self._step(lane, [r for r in mine if r in self.active])
+        except Exception as error:
+            self._break([r for r in mine if r in self.active], error)
+            lane.cache.blocks = {}
+
+    def _step(self, lane: LoadedModel, mine: list[Request]) -> None:
+        pairs = [(row, r) for r in mine for row in r.writing()]
+        writing = sorted(pairs, key=lambda pair: (pair[0].slot.blocks.size, pair[0].slot.index))
+        ids: list[int] = [row.written[-1] for row, _ in writing]
+        decode = [Segment(row.slot, i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
+        positions = [s.past for s in decode]
+        prefill, last, done, looked = [], list(range(len(decode))), [], []
+        reading = sorted((r for r in mine if not r.has_read), key=lambda r: r.arrived)
+        needs = [(r.account, min(len(r.prompt) - r.read, prompt_logprobs.CHUNK if r.request.look else len(r.prompt))) for r in reading]
+        for r, count in zip(reading, scheduler.shares(needs, self.chunk if decode else self.lone_chunk), strict=True):
+            if not count:
+                continue
+            prefill.append((r, Segment(r.rows[0].slot, len(ids), count, r.read)))
+            ids += r.prompt[r.read : r.read + count]
+            positions += range(r.read, r.read + count)
+            if r.request.look:
+                looked.append((r, slice(len(last), len(last) + count)))
+                last += range(len(ids) - count, len(ids))
+            elif r.read + count == len(r.prompt):
+                done.append((r, len(last)))
+                last.append(len(ids) - 1)
+        if not ids:
+            return
+        runs = [(1, r.adapters) for _, r in writing] + [(s.count, r.adapters) for r, s in prefill]
+        step = Step(decode, [s for _, s in prefill], lane.device, lane.stack.select(runs) if lane.stack else None)
+        logits = lane.forward(step, ids, positions, last or [0])
+        self.steps += 1
+        for row, _ in writing:
+            row.slot.tokens.append(row.written[-1])
+        for r, segment in prefill:
+            segment.slot.tokens += r.prompt[r.read : r.read + segment.count]
+            r.read += segment.count
+        for r, rows in looked:
+            if (seen := prompt_logprobs.look(r, logits[rows])) is not None:
+                self._leave(r, [seen])
+        for r, i in done:
+            r.first_logits = logits[i].clone() if len(r.rows) > 1 else None
+        with one_thread(lane.device):
+            self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
+
+    def _choose(self, lane: LoadedModel, logits: torch.Tensor, writing: list[tuple[TokenSequence, Request, int]]) -> None:
+        """The next token of every answer: (row, its request, its place in the logits). What goes wrong with one ends that one alone."""
+        if not writing:
+            return
+        highest, likeliest = logits.max(-1)
+        finite = highest.isfinite().tolist()  # a number that is none spreads to the highest
+        likeliest = likeliest.tolist()
+        said: dict[int, tuple[Request, list[Entry]]] = {}
+        broken: dict[int, Request] = {}
+        for row, r, i in writing:
+            if id(r) in broken:
+                continue
+            try:
+                self._choose_one(r, row, logits[i], likeliest[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
+            except Exception as error:
+                broken[id(r)] = r
+                if not finite[i]:
+                    for slot in (one.slot for one in r.rows if one.slot is not None):
+                        lane.cache.wipe(slot)
+                self._break([r], error)
+        for r, entries in said.values():
+            if id(r) in broken:
+                continue
+            if all(row.finished for row in r.rows):
+                self._leave(r, entries)
+            elif entries:
+                r.out.put(entries)
+
+    def _choose_one(self, r: Request, row: TokenSequence, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
+        if likeliest is None:
+            raise NotANumber(
+                f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
+                way_out="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
+            )
+        sampling = r.request.sampling
+        token = likeliest if r.is_greedy else row.chooser.choose(logits)
+        if sampling.logprobs:
+            row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
+            row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
+        self._accept(r, row, token, entries)
+
+    def _accept(self, running: Request, row: TokenSequence, token: int, entries: list[Entry]) -> None:
+        """Add a token to an answer: show what may be shown, and end it when it is over."""
+        running.first_token = running.first_token or time.monotonic()
+        row.written.append(token)
+        if token in running.place.stop_ids:
+            if row.logprobs:
+                row.logprobs.pop(), row.begins.pop()  # the token that ends an answer is not part of it
+            return self._finish(running, row, "stop", entries)
+        text = row.text.push(token)
+        if row.text.stopped:
+            self._show(row, text, entries)
+            row.logprobs.clear()  # what is left are tokens of the stop text
+            return self._finish(running, row, "stop", entries)
+        if text:
+            self._show(row, text, entries)
+        if len(row.written) >= running.max_tokens:
+            self._finish(running, row, "length", entries)
+        return None
+
+    def _show(self, row: TokenSequence, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
+        """Give out a text and the tokens that begin in what was given out so far; the others wait for theirs, or for the end."""
+        begun = len(row.logprobs) if all_of_it else sum(begin < row.text.shown for begin in row.begins)
+        if text or begun:
+            entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs[:begun]))
+            row.logprobs, row.begins = row.logprobs[begun:], row.begins[begun:]
+
+    def _finish(self, running: Request, row: TokenSequence, reason: str, entries: list[Entry]) -> None:
+        self._show(row, row.text.end(), entries, all_of_it=True)
+        row.finished = True
+        running.let_go(row)
+        entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
+
+    def _leave(self, running: Request, entries: list[Entry]) -> None:
+        now, written = time.monotonic(), running.written
+        first, speed = running.first_token, None
+        if first is not None and written > len(running.rows):
+            speed = (written - len(running.rows)) / max(now - first, 1e-9)
+        entries.append(
+            Done(
+                prompt_tokens=len(running.prompt) - running.place.lane.lead,
+                cached_tokens=running.cached,
+                completion_tokens=written,
+                first_token_seconds=None if first is None else first - running.began,
+                tokens_per_second=speed,
+            )
+        )
+        self._drop(running)
+        running.out.put(entries)
+
+    def _drop(self, running: Request) -> None:
+        with self._wake:
+            for group in (self.active, self.waiting):
+                if running in group:
+                    group.remove(running)
+        for row in running.rows:
+            if row.slot is not None:
+                row.slot.busy = False
+            row.finished = True
+
+    def _break(self, broken: list[Request], error: Exception) -> None:
+        """One fault must not take the others with it: these requests end with an error, the engine goes on."""
+        traceback.print_exc()
+        for running in broken:
+            self._drop(running)
+            running.out.put([broke(error)])
+
+
+def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:
+    """A request of this process, for benchmarks and tests."""
+    return GenerateRequest(
+        id=uuid.uuid4(), owner=uuid.UUID(int=0), model=model, prompt=prompt, messages=messages, sampling=sampling, seed=seed
+    )

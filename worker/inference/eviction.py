@@ -1,0 +1,68 @@
+"""Puts models away by the rule that the pages show (`app.inference.residency.rule`), and tells the pages what stands ready.
+
+A thread of the generate worker looks once a second: for models nobody has asked for a while, and for jobs of this machine
+that train and need the memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import redis
+
+from app.inference import residency
+from app.inference.residency import WorkerResidency
+from app.settings import get_settings
+from worker.inference import model_cache
+from worker.inference.model_pool import ModelPool
+from worker.runtime.device import release
+
+log = logging.getLogger(__name__)
+
+EVERY_SECONDS = 1.0
+
+
+def keep_tidy(shelf: ModelPool, worker: str) -> None:
+    """Start the thread. It ends with the process."""
+
+    def turn() -> None:
+        while True:
+            try:
+                look(shelf, worker)
+            except redis.RedisError as error:
+                log.warning("Redis does not say whether jobs need memory: %s", error)
+            except Exception:
+                log.exception("Idle models could not be unloaded.")
+            time.sleep(EVERY_SECONDS)
+
+    threading.Thread(target=turn, name="tidy", daemon=True).start()
+
+
+def look(shelf: ModelPool, worker: str) -> None:
+    """One look: what has been idle for too long goes, then what memory for training asks for; the rest is told."""
+    idle_seconds, gone = get_settings().generate_idle_seconds, 0
+    if told := bool(get_settings().redis_url):
+        shelf.training_bytes = residency.room_asked(shelf.device.type == "cuda")
+    before = time.monotonic() - idle_seconds
+    gone += sum(one.put_away(before) for one in model_cache.ALL)
+    gone += shelf.put_away(before)
+    if shelf.memory() > shelf.limit():
+        gone += sum(one.put_away(time.monotonic()) for one in model_cache.ALL)
+        gone += shelf.fit(0)
+    if gone:
+        release(shelf.device)
+        log.info("%d idle models were unloaded; %d MiB are in use.", gone, shelf.memory() // 2**20)
+    if told:
+        residency.say(worker, standing(shelf))
+
+
+def standing(shelf: ModelPool) -> WorkerResidency:
+    return WorkerResidency(
+        device=str(shelf.device),
+        used_bytes=shelf.memory(),
+        limit_bytes=max(0, shelf.limit()),
+        training_bytes=shelf.training_bytes,
+        models=[*shelf.ready(), *(ready for one in model_cache.ALL for ready in one.ready())],
+    )

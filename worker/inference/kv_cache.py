@@ -1,0 +1,295 @@
+"""The key-value cache of running requests, and the attention that reads it.
+
+A step feeds the model one flat row of tokens, (1, N), taken from many requests: one token of each that is answering,
+and a chunk of each whose prompt is still being read. Everything but attention treats a token by itself, so a flat row
+is exact; attention finds in the `Step` which token belongs to which slot of the cache. So requests of any length join
+and leave at every step, nothing is padded, and no request sees another.
+
+A slot is a block of one of a few sizes. An answer begins in a small one and moves to one four times as large when it is
+full, so a long answer takes no memory from short ones, and all slots of a size are read by one product.
+
+The attention is registered with transformers under the name `luthier_slots` and writes the cache itself: the model is
+called with `use_cache=False` and explicit positions, and needs no mask (Kwon et al. 2023, "Efficient Memory Management
+for Large Language Model Serving with PagedAttention", section 4, describes the same separation with pages).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+ATTENTION = "luthier_slots"
+MIN_TOKENS = 256
+TIMES = 4
+_current = threading.local()
+
+
+@dataclass(eq=False)
+class Slot:
+    """Room for one row. `tokens` says what stands there, under which adapters; it is kept for reuse once the row has left."""
+
+    blocks: Blocks
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    owner: Any = None
+    busy: bool = False
+
+
+class Segment(NamedTuple):
+    """`count` tokens of one request, at `start` of the flat row; `past` tokens of it are in the cache already."""
+
+    slot: Slot
+    start: int
+    count: int
+    past: int
+
+
+class Blocks:
+    """All slots of one size: keys and values, for each layer (slots, heads, size, width)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.slots: list[Slot] = []
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's tensors, made when it is first seen, so that any mix of head counts and widths is right."""
+        found = self.layers.get(index)
+        if found is None:
+            found = self.layers[index] = (
+                key.new_zeros(len(self.slots), key.shape[1], self.size, key.shape[3]),
+                value.new_zeros(len(self.slots), value.shape[1], self.size, value.shape[3]),
+            )
+        return found
+
+    def grow(self, count: int) -> None:
+        """So many slots more; what stands in the others stays."""
+        old = len(self.slots)
+        self.slots += [Slot(self, old + i) for i in range(count)]
+        for index, pair in self.layers.items():
+            grown = [t.new_zeros(len(self.slots), *t.shape[1:]) for t in pair]
+            for new, tensor in zip(grown, pair, strict=True):
+                new[:old] = tensor
+            self.layers[index] = (grown[0], grown[1])
+
+
+class Cache:
+    """The slots of one lane. It only ever grows when told to: who may take how much memory is the engine's to say."""
+
+    def __init__(self, context: int, bytes_per_token: int) -> None:
+        self.context, self.bytes_per_token = context, bytes_per_token
+        self.blocks: dict[int, Blocks] = {}
+
+    def size_for(self, tokens: int) -> int:
+        """The smallest size of a slot that holds so many tokens."""
+        size = min(MIN_TOKENS, self.context)
+        while size < tokens:
+            size = min(size * TIMES, self.context)
+        return size
+
+    def bytes_for(self, tokens: int) -> int:
+        return self.size_for(tokens) * self.bytes_per_token
+
+    def slots(self) -> Iterator[Slot]:
+        for blocks in self.blocks.values():
+            yield from blocks.slots
+
+    def idle(self, size: int) -> Slot | None:
+        """A slot of this size that nobody uses; the one with the least in it that could be of use again."""
+        blocks = self.blocks.get(size)
+        free = [slot for slot in blocks.slots if not slot.busy] if blocks else []
+        return min(free, key=lambda slot: (len(slot.tokens), slot.index), default=None)
+
+    def grow(self, size: int, count: int) -> None:
+        self.blocks.setdefault(size, Blocks(size)).grow(count)
+
+    def trim(self) -> None:
+        """Let go of every size of which no slot is used."""
+        self.blocks = {size: blocks for size, blocks in self.blocks.items() if any(slot.busy for slot in blocks.slots)}
+
+    def copy(self, source: Slot, target: Slot, count: int) -> None:
+        """The first `count` tokens of one slot into another: several answers to one prompt read it once."""
+        for index, pair in source.blocks.layers.items():
+            for old, new in zip(pair, target.blocks.layer(index, *pair), strict=True):
+                new[target.index, :, :count] = old[source.index, :, :count]
+        target.tokens, target.owner = source.tokens[:count], source.owner
+
+    def wipe(self, slot: Slot) -> None:
+        """Forget what stands in a slot, numbers included: one that is not finite would spoil what is written there next."""
+        for pair in slot.blocks.layers.values():
+            for tensor in pair:
+                tensor[slot.index] = 0
+        slot.tokens = []
+
+    def idle_bytes(self) -> int:
+        return sum(slot.blocks.size * self.bytes_per_token for slot in self.slots() if not slot.busy)
+
+    def nbytes(self) -> int:
+        return sum(len(blocks.slots) * size * self.bytes_per_token for size, blocks in list(self.blocks.items()))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step needs of the stack: columns `low:high` hold all of its adapters. `mask` is (N, high - low) with 1 at
+    a token's own columns; None when all tokens use all of these columns."""
+
+    low: int
+    high: int
+    mask: torch.Tensor | None
+
+
+@dataclass
+class Step:
+    """One forward pass. `decode` are the segments of one token, first in the flat row, ordered by size and place of slot."""
+
+    decode: list[Segment]
+    prefill: list[Segment]
+    device: torch.device
+    selection: Selection | None = None
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def groups(self) -> list[Group]:
+        """The decoding segments by the size of their slots."""
+        if "groups" not in self._made:
+            found = groupby(self.decode, key=lambda segment: segment.slot.blocks)
+            self._made["groups"] = [Group(blocks, list(segments), self.device) for blocks, segments in found]
+        return self._made["groups"]
+
+    def prefill_mask(self, segment: Segment, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(count, past + count), causal, and no further back than the window."""
+        key = (segment.start, window)
+        if key not in self._made:
+            query = torch.arange(segment.past, segment.past + segment.count, device=self.device)[:, None]
+            at = torch.arange(segment.past + segment.count, device=self.device)
+            seen = at <= query
+            if window is not None:
+                seen &= at > query - window
+            self._made[key] = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return self._made[key]
+
+
+class Group:
+    """Decoding rows whose slots are of one size: they are read by one product over the span of slots from `low` to `high`."""
+
+    def __init__(self, blocks: Blocks, segments: list[Segment], device: torch.device) -> None:
+        self.blocks, self.device = blocks, device
+        self.begin, self.end = segments[0].start, segments[-1].start + 1  # in the flat row
+        self.low, self.high = segments[0].slot.index, segments[-1].slot.index + 1
+        self.longest = max(s.past for s in segments) + 1
+        self.slots = torch.tensor([s.slot.index for s in segments], device=device)
+        self.positions = torch.tensor([s.past for s in segments], device=device)
+        # Where in the span the rows stand; None when every slot of it decodes.
+        self.rows = None if self.high - self.low == len(segments) else self.slots - self.low
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(span, 1, 1, longest): minus infinity where a row must not look. Made once per step, not per layer."""
+        if window not in self._masks:
+            last = torch.zeros(self.high - self.low, 1, dtype=torch.long, device=self.device)
+            last[self.rows if self.rows is not None else slice(None)] = self.positions[:, None]
+            at = torch.arange(self.longest, device=self.device)
+            seen = at <= last
+            if window is not None:
+                seen &= at > last - window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """The step that attention and adapters see; models differ in which arguments they pass on, so it stands here."""
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = None
+
+
+def current_step() -> Step | None:
+    return getattr(_current, "step", None)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, cap: float | None, **how: Any
+):
+    """Attention of (B, H, T, D); `cap` squashes the scores, which the fused kernel cannot."""
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **how)
+    scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / cap) * cap
+    return (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, H, N, D)
+    key: torch.Tensor,  # (1, H_kv, N, D)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    step = current_step()
+    if step is None or query.shape[0] != 1:
+        raise RuntimeError("luthier_slots attention runs inside an engine step only.")
+    _, heads, n, _ = query.shape
+    out = query.new_empty(n, heads, value.shape[-1])
+    for group in step.groups():
+        keys, values = group.blocks.layer(module.layer_idx, key, value)
+        _decode(group, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
+    for segment in step.prefill:
+        keys, values = segment.slot.blocks.layer(module.layer_idx, key, value)
+        _prefill(step, segment, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
+    return out[None], None
+
+
+def _decode(group, query, key, value, keys, values, out, scale, window, cap) -> None:
+    """All rows of a group, each with one new token. Queries of the heads that share keys stand in one block, so nothing is repeated."""
+    here, (heads, kv_heads) = slice(group.begin, group.end), (query.shape[0], key.shape[0])
+    keys[group.slots, :, group.positions] = key[:, here].transpose(0, 1)
+    values[group.slots, :, group.positions] = value[:, here].transpose(0, 1)
+    low, high, longest, rows = group.low, group.high, group.longest, group.rows
+    count = group.end - group.begin
+    blocks = query[:, here].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
+    first, mask = 0, None
+    if count == 1:
+        first = max(0, longest - window) if window is not None else 0
+    else:
+        mask = group.mask(window, query.dtype)
+        if rows is not None:
+            blocks = blocks.new_zeros(high - low, *blocks.shape[1:]).index_copy_(0, rows, blocks)
+    answer = _attend(blocks, keys[low:high, :, first:longest], values[low:high, :, first:longest], mask, scale, cap)
+    if rows is not None:
+        answer = answer[rows]
+    out[here] = answer.reshape(count, heads, -1)
+
+
+def _prefill(step, segment, query, key, value, keys, values, out, scale, window, cap) -> None:
+    """A chunk of one prompt, after what of it stands in the cache already."""
+    slot, start, count, past = segment.slot.index, segment.start, segment.count, segment.past
+    here, end = slice(start, start + count), past + count
+    keys[slot, :, past:end] = key[:, here]
+    values[slot, :, past:end] = value[:, here]
+    groups = query.shape[0] // key.shape[0]
+    k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    plain = past == 0 and cap is None and (window is None or count <= window)
+    how = {"is_causal": True} if plain else {}
+    mask = None if plain else step.prefill_mask(segment, window, query.dtype)
+    out[here] = _attend(query[None, :, here], k, v, mask, scale, cap, **how)[0].transpose(0, 1)
+
+
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,0 +1,94 @@
+"""The memory of answers: what one may need is promised before any is taken, and taken in blocks as the answer grows.
+
+So an answer that was begun can be written to its end, one that could never be is refused with the figures, and a chat takes the
+memory of what it has said and not of the longest it might say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from app.errors import DoesNotFit
+from app.inference.protocol import GenerateRequest
+from worker.inference.kv_cache import Slot
+from worker.inference.model_pool import LoadedModel, ModelPool
+from worker.inference.scheduler import Request
+
+MIN_ANSWER = 64
+"""Tokens that an answer of no stated length is promised at least."""
+
+
+class MemoryBudget:
+    """What the engine asks before it takes memory. Used by the engine's thread, but for `longest_answer`."""
+
+    def __init__(self, shelf: ModelPool, most_rows: int) -> None:
+        self.shelf, self.most_rows = shelf, most_rows
+
+    def longest_answer(self, request: GenerateRequest, lane: LoadedModel, prompt: int, most: int) -> int:
+        """How many tokens the answer may become: `most`, or where nobody said how long, what there is memory for. Raises DoesNotFit
+        when the cache of one such answer could not be had even alone, Unavailable when only a job's end would change that."""
+        name, cache = request.model.name, lane.cache
+        free = self.shelf.limit() - self.shelf.weights_of(lane)
+        while (need := cache.bytes_for(prompt + most)) > free:
+            if request.sampling.max_tokens is None and most > MIN_ANSWER:
+                most = max(most // 2, MIN_ANSWER)
+                continue
+            if need <= self.shelf.memory_bytes - self.shelf.weights_of(lane):
+                raise self.shelf.training_needs_it(name)
+            raise DoesNotFit(
+                f"A prompt of {prompt} tokens with an answer of up to {most} needs {need / 2**20:,.1f} MiB in addition to the weights of "
+                f"{name}, and the playground has {max(free, 0) / 2**20:,.1f} MiB for it.",
+                way_out="Ask for fewer tokens, shorten the prompt, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
+                param="max_tokens",
+            )
+        return most
+
+    def promise(self, running: Request, active: Sequence[Request]) -> bool:
+        """Whether one more row of this request can be written to its end beside all rows that are being written."""
+        promised = running.place.lane.cache.bytes_for(len(running.prompt) + running.max_tokens)
+        for r in active:
+            cache = r.place.lane.cache
+            whole = cache.bytes_for(len(r.prompt) + r.max_tokens)
+            promised += sum(
+                whole - row.slot.blocks.size * cache.bytes_per_token for row in r.rows if row.slot is not None and row.slot.busy
+            )
+        lanes = {id(r.place.lane): r.place.lane for r in [*active, running]}.values()
+        more = promised - sum(lane.cache.idle_bytes() for lane in lanes)  # idle slots are used again, or let go of
+        self.shelf.fit(more)
+        return self.shelf.memory() + more <= self.shelf.limit()
+
+    def take(self, lane: LoadedModel, tokens: int, wanted: Slot | None = None) -> Slot | None:
+        """A slot for so many tokens, `wanted` if it is large enough; None when there is no memory for one."""
+        cache, size = lane.cache, lane.cache.size_for(tokens)
+        slot = wanted if wanted is not None and wanted.blocks.size >= size else cache.idle(size)
+        if slot is None:
+            has = len(cache.blocks[size].slots) if size in cache.blocks else 0
+            for count in (max(1, min(has, self.most_rows - has)), 1):
+                if self._there_is(count * size * cache.bytes_per_token):
+                    cache.grow(size, count)
+                    break
+            slot = cache.idle(size)
+        if slot is not None:
+            slot.busy = True
+        return slot
+
+    def make_longer(self, running: Request) -> bool:
+        """Move the rows of a request whose slot is full to a larger one; False when there is no memory for that."""
+        lane = running.place.lane
+        for row in running.writing():
+            slot, length = row.slot, len(running.prompt) + len(row.written)
+            assert slot is not None, "a row that is being written has one"
+            if length > slot.blocks.size:
+                larger = self.take(lane, length)
+                if larger is None:
+                    return False
+                lane.cache.copy(slot, larger, len(slot.tokens))
+                row.slot, slot.busy, slot.tokens = larger, False, []
+        return True
+
+    def _there_is(self, more: int) -> bool:
+        """Whether so many bytes can be had. What jobs need that began meanwhile is not held against rows that have begun."""
+        if self.shelf.memory() + more > self.shelf.memory_bytes:
+            self.shelf.trim()
+            self.shelf.fit(more)
+        return self.shelf.memory() + more <= self.shelf.memory_bytes

@@ -1,0 +1,73 @@
+"""From a request to the tokens a model reads, by the same code as in training, and the room they leave for the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from app.errors import BadRequest
+from app.inference.protocol import GenerateRequest, Rendered
+from app.settings import get_settings
+from worker.data import chat_template
+from worker.data.template_pool import SECONDS, TooLong
+from worker.inference.model_pool import ModelPool
+
+
+def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str, list[int]]:
+    """Text and ids of the prompt, by the same code as in training. Raises BadRequest for an empty one, and for one that cannot fit
+    into `context` tokens, whatever it says: that one is not even encoded."""
+    kind = request.model.kind
+    if request.tokens is not None:
+        room_for(request, len(request.tokens), context)
+        size = request.model.shape.vocabulary
+        wrong = next((t for t in request.tokens if not 0 <= t < size), None)
+        if wrong is not None:
+            raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", way_out="Send text instead.", param="prompt")
+        ids = list(request.tokens)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        asked = request.messages if request.messages is not None else request.prompt or ""
+        most = context * longest_token(tokenizer)
+        try:
+            text, ids = chat_template.render_prompt(tokenizer, kind, asked, request.tools, most, SECONDS)
+        except TooLong as error:
+            raise _too_long(request, f"{error.characters:,} characters, more than {context:,} tokens can hold", context) from None
+    if not ids:
+        raise BadRequest("The prompt is empty.", way_out="Write at least one character.", param="prompt")
+    return text, ids
+
+
+def rendered(request: GenerateRequest, shelf: ModelPool) -> Rendered:
+    """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
+    ref = request.model
+    tokenizer, stops = shelf.tokenizer(ref)
+    context = min(ref.shape.positions, get_settings().generate_context)
+    text, ids = render(request, tokenizer, context)
+    room = room_for(request, len(ids), context)
+    return Rendered(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
+
+
+def room_for(request: GenerateRequest, size: int, context: int) -> int:
+    """Tokens left for the answer. Raises BadRequest when there are none."""
+    if context - size >= 1:
+        return context - size
+    raise _too_long(request, f"{size} tokens", context)
+
+
+def longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token. In a vocabulary of bytes it is the bytes that are counted, which are no fewer."""
+    if tokenizer not in _longest:
+        _longest[tokenizer] = max(map(len, tokenizer.get_vocab()))
+    return _longest[tokenizer]
+
+
+_longest: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def _too_long(request: GenerateRequest, size: str, context: int) -> BadRequest:
+    return BadRequest(
+        f"The prompt has {size}, and {request.model.name} reads at most {context}, its answer included.",
+        way_out="Shorten the prompt, or remove earlier turns.",
+        param="messages" if request.messages is not None else "prompt",
+        code="context_length_exceeded",
+    )

@@ -1,0 +1,213 @@
+"""From logits to the next token, and from tokens to text that may be shown.
+
+Each answer draws from a generator of its own, one number per token, so the same seed gives the same answer whatever
+else is in the batch. The draw walks the kept tokens in a fixed order (inverse of the cumulative distribution).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from app.inference.protocol import Logprob, Sampling
+
+CANDIDATES = 256
+"""Tokens looked at first for top-p: nearly always enough, and far cheaper than sorting the vocabulary."""
+
+COLDEST = 1e-4
+"""Temperatures below it are taken for it: the likeliest token is all but certain, and nothing overflows."""
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """While inside, a CPU computes with this thread alone. What a choice asks of a vocabulary is so short that waking another takes
+    longer: 25 µs for the sum of 49,152 exponentials, and 320 with two threads that sleep while they wait."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Sampler:
+    """Chooses the tokens of one answer. Counts what it chose, for the penalties."""
+
+    def __init__(self, sampling: Sampling, seed: int, prompt: list[int]) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.counts: Counter[int] = Counter()
+        self.seen: set[int] = set(prompt) if sampling.repetition_penalty != 1 else set()
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """One token from (V,) float32 logits, which are left as they are."""
+        logits = self._adjusted(logits)
+        s = self.sampling
+        token = int(logits.argmax()) if s.temperature == 0 else self._draw((logits - logits.max()) / max(s.temperature, COLDEST))
+        self.counts[token] += 1
+        if s.repetition_penalty != 1:
+            self.seen.add(token)
+        return token
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits after penalties and bias; the repetition penalty is that of Keskar et al. 2019 (CTRL), section 4.1."""
+        s = self.sampling
+        if s.repetition_penalty == 1 and not s.frequency_penalty and not s.presence_penalty and not s.logit_bias:
+            return logits
+        logits = logits.clone()
+        if self.seen:
+            at = torch.tensor(sorted(self.seen), device=logits.device)
+            old = logits[at]
+            logits[at] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+        if self.counts and (s.frequency_penalty or s.presence_penalty):
+            at = torch.tensor(list(self.counts), device=logits.device)
+            often = torch.tensor(list(self.counts.values()), device=logits.device, dtype=logits.dtype)
+            logits[at] -= often * s.frequency_penalty + s.presence_penalty
+        for token, bias in s.logit_bias.items():
+            if 0 <= token < len(logits):
+                logits[token] += bias
+        return logits
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        """One draw after top-k, min-p and top-p (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""
+        s, size = self.sampling, logits.shape[0]
+        u = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        total = logits.logsumexp(0)
+        if s.top_p == 1 and s.min_p == 0 and not 0 < s.top_k < size:
+            return _pick((logits - total).exp(), u)
+        count = min(s.top_k or size, size)
+        best, tokens = logits.topk(min(count, CANDIDATES))
+        if not self._enough(best, total, count):
+            best, tokens = logits.topk(count) if count < size else logits.sort(descending=True, stable=True)
+        if 0 < s.top_k < size:
+            total = best.logsumexp(0)
+        p = (best - total).exp()
+        keep = p >= s.min_p * p[0]
+        if s.top_p < 1:
+            keep &= p.cumsum(0) - p < s.top_p
+        keep[0] = True
+        return int(tokens[_pick(p[keep], u)])
+
+    def _enough(self, best: torch.Tensor, total: torch.Tensor, count: int) -> bool:
+        """Whether the first candidates certainly hold every token that may be drawn."""
+        if len(best) == count:
+            return True
+        p = (best - total).exp()
+        return bool(p[-1] < self.sampling.min_p * p[0]) or bool(p.sum() >= self.sampling.top_p and not self.sampling.top_k)
+
+
+def _pick(p: torch.Tensor, u: float) -> int:
+    """Index where the cumulative sum of `p` passes the share `u` of its total; float64, so that rounding hides nothing."""
+    edges = p.double().cumsum(0)
+    return min(int(torch.searchsorted(edges, u * edges[-1].item(), right=True)), len(p) - 1)
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level BPE writes for bytes (Radford et al. 2019, GPT-2): printable ones stand for themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The UTF-8 bytes that a token stands for; half a character, when the token is one. A SentencePiece token keeps the space
+    before its word, which it loses where it is decoded alone."""
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    if "�" not in text:
+        return (" " + text if piece.startswith("▁") and not text.startswith(" ") else text).encode()
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else text.encode()
+
+
+def logprob(tokenizer: Any, logits: torch.Tensor, token: int, top: int) -> Logprob:
+    """What the model thought of `token`, from (V,) float32 logits before any sampling setting, and of the `top` likeliest."""
+    logs = logits.log_softmax(-1)
+    said = _say(tokenizer, token, float(logs[token]))
+    said.top = likeliest(tokenizer, logs, top)
+    return said
+
+
+def likeliest(tokenizer: Any, logs: torch.Tensor, top: int) -> list[Logprob]:
+    """The `top` likeliest tokens of (V,) logarithms of probabilities, the likeliest first."""
+    if not top:
+        return []
+    values, ids = logs.topk(min(top, logs.shape[0]))
+    return [_say(tokenizer, int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def _say(tokenizer: Any, token: int, value: float) -> Logprob:
+    raw = token_bytes(tokenizer, token)
+    return Logprob(token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=max(value, -9999.0) if not math.isnan(value) else -9999.0)
+
+
+class Detokenizer:
+    """Turns tokens into text piece by piece. What it gives out is never taken back: it holds a piece as long as it may be
+    half of a character or the beginning of a stop string."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stops: tuple[str, ...]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        # A few tokens of the prompt go before, because some tokenizers drop the space of a first token.
+        self.ids = list(prompt[-6:])
+        self.start, self.read = 0, len(self.ids)
+        self.held = ""
+        self.shown = 0  # characters given out
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that may be shown after this token; sets `stopped` when a stop string is complete."""
+        self.ids.append(token)
+        self.held += self._new_text()
+        return self._release(final=False)
+
+    def end(self) -> str:
+        """What is left once no token follows; half a character is dropped."""
+        return "" if self.stopped else self._release(final=True)
+
+    def _new_text(self) -> str:
+        before = self._decode(self.ids[self.start : self.read])
+        after = self._decode(self.ids[self.start :])
+        # A character has at most four bytes: after four tokens a replacement mark is what the model really wrote.
+        if len(after) <= len(before) or (after.endswith("�") and len(self.ids) - self.read < 4):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _release(self, *, final: bool) -> str:
+        found = [at for at in (self.held.find(s) for s in self.stops) if at >= 0]
+        if found:
+            self.stopped = True
+            shown, self.held = self.held[: min(found)], ""
+            self.shown += len(shown)
+            return shown
+        keep = 0 if final else max((_overlap(self.held, s) for s in self.stops), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        self.shown += len(shown)
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

@@ -1,0 +1,167 @@
+"""Whose turn it is: which waiting answer is begun next, and how the prompts that are being read share a step.
+
+An *account* is one person's chats, or one person's long runs (the prompt lab). Accounts are treated alike, whatever each asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from app.inference.protocol import Entry, GenerateRequest, Logprob, Offsets, SeenToken
+from worker.inference.sampling import Detokenizer, Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+    from worker.inference.kv_cache import Slot
+    from worker.inference.model_pool import ModelHandle
+
+log = logging.getLogger(__name__)
+
+HELD_TO_FREE = 3
+"""An account may hold this many times as many rows as are free, so some are always left for whoever comes next (Choudhury and
+Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches")."""
+BULK_SHARE = 0.5
+"""Share of the rows that all long runs together may hold."""
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """One answer being written. It has a slot from its beginning to its end."""
+
+    index: int
+    chooser: Sampler
+    text: Detokenizer
+    slot: Slot | None = None
+    written: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=Offsets)
+    begins: list[int] = field(default_factory=list)
+    """Where each token of `logprobs` begins in the answer, in characters."""
+    finished: bool = False
+
+
+@dataclass(eq=False)
+class Request:
+    """One request in the engine. `read` prompt tokens are in the cache; its rows share them.
+
+    The first row reads the prompt. The others begin as slots come free, from `first_logits` (V), what the model said after the
+    prompt, and from the slot of the `keeper`, which holds the prompt until all have begun: copied while it writes, taken over after.
+    """
+
+    request: GenerateRequest
+    place: ModelHandle
+    prompt: list[int]
+    max_tokens: int
+    out: queue.SimpleQueue[list[Entry]]
+    rows: list[TokenSequence]
+    began: float
+    deadline: float | None = None
+    read: int = 0
+    cached: int = 0
+    cancelled: bool = False
+    seen: list[SeenToken] = field(default_factory=list)
+    first_logits: torch.Tensor | None = None
+    first_token: float | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    keeper: TokenSequence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeper = self.rows[0]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.place.adapters)
+
+    @property
+    def account(self) -> tuple[Hashable, bool]:
+        return (self.request.owner, self.request.bulk)
+
+    @property
+    def written(self) -> int:
+        """Tokens of all its answers so far."""
+        return sum(len(row.written) for row in self.rows)
+
+    @property
+    def is_greedy(self) -> bool:
+        s = self.request.sampling
+        return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
+
+    def log_stopped(self) -> None:
+        why, most = "nobody reads it" if self.cancelled else "its time is over", self.max_tokens * len(self.rows)
+        log.info("Answer %s stopped after %d of %d tokens: %s.", self.request.id, self.written, most, why)
+
+    @property
+    def has_read(self) -> bool:
+        return self.read == len(self.prompt)
+
+    def next_row(self) -> TokenSequence | None:
+        """The row that could begin now: the first, and once it has read the prompt the others."""
+        row = next((row for row in self.rows if row.slot is None and not row.finished), None)
+        return row if row is self.rows[0] or self.has_read else None
+
+    def writing(self) -> list[TokenSequence]:
+        return [row for row in self.rows if row.slot is not None and not row.finished and row.written]
+
+    def hand_on(self, row: TokenSequence) -> None:
+        """Let a row that has not begun take over the slot of the keeper, which has finished."""
+        slot, self.keeper.slot, self.keeper = self.keeper.slot, None, row
+        assert slot is not None, "it is let go of when the last row begins"
+        row.slot, slot.tokens = slot, slot.tokens[: len(self.prompt)]
+
+    def let_go(self, row: TokenSequence) -> None:
+        """Free the slot of a row that has finished, unless it keeps the prompt for rows that have not begun."""
+        waited_for = any(other.slot is None and not other.finished for other in self.rows)
+        if row.finished and row.slot is not None and not (row is self.keeper and waited_for):
+            row.slot.busy = False
+
+
+def held(running: Sequence[Request]) -> Counter[tuple[Hashable, bool]]:
+    """Rows with a slot, by account."""
+    return Counter(r.account for r in running for row in r.rows if row.slot is not None and row.slot.busy)
+
+
+def in_turn(waiting: Sequence[Request], rows: Counter[tuple[Hashable, bool]]) -> list[Request]:
+    """Accounts with the fewest rows first; where they are level, people before long runs, then by arrival."""
+    return sorted(waiting, key=lambda r: (rows[r.account], r.request.bulk, r.arrived))
+
+
+def may_begin(running: Request, rows: Counter[tuple[Hashable, bool]], most_rows: int) -> bool:
+    """Whether one more row of this request leaves enough for others. `rows` are those held in its lane."""
+    free = most_rows - rows.total()
+    if free <= 0:
+        return False
+    if running.request.bulk and sum(n for (_, bulk), n in rows.items() if bulk) >= max(1, int(BULK_SHARE * most_rows)):
+        return False
+    return rows[running.account] < HELD_TO_FREE * free
+
+
+def shares(needs: Sequence[tuple[Hashable, int]], budget: int) -> list[int]:
+    """How many tokens of its prompt each request reads in a step: `budget` shared out evenly among accounts, then among the
+    requests of each, and what one does not need goes to the others. The sum is the budget, or all that is needed."""
+    wanted: Counter[Hashable] = Counter()
+    for account, need in needs:
+        wanted[account] += need
+    given = dict(zip(wanted, _even(list(wanted.values()), budget), strict=True))
+    found = [0] * len(needs)
+    for account, amount in given.items():
+        mine = [i for i, (whose, _) in enumerate(needs) if whose == account]
+        for i, share in zip(mine, _even([needs[i][1] for i in mine], amount), strict=True):
+            found[i] = share
+    return found
+
+
+def _even(needs: list[int], budget: int) -> list[int]:
+    """Max-min fair shares: nobody gets more than it needs, and nobody who needs more gets less than another."""
+    found, left = [0] * len(needs), budget
+    order = sorted(range(len(needs)), key=needs.__getitem__)
+    for done, i in enumerate(order):
+        found[i] = min(needs[i], -(-left // (len(order) - done)))
+        left -= found[i]
+    return found

@@ -1,0 +1,191 @@
+"""The body of the Celery task GENERATE: take one request, answer it through this process's engine, publish what comes.
+
+The worker keeps no state that matters: killed at any moment, it leaves streams that expire and readers who see, within
+seconds, that its key is gone. A reader that leaves says so in its key, and one that died lets it expire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import redis
+
+from app.inference.protocol import (
+    STREAM_SECONDS,
+    WORKER_SECONDS,
+    Done,
+    Entry,
+    GenerateRequest,
+    claim_key,
+    pack,
+    reader_key,
+    stream_key,
+    worker_key,
+)
+from app.models.integrity import BadModel, tell
+from app.queue import get_redis
+from worker.runtime.fast_import import importing
+
+log = logging.getLogger(__name__)
+
+# Threads that wait must sleep, not spin: with a training beside it on two cores a step took 100 to 250 ms instead of 500
+# to 600. Read when torch is first imported, which happens with the first request.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+NAME = uuid.uuid4().hex
+"""This process, as readers know it."""
+LEFT = b"left"
+"""Value of a reader's key once the reader has gone."""
+DEAD_ENGINE = 70
+"""Exit code of a worker whose engine's thread died."""
+MISSING_SECONDS = 5.0
+"""A reader's key may be missing this long (Redis may have been wiped) before the reader is taken for dead."""
+
+
+def generate(payload: dict[str, Any]) -> None:
+    """Answer one request, unless another message about it was first or nobody waits for it any more."""
+    request = GenerateRequest.model_validate(payload)
+    wire = get_redis()
+    _keep_pulse()
+    if not wire.set(claim_key(request.id), NAME, nx=True, ex=int(request.seconds) + 60):
+        return
+    if wire.get(reader_key(request.id)) in (None, LEFT):
+        wire.delete(claim_key(request.id))
+        return
+    _answer(Publisher(wire, request.id), request)
+
+
+def _answer(publisher: Publisher, request: GenerateRequest) -> None:
+    from worker.inference.errors import broke
+
+    try:
+        if request.embed is not None:
+            from worker.inference.embeddings import embed
+
+            found = embed(request.model, request.embed)
+            done = Done(prompt_tokens=found.tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([found, done])
+        if request.classify is not None:
+            from worker.inference.classify import classify
+
+            sorted_, tokens = classify(request.model, request.classify)
+            done = Done(prompt_tokens=tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([sorted_, done])
+        if request.render:
+            from worker.inference.request import rendered
+
+            found = rendered(request, engine().shelf)
+            done = Done(prompt_tokens=len(found.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([found, done])
+        with contextlib.closing(engine().answer(request)) as answer:
+            for entries in answer:
+                publisher.say(entries)
+                if not publisher.is_read():
+                    return
+    except redis.RedisError as error:
+        log.warning("Answer %s was given up: Redis is away (%s).", request.id, error)
+    except Exception as error:
+        log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "way_out"))
+        if isinstance(error, BadModel):
+            tell(error)
+        publisher.say([broke(error)])
+
+
+class Publisher:
+    """Writes one stream. `is_read` is false once the reader has left or has been silent for too long."""
+
+    def __init__(self, wire: redis.Redis, request_id: uuid.UUID) -> None:
+        self.wire, self.id, self.seq = wire, request_id, 0
+        self.reader: bytes | None = b"1"
+        self.missing_since: float | None = None
+
+    def say(self, entries: list[Entry]) -> None:
+        with self.wire.pipeline(transaction=False) as pipe:
+            if entries:
+                pipe.xadd(stream_key(self.id), {b"seq": self.seq, b"entries": pack(entries)})
+                pipe.expire(stream_key(self.id), STREAM_SECONDS)
+                self.seq += 1
+            pipe.get(reader_key(self.id))
+            self.reader = pipe.execute()[-1]
+
+    def is_read(self) -> bool:
+        if self.reader is not None:
+            self.missing_since = None
+            return self.reader != LEFT
+        self.missing_since = self.missing_since or time.monotonic()
+        return time.monotonic() - self.missing_since < MISSING_SECONDS
+
+
+def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
+    """Entries of a request of this process, from its own engine or from the server the request names."""
+    if request.engine is None:
+        yield from engine().answer(request)
+        return
+    from app.inference import external_server
+    from worker.inference.request import rendered
+
+    prompt = rendered(request, engine().shelf) if request.messages is None or request.engine.via == "tokens" else None
+    loop = asyncio.new_event_loop()
+    stream = external_server.answer(request, prompt)
+    try:
+        while (entries := loop.run_until_complete(anext(stream, None))) is not None:
+            yield entries
+    finally:
+        loop.run_until_complete(stream.aclose())
+        loop.close()
+
+
+def _leave() -> None:
+    """A process whose engine has died is of no use: it says so to those who listen, and whoever started it starts another."""
+    log.critical("The engine's thread has died; the worker ends, to be started again.")
+    time.sleep(1)
+    os._exit(DEAD_ENGINE)
+
+
+_starting = threading.Lock()
+
+
+@functools.cache
+def _started_engine() -> Any:
+    with importing():
+        from worker.inference.engine import Engine
+        from worker.inference.eviction import keep_tidy
+
+    started = Engine(on_death=_leave)
+    keep_tidy(started.shelf, NAME)
+    return started
+
+
+def engine() -> Any:
+    """The one engine of this process, started with the first request. The lock keeps two first requests from starting two."""
+    with _starting:
+        return _started_engine()
+
+
+@functools.cache
+def _pulse() -> threading.Thread:
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                get_redis().set(worker_key(NAME), 1, ex=WORKER_SECONDS)
+            time.sleep(1)
+
+    with contextlib.suppress(redis.RedisError):
+        get_redis().set(worker_key(NAME), 1, ex=WORKER_SECONDS)
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    return thread
+
+
+def _keep_pulse() -> None:
+    with _starting:
+        _pulse()

@@ -1,0 +1,312 @@
+"""What a CPU's matrix units (AMX) are told, and passes over rows of 32 numbers, for kernels in Numba (`worker/kernels/cpu/jit.py`).
+
+A tile is 16 rows of 64 bytes; a unit multiplies 16 × 32 by 32 × 16 numbers of bf16, of which the second lie as pairs of rows (Intel 64 and
+IA-32 Architectures Software Developer's Manual, volume 1, chapter 18; `TDPBF16PS` in volume 2). Addresses and steps are in bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from worker.kernels.cpu.jit import build_exp, build_narrow, constant, inlined
+
+SIDE = 32
+"""Rows and columns of a block of four tiles of float32."""
+
+
+# Instructions ---------------------------------------------------------------------------------------------------------
+
+_BYTE, _LONG, _NONE = ir.IntType(8), ir.IntType(64), ir.VoidType()
+_PLACE = _BYTE.as_pointer()
+
+
+def _instruction(builder: Any, name: str, *given: tuple[Any, Any]) -> None:
+    kinds, values = zip(*given, strict=True) if given else ((), ())
+    name = f"llvm.x86.{name}"
+    known = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_NONE, kinds), name)
+    builder.call(known, values)
+
+
+@functools.cache
+def shapes() -> torch.Tensor:
+    """The configuration of eight tiles of 16 rows of 64 bytes."""
+    told = np.zeros(64, np.uint8)
+    told[0] = 1
+    told[16:32].view(np.uint16)[:] = 64
+    told[48:56] = 16
+    return torch.from_numpy(told)
+
+
+@intrinsic
+def configure(context: Any, address: Any) -> Any:
+    """Tell the unit the tiles' shapes, from 64 bytes."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        _instruction(b, "ldtilecfg", (_PLACE, b.inttoptr(a[0], _PLACE)))
+        return c.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@intrinsic
+def release(context: Any) -> Any:
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        _instruction(b, "tilerelease")
+        return c.get_dummy_value()
+
+    return types.void(), build
+
+
+def _number(tile: types.Literal) -> tuple[Any, Any]:
+    return _BYTE, _BYTE(tile.literal_value)
+
+
+@intrinsic(prefer_literal=True)
+def zero(context: Any, tile: Any) -> Any:
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        _instruction(b, "tilezero", _number(tile))
+        return c.get_dummy_value()
+
+    return types.void(tile), build
+
+
+def _moving(name: str, tile: Any) -> Any:
+    """The type and the building of an instruction that moves a tile: 16 rows of 64 bytes, so many bytes from one to the next."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        _instruction(b, name, _number(tile), (_PLACE, b.inttoptr(a[1], _PLACE)), (_LONG, a[2]))
+        return c.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def load(context: Any, tile: Any, address: Any, step: Any) -> Any:
+    return _moving("tileloadd64", tile)
+
+
+@intrinsic(prefer_literal=True)
+def store(context: Any, tile: Any, address: Any, step: Any) -> Any:
+    return _moving("tilestored64", tile)
+
+
+@intrinsic(prefer_literal=True)
+def dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
+    """`sums` += left · right."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        _instruction(b, "tdpbf16ps", _number(sums), _number(left), _number(right))
+        return c.get_dummy_value()
+
+    return types.void(sums, left, right), build
+
+
+@inlined
+def square(to, to_row, left, left_row, left_step, right, right_row, right_step, times, fresh):
+    """A block of 32 × 32 float32 at `to` (+)= a sum over `times` of left (32 × 32, bf16) · right (16 pairs of rows × 32). From one of the
+    `times` to the next both go on by so many bytes."""
+    if fresh:
+        zero(0)
+        zero(1)
+        zero(2)
+        zero(3)
+    else:
+        load(0, to, to_row)
+        load(1, to + 64, to_row)
+        load(2, to + 16 * to_row, to_row)
+        load(3, to + 16 * to_row + 64, to_row)
+    for t in range(times):
+        a, b = left + t * left_step, right + t * right_step
+        load(4, a, left_row)
+        load(5, a + 16 * left_row, left_row)
+        load(6, b, right_row)
+        load(7, b + 64, right_row)
+        dot(0, 4, 6)
+        dot(1, 4, 7)
+        dot(2, 5, 6)
+        dot(3, 5, 7)
+    store(0, to, to_row)
+    store(1, to + 64, to_row)
+    store(2, to + 16 * to_row, to_row)
+    store(3, to + 16 * to_row + 64, to_row)
+
+
+# Rows of a block, 32 numbers ------------------------------------------------------------------------------------------
+
+_VECTOR = ir.VectorType(ir.FloatType(), 16)
+_PLACES = ir.VectorType(ir.IntType(64), 16)
+
+
+def _get(b: Any, address: Any, half: int) -> Any:
+    place = b.inttoptr(b.add(address, _LONG(64 * half)), _VECTOR.as_pointer())
+    return b.load(place, align=4)
+
+
+def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
+    """A row rounded to bf16 and stored at once: a tile loads its 64 bytes sooner than those of two stores."""
+    whole = b.shuffle_vector(
+        *(build_narrow(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
+    )
+    b.store(whole, b.inttoptr(address, whole.type.as_pointer()), align=2)
+
+
+def _put(b: Any, vector: Any, address: Any, half: int) -> None:
+    b.store(vector, b.inttoptr(b.add(address, _LONG(64 * half)), _VECTOR.as_pointer()), align=4)
+
+
+def _spread(b: Any, value: Any, kind: Any) -> Any:
+    """One value in each place of a vector."""
+    return b.shuffle_vector(
+        b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.IntType(32)(0)),
+        ir.Constant(kind, ir.Undefined),
+        ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count),
+    )
+
+
+@intrinsic
+def maximum(context: Any, row: Any, highest: Any) -> Any:
+    """The higher of each of two rows' numbers, in the place of the second."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        for half in (0, 1):
+            x, y = _get(b, a[0], half), _get(b, a[1], half)
+            _put(b, b.select(b.fcmp_ordered(">", x, y), x, y), a[1], half)
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def rounded(context: Any, row: Any, factor: Any, to: Any) -> Any:
+    """A row times a factor, rounded to bf16."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        factor = _spread(b, a[1], _VECTOR)
+        _put_rounded(b, [b.fmul(_get(b, a[0], half), factor) for half in (0, 1)], a[2])
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), build
+
+
+_SHORTS = ir.VectorType(ir.IntType(16), SIDE)
+
+
+def _shorts(b: Any, address: Any) -> Any:
+    return b.inttoptr(address, _SHORTS.as_pointer())
+
+
+@intrinsic
+def pair_rows(context: Any, upper: Any, lower: Any, to: Any) -> Any:
+    """Two rows of 32 numbers of bf16 as 32 pairs."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        rows = [b.load(_shorts(b, a[i]), align=2) for i in (0, 1)]
+        for half in (0, 1):
+            chosen = [16 * half + j // 2 + (SIDE if j % 2 else 0) for j in range(SIDE)]
+            mixed = b.shuffle_vector(*rows, ir.Constant(ir.VectorType(ir.IntType(32), SIDE), chosen))
+            b.store(mixed, _shorts(b, b.add(a[2], _LONG(64 * half))), align=2)
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def transpose(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> Any:
+    """A square of 16 × 16 words, turned: halves of ever smaller squares change places."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(32), 16)
+
+        def place(base: Any, step: Any, i: int) -> Any:
+            return b.inttoptr(b.add(base, b.mul(step, _LONG(i))), kind.as_pointer())
+
+        rows = [b.load(place(a[0], a[1], i), align=4) for i in range(16)]
+        for size in (8, 4, 2, 1):
+            upper = [j if not j & size else 16 + j - size for j in range(16)]
+            lower = [j + size if not j & size else 16 + j for j in range(16)]
+            for i in range(16):
+                if not i & size:
+                    pair = rows[i], rows[i + size]
+                    rows[i], rows[i + size] = (b.shuffle_vector(*pair, ir.Constant(kind, chosen)) for chosen in (upper, lower))
+        for i, row in enumerate(rows):
+            b.store(row, place(a[2], a[3], i), align=4)
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
+    """What is outside of the places [since, until) of a row is made so low that nothing is left of it."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        for half in (0, 1):
+            _put(b, b.select(_between(b, half, a[1], a[2]), _get(b, a[0], half), constant(_VECTOR, -1e30)), a[0], half)
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+def _between(b: Any, half: int, since: Any, until: Any) -> Any:
+    """Which places of a half of a row are in [since, until)."""
+    places = ir.Constant(_PLACES, [16 * half + j for j in range(16)])
+    first, end = (_spread(b, x, _PLACES) for x in (since, until))
+    return b.and_(b.icmp_signed(">=", places, first), b.icmp_signed("<", places, end))
+
+
+@intrinsic
+def top_of(context: Any, row: Any) -> Any:
+    """The highest number of a row."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        found = [_get(b, a[0], half) for half in (0, 1)]
+        found = b.select(b.fcmp_ordered(">", *found), *found)
+        for size in (8, 4, 2, 1):
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 16), [(j + size) % 16 for j in range(16)])
+            other = b.shuffle_vector(found, found, lanes)
+            found = b.select(b.fcmp_ordered(">", found, other), found, other)
+        return b.extract_element(found, ir.IntType(32)(0))
+
+    return types.float32(types.int64), build
+
+
+@intrinsic
+def exponentials(context: Any, scores: Any, top: Any, scale: Any, sums: Any, p: Any) -> Any:
+    """exp(scale · (score - top)) of a row, added to `sums` and rounded to bf16 at `p`."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        top, scale = (_spread(b, x, _VECTOR) for x in (a[1], a[2]))
+        found = [build_exp(b, b.fmul(b.fsub(_get(b, a[0], half), top), scale)) for half in (0, 1)]
+        for half, e in enumerate(found):
+            _put(b, b.fadd(_get(b, a[3], half), e), a[3], half)
+        _put_rounded(b, found, a[4])
+        return c.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.float32, types.int64, types.int64), build
+
+
+@intrinsic
+def gradients(context: Any, scores: Any, d_p: Any, logs: Any, pulls: Any, scale: Any, since: Any, until: Any, p: Any, d_s: Any) -> Any:
+    """P = exp(scale · score - log) of a row and scale · P · (dP - pull), rounded to bf16; zeros outside of the places [since, until)."""
+
+    def build(c: Any, b: Any, s: Any, a: Any) -> Any:
+        scale, none = _spread(b, a[4], _VECTOR), constant(_VECTOR, 0.0)
+        found, given = [], []
+        for half in (0, 1):
+            e = build_exp(b, b.fsub(b.fmul(_get(b, a[0], half), scale), _get(b, a[2], half)))
+            found.append(b.select(_between(b, half, a[5], a[6]), e, none))
+            given.append(b.fmul(b.fmul(found[half], b.fsub(_get(b, a[1], half), _get(b, a[3], half))), scale))
+        _put_rounded(b, found, a[7])
+        _put_rounded(b, given, a[8])
+        return c.get_dummy_value()
+
+    long, number = types.int64, types.float32
+    return types.void(long, long, long, long, number, long, long, long, long), build

@@ -1,0 +1,335 @@
+"""Attention within each sequence of a pack on a CPU with matrix units (AMX), all heads of all sequences in one call each way.
+
+With S = scale · Q Kᵀ, P = softmax(S), O = P V, and the logarithms l of the softmax's sums, which are kept in the place of P:
+
+    P = exp(S − l),   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − Σ dO ∘ O),   dQ = scale · dS K,   dK = scale · dSᵀ Q
+
+(Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691, sections 2.1 and 2.3.) All products are of bf16 numbers with sums in float32;
+scores, their gradients and l stay float32, P and dS are rounded to bf16 for the products that read them. 32 queries are taken at a time,
+with the keys that they may see. Backwards the scores are made the other way round, keys by queries, for then no block of them has to be
+turned: Pᵀ and dSᵀ are what two products read, and the third takes two of their rows at a time as they lie.
+What the units are told stands in `worker/kernels/cpu/amx.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from worker.kernels.cpu import jit
+from worker.kernels.cpu.amx import (
+    SIDE,
+    configure,
+    exponentials,
+    gradients,
+    mask,
+    maximum,
+    release,
+    rounded,
+    shapes,
+    square,
+    top_of,
+    transpose,
+)
+from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, to_f32
+
+log = logging.getLogger(__name__)
+
+HALF, WORD = np.uint16(0), np.uint32(0)
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _rows(x, step, count, padded, dim, y):
+    """`count` rows of x as (padded, dim), zeros below."""
+    for i in range(count):
+        X, Y = row_of(x, i, step, dim, HALF), row_of(y, i, 2 * dim, dim, HALF)
+        for d in range(dim):
+            Y[d] = X[d]
+    Y = row_of(y + 2 * count * dim, 0, 0, (padded - count) * dim, HALF)
+    for d in range((padded - count) * dim):
+        Y[d] = HALF
+
+
+@kernel
+def _turned_words(x, rows, words, y):
+    """x (rows, words) of 32 bits as (words, rows), both whole sixteens: columns of bf16 as pairs of rows."""
+    for i in range(0, rows, 16):
+        for j in range(0, words, 16):
+            transpose(x + 4 * (i * words + j), 4 * words, y + 4 * (j * rows + i), 4 * rows)
+
+
+@kernel
+def _unpaired(x, rows, columns, y):
+    """Pairs of rows (rows / 2, columns, 2) as they were, (rows, columns)."""
+    for i in range(rows // 2):
+        X = row_of(x, i, 4 * columns, columns, WORD)
+        A, B = row_of(y, 2 * i, 2 * columns, columns, HALF), row_of(y, 2 * i + 1, 2 * columns, columns, HALF)
+        for j in range(columns):
+            A[j] = np.uint16(X[j] & np.uint32(0xFFFF))
+            B[j] = np.uint16(X[j] >> np.uint32(16))
+
+
+@kernel
+def _paired(x, rows, columns, y):
+    """x (rows, columns) of 16 bits as pairs of rows, (rows / 2, columns, 2)."""
+    for i in range(rows // 2):
+        A, B = row_of(x, 2 * i, 2 * columns, columns, HALF), row_of(x, 2 * i + 1, 2 * columns, columns, HALF)
+        Y = row_of(y, i, 4 * columns, columns, WORD)
+        for j in range(columns):
+            Y[j] = np.uint32(A[j]) | (np.uint32(B[j]) << np.uint32(16))
+
+
+@inlined
+def _seen(block, padded, causal, window):
+    """The blocks of keys that a block of queries sees some of: from, to."""
+    last = block + 1 if causal else padded // SIDE
+    if not window:
+        return 0, last
+    first = max(0, (block * SIDE - window + 1) // SIDE)
+    return first, last if causal else min(last, (block * SIDE + SIDE + window - 2) // SIDE + 1)
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _forward(
+    q, k, v, out, sums, ends, count, heads, groups, dim,
+    q_head, q_step, k_head, k_step, v_head, v_step, room, config, longest, scale, causal, window,
+):  # fmt: skip
+    """out (T, heads, dim) and the logarithms of the sums (heads, T). `longest` is the longest sequence in whole blocks."""
+    E, c, wide_row = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale), 4 * longest
+    tokens = E[count]
+    rows, pairs, keys = room, room + 2 * longest * dim, room + 4 * longest * dim
+    own, scores = keys + 2 * longest * dim, keys + 2 * longest * dim + 2 * SIDE * dim
+    p = scores + SIDE * wide_row
+    o = p + SIDE * 2 * longest
+    sides = o + 4 * SIDE * dim
+    A = row_of(sides, 0, 0, SIDE, F(0))
+    configure(config)
+    for s in range(count):
+        first, length = E[s], E[s + 1] - E[s]
+        padded = (length + SIDE - 1) // SIDE * SIDE
+        for g in range(groups):
+            _rows(v + g * v_head + first * v_step, v_step, length, padded, dim, rows)
+            _paired(rows, padded, dim, pairs)
+            _rows(k + g * k_head + first * k_step, k_step, length, padded, dim, rows)
+            _turned_words(rows, padded, dim // 2, keys)
+            for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
+                for block in range(padded // SIDE):
+                    start = block * SIDE
+                    mine = min(SIDE, length - start)
+                    _rows(q + h * q_head + (first + start) * q_step, q_step, mine, SIDE, dim, own)
+                    low, high = _seen(block, padded, causal, window)
+                    for b in range(low, high):
+                        square(scores + 128 * b, wide_row, own, 2 * dim, 64, keys + 128 * b, 4 * padded, 64 * padded, dim // 32, True)
+                    R = row_of(sums + 4 * (h * tokens + first + start), 0, 0, mine, F(0))
+                    for r in range(mine):
+                        place = start + r
+                        begin = max(0, place - window + 1) if window else 0
+                        end = min(length, place + 1 if causal else place + window if window else length)
+                        for j in range(SIDE):
+                            A[j] = F(-1e30)
+                        for b in range(low, high):
+                            at = scores + r * wide_row + 128 * b
+                            if b * SIDE < begin or (b + 1) * SIDE > end:
+                                mask(at, begin - b * SIDE, end - b * SIDE)
+                            maximum(at, sides)
+                        top = top_of(sides)
+                        if not top > F(-1e30):
+                            top = row_of(scores + 4 * begin, r, wide_row, 1, F(0))[0]  # all is below that, or no number
+                        for j in range(SIDE):
+                            A[j] = F(0.0)
+                        for b in range(low, high):
+                            exponentials(scores + r * wide_row + 128 * b, top, c, sides, p + r * 2 * longest + 64 * b)
+                        mass = F(0.0)
+                        for j in range(SIDE):
+                            mass += A[j]
+                        R[r] = top * c + np.log(mass)
+                        shares = row_of(scores, r, wide_row, 1, F(0))
+                        shares[0] = F(1.0) / mass
+                    for d in range(dim // SIDE):
+                        at, from_ = o + 128 * d, pairs + 128 * d + low * 64 * dim
+                        square(at, 4 * dim, p + 64 * low, 2 * longest, 64, from_, 4 * dim, 64 * dim, high - low, True)
+                    for r in range(mine):
+                        share = row_of(scores, r, wide_row, 1, F(0))[0]
+                        for d in range(dim // SIDE):
+                            rounded(o + 4 * r * dim + 128 * d, share, out + 2 * dim * ((first + start + r) * heads + h) + 64 * d)
+    release()
+
+
+@kernel
+def _backward(
+    q, k, v, out, given, sums, ends, d_q, d_k, d_v, count, heads, groups, dim,
+    q_head, q_step, k_head, k_step, v_head, v_step, g_head, g_step, room, config, longest, scale, causal, window,
+):  # fmt: skip
+    """The gradients of q (T, heads, dim), k and v (T, groups, dim)."""
+    E, c = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale)
+    tokens = E[count]
+    size = 2 * longest * dim
+    k_rows, v_rows, k_turned, sum_k, sum_v = room, room + size, room + 2 * size, room + 3 * size, room + 5 * size
+    block_bytes = 2 * SIDE * dim
+    q_rows = room + 7 * size
+    g_rows, q_pairs, g_pairs = q_rows + block_bytes, q_rows + 2 * block_bytes, q_rows + 3 * block_bytes
+    q_words, g_words, sum_q = q_rows + 4 * block_bytes, q_rows + 5 * block_bytes, q_rows + 6 * block_bytes
+    scores = q_rows + 8 * block_bytes
+    d_p = scores + 4096
+    p, d_s, d_s_pairs = d_p + 4096, d_p + 6144, d_p + 8192
+    logs, pulls = d_p + 10240, d_p + 10368
+    q_turned = d_p + 10496
+    L, D = row_of(logs, 0, 0, SIDE, F(0)), row_of(pulls, 0, 0, SIDE, F(0))
+    configure(config)
+    for s in range(count):
+        first, length = E[s], E[s + 1] - E[s]
+        padded = (length + SIDE - 1) // SIDE * SIDE
+        for g in range(groups):
+            _rows(k + g * k_head + first * k_step, k_step, length, padded, dim, k_rows)
+            _rows(v + g * v_head + first * v_step, v_step, length, padded, dim, v_rows)
+            _turned_words(k_rows, padded, dim // 2, sum_k)
+            _unpaired(sum_k, dim, padded, k_turned)
+            K, V = row_of(sum_k, 0, 0, padded * dim, F(0)), row_of(sum_v, 0, 0, padded * dim, F(0))
+            for j in range(padded * dim):
+                K[j] = V[j] = F(0.0)
+            for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
+                for block in range(padded // SIDE):
+                    start = block * SIDE
+                    mine = min(SIDE, length - start)
+                    _rows(q + h * q_head + (first + start) * q_step, q_step, mine, SIDE, dim, q_rows)
+                    _rows(given + h * g_head + (first + start) * g_step, g_step, mine, SIDE, dim, g_rows)
+                    _paired(q_rows, SIDE, dim, q_pairs)
+                    _paired(g_rows, SIDE, dim, g_pairs)
+                    _turned_words(q_rows, SIDE, dim // 2, q_words)
+                    _turned_words(g_rows, SIDE, dim // 2, g_words)
+                    R = row_of(sums + 4 * (h * tokens + first + start), 0, 0, mine, F(0))
+                    for i in range(mine, SIDE):
+                        L[i], D[i] = F(1e30), F(0.0)
+                    for i in range(mine):
+                        Y, G = row_of(out, (first + start + i) * heads + h, 2 * dim, dim, HALF), row_of(g_rows, i, 2 * dim, dim, HALF)
+                        pull = F(0.0)
+                        for d in range(dim):
+                            pull += to_f32(Y[d]) * to_f32(G[d])
+                        L[i], D[i] = R[i], pull
+                    low, high = _seen(block, padded, causal, window)
+                    for b in range(low, high):
+                        square(scores, 128, k_rows + b * block_bytes, 2 * dim, 64, q_words, 128, 2048, dim // 32, True)
+                        square(d_p, 128, v_rows + b * block_bytes, 2 * dim, 64, g_words, 128, 2048, dim // 32, True)
+                        for j in range(SIDE):
+                            key = b * SIDE + j
+                            # The queries, counted from the block's first, that see this key: from, to.
+                            since = max(0, key - start) if causal else max(0, key - window + 1 - start) if window else 0
+                            until = min(SIDE, key + window - start) if window else SIDE
+                            until = until if key < length else 0
+                            gradients(scores + 128 * j, d_p + 128 * j, logs, pulls, c, since, until, p + 64 * j, d_s + 64 * j)
+                        _paired(d_s, SIDE, SIDE, d_s_pairs)
+                        for d in range(dim // SIDE):
+                            square(sum_v + 4 * b * SIDE * dim + 128 * d, 4 * dim, p, 64, 0, g_pairs + 128 * d, 4 * dim, 0, 1, False)
+                            square(sum_k + 4 * b * SIDE * dim + 128 * d, 4 * dim, d_s, 64, 0, q_pairs + 128 * d, 4 * dim, 0, 1, False)
+                            square(
+                                sum_q + 4096 * d, 128, k_turned + 64 * b + 64 * padded * d, 2 * padded, 0, d_s_pairs, 128, 0, 1, b == low
+                            )
+                    _turned_words(sum_q, dim, SIDE, q_turned)
+                    for i in range(mine):
+                        for d in range(dim // SIDE):
+                            rounded(q_turned + 4 * i * dim + 128 * d, F(1.0), d_q + 2 * dim * ((first + start + i) * heads + h) + 64 * d)
+            for i in range(length):
+                for d in range(dim // SIDE):
+                    at, to = 4 * i * dim + 128 * d, 2 * dim * ((first + i) * groups + g) + 64 * d
+                    rounded(sum_k + at, F(1.0), d_k + to)
+                    rounded(sum_v + at, F(1.0), d_v + to)
+    release()
+
+
+# On tensors -----------------------------------------------------------------------------------------------------------
+
+
+class Rules(NamedTuple):
+    """How a sequence looks at itself."""
+
+    scale: float
+    causal: bool
+    window: int  # a token sees others less than so many places away; 0: all of them
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Bytes from a head to the next, and from a token to the next, of each (1, heads, T, D)."""
+    return tuple(x.stride(axis) * x.itemsize for x in tensors for axis in (1, 2))
+
+
+def _whole(lengths: Sequence[int]) -> int:
+    return -(-max(lengths) // SIDE) * SIDE
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], rules: Rules) -> torch.Tensor:
+        _, heads, tokens, dim = q.shape
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        out, sums, longest = torch.empty(1, tokens, heads, dim, dtype=q.dtype), torch.empty(heads, tokens), _whole(lengths)
+        room = torch.empty(6 * longest * dim + 192 * (longest + dim) + 128, dtype=torch.uint8)
+        sizes = (len(lengths), heads, k.shape[1], dim, *_strides(q, k, v))
+        _forward(*addresses(q, k, v, out, sums, ends), *sizes, *addresses(room, shapes()), longest, *rules)
+        ctx.save_for_backward(q, k, v, out, sums, ends)
+        ctx.rules, ctx.longest = rules, longest
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> Any:
+        q, k, v, out, sums, ends = ctx.saved_tensors
+        _, heads, tokens, dim = q.shape
+        given = d_out.transpose(1, 2)
+        given = given if given.stride(3) == 1 else given.contiguous()
+        found = [torch.empty(1, tokens, x.shape[1], dim, dtype=q.dtype) for x in (q, k, v)]
+        room = torch.empty(14 * ctx.longest * dim + 20 * SIDE * dim + 14592, dtype=torch.uint8)
+        sizes = (len(ends) - 1, heads, k.shape[1], dim, *_strides(q, k, v, given))
+        at = addresses(q, k, v, out, given, sums, ends, *found)
+        _backward(*at, *sizes, *addresses(room, shapes()), ctx.longest, *ctx.rules)
+        return *(x.transpose(1, 2) for x in found), None, None
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this processor has the units and a kernel gives with them what it should, tried once."""
+    if not (
+        hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and jit.is_available()
+    ):
+        return False
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            q, k, v = (x.view(1, 2, 40, 32) for x in torch.linspace(-2, 2, 3 * 2560).sin().bfloat16().split(2560))
+            found = _Attention.apply(q, k, v, (40,), Rules(0.2, True, 0)).transpose(1, 2)
+            wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=0.2)
+            return bool(torch.allclose(found.float(), wanted, atol=0.02))
+    except Exception as error:
+        log.warning("The matrix units cannot be used for attention: %s: %s", type(error).__name__, error)
+        return False
+
+
+def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether `attention` takes such queries and keys here: whole tiles of them, and a processor that has the units."""
+    return q.shape[0] == 1 and q.shape[3] % SIDE == 0 and q.shape[1] % k.shape[1] == 0 and is_available()
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], rules: Rules) -> torch.Tensor:
+    """Attention of each of the sequences of q (1, heads, T, D), k and v (1, groups, T, D) to itself, all in bf16: (1, T, heads, D). D is a
+    multiple of 32, `lengths` are the sequences' tokens in order.
+
+    Raises ValueError when the lengths do not add up to T, a tensor is of another type, or the scale is not above zero.
+    """
+    if rules.scale <= 0:
+        raise ValueError(f"a scale of {rules.scale} turns the order of the scores round")
+    if sum(lengths) != q.shape[2]:
+        raise ValueError(f"sequences of {sum(lengths)} tokens in a pack of {q.shape[2]}")
+    if any(x.dtype != torch.bfloat16 for x in (q, k, v)):
+        raise ValueError("queries, keys and values have to be bf16")
+    if k.shape != v.shape or k.shape[2:] != q.shape[2:]:
+        raise ValueError(f"queries, keys and values of {[tuple(x.shape) for x in (q, k, v)]} do not fit together")
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return _Attention.apply(q, k, v, tuple(lengths), rules)

@@ -1,0 +1,54 @@
+"""A chunk of logits made into the gradient of its cross-entropy, in place, on a CPU: three passes over a row, which stays in the core's
+second cache. `worker/kernels/gpu/cross_entropy.py` is the same for a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, later, rank, ranked, row_of, steps, to_bf16, to_f32
+
+
+@kernel
+def _softmax_loss(logits, kind, targets, losses, rows, width, row, scale, learns):
+    """A row's loss, and where it `learns` softmax minus one at the target, times `scale`, in the place of its logits."""
+    T, L, c = row_of(targets, 0, 0, rows, np.int64(0)), row_of(losses, 0, 0, rows, F(0)), F(scale)
+    for i in range(rows):
+        X = row_of(logits, i, row, width, kind)
+        target = T[i]
+        if target < 0:
+            L[i] = F(0.0)
+            if learns:
+                for j in range(width):
+                    X[j] = to_bf16(F(0.0), kind)
+            continue
+        picked = to_f32(X[target]) * c
+        highest = np.int32(-0x80000000)
+        for j in range(width):
+            highest = later(highest, rank(to_f32(X[j])))
+        top = ranked(highest) * c
+        mass = F(0.0)
+        for j in range(width):
+            mass += exp(to_f32(X[j]) * c - top)
+        L[i] = np.log(mass) + top - picked
+        if learns:
+            share = c / mass
+            for j in range(width):
+                X[j] = to_bf16(exp(to_f32(X[j]) * c - top) * share, kind)
+            X[target] = to_bf16(exp(picked - top) * share - c, kind)
+
+
+def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, scale: float = 1.0, learns: bool = True) -> None:
+    """Fill `losses` (R,), float32, with the cross-entropy of softmax(scale · logits), (R, V), against `targets` (R,), int64; where it
+    `learns`, the logits become the gradient. A row with a target below 0 has no loss and a gradient of zeros.
+
+    Raises ValueError for a scale of zero or less or targets of another number or type, and IndexError for one beyond the logits.
+    """
+    if targets.dtype != torch.long or not targets.shape == losses.shape == logits.shape[:1]:
+        raise ValueError(f"{tuple(targets.shape)} targets in {targets.dtype} for {logits.shape[0]} rows")
+    if scale <= 0:
+        raise ValueError("the logits' scale has to be above zero")
+    if int(targets.max()) >= logits.shape[1]:
+        raise IndexError(f"a target is {int(targets.max())}, of {logits.shape[1]} logits")
+    x_at, targets_at, losses_at = addresses(logits, targets := targets.contiguous(), losses)
+    _softmax_loss(x_at, KINDS[logits.dtype], targets_at, losses_at, *logits.shape, *steps(logits), scale, learns)

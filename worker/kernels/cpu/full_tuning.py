@@ -1,0 +1,234 @@
+"""Layers whose own weights learn, as a CPU computes them in full tuning: what a weight needs is there once for all parts of a pack.
+
+For a weight W (N, K), kept in float32, and its value w rounded to the type of the products:
+
+    forward    y  = x wᵀ + b
+    backward   dx = dy w,   W.grad += dyᵀ x
+
+Autocast rounds W anew for every pass, and autograd brings each pass's gradient in float32 before it is added. Here w is made once a
+step, and a product is added to the gradient as it comes. Layers that read the same x (q, k and v; gate and up) share one product. Of
+the table of words only the rows that were read have a gradient: it is kept as it comes and added when all parts are through, instead of
+a matrix as large as the table for each part. A gated feed-forward layer, down(act(gate) · up), keeps gate and up alone and makes what
+it multiplies anew (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174).
+
+Gradients are kept apart by part (`worker/kernels/cpu/gradient_buffers.py`), or else added in the order of the parts (`worker/runtime/thread_parallel.py`), so a step is the same
+to the bit each time. (Weights in float32 beside rounded copies: Micikevicius et al. 2018, Mixed Precision Training,
+https://arxiv.org/abs/1710.03740, section 3.1.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from app.strategies import Strategy
+from worker.kernels.cpu import jit
+from worker.kernels.cpu.gated_mlp import GATED, Gate, gate_and_up, gate_of, gated, gated_back, halves
+from worker.kernels.cpu.gradient_buffers import GradientBuffers, MasterWeight, leave
+from worker.kernels.cpu.shared_projection import SharedProjection, siblings
+from worker.runtime import distributed
+from worker.runtime.device import Compute
+from worker.runtime.thread_parallel import ThreadParallel
+
+
+def release_memory(wholes: Sequence[MasterWeight]) -> None:
+    """Let go of the gradients' places, when no step follows."""
+    for whole in wholes:
+        whole.weight.grad = whole.room = None
+        whole.rooms.rooms = []
+    leave(wholes)
+
+
+def add_parts(wholes: Sequence[MasterWeight]) -> None:
+    """Add what parts kept, when all parts of a pack are through."""
+    for whole in wholes:
+        whole.settle()
+
+
+def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
+    """Round the weights that the optimizer moved by `weight.grad` anew, side by side."""
+    used = [whole for whole in wholes if whole.copy is not None and whole.weight.grad is not None]
+    for whole in used:
+        whole.moved()
+    abreast.map(lambda own: [whole.rounded() for whole in own], [used[i :: abreast.threads] for i in range(abreast.threads)])
+
+
+def rounded(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """A weight in `kind`, from what is kept of it or made now."""
+    known: MasterWeight | None = getattr(weight, "whole", None)
+    return known.rounded() if known is not None and known.kind == kind else weight.to(kind)
+
+
+class _Product(torch.autograd.Function):
+    """x (T, K) times the weights of n layers, (ΣN, K) in `joined`, and their biases: one (T, ΣN)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: GradientBuffers, bias: torch.Tensor | None, *weights: Any) -> Any:
+        ctx.save_for_backward(x)
+        ctx.joined, ctx.rooms, ctx.count = joined, rooms, len(weights)
+        return F.linear(x, joined, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        dx = dy @ ctx.joined if ctx.needs_input_grad[0] else None
+        ctx.rooms.take(dy, x)
+        return (dx, None, None, dy.sum(0) if ctx.needs_input_grad[3] else None, *[None] * ctx.count)
+
+
+class _Group(SharedProjection):
+    """Layers that read the same input; their rounded weights are one matrix."""
+
+    def __init__(self, layers: list[FullLinear]) -> None:
+        super().__init__(layers, layers[0].weight.device)
+        self.wholes = [layer.weight.whole for layer in layers]
+        self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
+        for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
+            whole.copy = part
+        GradientBuffers(self.wholes)  # they know it as theirs
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        for whole in self.wholes:
+            whole.rounded()
+        return product(x, self.layers, self.joined)
+
+
+def product(x: torch.Tensor, layers: Sequence[FullLinear], joined: torch.Tensor) -> torch.Tensor:
+    """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
+    flat = x.reshape(-1, x.shape[-1]).to(joined.dtype)
+    biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
+    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+    # The weights themselves are given so that a gradient is made also where x needs none.
+    y = _Product.apply(flat, joined, layers[0].weight.whole.rooms, bias, *(layer.weight for layer in layers))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FullLinear(torch.nn.Linear):
+    """A linear layer whose weight is a `MasterWeight`. An existing layer becomes one by a change of its class."""
+
+    group: _Group | None = None
+    place = 0  # in the group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shares(x):
+            return self.group.take(self.place, x)
+        if _kind(x) != self.weight.whole.kind:
+            return super().forward(x)
+        return product(x, [self], self.weight.whole.rounded())
+
+    def shares(self, x: torch.Tensor) -> bool:
+        """Whether x is multiplied by the layers of a group together."""
+        return self.group is not None and _kind(x) == self.weight.whole.kind
+
+
+def _kind(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _Gated(torch.autograd.Function):
+    """(act(gate) · up) wᵀ + b of gate and up (T, I), or both (T, 2 I); `act` works on each number alone, and is a kernel's where there is
+    one. The weight itself is given as in `product`."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Any, whole: MasterWeight, bias: torch.Tensor | None, _: Any, *given: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*given)
+        ctx.act, ctx.whole, ctx.copy = act, whole, whole.rounded()
+        gate, up = halves(given)
+        return F.linear(gated(gate, up, act) if isinstance(act, Gate) else act(gate).mul_(up), ctx.copy, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        given = ctx.saved_tensors
+        gate, up = halves(given)
+        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        if isinstance(ctx.act, Gate):
+            both, inner = gated_back(gate, up, dy @ ctx.copy, ctx.act, again=True)
+            assert inner is not None
+            ctx.whole.rooms.take(dy, inner)
+            return (None, None, d_bias, None, *((both,) if len(given) == 1 else halves([both])))
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            active = ctx.act(source)
+        lit = active.detach()
+        ctx.whole.rooms.take(dy, lit * up)
+        d_inner = dy @ ctx.copy
+        (d_gate,) = torch.autograd.grad(active, source, d_inner * up)
+        d_up = d_inner.mul_(lit)
+        return (None, None, d_bias, None, *((torch.cat([d_gate, d_up], 1),) if len(given) == 1 else (d_gate, d_up)))
+
+
+@functools.cache
+def _lean(kind: type) -> type:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        down = self.down_proj
+        if _kind(x) != down.weight.whole.kind:
+            return kind.forward(self, x)
+        given, kernel = gate_and_up(self, x), gate_of(self)
+        bias = None if down.bias is None else down.bias.to(given[0].dtype)
+        act = kernel if kernel is not None and jit.supports(*given) else self.act_fn
+        return _Gated.apply(act, down.weight.whole, bias, down.weight, *given).view(*x.shape[:-1], down.out_features)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+class _Rows(torch.autograd.Function):
+    """Rows (…) of a table (V, H): (…, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.nn.Parameter, whole: MasterWeight, unmoved: int | None) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.whole, ctx.unmoved = whole, unmoved
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        rows, gradients = ctx.saved_tensors[0].reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+        if ctx.unmoved is not None:
+            moved = rows != ctx.unmoved
+            rows, gradients = rows[moved], gradients[moved]
+        ctx.whole.read.append((ctx.whole.abreast.place(), rows, gradients))
+        return None, None, None, None
+
+
+class FullEmbedding(torch.nn.Embedding):
+    """A table of words whose weight is a `MasterWeight`."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return _Rows.apply(rows, self.weight, self.weight.whole, self.padding_idx)
+
+
+def learns_whole(strategy: Strategy, engine: Compute) -> bool:
+    """Whether a job's layers are computed so: one that learns in full in one process on a CPU."""
+    return engine.device.type == "cpu" and distributed.size() == 1 and not type(strategy).adapter
+
+
+def _plain_table(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
+
+
+def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWeight]:
+    """Have the plain linear layers of a model that learns in full, its head and its table of words be computed as above. Returns
+    what has to be settled after each `map` of parts. The head is left as it is where its weight is read by others too."""
+    plain = [m for m in model.modules() if type(m) is torch.nn.Linear or _plain_table(m)]
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    known = Counter(id(module.weight) for module in plain)
+    ours = [m for m in plain if m.weight.requires_grad and users[id(m.weight)] == known[id(m.weight)]]
+    wholes: dict[int, MasterWeight] = {}
+    for module in ours:
+        if id(module.weight) not in wholes:
+            wholes[id(module.weight)] = MasterWeight(module.weight, engine.compute, engine.abreast)
+        wholes[id(module.weight)].multiplies |= isinstance(module, torch.nn.Linear)
+        module.__class__ = FullEmbedding if isinstance(module, torch.nn.Embedding) else FullLinear
+    if engine.compute != torch.float32:
+        for layers in siblings(model, FullLinear):
+            if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded weight lies in one place
+                _Group(layers)
+    for module in list(model.modules()):
+        if type(module).__name__ in GATED and type(module.down_proj) is FullLinear and not module.down_proj._forward_hooks:
+            module.__class__ = _lean(type(module))
+    return list(wholes.values())

@@ -1,0 +1,244 @@
+"""Where the parts of a pack keep the gradients of weights that learn whole, apart from each other, until the optimizer adds them.
+
+A gradient that is added as it comes is written by its product, read, widened and written again for each part. Where a step is one pack in
+one or two parts, each part's products are put straight into a place of its own, in bf16, and `worker/kernels/cpu/adamw.py` adds them where it
+reads them. Two such places are as large as one gradient in float32. What a part adds to a weight a second time goes the other way
+(`MasterWeight.add`), and takes what was kept along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from worker.kernels.cpu import adamw, jit
+from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
+from worker.runtime.thread_parallel import ThreadParallel
+
+MAX_PARTS = 2
+MAX_LAID_BY = 2
+"""Pieces of a head's gradient that a part may keep while it is not its turn."""
+
+
+class MasterWeight:
+    """A weight that learns: its value in `kind`, once a product has asked for it, and its gradient. The weight itself knows it as
+    `weight.whole`."""
+
+    def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: ThreadParallel) -> None:
+        self.weight, self.kind, self.abreast = weight, kind, abreast
+        self.copy: torch.Tensor | None = None
+        self.room: torch.Tensor | None = None  # where the gradient is put in every step, so that it leaves no holes in a thread's memory
+        self.multiplies = False  # or is read row by row alone
+        self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and what it is yet to be multiplied by
+        self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of a table, and what they add to what is kept
+        self.rooms = GradientBuffers([self])
+        self.rounded_at: tuple[int, int] | None = None
+        self.lock = threading.Lock()
+        self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, rows of a table, their gradients), not yet added
+        weight.whole = self  # type: ignore[attr-defined]
+
+    def rounded(self) -> torch.Tensor:
+        """The weight as it is now, in `kind`."""
+        if self.weight.dtype == self.kind:
+            return self.weight.detach()
+        stands_at = (self.weight.data_ptr(), self.weight._version)
+        if self.rounded_at != stands_at:
+            with self.lock:
+                if self.copy is None:
+                    self.copy = torch.empty_like(self.weight, dtype=self.kind)
+                if self.rounded_at != stands_at:
+                    self.copy.copy_(self.weight.detach())
+                    self.rounded_at = stands_at
+        assert self.copy is not None
+        return self.copy
+
+    def moved(self) -> None:
+        """Tell that the weight has other values: torch's fused optimizer does not count as a change of a tensor."""
+        self.rounded_at = None
+
+    def follows(self) -> None:
+        """Tell that the weight has other values and the rounded ones are theirs already."""
+        self.rounded_at = (self.weight.data_ptr(), self.weight._version)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a part's gradient in its turn."""
+        with self.abreast.turn(id(self.weight)):
+            if self.weight.grad is None:
+                self.weight.grad = self._room().copy_(gradient)
+            else:
+                self.weight.grad += gradient
+
+    def add_rows(self, gradients: Iterable[tuple[slice, torch.Tensor]], scale: float) -> None:
+        """Add `scale` times a part's gradients of some rows each, no row twice, in its turn for each. What comes before its turn
+        is laid by, for the parts come here at the same time and to sleep takes longer than to go on."""
+        laid_by: deque[tuple[slice, torch.Tensor]] = deque()
+
+        def add_first() -> None:
+            rows, gradient = laid_by.popleft()
+            with self.abreast.turn((id(self.weight), rows.start)):
+                if self.weight.grad is None:
+                    self.weight.grad = self._room().zero_()
+                self.weight.grad[rows].add_(gradient, alpha=scale)
+
+        for rows, gradient in gradients:
+            laid_by.append((rows, gradient))
+            while laid_by and (len(laid_by) > MAX_LAID_BY or self.abreast.has_turn((id(self.weight), laid_by[0][0].start))):
+                add_first()
+        while laid_by:
+            add_first()
+
+    def _room(self) -> torch.Tensor:
+        if self.room is None:
+            self.room = torch.empty_like(self.weight)
+        return self.room
+
+    def settle(self) -> None:
+        """Add what the parts kept for the rows of a table, and what they kept apart where it cannot stay so."""
+        read = sorted(self.read, key=lambda kept: kept[0])
+        self.read.clear()
+        if self.kept and self.weight.grad is None:
+            self.sparse = _sum_of_rows(read) if read else None
+            return
+        if (read or self.kept) and self.weight.grad is None:
+            self.weight.grad = self._room().zero_()
+        for _, (gradient, scale) in sorted(self.kept.items()):
+            self.weight.grad.add_(gradient, alpha=scale)
+        self.kept.clear()
+        if self.sparse is not None:
+            self.weight.grad.index_add_(0, *self.sparse)
+            self.sparse = None
+        for _, rows, gradients in read:
+            self.weight.grad.index_add_(0, rows, gradients)
+
+    def pieces(self) -> SplitGradient:
+        """The gradient as it is kept."""
+        first, *more = (self.kept[place] for place in sorted(self.kept))
+        second = more[0] if more else (first[0], 0.0)
+        height, width = self.weight.shape
+        if self.sparse is None:
+            return SplitGradient(first[0], second[0], (first[1], second[1]), torch.zeros(1, width), None)
+        rows, gradients = self.sparse
+        place = torch.full((height,), len(rows), dtype=torch.int32)
+        place[rows] = torch.arange(len(rows), dtype=torch.int32)
+        return SplitGradient(first[0], second[0], (first[1], second[1]), F.pad(gradients, (0, 0, 0, 1)), place)
+
+
+class GradientBuffers:
+    """For weights (N, K) that share a product, (ΣN, K) for each part of a pack."""
+
+    def __init__(self, wholes: Sequence[MasterWeight]) -> None:
+        self.wholes, self.heights = wholes, [whole.weight.shape[0] for whole in wholes]
+        self.rooms: list[torch.Tensor] = []
+        for whole in wholes:
+            whole.rooms = self
+
+    def make(self, parts: int) -> None:
+        size = sum(self.heights), self.wholes[0].weight.shape[1]
+        self.rooms = [torch.empty(size, dtype=self.wholes[0].kind) for _ in range(parts)]
+
+    def enter(self, scale: float = 1.0) -> torch.Tensor | None:
+        """The place that this thread's part fills now, its numbers yet to be multiplied by `scale`; None where there is none, or where
+        the part filled it in this step already."""
+        place = self.wholes[0].abreast.place()
+        if place >= len(self.rooms) or any(place in whole.kept for whole in self.wholes):
+            return None
+        for whole, own in zip(self.wholes, self.rooms[place].split(self.heights), strict=True):
+            whole.kept[place] = own, scale
+        return self.rooms[place]
+
+    def take(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """The gradient dyᵀ x of dy (T, ΣN) and x (T, K)."""
+        room = self.enter()
+        if room is not None:
+            torch.mm(dy.t(), x, out=room)
+            return
+        for whole, own in zip(self.wholes, (dy.t() @ x).split(self.heights), strict=True):
+            whole.add(own)
+
+
+def keep(wholes: Sequence[MasterWeight], parts: int, passes: int, optimizer: torch.optim.Optimizer) -> bool:
+    """Have gradients kept apart in steps of `passes` packs in `parts` parts each, where that can be. Says whether it is."""
+    fits = wholes and passes == 1 and parts <= MAX_PARTS and type(optimizer) is torch.optim.AdamW
+    if not fits or any(whole.kind != torch.bfloat16 or whole.weight.dtype != torch.float32 for whole in wholes) or not jit.is_available():
+        return False
+    for rooms in {id(whole.rooms): whole.rooms for whole in wholes if whole.multiplies}.values():
+        rooms.make(parts)
+    return True
+
+
+class RowRange(NamedTuple):
+    """Rows of a weight that one thread works on."""
+
+    whole: MasterWeight
+    pieces: SplitGradient
+    start: int
+    stop: int
+
+
+def shares(wholes: Sequence[MasterWeight], threads: int) -> list[list[RowRange]]:
+    """The weights of which gradients are kept, cut into as many equal pieces as there are threads."""
+    kept = [(whole, whole.pieces()) for whole in wholes if whole.kept]
+    if not kept:
+        return []
+    found: list[list[RowRange]] = [[] for _ in range(threads)]
+    size = sum(whole.weight.numel() for whole, _ in kept) / threads
+    before = 0
+    for whole, pieces in kept:
+        height, width = whole.weight.shape
+        for place, share in enumerate(found):
+            start, stop = (min(height, max(0, round((size * edge - before) / width))) for edge in (place, place + 1))
+            if start < stop:
+                share.append(RowRange(whole, pieces, start, stop))
+        before += whole.weight.numel()
+    return found
+
+
+def squares(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel) -> float:
+    """The sum of the squares of all gradients that are kept."""
+    return sum(abreast.map(lambda own: sum(adamw.squares(share.pieces, share.start, share.stop) for share in own), cut))
+
+
+def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: torch.optim.Optimizer, shorten: float) -> None:
+    """One step of AdamW over the weights of which gradients are kept, by `shorten` times these. The moments are the optimizer's own, as
+    it would have made them."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    moments = {id(whole): _moments(whole, optimizer) for whole in _each(cut)}
+
+    def work(own: Sequence[RowRange]) -> None:
+        for share in own:
+            rule, state = AdamWParams.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
+            adamw.move_(moments[id(share.whole)], share.pieces, rule, int(state["step"]), shorten, share.start, share.stop)
+
+    abreast.map(work, cut)
+    for whole in _each(cut):
+        whole.follows()
+
+
+def leave(wholes: Sequence[MasterWeight]) -> None:
+    """Forget what is kept, when the step is over."""
+    for whole in wholes:
+        whole.kept.clear()
+        whole.sparse = None
+
+
+def _each(cut: Sequence[Sequence[RowRange]]) -> Iterator[MasterWeight]:
+    return iter({id(share.whole): share.whole for own in cut for share in own}.values())
+
+
+def _moments(whole: MasterWeight, optimizer: torch.optim.Optimizer) -> AdamWState:
+    weight, state = whole.weight, adamw.state_of(whole.weight, optimizer)
+    state["step"] += 1
+    assert whole.copy is not None, "a product made the gradient, of the rounded weight"
+    return AdamWState(weight.detach(), state["exp_avg"], state["exp_avg_sq"], whole.copy)
+
+
+def _sum_of_rows(read: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (R,) that were read, and the sums of their gradients (R, K)."""
+    rows, which = torch.cat([rows for _, rows, _ in read]).unique(return_inverse=True)
+    gradients = torch.cat([gradients for *_, gradients in read]).float()
+    return rows, torch.zeros(len(rows), gradients.shape[1]).index_add_(0, which, gradients)

@@ -1,0 +1,1 @@
+"""Models: loaded, patched, their losses."""

@@ -1,0 +1,194 @@
+"""A classifier: a model's stack without its head, the states of a text pooled to one vector, and a head on that.
+
+The stack may be an encoder or a decoder. Texts come packed, one after the other in one row of T tokens, as everywhere in
+training; where each begins is told by their lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from app.spec import ModelRef
+from app.strategies import Strategy
+from app.strategies._model import backbone as body_without_head
+from worker.modeling.loading import BadModel, folder_of, lay_adapter, load_plain, load_strategy, made_ready
+from worker.runtime.transfer import sent
+
+Pooling = Literal["mean", "last", "first"]
+_POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")
+"""Encoders that come with a pooler of their own."""
+HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
+
+
+def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
+    """The weights in `ref.path` without a head, in evaluation mode; adapters are left out."""
+    # An encoder's own pooler is not used: the mean of its states serves sentences better (Reimers and Gurevych 2019).
+    extra: dict[str, Any] = {"add_pooling_layer": False} if ref.shape.model_type in _POOLED else {}
+    try:
+        model = AutoModel.from_pretrained(
+            folder_of(ref.path),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    return made_ready(model, ref, attention, device)
+
+
+def load_stack(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> nn.Module:
+    """What a classifier stands on: the stack of a model, with everything it was tuned to merged into it.
+
+    Raises BadModel for a classifier that is an adapter: its stack is not its own.
+    """
+    if ref.labels and ref.adapters:
+        raise BadModel(
+            f"{ref.name} is a classifier, which cannot be fine-tuned further.", way_out="Fine-tune the model it came from instead."
+        )
+    if not ref.adapters and bits is None:
+        return load_backbone(ref, dtype, attention, device)
+    return body_without_head(load_plain(ref, dtype, attention, device, bits))
+
+
+def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
+    """How a strategy's classifier pools: as it says, or the mean for encoders and the last token for decoders."""
+    asked = getattr(strategy, "pooling", "auto")
+    if asked != "auto":
+        return asked
+    return "mean" if architecture == "encoder" else "last"
+
+
+class Classifier(nn.Module):
+    """`backbone` is what the strategy attached to; `head` is what its `head` built. `skip` leading tokens of every text
+    are placeholders of a soft prompt and no part of a mean. `normalise` scales each pooled vector to length 1."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        pooling: Pooling,
+        *,
+        skip: int = 0,
+        normalise: bool = False,
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.labels = list(labels)
+        self.backbone, self.head = backbone, head
+        self.pooling, self.skip, self.normalise = pooling, skip, normalise
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
+        """Scores, (texts, labels), of packed ids (1, T)."""
+        return self.head(self.pooled(input_ids, position_ids, lengths, **arguments).to(next(self.head.parameters()).dtype))
+
+    def pooled(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
+        """One vector per text, (texts, H)."""
+        if getattr(self.backbone.config, "use_cache", None) and not getattr(self.backbone.config, "is_encoder_decoder", False):
+            arguments["use_cache"] = False  # nothing is written, so keys and values need not be kept
+        states = self.backbone(input_ids=input_ids, position_ids=position_ids, **arguments).last_hidden_state
+        vectors = pool(states[0], lengths, self.pooling, self.skip)
+        return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
+
+
+def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) -> torch.Tensor:
+    """One vector per text, (texts, H), from the states of packed tokens, (T, H). What stands after the last text fills the pack."""
+    sizes = sent(torch.tensor(lengths), states.device)
+    ends = sizes.cumsum(0)
+    if how == "last":
+        return states[ends - 1]
+    if how == "first":
+        return states[ends - sizes + skip]
+    pieces = states[: sum(lengths)].float().split(lengths)
+    return torch.stack([piece[skip:].mean(0) for piece in pieces]).to(states.dtype)
+
+
+def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], bool]:
+    """Ids of a text as the model's tokenizer frames one ([CLS] … [SEP] for an encoder), and whether it was cut."""
+    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    if len(ids) <= max_length:
+        return ids, False
+    return tokenizer(text, add_special_tokens=True, truncation=True, max_length=max_length)["input_ids"], True
+
+
+class Writer(nn.Module):
+    """A stack with an output layer on it, so that it can be scored on texts as before; generates nothing."""
+
+    def __init__(self, body: nn.Module, output: nn.Linear) -> None:
+        super().__init__()
+        self.body, self.output, self.config = body, output, body.config
+
+    def get_decoder(self) -> nn.Module:
+        return self.body
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output
+
+
+def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
+    """The output layer that a decoder's stack was loaded without: its input embedding where they are tied, else read from
+    the model's files. Raises BadModel when they hold none."""
+    table = plain(model).get_input_embeddings().weight
+    weight = table if plain(model).config.tie_word_embeddings else _output_weight(ref)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(table.device, table.dtype), requires_grad=False)
+    return layer
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers stack inside a classifier and a peft wrapper."""
+    body = model.backbone if isinstance(model, Classifier) else model
+    return body.get_base_model() if hasattr(body, "get_base_model") else body
+
+
+def _output_weight(ref: ModelRef) -> torch.Tensor:
+    for path in sorted(folder_of(ref.path).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "lm_head.weight" in file.keys():  # noqa: SIM118  # the file is no mapping
+                return file.get_tensor("lm_head.weight")
+    raise BadModel(f"{ref.name} has no output layer.", way_out="Switch off the measure of forgetting (run setting `forgetting`).")
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> None:
+    """Write the head and what is needed to use it beside what the strategy saved of the stack."""
+    about = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
+    save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, folder / HEAD_FILE)
+    (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def load_classifier(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
+) -> tuple[Classifier, list[str]]:
+    """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
+    folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
+    if not (folder / HEAD_FILE).is_file():
+        raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was fine-tuned on labeled rows.")
+    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    *below, last = ref.adapters or (None,)
+    # Adapters below the classifier's own were learnt with the head on, so they are laid on the whole model.
+    stack = ref.model_copy(update={"adapters": tuple(below), "labels": None})
+    backbone = load_stack(stack, dtype, attention, device)
+    if last is not None:
+        backbone = lay_adapter(backbone, last)
+    head = load_strategy(folder).head(ref.shape.hidden, len(about["labels"]))
+    head.load_state_dict(load_file(folder / HEAD_FILE))
+    classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"], labels=about["labels"])
+    return classifier.to(device).eval(), about["labels"]

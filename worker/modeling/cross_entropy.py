@@ -1,0 +1,274 @@
+"""Cross-entropy of the language-model head that never holds all logits.
+
+The head is applied only where a token is learnt, a few hundred positions at a time; the gradient with respect to the hidden
+states is made in the same pass, so a chunk's logits live once and are gone. (The idea of Wijmans et al. 2024, Cut Your
+Losses, and of Liger's fused linear cross-entropy, in plain torch.)
+
+On a CPU a chunk's product is made at once, since each product packs the whole head anew, and its softmax a row at a time
+(`worker/kernels/cpu/cross_entropy.py`) or, where the logits are capped or have a bias, a few rows at a time in plain torch, so that these stay in the
+cores' caches through all passes over them; the gradient takes the place of the logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from worker.kernels.cpu import jit
+from worker.kernels.cpu.cross_entropy import softmax_loss_
+from worker.kernels.cpu.full_tuning import rounded
+from worker.kernels.cpu.gradient_buffers import MasterWeight
+from worker.modeling.packed_attention import MULTIPLE
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 96 * 2**20
+"""Size of one chunk of logits in the type of the products. Measured on a CPU with AMX, bf16, milliseconds for 1,000 places of
+49,152 logits, forwards and backwards: 237 at 24 MiB, 174 at 48, 163 at 96 (345, 285 and 277 without the blocks below)."""
+
+BLOCK_BYTES = 3 * 2**19
+"""Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
+
+
+HEAD_ROWS = 8192
+"""Rows of the head whose gradient is made at once."""
+
+
+@functools.cache
+def kernel_works(device: torch.device) -> bool:
+    """Whether the kernel of `worker/kernels/gpu/cross_entropy.py` can be built and run there, tried once: Triton, which torch's builds for CUDA bring, also
+    needs a C compiler on the machine. Without it the loss takes plain torch, which is slower."""
+    try:
+        from worker.kernels.gpu.cross_entropy import softmax_gradient_
+
+        softmax_gradient_(torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.long, device=device), torch.empty(1, device=device))
+    except Exception as error:
+        log.warning("The loss takes plain torch, which is slower: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
+class Head(NamedTuple):
+    """The last linear layer and what some models do to its logits: `cap` · tanh(logits · `scale` / `cap`)."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """The head of a transformers language model."""
+    layer, config = model.get_output_embeddings(), model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+CHUNK_BYTES_CUDA = 2**30
+"""The same on a GPU, whose products want thousands of rows: 2,048 rows of 128,256 logits in float32."""
+
+
+def chunk_rows(vocabulary: int, rows: int, cuda: bool = False, width: int = 8) -> int:
+    """Places whose logits are made at once; `width` bytes are alive for each logit, 4 at least on a GPU."""
+    return max(16, min(rows, CHUNK_BYTES_CUDA // (max(width, 4) * vocabulary) if cuda else CHUNK_BYTES // (width * vocabulary)))
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of a chunk a few at a time, as float32: (which, a copy of them, or they themselves where they are float32)."""
+    rows = logits.shape[0] if logits.is_cuda else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    room = torch.empty(min(rows, logits.shape[0]), logits.shape[1], device=logits.device) if logits.dtype != torch.float32 else None
+    for start in range(0, logits.shape[0], rows):
+        part = logits[start : start + rows]
+        yield slice(start, start + part.shape[0]), part if room is None else room[: part.shape[0]].copy_(part)
+
+
+def _finish(logits: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Float32 products made into logits, in place where they are not capped, and tanh of the capped ones, which the gradient needs."""
+    if head.bias is not None:
+        logits += head.bias.float()
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.cap is None:
+        return logits, None
+    bent = torch.tanh_(logits.div_(head.cap))
+    return bent * head.cap, bent
+
+
+def _softmax_(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats of each target, probabilities in the place of the logits). Shapes (rows, 1) and (rows, V)."""
+    picked = logits.gather(1, targets[:, None])
+    top = logits.amax(1, keepdim=True)
+    p = logits.sub_(top).exp_()
+    mass = p.sum(1, keepdim=True)
+    return mass.log() + top - picked, p.mul_(mass.reciprocal())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
+        head, compute = Head(weight, bias, *rest[0]), rest[1]
+        plain = head.bias is None and head.scale == 1.0 and head.cap is None
+        if hidden.is_cuda and plain and compute != torch.float32 and kernel_works(hidden.device):
+            return _on_gpu(ctx, hidden, weight, targets, compute)
+        # A processor is asked whether there are filling places, a GPU would be waited for.
+        kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
+        wanted, targets = targets, targets if kept is None else targets.clamp(min=0)
+        single = head.bias is None and head.cap is None and head.scale > 0  # a kernel's formula
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # The head's gradient is as large as the head; the logits' gradients it is made of are kept instead where they are smaller.
+        keeps = needs_weight and hidden.shape[0] * compute.itemsize <= 4 * hidden.shape[1]
+        parts: list[torch.Tensor] = []
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        cast = rounded(weight, compute)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part].to(compute), cast)
+            in_one = single and jit.supports(logits)
+            if in_one:
+                losses = torch.empty(logits.shape[0])
+                softmax_loss_(logits, wanted[part], losses, head.scale, d_hidden is not None or needs_weight)
+                total += losses.sum()
+            for block, products in () if in_one else _blocks(logits):
+                own = slice(start + block.start, start + block.stop)
+                finished, bent = _finish(products, head)
+                nats, p = _softmax_(finished, targets[own])
+                filled = kept is not None and (hidden.is_cuda or not bool(kept[own].all()))
+                total += (nats * kept[own]).sum() if filled else nats.sum()
+                if d_hidden is None and not needs_weight:
+                    continue
+                p.scatter_add_(1, targets[own, None], torch.full_like(nats, -1.0))  # d loss / d logits
+                if filled:
+                    p.mul_(kept[own])
+                if bent is not None:
+                    p.mul_(1 - bent.square())
+                if head.scale != 1.0:
+                    p.mul_(head.scale)
+                if d_bias is not None:
+                    d_bias += p.sum(0)
+                if p.data_ptr() != logits[block].data_ptr():
+                    logits[block] = p
+            if d_hidden is not None:
+                d_hidden[part] = logits @ cast
+            if keeps:
+                parts += [logits, hidden[part].to(compute)]
+            elif d_weight is not None:
+                if compute == torch.float32:
+                    d_weight.addmm_(logits.t(), hidden[part].float())
+                else:
+                    d_weight += logits.t() @ hidden[part].to(compute)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, *parts)
+        ctx.whole = getattr(weight, "whole", None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        d_hidden, d_weight, d_bias, *parts = ctx.saved_tensors
+        if ctx.whole is not None:
+            _give(ctx.whole, d_weight, parts, float(grad))
+            d_weight = None
+        elif parts:
+            d_weight = torch.cat([product for _, product in _head_products(None, parts)]).float()
+        d_hidden, d_weight, d_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias))
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _give(whole: MasterWeight, d_weight: torch.Tensor | None, parts: Sequence[torch.Tensor], scale: float) -> None:
+    """Hand the head's gradient to what keeps its weight."""
+    room = whole.rooms.enter(scale)
+    if room is None:
+        whole.add_rows(_head_products(d_weight, parts), scale)
+    elif d_weight is None and len(parts) == 2:
+        torch.mm(parts[0].t(), parts[1], out=room)
+    else:
+        for rows, gradient in _head_products(d_weight, parts):
+            room[rows] = gradient
+
+
+def _head_products(whole: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of the head's gradient at a time: of the `whole` (V, H), or of logits' gradients (K, V) and the states (K, H) they
+    came of, in turn."""
+    height = parts[0].shape[1] if whole is None else whole.shape[0]
+    for start in range(0, height, HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, height))
+        if whole is not None:
+            yield rows, whole[rows]
+            continue
+        first, *more = (logits[:, rows].t() @ source for logits, source in zip(parts[::2], parts[1::2], strict=True))
+        yield rows, sum(more, first.float()) if more else first
+
+
+def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """The same with logits in `compute`, made into their gradient in place by one kernel. A target below 0 is left out."""
+    from worker.kernels.gpu.cross_entropy import softmax_gradient_
+
+    needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    source, cast = hidden.to(compute), weight.to(compute)
+    rows = max(256, chunk_rows(weight.shape[0], hidden.shape[0], True, 4) // 256 * 256)
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(source) if needs_hidden else None
+    d_weight: torch.Tensor | None = None
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = source[part] @ cast.t()
+        softmax_gradient_(logits, targets[part], losses[part])
+        if d_hidden is not None:
+            torch.mm(logits, cast, out=d_hidden[part])
+        if needs_weight:
+            more = torch.mm(logits.t(), source[part], out_dtype=torch.float32)
+            d_weight = more if d_weight is None else d_weight.add_(more)
+        del logits
+    ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None)
+    ctx.whole = None
+    return losses.sum()
+
+
+def pad_to_multiple(
+    hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (K, H) and targets (K,) of a product in a narrow type on a CPU, filled up to a multiple of `attention.MULTIPLE` with
+    states of zeros whose target is `value`. All others as they are."""
+    spare = -hidden.shape[0] % MULTIPLE if hidden.device.type == "cpu" and compute.itemsize < 4 else 0
+    return (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare), value=value)) if spare else (hidden, targets)
+
+
+def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
+    """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,); products in `compute`, sums in float32.
+
+    Gradients flow to `hidden` and, where they are trained, to the head's weight and bias.
+    """
+    if hidden.shape[0] == 0:
+        return hidden.sum() * 0.0
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, targets = pad_to_multiple(hidden, targets, compute)
+        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))
+
+
+@torch.no_grad()
+def score(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in nats and whether the likeliest token is the right one, for each of K positions."""
+    count = hidden.shape[0]
+    hidden, targets = pad_to_multiple(hidden, targets, compute)
+    losses = torch.empty(hidden.shape[0], device=hidden.device)
+    hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+    rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)
+    cast = rounded(head.weight, compute)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.shape[0], rows):
+            for block, products in _blocks(F.linear(hidden[start : start + rows].to(compute), cast)):
+                own = slice(start + block.start, start + block.stop)
+                finished, _ = _finish(products, head)
+                hits[own] = finished.argmax(1) == targets[own]
+                losses[own] = _softmax_(finished, targets[own].clamp(min=0))[0][:, 0]
+    return losses[:count], hits[:count]

@@ -1,0 +1,380 @@
+"""The layers of LoRA and its relatives in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
+
+For a frozen weight W (N, K) and the correction s · B · A, with A (r, K) and B (N, r) kept in float32:
+
+    forward    y  = x Wᵀ + s (x Aᵀ) Bᵀ
+    backward   dx = dy W + s (dy B) A,   dA = s (dy B)ᵀ x,   dB = s dyᵀ (x Aᵀ)
+
+All products run in the type of x. The small product is made first and the large one is added to it inside the matrix
+product, where sums are float32: a correction far below the last digit of a bf16 result still moves how that result is rounded.
+peft adds it to a value that is rounded already, so that most of a young correction is lost (so it is beside weights in fp8, whose
+product comes rounded). Kept for the backward pass are x
+and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share one product, and where x needs no gradient none is made.
+(Hu et al. 2021, LoRA, section 4.1; the joint products follow the idea of Unsloth's and NeMo's kernels, written anew.)
+
+PiSSA and AdaLoRA have an A and a B that are made of more than one learnt tensor (`_correction`); DoRA stretches the rows of what comes
+out (`worker/modeling/fused_dora.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from app.strategies.pissa import whole_correction
+from worker.kernels.cpu import lora_products
+from worker.kernels.cpu.lora_step import LoraLayerState, LoraOptimizer
+from worker.kernels.cpu.lora_step import Product as FactorProduct
+from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
+from worker.kernels.gpu import fp8
+from worker.modeling import fused_dora
+from worker.runtime import distributed
+from worker.runtime.device import Compute
+
+ADAPTER = "default"
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight of one layer or of several joined, (ΣN, K) in e4m3, and the scales of its rows, (ΣN, 1); see `worker/kernels/gpu/fp8.py`."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+class _Rounded(NamedTuple):
+    """What learns, in the type of the products: A of all layers of a product, (Σr, K), and s B of each, (N, r)."""
+
+    down: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+    lifts: torch.Tensor | None  # all s B, turned, each beside and below the one before: (Σr, ΣN); not for the way back
+
+
+class _Product(torch.autograd.Function):
+    """x (T, K), then for each of n layers W (N, K), bias (N,) or None, A (r, K), B (N, r); the result is one (T, ΣN)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        joined: torch.Tensor | Fp8Weight | None,
+        scales: tuple,
+        states: tuple,
+        rounded: _Rounded | None,
+        *tensors: Any,
+    ) -> torch.Tensor:
+        weights, biases, downs, ups = (tensors[i::4] for i in range(4))
+        ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
+        low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
+        y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
+        if isinstance(joined, Fp8Weight):
+            y += fp8.product(x, *joined)
+        elif joined is not None:
+            y.addmm_(x, joined.t())
+        elif len(weights) == 1:
+            y.addmm_(x, _dense(weights[0], states[0], x.dtype).t())
+        else:
+            for part, weight, state in zip(y.split([up.shape[0] for up in ups], 1), weights, states, strict=True):
+                part.addmm_(x, _dense(weight, state, x.dtype).t())
+        ctx.scales, ctx.states, ctx.joined = scales, states, joined
+        ctx.save_for_backward(x, low, *weights, *downs, *ups)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, low, *rest = ctx.saved_tensors
+        count = len(ctx.scales)
+        weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
+        parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
+        in_tiles = lora_products.supports(x, *parts)
+        if in_tiles:  # what comes back of each, (T, Σr), and the gradients of B
+            joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
+            backs = joined.split([up.shape[1] for up in ups], 1)
+            d_ups = [lora_products.both(*given) for given in zip(parts, rounded.ups, lows, backs, ctx.scales, strict=True)]
+        else:
+            back = [part @ up for part, up in zip(parts, rounded.ups, strict=True)]
+            joined = back[0] if count == 1 else torch.cat(back, 1)
+            turned = [own.t() @ part for own, part in zip(lows, parts, strict=True)]
+            d_ups = [
+                d_up.t().to(up.dtype, memory_format=torch.contiguous_format).mul_(scale)
+                for d_up, up, scale in zip(turned, ups, ctx.scales, strict=True)
+            ]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = joined @ rounded.down
+            if isinstance(ctx.joined, Fp8Weight):
+                dx += fp8.product_back(dy, *ctx.joined)
+            elif ctx.joined is not None:
+                dx.addmm_(dy, ctx.joined)
+            else:
+                for part, weight, state in zip(parts, weights, ctx.states, strict=True):
+                    dx.addmm_(part, _dense(weight, state, dy.dtype))
+        d_down_all = lora_products.gather(x, joined) if in_tiles else joined.t() @ x
+        found: list[Any] = []
+        d_downs = d_down_all.split([down.shape[0] for down in downs])
+        for up, down, d_up, d_down in zip(ups, downs, d_ups, d_downs, strict=True):
+            found += [None, None, _as(d_down, down.dtype), _as(d_up, up.dtype)]
+        return dx, None, None, None, None, *found
+
+
+def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a type. Where it is of that type torch is not asked: each call hands the interpreter to another part's thread."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A frozen weight as a matrix; one kept in 4 bits is made dense for one product and dropped."""
+    if state is None:
+        return weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, state).to(dtype)
+
+
+def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    return biases[0].to(dtype) if len(biases) == 1 else torch.cat([bias.to(dtype) for bias in biases])
+
+
+def _round(
+    downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype, back: bool = False
+) -> _Rounded:
+    down = downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
+    found = tuple((up * scale).to(dtype).contiguous() for up, scale in zip(ups, scales, strict=True))
+    if back:
+        return _Rounded(down.contiguous(), found, None)
+    turned = [up.t() for up in found]
+    return _Rounded(down.contiguous(), found, turned[0] if len(turned) == 1 else torch.block_diag(*turned))
+
+
+_steps = 0
+
+
+def _count(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# A fused optimizer leaves no mark on what it changes.
+register_optimizer_step_post_hook(_count)
+
+
+@torch.no_grad()
+def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
+    """What `_round` gives, made once a step for all parts of a pack and both passes, and kept by the first layer of a product."""
+    stands_at = (_steps, dtype, *scales, *((x.data_ptr(), x._version) for x in (*downs, *ups)))
+    kept = layer.kept
+    if kept is None or kept[0] != stands_at:
+        kept = layer.kept = stands_at, _round(downs, ups, scales, dtype)
+    return kept[1]
+
+
+class _Group(SharedProjection):
+    """Layers that read the same input. Their frozen weights are made views of one matrix, so that joining them takes no memory."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        weights = [layer.base_layer.weight for layer in layers]
+        super().__init__(layers, weights[0].device)
+        self.own: LoraLayerState | None = None
+        self.joined: torch.Tensor | Fp8Weight | None = joined_weight(weights)
+        if self.joined is not None and weights[0].dtype == fp8.KIND:
+            self.joined = Fp8Weight(self.joined, torch.cat([layer.base_layer.scale for layer in layers]))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.layers, self.joined, self.own)
+
+
+def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Frozen weights (N, K) as views of one matrix (ΣN, K), which is returned; None where they are not numbers of one type."""
+    if not all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
+        return None
+    joined = torch.cat([w.detach() for w in weights])
+    for weight, part in zip(weights, joined.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
+def product(
+    x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
+) -> torch.Tensor:
+    """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
+    where they are kept (`keep`)."""
+    compute = compute_type(x)
+    x = _as(x, compute)
+    y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.takes(x) else _product(x, layers, joined)
+    if hasattr(layers[0], "squares"):  # DoRA, whose lengths leave a bias as it is
+        rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
+        y = fused_dora.apply_magnitude(
+            y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows
+        ).view(y.shape)
+        if layers[0].base_layer.bias is not None:
+            y = y + _joined_bias(tuple(layer.base_layer.bias for layer in layers), compute)
+    return y
+
+
+def _product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
+    compute, stretched = x.dtype, hasattr(layers[0], "squares")
+    tensors: list[Any] = []
+    scales: list[float] = []
+    for layer in layers:
+        down, up, scale = _correction(layer, compute)
+        base = layer.base_layer
+        tensors += [base.weight, None if stretched else base.bias, down, up]
+        scales.append(scale)
+    if layers[0].base_layer.weight.dtype == fp8.KIND:
+        joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
+    elif joined is not None and joined.dtype != compute:
+        joined = None
+    states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
+    kept = None
+    if x.device.type == "cpu" and not _made_anew(layers[0]) and not torch.compiler.is_compiling():
+        kept = _kept(layers[0], tensors[2::4], tensors[3::4], scales, compute)
+    y = _Product.apply(x.reshape(-1, x.shape[-1]), joined, tuple(scales), states, kept, *tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (r, K), B (N, r) and s of a layer. PiSSA's are of twice the rank and made anew for each pass, with s in B: they are kept for
+    the backward pass in the type of the products. So is AdaLoRA's A, with its singular values in it and s, which no device waits for."""
+    scale = layer.scaling[ADAPTER]
+    if isinstance(layer, SVDLinear):
+        values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
+        return (layer.lora_A[ADAPTER] * values).to(compute), layer.lora_B[ADAPTER], 1.0
+    if not _made_anew(layer):
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
+    down, up = whole_correction(layer)
+    return down.to(compute), (up * scale).to(compute), 1.0
+
+
+def _made_anew(layer: Any) -> bool:
+    """Whether A and B are made of other tensors for each pass."""
+    return isinstance(layer, SVDLinear) or hasattr(layer, "first_down")
+
+
+def compute_type(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+class Fused(SharedProjectionPart):
+    """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
+
+    kept: tuple[tuple, _Rounded] | None = None
+    own: LoraLayerState | None = None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        return self.group.take(self.place, x) if self.shares(x) else product(x, [self], None, self.own)
+
+
+class FusedLora(Fused, PeftLinear):
+    """On a base whose weights are numbers as they are. DoRA's has `squares`, those of the frozen rows' lengths."""
+
+    kept_lengths: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
+        if self.training:
+            return fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
+        of = down._version, up._version
+        if self.kept_lengths is None or self.kept_lengths[0] != of:
+            self.kept_lengths = of, fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
+        return self.kept_lengths[1]
+
+    def train(self, mode: bool = True) -> FusedLora:
+        self.kept_lengths = None  # a fused optimizer leaves no mark on what it changes
+        return super().train(mode)
+
+
+class FusedAdaLora(Fused, SVDLinear):
+    """The same with singular values beside A and B."""
+
+
+@functools.cache
+def _fused_4bit(kind: type) -> type:
+    """On a base kept in 4 bits; peft has that class only where bitsandbytes is installed."""
+    return type("FusedLora4bit", (Fused, kind), {})
+
+
+def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
+    """Give every plain layer of LoRA or a relative the fused forward. Returns how many were plain; the others stay peft's."""
+    found = _take([m for m in model.modules() if _plain(m)])
+    if grouped:
+        for layers in siblings(model, Fused):
+            _Group(layers)
+    return len(found)
+
+
+def fuse_stretched(model: torch.nn.Module) -> int:
+    """The same for DoRA's layers alone, where answers are written: peft makes whole weights for every token of them. Frozen weights,
+    which other models may share, stay where they are."""
+    return len(_take([m for m in model.modules() if ADAPTER in getattr(m, "lora_variant", ()) and _plain(m)]))
+
+
+def _take(layers: list[Any]) -> list[Any]:
+    for layer in layers:
+        if hasattr(layer, "takes_first_off"):
+            layer.takes_first_off.remove()
+        if ADAPTER in getattr(layer, "lora_variant", ()):
+            layer.register_buffer("squares", fused_dora.squares(layer.base_layer.weight), persistent=False)
+        layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
+    return layers
+
+
+def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.optim.Optimizer) -> LoraOptimizer | None:
+    """Have the layers of a model that trains with packs in `parts` parts computed as `worker/kernels/cpu/lora_step.py` says, where they can be; None
+    where none can. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
+    alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
+    if not alone or engine.compute != torch.bfloat16 or not lora_products.is_available():
+        return None
+    layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
+    places = {id(place): place for place in (layer.group or layer for layer in layers)}
+    found = [place for place in places.values() if _keep(place, engine, parts)]
+    return LoraOptimizer(found, optimizer, engine.abreast) if found else None
+
+
+def _keep(place: _Group | FusedLora, engine: Compute, parts: int) -> bool:
+    layers = place.layers if isinstance(place, _Group) else [place]
+    weight = place.joined if isinstance(place, _Group) else place.base_layer.weight
+    downs, ups, scales = zip(*(_correction(layer, engine.compute) for layer in layers), strict=True)
+    learns = all(x.requires_grad and x.dtype == torch.float32 and x.is_contiguous() for x in (*downs, *ups))
+    if not learns or not isinstance(weight, torch.Tensor) or weight.dtype != engine.compute:
+        return False
+    biases = tuple(layer.base_layer.bias for layer in layers)
+    bias = None if biases[0] is None or hasattr(layers[0], "squares") else _joined_bias(biases, engine.compute)
+    if lora_products.lays(weight.shape[1], [up.shape[0] for up in ups]):
+        place.own = LoraLayerState(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
+    return place.own is not None
+
+
+def _plain(layer: torch.nn.Module) -> bool:
+    """One adapter, no dropout, no variant but DoRA, on an ordinary linear layer that is frozen."""
+    quantised = type(layer).__name__ == "Linear4bit" and isinstance(layer, LoraLayer)
+    if not (quantised or type(layer) in (PeftLinear, SVDLinear)) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:
+        return False
+    variant = getattr(layer, "lora_variant", {}).get(ADAPTER)
+    kinds = (torch.nn.Linear, fp8.Fp8Linear) if type(layer) is PeftLinear and variant is None else (torch.nn.Linear,)
+    return (
+        (variant is None or (isinstance(variant, DoraLinearVariant) and not quantised))
+        and plain_linear(layer, None if quantised else kinds)
+        and not (isinstance(layer, LoraLayer) and layer.lora_bias.get(ADAPTER))
+        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
+    )
+
+
+def plain_linear(layer: Any, kinds: tuple[type, ...] | None = (torch.nn.Linear,)) -> bool:
+    """Whether what an adapter's layer adds to is one of those kinds (None: any) and frozen."""
+    base = layer.base_layer
+    return (
+        (kinds is None or type(base) in kinds)
+        and not base.weight.requires_grad
+        and not (base.bias is not None and base.bias.requires_grad)
+        and not getattr(layer, "fan_in_fan_out", False)
+    )

@@ -1,0 +1,156 @@
+"""Models and tokenizers from folders of the data folder: safetensors only, no code of theirs, no network."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from app.errors import DoesNotFit
+from app.models import integrity
+from app.models.integrity import BadModel
+from app.settings import get_settings
+from app.spec import Adapter, ModelRef
+from app.strategies import AnyStrategy, Strategy
+from worker.modeling import packed_attention as packed
+
+# On Hopper and Blackwell torch prefers cuDNN's attention, which plans each new shape for some tenths of a second, and where answers
+# are written every token is one. Packs have an attention of their own (`worker/modeling/packed_attention.py`).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+if not torch.cuda.is_available():
+    # peft reads bitsandbytes in wherever it finds it, which costs every process more than a second of a core, and nothing here
+    # uses it without a GPU. None in its place makes it not installed for all who ask later.
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+
+LOADING = threading.RLock()
+"""Held while weights are read in by a process that loads from several threads: transformers builds a model under settings that
+are the whole process's, so two at once can leave tensors empty."""
+
+STRATEGY_FILE = "strategy.json"
+"""The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""
+
+
+def folder_of(path: str) -> Path:
+    """A folder named by a path relative to the data folder. Raises BadModel when it is not there, or when a file of it differs
+    from its manifest."""
+    integrity.check(path, "the model", may_be_plain=True)
+    return get_settings().data_dir / path
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    """The tokenizer of a model; an adapter that brought its own (with the template it learnt) is served with that one."""
+    own = [a.path for a in ref.adapters if (folder_of(a.path) / "tokenizer_config.json").is_file()]
+    folder = folder_of(own[-1] if own else ref.path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, and all of them mean the same to a person
+        raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", way_out="Add the model again.") from error
+
+
+def load_base(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> PreTrainedModel:
+    """The weights in `ref.path` alone, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode; adapters are left out."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder_of(ref.path),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **_in_bits(bits, dtype, device),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+    return made_ready(model, ref, attention, device)
+
+
+def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: str) -> PreTrainedModel:
+    """A loaded model in evaluation mode on its device, able to take packed rows where it was loaded for them.
+
+    Raises BadModel when packing would let its sequences see each other.
+    """
+    if attention == packed.NAME:
+        if not packed.packs(model):
+            raise BadModel(
+                f"{ref.name} ({ref.shape.model_type}) mixes neighbouring texts by means of its own, so rows cannot be packed for it.",
+                way_out="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
+            )
+        packed.count_from_padding(model)
+    # What is saved later names the model, not a folder of this machine.
+    model.name_or_path = model.config._name_or_path = ref.name
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+
+
+def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The arguments that load a base in few bits: NF4 with doubly quantised scales (Dettmers et al. 2023, QLoRA, section 3)."""
+    if bits is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise DoesNotFit(
+            f"A base in {bits} bits needs the package bitsandbytes, which is not installed with this worker's torch.",
+            way_out="Install the extra `gpu` again (`luthier doctor` shows what is missing), or choose lora.",
+            param="strategy",
+        )
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True})), "device_map": {"": device}}
+
+
+def load_strategy(folder: Path) -> Strategy:
+    """The strategy whose settings a result folder holds."""
+    settings = json.loads((folder / STRATEGY_FILE).read_text())
+    return TypeAdapter(AnyStrategy).validate_python(settings)
+
+
+def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
+    """The model with one adapter on it, at the adapter's blend."""
+    folder = folder_of(adapter.path)
+    try:
+        strategy = load_strategy(folder)
+        return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadModel(
+            f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Fine-tune again, or choose another model."
+        ) from error
+
+
+def load_model(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> torch.nn.Module:
+    """The whole model: the base with its adapters laid on in order. All but the last are merged into it."""
+    model: torch.nn.Module = load_base(ref, dtype, attention, device)
+    for position, adapter in enumerate(ref.adapters):
+        model = lay_adapter(model, adapter)
+        if position < len(ref.adapters) - 1:
+            model = load_strategy(folder_of(adapter.path)).merge(model)
+    return model.to(device).eval()
+
+
+def load_plain(
+    ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
+) -> torch.nn.Module:
+    """The whole model with every adapter merged into its weights: what a further tuning starts from.
+
+    Raises BadModel when one of them cannot be merged.
+    """
+    model: torch.nn.Module = load_base(ref, dtype, attention, device, bits)
+    for adapter in ref.adapters:
+        strategy = load_strategy(folder_of(adapter.path))
+        if not strategy.merges:
+            raise BadModel(
+                f"{ref.name} was made by {strategy.title}, which cannot be merged, so it cannot be fine-tuned further.",
+                way_out="Fine-tune the model it came from instead.",
+            )
+        model = strategy.merge(lay_adapter(model, adapter))
+    return model.eval()

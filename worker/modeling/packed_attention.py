@@ -1,0 +1,216 @@
+"""Attention over packed sequences: none looks into another, and no time is spent on masks or padding.
+
+Registered with transformers as `luthier_packed`, so every decoder that uses its attention interface gets it. The model is
+called with one row of T tokens, positions that start again at 0 in each sequence, and the lengths of the sequences. A name
+that transformers has no mask function for gets no mask, so no T × T mask is ever built.
+
+On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call; it knows no dropout, so an encoder's attention
+weights are not dropped there, while its states are as ever. A CPU with matrix units takes them in one call too
+(`worker/kernels/cpu/attention.py`). Elsewhere each sequence is a call of its own: measured on two cores that equals padding the sequences to one
+batch for speed, and it wastes no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from worker.kernels.cpu import attention as amx_attention
+from worker.runtime.transfer import sent
+
+NAME = "luthier_packed"
+
+_AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
+SHORT = 256 if _AMX else 2**30
+"""On a CPU bf16 attention over fewer tokens than this is computed in float32, which is faster and rounds less. Measured per
+sequence and layer, forwards and backwards: without matrix units 0.6 instead of 1.6 ms at 75 tokens (8 heads of 32), 5.5 instead
+of 6.5 ms at 200 (9 of 64); with them (AMX) 0.4 instead of 1.4 ms at 75 and 1.7 instead of 2.6 ms at 200 (8 of 32), 3.1 instead of
+3.2 ms at 200, but 17.8 instead of 10.7 ms at 512 (9 of 64)."""
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+MULTIPLE = 32
+"""On a CPU packs are filled up to a multiple of this many tokens. oneDNN keeps a primitive for each shape it has met, up to 1,024 of
+them: steps whose packs all differ in length took 13 MB more each, and an eighth of the time to make them."""
+
+
+def filling(tokens: int, device: torch.device) -> list[int]:
+    """Lengths of what fills a pack of `tokens` up, as a sequence of its own; nothing on a GPU, whose packs have a `PackShape`."""
+    return [-tokens % MULTIPLE] if device.type == "cpu" and tokens % MULTIPLE else []
+
+
+class PackShape(NamedTuple):
+    """What every pack of a job has in common on a GPU, so that a compiled layer meets one shape and is compiled once."""
+
+    tokens: int  # T: packs are filled up to it
+    sequences: int  # places in the table of sequence ends, those of the filling included
+    longest: int  # no sequence, and no piece of the filling, is longer
+
+    def most(self) -> int:
+        """Sequences that a pack may hold beside its filling."""
+        return self.sequences - math.ceil(self.tokens / self.longest)
+
+    def filling(self, tokens: int) -> list[int]:
+        """Lengths of the pieces that fill a pack of `tokens` up. One piece longer than `longest` would make the attention
+        read outside its table, which gave losses that were not numbers."""
+        left = self.tokens - tokens
+        return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
+
+
+def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
+    """The frame for packs of up to `budget` tokens of sequences of these lengths: room for twice as many as are usual."""
+    longest = -(-max(lengths) // 64) * 64
+    tokens = -(-max(budget, longest) // 64) * 64
+    usual = tokens * len(lengths) / max(sum(lengths), 1)
+    places = math.ceil(2 * usual) + 16 + math.ceil(tokens / longest)
+    return PackShape(tokens, min(places, tokens), longest)
+
+
+def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
+    """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
+    with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
+    if device.type != "cuda" and frame is None:
+        return {"sequence_lengths": lengths}
+    places = frame.sequences if frame else len(lengths)
+    if len(lengths) > places:
+        raise ValueError(f"{len(lengths)} sequences in a pack with {places} places")
+    ends = torch.full((places + 1,), sum(lengths), dtype=torch.int32)
+    ends[0] = 0
+    ends[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+    found = {"cu_seq_lens": sent(ends, device), "longest": frame.longest if frame else max(lengths)}
+    return found if frame else {**found, "sequence_lengths": lengths}
+
+
+def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a model is called with for the tokens of texts end to end, `lengths` tokens each: ids (1, T), their places, and the
+    arguments above. On a CPU T is filled up by `filling`."""
+    all_lengths = [*lengths, *filling(len(ids), device)]
+    flat = np.zeros(sum(all_lengths), np.int64)
+    flat[: len(ids)] = ids
+    places = np.concatenate([np.arange(n) for n in all_lengths])
+    tensors = {"input_ids": flat, "position_ids": places}
+    return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, T, D)
+    key: torch.Tensor,  # (1, kv heads, T, D)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sequence_lengths: list[int] | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    longest: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each packed sequence to itself. Returns (1, T, heads, D)."""
+    causal = getattr(module, "is_causal", True)
+    kind = query.device.type
+    if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
+        # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    fast = varlen_attn is not None and cu_seq_lens is not None and query.dtype in (torch.bfloat16, torch.float16)
+    if fast and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        v = v.contiguous()  # a part of one product for q, k and v would keep all three until the backward pass
+        if not _GROUPED and k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        back = (sliding_window or 0) - 1  # -1: without end
+        window = (back, 0 if causal else back)
+        out = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
+        return out.unsqueeze(0), None
+    if sequence_lengths is None and cu_seq_lens is not None:
+        sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
+    lengths = sequence_lengths or [query.shape[2]]
+    given = query.dtype
+    value = value.contiguous()  # as above
+    # Under autocast rotated queries and keys may be float32 already while values are not.
+    halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
+    plain = not dropout and softcap is None and not torch.compiler.is_compiling()
+    if halves and plain and amx_attention.supports(query, key):
+        rules = amx_attention.Rules(scaling if scaling is not None else query.shape[-1] ** -0.5, causal, sliding_window or 0)
+        out = amx_attention.attention(*(x.to(torch.bfloat16) for x in (query, key, value)), lengths, rules)
+        return (out if torch.is_autocast_enabled("cpu") else out.to(given)), None
+    with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():
+        if halves and max(lengths) < SHORT:  # all at once: a few long copies instead of many short ones
+            query, key, value = query.float(), key.float(), value.float()
+        # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
+        out = []
+        for piece in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+            if halves:
+                piece = [x.to(torch.float32 if x.shape[2] < SHORT else torch.bfloat16) for x in piece]
+            out.append(_one(*piece, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2))
+    return torch.cat(out, 1).to(given), None
+
+
+def _one(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    dropout: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One sequence, (1, heads, L, D). A mask is built only where a window or a soft cap asks for it."""
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if softcap is None and (window is None or length <= window):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped)
+    places = torch.arange(length, device=q.device)
+    seen = places[:, None] - places[None, :]  # how far back a key lies
+    allowed = torch.ones_like(seen, dtype=torch.bool) if not causal else seen >= 0
+    if window is not None:
+        allowed &= seen.abs() < window
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~allowed, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+# Models that need something more, or cannot be packed ------------------------------------------------------------------
+
+_PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def packs(model: torch.nn.Module) -> bool:
+    """Whether a model's layers all read their neighbours through the attention registered here. One that computes its attention
+    itself, or has convolutions or recurrent layers, would mix the sequences of a pack."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return bool(getattr(type(model), "_supports_attention_backend", False)) and set(kinds) <= _PLAIN_LAYERS
+
+
+def count_from_padding(model: torch.nn.Module) -> None:
+    """RoBERTa and its kin number a text's first token one higher than the padding. Have their embeddings take positions from 0
+    as every model here is given them."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+            module.register_forward_pre_hook(_shift, with_kwargs=True)
+
+
+def _shift(embeddings: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    given = kwargs.get("position_ids")
+    return (args, kwargs) if given is None else (args, {**kwargs, "position_ids": given + embeddings.padding_idx + 1})

@@ -1,0 +1,1 @@
+"""What every process with torch stands on."""

@@ -1,0 +1,166 @@
+"""Several processes that train one job together, started by torchrun; one process alone is a world of size one.
+
+Data parallel: each holds the whole model, computes its share of the packs of every step, and the gradients are summed in one
+flat message. The packs of a step, and so the result, are those of one process with as many passes; float error apart.
+The first process alone evaluates, saves and speaks; the others follow what it decides after each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from app.errors import DoesNotFit
+from app.planning.memory import passes
+from app.spec import JobSpec
+from app.strategies import Strategy
+
+MESSAGE_BYTES = 64 * 2**20
+"""Gradients travel in flat pieces of about this size: adapters in one, a whole model without a second copy of all of it."""
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long processes wait for the first one, which evaluates and saves alone. torchrun ends them where it dies."""
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def spreads(strategy: Strategy) -> bool:
+    """Whether the processes of a job share out the weights it learns, instead of holding them all."""
+    return size() > 1 and not type(strategy).adapter
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    rank: int = 0
+    size: int = 1
+    host: Any = None  # a group over the hosts' network, for decisions that no GPU has to wait for
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, window: Sequence[Any]) -> Sequence[Any]:
+        """This process's packs of a step."""
+        return window[self.rank :: self.size]
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """What the first process wishes, known to all; a stop that any process was asked for counts as the first's."""
+        if self.size == 1:
+            return list(wishes)
+        told = torch.tensor([int(w) for w in wishes])
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
+        return [bool(v) for v in told]
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the processes give."""
+        if self.size == 1:
+            return number
+        told = torch.tensor(number)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
+        return int(told)
+
+    def wait(self) -> None:
+        """Until all processes are here. It may take hours, while the first evaluates; a step's messages may not."""
+        if self.size > 1:
+            dist.barrier(group=self.host)
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.size == 1:
+            return
+        for batch in _batches(tensors):
+            flat = torch.cat([t.reshape(-1) for t in batch])
+            dist.all_reduce(flat)
+            for tensor, part in zip(batch, flat.split([t.numel() for t in batch]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sum the gradients; a process whose share reached a parameter not at all counts as zero."""
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            found = list(parameters)
+            for p in found:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            self.sum_(p.grad for p in found)
+
+    def even(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give all processes the first one's values, whatever was drawn at random."""
+        if self.size > 1:
+            for p in parameters:
+                dist.broadcast(p.data, 0)
+
+    def count(self, *numbers: int) -> list[int]:
+        """Sums of numbers over all processes."""
+        if self.size == 1:
+            return list(numbers)
+        told = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(told, group=self.host)
+        return told.tolist()
+
+
+def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one type, up to the size of a message."""
+    held: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if held and (tensor.dtype != held[0].dtype or size + tensor.nbytes > MESSAGE_BYTES):
+            yield held
+            held, size = [], 0
+        held.append(tensor)
+        size += tensor.nbytes
+    if held:
+        yield held
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[ProcessGroup]:
+    """The world this process is in, as torchrun's environment says; left in order at the end."""
+    if size() == 1:
+        yield ProcessGroup()
+        return
+    _die_with_parent()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """torchrun gives each process a session of its own, which a kill of the trainer's group would not reach."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def spread(spec: JobSpec) -> JobSpec:
+    """The order with a step's tokens or rows split over at least as many passes as there are processes, evenly. Raises DoesNotFit where
+    its rows cannot be."""
+    run, count = spec.run, passes(spec.run, size())
+    if count == run.passes:
+        return spec
+    batches = run.gradient_accumulation_steps
+    whole = {name: getattr(run, name) and getattr(run, name) * batches for name in ("max_tokens_per_step", "batch_size")}
+    if whole["batch_size"] and whole["batch_size"] % count:
+        raise DoesNotFit(
+            f"{whole['batch_size']} rows of a step cannot be shared out evenly to {size()} processes in {count} passes.",
+            way_out=f"Take a batch size that {count} divides, or set the batch in tokens.",
+            param="batch_size",
+        )
+    return spec.model_copy(update={"run": run.model_copy(update={**whole, "micro_batches": count, "gradient_accumulation_steps": 1})})

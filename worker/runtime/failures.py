@@ -1,0 +1,69 @@
+"""What an error of the machine stands for.
+
+A GPU's: too little memory, a fault of the card or its driver, or a mistake of a program.
+
+CUDA tells by a number and by the text of `cudaGetErrorString`, mostly at some later call than the one at fault, and every
+call of the same process fails from then on. So a fault of the card is tried again, in a process of its own; an assertion
+in a kernel (an index out of range, say) would only come again.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from app import events
+from app.errors import StudioError
+
+MISTAKES = ("device-side assert triggered",)
+
+MEMORY = ("CUDA out of memory", "OutOfMemoryError", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+CARD = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "an illegal memory access was encountered",
+    "the launch timed out",
+    "hardware stack error",
+    "an illegal instruction was encountered",
+    "misaligned address",
+    "invalid program counter",
+    "unspecified launch failure",
+    "Invalid access of peer GPU memory over nvlink or a hardware error",
+    "CUDA error: unknown error",
+    "CUDA error: initialization error",
+    "busy or unavailable",
+    "no CUDA-capable device is detected",
+    "GPU is lost",
+    "system not yet initialized",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "NCCL error",
+)
+"""Texts of CUDA 12 and 13, cuBLAS, cuDNN and torch's NCCL."""
+
+
+def of_gpu(said: str) -> events.Failed | None:
+    """The failure these words stand for, of one error or of the end of a log; None when they tell of none of the card's."""
+    if any(text in said for text in MISTAKES):
+        return None
+    if any(text in said for text in MEMORY):
+        way_out = "Split each batch over more passes (micro_batches), cut the rows shorter, or recompute activations."
+        return events.Failed(kind="cuda_out_of_memory", message="The GPU ran out of memory.", way_out=way_out)
+    found = next((text for text in CARD if text in said), None)
+    if found is None:
+        return None
+    way_out = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
+    return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", way_out=way_out)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+class Diverged(StudioError):
+    """The loss was not finite several times in a row, or rose far above its start."""
+
+    code = "diverged"

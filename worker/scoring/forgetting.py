@@ -1,0 +1,105 @@
+"""Scores of the general probe, before tuning and after: what `app/evaluation/forgetting.py` makes its verdict from.
+
+The probe is 72 short texts, some 4,000 tokens; scoring it draws no random number, so it changes nothing in what is learnt.
+A model's scores before tuning are kept under `features/` by all they depend on, so the next job on it measures none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from app.evaluation import forgetting as app_forgetting
+from app.evaluation.forgetting import TextScore, compare
+from app.settings import get_settings
+from app.spec import JobSpec
+from worker.data.batching import Row, Tokenised, tokenise
+from worker.runtime.device import Compute
+from worker.scoring import held_out
+
+PROBE = Path(__file__).with_name("probe") / "general.yaml"
+
+
+class Probe:
+    """The texts as a model of this kind reads them; `skills` and `bytes` stand beside each row of `data`."""
+
+    data: Tokenised
+    skills: list[str]
+    bytes: list[int]
+
+    def __init__(self, tokenizer: Any, kind: str, longest: int, lead: Sequence[int] = ()) -> None:
+        entries = [(skill, entry) for skill, texts in yaml.safe_load(PROBE.read_text(encoding="utf-8")).items() for entry in texts]
+        rows = [Row(line, _row(entry)) for line, (_, entry) in enumerate(entries, start=1)]
+        self.data = tokenise(tokenizer, rows, kind, longest, lead)
+        kept = [entries[line - 1] for line in self.data.lines]
+        self.skills = [skill for skill, _ in kept]
+        self.bytes = [_size(entry) for _, entry in kept]
+        for place, (_, entry) in enumerate(kept):
+            if "text" in entry:  # whether a text ends here is no knowledge of the text
+                self.data.trained[self.data.starts[place + 1] - 1] = False
+
+    def score(self, model: torch.nn.Module, budget: int, engine: Compute) -> list[TextScore]:
+        """The loss of every text, in nats."""
+        nats = held_out.score_rows(model, self.data, budget, engine).nats
+        return [TextScore(skill, loss, size) for skill, loss, size in zip(self.skills, nats, self.bytes, strict=True)]
+
+
+def scores(
+    spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute, lead: Sequence[int] = ()
+) -> list[TextScore]:
+    """The score of every text by a model that writes; `lead` are the placeholders of a soft prompt."""
+    return Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
+
+
+def remembered(spec: JobSpec, engine: Compute) -> list[TextScore] | None:
+    """What an earlier job on this model found before it tuned it."""
+    path = _kept(spec, engine)
+    return [TextScore(*entry) for entry in json.loads(path.read_text())] if path.is_file() else None
+
+
+def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute) -> list[TextScore]:
+    """The scores of the model before tuning, kept for the next job on it."""
+    from app.storage.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
+
+    found = scores(spec, model, tokenizer, budget, engine)
+    with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
+        write_atomically(_kept(spec, engine), json.dumps(found))
+    return found
+
+
+def without_measuring(spec: JobSpec, labels: int) -> dict[str, Any] | None:
+    """What is known of forgetting before anything is scored, as `app.evaluation.forgetting.WithoutMeasuring` in plain data."""
+    known = app_forgetting.without_measuring(spec.strategy, spec.model.shape, spec.task, labels)
+    return known.model_dump(mode="json") if known else None
+
+
+def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:
+    """The verdict, as `app.evaluation.forgetting.Forgetting` in plain data."""
+    return compare(before, after).model_dump(mode="json")
+
+
+def _kept(spec: JobSpec, engine: Compute) -> Path:
+    return get_settings().folder("features") / f"probe-{_digest(spec, engine)}.json"
+
+
+def _row(entry: dict[str, Any]) -> dict[str, Any]:
+    if "text" in entry:
+        return {"text": entry["text"]}
+    return {"messages": [{"role": role, "content": turn[role]} for turn in entry["say"] for role in ("user", "assistant")]}
+
+
+def _size(entry: dict[str, Any]) -> int:
+    said = [entry["text"]] if "text" in entry else [turn["assistant"] for turn in entry["say"]]
+    return sum(len(text.encode()) for text in said)
+
+
+def _digest(spec: JobSpec, engine: Compute) -> str:
+    about = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.precision]
+    return hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]

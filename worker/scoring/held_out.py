@@ -1,0 +1,209 @@
+"""How good the model is on held-out rows: loss, token accuracy and perplexity, and answers to read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from worker.data.batching import Batch, Row, Tokenised, make_batch
+from worker.data.chat_template import render_prompt, sample_of, stop_ids
+from worker.data.packing import best_fit
+from worker.modeling.cross_entropy import head_of, score
+from worker.modeling.fused_layers import uncompiled
+from worker.runtime.device import Compute
+from worker.runtime.progress import drained
+
+
+class Question(NamedTuple):
+    """A held-out prompt: what is asked, its token ids as the model reads them, and what a person answered."""
+
+    text: str
+    ids: list[int]
+    reference: str
+
+
+def plain_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
+    """The last hidden states of a pack where the next token is learnt, (K, H). The head is left to `worker/modeling/cross_entropy.py`."""
+    decoder = plain_model(model).get_decoder()
+    with engine.autocast():
+        out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
+    return out.last_hidden_state[0].index_select(0, batch.sources)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients, and everything as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), uncompiled():
+            yield
+    finally:
+        model.train(training)
+
+
+def reading(
+    model: torch.nn.Module, read: Callable[[list[int]], None], lengths: Sequence[int], budget: int, engine: Compute
+) -> Generator[float, None, None]:
+    """`read` of all rows, of these lengths, in packs of `budget` tokens, on a CPU in as many parts side by side; it sees the model as it
+    is evaluated, and may be called by several threads at once. Says the share of the rows that is done before each pack."""
+    parts = engine.parts(budget)
+    packs = best_fit(range(len(lengths)), lengths, budget // parts)
+    for start in range(0, len(packs), parts):
+        yield start / len(packs)
+        with evaluating(model):  # for each pack anew: what runs between two shares is somebody else's
+            engine.abreast.map(read, packs[start : start + parts])
+
+
+class RowScores(NamedTuple):
+    """For each row: the sum of its losses in nats, and how many tokens were learnt and were right."""
+
+    nats: list[float]
+    tokens: list[int]
+    hits: list[int]
+
+
+def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> Generator[float, None, RowScores]:
+    """Every row of `data` scored, packed, in its order; says the share of the packs that are done before each of them."""
+    found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
+    head = head_of(plain_model(model))
+
+    def read(pack: Sequence[int]) -> None:
+        batch = make_batch(data, pack, engine.device)
+        counts = [int(data.trained[data.starts[r] : data.starts[r + 1]].sum()) for r in pack]
+        losses, right = score(hidden_states(model, batch, engine), head, batch.targets, engine.compute)
+        for row, nats, hits in zip(pack, losses.double().cpu().split(counts), right.cpu().split(counts), strict=True):
+            found.nats[row], found.tokens[row], found.hits[row] = float(nats.sum()), len(nats), int(hits.sum())
+
+    yield from reading(model, read, data.lengths, budget, engine)
+    return found
+
+
+def score_rows(
+    model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute, progress: Callable[[float], None] | None = None
+) -> RowScores:
+    """The same in one go. `progress` is told the share of the packs that are done."""
+    return drained(scoring(model, data, budget, engine), progress)
+
+
+def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
+    """Loss in nats per learnt token, token accuracy, perplexity and, where the bytes of what is learnt are given, bits per byte."""
+    total, count = math.fsum(scored.nats), sum(scored.tokens)
+    loss = total / count
+    found = {"loss": loss, "token_accuracy": sum(scored.hits) / count, "perplexity": math.exp(min(loss, 700.0))}
+    return found | ({"bits_per_byte": total / math.log(2) / learnt_bytes} if learnt_bytes else {})
+
+
+def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> dict[str, float]:
+    """Loss in nats per learnt token, token accuracy and perplexity over all rows of `data`."""
+    return measures(score_rows(model, data, budget, engine))
+
+
+def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longest: int) -> list[Question]:
+    """The first `count` held-out rows as prompts. Prompts that leave no room for an answer are passed over."""
+    found: list[Question] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        prompt, reference = sample_of(row.row, kind)
+        if not prompt:
+            continue
+        _, ids = render_prompt(tokenizer, kind, prompt, row.row.get("tools"))
+        if 0 < len(ids) <= longest:
+            found.append(Question(_as_asked(prompt), ids, reference))
+    return found
+
+
+def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as a person would say it: the text itself, or what was said last in a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    said = prompt[-1].get("content") or ""
+    return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+
+
+def answers(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    most: int,
+    engine: Compute,
+    lead: Sequence[int] = (),
+    seconds: float | None = None,
+) -> list[str]:
+    """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values.
+    `lead` are the placeholders of a soft prompt. After `seconds` all end where they are."""
+    if not asked:
+        return []
+    inner = plain_model(model)
+    asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
+    longest = max(len(q.ids) for q in asked)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
+    mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa")  # padding on the left needs a mask, which packed attention has not
+    # The last state of each row is a view; a product of such with a frozen matrix copies the matrix once for each row.
+    packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        with evaluating(model), engine.autocast():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=most,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=stop_ids(tokenizer, inner.generation_config),
+                use_cache=True,
+                max_time=seconds,
+            )
+    finally:
+        packing.remove()
+        inner.set_attn_implementation(before)
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+
+
+ANSWERS_AT_ONCE = 16
+ANSWER_SECONDS = 60.0
+"""Time that all answers at the end of a job together may take; those it is too late for are not counted."""
+
+
+def answers_in_batches(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    most: int,
+    engine: Compute,
+    lead: Sequence[int] = (),
+    seconds: float = ANSWER_SECONDS,
+) -> list[str | None]:
+    """As `answers`, a few at once so that memory stays small, prompts of like length together, within `seconds`. None is an
+    answer that the time did not suffice for: it says nothing of the model."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+    told: list[str | None] = [None] * len(asked)
+    until = time.monotonic() + seconds
+    for start in range(0, len(order), ANSWERS_AT_ONCE):
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        places = order[start : start + ANSWERS_AT_ONCE]
+        said = answers(model, tokenizer, [asked[i] for i in places], most, engine, lead, left)
+        if time.monotonic() >= until:
+            break  # these were cut short
+        for place, text in zip(places, said, strict=True):
+            told[place] = text
+    return told

@@ -1,0 +1,185 @@
+"""What an evaluation says of a classifier: how often it is right, where it errs, and whether its probabilities can be believed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from app.kit import stats
+
+CALIBRATION_BINS = 10
+MAX_DRAWN = 200
+"""Labels up to which the confusion matrix is told."""
+
+
+def classification_scores(probabilities: np.ndarray, truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of probabilities (rows, labels) against the right label's number for each row.
+
+    `accuracy`, `macro_f1`, `log_loss` (nats a row), `calibration_error` (expected calibration error over ten equal bins of
+    confidence, Guo et al. 2017), `per_class` (precision, recall, f1 and rows by label), `confusion` (rows of the truth,
+    columns of the answer, empty above MAX_DRAWN labels) and `reliability` (for each bin: confidence, accuracy, rows).
+    """
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support  # slow to import, needed at the end
+
+    right = np.asarray(truth)
+    answer = probabilities.argmax(1)
+    every = np.arange(len(labels))
+    precision, recall, f1, support = precision_recall_fscore_support(right, answer, labels=every, zero_division=0)
+    present = np.unique(right)
+    picked = np.clip(probabilities[np.arange(len(right)), right], 1e-12, None)
+    error, bins = calibration(probabilities.max(1), answer == right)
+    return {
+        "rows": len(right),
+        "accuracy": float((answer == right).mean()),
+        "macro_f1": float(f1_score(right, answer, labels=present, average="macro", zero_division=0)),
+        "log_loss": float(-np.log(picked).mean()),
+        "calibration_error": error,
+        "reliability": bins,
+        "per_class": {
+            label: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for label, p, r, f, n in zip(labels, precision, recall, f1, support, strict=True)
+        },
+        "labels": list(labels),
+        # Its size is the square of the number of labels, and nobody reads a picture of more than these.
+        "confusion": confusion_matrix(right, answer, labels=every).tolist() if len(labels) <= MAX_DRAWN else [],
+    }
+
+
+def calibration(confidence: np.ndarray, hit: np.ndarray) -> tuple[float, list[dict[str, float]]]:
+    """The expected calibration error and its bins: how far the stated confidence lies from the share of right answers."""
+    place = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins, error = [], 0.0
+    for i in range(CALIBRATION_BINS):
+        inside = place == i
+        rows = int(inside.sum())
+        if rows == 0:
+            continue
+        stated, true = float(confidence[inside].mean()), float(hit[inside].mean())
+        bins.append({"confidence": stated, "accuracy": true, "rows": rows})
+        error += rows / len(confidence) * abs(stated - true)
+    return error, bins
+
+
+def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
+    """The scores of always answering with the shares of the training rows: what any classifier has to beat."""
+    shares = np.bincount(np.asarray(train), minlength=len(labels)) / max(len(train), 1)
+    return classification_scores(np.tile(shares, (len(truth), 1)), truth, labels)
+
+
+# Two models on the same rows ------------------------------------------------------------------------------------------
+
+
+def paired_losses(one: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, Any]:
+    """Mean losses of two models on the same rows, `one` and `other`, and `interval`: 95 % of other less one by Student's t of the
+    pairs. `weights` are the tokens of the rows where a loss is a mean over them, so that the means are over all tokens."""
+    from scipy.stats import t  # it comes with scikit-learn and is slow to import
+
+    share = np.ones(len(one)) if weights is None else np.asarray(weights, float) / np.mean(weights)
+    a, b = np.asarray(one, float) * share, np.asarray(other, float) * share
+    change = b - a
+    half = float(t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else math.inf
+    middle = float(change.mean())
+    return {"rows": len(one), "one": float(a.mean()), "other": float(b.mean()), "interval": (middle - half, middle + half)}
+
+
+def paired_hits(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The same for answers that are right or wrong, (rows,) of bool: both shares, and 95 % of their difference."""
+    a, b = one.astype(bool), other.astype(bool)
+    interval = stats.paired_shares(int((a & b).sum()), int((b & ~a).sum()), int((a & ~b).sum()), int((~a & ~b).sum()))
+    return {"rows": len(a), "one": float(a.mean()), "other": float(b.mean()), "interval": interval}
+
+
+def contest(metric: str, base: Mapping[str, Any] | None, few_shot: Mapping[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
+    """What a verdict on a job is founded on (app/evaluation/verdict.py): the tuned model against its base and, where one can be asked, against
+    the base behind solved examples. `base` and `few_shot` are `paired_…` of that model and the tuned one."""
+    return {"metric": metric, "base": _side(base), "few_shot": _side(few_shot), **facts}
+
+
+def _side(paired: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if paired is None or not paired["rows"]:
+        return None
+    low, high = paired["interval"]
+    told = math.isfinite(low) and math.isfinite(high)
+    return {"rows": paired["rows"], "score": paired["one"], "tuned": paired["other"], "interval": [low, high] if told else None}
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact match, ROUGE-L and chrF (Popović 2015), each 0 to 1 and the mean over the rows; empty without rows."""
+    return {name: float(values.mean()) for name, values in row_scores(answers, references).items()}
+
+
+def row_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """The same for each row, (rows,); empty without rows."""
+    if not answers:
+        return {}
+    from sacrebleu.metrics import CHRF
+
+    pairs, chrf = list(zip(answers, references, strict=True)), CHRF()
+    return {
+        "exact_match": np.asarray([float(a.strip() == r.strip()) for a, r in pairs]),
+        "rouge_l": np.asarray([rouge_l(a, r) for a, r in pairs]),
+        "chrf": np.asarray([chrf.sentence_score(a, [r]).score / 100 for a, r in pairs]),
+    }
+
+
+class Answered(NamedTuple):
+    """Scores of the answers of several models to the same rows, and how sure they are: what an evaluation tells of answers."""
+
+    scores: list[dict[str, Any]]  # of each model, with the 95 % interval of each score under `intervals`
+    difference: dict[str, tuple[float, float]]  # the last model's score less the first one's: its 95 % interval
+    rows: int
+
+
+def answer_scores(told: Sequence[Mapping[int, str]], references: Mapping[int, str]) -> Answered:
+    """Each model's answers by row, against the rows' references. A row counts where every model answered it."""
+    places = [place for place in references if all(place in said for said in told)]
+    found = [row_scores([said[place] for place in places], [references[place] for place in places]) for said in told]
+    scores: list[dict[str, Any]] = []
+    for one in found:
+        means: dict[str, Any] = {name: float(values.mean()) for name, values in one.items()}
+        scores.append(means | ({"intervals": {name: interval(values) for name, values in one.items()}} if one else {}))
+    gaps = {name: resampled(found[-1][name] - found[0][name]) for name in found[0]} if len(found) > 1 else {}
+    return Answered(scores, gaps, len(places))
+
+
+RESAMPLES = 2000
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean. Where every value is 0 or 1 it is Wilson's (1927), which also holds for few rows that all
+    agree; for any other score the percentiles of a bootstrap over the rows (Efron 1979)."""
+    return share_interval(float(values.mean()), len(values)) if np.isin(values, (0.0, 1.0)).all() else resampled(values)
+
+
+def share_interval(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `rows`."""
+    middle, spread = share + z * z / (2 * rows), z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
+
+
+def resampled(values: np.ndarray) -> tuple[float, float]:
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of lower-case words, 0 to 1."""
+    a, r = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    if not a or not r:
+        return float(a == r)
+    above = [0] * (len(r) + 1)  # lengths of the common subsequence of the words so far and each beginning of `r`
+    for word in a:
+        row = [0]
+        for place, other in enumerate(r):
+            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        above = row
+    common = above[-1]
+    return 2 * common / (len(a) + len(r))

@@ -1,0 +1,77 @@
+"""What the base reaches on a job's held-out rows without being tuned: with solved examples in the prompt, or by the nearest
+vectors. It is the other half of a job's verdict: tuning has to beat a prompt, not only the bare question.
+
+Answers are compared by the loss of the right one: the base reads it after examples (few-shot, Brown et al. 2020,
+arXiv:2005.14165), the tuned model without. Labels are compared by accuracy: the base's text vectors, each label the mean of
+its examples' (nearest class mean, Snell et al. 2017, arXiv:1703.05175).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from app.jobs.solved_examples import Asked
+from app.planning.duration import EXAMPLES_A_CLASS, SHOTS
+from worker.data.batching import Row
+from worker.data.chat_template import sample_of
+
+MAX_VECTOR_ROWS, MAX_VECTOR_EXAMPLES = 400, 800
+
+
+def asked_of(rows: Sequence[Row], kind: str) -> list[tuple[int, Asked]]:
+    """(line, prompt with its answer) of every row that has both; plain texts have none."""
+    found = [(row.line, Asked(*sample_of(row.row, kind))) for row in rows if "text" not in row.row]
+    return [(line, one) for line, one in found if one.prompt and one.reference.strip()]
+
+
+def examples_of(training: Sequence[Row], kind: str, seed: int, count: int = SHOTS) -> list[Asked]:
+    """The shortest of some drawn training rows, so that they leave room for the question."""
+    rows = [row for row in training if "text" not in row.row]
+    drawn = rows if len(rows) <= 8 * count else random.Random(seed).sample(rows, 8 * count)
+    found = [one for _, one in asked_of(sorted(drawn, key=lambda row: row.line), kind)]
+    return sorted(found, key=lambda e: len(str(e.prompt)) + len(e.reference))[:count]
+
+
+def last_answer(prompt: str | list[dict[str, Any]], reference: str) -> dict[str, Any]:
+    """A row of which the last answer alone counts."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": reference}
+    return {
+        "messages": [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt), {"role": "assistant", "content": reference}]
+    }
+
+
+def nearest_class(vectors: np.ndarray, truth: Sequence[int], asked: np.ndarray, labels: int) -> np.ndarray:
+    """The label, (rows,), whose examples' mean lies nearest by cosine to each of `asked`, (rows, H); `vectors` are the examples'."""
+    centers = class_means(_unit(vectors), truth, labels)
+    return (_unit(asked) @ centers.T).argmax(1)
+
+
+def class_means(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.ndarray:
+    """The mean of each label's vectors, at length 1; a label without examples is nowhere near anything."""
+    centers = np.full((labels, vectors.shape[1] if len(vectors) else 1), -1.0, np.float32)
+    for label in range(labels):
+        mine = vectors[[place for place, one in enumerate(truth) if one == label]]
+        if len(mine):
+            center = mine.mean(0)
+            centers[label] = center / max(float(np.linalg.norm(center)), 1e-9)
+    return centers
+
+
+def a_few_of_each(truth: Sequence[int], seed: int) -> list[int]:
+    """Places of up to `EXAMPLES_A_CLASS` rows of every label, and no more than `MAX_VECTOR_EXAMPLES` together."""
+    order, seen, found = list(range(len(truth))), {}, []
+    random.Random(seed).shuffle(order)
+    for place in order:
+        if seen.setdefault(int(truth[place]), 0) < EXAMPLES_A_CLASS:
+            seen[int(truth[place])] += 1
+            found.append((seen[int(truth[place])], place))
+    return [place for _, place in sorted(found)[:MAX_VECTOR_EXAMPLES]]  # a first of every label goes before a second of any
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)

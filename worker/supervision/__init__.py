@@ -1,0 +1,1 @@
+"""Processes that watch over a trainer."""

@@ -1,0 +1,148 @@
+"""What a trainer or an evaluation is let into, and what of its word is believed: the code of a foreign model runs in it.
+
+Read: the system, our sources, its model, its rows, its job's folder. Written: its attempt's own folder, the vectors and the
+speeds that jobs keep for each other, and the trainers' own cache of compiled kernels, which nothing outside the walls reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from app import events
+from app.evaluation.service import EvaluationSpec
+from app.kit.confinement import Confinement, cache_folders
+from app.machines.hardware import MEASURED, this_machine, usable_memory
+from app.settings import get_settings
+from app.spec import JobSpec
+from worker.runtime import kernel_cache
+
+KEPT_BY_JOBS = ("features", MEASURED)
+
+
+def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str]) -> Confinement:
+    """The room of a process that works on `spec` and writes into `folder` (of an attempt, say, whose job's folder is above it)."""
+    settings = get_settings()
+    data = settings.data_dir
+    models = [spec.model, *([spec.base] if isinstance(spec, EvaluationSpec) and spec.base else [])]
+    rows = [spec.dataset, *([spec.validation] if isinstance(spec, JobSpec) and spec.validation else [])]
+    named = [r.path for r in (*models, *rows)] + [adapter.path for model in models for adapter in model.adapters]
+    gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""
+    several = settings.gpus_per_job > 1 and isinstance(spec, JobSpec)
+    return Confinement(
+        read=[folder.parent, *(data / path for path in named if path)],
+        write=[folder, *(settings.folder(name) for name in KEPT_BY_JOBS), *cache_folders(environment)],
+        sockets="loopback" if several else "local" if gpu else "none",
+        gpu=gpu,
+        memory_bytes=None if gpu else 2 * usable_memory() + psutil.swap_memory().total + 4 * 2**30,
+    )
+
+
+def environment_in(folder: Path) -> dict[str, str]:
+    """Where a process behind walls keeps what it passes on to itself and what it compiles. What was compiled before, by a process
+    of ours, is copied once: it must not be read from where others may write."""
+    data = get_settings().data_dir
+    (tmp := folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
+    caches = get_settings().folder("cache", "trainers")
+    compiled, own = kernel_cache.folder(), caches / "numba"
+    if compiled.is_relative_to(data) and compiled.is_dir() and not (own / compiled.name).exists():
+        with contextlib.suppress(OSError):
+            shutil.copytree(compiled, partial := own / f"{compiled.name}.{os.getpid()}", dirs_exist_ok=True)
+            partial.rename(own / compiled.name)
+    return {
+        "HOME": str(tmp),
+        "TMPDIR": str(tmp),
+        "NUMBA_CACHE_DIR": str(own),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "CUDA_CACHE_PATH": str(caches / "cuda"),
+    }
+
+
+def clean(folder: Path) -> None:
+    """Remove what only the process itself had use for."""
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
+
+
+# Its end ------------------------------------------------------------------------------------------------------------------
+
+
+class Space:
+    """The mounts that a confined process alone sees, by which all that it started is found: a child can leave its parent's process
+    group and session, but no mounts. Held open, so that their number cannot become another's."""
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+
+    def look(self, pid: int) -> None:
+        """Take hold of it, once the process is confined; nothing where it has no mounts of its own."""
+        if self._handle is None:
+            with contextlib.suppress(OSError):
+                handle = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+                if _number(handle) == _number("/proc/self/ns/mnt"):
+                    os.close(handle)
+                else:
+                    self._handle = handle
+
+    def end(self) -> None:
+        """Kill who is left in it, and let go."""
+        if self._handle is None:
+            return
+        number = _number(self._handle)
+        for _ in range(50):
+            left = [int(name) for name in os.listdir("/proc") if name.isdigit() and _number(f"/proc/{name}/ns/mnt") == number]
+            if not left:
+                break
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        os.close(self._handle)
+        self._handle = None
+
+
+def _number(space: int | str) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(space).st_ino
+    return None
+
+
+# Its word -----------------------------------------------------------------------------------------------------------------
+
+
+def believed(event: events.TrainerEvent, folder: str) -> events.TrainerEvent:
+    """The event, unless it names a place outside the attempt's own `folder` (relative to the data folder): what is said to be a
+    checkpoint is removed one day, and what is said to be a result is given out as a model."""
+    if isinstance(event, events.Saved | events.Finished) and not _inside(event.path, folder):
+        message = f"The trainer named {event.path[:200]!r}, which is not in its own folder."
+        if isinstance(event, events.Finished):
+            return events.Failed(kind="crashed", message=message, way_out="Do not use its model: it is not what it claims to be.")
+        return events.Log(level="warn", message=message)
+    return event
+
+
+def _inside(path: str, folder: str) -> bool:
+    parts = PurePosixPath(path).parts
+    if ".." in parts or parts[: len(own := PurePosixPath(folder).parts)] != own or parts == own:
+        return False
+    data = get_settings().data_dir
+    return (data / path).resolve().is_relative_to((data / folder).resolve())
+
+
+def foreign(folder: Path) -> Path | None:
+    """The first thing in a result's folder that is no plain file and no folder: a link would show a file from elsewhere to whoever
+    downloads the result, and a pipe would be waited for."""
+    for above, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            mode = (path := Path(above, name)).lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                return path
+    return None

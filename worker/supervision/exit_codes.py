@@ -1,0 +1,231 @@
+"""How a trainer's life is started, measured and explained: its environment, its pace, and what its exit stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from app import events
+from app.errors import BadData, StudioError
+from app.kit import manifest
+from app.machines.hardware import this_machine
+from app.settings import get_settings
+from worker.runtime import failures
+from worker.supervision import confinement
+
+STOPPED = 75
+"""Exit of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "MALLOC_TOP_PAD_": str(64 * 2**20)}
+"""glibc gives each large tensor back to the kernel and takes it again, zeroed, for the next. Keeping the memory saves
+most of the page faults of training on a CPU."""
+
+CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""On a GPU freed blocks of memory can grow and be joined, so that tensors of other sizes find room in them: packs of other lengths
+in an evaluation would else leave holes that nothing fits into."""
+
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the
+playground, another job) spinning threads take the time of those they wait for: a decoding loop on two busy cores ran at
+2.2 tokens/s spinning and at 10 sleeping."""
+
+# fmt: off
+_HANDED_ON = {
+    "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
+    "CC", "CXX",  # what Triton and torch's compiler build with
+    "LUTHIER_KEEP_CHECKPOINTS",
+    "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
+}
+_HANDED_ON_PREFIXES = (
+    "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "NUMBA_",
+)
+# fmt: on
+
+
+def trainer_environment(ours: Mapping[str, str], folder: Path | None = None) -> dict[str, str]:
+    """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
+    a secret that is added later. `folder` is the attempt's own, where it keeps what is passing; None for what has no attempt."""
+    kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
+    cuda = CUDA_ALLOCATOR if this_machine().cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
+    own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
+    return ALLOCATOR | THREADS | cuda | own | kept | {
+        "LUTHIER_DATA_DIR": str(get_settings().data_dir),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
+def launcher(processes: int) -> list[str]:
+    """What starts several processes that train one job. They get as long to save as a single one when they are told to stop."""
+    patience = math.ceil(get_settings().stop_grace_seconds)
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
+
+
+def ask_to_save(pid: int) -> bool:
+    """Ask a trainer to save and go on; whether there was one to ask. A launcher would die of the signal and is passed over: the
+    processes that it started agree on what any of them was asked."""
+    asked = [pid]
+    if get_settings().gpus_per_job > 1:
+        with contextlib.suppress(OSError):
+            asked = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for one in asked:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGUSR1)
+    return bool(asked)
+
+
+def is_away(error: DBAPIError) -> bool:
+    """The database cannot be reached or is going down, as opposed to refusing what was asked."""
+    return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+
+
+def kill_group(pid: int) -> None:
+    """Kill the trainer and all it started. It leads its process group, and has not been reaped."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+class HangDetector:
+    """How fast the trainer speaks, and so when its silence is too long: ten of its median steps, and never less than
+    `least` seconds; `first` seconds before the first step."""
+
+    def __init__(self, first: float, least: float) -> None:
+        self.first, self.least = first, least
+        self.step: int | None = None
+        self._steps: deque[float] = deque(maxlen=50)
+        self._last_step: float | None = None
+        self._heard = time.monotonic()
+
+    def note(self, event: events.TrainerEvent) -> None:
+        self._heard = time.monotonic()
+        if isinstance(event, events.Step):
+            if self._last_step is not None:
+                self._steps.append(self._heard - self._last_step)
+            self.step, self._last_step = event.step, self._heard
+        elif isinstance(event, events.Saved):
+            self.step = event.step
+
+    def patience(self) -> float:
+        if not self._steps:
+            return self.first
+        return max(self.least, 10 * statistics.median(list(self._steps)))
+
+    def silent_too_long(self) -> bool:
+        return time.monotonic() - self._heard > self.patience()
+
+
+class OomWatch:
+    """How often the kernel has killed for want of memory in our control group. Only a rise says anything."""
+
+    def __init__(self) -> None:
+        self._before = _oom_kills()
+
+    def killed_since(self) -> bool:
+        return _oom_kills() > self._before
+
+
+def _oom_kills() -> int:
+    """`oom_kill` of our control group and of every group above it, versions 1 and 2."""
+    kills = 0
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            kills += _highest(Path("/sys/fs/cgroup"), path, "memory.events")
+        elif "memory" in controllers.split(","):
+            kills += _highest(Path("/sys/fs/cgroup/memory"), path, "memory.oom_control")
+    return kills
+
+
+def _highest(root: Path, path: str, name: str) -> int:
+    here = root / path.strip("/")
+    most = 0
+    for folder in (here, *here.parents):
+        for line in _read(folder / name).splitlines():
+            word, _, count = line.partition(" ")
+            if word == "oom_kill":
+                most = max(most, int(count))
+        if folder == root:
+            break
+    return most
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def tail(path: Path, most: int = 4000) -> str:
+    """The end of a log, in whole lines."""
+    try:  # no link and no pipe: whoever writes the log could have put one there
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return text if size <= most else text.partition("\n")[2]
+
+
+def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
+    """What an exit without a last word stands for. `code` is negative for a signal; `said` is the end of its log."""
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    if number == signal.SIGKILL and kernel_killed:
+        return _out_of_memory("The kernel killed the trainer because the machine ran out of memory.")
+    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        return events.Failed(kind="worker_lost", message=f"The trainer was killed by {signal.Signals(number).name}.")
+    quoted = f" It said last:\n{_last_words(said)}" if said.strip() else ""
+    if (fault := failures.of_gpu(said)) is not None:
+        return fault.model_copy(update={"message": f"{fault.message}{quoted}"})
+    if "No space left on device" in said:
+        return of_os_error(OSError(errno.ENOSPC, "No space left on device"))
+    if "MemoryError" in said or "Cannot allocate memory" in said or "can't allocate memory" in said:
+        return _out_of_memory(f"The trainer ran out of memory.{quoted}")
+    how = f"by {signal.Signals(number).name}" if number in signal.valid_signals() else f"with exit code {code}"
+    return events.Failed(
+        kind="crashed", message=f"The trainer ended {how}.{quoted}", way_out="Look at its log; if you see no reason, report it."
+    )
+
+
+def _out_of_memory(message: str) -> events.Failed:
+    way_out = "Use fewer tokens per batch, shorter rows or a smaller model, or run fewer workers at a time."
+    return events.Failed(kind="out_of_memory", message=message, way_out=way_out)
+
+
+def of_os_error(error: OSError) -> events.Failed:
+    """Our own failure to start an attempt or keep its files."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        way_out = "Free some space; the job goes on by itself from its newest checkpoint."
+        return events.Failed(kind="disk_full", message="The disk of the data folder is full.", way_out=way_out)
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return _out_of_memory(f"The trainer could not be started: {error.strerror}.")
+    return events.Failed(kind="crashed", message=f"The trainer could not be started: {error}.", way_out="Look at the worker's log.")
+
+
+def _last_words(said: str, lines: int = 12) -> str:
+    return "\n".join(said.strip().splitlines()[-lines:])
+
+
+def check_result(folder: Path) -> events.Failed | None:
+    """None when the result's folder is whole. A trainer that says it finished is believed only with its manifest."""
+    try:
+        if (odd := confinement.foreign(folder)) is not None:
+            raise BadData(f"{odd.name} is no plain file.")
+        manifest.check(folder)
+    except (StudioError, OSError) as error:
+        return events.Failed(
+            kind="crashed", message=f"The trainer finished, but its result is not whole: {error}", way_out="Resume the job."
+        )
+    return None

@@ -1,0 +1,381 @@
+"""One attempt at one job: claim it, start its trainer, record what it says, and bring it to an end.
+
+    claim ─▶ spec.json ─▶ Popen(python -m worker.run) ─▶ pipe ─▶ events ─▶ Postgres ─▶ finish | fail | stopped | lost
+
+The trainer is a process of its own with no database address: it can be killed, run out of memory or hang without
+taking anything with it but its attempt. This process holds the fence and never imports torch.
+
+Three threads: this one records events and watches over the trainer; one reads the pipe, so that the trainer is not
+held up while the database is away; one beats, so that a slow transaction does not cost the lease.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from app import events
+from app.db import transaction
+from app.inference import residency
+from app.jobs import lifecycle
+from app.jobs.lifecycle import Claim, FenceLost
+from app.kit.confinement import confined
+from app.kit.logs import turn_over
+from app.models import integrity
+from app.models.integrity import BadModel
+from app.settings import PROJECT, get_settings
+from app.storage.files import write_atomically
+from worker.supervision import confinement, exit_codes
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_HELD_EVENTS = 200_000
+"""Events kept in memory while the database is away, some 100 MB. Beyond it the trainer waits at its pipe."""
+
+FIRST_STEP_SECONDS = 1800.0
+"""How long loading a model may say nothing."""
+
+MIN_PATIENCE_SECONDS = 600.0
+"""How long a step may take before the trainer is thought to hang, however short the steps before it were."""
+
+BATCH = 500
+
+LOOK_SECONDS = 0.5
+"""Pause between two looks at a trainer that says nothing."""
+
+LOG_LIMIT_BYTES = 32 * 2**20
+"""Of a trainer's log; as much of what stood before is kept beside it."""
+
+GATHER_SECONDS = 0.1
+"""What is said within this time is recorded together."""
+
+
+def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """The body of the train task. `going_down` tells that this worker was asked to leave."""
+    if going_down():
+        return  # the reaper announces the job again
+    held = _insist(lambda: _claim(job_id))
+    if held is None:
+        log.info("Nothing to do for job %s.", job_id)
+        return
+    log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
+    try:
+        Attempt(held, going_down).run()
+    except FenceLost:
+        log.warning("Job %s: fence %d was lost; nothing more is written.", job_id, held.fence)
+
+
+def _claim(job_id: uuid.UUID) -> Claim | None:
+    with transaction() as session:
+        return lifecycle.claim(session, job_id, worker=f"{socket.gethostname()}:{os.getpid()}")
+
+
+def _insist(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
+    """Try until the database answers. Every move is safe to repeat, so an answer lost on the way costs nothing."""
+    pause = 0.2
+    while True:
+        try:
+            return action()
+        except DBAPIError as error:
+            if not exit_codes.is_away(error) or give_up():
+                raise
+            log.warning("The database is away: %s", str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else error)
+            time.sleep(pause)
+            pause = min(pause * 1.6, 3.0)
+
+
+class Attempt:
+    """One try of a job, from the start of its trainer to the record of its end."""
+
+    def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
+        self.held = held
+        self.going_down = going_down
+        self.folder: Path = get_settings().data_dir / held.folder
+        self.heard: collections.deque[events.TrainerEvent] = collections.deque()
+        self.recorded = 0  # events recorded so far: the number of the next one
+        self.said_last: events.Finished | events.Failed | None = None
+        self.woken = threading.Event()  # something was said, wished or lost
+        self.fence_lost = threading.Event()
+        self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
+        self.space = confinement.Space()  # what the trainer alone sees
+        self.wishes = lifecycle.ControlFlags(False, False, False)
+        self.beaten_at = time.monotonic()
+        self.stop_at: float | None = None  # when the trainer was asked to stop
+        self.stop_reason = ""
+        self.hung = False
+        self.save_sent = False
+        self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
+
+    # The main path --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            memory = exit_codes.OomWatch()
+            code = self._train()
+            self._record_all()
+            self._conclude(code, memory)
+        except FenceLost:
+            raise
+        except BadModel as error:
+            integrity.tell(error)
+            fault = events.Failed(kind="bad_model", message=error.message, way_out=error.way_out)
+            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+        except OSError as error:
+            fault = exit_codes.of_os_error(error)
+            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+        except Exception as error:
+            if isinstance(error, DBAPIError) and exit_codes.is_away(error):
+                raise  # this worker is leaving and the database is gone: the lease tells the reaper
+            log.exception("Job %s: the supervisor failed.", self.held.job_id)
+            fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", way_out="Look at the worker's log.")
+            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+        finally:
+            self.over.set()
+
+    def _train(self) -> int:
+        """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
+        integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading all of a large one takes longer than a lease
+        residency.ask_room(self.held.job_id, self.held.memory_bytes)
+        read_end = self._start()
+        threads = [
+            threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
+            threading.Thread(target=self._beat, name="beat", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._watch()
+        finally:
+            exit_codes.kill_group(self.trainer.pid)  # also what the trainer itself started
+            self.space.end()
+            code = self.trainer.wait()
+            confinement.clean(self.folder)
+        threads[0].join(timeout=10)  # the pipe's last lines
+        return code
+
+    def _start(self) -> int:
+        """Start the trainer; the reading end of its pipe."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        spec = self.folder / "spec.json"
+        write_atomically(spec, self.held.spec.model_dump_json(indent=1))
+        read_end, write_end = os.pipe()
+        environment = exit_codes.trainer_environment(os.environ, self.folder)
+        command = confined(trainer_command(self.held, spec, write_end), confinement.room_of(self.held.spec, self.folder, environment))
+        try:
+            with (self.folder / "trainer.log").open("ab") as out:
+                self.trainer = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=PROJECT,
+                    env=environment,
+                    pass_fds=[write_end],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        return read_end
+
+    def _watch(self) -> None:
+        """Record and watch until the trainer is gone. It is looked at but not reaped, so that its process group's number
+        stays taken until the group has been killed."""
+        while os.waitid(os.P_PID, self.trainer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if self.fence_lost.is_set():
+                raise FenceLost
+            self.space.look(self.trainer.pid)
+            self._hear_wishes()
+            self._look_for_hang()
+            self._record_some()
+            turn_over(self.folder / "trainer.log", LOG_LIMIT_BYTES)
+            self.woken.wait(LOOK_SECONDS)
+            self.woken.clear()
+            time.sleep(GATHER_SECONDS)
+
+    # Hearing ----------------------------------------------------------------------------------------------------------
+
+    def _read(self, read_end: int) -> None:
+        """Take events off the pipe until everyone who could write to it is gone."""
+        with os.fdopen(read_end, "rb") as pipe:
+            for line in pipe:
+                while len(self.heard) > MAX_HELD_EVENTS and not self.over.is_set():
+                    time.sleep(0.5)
+                try:
+                    event = confinement.believed(events.read_line(line), self.held.folder)
+                except ValidationError as error:
+                    event = events.Log(
+                        level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})"
+                    )
+                self.pace.note(event)
+                if isinstance(event, events.Finished | events.Failed):
+                    self.said_last = event  # recorded with the end of the job, in one transaction
+                else:
+                    self.heard.append(event)
+                self.woken.set()
+        self.woken.set()
+
+    def _record_some(self) -> None:
+        """Record one batch, if there is one. While the database is away the events wait in order."""
+        batch = [self.heard[i] for i in range(min(len(self.heard), BATCH))]
+        if not batch:
+            return
+        try:
+            self._record(batch)
+        except DBAPIError as error:
+            if not exit_codes.is_away(error):
+                raise
+            log.warning("Job %s: the database is away; %d events wait.", self.held.job_id, len(self.heard))
+            time.sleep(0.5)
+        if self.heard:
+            self.woken.set()
+
+    def _record_all(self) -> None:
+        while self.heard:
+            _insist(lambda: self._record([self.heard[i] for i in range(min(len(self.heard), BATCH))]), self._give_up)
+
+    def _record(self, batch: list[events.TrainerEvent]) -> None:
+        with transaction() as session:
+            lifecycle.record(session, self.held, self.recorded, batch)
+            if any(isinstance(event, events.Saved) for event in batch):
+                lifecycle.sweep_checkpoints(session, self.held.job_id, get_settings().keep_checkpoints)
+        for _ in batch:
+            self.heard.popleft()
+        self.recorded += len(batch)
+
+    # Beating and stopping ---------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Renew the lease, and the word that this machine's idle models make room, until the attempt is over."""
+        while not self.over.is_set():
+            residency.ask_room(self.held.job_id, self.held.memory_bytes)
+            self._renew()
+            self.woken.set()
+            if self.fence_lost.is_set():
+                break
+            self.over.wait(get_settings().beat_seconds)
+        residency.give_room_back(self.held.job_id)
+
+    def _renew(self) -> None:
+        """One beat, and what people wish."""
+        try:
+            with transaction() as session:
+                self.wishes = lifecycle.heartbeat(session, self.held)
+        except FenceLost:
+            if not self.over.is_set():
+                self.fence_lost.set()
+        except SQLAlchemyError as error:
+            log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
+
+    def _beat_when_due(self) -> None:
+        """For the time before there is a trainer, and a thread that beats. Raises FenceLost."""
+        if time.monotonic() > self.beaten_at + get_settings().beat_seconds:
+            self.beaten_at = time.monotonic()
+            self._renew()
+        if self.fence_lost.is_set():
+            raise FenceLost
+
+    def _hear_wishes(self) -> None:
+        """Stop or save as asked. A trainer that does not leave within its grace is killed."""
+        if not self.wishes.save:
+            self.save_sent = False  # a beat has seen the last request fulfilled
+        if self.stop_at is None:
+            if self.wishes.cancel or self.wishes.pause:
+                self._stop("asked for")
+            elif self.going_down():
+                self._stop("the worker is going down")
+            elif self.wishes.save and not self.save_sent:
+                self.save_sent = exit_codes.ask_to_save(self.trainer.pid)
+        elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
+            exit_codes.kill_group(self.trainer.pid)
+
+    def _stop(self, reason: str) -> None:
+        self.stop_at, self.stop_reason = time.monotonic(), reason
+        os.kill(self.trainer.pid, signal.SIGTERM)  # not yet reaped, so the number is still the trainer's
+
+    def _look_for_hang(self) -> None:
+        if self.stop_at is None and self.pace.silent_too_long():
+            self.hung = True
+            self._stop(f"nothing was heard of the trainer for {self.pace.patience():.0f} seconds")
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def _conclude(self, code: int, memory: exit_codes.OomWatch) -> None:
+        """Give the job the state that the trainer's exit stands for."""
+        last, held = self.said_last, self.held
+        if isinstance(last, events.Finished) and code == 0:
+            return self._finish(last)
+        if self.hung:
+            failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", way_out="Look at its log.")
+            return self._insist(lambda session: lifecycle.fail(session, held, failed))
+        if isinstance(last, events.Failed):
+            return self._insist(lambda session: lifecycle.fail(session, held, last))
+        if code == exit_codes.STOPPED or self.stop_at is not None:
+            return self._insist(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
+        failed = exit_codes.classify(code, exit_codes.tail(self.folder / "trainer.log"), memory.killed_since())
+        log.error("Job %s: %s", held.job_id, failed.message)
+        return self._insist(lambda session: lifecycle.fail(session, held, failed))
+
+    def _finish(self, finished: events.Finished) -> None:
+        fault = exit_codes.check_result(get_settings().data_dir / finished.path)
+        if fault is not None:
+            return self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+        return self._insist(lambda session: lifecycle.finish(session, self.held, finished))
+
+    def _insist(self, move: Callable[..., None]) -> None:
+        def once() -> None:
+            with transaction() as session:
+                move(session)
+
+        _insist(once, self._give_up)
+
+    def _give_up(self) -> bool:
+        """Waiting for the database has no more use: the fence is lost, or this worker has been leaving for a while."""
+        leaving = self.stop_at is not None and time.monotonic() > self.stop_at + get_settings().stop_grace_seconds
+        return self.fence_lost.is_set() or (leaving and self.going_down())
+
+
+def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
+    started_by = [sys.executable, "-m", "worker.run"]
+    if (processes := get_settings().gpus_per_job) > 1:
+        started_by[1:1] = exit_codes.launcher(processes)
+    # fmt: off
+    return [
+        *started_by, "--spec", str(spec), "--folder", held.folder,
+        "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
+    ]
+    # fmt: on
+
+
+def die_with_parent(parent: int | None = None) -> Callable[[], None]:
+    """What a child runs between fork and exec, so that no orphan trains on: the kernel kills it when its parent dies.
+
+    A parent that died before the call is noticed by the changed parent id. The library is loaded here, in the parent,
+    because little may be done after a fork.
+    """
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, parent or os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask

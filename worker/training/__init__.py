@@ -1,0 +1,1 @@
+"""The parts of the training recipe in worker/train.py."""

@@ -1,0 +1,233 @@
+"""Preference tuning: of two answers to a prompt, the chosen one becomes likelier than the rejected one.
+
+Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7). The reference is the
+model before tuning. It scores every pair once, before the strategy is attached, so there is never a second copy of it in
+memory, and a strategy may change the base's own weights. Its scores are kept beside the checkpoints: a resumed job reads the
+very same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from app.errors import BadData, StudioError
+from app.formats.preference import conversation_with
+from app.jobs import solved_examples
+from app.kit import manifest
+from app.spec import JobSpec, PreferenceSettings
+from worker.data import batching
+from worker.data.batching import Batch, Row, make_batch
+from worker.data.chat_template import prepare_tokenizer, template_remark
+from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
+from worker.modeling.cross_entropy import head_of
+from worker.modeling.token_logprobs import token_nats
+from worker.runtime import distributed
+from worker.runtime.device import Compute
+from worker.runtime.transfer import sent
+from worker.scoring import held_out
+from worker.scoring.metrics import contest, share_interval
+from worker.training.checkpoint import State, write_folder
+from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives.causal_lm import CausalLM
+
+REFERENCE = "reference"
+PARTS = ("train", "held_out")
+
+
+class PairBatch(NamedTuple):
+    """A pack of pairs on the device."""
+
+    batch: Batch
+    counts: list[int]  # tokens of each answer
+    pairs: torch.Tensor  # (pairs,) their numbers
+
+
+def pair_batch(data: PreferencePairs, pack: Sequence[int], device: torch.device) -> PairBatch:
+    sequences = sequences_of(pack)
+    counts = [data.answer_tokens(s) for s in sequences]
+    return PairBatch(make_batch(data.sequences, sequences, device), counts, sent(torch.tensor(pack), device))
+
+
+def log_likelihoods(model: torch.nn.Module, given: PairBatch, engine: Compute, *, mean: bool = False) -> tuple[torch.Tensor, int, int]:
+    """(log-probabilities (pairs, 2) of the chosen and the rejected answers in nats, tokens read, tokens of answers) of a pack.
+
+    Sums over the tokens of each answer, or means. Gradients flow.
+    """
+    batch, counts, _ = given
+    hidden = held_out.hidden_states(model, batch, engine)
+    nats = token_nats(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute)
+    sums = torch.stack([part.mean() if mean else part.sum() for part in nats.split(counts)])
+    return -sums.view(-1, 2), batch.tokens, batch.trained
+
+
+def losses_of(policy: torch.Tensor, reference: torch.Tensor, settings: PreferenceSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of each pair, rewards (pairs, 2) of its answers) from log-probabilities (pairs, 2) of chosen and rejected.
+
+    An answer's reward is β times how much likelier it became: β (log π − log π_ref). DPO's loss is −log σ of the margin
+    between the rewards; with label smoothing ε every label is taken to be wrong with that probability (Mitchell 2023,
+    conservative DPO). IPO (Azar et al. 2023, https://arxiv.org/abs/2310.12036, equation 17) pulls the difference of the
+    log-ratios to 1 / 2β instead, so that it does not grow without end.
+    """
+    ratios = policy - reference
+    rewards = settings.beta * ratios
+    if settings.loss == "ipo":
+        return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * settings.beta)).square(), rewards
+    margin = rewards[:, 0] - rewards[:, 1]
+    smoothing = settings.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
+
+
+def sums_of(rewards: torch.Tensor) -> torch.Tensor:
+    """Sums over pairs of: pairs, reward of chosen, of rejected, and pairs told apart rightly; a tie counts half."""
+    chosen, rejected = rewards.detach().double().unbind(1)
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    return torch.stack([torch.ones_like(chosen).sum(), chosen.sum(), rejected.sum(), right.sum()])
+
+
+def named(sums: torch.Tensor) -> dict[str, float]:
+    """The means of `sums_of`, as events carry them."""
+    pairs, chosen, rejected, right = sums.tolist()
+    means = {"reward_margin": chosen - rejected, "reward_accuracy": right, "chosen_reward": chosen, "rejected_reward": rejected}
+    return {name: value / max(pairs, 1.0) for name, value in means.items()}
+
+
+class DPO(CausalLM):
+    unit: ClassVar = "pair"
+    accuracy: ClassVar = "reward_accuracy"
+    measures: ClassVar = 4  # those of `sums_of`
+
+    def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
+        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
+        if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
+            tokenizer.chat_template, self.plain_template = None, False
+        Objective.__init__(self, spec, tokenizer)
+        self.settings = spec.preference or PreferenceSettings()
+        run, kind = spec.run, spec.model.kind
+        train_rows, held_rows = batching.sides(spec)
+        self.pairs = {
+            "train": tokenise_pairs(tokenizer, train_rows, kind, self.longest, self.lead),
+            "held_out": tokenise_pairs(tokenizer, held_rows, kind, self.longest, self.lead),
+        }
+        self.train, self.held_out = self.pairs["train"].pairs, self.pairs["held_out"].pairs
+        if not len(self.train):
+            raise BadData(
+                f"None of the {len(train_rows)} pairs has two different answers within {self.longest} tokens.",
+                way_out="Raise the longest length, or check the two answers of each row.",
+            )
+        kept = set(self.held_out.lines)
+        # As rows that end with the better answer, which is what samples and evaluations compare with.
+        self.held_rows = [Row(line, conversation_with(row, "chosen", kind)) for line, row in held_rows if line in kept]
+        self.tryout = solved_examples.of_rows(train_rows, [row for row in held_rows if row.line in kept])
+        self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
+        self.questions = held_out.questions(tokenizer, self.held_rows, kind, run.samples, self.room)
+        self.reference: dict[str, torch.Tensor] = {}
+
+    # The reference ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
+        """Score all pairs with the model before tuning, or read what an earlier attempt at this job found."""
+        digest = self._digest(engine)
+        found = _kept(attempt.parent, digest)
+        if found is None:
+            found = {}
+            for name in PARTS:
+                found[name] = yield from self._score(model, self.pairs[name].without_lead(), engine, budget)
+            if not distributed.rank():  # of several processes that train together the first one alone writes
+                write_folder(attempt / REFERENCE, lambda folder: save_file(found, folder / f"{REFERENCE}.safetensors"), of=digest)
+        self.reference = {name: tensor.to(engine.device) for name, tensor in found.items()}
+
+    def _score(self, model: torch.nn.Module, data: PreferencePairs, engine: Compute, budget: int) -> Generator[float, None, torch.Tensor]:
+        """Log-probabilities, (pairs, 2), of all pairs; sums or means as the loss takes them."""
+        found = torch.zeros(len(data), 2)
+
+        def read(pack: Sequence[int]) -> None:
+            given = pair_batch(data, pack, engine.device)
+            found[pack] = log_likelihoods(model, given, engine, mean=self.settings.means)[0].float().cpu()
+
+        yield from held_out.reading(model, read, data.pairs.lengths, budget, engine)
+        return found
+
+    def _digest(self, engine: Compute) -> str:
+        """What the reference's figures follow from."""
+        spec = self.spec
+        said = spec.model_dump_json(include={"model", "dataset", "validation", "split", "run", "preference", "strategy"})
+        as_what = "texts" if spec.model.kind == "generic" else "conversations"
+        return hashlib.sha256(f"{said}\n{engine.precision}\n{engine.name}\n{as_what}".encode()).hexdigest()
+
+    # Training -----------------------------------------------------------------------------------------------------------
+
+    def remarks(self) -> Iterator[str]:
+        yield from remarks_on(self)
+        if told := template_remark(self.tokenizer, self.spec.run):
+            yield told
+        for name, part in (("training", self.train), ("validation", self.held_out)):
+            if part.skipped:
+                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
+                yield f"{len(part.skipped)} {name} pairs have no two different answers left and were excluded (lines {lines})."
+        if self.plain_template:
+            yield "The model has no chat template; it is given a plain one, which is saved with the result."
+
+    def learnt(self, window: Sequence[Sequence[int]]) -> int:
+        return sum(len(pack) for pack in window)
+
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
+        return pair_batch(self.pairs["train"], pack, engine.device)
+
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
+        """The pairs' losses, and the tokens of their answers as the number of losses."""
+        policy, tokens, answers = log_likelihoods(model, batch, engine, mean=self.settings.means)
+        reference = self.reference["train"].index_select(0, batch.pairs).to(policy.dtype)
+        losses, rewards = losses_of(policy, reference, self.settings)
+        return LossOutput(losses.sum(), tokens, answers, sums_of(rewards))
+
+    def name_metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        return named(sums)
+
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
+        """Each pair's loss: one that grew says that the worse answer is still the likelier one, as where the two stand exchanged."""
+        policy = yield from self._score(model, self.pairs["train"], engine, budget)
+        return self._losses(policy)
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
+        yield from ()
+        return self._losses(self.reference["train"].cpu())
+
+    def _losses(self, policy: torch.Tensor) -> list[float]:
+        return losses_of(policy.double(), self.reference["train"].cpu().double(), self.settings)[0].tolist()
+
+    # Judging ------------------------------------------------------------------------------------------------------------
+
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
+        data = self.pairs["held_out"]
+        policy = yield from self._score(model, data, engine, budget)
+        losses, rewards = losses_of(policy.double(), self.reference["held_out"].cpu().double(), self.settings)
+        metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
+        return EvalResult(metrics, losses.tolist()[:MAX_REMEMBERED])
+
+    def _few_shot_rows(self) -> None:
+        """No prompt can be scored by pairs."""
+        return None
+
+    def _contest(self, state: State, *_: Any) -> dict[str, Any]:
+        """Pairs told apart, against a coin: before tuning both rewards of every pair are zero."""
+        share, pairs = float((state.best or state.last)["reward_accuracy"]), len(self.held_out)
+        low, high = share_interval(share, pairs)
+        return contest("reward_accuracy", {"rows": pairs, "one": 0.5, "other": share, "interval": (low - 0.5, high - 0.5)})
+
+
+def _kept(runs: Path, digest: str) -> dict[str, torch.Tensor] | None:
+    """The reference's figures of an earlier attempt whose files are whole."""
+    for folder in sorted(runs.glob(f"a*/{REFERENCE}")):
+        try:
+            if manifest.verify(folder).get("of") == digest:
+                return load_file(folder / f"{REFERENCE}.safetensors")
+        except (StudioError, OSError):
+            continue
+    return None
