@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -14,16 +15,21 @@ import pytest
 from tests.conftest import PROJECT, free_port, wait_until
 
 
+RESOURCES = ("templates", "static", "migrations", "samples", "alembic.ini")
+"""What stands beside the packages in a checkout, and in `app/resources` of a wheel."""
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of an environment that has the wheel, and the libraries of the one the tests run in."""
     place = tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split("\0")
     source = place / "source"
-    for name in filter(None, tracked):  # a copy of the sources alone, so that nothing built or left beside them is packed
-        if (PROJECT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((PROJECT / name).read_bytes())
+    source.mkdir()
+    for name in ("app", "worker", *RESOURCES, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        if (PROJECT / name).is_dir():  # a copy, so that nothing is left behind in the checkout
+            shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(PROJECT / name, source / name)
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('..'))"
     made = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True).stdout.split()[-1]
     environment = place / "venv"
