@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import PROJECT, free_port, wait_until
 
-
 RESOURCES = ("templates", "static", "migrations", "samples", "alembic.ini")
 """What stands beside the packages in a checkout, and in `app/resources` of a wheel."""
 
