@@ -8,6 +8,7 @@ from sqlalchemy import select
 from app.datasets import ingest_task
 from app.kit import ids
 from app.tables import Dataset
+from worker import tasks
 
 PLAIN = "".join(json.dumps({"prompt": f"Say {n}", "completion": f"number {n}"}) + "\n" for n in range(12)).encode()
 
@@ -35,7 +36,7 @@ def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_register
     made = api.post(f"/v1/datasets/{ids.public(ids.DATASET, good.id)}/readings", json=wrong).json()
     waiting = api.post("/v1/fine_tuning/jobs", json=order).json()  # ordered while it is read: takes what it gives
     assert waiting["status"] == "validating_files"
-    ingest_task.read(ids.parse(ids.DATASET, made["id"]))
+    tasks.read(str(ids.parse(ids.DATASET, made["id"])))
     session.expire_all()
     after = api.post("/v1/fine_tuning/jobs", json=order | {"seed": 2})
     assert after.status_code == 200, after.text
