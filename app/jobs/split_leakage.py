@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlencode
 
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -79,10 +80,12 @@ def resolve_waiting(session: Session) -> int:
     Returns to how many."""
     waiting, resolved = Job.estimate["overlap"]["status"].astext == "waiting", 0
     for job in session.scalars(select(Job).where(waiting, Job.deleted_at.is_(None)).with_for_update(skip_locked=True)):
-        if job.estimate is None:
-            continue
-        overlap, warnings = leakage_summary(session, JobSpec.model_validate(job.spec))
-        if overlap["status"] != "waiting":
+        try:
+            spec = JobSpec.model_validate(job.spec)
+        except ValidationError:
+            continue  # of an earlier version: no reason for the reaper to stop
+        overlap, warnings = leakage_summary(session, spec)
+        if overlap["status"] != "waiting" and job.estimate is not None:
             job.estimate = job.estimate | {"overlap": overlap, "warnings": [*job.estimate.get("warnings", []), *warnings]}
             resolved += 1
     return resolved

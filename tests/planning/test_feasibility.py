@@ -309,6 +309,9 @@ def test_rows_on_both_sides_are_told_before_and_after_the_launch(api, client, se
     job = jobs.create(session, user, job_request.read_order(order))
     session.commit()
     assert job.estimate["overlap"]["status"] == "waiting" and not job.estimate["warnings"]
+    old = jobs.create(session, user, job_request.read_order(order))
+    old.spec = old.spec | {"strategy": {"name": "of an earlier version"}}  # is passed over
+    session.commit()
     with data_worker():
         said = api.post("/v1/estimates", json=order).json()
         while said["overlap"]["status"] == "waiting":
