@@ -14,7 +14,9 @@ from sqlalchemy.orm import Session
 
 from app import leases, queue
 from app.db import transaction
+from app.evaluation import service as evaluations
 from app.jobs import lifecycle
+from app.kit import ids
 from app.leases import OVER, Work
 from app.settings import get_settings
 from app.tables import Dataset, Leased, Model, Outbox, User
@@ -35,8 +37,14 @@ def a_job(world: World) -> Leased:
     return make_job(world.session, world.user, world.model, world.data)
 
 
+def an_evaluation(world: World) -> Leased:
+    asked = evaluations.read_order({"model": world.model.name, "dataset_id": ids.public(ids.DATASET, world.data.id)})
+    return evaluations.create(world.session, world.user, asked)
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
+    "evaluations": (evaluations.WORK, an_evaluation),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = ()
