@@ -18,6 +18,8 @@ from app.evaluation import service as evaluations
 from app.jobs import lifecycle
 from app.kit import ids
 from app.leases import OVER, Work
+from app.prompts import runs as prompt_runs
+from app.prompts import service as prompts
 from app.settings import get_settings
 from app.tables import Dataset, Leased, Model, Outbox, User
 from tests.orders import make_dataset, make_job
@@ -42,9 +44,15 @@ def an_evaluation(world: World) -> Leased:
     return evaluations.create(world.session, world.user, asked)
 
 
+def a_prompt_run(world: World) -> Leased:
+    _, version = prompts.create(world.session, world.user, "a prompt", prompts.read_body({"max_tokens": 2}))
+    return prompt_runs.create(world.session, world.user, version, world.model.name, world.data, prompt_runs.RunOrder())
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
+    "prompt runs": (prompt_runs.WORK, a_prompt_run),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = ()
