@@ -20,6 +20,7 @@ from app.tables import Job, Model, Outbox
 from tests.orders import make_dataset, make_spec
 from tests.security import hostile_models
 from tests.security.hostile_models import CONFIG, HONEST, HOSTILE, MARK, TOKENIZER
+from worker import tasks
 from worker.conversion import convert
 from worker.runtime.limited_fork import limited
 
@@ -160,7 +161,7 @@ def test_models_of_earlier_rules_are_examined_once(session, user, data_dir: Path
     before = manifest.read(data_dir / str(bad.path))
     assert sorted(announced(session)) == sorted([good.id, bad.id])
     for model in (good, bad):
-        model_imports.examine(model.id)
+        tasks.examine(str(model.id))
     session.expire_all()
     assert (good.status, good.source["rules"]) == ("ready", import_checks.RULES)
     assert bad.status == "error" and bad.error["code"] == "refused_by_rules" and "vocab_file" in bad.error["message"]
