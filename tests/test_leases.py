@@ -13,6 +13,7 @@ from sqlalchemy import func, select, true, update
 from sqlalchemy.orm import Session
 
 from app import leases, queue
+from app.datasets import token_counts
 from app.db import transaction
 from app.evaluation import service as evaluations
 from app.jobs import lifecycle
@@ -63,12 +64,19 @@ def an_examination(world: World) -> Leased:
     return found
 
 
+def a_count(world: World) -> Leased:
+    """Of the tokens of a dataset that was read before there was a model."""
+    queue.enqueue(world.session, token_counts.WORK.task, world.data.id)
+    return world.data
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
     "prompt runs": (prompt_runs.WORK, a_prompt_run),
     "fetches": (model_imports.FETCHES, a_fetch),
     "examinations": (model_imports.EXAMINATIONS, an_examination),
+    "token counts": (token_counts.WORK, a_count),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = (model_imports.EXAMINATIONS,)

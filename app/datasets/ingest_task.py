@@ -374,7 +374,7 @@ def reap(session: Session) -> int:
         queue.enqueue(session, queue.READ, dataset.id)
         announced += 1
     _sweep(session)
-    return announced + token_counts.order(session)
+    return announced + token_counts.reap(session)["announced"]
 
 
 _swept_at = float("-inf")
