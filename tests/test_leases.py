@@ -13,7 +13,8 @@ from sqlalchemy import func, select, true, update
 from sqlalchemy.orm import Session
 
 from app import leases, queue
-from app.datasets import token_counts
+from app.datasets import ingest_task, token_counts
+from app.datasets import service as datasets
 from app.db import transaction
 from app.evaluation import service as evaluations
 from app.jobs import lifecycle
@@ -23,6 +24,7 @@ from app.models import imports as model_imports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.settings import get_settings
+from app.storage import files
 from app.tables import Dataset, Leased, Model, Outbox, User
 from tests.orders import make_dataset, make_job
 
@@ -64,6 +66,11 @@ def an_examination(world: World) -> Leased:
     return found
 
 
+def a_reading(world: World) -> Leased:
+    file = files.add_bytes(world.session, world.user, b'{"prompt": "a", "completion": "b"}', "x.jsonl", "fine-tune")
+    return datasets.create(world.session, world.user, file)
+
+
 def a_count(world: World) -> Leased:
     """Of the tokens of a dataset that was read before there was a model."""
     queue.enqueue(world.session, token_counts.WORK.task, world.data.id)
@@ -76,6 +83,7 @@ KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "prompt runs": (prompt_runs.WORK, a_prompt_run),
     "fetches": (model_imports.FETCHES, a_fetch),
     "examinations": (model_imports.EXAMINATIONS, an_examination),
+    "readings": (ingest_task.WORK, a_reading),
     "token counts": (token_counts.WORK, a_count),
 }
 """Each kind of work, and how a row comes to wait for it."""
