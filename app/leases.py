@@ -78,7 +78,7 @@ def lapsed(lease_until: Any) -> ColumnElement[bool]:
 # The work -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work(Generic[Row]):
     """One kind of work on the rows of one table."""
 

@@ -13,7 +13,7 @@ from sqlalchemy import func, select, true, update
 from sqlalchemy.orm import Session
 
 from app import leases, queue
-from app.datasets import ingest_task, token_counts
+from app.datasets import ingest_task, inspections, token_counts
 from app.datasets import service as datasets
 from app.db import transaction
 from app.evaluation import service as evaluations
@@ -25,7 +25,7 @@ from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Dataset, Leased, Model, Outbox, User
+from app.tables import Base, Dataset, Leased, Model, Outbox, User
 from tests.orders import make_dataset, make_job
 
 
@@ -77,6 +77,10 @@ def a_count(world: World) -> Leased:
     return world.data
 
 
+def an_inspection(world: World) -> Leased:
+    return inspections.ask(world.session, world.data, "rows", {"count": 5, "skip": 0})
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
@@ -85,6 +89,7 @@ KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "examinations": (model_imports.EXAMINATIONS, an_examination),
     "readings": (ingest_task.WORK, a_reading),
     "token counts": (token_counts.WORK, a_count),
+    "inspections": (inspections.WORK, an_inspection),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = (model_imports.EXAMINATIONS,)
@@ -178,6 +183,11 @@ def check_that_only_the_newest_claim_writes(work: Work[Any], row: Leased) -> Non
     assert (now_of(work, row).lease_until, now_of(work, row).status) == (None, "done")
     with transaction() as session:
         assert not leases.heartbeat(session, work, row.id, second), "what has ended is held still"
+
+
+def test_every_table_with_a_lease_is_tested_here():
+    tables = {mapper.class_ for mapper in Base.registry.mappers if "lease_until" in mapper.columns}
+    assert tables == set(Leased.__subclasses__()) == {work.table for work, _ in KINDS.values()}
 
 
 def test_only_the_newest_claim_writes(work, row):
