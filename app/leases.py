@@ -1,16 +1,47 @@
-"""How long a claim on work lasts without a beat, by the database's clock, which all workers share."""
+"""The lease protocol: how one worker at a time holds a row, and what happens when that worker dies.
+
+    waiting ──claim──▶ held ──finish_if_held──▶ what the work came to
+       ▲                │ ▲└──heartbeat──┐
+       │                │ └──────────────┘
+       └────requeue─────┴──expire──▶ Work.on_death, which requeues, or gives up at the third death
+
+A row is held while `lease_until` is set. Each claim raises the row's `fence`, and every write of a holder names the fence that
+it claimed, so a worker that was thought dead and wakes up later changes nothing. Every step is a conditional UPDATE, or a SELECT
+that locks, by the database's clock, which all workers share.
+
+A message of the queue only says "look at this row": a lost one is sent again by `redeliver`, a second one finds nothing to claim.
+What a death means to a row stands where the row's table is worked on, as `Work.on_death`; the rest is the same for all tables.
+"""
 
 from __future__ import annotations
 
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, DateTime, func, literal_column
+from sqlalchemy import ColumnElement, DateTime, and_, func, literal_column, select, true, update
+from sqlalchemy.orm import Session
 
+from app import db, queue
 from app.settings import get_settings
+from app.tables import Leased, Outbox
 
 OVER = datetime(1970, 1, 1, tzinfo=UTC)
 """Until when a lease holds whose holder is known to be dead, so that nobody need wait for it to pass."""
+MAX_DEATHS = 3
+"""Work that its workers die of this often is given up."""
+BEHIND_A_BACKLOG = 20.0
+"""While other messages wait in its queue, a row is announced again this many times less often."""
+AT_MOST = 100
+"""Rows that one round of the reaper looks after."""
+
+Row = TypeVar("Row", bound=Leased)
+
+
+# The clock ----------------------------------------------------------------------------------------------------------
 
 
 def now() -> ColumnElement[datetime]:
@@ -42,3 +73,145 @@ def could_beat() -> ColumnElement[bool]:
 def lapsed(lease_until: Any) -> ColumnElement[bool]:
     """Whether the holder of a lease is dead: known to be, or not heard of for a whole lease in which it could have beaten."""
     return (lease_until == OVER) | ((lease_until < now()) & could_beat())
+
+
+# The work -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Work(Generic[Row]):
+    """One kind of work on the rows of one table."""
+
+    table: type[Row]
+    task: str
+    """The Celery task whose message makes a worker look at a row."""
+    waits_as: str
+    """The status of a row that may be claimed."""
+    runs_as: str
+    """The status of a row that is held; the same word where the lease alone tells."""
+    since: Any
+    """The column that says when it was ordered: the oldest is announced first."""
+    on_death: Callable[[Session, Row, str], None]
+    """`on_death(session, row, how)`: the holder of this locked row died, `how` says by what we know, as "died with the studio.".
+    It must let go of the lease: by `requeue`, or by ending the row."""
+    due: ColumnElement[bool] = true()  # noqa: RUF009
+    """What else a row needs to be claimed."""
+
+    def free(self) -> ColumnElement[bool]:
+        """Rows that wait for a claim."""
+        return and_(self._alive(), self.table.status == self.waits_as, self.table.lease_until.is_(None), self.due)
+
+    def taken(self) -> ColumnElement[bool]:
+        """Rows that somebody holds or held when it died."""
+        return and_(self._alive(), self.table.status == self.runs_as, self.table.lease_until.is_not(None))
+
+    def held(self, key: uuid.UUID, fence: int) -> ColumnElement[bool]:
+        """This row, as long as it is held under this fence."""
+        return and_(self.table.id == key, self.table.fence == fence, self.taken())
+
+    def _alive(self) -> ColumnElement[bool]:
+        deleted_at = getattr(self.table, "deleted_at", None)
+        return true() if deleted_at is None else deleted_at.is_(None)
+
+
+# The holder's part --------------------------------------------------------------------------------------------------
+
+
+def claim(session: Session, work: Work[Row], key: uuid.UUID, **values: Any) -> Row | None:
+    """Take a row that waits, or one whose holder died, and set `values`. The row with its new fence, or None: there is nothing to do
+    or another one is at it, so the message is dropped."""
+    expire(session, work, key)
+    table = work.table
+    taken = update(table).where(table.id == key, work.free())
+    taken = taken.values(status=work.runs_as, fence=table.fence + 1, lease_until=lease(), **values)
+    return session.scalar(taken.returning(table).execution_options(populate_existing=True))
+
+
+def heartbeat(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **values: Any) -> bool:
+    """Renew the lease and set `values`. False, and nothing is changed, when the row is no longer held under this fence: it was taken
+    over, ended or deleted. The holder then stops and writes nothing more."""
+    return _write(session, work, key, fence, lease_until=lease(), **values)
+
+
+def finish_if_held(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **values: Any) -> bool:
+    """Let go of the lease and set `values`, the new status among them. False, and nothing is changed, when it is no longer held."""
+    return _write(session, work, key, fence, lease_until=None, **values)
+
+
+def _write(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **values: Any) -> bool:
+    return session.scalar(update(work.table).where(work.held(key, fence)).values(**values).returning(work.table.id)) is not None
+
+
+def lock_if_held(session: Session, work: Work[Row], key: uuid.UUID, fence: int) -> Row | None:
+    """The row, locked until the transaction ends, for a holder whose last words take more than one UPDATE; None when it is no longer
+    held. The caller sets `lease_until` to None, or calls `requeue`."""
+    query = select(work.table).where(work.held(key, fence)).with_for_update()
+    return session.scalar(query.execution_options(populate_existing=True))
+
+
+class Beat(Generic[Row]):
+    """A holder's heartbeat, at most once a second, each in a transaction of its own."""
+
+    def __init__(self, work: Work[Row], key: uuid.UUID, fence: int) -> None:
+        self.work, self.key, self.fence, self.last = work, key, fence, float("-inf")
+
+    def __call__(self, **values: Any) -> bool:
+        """False when the row is no longer held; True without a look when the last beat was a moment ago."""
+        if time.monotonic() - self.last < min(1.0, get_settings().beat_seconds):
+            return True
+        self.last = time.monotonic()
+        with db.transaction() as session:
+            return heartbeat(session, self.work, self.key, self.fence, **values)
+
+
+def requeue(session: Session, work: Work[Row], row: Row, *, died: bool = False) -> bool:
+    """Let a row that the caller has locked wait for another claim, and announce it. With `died` its worker's death is counted: False,
+    and nothing is announced, at the one that is too many; the caller then ends the row."""
+    row.deaths += died
+    row.lease_until = None
+    if died and row.deaths >= MAX_DEATHS:
+        return False
+    row.status = work.waits_as
+    session.flush()
+    queue.enqueue(session, work.task, row.id)
+    return True
+
+
+# The reaper's part --------------------------------------------------------------------------------------------------
+
+
+def expire(session: Session, work: Work[Row], key: uuid.UUID | None = None) -> int:
+    """Take the leases of dead holders away: all, or one row's. Returns how many died. Rows that are locked are left to who locked them."""
+    dead = select(work.table).where(work.taken(), lapsed(work.table.lease_until)).order_by(work.table.id).limit(AT_MOST)
+    if key is not None:
+        dead = dead.where(work.table.id == key)
+    rows = session.scalars(dead.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
+    for row in rows:
+        silent = f"was not heard of for {get_settings().lease_seconds:g} seconds."
+        work.on_death(session, row, "died with the studio." if row.lease_until == OVER else silent)
+    session.flush()
+    return len(rows)
+
+
+def redeliver(session: Session, work: Work[Row], *where: ColumnElement[bool], backlog: int | None = None) -> int:
+    """Announce waiting rows that no message speaks of any more: theirs was lost with Redis, or with a worker that took it and died
+    before its claim. Returns how many.
+
+    `backlog` messages wait in the queue; None asks Redis. While there are any, most likely this row's is among them: announcing every
+    row of a long queue every few seconds would only bury the workers in messages to drop.
+    """
+    waiting = queue.backlog(work.task) if backlog is None else backlog
+    recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if waiting else 1))
+    spoken_of = select(Outbox.id).where(
+        Outbox.key == work.table.id, Outbox.task == work.task, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
+    )
+    silent = select(work.table.id).where(work.free(), *where, ~spoken_of.exists()).order_by(work.since).limit(AT_MOST)
+    keys = session.scalars(silent.with_for_update(skip_locked=True)).all()
+    for key in keys:
+        queue.enqueue(session, work.task, key)
+    return len(keys)
+
+
+def reap(session: Session, work: Work[Row]) -> dict[str, int]:
+    """One round of the reaper over one kind of work."""
+    return {"lapsed": expire(session, work), "announced": redeliver(session, work)}

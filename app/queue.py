@@ -140,6 +140,14 @@ def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
         session.execute(text(f"NOTIFY {OUTBOX_CHANNEL}"))
 
 
+def backlog(task: str) -> int:
+    """Messages that wait in the queue of a task; 0 when Redis is away, since then none of them may be left."""
+    try:
+        return int(get_redis().llen(f"{PREFIX}{ROUTES[task]}"))  # type: ignore[arg-type]
+    except (redis.RedisError, RuntimeError):
+        return 0
+
+
 @functools.lru_cache(maxsize=4)
 def _waker(url: str) -> redis.Redis:
     """A client of its own with short timeouts: a wake-up must never hold up the one who gives it."""

@@ -44,6 +44,16 @@ def now() -> Mapped[datetime]:
     return mapped_column(server_default=func.clock_timestamp())
 
 
+class Leased:
+    """Rows that one worker at a time holds, by the protocol of `app/leases.py`."""
+
+    id: Mapped[uuid.UUID] = new_key()
+    status: Mapped[str]
+    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim; stale writers are refused by it")
+    deaths: Mapped[int] = mapped_column(server_default="0", comment="workers that died over it since it last got on")
+    lease_until: Mapped[datetime | None]
+
+
 # People -------------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +120,7 @@ class File(Base):
     __table_args__ = (Index(None, "owner_id", "created_at"),)
 
 
-class Dataset(Base):
+class Dataset(Leased, Base):
     """A file read as rows of one format. Never changed in place: a fix makes a new version with `parent_id`.
 
     `status` goes reading → ready | error. `rows_path` is a Parquet file with the columns `line` (int64, the 1-based
@@ -118,7 +128,6 @@ class Dataset(Base):
     """
 
     __tablename__ = "datasets"
-    id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
@@ -139,8 +148,6 @@ class Dataset(Base):
     rows_path: Mapped[str | None]
     rows_sha256: Mapped[str | None]
     report: Mapped[JSON | None] = mapped_column(comment="counts per rule, length histograms, label counts, preview")
-    fence: Mapped[int] = mapped_column(server_default="0")
-    lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index(None, "owner_id", "created_at"),)
@@ -162,12 +169,11 @@ class Finding(Base):
     __table_args__ = (Index(None, "dataset_id", "severity", "rule", "line"), Index(None, "dataset_id", "line"))
 
 
-class Inspection(Base):
+class Inspection(Leased, Base):
     """A question about a dataset that takes a child of the data worker: token counts of a model, rows as its trainer sees
     them, the two sides of a split, a joining of datasets. The answer is kept, so asking again costs nothing."""
 
     __tablename__ = "inspections"
-    id: Mapped[uuid.UUID] = new_key()
     dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
     model_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
     kind: Mapped[str] = mapped_column(comment="lengths, rows or split")
@@ -177,7 +183,6 @@ class Inspection(Base):
     result: Mapped[JSON | None]
     error: Mapped[JSON | None]
     asked_at: Mapped[datetime] = now()
-    lease_until: Mapped[datetime | None]
     __table_args__ = (Index(None, "dataset_id", "kind"),)
 
 
@@ -201,7 +206,7 @@ class Upload(Base):
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-class Model(Base):
+class Model(Leased, Base):
     """A base model (its own weights) or a tuned one (`job_id`, and an adapter or weights of its own).
 
     `base_id` is the model it was tuned from. `path` is its folder; for an adapter that folder holds the adapter alone.
@@ -233,8 +238,6 @@ class Model(Base):
     labels: Mapped[list[Any] | None] = mapped_column(comment="class names of a classifier, in order")
     bytes: Mapped[int | None]
     engine: Mapped[JSON | None] = mapped_column(comment="an external server that answers for it: {url, model}; null is our own engine")
-    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim of a fetch")
-    lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
     base: Mapped[Model | None] = relationship(remote_side=[id], viewonly=True)
@@ -247,11 +250,10 @@ class Model(Base):
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
 
-class Job(Base):
+class Job(Leased, Base):
     """One order to tune. Its states and who may move it between them stand in `app/jobs/lifecycle.py`."""
 
     __tablename__ = "jobs"
-    id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     name: Mapped[str]
     tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
@@ -265,11 +267,8 @@ class Job(Base):
     user_metadata: Mapped[JSON | None]
     idempotency_key: Mapped[str | None]
     # The claim: who holds the job, and until when.
-    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim; stale writers are refused by it")
     attempt: Mapped[int] = mapped_column(server_default="0")
-    lease_until: Mapped[datetime | None]
     worker: Mapped[str | None]
-    deaths: Mapped[int] = mapped_column(server_default="0", comment="worker deaths since the newest checkpoint")
     cancel_requested: Mapped[bool] = mapped_column(server_default=false())
     pause_requested: Mapped[bool] = mapped_column(server_default=false())
     save_requested: Mapped[bool] = mapped_column(server_default=false())
@@ -314,11 +313,10 @@ class Comparison(Base):
     __table_args__ = (UniqueConstraint("owner_id", "idempotency_key"), Index(None, "owner_id", "created_at"))
 
 
-class Evaluation(Base):
+class Evaluation(Leased, Base):
     """A model scored on a dataset, or run over a file, without training. Its states and claims stand in `app/evaluation/service.py`."""
 
     __tablename__ = "evaluations"
-    id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     kind: Mapped[str] = mapped_column(comment="scores, advice or blend; predictions or vectors")
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
@@ -330,9 +328,6 @@ class Evaluation(Base):
     error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
-    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim")
-    deaths: Mapped[int] = mapped_column(server_default="0", comment="processes that died over it")
-    lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
@@ -486,11 +481,10 @@ class PromptVersion(Base):
     __table_args__ = (UniqueConstraint("prompt_id", "number"),)
 
 
-class PromptRun(Base):
+class PromptRun(Leased, Base):
     """One version of a prompt, put to one model over the validation rows of one dataset. States in `app/prompts/runs.py`."""
 
     __tablename__ = "prompt_runs"
-    id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_versions.id"), index=True)
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
@@ -500,8 +494,6 @@ class PromptRun(Base):
     progress: Mapped[float | None]
     result: Mapped[JSON | None] = mapped_column(comment="score, interval, rows, tokens and seconds")
     error: Mapped[JSON | None]
-    fence: Mapped[int] = mapped_column(server_default="0", comment="rises with every claim")
-    lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]

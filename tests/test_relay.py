@@ -146,7 +146,7 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
     with transaction() as s:
         held = lifecycle.claim(s, job.id, "w1")
         assert held and evaluations.claim(s, evaluation.id) and ingest_task.claim(s, reading.id) and prompt_runs.claim(s, run.id)
-    assert model_imports._claim(fetch.id)
+    assert model_imports._claim(model_imports.FETCHES, fetch.id)
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp()))
     session.commit()
     with transaction() as s:
@@ -163,7 +163,7 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
         lost = s.scalars(select(Event).where(Event.job_id == job.id, Event.type == "lost")).one()
         assert lost.data["message"] == "Worker w1 died with the studio."
         assert lifecycle.claim(s, job.id, "w2").fence == held.fence + 1 and ingest_task.claim(s, reading.id)
-    assert model_imports._claim(fetch.id)
+    assert model_imports._claim(model_imports.FETCHES, fetch.id)
     with pytest.raises(lifecycle.FenceLost), transaction() as s:
         lifecycle.heartbeat(s, held)
     with transaction() as s:

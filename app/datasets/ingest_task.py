@@ -4,7 +4,7 @@
        ↑         └────→ error          the file as a whole cannot be read; says why
        └─ reap(): a reader that died is announced again; after three deaths the dataset has an error
 
-The claim is the one of jobs: a fence that rises with every reader, and a lease by the database's clock.
+Who may read it is decided by a claim (`app/leases.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
+from sqlalchemy import delete, insert
 from sqlalchemy.orm import Session
 
-from app import db, queue
+from app import db, leases, queue
 from app.datasets import compose_rows, inspections, token_counts
 from app.datasets import hub as hub_datasets
 from app.datasets.row_store import verify_rows
@@ -31,41 +30,35 @@ from app.kit import sandbox
 from app.kit.json_safe import storable
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Dataset, File, Finding, Model, Outbox, User
+from app.tables import Dataset, File, Finding, Model, User
 
-MAX_DEATHS = 3
 LIMITS = sandbox.Limits()
 PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
 """Codes of faults that another try may not meet: they lie in the machine or the network as likely as in the file."""
 
 
-def _lease() -> ColumnElement[Any]:
-    return func.clock_timestamp() + timedelta(seconds=get_settings().lease_seconds)
+def _died(session: Session, dataset: Dataset, how: str) -> None:
+    if not leases.requeue(session, WORK, dataset, died=True):
+        _fail(session, dataset, _why(sandbox.Killed("crashed", f"Its reader died {dataset.deaths} times; the last one {how}")))
+
+
+WORK = leases.Work(Dataset, queue.READ, waits_as="reading", runs_as="reading", since=Dataset.created_at, on_death=_died)
 
 
 def claim(session: Session, dataset_id: uuid.UUID) -> int | None:
     """The fence of a new reader, or None when there is nothing to do or another one is at it."""
-    free = or_(Dataset.lease_until.is_(None), Dataset.lease_until < func.clock_timestamp())
-    return session.scalar(
-        update(Dataset)
-        .where(Dataset.id == dataset_id, Dataset.status == "reading", Dataset.deleted_at.is_(None), free)
-        .values(fence=Dataset.fence + 1, lease_until=_lease(), progress=0.0)
-        .returning(Dataset.fence)
-    )
+    dataset = leases.claim(session, WORK, dataset_id, progress=0.0)
+    return None if dataset is None else dataset.fence
 
 
 def heartbeat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, so_far: dict[str, Any] | None = None) -> bool:
     """Keep the lease and note the progress; False when the dataset is no longer ours to read. `so_far` is what a page may show
     before there is a report: rows, and seconds_left or None."""
-    kept = session.scalar(
-        update(Dataset)
-        .where(Dataset.id == dataset_id, Dataset.fence == fence, Dataset.status == "reading", Dataset.deleted_at.is_(None))
-        .values(lease_until=_lease(), progress=progress, **({"report": {"so_far": so_far}} if so_far else {}))
-        .returning(Dataset.id)
-    )
-    if kept is not None:
+    report = {"report": {"so_far": so_far}} if so_far else {}
+    kept = leases.heartbeat(session, WORK, dataset_id, fence, progress=progress, **report)
+    if kept:
         queue.notify(session, "dataset", dataset_id)
-    return kept is not None
+    return kept
 
 
 def read(dataset_id: uuid.UUID) -> None:
@@ -108,13 +101,11 @@ def read_again(session: Session, dataset: Dataset) -> None:
         )
     if dataset.status != "ready" and not can_be_read_again(dataset):
         raise Conflict("This dataset cannot be read again as it is.", way_out="Change its format or columns, or upload another file.")
-    dataset.status, dataset.error, dataset.progress, dataset.lease_until = "reading", None, None, None
-    dataset.fence = -(-dataset.fence // MAX_DEATHS) * MAX_DEATHS  # `reap` counts the deaths of this order from here
+    dataset.error, dataset.progress, dataset.deaths = None, None, 0
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is not None:
         file.status, file.status_details = "uploaded", None
-    session.flush()
-    queue.enqueue(session, queue.READ, dataset.id)
+    leases.requeue(session, WORK, dataset)
     queue.notify(session, "dataset", dataset.id)
 
 
@@ -198,9 +189,7 @@ def _bring(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
             written = _join(origin, path, reading)
             blob, more = files.adopt(path, files.Blob(written["sha256"], written["bytes"])), {"left_out": written["left_out"]}
     with db.transaction() as session:
-        ours = session.scalars(
-            select(Dataset).where(Dataset.id == reading.dataset_id, Dataset.fence == reading.fence, Dataset.status == "reading")
-        ).one_or_none()
+        ours = leases.lock_if_held(session, WORK, reading.dataset_id, reading.fence)
         if ours is None:
             raise sandbox.Killed("stopped", "It was stopped.")
         filename = filename or f"{ours.name}-v{ours.version}.jsonl"
@@ -269,9 +258,7 @@ def _record(
     counted_by: dict[str, Any] | None,
 ) -> bool:
     """Make the dataset ready, with its findings, in one go; False when it is no longer ours."""
-    ours = session.scalar(
-        select(Dataset).where(Dataset.id == dataset_id, Dataset.fence == fence, Dataset.status == "reading").with_for_update()
-    )
+    ours = leases.lock_if_held(session, WORK, dataset_id, fence)
     if ours is None:
         return False
     if ours.rows_path and ours.rows_sha256 == result["sha256"]:
@@ -279,7 +266,7 @@ def _record(
     session.execute(delete(Finding).where(Finding.dataset_id == dataset_id))
     for at in range(0, len(found), 1000):
         session.execute(insert(Finding), [{"dataset_id": dataset_id, **finding} for finding in found[at : at + 1000]])
-    ours.status, ours.progress, ours.lease_until, ours.error = "ready", 1.0, None, None
+    ours.status, ours.progress, ours.lease_until, ours.error, ours.deaths = "ready", 1.0, None, None, 0
     ours.format, ours.task, ours.mapping = result["format"], result["task"], result["mapping"]
     ours.rows, ours.good_rows = result["rows"], result["good_rows"]
     ours.rows_path, ours.rows_sha256 = rows.relative_to(get_settings().data_dir).as_posix(), result["sha256"]
@@ -302,9 +289,7 @@ def _put_back(rows: Path, damaged: Path) -> Path:
 
 def _record_error(dataset_id: uuid.UUID, fence: int, error: dict[str, Any]) -> None:
     with db.transaction() as session:
-        ours = session.scalar(
-            select(Dataset).where(Dataset.id == dataset_id, Dataset.fence == fence, Dataset.status == "reading").with_for_update()
-        )
+        ours = leases.lock_if_held(session, WORK, dataset_id, fence)
         if ours is not None:
             _fail(session, ours, error)
 
@@ -351,30 +336,11 @@ def _drop(rows: Path) -> None:
         shutil.rmtree(rows.parent, ignore_errors=True)
 
 
-def reap(session: Session) -> int:
-    """Readers that died are announced again, and what nobody needs any more is swept. Returns how many were announced."""
-    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
-    spoken_of = select(Outbox.id).where(
-        Outbox.key == Dataset.id, Outbox.task == queue.READ, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
-    )
-    free = or_(Dataset.lease_until.is_(None), Dataset.lease_until < func.clock_timestamp())
-    lost = session.scalars(
-        select(Dataset)
-        .where(Dataset.status == "reading", Dataset.deleted_at.is_(None), free, ~spoken_of.exists())
-        .order_by(Dataset.created_at)
-        .limit(100)
-        .with_for_update(skip_locked=True)
-    ).all()
-    announced = 0
-    for dataset in lost:
-        if dataset.lease_until is not None and dataset.fence % MAX_DEATHS == 0:
-            _fail(session, dataset, _why(sandbox.Killed("crashed", f"Its reader died {MAX_DEATHS} times.")))
-            continue
-        dataset.lease_until = None
-        queue.enqueue(session, queue.READ, dataset.id)
-        announced += 1
+def reap(session: Session) -> dict[str, int]:
+    """A round over readings and token counts; what nobody needs any more is swept."""
+    readings, counts = leases.reap(session, WORK), token_counts.reap(session)
     _sweep(session)
-    return announced + token_counts.order(session)
+    return {name: readings[name] + counts[name] for name in readings}
 
 
 _swept_at = float("-inf")

@@ -1,6 +1,8 @@
 """Questions about a dataset that need a child of the data worker, and their answers, which are kept.
 
-    ask ─→ waiting ─answer()─→ ready | error
+    ask ─→ waiting ──answer()──→ ready | error
+              ↑         │
+              └─ death ─┘          at the third one it is an error
 
 The web process asks, waits a moment, and shows the answer or a page that looks again. Everything asked for a second time
 is there at once, because a version of a dataset never changes.
@@ -15,11 +17,11 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, queue
+from app import db, leases, queue
 from app.datasets import service as datasets
 from app.errors import Conflict, StudioError
 from app.kit import sandbox
@@ -38,7 +40,6 @@ FUNCTIONS = {
 }
 """What the child runs. Names, because nothing here imports the worker."""
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
-LEASE_SECONDS = 60
 ASK_AGAIN_SECONDS = 20
 ANSWERS = 4
 """Raised when the same question is answered differently, so that older answers are not shown."""
@@ -48,8 +49,8 @@ TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 def ask(
     session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None, *, announce: bool = True
 ) -> Inspection:
-    """The inspection that answers this, ordered when it is new, failed, or was forgotten on the way; `announce` is False for
-    one whose answer is there already."""
+    """The inspection that answers this, ordered when it is new or failed a while ago; `announce` is False for one whose answer
+    is there already."""
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
     asked = json.dumps(
@@ -64,16 +65,15 @@ def ask(
         .on_conflict_do_nothing(index_elements=["question"])
         .returning(Inspection.id)
     )
-    quiet = func.clock_timestamp() - timedelta(seconds=ASK_AGAIN_SECONDS)
-    again = None if new else session.scalar(
-        update(Inspection)
-        .where(Inspection.question == question, Inspection.status != "ready", Inspection.asked_at < quiet)
-        .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
-        .values(status="waiting", asked_at=func.clock_timestamp(), error=None)
-        .returning(Inspection.id)
-    )  # fmt: skip
-    if announce and (new or again):
-        queue.enqueue(session, queue.INSPECT, new or again)
+    if announce and new:
+        queue.enqueue(session, queue.INSPECT, new)
+    elif announce:
+        quiet = leases.now() - timedelta(seconds=ASK_AGAIN_SECONDS)
+        failed = select(Inspection).where(Inspection.question == question, Inspection.status == "error", Inspection.asked_at < quiet)
+        again = session.scalar(failed.with_for_update(skip_locked=True).execution_options(populate_existing=True))
+        if again is not None:
+            again.asked_at, again.error, again.deaths = session.scalar(select(leases.now())), None, 0
+            leases.requeue(session, WORK, again)
     return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
 
 
@@ -101,16 +101,19 @@ def tokenizer_of(session: Session, model: Model) -> str:
 # In the data worker ---------------------------------------------------------------------------------------------------
 
 
+def _died(session: Session, found: Inspection, how: str) -> None:
+    if not leases.requeue(session, WORK, found, died=True):
+        message = f"It could not be computed. Its worker {how} That was death {found.deaths}."
+        found.status, found.error = "error", {"message": message, "way_out": "Look at the worker's log, then try again."}
+
+
+WORK = leases.Work(Inspection, queue.INSPECT, waits_as="waiting", runs_as="running", since=Inspection.asked_at, on_death=_died)
+
+
 def answer(inspection_id: uuid.UUID) -> None:
     """Body of the task INSPECT: claim, run a child, record. A question that is being answered already is left alone."""
     with db.transaction() as session:
-        found = session.scalar(
-            update(Inspection)
-            .where(Inspection.id == inspection_id, Inspection.status.in_(("waiting", "running")))
-            .where(or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp()))
-            .values(status="running", lease_until=func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS))
-            .returning(Inspection)
-        )
+        found = leases.claim(session, WORK, inspection_id)
         payload = _payload(session, found) if found is not None else None
     if found is None:
         return
@@ -124,7 +127,7 @@ def answer(inspection_id: uuid.UUID) -> None:
                 LIMITS,
                 folder=get_settings().folder("tmp"),
                 read=[payload[name] for name in ("rows", "validation", "before", "path", "tokenizer") if name in payload],
-                keep_going=lambda: _beat(inspection_id),
+                keep_going=leases.Beat(WORK, inspection_id, found.fence),
             ),
             None,
         )
@@ -135,7 +138,8 @@ def answer(inspection_id: uuid.UUID) -> None:
     except StudioError as fault:
         result, error = None, {"message": fault.message, "way_out": fault.way_out}
     with db.transaction() as session:
-        _record(session, inspection_id, result, error)
+        values = {"status": "ready" if error is None else "error", "result": result, "error": error, "deaths": 0}
+        leases.finish_if_held(session, WORK, inspection_id, found.fence, **values)
 
 
 def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
@@ -159,20 +163,9 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
     return payload
 
 
-def _beat(inspection_id: uuid.UUID) -> bool:
-    with db.transaction() as session:
-        lease = func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
-        kept = update(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").values(lease_until=lease)
-        return session.scalar(kept.returning(Inspection.id)) is not None
-
-
-def _record(session: Session, inspection_id: uuid.UUID, result: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
-    found = session.scalar(select(Inspection).where(Inspection.id == inspection_id, Inspection.status == "running").with_for_update())
-    if found is None:
-        return
-    found.result = result
-    found.error = error
-    found.status, found.lease_until = ("ready" if error is None else "error"), None
+def reap(session: Session) -> dict[str, int]:
+    """The relay's round."""
+    return leases.reap(session, WORK)
 
 
 KEPT_DAYS = {"rows": 7, "side": 7, "line": 1}
@@ -186,7 +179,7 @@ def sweep(session: Session, at_most: int = 1000) -> int:
         for kind, days in KEPT_DAYS.items()
     ]
     gone = select(Dataset.id).where(Dataset.id == Inspection.dataset_id, Dataset.deleted_at.is_not(None)).exists()
-    idle = or_(Inspection.lease_until.is_(None), Inspection.lease_until < func.clock_timestamp())
+    idle = or_(Inspection.lease_until.is_(None), leases.lapsed(Inspection.lease_until))
     found = select(Inspection.id).where(or_(gone, *old), idle).limit(at_most).with_for_update(skip_locked=True)
     return len(session.execute(delete(Inspection).where(Inspection.id.in_(found)).returning(Inspection.id)).all())
 
@@ -208,7 +201,7 @@ def keep_lengths(session: Session, dataset: Dataset, model: Model, result: dict[
     """Keep the lengths that were counted while a dataset was read, as the answer to the question its page of rows asks."""
     found = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model, announce=False)
     found.result = {name: value for name, value in result.items() if name != "report"}
-    found.status, found.lease_until = "ready", None
+    found.status, found.lease_until, found.error = "ready", None, None
 
 
 def stats_for(session: Session, dataset: Dataset, ref: ModelRef) -> datasets.DatasetStats:

@@ -6,20 +6,19 @@ The reaper orders it by the same message that orders reading; `count` takes it w
 from __future__ import annotations
 
 import uuid
-from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.orm import Session
 
-from app import db, queue
+from app import db, leases, queue
 from app.datasets import inspections
 from app.kit import sandbox
 from app.settings import get_settings
-from app.tables import Dataset, Model, Outbox
+from app.tables import Dataset, Model
 
-SECONDS = 600
-"""How long a count may hold its lease; it tells no progress."""
+SECONDS = 590
+"""How long a count may take."""
 
 
 TASKS = ("generation", "preference", "classification")
@@ -45,33 +44,26 @@ def counters(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def _uncounted() -> ColumnElement[bool]:
-    """Ready, and neither counted nor tried in vain."""
-    return (
-        (Dataset.status == "ready")
-        & Dataset.deleted_at.is_(None)
-        & ~Dataset.report.has_key("tokens")
-        & ~Dataset.report.has_key("uncountable")
-    )
+    """Neither counted nor tried in vain."""
+    return and_(~Dataset.report.has_key("tokens"), ~Dataset.report.has_key("uncountable"))
 
 
-def _free() -> ColumnElement[bool]:
-    return or_(Dataset.lease_until.is_(None), Dataset.lease_until < func.clock_timestamp())
+def _died(session: Session, dataset: Dataset, how: str) -> None:
+    """Count again, or leave it uncounted: the data is good all the same, and estimates go by its characters."""
+    if not leases.requeue(session, WORK, dataset, died=True):
+        dataset.report = (dataset.report or {}) | {"uncountable": f"The worker that counted {how} That was death {dataset.deaths}."}
 
 
-def order(session: Session) -> int:
-    """Order the counts that can be made now. Returns how many."""
-    if session.scalar(select(Dataset.id).where(_uncounted(), _free()).limit(1)) is None:
-        return 0
+WORK = leases.Work(Dataset, queue.READ, waits_as="ready", runs_as="ready", since=Dataset.created_at, on_death=_died, due=_uncounted())
+
+
+def reap(session: Session) -> dict[str, int]:
+    """Counts whose worker died are ordered again, and those that can be made now are ordered."""
+    lapsed = leases.expire(session, WORK)
+    if session.scalar(select(Dataset.id).where(WORK.free()).limit(1)) is None:
+        return {"lapsed": lapsed, "announced": 0}
     able = [task for task in TASKS if counting_model(session, task) is not None]
-    waiting = select(Dataset.id).where(_uncounted(), _free(), Dataset.task.in_(able))
-    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
-    spoken_of = select(Outbox.id).where(
-        Outbox.key == Dataset.id, Outbox.task == queue.READ, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
-    )
-    found = session.scalars(waiting.where(~spoken_of.exists()).order_by(Dataset.created_at).limit(20)).all()
-    for key in found:
-        queue.enqueue(session, queue.READ, key)
-    return len(found)
+    return {"lapsed": lapsed, "announced": leases.redeliver(session, WORK, Dataset.task.in_(able))}
 
 
 def count(dataset_id: uuid.UUID) -> None:
@@ -80,14 +72,12 @@ def count(dataset_id: uuid.UUID) -> None:
         model = counting_model(session, session.scalar(select(Dataset.task).where(Dataset.id == dataset_id)) or "generation")
         if model is None:
             return
-        claim = update(Dataset).where(Dataset.id == dataset_id, _uncounted(), _free())
-        claim = claim.values(fence=Dataset.fence + 1, lease_until=func.clock_timestamp() + timedelta(seconds=SECONDS))
-        claimed = session.execute(claim.returning(Dataset.fence, Dataset.rows_path, Dataset.task)).one_or_none()
+        claimed = leases.claim(session, WORK, dataset_id)
         if claimed is None:
             return
         data = get_settings().data_dir
-        payload = {"rows": str(data / claimed.rows_path), "task": claimed.task, **inspections.counting(session, model)}
-    limits = sandbox.Limits(seconds=SECONDS - 10, cpu_seconds=2 * SECONDS)
+        payload = {"rows": str(data / str(claimed.rows_path)), "task": claimed.task, **inspections.counting(session, model)}
+    limits = sandbox.Limits(seconds=SECONDS, cpu_seconds=2 * SECONDS)
     said: list[dict[str, Any]] = []
     counted, fault = None, ""
     try:
@@ -98,15 +88,15 @@ def count(dataset_id: uuid.UUID) -> None:
             folder=get_settings().folder("tmp"),
             read=[payload["rows"], payload["tokenizer"]],
             on_message=lambda message: said.append(message["finding"]) if "finding" in message else None,
+            keep_going=leases.Beat(WORK, dataset_id, claimed.fence),
         )
     except (sandbox.Killed, sandbox.Refused) as error:
         fault = str(error)[:500]  # the data is good all the same: estimates go by its characters
     with db.transaction() as session:
-        held = select(Dataset).where(Dataset.id == dataset_id, Dataset.fence == claimed.fence, Dataset.deleted_at.is_(None))
-        dataset = session.scalars(held.with_for_update()).one_or_none()
+        dataset = leases.lock_if_held(session, WORK, dataset_id, claimed.fence)
         if dataset is None:
             return
-        dataset.lease_until = None
+        dataset.lease_until, dataset.deaths = None, 0
         if counted is None:
             dataset.report = (dataset.report or {}) | {"uncountable": fault}
             return

@@ -16,32 +16,28 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy import ColumnElement, Select, select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
-from app import queue
+from app import leases, queue
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
-from app.jobs import service as jobs
-from app.jobs.lifecycle import BEHIND_A_BACKLOG, storable
+from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids
-from app.leases import OVER, lapsed, lease, now
+from app.leases import now
 from app.models import interpolation
 from app.models import service as models
-from app.settings import get_settings
 from app.spec import DatasetRef, ModelRef, Split, Task
-from app.tables import JSON, Dataset, Evaluation, Job, Model, Outbox, User
+from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
 Kind = Literal["scores", "advice", "blend", "predictions", "vectors"]
 SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
 """The kinds of evaluations; the others only share the queue (`app/evaluation/predictions.py`)."""
 Part = Literal["all", "validation"]
-MAX_DEATHS = 3
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
 """Rows that are read when the order names no number."""
 OPEN = ("queued", "running")
@@ -316,27 +312,22 @@ class Claim:
     spec: EvaluationSpec
 
 
-def _held(claim: Claim) -> ColumnElement[bool]:
-    e = Evaluation
-    return (e.id == claim.id) & (e.fence == claim.fence) & (e.status == "running") & e.deleted_at.is_(None)
+def _died(session: Session, evaluation: Evaluation, how: str) -> None:
+    _again(session, evaluation, f"Its worker {how}")
+
+
+WORK = leases.Work(Evaluation, queue.EVALUATE, waits_as="queued", runs_as="running", since=Evaluation.created_at, on_death=_died)
 
 
 def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
     """Take one that waits, or one whose runner stopped beating. None: there is nothing to do, drop the message."""
-    expire_leases(session, evaluation_id)
-    row = session.execute(
-        update(Evaluation)
-        .where(Evaluation.id == evaluation_id, Evaluation.deleted_at.is_(None), Evaluation.status == "queued")
-        .values(status="running", fence=Evaluation.fence + 1, lease_until=lease(), progress=0.0, stage=None)
-        .returning(Evaluation.fence, Evaluation.deaths, Evaluation.spec)
-    ).one_or_none()
-    return None if row is None else Claim(evaluation_id, row.fence, row.deaths, EvaluationSpec.model_validate(row.spec))
+    found = leases.claim(session, WORK, evaluation_id, progress=0.0, stage=None)
+    return None if found is None else Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
 
 
 def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
     """Keep the lease; False when it is no longer ours: taken over, cancelled or deleted."""
-    values = {"lease_until": lease(), "progress": progress, "stage": storable(stage)}
-    return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
+    return leases.heartbeat(session, WORK, held.id, held.fence, progress=progress, stage=storable(stage))
 
 
 def finish(session: Session, held: Claim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
@@ -345,66 +336,31 @@ def finish(session: Session, held: Claim, *, result: JSON | None = None, error: 
         "status": "failed" if error else "succeeded",
         "result": storable(result),
         "error": storable(error),
-        "lease_until": None,
         "progress": 1.0,
         "stage": None,
         "finished_at": now(),
     }
-    return session.scalar(update(Evaluation).where(_held(held)).values(**values).returning(Evaluation.id)) is not None
+    return leases.finish_if_held(session, WORK, held.id, held.fence, **values)
 
 
 def release(session: Session, held: Claim, reason: str = "") -> None:
     """Give it back to be run again: with a `reason` its process died, without one its worker is going down."""
-    found = session.scalar(select(Evaluation).where(_held(held)).with_for_update().execution_options(populate_existing=True))
+    found = leases.lock_if_held(session, WORK, held.id, held.fence)
     if found is not None:
         _again(session, found, reason)
 
 
 def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
     """Queue it once more, or give up at the cap. The caller holds its row."""
-    evaluation.deaths += bool(reason)
-    evaluation.lease_until, evaluation.stage = None, None
-    if evaluation.deaths >= MAX_DEATHS:
-        evaluation.status = "failed"
-        evaluation.finished_at = session.scalar(select(now()))
-        way_out = "Look at the worker's log; fewer rows or a smaller model may help."
-        evaluation.error = storable({"code": "crashed", "message": f"{reason} That was death {evaluation.deaths}.", "way_out": way_out})
+    evaluation.stage = None
+    if leases.requeue(session, WORK, evaluation, died=bool(reason)):
         return
-    evaluation.status = "queued"
-    session.flush()
-    queue.enqueue(session, queue.EVALUATE, evaluation.id)
-
-
-def expire_leases(session: Session, evaluation_id: uuid.UUID | None = None) -> int:
-    """Give back those whose runner was not heard of for a lease: all, or one. Returns how many."""
-    wanted = select(Evaluation).where(Evaluation.status == "running", lapsed(Evaluation.lease_until))
-    wanted = wanted.where(Evaluation.deleted_at.is_(None))
-    if evaluation_id is not None:
-        wanted = wanted.where(Evaluation.id == evaluation_id)
-    dead = session.scalars(wanted.limit(50).with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
-    for evaluation in dead:
-        silent = f"Its worker was not heard of for {get_settings().lease_seconds:g} seconds."
-        _again(session, evaluation, "Its worker died with the studio." if evaluation.lease_until == OVER else silent)
-    return len(dead)
-
-
-def redeliver(session: Session, backlog: int = 0) -> int:
-    """Queued ones that no message speaks of any more; less often while `backlog` messages wait. Returns how many."""
-    recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1))
-    spoken_of = select(Outbox.id).where(
-        Outbox.key == Evaluation.id, Outbox.task == queue.EVALUATE, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
-    )
-    silent = session.scalars(
-        select(Evaluation.id)
-        .where(Evaluation.status == "queued", Evaluation.deleted_at.is_(None), ~spoken_of.exists())
-        .limit(50)
-        .with_for_update(skip_locked=True)
-    ).all()
-    for key in silent:
-        queue.enqueue(session, queue.EVALUATE, key)
-    return len(silent)
+    evaluation.status = "failed"
+    evaluation.finished_at = session.scalar(select(now()))
+    way_out = "Look at the worker's log; fewer rows or a smaller model may help."
+    evaluation.error = storable({"code": "crashed", "message": f"{reason} That was death {evaluation.deaths}.", "way_out": way_out})
 
 
 def reap(session: Session) -> dict[str, int]:
     """The relay's round."""
-    return {"lapsed": expire_leases(session), "announced": redeliver(session, jobs.backlog())}
+    return leases.reap(session, WORK)

@@ -28,16 +28,13 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, events, queue
-from app.leases import OVER, lapsed, lease, now
+from app import db, events, leases, queue
+from app.leases import MAX_DEATHS, now
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Event, Job, Outbox
 
 log = logging.getLogger(__name__)
-
-MAX_DEATHS = 3
-"""An attempt that dies this often without a newer checkpoint is not tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +65,6 @@ class ControlFlags:
 
 class FenceLost(Exception):
     """Another attempt holds the job, or it was ended: this one must stop its trainer and write nothing more."""
-
-
-def _held(claim: Claim) -> ColumnElement[bool]:
-    return (Job.id == claim.job_id) & (Job.fence == claim.fence) & (Job.status == "running")
 
 
 def has_rows() -> ColumnElement[bool]:
@@ -127,46 +120,32 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
 
 def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     """Take a queued job, or one whose holder stopped beating. None: there is nothing to do, drop the message."""
-    expire_leases(session, job_id)
-    row = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.status == "queued", Job.deleted_at.is_(None), has_rows())
-        .values(
-            status="running",
-            fence=Job.fence + 1,
-            attempt=Job.attempt + 1,
-            lease_until=lease(),
-            worker=worker,
-            started_at=func.coalesce(Job.started_at, now()),
-            save_requested=False,
-        )
-        .returning(Job.fence, Job.attempt, Job.spec, Job.estimate)
-    ).one_or_none()
-    if row is None:
+    started = func.coalesce(Job.started_at, now())
+    job = leases.claim(session, WORK, job_id, attempt=Job.attempt + 1, worker=worker, started_at=started, save_requested=False)
+    if job is None:
         return None
-    held = Claim(job_id, row.fence, row.attempt, JobSpec.model_validate(row.spec), int((row.estimate or {}).get("memory_bytes", 0)))
-    record_event(session, job_id, row.attempt, events.Claimed(attempt=row.attempt, worker=worker))
+    held = Claim(job_id, job.fence, job.attempt, JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0)))
+    record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return held
 
 
 def heartbeat(session: Session, held: Claim) -> ControlFlags:
     """Renew the lease and hear what people want. Raises FenceLost."""
-    row = session.execute(
-        update(Job).where(_held(held)).values(lease_until=lease()).returning(Job.cancel_requested, Job.pause_requested, Job.save_requested)
-    ).one_or_none()
-    if row is None:
+    _beat(session, held)
+    wishes = select(Job.cancel_requested, Job.pause_requested, Job.save_requested).where(Job.id == held.job_id)
+    return ControlFlags(*session.execute(wishes).one())
+
+
+def _beat(session: Session, held: Claim, **values: Any) -> None:
+    if not leases.heartbeat(session, WORK, held.job_id, held.fence, **values):
         raise FenceLost
-    return ControlFlags(row.cancel_requested, row.pause_requested, row.save_requested)
 
 
 def record(session: Session, held: Claim, first: int, said: Sequence[events.TrainerEvent]) -> None:
     """Record what the trainer said. `first` is the number of the first event within the attempt, from 0: recording the
     same events again changes nothing. Raises FenceLost."""
-    changes = _changes(said)
-    row = session.execute(update(Job).where(_held(held)).values(**changes).returning(Job.total_steps)).one_or_none()
-    if row is None:
-        raise FenceLost
+    _beat(session, held, **_changes(said))
     record_events(session, held.job_id, held.attempt, [(_key(held, first + i), event) for i, event in enumerate(said)])
     for event in said:
         if isinstance(event, events.Saved):
@@ -179,7 +158,7 @@ def _key(held: Claim, number: int) -> uuid.UUID:
 
 def _changes(said: Sequence[events.TrainerEvent]) -> dict[str, Any]:
     """The columns of the job that these events move."""
-    changes: dict[str, Any] = {"lease_until": lease()}
+    changes: dict[str, Any] = {}
     for event in said:
         if isinstance(event, events.Started):
             changes |= {"total_steps": event.total_steps, "step": event.resumed_from or 0}
@@ -213,7 +192,7 @@ def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
         .on_conflict_do_update(index_elements=["job_id", "step"], set_=values)
     )
     forgiven = {"deaths": 0} if newest is None or saved.step > newest else {}
-    session.execute(update(Job).where(_held(held)).values(save_requested=False, **forgiven))
+    _beat(session, held, save_requested=False, **forgiven)
 
 
 # How an attempt ends ------------------------------------------------------------------------------------------------
@@ -221,13 +200,13 @@ def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
 
 def _end(session: Session, held: Claim, status: str, **values: Any) -> None:
     """Move the held job, whose row the caller has locked, to `status`."""
-    session.execute(update(Job).where(_held(held)).values(status=status, lease_until=None, seconds_left=None, **values))
+    leases.finish_if_held(session, WORK, held.job_id, held.fence, status=status, seconds_left=None, **values)
 
 
 def _mine(session: Session, held: Claim) -> Job | None:
     """The held job, locked. None when this very attempt ended it before, in whatever way, and the answer was lost. Raises
     FenceLost when the job is no longer this attempt's."""
-    job = session.scalar(select(Job).where(_held(held)).with_for_update().execution_options(populate_existing=True))
+    job = leases.lock_if_held(session, WORK, held.job_id, held.fence)
     if job is None and not session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
         raise FenceLost
     return job
@@ -333,16 +312,15 @@ def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "")
 
 
 def _requeue(session: Session, job: Job, reason: Any) -> None:
-    job.status, job.lease_until, job.seconds_left, job.error = "queued", None, None, None
-    session.flush()
-    queue.enqueue(session, queue.TRAIN, job.id)
+    job.seconds_left, job.error = None, None
+    leases.requeue(session, WORK, job)
     record_event(session, job.id, job.attempt, events.Queued(reason=reason))
 
 
 def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> None:
     """An attempt is dead. Queue the job again, or give up at the cap. The caller holds its row."""
     record_event(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
-    job.deaths += 1
+    job.deaths += 1  # since the newest checkpoint, see `_checkpoint`
     if _settle_wish(session, job, job.step):
         return
     if job.deaths < MAX_DEATHS:
@@ -361,49 +339,15 @@ def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> Non
     record_event(session, job.id, job.attempt, given_up)
 
 
+def _bury(session: Session, job: Job, how: str) -> None:
+    log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
+    _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=f"Worker {job.worker} {how}"))
+
+
+WORK = leases.Work(Job, queue.TRAIN, waits_as="queued", runs_as="running", since=Job.created_at, on_death=_bury, due=has_rows())
+
+
 # The reaper ---------------------------------------------------------------------------------------------------------
-
-
-def expire_leases(session: Session, job_id: uuid.UUID | None = None) -> int:
-    """Bury the attempts whose lease has passed: all of them, or one job's. Returns how many."""
-    wanted = select(Job).where(Job.status == "running", lapsed(Job.lease_until)).order_by(Job.id).limit(100)
-    if job_id is not None:
-        wanted = wanted.where(Job.id == job_id)
-    dead = session.scalars(wanted.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
-    for job in dead:
-        log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
-        silent = f"Worker {job.worker} was not heard of for {get_settings().lease_seconds:g} seconds."
-        message = f"Worker {job.worker} died with the studio." if job.lease_until == OVER else silent
-        _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=message))
-    return len(dead)
-
-
-BEHIND_A_BACKLOG = 20.0
-"""While other messages wait, a job is announced again this many times less often."""
-
-
-def redeliver(session: Session, backlog: int = 0) -> int:
-    """Queued jobs that no message speaks of any more: their message was lost with Redis, or with a worker that took it
-    and died before its claim. Returns how many.
-
-    `backlog` messages wait for a worker. While there are any, most likely this job's is among them: announcing every
-    job of a long queue every few seconds would only bury the workers in messages to drop.
-    """
-    patience = get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if backlog else 1)
-    recent = now() - timedelta(seconds=patience)
-    spoken_of = select(Outbox.id).where(
-        Outbox.key == Job.id, Outbox.task == queue.TRAIN, Outbox.sent_at.is_(None) | (Outbox.sent_at > recent)
-    )
-    silent = session.scalars(
-        select(Job.id)
-        .where(Job.status == "queued", Job.deleted_at.is_(None), has_rows(), ~spoken_of.exists())
-        .order_by(Job.created_at)
-        .limit(100)
-        .with_for_update(skip_locked=True)
-    ).all()
-    for job_id in silent:
-        queue.enqueue(session, queue.TRAIN, job_id)
-    return len(silent)
 
 
 def resume_after_full_disk(session: Session) -> int:

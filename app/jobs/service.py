@@ -13,12 +13,11 @@ import shutil
 import uuid
 from typing import Any
 
-import redis
 from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, queue
+from app import db, leases, queue
 from app import events as said
 from app.errors import Conflict, NotFound, StudioError
 from app.jobs import lifecycle, split_leakage
@@ -255,8 +254,7 @@ def reap(session: Session) -> dict[str, int]:
         "settled": resolve_waiting_jobs(session),
         "compared": split_leakage.resolve_waiting(session),
         "without_model": cancel_without_model(session),
-        "lapsed": lifecycle.expire_leases(session),
-        "announced": lifecycle.redeliver(session, backlog()),
+        **leases.reap(session, lifecycle.WORK),
         "resumed": lifecycle.resume_after_full_disk(session),
         "swept": lifecycle.sweep_outbox(session),
         "folders": lifecycle.sweep_folders(session),
@@ -272,14 +270,6 @@ def cancel_without_model(session: Session) -> int:
             cancel(session, session.get_one(User, job.owner_id), job.id)
             found += 1
     return found
-
-
-def backlog() -> int:
-    """Messages that wait for a train worker; 0 when Redis is away, since then none of them may be left."""
-    try:
-        return int(queue.get_redis().llen(f"{queue.PREFIX}train"))  # type: ignore[arg-type]
-    except (redis.RedisError, RuntimeError):
-        return 0
 
 
 def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) -> int:

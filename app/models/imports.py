@@ -8,30 +8,30 @@ Everything lands in `models/<id>/`, filled under a temporary name, checked, and 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 import tempfile
-import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
-from app import db, queue
+from app import db, leases, queue
 from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
 from app.kit import manifest
-from app.leases import lease, now
+from app.leases import now
 from app.models import hub, import_checks, integrity, starters
 from app.settings import get_settings
 from app.spec import ModelRef
-from app.tables import Model, Outbox, User
+from app.tables import Model, User
+
+log = logging.getLogger(__name__)
 
 REFUSED = "refused_by_rules"
-MAX_CLAIMS = 3
-"""A fetch whose worker died this often is given up."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -112,9 +112,8 @@ def add_hub(session: Session, user: User, repo: str, name: str | None = None, re
 
 def order(session: Session, model: Model) -> Model:
     """Set a row to `fetching` and order the task that brings its files, in this transaction."""
-    model.status, model.error, model.progress, model.fence, model.lease_until = "fetching", None, 0.0, 0, None
-    session.flush()
-    queue.enqueue(session, queue.FETCH, model.id)
+    model.error, model.progress, model.deaths = None, 0.0, 0
+    leases.requeue(session, FETCHES, model)
     return model
 
 
@@ -210,12 +209,23 @@ def adopt_starters(session: Session) -> list[Model]:
 # The task FETCH -----------------------------------------------------------------------------------------------------
 
 
+def _fetch_died(session: Session, model: Model, how: str) -> None:
+    if leases.requeue(session, FETCHES, model, died=True):
+        return
+    message = f"The worker that fetched it {how} That was death {model.deaths}."
+    model.status, model.progress = "error", None
+    model.error = {"code": "worker_lost", "message": message, "way_out": "Look at the log, then try again."}
+
+
+FETCHES = leases.Work(Model, queue.FETCH, waits_as="fetching", runs_as="fetching", since=Model.created_at, on_death=_fetch_died)
+
+
 def fetch(model_id: uuid.UUID) -> None:
     """Bring one ordered model in, if nobody else is at it. The body of the task FETCH: it opens its own transactions."""
-    fence = _claim(model_id)
+    fence = _claim(FETCHES, model_id)
     if fence is None:
         return
-    beat = _Beat(model_id, fence)
+    beat = _Beat(FETCHES, model_id, fence)
     try:
         with db.transaction() as session:
             source = dict(session.get_one(Model, model_id).source)
@@ -307,39 +317,27 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
 
 
-def _claim(model_id: uuid.UUID, due: ColumnElement[bool] = Model.status == "fetching") -> int | None:
-    """Take a model that is `due`; its new fence, or None when there is nothing to do."""
+def _claim(work: leases.Work[Model], model_id: uuid.UUID) -> int | None:
+    """The fence of a new holder, or None when there is nothing to do."""
     with db.transaction() as session:
-        free = or_(Model.lease_until.is_(None), Model.lease_until < now())
-        return session.scalar(
-            update(Model)
-            .where(Model.id == model_id, due, Model.deleted_at.is_(None), free)
-            .values(fence=Model.fence + 1, lease_until=lease())
-            .returning(Model.fence)
-        )
+        model = leases.claim(session, work, model_id)
+        return None if model is None else model.fence
 
 
 class _Beat:
-    """Keeps the lease and the progress fresh, at most once per second. Raises FetchLost when the fence is gone."""
+    """Keeps the lease and the progress fresh. Raises FetchLost when the fence is gone."""
 
-    def __init__(self, model_id: uuid.UUID, fence: int, status: str = "fetching") -> None:
-        self.model_id, self.fence, self.status, self.said = model_id, fence, status, 0.0
+    def __init__(self, work: leases.Work[Model], model_id: uuid.UUID, fence: int) -> None:
+        self.beat = leases.Beat(work, model_id, fence)
 
     def __call__(self, share: float | None = None) -> None:
-        if time.monotonic() - self.said < 1:
-            return
-        self.said = time.monotonic()
-        with db.transaction() as session:
-            held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == self.status) & Model.deleted_at.is_(None)
-            progress = Model.progress if share is None else func.greatest(Model.progress, share)
-            if not session.execute(update(Model).where(held).values(lease_until=lease(), progress=progress)).rowcount:
-                raise FetchLost
+        if not self.beat(**({} if share is None else {"progress": func.greatest(Model.progress, share)})):
+            raise FetchLost
 
 
 def _end(model_id: uuid.UUID, fence: int, **values: Any) -> None:
     with db.transaction() as session:
-        held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "fetching")
-        session.execute(update(Model).where(held).values(lease_until=None, **values))
+        leases.finish_if_held(session, FETCHES, model_id, fence, **values)
 
 
 # The task EXAMINE ---------------------------------------------------------------------------------------------------
@@ -351,7 +349,7 @@ def examine(model_id: uuid.UUID) -> None:
     One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since
     its vocabulary is theirs; no file is touched. A fault of the studio's own leaves the model as it is, to be tried again.
     """
-    fence = _claim(model_id, _due())
+    fence = _claim(EXAMINATIONS, model_id)
     if fence is None:
         return
     with db.transaction() as session:
@@ -361,7 +359,7 @@ def examine(model_id: uuid.UUID) -> None:
         refused = None
         try:
             starters.ask_child(
-                "worker.conversion.convert", ["--examine", str(place)], [], Path(work) / "model", _Beat(model_id, fence, "ready")
+                "worker.conversion.convert", ["--examine", str(place)], [], Path(work) / "model", _Beat(EXAMINATIONS, model_id, fence)
             )
         except FetchLost:
             return
@@ -370,9 +368,8 @@ def examine(model_id: uuid.UUID) -> None:
                 raise
             refused = starters.as_row_error(error) | {"code": REFUSED}
     with db.transaction() as session:
-        held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "ready")
         values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
-        if session.execute(update(Model).where(held).values(lease_until=None, **values)).rowcount and refused:
+        if leases.finish_if_held(session, EXAMINATIONS, model_id, fence, **values) and refused:
             _refuse_below(session, model_id, refused)
 
 
@@ -389,33 +386,29 @@ def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]
 def _due() -> ColumnElement[bool]:
     """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
     rules = func.coalesce(Model.source["rules"].astext, "1")
-    return (Model.status == "ready") & Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    return Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+
+
+def _examination_died(session: Session, model: Model, how: str) -> None:
+    """It is tried again however often that happens: to give up would refuse a model that may be good, or pass one nobody looked at."""
+    log.warning("The worker that examined %s %s", model.name, how)
+    leases.requeue(session, EXAMINATIONS, model)
+
+
+EXAMINATIONS = leases.Work(
+    Model, queue.EXAMINE, waits_as="ready", runs_as="ready", since=Model.created_at, on_death=_examination_died, due=_due()
+)
 
 
 # The reaper's part ---------------------------------------------------------------------------------------------------
 
 
-def reap(session: Session) -> None:
-    """Announce fetches nobody holds once more, give up those whose workers keep dying, announce models that are to be
-    examined again, adopt starters that were fetched by hand, and sweep the folders of deleted models."""
-    waiting = timedelta(seconds=get_settings().announce_again_seconds)
-    announced = select(Outbox.id).where(Outbox.key == Model.id, Outbox.created_at > now() - waiting)
-    stale = or_(Model.lease_until.is_(None), Model.lease_until < now())
-    query = select(Model).where(Model.status == "fetching", Model.deleted_at.is_(None), stale, ~announced.exists())
-    for model in session.scalars(query.with_for_update(skip_locked=True)):
-        if model.fence >= MAX_CLAIMS:
-            model.status, model.progress = "error", None
-            model.error = {
-                "code": "worker_lost",
-                "message": f"The fetch died {model.fence} times.",
-                "way_out": "Look at the log, then try again.",
-            }
-        else:
-            queue.enqueue(session, queue.FETCH, model.id)
-    for model_id in session.scalars(select(Model.id).where(_due(), Model.deleted_at.is_(None), stale, ~announced.exists()).limit(20)):
-        queue.enqueue(session, queue.EXAMINE, model_id)
+def reap(session: Session) -> dict[str, int]:
+    """A round over fetches and examinations; adopt starters that were fetched by hand, and sweep the folders of deleted models."""
+    fetches, examinations = leases.reap(session, FETCHES), leases.reap(session, EXAMINATIONS)
     adopt_starters(session)
     _sweep(session)
+    return {name: fetches[name] + examinations[name] for name in fetches}
 
 
 def _sweep(session: Session) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy import ColumnElement, Select, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import queue
+from app import leases, queue
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
@@ -27,13 +26,9 @@ from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.prompts.service import PromptBody
-from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
-from app.tables import JSON, Dataset, Job, Model, Outbox, Prompt, PromptResult, PromptRun, PromptVersion, User
+from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRun, PromptVersion, User
 
-MAX_DEATHS = 3
-"""Deaths of workers without a row scored between them, after which a run fails."""
-LEASE_SECONDS = 30.0
 RUN = "run"
 
 
@@ -258,35 +253,32 @@ def delete(session: Session, user: User, run: PromptRun) -> None:
 # Who runs it --------------------------------------------------------------------------------------------------------
 
 
-def _lease() -> ColumnElement[Any]:
-    return func.clock_timestamp() + timedelta(seconds=LEASE_SECONDS)
+def _died(session: Session, run: PromptRun, how: str) -> None:
+    """Queue a run whose worker died again, or fail it when its workers die without a row scored between them."""
+    if leases.requeue(session, WORK, run, died=True):
+        return
+    run.status, run.finished_at, run.result = "failed", session.scalar(select(leases.now())), _whole(session, run)
+    message = f"Its worker {how} That was death {run.deaths} without a row scored between."
+    run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
 
 
-def _held(run_id: uuid.UUID, fence: int) -> ColumnElement[bool]:
-    return (PromptRun.id == run_id) & (PromptRun.fence == fence) & (PromptRun.status == "running") & PromptRun.deleted_at.is_(None)
+WORK = leases.Work(PromptRun, queue.PROMPT, waits_as="queued", runs_as="running", since=PromptRun.created_at, on_death=_died)
 
 
 def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], JSON] | None:
     """The fence, the order, the lines that are scored already and what they took; None when there is nothing to do or another is at it."""
-    free = or_(PromptRun.status == "queued", (PromptRun.status == "running") & (PromptRun.lease_until < func.clock_timestamp()))
-    row = session.execute(
-        update(PromptRun)
-        .where(PromptRun.id == run_id, PromptRun.deleted_at.is_(None), free)
-        .values(status="running", fence=PromptRun.fence + 1, lease_until=_lease())
-        .returning(PromptRun.fence, PromptRun.spec, PromptRun.result)
-    ).one_or_none()
-    if row is None:
+    run = leases.claim(session, WORK, run_id)
+    if run is None:
         return None
     done = set(session.scalars(select(PromptResult.line).where(PromptResult.run_id == run_id)))
-    return row.fence, RunSpec.model_validate(row.spec), done, row.result or {}
+    return run.fence, RunSpec.model_validate(run.spec), done, run.result or {}
 
 
 def heartbeat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
     """Keep the lease, and store the rows scored since the last beat with what all of them took; False when the run is no longer ours
-    or was stopped."""
-    values = {"lease_until": _lease(), "progress": progress, "result": storable(totals)}
-    held = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
-    if session.scalar(held) is None:
+    or was stopped. A row scored forgives the deaths before it: the run does get on."""
+    forgiven = {"deaths": 0} if rows else {}
+    if not leases.heartbeat(session, WORK, run_id, fence, progress=progress, result=storable(totals), **forgiven):
         return False
     session.add_all([PromptResult(run_id=run_id, **storable(row)) for row in rows])
     session.flush()
@@ -299,12 +291,10 @@ def finish(session: Session, run_id: uuid.UUID, fence: int, *, totals: JSON | No
         "status": "failed" if error else "succeeded",
         "result": storable((summary(session, run_id) or {}) | (totals or {})) or None,
         "error": storable(error),
-        "lease_until": None,
-        "finished_at": func.clock_timestamp(),
+        "finished_at": leases.now(),
     }
     values |= {} if error else {"progress": 1.0}
-    done = update(PromptRun).where(_held(run_id, fence)).values(**values).returning(PromptRun.id)
-    return session.scalar(done) is not None
+    return leases.finish_if_held(session, WORK, run_id, fence, **values)
 
 
 def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
@@ -321,38 +311,6 @@ def _whole(session: Session, run: PromptRun) -> JSON | None:
     return ((summary(session, run.id) or {}) | (run.result or {})) or None
 
 
-def reap(session: Session) -> int:
-    """Runs whose worker died or whose message was lost are announced again; one whose workers die without a row between them fails.
-
-    Returns how many were looked after.
-    """
-    quiet = func.clock_timestamp() - timedelta(seconds=get_settings().announce_again_seconds)
-    spoken_of = select(Outbox.id).where(
-        Outbox.key == PromptRun.id, Outbox.task == queue.PROMPT, or_(Outbox.sent_at.is_(None), Outbox.sent_at > quiet)
-    )
-    free = or_(PromptRun.lease_until.is_(None), PromptRun.lease_until < func.clock_timestamp())
-    lost = session.scalars(
-        select(PromptRun)
-        .where(PromptRun.status.in_(("queued", "running")), PromptRun.deleted_at.is_(None), free, ~spoken_of.exists())
-        .limit(50)
-        .with_for_update(skip_locked=True)
-    ).all()
-    for run in lost:
-        if run.status == "running" and _died_again(session, run) >= MAX_DEATHS:
-            run.status, run.lease_until, run.finished_at = "failed", None, func.clock_timestamp()  # type: ignore[assignment]
-            run.result = _whole(session, run)
-            message = f"Its worker died {MAX_DEATHS} times without scoring a row between."
-            run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
-            continue
-        run.status, run.lease_until = "queued", None
-        queue.enqueue(session, queue.PROMPT, run.id)
-    return len(lost)
-
-
-def _died_again(session: Session, run: PromptRun) -> int:
-    """How often its worker has now died since the last row that was scored."""
-    rows = session.scalar(select(func.count()).select_from(PromptResult).where(PromptResult.run_id == run.id)) or 0
-    result = run.result or {}
-    deaths = 1 + (result.get("deaths", 0) if result.get("rows_at_death") == rows else 0)
-    run.result = {**result, "deaths": deaths, "rows_at_death": rows}
-    return deaths
+def reap(session: Session) -> dict[str, int]:
+    """The relay's round."""
+    return leases.reap(session, WORK)

@@ -69,8 +69,6 @@ class PromptRunResult(Schema):
     unanswered: int | None = None
     unanswered_lines: list[int] | None = None
     asked_of: int | None = None
-    deaths: int | None = None
-    rows_at_death: int | None = None
 
 
 class PromptRun(Schema):

@@ -12,6 +12,7 @@ from app.datasets import ingest_task, token_counts
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, Unsupported
 from app.kit import ids, sandbox
+from app.leases import OVER
 from app.storage import files
 from app.tables import Dataset, Finding, Job, Outbox
 
@@ -71,11 +72,11 @@ def test_tokens_are_counted_as_the_model_counts_them(session, make, tiny_registe
 
 def test_a_dataset_older_than_the_first_model_is_counted_later(session, make, request):
     dataset = read(session, make())
-    assert token_counts.order(session) == 0
+    assert token_counts.reap(session)["announced"] == 0
     request.getfixturevalue("tiny_registered")
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
-    assert token_counts.order(session) == 1
-    assert token_counts.order(session) == 0
+    assert token_counts.reap(session)["announced"] == 1
+    assert token_counts.reap(session)["announced"] == 0
     session.commit()
     hash_before = dataset.rows_sha256
     read(session, dataset)
@@ -95,7 +96,7 @@ def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make
         fence = ingest_task.claim(one, dataset.id)
     with db.transaction() as two:
         assert ingest_task.claim(two, dataset.id) is None
-    session.execute(update(Dataset).values(lease_until=func.clock_timestamp() - text("interval '1 second'")))
+    session.execute(update(Dataset).values(lease_until=OVER))
     session.commit()
     with db.transaction() as three:
         assert ingest_task.claim(three, dataset.id) == fence + 1
@@ -108,12 +109,12 @@ def test_only_one_reader_at_a_time_and_a_stale_one_records_nothing(session, make
 
 def test_the_reaper_announces_what_was_lost_and_gives_up_after_three_deaths(session, make, monkeypatch):
     dataset = make()
-    assert ingest_task.reap(session) == 0  # its message is still in the outbox
+    assert ingest_task.reap(session)["announced"] == 0  # its message is still in the outbox
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
-    assert ingest_task.reap(session) == 1
-    assert ingest_task.reap(session) == 0
+    assert ingest_task.reap(session)["announced"] == 1
+    assert ingest_task.reap(session)["announced"] == 0
     session.execute(update(Outbox).values(sent_at=func.clock_timestamp() - text("interval '1 minute'")))
-    session.execute(update(Dataset).values(fence=3, lease_until=func.clock_timestamp() - text("interval '1 second'")))
+    session.execute(update(Dataset).values(deaths=2, lease_until=OVER))
     session.commit()
     session.expire_all()
     ingest_task.reap(session)
@@ -147,7 +148,7 @@ def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(
             ingest_task.read(again.id)
     session.expire_all()
     assert again.status == "reading"
-    session.execute(update(Dataset).values(lease_until=func.clock_timestamp() - text("interval '1 second'")))
+    session.execute(update(Dataset).values(lease_until=OVER))
     session.commit()
     read(session, again)
     assert again.status == "ready" and again.good_rows == 30_000

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from sqlalchemy import select, text, update
 
-from app import queue
+from app import leases, queue
 from app.db import transaction
 from app.errors import BadField, NotFound
 from app.evaluation import service as evaluations
@@ -134,10 +134,9 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     assert first is not None and evaluations.claim(session, made.id) is None and evaluations.heartbeat(session, first, 0.5, "reading")
     session.commit()
     assert evaluations.reap(session) == {"lapsed": 0, "announced": 0}
-    session.execute(text("UPDATE evaluations SET lease_until = clock_timestamp() - interval '1 second'"))
+    session.execute(update(Evaluation).values(lease_until=leases.OVER))
     session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
     session.commit()
-    wait_until(lambda: _lapsed(session), what="a database that is up for a lease")
     second = evaluations.claim(session, made.id)
     session.commit()
     assert second is not None and second.fence == first.fence + 1 and second.deaths == 1
@@ -147,7 +146,7 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     assert now_of(made).result == {"scores": {"loss": "NaN"}}
     lost = order(session, user, tiny_registered, data)
     session.execute(text("DELETE FROM outbox"))
-    assert evaluations.redeliver(session) == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
+    assert evaluations.reap(session)["announced"] == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
 
 
 def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(session, user, data_dir, tiny_registered, data):
@@ -162,12 +161,6 @@ def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(sessio
     thread.join(60)
     assert not thread.is_alive() and now_of(made).status == "running" and now_of(made).result is None
     assert next_try.is_dir() and not next_try.with_name("a1").exists()
-
-
-def _lapsed(session) -> bool:
-    found = evaluations.expire_leases(session)
-    session.commit()
-    return found == 1
 
 
 def test_a_fault_of_the_data_is_told_with_its_way_out(session, user, data_dir, tiny_registered, data):

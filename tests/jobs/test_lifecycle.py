@@ -18,7 +18,7 @@ from app import events
 from app.db import get_engine, transaction
 from app.jobs import checkpoints, lifecycle
 from app.jobs import service as jobs
-from app.leases import answering_since
+from app.leases import answering_since, expire, now, redeliver
 from app.settings import get_settings
 from app.storage import files
 from app.tables import Checkpoint, Event, File, Job, Model, Outbox
@@ -60,7 +60,7 @@ def leases(session, monkeypatch):
     """Leases pass only when a test says so, however slow the machine. The database of the tests has been up for longer
     than the lease that the reaper waits out after a restart."""
     get_settings().lease_seconds = 0.2
-    monkeypatch.setattr(lifecycle, "lease", lambda: lifecycle.now() + timedelta(hours=1))
+    monkeypatch.setattr("app.leases.lease", lambda: now() + timedelta(hours=1))
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_full_disk_pauses_and_goes_on_by_itself(job, monkeypatch):
 def test_lost_messages_are_announced_again_and_a_long_queue_is_not_flooded(job):
     def announce(backlog=0):
         with transaction() as session:
-            return lifecycle.redeliver(session, backlog)
+            return redeliver(session, lifecycle.WORK, backlog=backlog)
 
     assert announce() == 0  # its message has not been sent yet
     with transaction() as session:
@@ -268,10 +268,10 @@ def test_the_reaper_waits_for_a_database_that_just_started(job):
     let_lapse(job.id)
     get_settings().lease_seconds = 1e6  # as if the server had started within the last lease
     with transaction() as session:
-        assert lifecycle.expire_leases(session) == 0
+        assert expire(session, lifecycle.WORK) == 0
     get_settings().lease_seconds = 0.2
     with transaction() as session:
-        assert lifecycle.expire_leases(session) == 1
+        assert expire(session, lifecycle.WORK) == 1
 
 
 def test_checkpoints_are_swept_but_for_the_newest_and_the_best(job, data_dir):
@@ -406,7 +406,7 @@ class JobMachine(RuleBasedStateMachine):
         self.die()
         if lapse_first:
             with transaction() as session:
-                assert lifecycle.expire_leases(session) == 1
+                assert expire(session, lifecycle.WORK) == 1
         else:
             self.claim()
 

@@ -21,6 +21,7 @@ from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.jobs.request import read_order
 from app.kit import ids
+from app.leases import expire
 from app.spec import JobSpec
 from app.tables import Dataset, Event, Job, Outbox, User
 from tests.jobs.test_lifecycle import leases, let_lapse, take  # noqa: F401
@@ -271,7 +272,7 @@ def test_a_cancelled_job_whose_worker_died_is_cancelled(session, user, order, le
     session.commit()
     let_lapse(job.id)
     with transaction() as s:
-        lifecycle.expire_leases(s)
+        expire(s, lifecycle.WORK)
     assert jobs.get(session, user, job.id).status == "cancelled"
 
 

@@ -13,6 +13,7 @@ from app import db
 from app.errors import BadData, BadField, Conflict, Forbidden, NotFound, Unavailable, Unsupported
 from app.events import Finished, Measured
 from app.kit import ids, manifest
+from app.leases import MAX_DEATHS, OVER
 from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Checkpoint, Job, Model, Outbox, User
@@ -345,16 +346,15 @@ def test_the_hubs_files_are_chosen_by_the_allow_list() -> None:
 def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(session, user, importable) -> None:
     model = model_imports.add_folder(session, user, "workshop")
     session.commit()
-    assert model_imports._claim(model.id) == 1
-    assert model_imports._claim(model.id) is None
-    session.execute(update(Model).values(lease_until=text("clock_timestamp() - interval '1 s'")))
-    session.execute(text("UPDATE outbox SET created_at = created_at - interval '1 hour'"))
+    assert model_imports._claim(model_imports.FETCHES, model.id) == 1
+    assert model_imports._claim(model_imports.FETCHES, model.id) is None
+    session.execute(update(Model).values(lease_until=OVER))
     session.commit()
     model_imports.reap(session)
     session.commit()
     assert len(session.scalars(select(Outbox).where(Outbox.key == model.id)).all()) == 2
-    late = model_imports._Beat(model.id, 1)
-    assert model_imports._claim(model.id) == 2
+    late = model_imports._Beat(model_imports.FETCHES, model.id, 1)
+    assert model_imports._claim(model_imports.FETCHES, model.id) == 2
     with pytest.raises(model_imports.FetchLost):
         late(0.5)
     model_imports._end(model.id, 1, status="ready")
@@ -364,14 +364,20 @@ def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(sessio
 
 def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, user, importable) -> None:
     model = model_imports.add_folder(session, user, "workshop")
-    model.fence = model_imports.MAX_CLAIMS
-    session.flush()
-    session.execute(text("UPDATE outbox SET created_at = created_at - interval '1 hour'"))
     session.commit()
-    model_imports.reap(session)
-    session.commit()
-    assert model.status == "error" and model.error["code"] == "worker_lost"
+    for _ in range(MAX_DEATHS):
+        fence = model_imports._claim(model_imports.FETCHES, model.id)
+        session.execute(update(Model).where(Model.id == model.id).values(lease_until=OVER))
+        session.commit()
+        model_imports.reap(session)
+        session.commit()
+    assert model.status == "error" and model.error["code"] == "worker_lost" and model.error["way_out"]
     model_imports.try_again(session, model)
+    session.commit()
+    with pytest.raises(model_imports.FetchLost):
+        model_imports._Beat(model_imports.FETCHES, model.id, fence)(0.5)
+    assert model_imports._claim(model_imports.FETCHES, model.id) == fence + 1, "a fence never goes back, so no old worker holds it again"
+    session.execute(update(Model).where(Model.id == model.id).values(lease_until=OVER))
     session.commit()
     model_imports.fetch(model.id)
     session.refresh(model)

@@ -9,7 +9,7 @@ import time
 import pytest
 from sqlalchemy import select
 
-from app import queue
+from app import leases, queue
 from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import BadData, BadField
@@ -179,26 +179,21 @@ def test_a_run_goes_on_where_a_dead_worker_left_it(session, user, sums):
     evaluation_prompt_runs.work(run.id)  # another one has it
     session.refresh(run)
     assert run.status == "running" and run.fence == fence
-    from sqlalchemy import text
-
-    session.execute(text("UPDATE prompt_runs SET lease_until = clock_timestamp() - interval '1 second'"))
-    session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+    run.lease_until = leases.OVER
     session.commit()
-    assert prompt_runs.reap(session) == 1
+    assert prompt_runs.reap(session) == {"lapsed": 1, "announced": 0}
     session.commit()
     evaluation_prompt_runs.work(run.id)
     session.refresh(run)
     assert run.status == "succeeded" and run.fence == fence + 1
     assert run.result["rows"] == 10 and 1000 < run.result["tokens"] <= 1020 and run.result["seconds"] > 50, "both workers' work is in it"
-    assert run.result["deaths"] == 1 and run.progress == 1
+    assert run.deaths == 0 and run.progress == 1, "rows were scored since"
     assert not prompt_runs.heartbeat(session, run.id, fence, 0.5, [], {})
     kept = {r.line: r.said for r in prompt_runs.results(session, run)}
     assert kept.get(1, ["mine"]) == ["mine"]
 
 
 def test_workers_that_die_without_a_row_between_end_a_run(session, user, sums):
-    from sqlalchemy import text
-
     register_tiny(session)
     run = order(session, user, sums, {"max_tokens": 2}, part="all", rows=10)
 
@@ -206,11 +201,10 @@ def test_workers_that_die_without_a_row_between_end_a_run(session, user, sums):
         fence, _, _, before = prompt_runs.claim(session, run.id)
         row = {"line": line, "input": "x", "rendered_prompt": "x", "expected": "x", "said": ["x"], "answer": "x", "score": 1.0}
         assert prompt_runs.heartbeat(session, run.id, fence, 0.1, [row] if line else [], {"tokens": 1} | before)
-        session.execute(text("UPDATE prompt_runs SET lease_until = clock_timestamp() - interval '1 second'"))
-        session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
-        session.commit()
         session.expire_all()
-        assert prompt_runs.reap(session) == 1
+        run.lease_until = leases.OVER
+        session.commit()
+        assert prompt_runs.reap(session)["lapsed"] == 1
         session.commit()
         session.refresh(run)
         return run.status
@@ -235,7 +229,7 @@ def test_few_runs_go_on_at_once_and_a_leaving_worker_lets_go(session, user, sums
     wait_until(lambda: not evaluation_prompt_runs._held, what="the run's turn", seconds=30)
     session.refresh(run)
     assert run.status == "running", "a worker that is leaving went on to the end"
-    run.lease_until = run.created_at
+    run.lease_until = leases.OVER
     session.commit()
     evaluation_prompt_runs.begin(run.id)
     wait_until(lambda: not evaluation_prompt_runs._held, what="the run's end", seconds=30)

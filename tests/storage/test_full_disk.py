@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from app import db, queue
 from app.datasets import ingest_task
@@ -23,6 +23,7 @@ from app.errors import DiskFull
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.kit import ids
+from app.leases import OVER
 from app.machines import heartbeats
 from app.settings import PROJECT, get_settings
 from app.storage import files
@@ -180,8 +181,7 @@ def test_a_reading_that_was_ordered_again_has_three_lives_of_its_own(session, us
     session.commit()
     for deaths in (1, 2, 3, 1, 2, 3):
         assert ingest_task.claim(session, dataset.id) is not None
-        session.execute(text("UPDATE datasets SET lease_until = clock_timestamp() - interval '1 second'"))
-        session.execute(text("UPDATE outbox SET sent_at = clock_timestamp() - interval '1 hour'"))
+        session.execute(update(Dataset).values(lease_until=OVER))
         ingest_task.reap(session)
         session.expire_all()
         assert dataset.status == ("error" if deaths == 3 else "reading")

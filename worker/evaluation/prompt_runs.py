@@ -56,7 +56,6 @@ class RunTotals:
     """
 
     def __init__(self, before: dict[str, Any]) -> None:
-        self.kept = {name: before[name] for name in ("deaths", "rows_at_death") if name in before}
         self.prompt_tokens, self.tokens = before.get("prompt_tokens", 0), before.get("tokens", 0)
         self.seconds, self.began = before.get("seconds", 0.0), time.monotonic()
         self.unanswered: list[int] = []
@@ -77,7 +76,7 @@ class RunTotals:
             raise fault
 
     def as_json(self, rows: int) -> dict[str, Any]:
-        return self.kept | {
+        return {
             "prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "seconds": self.seconds + time.monotonic() - self.began,
             "unanswered": len(self.unanswered), "unanswered_lines": sorted(self.unanswered)[:20], "asked_of": rows,
         }  # fmt: skip
