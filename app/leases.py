@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from sqlalchemy import ColumnElement, DateTime, func, literal_column
+from sqlalchemy.orm import InstrumentedAttribute
 
 from app.settings import get_settings
 
@@ -39,6 +39,6 @@ def could_beat() -> ColumnElement[bool]:
     return answering_since() < now() - timedelta(seconds=get_settings().lease_seconds)
 
 
-def lapsed(lease_until: Any) -> ColumnElement[bool]:
+def lapsed(lease_until: ColumnElement[datetime] | InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
     """Whether the holder of a lease is dead: known to be, or not heard of for a whole lease in which it could have beaten."""
     return (lease_until == OVER) | ((lease_until < now()) & could_beat())

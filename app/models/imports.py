@@ -332,7 +332,7 @@ class _Beat:
         with db.transaction() as session:
             held = (Model.id == self.model_id) & (Model.fence == self.fence) & (Model.status == self.status) & Model.deleted_at.is_(None)
             progress = Model.progress if share is None else func.greatest(Model.progress, share)
-            if not session.execute(update(Model).where(held).values(lease_until=lease(), progress=progress)).rowcount:
+            if not db.touched(session, update(Model).where(held).values(lease_until=lease(), progress=progress)):
                 raise FetchLost
 
 
@@ -372,7 +372,7 @@ def examine(model_id: uuid.UUID) -> None:
     with db.transaction() as session:
         held = (Model.id == model_id) & (Model.fence == fence) & (Model.status == "ready")
         values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
-        if session.execute(update(Model).where(held).values(lease_until=None, **values)).rowcount and refused:
+        if db.touched(session, update(Model).where(held).values(lease_until=None, **values)) and refused:
             _refuse_below(session, model_id, refused)
 
 
@@ -389,7 +389,10 @@ def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]
 def _due() -> ColumnElement[bool]:
     """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
     rules = func.coalesce(Model.source["rules"].astext, "1")
-    return (Model.status == "ready") & Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    due: ColumnElement[bool] = (
+        (Model.status == "ready") & Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    )
+    return due
 
 
 # The reaper's part ---------------------------------------------------------------------------------------------------
