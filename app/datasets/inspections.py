@@ -23,8 +23,9 @@ from app import db, queue
 from app.datasets import service as datasets
 from app.errors import Conflict, StudioError
 from app.kit import sandbox
+from app.run_settings import RunSettings
 from app.settings import get_settings
-from app.spec import ModelRef, RunSettings
+from app.spec import ModelRef
 from app.storage import files
 from app.tables import Dataset, File, Finding, Inspection, Model
 
@@ -72,8 +73,9 @@ def ask(
         .values(status="waiting", asked_at=func.clock_timestamp(), error=None)
         .returning(Inspection.id)
     )  # fmt: skip
-    if announce and (new or again):
-        queue.enqueue(session, queue.INSPECT, new or again)
+    due = new or again
+    if announce and due:
+        queue.enqueue(session, queue.INSPECT, due)
     return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
 
 

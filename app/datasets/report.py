@@ -253,4 +253,5 @@ def _fingerprint(text: str) -> int:
 
 def _name(label: str) -> str:
     """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
-    return storable(label) if len(label) <= LABEL_CHARACTERS else storable(f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})")
+    short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})"
+    return str(storable(short))

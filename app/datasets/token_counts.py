@@ -46,12 +46,13 @@ def counters(session: Session) -> dict[str, dict[str, Any]]:
 
 def _uncounted() -> ColumnElement[bool]:
     """Ready, and neither counted nor tried in vain."""
-    return (
+    found: ColumnElement[bool] = (
         (Dataset.status == "ready")
         & Dataset.deleted_at.is_(None)
         & ~Dataset.report.has_key("tokens")
         & ~Dataset.report.has_key("uncountable")
     )
+    return found
 
 
 def _free() -> ColumnElement[bool]:

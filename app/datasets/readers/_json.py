@@ -115,10 +115,10 @@ def _unwritable(value: Any) -> Finding | None:
     """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out. Its place is
     put together on the way back from it: a place for every member of a deep row would take far more room than the row."""
     if isinstance(value, str):
-        found = _surrogates.search(value)
-        return found and Finding(
+        half = _surrogates.search(value)
+        return half and Finding(
             "lone_surrogate",
-            f"The text holds half of a character (\\u{ord(found.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
+            f"The text holds half of a character (\\u{ord(half.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
             None,
             shown(value),
         )
