@@ -93,10 +93,14 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         before = _biases(model)
         loaded = super().load_blended(model, folder, share)
         for module, bias in before.items():
-            if module.bias is not bias:
-                module.bias.data = bias.data + share * (module.bias.data - bias.data)
+            own = module.get_parameter("bias")
+            if own is not bias:
+                own.data = bias.data + share * (own.data - bias.data)
         tables = [module for module in loaded.modules() if hasattr(module, "original_module")]
-        for own, weight in {table.weight: table.original_module.weight for table in tables}.items():  # a tied one is there once
+        pairs = {
+            table.get_parameter("weight"): table.get_parameter("original_module.weight") for table in tables
+        }  # a tied one is there once
+        for own, weight in pairs.items():
             own.data = weight.data + share * (own.data - weight.data)
         return loaded
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape
 from app.strategies._base import Kept
-from app.strategies._model import blocks, final_norm
+from app.strategies._model import blocks, final_norm, transformer
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -73,6 +73,6 @@ class TopLayers(Selected):
         if self.norm and norm is not None:
             learning += norm.parameters()
         if self.output_layer:
-            learning.append(model.get_output_embeddings().weight)
+            learning.append(transformer(model).get_output_embeddings().get_parameter("weight"))
         wanted = {id(parameter) for parameter in learning}
         return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
