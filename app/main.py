@@ -85,7 +85,9 @@ def _answer_head(api: APIRouter) -> None:
     from app.schemas import openapi  # the routes need it, and the web's import need not wait for them
 
     for route in api.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
+        if not isinstance(route, APIRoute) or route.methods is None or "GET" not in route.methods:
+            continue
+        if openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
             route.methods.add("HEAD")
 
 
