@@ -16,7 +16,8 @@ import torch
 from app.errors import BadData
 from app.evaluation.forgetting import TextScore, compare
 from app.evaluation.service import EvaluationSpec
-from app.spec import ModelRef, RunSettings
+from app.run_settings import RunSettings
+from app.spec import ModelRef
 from app.strategies.lora import Lora
 from worker.data import batching
 from worker.data.batching import Row, Tokenised

@@ -25,7 +25,7 @@ import torch
 from app.errors import DoesNotFit
 from app.machines.hardware import Machine, note_bf16, this_machine, usable_cores
 from app.planning.memory import parts_of
-from app.spec import RunSettings
+from app.run_settings import RunSettings
 from app.strategies import Strategy
 from worker.kernels.gpu import fp8
 from worker.runtime import distributed

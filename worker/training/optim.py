@@ -12,7 +12,8 @@ import torch
 
 from app.errors import DoesNotFit
 from app.optimizers import OPTIMIZERS
-from app.spec import JobSpec, RunSettings
+from app.run_settings import RunSettings
+from app.spec import JobSpec
 from worker.training.optimizers import MAKERS
 
 Named = dict[str, torch.nn.Parameter]
