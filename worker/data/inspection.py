@@ -196,7 +196,10 @@ class TokenCounter:
         }
         doubling = collections.Counter(tokens.bit_length() for tokens in longest)
         bins = [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(doubling.items())]
-        report = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {"token_lengths": bins, "tokenizer": self._name}
+        report: dict[str, Any] = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {
+            "token_lengths": bins,
+            "tokenizer": self._name,
+        }
         report["cutoff"] = self.cutoff
         report["rows_cut"] = [[at["cutoff"], at["rows_cut"]] for at in found["cutoffs"]]
         return {"report": report, "lengths": found | {"report": report}}

@@ -83,9 +83,9 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
         if request.render:
             from worker.inference.request import rendered
 
-            found = rendered(request, engine().shelf)
-            done = Done(prompt_tokens=len(found.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
-            return publisher.say([found, done])
+            written = rendered(request, engine().shelf)
+            done = Done(prompt_tokens=len(written.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([written, done])
         with contextlib.closing(engine().answer(request)) as answer:
             for entries in answer:
                 publisher.say(entries)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from app.strategies._model import transformer
 from worker.kernels.cpu.gated_mlp import patch_gated_mlp
 from worker.kernels.cpu.rms_norm import rms_norm
 from worker.kernels.gpu import fp8
@@ -130,8 +131,8 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
 def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
     """Have what a decoder's blocks pass on to each other be `compute`, also where the embedding is kept in float32 because it
     learns: what a block adds is of that type in any case. Returns whether that was needed. The strategy is attached already."""
-    table = model.get_input_embeddings()
-    if table.weight.dtype == compute:
+    table = transformer(model).get_input_embeddings()
+    if table.get_parameter("weight").dtype == compute:
         return False
     table.register_forward_hook(lambda _, given, out: out.to(compute))
     return True
@@ -145,10 +146,10 @@ def recompute_layers(model: torch.nn.Module, count: int, reaches: int | None = N
     chosen = reached[: max(count, 0)]
     if not chosen:
         return 0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    transformer(model).gradient_checkpointing_enable({"use_reentrant": False})
     # That has the embedding's output ask for a gradient, which only the reentrant form needs: it would be computed and kept for
     # nothing below the lowest layer that learns.
-    model.disable_input_require_grads()
+    transformer(model).disable_input_require_grads()
     for block in blocks:
         block.gradient_checkpointing = any(block is one for one in chosen)
     return len(chosen)

@@ -202,7 +202,7 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def product(
-    x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
+    x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
 ) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
     where they are kept (`keep`)."""
@@ -219,7 +219,7 @@ def product(
     return y
 
 
-def _product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
+def _product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
     compute, stretched = x.dtype, hasattr(layers[0], "squares")
     tensors: list[Any] = []
     scales: list[float] = []

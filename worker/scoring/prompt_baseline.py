@@ -64,7 +64,9 @@ def class_means(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.nd
 
 def a_few_of_each(truth: Sequence[int], seed: int) -> list[int]:
     """Places of up to `EXAMPLES_A_CLASS` rows of every label, and no more than `MAX_VECTOR_EXAMPLES` together."""
-    order, seen, found = list(range(len(truth))), {}, []
+    order = list(range(len(truth)))
+    seen: dict[int, int] = {}
+    found = []
     random.Random(seed).shuffle(order)
     for place in order:
         if seen.setdefault(int(truth[place]), 0) < EXAMPLES_A_CLASS:
