@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -247,11 +247,12 @@ def slot_attention(
         raise RuntimeError("luthier_slots attention runs inside an engine step only.")
     heads, n = query.shape[1:3]
     out = query.new_empty(n, heads, value.shape[-1])
+    index = cast("int", module.layer_idx)
     for group in step.groups():
-        keys, values = group.blocks.layer(module.layer_idx, key, value)
+        keys, values = group.blocks.layer(index, key, value)
         _decode(group, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
     for segment in step.prefill:
-        keys, values = segment.slot.blocks.layer(module.layer_idx, key, value)
+        keys, values = segment.slot.blocks.layer(index, key, value)
         _prefill(step, segment, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
     return out[None], None
 

@@ -146,7 +146,8 @@ class ModelPool:
 
     def ready(self) -> list[LoadedModelInfo]:
         """Every base with the adapters that share its weights."""
-        now, found = time.monotonic(), {}
+        now = time.monotonic()
+        found: dict[tuple[str, ...], LoadedModelInfo] = {}
         with self._lock:
             lanes = sorted(self.lanes.values(), key=lambda lane: len(lane.key))
             stacked = {lane.key: [w.path for w in list(lane.stack.loaded.values())] for lane in lanes if lane.stack is not None}

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import redis
@@ -125,7 +125,7 @@ class Publisher:
         return time.monotonic() - self.missing_since < MISSING_SECONDS
 
 
-def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
+def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
     """Entries of a request of this process, from its own engine or from the server the request names."""
     if request.engine is None:
         yield from engine().answer(request)

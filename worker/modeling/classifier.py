@@ -70,7 +70,7 @@ def load_stack(
 
 def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
     """How a strategy's classifier pools: as it says, or the mean for encoders and the last token for decoders."""
-    asked = getattr(strategy, "pooling", "auto")
+    asked: Pooling | Literal["auto"] = getattr(strategy, "pooling", "auto")
     if asked != "auto":
         return asked
     return "mean" if architecture == "encoder" else "last"

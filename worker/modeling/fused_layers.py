@@ -37,7 +37,7 @@ def use_fused_norms(model: torch.nn.Module) -> int:
     found = [m for m in model.modules() if type(m).__name__ in PLAIN_NORMS and not hasattr(type(m), "plain")]
     before_products = {id(norm) for block in blocks_of(model) for norm in block.children()}
     for norm in found:
-        norm.__class__ = _fused_norm(type(norm), id(norm) in before_products)
+        norm.__class__ = _fused_norm(type(norm), id(norm) in before_products)  # type: ignore[arg-type]  # a class is hashable
     return len(found)
 
 
@@ -65,7 +65,8 @@ def _fused_norm(kind: type, before_products: bool) -> type:
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder's blocks, in order."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) and hasattr(m[0], "gradient_checkpointing")]
-    return list(max(lists, key=len)) if lists else []
+    longest = max(lists, key=len, default=None)
+    return list(longest) if longest is not None else []
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -151,5 +152,5 @@ def recompute_layers(model: torch.nn.Module, count: int, reaches: int | None = N
     # nothing below the lowest layer that learns.
     transformer(model).disable_input_require_grads()
     for block in blocks:
-        block.gradient_checkpointing = any(block is one for one in chosen)
+        block.gradient_checkpointing = any(block is one for one in chosen)  # type: ignore[assignment]  # a flag of transformers' blocks
     return len(chosen)

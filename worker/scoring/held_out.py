@@ -6,10 +6,10 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from app.strategies._model import transformer, wrapped
 from worker.data.batching import Batch, Row, Tokenised, make_batch
@@ -159,7 +159,7 @@ def answers(
     packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
         with evaluating(model), engine.autocast():
-            out = transformer(model).generate(
+            out = cast("GenerationMixin", model).generate(  # type: ignore[misc]  # its `self` is annotated for another checker
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=most,

@@ -135,8 +135,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None
     waits for the device after every tensor of a step in any case.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale = None
-        optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are read where it is fused
+        optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
     elif not math.isfinite(norm):
         return
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]

@@ -27,7 +27,8 @@ def adamw_8bit(groups: Groups, lr: float, betas: Any, eps: Any, paged: bool = Fa
         raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer")
     from bitsandbytes import optim
 
-    return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, lr=lr, betas=betas, eps=eps)
+    kind = optim.PagedAdamW8bit if paged else optim.AdamW8bit  # type: ignore[attr-defined]  # they are re-exported
+    return kind(groups, lr=lr, betas=betas, eps=eps)
 
 
 def paged_adamw_8bit(groups: Groups, lr: float, betas: Any, eps: Any) -> torch.optim.Optimizer:
@@ -44,7 +45,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives a closure
         for group in self.param_groups:
             b1, b2 = group["betas"]
             for p in group["params"]:

@@ -80,7 +80,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
 
 
 def _start() -> Any:
-    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile  # type: ignore[attr-defined]
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     _wait()
@@ -110,7 +110,7 @@ def shares(averages: Iterable[Any]) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}
     for one in averages:
         took = (one.self_device_time_total if cuda else one.self_cpu_time_total) / 1e6
-        if cuda and one.device_type == torch.autograd.DeviceType.CPU:
+        if cuda and one.device_type == torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
             continue  # launches; the kernels stand beside them
         found[kind_of(one.key)] += took
     return found
