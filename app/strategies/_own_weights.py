@@ -4,7 +4,7 @@ are numbers as they are."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, field_validator
 
@@ -93,15 +93,15 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         before = _biases(model)
         loaded = super().load_blended(model, folder, share)
         for module, bias in before.items():
-            own = module.get_parameter("bias")
+            own = cast("torch.nn.Linear", module).bias
             if own is not bias:
                 own.data = bias.data + share * (own.data - bias.data)
         tables = [module for module in loaded.modules() if hasattr(module, "original_module")]
         pairs = {
-            table.get_parameter("weight"): table.get_parameter("original_module.weight") for table in tables
+            cast("torch.nn.Linear", table).weight: cast("torch.nn.Linear", table.original_module).weight for table in tables
         }  # a tied one is there once
-        for own, weight in pairs.items():
-            own.data = weight.data + share * (own.data - weight.data)
+        for learnt, weight in pairs.items():
+            learnt.data = weight.data + share * (learnt.data - weight.data)
         return loaded
 
 

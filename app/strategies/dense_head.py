@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -69,7 +69,7 @@ class DenseHead(Added):
         norm = final_norm(model)
         assert norm is not None, "it is a decoder: nothing else writes text"
         block = make_bottleneck(transformer(model).config.hidden_size, self.width, self.activation, scale=1.0)
-        norm.add_module(NAME, block.to(norm.get_parameter("weight").device))
+        norm.add_module(NAME, block.to(cast("torch.nn.LayerNorm", norm).weight.device))
         norm.register_forward_hook(_after_norm)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:

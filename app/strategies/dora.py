@@ -42,7 +42,7 @@ class Dora(WithOwnWeights):
         loaded = super().load_blended(model, folder, share)
         for module in loaded.modules():
             for length in getattr(module, "lora_magnitude_vector", {}).values():
-                weight = cast("LoraLayer", module).get_base_layer().get_parameter("weight")
+                weight = cast("torch.nn.Linear", cast("LoraLayer", module).get_base_layer()).weight
                 start = torch.linalg.norm(weight.float(), dim=1).to(length.weight)
                 length.weight.data = start + share * (length.weight.data - start)
         return loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -145,7 +145,7 @@ class Writer(nn.Module):
 def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
     """The output layer that a decoder's stack was loaded without: its input embedding where they are tied, else read from
     the model's files. Raises BadModel when they hold none."""
-    table = plain(model).get_input_embeddings().get_parameter("weight")
+    table = cast("nn.Embedding", plain(model).get_input_embeddings()).weight
     weight = table if plain(model).config.tie_word_embeddings else _output_weight(ref)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(table.device, table.dtype), requires_grad=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +66,10 @@ class Head(NamedTuple):
 def head_of(model: torch.nn.Module) -> Head:
     """The head of a transformers language model."""
     whole = transformer(model)
-    layer, config = whole.get_output_embeddings(), whole.config
+    layer, config = cast("torch.nn.Linear", whole.get_output_embeddings()), whole.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        layer.get_parameter("weight"), getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None)
-    )
+    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 CHUNK_BYTES_CUDA = 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +132,8 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
 def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
     """Have what a decoder's blocks pass on to each other be `compute`, also where the embedding is kept in float32 because it
     learns: what a block adds is of that type in any case. Returns whether that was needed. The strategy is attached already."""
-    table = transformer(model).get_input_embeddings()
-    if table.get_parameter("weight").dtype == compute:
+    table = cast("torch.nn.Embedding", transformer(model).get_input_embeddings())
+    if table.weight.dtype == compute:
         return False
     table.register_forward_hook(lambda _, given, out: out.to(compute))
     return True

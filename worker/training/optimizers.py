@@ -27,8 +27,7 @@ def adamw_8bit(groups: Groups, lr: float, betas: Any, eps: Any, paged: bool = Fa
         raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer")
     from bitsandbytes import optim
 
-    kind = optim.PagedAdamW8bit if paged else optim.AdamW8bit  # type: ignore[attr-defined]  # they are re-exported
-    return kind(groups, lr=lr, betas=betas, eps=eps)
+    return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, lr=lr, betas=betas, eps=eps)
 
 
 def paged_adamw_8bit(groups: Groups, lr: float, betas: Any, eps: Any) -> torch.optim.Optimizer:

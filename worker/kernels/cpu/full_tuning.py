@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +225,7 @@ def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWei
     wholes: dict[int, MasterWeight] = {}
     for module in ours:
         if id(module.weight) not in wholes:
-            wholes[id(module.weight)] = MasterWeight(module.get_parameter("weight"), engine.compute, engine.abreast)
+            wholes[id(module.weight)] = MasterWeight(cast("torch.nn.Parameter", module.weight), engine.compute, engine.abreast)
         wholes[id(module.weight)].multiplies |= isinstance(module, torch.nn.Linear)
         module.__class__ = FullEmbedding if isinstance(module, torch.nn.Embedding) else FullLinear
     if engine.compute != torch.float32:
