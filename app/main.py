@@ -112,7 +112,7 @@ def _handled() -> list[Any]:
 async def _handle(request: Request, error: Exception) -> Response:
     fault = error_responses.fault_of(error)
     if fault.status == 405:  # the router has asked one route of the path, and others may take other methods
-        fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}  # type: ignore[attr-defined]
+        fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}
     return await run_in_threadpool(error_responses.answer, request, fault)
 
 

@@ -29,10 +29,12 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Odd(
-            Finding("duplicate_key", f"The key “{shown(twice, 60)}” stands twice in one object. Keep one of them.", shown(twice, 60))
-        )
+        for key, _ in pairs:
+            if key in seen:
+                raise _Odd(
+                    Finding("duplicate_key", f"The key “{shown(key, 60)}” stands twice in one object. Keep one of them.", shown(key, 60))
+                )
+            seen.add(key)
     return result
 
 
@@ -294,7 +296,7 @@ class _Cutter:
             way_out="Close them, or write one row on each line as .jsonl.",
             param="file",
         )
-        error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}  # type: ignore[attr-defined]
+        error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}
         return error
 
     def emit(self, *, always: bool = False) -> Iterator[tuple[int, bytes | None]]:

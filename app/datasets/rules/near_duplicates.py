@@ -11,7 +11,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING
 
-from app.datasets.rules._base import MAX_ROWS, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix
 
@@ -29,7 +29,7 @@ MAX_WORDS_KNOWN, MAX_WORD_KNOWN_LENGTH = 100_000, 100
 
 
 class NearDuplicates(Rule):
-    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, say: Say, task: str) -> None:
         import numpy as np
 
         super().__init__(say, task)
