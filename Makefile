@@ -41,7 +41,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from app.tables import User
+
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A studio for fine-tuning language models.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -244,10 +246,14 @@ def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, whic
 # Under the commands -----------------------------------------------------------------------------------------------------
 
 
+class Run(Protocol):
+    def __call__(self, action: Callable[[Session, User], T], /) -> T: ...
+
+
 class owner_session:
     """The studio's database for one command; gives `run`, which does one thing as the studio's owner in one transaction."""
 
-    def __enter__(self) -> Callable[[Callable[[Session, User], Any]], Any]:
+    def __enter__(self) -> Run:
         from app.ops.embedded.up import beside
 
         self.studio = beside()
@@ -258,7 +264,7 @@ class owner_session:
         self.studio.__exit__(*error)
 
     @staticmethod
-    def run(action: Callable[[Session, User], Any]) -> Any:
+    def run(action: Callable[[Session, User], T]) -> T:
         from app.db import transaction
         from app.web.auth import first_user
 
@@ -266,12 +272,12 @@ class owner_session:
             return action(session, first_user(session))
 
 
-def as_owner(action: Callable[[Session, User], Any]) -> Any:
+def as_owner(action: Callable[[Session, User], T]) -> T:
     with owner_session() as run:
         return run(action)
 
 
-def bring(run: Callable[..., Any], model_id: Any) -> None:
+def bring(run: Run, model_id: Any) -> None:
     """Fetch an ordered model here and now, or wait for the studio's own worker when that was quicker to take it."""
     from rich.progress import Progress
 
@@ -357,7 +363,7 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
     return ids.public(ids.JOB, jobs.create(session, user, read_order(order)).id)
 
 
-def run_to_end(run: Callable[..., Any], job_id: str) -> str:
+def run_to_end(run: Run, job_id: str) -> str:
     """Print what a job says until it ends; its last status."""
     from app.jobs import service as jobs
     from app.kit import ids

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 from fastapi import Depends
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import CursorResult, Engine, UpdateBase, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
 from app.kit.json_safe import to_json
@@ -74,6 +74,11 @@ def get_engine() -> Engine:
         limits = {"ping_seconds": wait.connect, "silence_seconds": wait.silence}
         event.listen(engine, "do_connect", lambda dialect, record, args, named: pg_connection.connect(*args, **named, **limits))
     return engine
+
+
+def touched(session: Session, change: UpdateBase) -> int:
+    """How many rows an UPDATE or a DELETE found."""
+    return cast("CursorResult[Any]", session.execute(change)).rowcount  # `Session.execute` is typed for all statements alike
 
 
 def on_commit(session: Session, action: Callable[[], object]) -> None:

@@ -23,15 +23,18 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class StudioError(Exception):
     """A fault with a status, a code for programs, and a way out for people.
 
     `message` says what is wrong and where; `way_out` says what to do about it; `param` names the field of the request. Where
-    nobody said what to do, the kind of the error does.
+    nobody said what to do, the kind of the error does. Whoever knows more adds `details`, or `headers` of the answer.
     """
 
+    details: dict[str, Any]
+    headers: dict[str, str]
     usual_way_out = ""
     status = 500
     code = "internal_error"
@@ -123,8 +126,8 @@ class DiskFull(StudioError, OSError):
     status, code, type = 507, "disk_full", "server_error"
     usual_way_out = "Make room there, then try again."
 
-    def __init__(self, message: str, **rest: str | None) -> None:
-        super().__init__(message, **rest)  # type: ignore[arg-type]
+    def __init__(self, message: str, *, way_out: str = "", param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, way_out=way_out, param=param, code=code)
         self.errno = errno.ENOSPC
 
 

@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, DateTime, and_, func, literal_column, select, true, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app import db, queue
 from app.settings import get_settings
@@ -70,7 +70,7 @@ def could_beat() -> ColumnElement[bool]:
     return answering_since() < now() - timedelta(seconds=get_settings().lease_seconds)
 
 
-def lapsed(lease_until: Any) -> ColumnElement[bool]:
+def lapsed(lease_until: ColumnElement[datetime] | InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
     """Whether the holder of a lease is dead: known to be, or not heard of for a whole lease in which it could have beaten."""
     return (lease_until == OVER) | ((lease_until < now()) & could_beat())
 

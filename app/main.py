@@ -85,7 +85,9 @@ def _answer_head(api: APIRouter) -> None:
     from app.schemas import openapi  # the routes need it, and the web's import need not wait for them
 
     for route in api.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods and openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
+        if not isinstance(route, APIRoute) or route.methods is None or "GET" not in route.methods:
+            continue
+        if openapi.EVENTS not in route.responses.get(200, {}).get("content", {}):
             route.methods.add("HEAD")
 
 
@@ -110,7 +112,7 @@ def _handled() -> list[Any]:
 async def _handle(request: Request, error: Exception) -> Response:
     fault = error_responses.fault_of(error)
     if fault.status == 405:  # the router has asked one route of the path, and others may take other methods
-        fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}  # type: ignore[attr-defined]
+        fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}
     return await run_in_threadpool(error_responses.answer, request, fault)
 
 

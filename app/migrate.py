@@ -25,7 +25,7 @@ def is_current(connection: Connection) -> bool:
     if not inspect(connection).has_table("alembic_version"):
         return False
     found = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return found == newest()
+    return bool(found == newest())
 
 
 def newest() -> str:

@@ -143,7 +143,7 @@ def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
 def backlog(task: str) -> int:
     """Messages that wait in the queue of a task; 0 when Redis is away, since then none of them may be left."""
     try:
-        return int(get_redis().llen(f"{PREFIX}{ROUTES[task]}"))  # type: ignore[arg-type]
+        return int(get_redis().llen(f"{PREFIX}{ROUTES[task]}"))
     except (redis.RedisError, RuntimeError):
         return 0
 

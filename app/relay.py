@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from app import leases, queue
-from app.db import transaction
+from app.db import touched, transaction
 from app.kit import logs
 from app.machines import heartbeats
 from app.settings import get_settings
@@ -82,7 +82,7 @@ def take_over(session: Session) -> None:
         held = table.lease_until.is_not(None)
         taken = delete(Outbox).where(Outbox.sent_at.is_not(None), Outbox.key.in_(select(table.id).where(held)))
         session.execute(taken)  # their messages died with them, so that nothing speaks of these any more
-        found += session.execute(update(table).where(held).values(lease_until=leases.OVER)).rowcount
+        found += touched(session, update(table).where(held).values(lease_until=leases.OVER))
     session.expire_all()
     if found:
         log.info("%d things were held when the studio died", found)

@@ -120,14 +120,14 @@ class RunSettings(BaseModel):
         "assistant",
         description="Which turns of a conversation carry a loss: the assistant's, all of the text with its system and user turns, or the "
         "last of the assistant's. A turn of weight 0 never does.",
-        json_schema_extra={"group": "Data", "words": TRAIN_ON},
+        json_schema_extra={"group": "Data", "words": {**TRAIN_ON}},
         exclude_if=lambda turns: turns == "assistant",
     )
     chat_template: TemplateName = Field(
         "model",
         title="Chat template",
         description="How conversations are written as text. The result keeps the one it was trained with.",
-        json_schema_extra={"group": "Data", "words": SAMPLES},
+        json_schema_extra={"group": "Data", "words": {**SAMPLES}},
         exclude_if=lambda name: name == "model",
     )
     chat_template_jinja: str | None = Field(

@@ -42,7 +42,7 @@ def attention(device: torch.device) -> str:
     assert varlen_attn is not None, "torch before 2.10 has no variable-length attention"
     q = torch.randn(32, 2, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
     ends = torch.tensor([0, 12, 32], dtype=torch.int32, device=device)
-    out = varlen_attn(q, q, q, ends, ends, 32, 32, window_size=(-1, 0))
+    out: torch.Tensor = varlen_attn(q, q, q, ends, ends, 32, 32, window_size=(-1, 0))  # type: ignore[assignment]  # without `return_aux` it is no tuple
     out.float().sum().backward()
     assert torch.isfinite(out).all() and q.grad is not None and torch.isfinite(q.grad).all()
     return "forwards and backwards"

@@ -121,7 +121,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     engine = choose(run, strategy, state.facts)
     if engine.device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that it has not written
 
     lesson = objective_of(spec, load_tokenizer(spec.model))
     course = course_of(lesson, engine)

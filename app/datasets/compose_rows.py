@@ -213,7 +213,7 @@ def _thinned(sources: Sequence[Source], near: bool, counts: Counter[str]) -> Ite
     from app.datasets.rules._base import seen as as_seen
     from app.datasets.rules.near_duplicates import NearDuplicates
 
-    dropped: set[int] = set()
+    dropped: set[int | None] = set()
     if near:
         rule = NearDuplicates(lambda place, finding: dropped.add(place), "generation")
         for place, (_, _, row) in enumerate(_all(sources)):

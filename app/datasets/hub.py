@@ -103,7 +103,13 @@ def put_together(payload: dict[str, Any], say: Any) -> int:
 
 def _download(origin: dict[str, Any], folder: Path) -> tuple[list[str], dict[str, Any]]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
+        GatedRepoError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     api, repo = HfApi(), origin["repo"]
     try:

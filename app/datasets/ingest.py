@@ -51,7 +51,7 @@ def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None)
     try:
         return _read(payload, say, counter_of)
     except BadData as error:
-        error.details = {"line": 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
+        error.details = {"line": 1} | getattr(error, "details", {})
         raise
 
 
@@ -67,7 +67,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
     try:
         entry, mapping, reason, others = _choose(sample, wished, payload.get("mapping"))
     except BadData as error:
-        error.details = _to_map(sample, wished)  # type: ignore[attr-defined]
+        error.details = _to_map(sample, wished)
         raise
     reason = payload.get("reason") or reason
     report = Report(entry, mapping, say)
@@ -146,7 +146,7 @@ def _no_rows(head: Sequence[Raw]) -> BadData:
         param="file",
     )
     able = sum(raw.repaired is not None for raw in head)
-    error.details = {  # type: ignore[attr-defined]
+    error.details = {
         "line": first.line,
         "column": first.problem.column,
         "rule": first.problem.rule,
@@ -236,7 +236,7 @@ def _with_progress(raws: Iterator[Raw], path: Path, filename: str, say: Say) -> 
                 say({"progress": min(0.99, share), "rows": count, "line": line})
             yield raw
     except BadData as error:  # where a container breaks is known only from how far its rows came
-        error.details = {"line": line + 1} | getattr(error, "details", {})  # type: ignore[attr-defined]
+        error.details = {"line": line + 1} | getattr(error, "details", {})
         raise
 
 

@@ -208,7 +208,7 @@ def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any
     """Write the rows of a dataset that is made of others; what the child says of them."""
     data = get_settings().data_dir
     sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
-    return sandbox.run(
+    result: dict[str, Any] = sandbox.run(
         "app.datasets.compose_rows:write",
         {**origin, "sources": sources, "out": str(out)},
         LIMITS,
@@ -218,6 +218,7 @@ def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any
         on_message=reading.on_message,
         keep_going=reading.keep_going,
     )
+    return result
 
 
 def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
     draft = rows.with_suffix(".draft")
     job = {**payload, "path": str(path), "rows": str(draft), "lines": str(lines_path(rows))}
     try:
-        result = sandbox.run(
+        result: dict[str, Any] = sandbox.run(
             "worker.data.inspection:read_file"
             if payload["counters"]
             else "app.datasets.ingest:read",  # a name, because nothing here imports the worker

@@ -25,8 +25,9 @@ from app import db, leases, queue
 from app.datasets import service as datasets
 from app.errors import Conflict, StudioError
 from app.kit import sandbox
+from app.run_settings import RunSettings
 from app.settings import get_settings
-from app.spec import ModelRef, RunSettings
+from app.spec import ModelRef
 from app.storage import files
 from app.tables import Dataset, File, Finding, Inspection, Model
 
@@ -72,7 +73,8 @@ def ask(
         failed = select(Inspection).where(Inspection.question == question, Inspection.status == "error", Inspection.asked_at < quiet)
         again = session.scalar(failed.with_for_update(skip_locked=True).execution_options(populate_existing=True))
         if again is not None:
-            again.asked_at, again.error, again.deaths = session.scalar(select(leases.now())), None, 0
+            again.asked_at = session.execute(select(leases.now())).scalar_one()
+            again.error, again.deaths = None, 0
             leases.requeue(session, WORK, again)
     return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
 

@@ -15,7 +15,7 @@ from app.datasets.issue_names import choice
 from app.datasets.readers import Raw
 from app.datasets.rules._base import calls_of, seen
 from app.formats import Finding, Format
-from app.formats._base import MAX_NAME_LENGTH, Row, fix, shown
+from app.formats._base import MAX_NAME_LENGTH, Row, Severity, fix, shown
 from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
 
@@ -169,9 +169,10 @@ class Report:
             self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", choice(before)))
             return
         labeled = self.entry.task == "classification"
-        rule, severity = ("other_label", "warning") if labeled else ("other_answer", "note")
+        rule = "other_label" if labeled else "other_answer"
+        severity: Severity = "warning" if labeled else "note"
         message = f"Line {before} has the same input and another {'label' if labeled else 'answer'}."
-        self.add(line, Finding(rule, message, None, shown(_shown_question(row), 120), severity, choice(before)))  # type: ignore[arg-type]
+        self.add(line, Finding(rule, message, None, shown(_shown_question(row), 120), severity, choice(before)))
 
     def finish(self) -> None:
         if self.good == 0:
@@ -253,4 +254,5 @@ def _fingerprint(text: str) -> int:
 
 def _name(label: str) -> str:
     """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
-    return storable(label) if len(label) <= LABEL_CHARACTERS else storable(f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})")
+    short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})"
+    return str(storable(short))

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import formats
+from app import formats, leases
 from app.datasets import readers
 from app.datasets import service as datasets
 from app.db import transaction
@@ -116,7 +116,7 @@ def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
     upload = session.get(Upload, upload_id)
     if upload is None or upload.owner_id != user.id:
         raise NotFound("There is no such upload.", way_out="Begin again.")
-    if upload.file_id is None and session.scalar(select(func.clock_timestamp())) >= upload.expires_at:
+    if upload.file_id is None and session.scalars(select(leases.now())).one() >= upload.expires_at:
         raise Gone("This upload has expired.", way_out="Begin again.")
     return upload
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from app.errors import BadData
 
@@ -28,7 +28,8 @@ class RowsFile:
         import pyarrow.parquet as pq
 
         self._pa = pa
-        self._schema = pa.schema([("line", pa.int64()), ("row", pa.string())])
+        columns: list[tuple[str, pa.DataType]] = [("line", pa.int64()), ("row", pa.string())]
+        self._schema = pa.schema(columns)
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False, write_page_checksum=True)
         self._lines: list[int] = []
         self._rows: list[str] = []
@@ -72,7 +73,8 @@ def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
     line = 0
     with _opened(path, name, lambda: f"behind line {line}") as file:
         for batch in file.iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
-            for line, row in zip(batch["line"].to_pylist(), batch["row"].to_pylist(), strict=True):
+            lines, texts = cast("list[int]", batch["line"].to_pylist()), cast("list[str]", batch["row"].to_pylist())
+            for line, row in zip(lines, texts, strict=True):
                 yield line, row
 
 
@@ -82,7 +84,8 @@ def row_at(path: Path, place: int, name: str = "") -> str:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if place < count:
-                return file.read_row_group(group, columns=["row"], use_threads=False)["row"][place].as_py()
+                row: str = file.read_row_group(group, columns=["row"], use_threads=False)["row"][place].as_py()
+                return row
             place -= count
     raise _damaged(name, "it has fewer rows than were written")
 

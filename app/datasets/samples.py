@@ -19,7 +19,8 @@ FOLDER = RESOURCES / "samples"
 
 def list_() -> list[dict[str, Any]]:
     """Every sample: name, file, title, format, rows, shows, and held-out prompts where there are some."""
-    return yaml.safe_load((FOLDER / "index.yaml").read_text(encoding="utf-8"))["samples"]
+    found: list[dict[str, Any]] = yaml.safe_load((FOLDER / "index.yaml").read_text(encoding="utf-8"))["samples"]
+    return found
 
 
 def added(rows: Iterable[Dataset], sample: dict[str, Any]) -> Dataset | None:

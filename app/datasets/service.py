@@ -121,7 +121,9 @@ def _twin(session: Session, dataset: Dataset, file: File) -> Dataset | None:
         .limit(20)
     )
     for other, filename in session.execute(query):
-        wishes = not dataset.format_chosen or (other.format == dataset.format and other.origin.get("mapping", {}) == dataset.mapping)
+        wishes = not dataset.format_chosen or (
+            other.format == dataset.format and (other.origin or {}).get("mapping", {}) == dataset.mapping
+        )
         same = Path(filename).suffixes[-2:] == Path(file.filename).suffixes[-2:]
         if wishes and same and other.rows_path and (get_settings().data_dir / other.rows_path).exists():
             return other
@@ -180,7 +182,7 @@ _GAVE_NOTHING = or_(Dataset.status == "error", (Dataset.status == "ready") & (fu
 _NEWEST = (Dataset.version.desc(), Dataset.created_at.desc())
 
 
-def _readings(file_id: uuid.UUID | None) -> Select[tuple[Dataset]]:
+def _readings(file_id: uuid.UUID | None) -> Select[Dataset]:
     """The datasets a file's id may stand for: its own rows, since a mended version has an id of its own."""
     return select(Dataset).where(Dataset.file_id == file_id, Dataset.edits.is_(None), Dataset.deleted_at.is_(None))
 
@@ -314,7 +316,7 @@ def findings(
     limit: int = 50,
 ) -> tuple[list[Finding], bool]:
     """One page of findings and whether there are more. `sort` is line, rule or severity; `after` counts those before it."""
-    query: Select[tuple[Finding]] = select(Finding).where(Finding.dataset_id == dataset.id)
+    query: Select[Finding] = select(Finding).where(Finding.dataset_id == dataset.id)
     if rule:
         query = query.where(Finding.rule == rule)
     if severity:
@@ -345,7 +347,7 @@ def delete(session: Session, user: User, dataset: Dataset) -> None:
             f"The job “{job.name}” ({job.status}) still needs the dataset {dataset.name}.",
             way_out=f"Cancel {ids.public(ids.JOB, job.id)} first, or wait until it has finished.",
         )
-    dataset.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    dataset.deleted_at = func.clock_timestamp()
     session.flush()
     path = dataset.rows_path
     if path and not session.scalar(select(Dataset.id).where(Dataset.rows_path == path, Dataset.deleted_at.is_(None)).limit(1)):

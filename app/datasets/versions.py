@@ -120,7 +120,7 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
     """Every line a rule with a fix was found in."""
     path = lines_path(get_settings().data_dir / (dataset.rows_path or "none"))
     try:
-        kept = json.loads(path.read_text()).get(rule)
+        kept: list[int] | None = json.loads(path.read_text()).get(rule)
     except FileNotFoundError:
         kept = None
     if kept is None:  # found by another child, which lists its findings only

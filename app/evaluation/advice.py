@@ -24,8 +24,9 @@ from app.machines import heartbeats
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
 from app.planning.advisor import Advice, Cost, Facts, Rule
+from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import JobSpec, ModelRef, RunSettings
+from app.spec import JobSpec, ModelRef
 from app.strategies import STRATEGIES
 from app.tables import JSON, Dataset, Evaluation, User
 
@@ -143,7 +144,7 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None) -> Facts
     report = dataset.report or {}
     counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
     return Facts(
-        task=dataset.task or "generation",  # type: ignore[arg-type]
+        task=dataset.task or "generation",
         rows=dataset.good_rows or 0,
         tokens=stats.tokens,
         classes=(report.get("label_count") or len(counts)) if counts else None,

@@ -13,8 +13,8 @@ from app.kit import ids
 from app.kit.humanize import human_bytes, human_number, human_percent, human_seconds
 from app.planning import advisor
 from app.planning.advisor import Advice, Cost, Facts
+from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import RunSettings
 from app.tables import Dataset, Model
 
 CHEAPER = 0.9
@@ -169,7 +169,8 @@ def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> S
     limit = min(run.max_length, shape.positions)
 
     def kept(length: int) -> float:
-        return sum(count for start, count in buckets if start < length) / rows
+        share: float = sum(count for start, count in buckets if start < length) / rows
+        return share
 
     if not rows or kept(limit) >= KEPT:
         return None

@@ -230,7 +230,7 @@ def more_data(session: Session, found: Table) -> Outcome | None:
     last, newest = points[-2:]
     share, before, now = last["data_fraction"], last[column.key], newest[column.key]
     what = column.title.lower()
-    write = (lambda v: f"{v:.1%}") if column.unit == "share" else (lambda v: f"{v:.3f}")
+    write = "{:.1%}".format if column.unit == "share" else "{:.3f}".format
     moved = f"From {share:.0%} of the rows to all of them the {what} went from {write(before)} to {write(now)}"
     if column.unit == "share":
         return _by_share(moved, before, now, newest["rows"])

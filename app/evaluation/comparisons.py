@@ -26,7 +26,8 @@ from app.jobs.request import DatasetId, JobRequest, bad_field
 from app.kit import ids
 from app.kit.forms import as_text
 from app.models import service as models
-from app.spec import RunSettings, Split, Task
+from app.run_settings import RunSettings
+from app.spec import Split, Task
 from app.strategies import Strategy
 from app.tables import JSON, Comparison, Job, Model, User
 
@@ -72,7 +73,8 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of all jobs, one after the other."""
-        return sum(one.estimate["seconds"] for one in self.jobs)
+        seconds: float = sum(one.estimate["seconds"] for one in self.jobs)
+        return seconds
 
 
 def read_order(body: Mapping[str, Any]) -> ComparisonOrder:
@@ -261,7 +263,7 @@ def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison |
 # Looking ------------------------------------------------------------------------------------------------------------
 
 
-def mine(user: User) -> Select[tuple[Comparison]]:
+def mine(user: User) -> Select[Comparison]:
     return select(Comparison).where(Comparison.owner_id == user.id, Comparison.deleted_at.is_(None))
 
 
@@ -322,7 +324,7 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
             param="comparison_id",
             code="wrong_state",
         )
-    found.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    found.deleted_at = func.clock_timestamp()
     session.flush()
 
 

@@ -212,7 +212,7 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
 # Looking ------------------------------------------------------------------------------------------------------------
 
 
-def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[tuple[Evaluation]]:
+def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[Evaluation]:
     return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None), Evaluation.kind.in_(kinds))
 
 

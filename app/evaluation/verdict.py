@@ -161,19 +161,19 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     if base.worse:
         return _Judged("worse", [f"Worse than the base. {against}", "The base answers better; do not use this result."], lower)
     if (best := overfitted(curve)) is not None and not base.better:
-        words = f"Overfitted: the validation loss was lowest at step {best} and rose again. {against}"
-        return _Judged("overfitted", [words], [*lower, *_fewer_epochs(spec, best, steps)])
+        sentence = f"Overfitted: the validation loss was lowest at step {best} and rose again. {against}"
+        return _Judged("overfitted", [sentence], [*lower, *_fewer_epochs(spec, best, steps)])
     if not base.better:
         if more or (0 < steps < MIN_STEPS and spec.strategy.recipe != "features"):
             why = "its validation loss was still falling" if more else f"{steps} steps are few"
-            words = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
-            return _Judged("undertrained", [words], more or _more_epochs(spec, found))
+            sentence = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
+            return _Judged("undertrained", [sentence], more or _more_epochs(spec, found))
         if base.rows < FEW_ROWS:
             return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
         return _Judged("no_better", [f"No better than the base, as far as {base.rows} rows can tell. {against}"], more)
     if few_shot is not None and few_shot.worse:
-        words = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
-        return _Judged("no_better", [words, against], more)
+        sentence = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
+        return _Judged("no_better", [sentence, against], more)
     words = [f"Better than the base. {against}", *_beside_prompt(few_shot, contest, metric)]
     if more:
         words.append("Its validation loss was still falling at the end: more epochs would likely help.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from app.formats._base import Finding, Row, fix, parsed, shown
+from app.formats._base import Finding, Row, Severity, fix, parsed, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SPEAKERS = {
@@ -156,7 +156,10 @@ def _recast(value: Any, roles: Mapping[str, str]) -> Any:
     turns = inner if isinstance(inner, list) else [inner]
     if not any(_speaker(turn) in roles for turn in turns):
         return value
-    cast = [{**turn, "role" if "role" in turn else "from": roles[name]} if (name := _speaker(turn)) in roles else turn for turn in turns]
+    cast = [
+        {**turn, "role" if "role" in turn else "from": roles[name]} if (name := _speaker(turn)) is not None and name in roles else turn
+        for turn in turns
+    ]
     return cast if isinstance(inner, list) else cast[0]
 
 
@@ -199,7 +202,7 @@ def _check_content(message: Row, role: str, at: str) -> list[Finding]:
             if message.get("weight") == 0:
                 return []
             return [Finding("empty_answer", "The answer is empty, so the row has no trainable tokens.", f"{at}.content", "", "error", DROP)]
-        severity = "warning" if role in ("system", "developer", "tool", "function") else "error"
+        severity: Severity = "warning" if role in ("system", "developer", "tool", "function") else "error"
         return [Finding("empty", f"The {role}'s message is empty.", f"{at}.content", "", severity, DROP)]
     if calls is not None and role != "assistant":
         return [Finding("wrong_role_order", "Only the assistant calls tools.", f"{at}.tool_calls", shown(calls), "error", DROP)]

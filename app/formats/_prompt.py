@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from app.formats._base import Columns, Field, Row, parsed, text_of
 from app.formats._messages import as_messages
@@ -23,7 +23,7 @@ def joined(ask: str, about: str | None) -> str:
     return f"{ask}\n\n{about}" if about and about.strip() else ask
 
 
-def is_history(value: object) -> bool:
+def is_history(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in value
     )

@@ -11,6 +11,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import redis
@@ -134,7 +135,8 @@ async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIte
             await watch.check()
             continue
         watch.heard()
-        entries = found[0][1] if isinstance(found, list) else next(iter(found.values()))[0]
+        streams = cast("list[list[Any]] | dict[bytes, list[Any]]", found)  # by RESP 2 or RESP 3
+        entries = streams[0][1] if isinstance(streams, list) else next(iter(streams.values()))[0]
         for entry_id, fields in entries:
             last = entry_id
             if int(fields[b"seq"]) != seq:
@@ -169,6 +171,7 @@ class _Watch:
             if claimed is None:
                 await self._unclaimed()
                 return
+            assert isinstance(claimed, bytes)  # the connection decodes nothing
             self.worker = claimed.decode()
         self.absent = 0 if await self.wire.exists(worker_key(self.worker)) else self.absent + 1
         if self.absent >= 2:

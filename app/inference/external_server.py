@@ -279,7 +279,7 @@ class _Fold:
         read = int(self.usage.get("prompt_tokens") or (len(self.rendered.tokens) if self.rendered else 0))
         details = self.usage.get("prompt_tokens_details") or {}
         tokens = [written] if n == 1 else self.parts
-        ends: list[Entry] = [ChoiceFinished(index=i, reason=self.reasons.get(i, "length"), tokens=tokens[i]) for i in range(n)]  # type: ignore[arg-type]
+        ends: list[Entry] = [ChoiceFinished(index=i, reason=self.reasons.get(i, "length"), tokens=tokens[i]) for i in range(n)]
         speed = (written - n) / max(now - self.first, 1e-9) if self.first and written > n else None
         done = Done(
             prompt_tokens=read,

@@ -30,7 +30,7 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
     if name not in served:
         shown = ", ".join(served[:8]) or "nothing"
         raise BadField(f"{address.host} serves no model {name[:120]!r}.", way_out=f"It serves {shown}.", param="engine_model")
-    engine = ExternalEngine(url=address.url, model=name, via=via)  # type: ignore[arg-type]  (checked above)
+    engine = ExternalEngine(url=address.url, model=name, via=via)
     model.engine = engine.model_dump(mode="json", exclude={"adapter"})
     return engine
 

@@ -378,7 +378,7 @@ class Pane(NamedTuple):
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
     """What can be asked, by group, newest tuned model first. Classifiers and encoders do not write."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
-    kinds = {m.id: m.kind for m in rows}
+    kinds: dict[uuid.UUID | None, str] = {m.id: m.kind for m in rows}
     few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
     found = {
         "Base models": [option(m) for m in rows if m.base_id is None],

@@ -94,7 +94,9 @@ def room_asked(cuda: bool) -> int:
     wire, total = get_redis(), 0
     keys = list(wire.scan_iter(match=f"{PREFIX}room:{machine_id()}:*", count=500))
     for word in wire.mget(keys) if keys else []:
-        size, _, where = (word or b"0 cpu").decode().partition(" ")
+        said = word or b"0 cpu"
+        assert isinstance(said, bytes)  # the connection decodes nothing
+        size, _, where = said.decode().partition(" ")
         kind, _, gpus = where.partition(":")
         mine = _gpus().split(",")[0]
         if cuda == (kind == "cuda") and (not cuda or not gpus or not mine or mine in gpus.split(",")):

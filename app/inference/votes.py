@@ -140,7 +140,7 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
     if edited and len(edited) > MAX_EDIT_LENGTH:
         raise BadField(f"The edited answer has {len(edited)} characters; {MAX_EDIT_LENGTH} is the most.", param="edited")
     vote.choice, vote.edited = choice, storable(edited) if edited and edited.strip() else None
-    vote.voted_at = func.clock_timestamp()  # type: ignore[assignment]
+    vote.voted_at = func.clock_timestamp()
     session.flush()
     session.refresh(vote)
     return vote
@@ -168,7 +168,7 @@ def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange
 # Looking ------------------------------------------------------------------------------------------------------------
 
 
-def mine(user: User) -> Select[tuple[Vote]]:
+def mine(user: User) -> Select[Vote]:
     return select(Vote).where(Vote.owner_id == user.id, Vote.choice.is_not(None))
 
 
@@ -227,9 +227,9 @@ def scores(session: Session, user: User) -> list[Score]:
     for left, right, choice in session.execute(
         select(Vote.left_model, Vote.right_model, Vote.choice).where(Vote.owner_id == user.id, Vote.choice.is_not(None))
     ):
-        pair = tuple(sorted((left, right)))
-        counts = found.setdefault(pair, [0, 0, 0])  # type: ignore[arg-type]
-        winner = {1: left, 2: right}.get(choice)
+        pair = (left, right) if left <= right else (right, left)
+        counts = found.setdefault(pair, [0, 0, 0])
+        winner = left if choice == 1 else right if choice == 2 else None
         counts[2 if winner is None else 0 if winner == pair[0] else 1] += 1
     return sorted((Score(*pair, *counts) for pair, counts in found.items()), key=lambda s: -s.votes)
 

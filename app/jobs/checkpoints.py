@@ -69,7 +69,8 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
 def _labels(job: Job, row: Checkpoint) -> list[str] | None:
     """The classes of a classifier, which its own files name."""
     head = get_settings().data_dir / row.path / WEIGHTS / HEAD
-    return json.loads(head.read_text())["labels"] if head.is_file() else job.spec["model"].get("labels")
+    labels: list[str] | None = json.loads(head.read_text())["labels"] if head.is_file() else job.spec["model"].get("labels")
+    return labels
 
 
 def keep(session: Session, job: Job, step: int) -> Model:
@@ -154,4 +155,5 @@ def resumable(row: Checkpoint) -> bool:
 
 def _best_of(row: Checkpoint) -> str | None:
     """The path of the best checkpoint when this one was saved, as it remembers. Raises OSError, ValueError."""
-    return json.loads((get_settings().data_dir / row.path / STATE).read_text()).get("best_path")
+    best: str | None = json.loads((get_settings().data_dir / row.path / STATE).read_text()).get("best_path")
+    return best

@@ -186,10 +186,10 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 
 def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[str, Any]:
     """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
-    own = spec_dataset.file_id is not None and spec_dataset.edits is None  # a file's id names what was read from it unchanged
-    data = (
-        {"training_file": ids.public(ids.FILE, spec_dataset.file_id)} if own else {"dataset_id": ids.public(ids.DATASET, spec_dataset.id)}
-    )  # type: ignore[arg-type]
+    if spec_dataset.file_id is not None and spec_dataset.edits is None:  # a file's id names what was read from it unchanged
+        data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)}
+    else:
+        data = {"dataset_id": ids.public(ids.DATASET, spec_dataset.id)}
     split = order.split.model_dump(exclude_none=True) if order.split else None
     body = {
         "model": order.model,

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.planning.schedule import MIN_ROWS_PER_STEP, PRESETS, PresetName, schedule
-from app.run_settings import displaced
-from app.spec import RunSettings
+from app.run_settings import RunSettings, displaced
 from app.tables import Dataset
 
 

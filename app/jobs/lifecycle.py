@@ -15,6 +15,7 @@ in which they are committed, and a watcher who has seen event n has seen all bef
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -69,7 +70,9 @@ class FenceLost(Exception):
 
 def has_rows() -> ColumnElement[bool]:
     """The spec names rows that can be read; false while a dataset of the job is still being read."""
-    return (Job.spec["dataset"]["path"].astext != "") & (func.coalesce(Job.spec["validation"]["path"].astext, "none") != "")
+    validation = func.coalesce(Job.spec["validation"]["path"].astext, "none")
+    both: ColumnElement[bool] = (Job.spec["dataset"]["path"].astext != "") & (validation != "")
+    return both
 
 
 def is_complete(session: Session, job_id: uuid.UUID) -> bool:
@@ -276,10 +279,11 @@ _QUIET = {"cancel_requested": False, "pause_requested": False, "save_requested":
 
 def _error(failed: events.Failed) -> dict[str, Any]:
     param = "training_file" if failed.kind == "bad_data" else "model" if failed.kind == "bad_model" else None
-    return storable(
+    said: dict[str, Any] = storable(
         {"code": failed.kind, "message": failed.message, "way_out": failed.way_out, "param": param}
         | {name: value for name in ("step", "line", "suggestion") if (value := getattr(failed, name)) is not None}
     )
+    return said
 
 
 def lost(session: Session, held: Claim, failed: events.Failed) -> None:
@@ -293,8 +297,8 @@ def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -
     """The trainer saved and left. The request decides: cancelled, paused, or, when nobody asked, queued again because
     its worker is going down. Raises FenceLost."""
     job = _mine(session, held)
-    if job is not None:
-        _settle_wish(session, job, step, reason) or _requeue(session, job, "worker_left")
+    if job is not None and not _settle_wish(session, job, step, reason):
+        _requeue(session, job, "worker_left")
 
 
 def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:
@@ -366,7 +370,7 @@ def resume_after_full_disk(session: Session) -> int:
 def sweep_outbox(session: Session) -> int:
     """Forget messages sent over a day ago."""
     old = now() - timedelta(days=1)
-    return session.execute(delete(Outbox).where(Outbox.sent_at < old)).rowcount
+    return db.touched(session, delete(Outbox).where(Outbox.sent_at < old))
 
 
 def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
@@ -381,7 +385,7 @@ def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
         if not old.best:
             old.deleted_at = session.scalar(select(now()))
             folder = get_settings().data_dir / old.path
-            db.on_commit(session, lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
+            db.on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def remove_folders(session: Session, job_id: uuid.UUID) -> None:
@@ -389,7 +393,7 @@ def remove_folders(session: Session, job_id: uuid.UUID) -> None:
     may have died before."""
     gone = session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_not(None))).all()
     for path in gone:
-        db.on_commit(session, lambda path=path: shutil.rmtree(get_settings().data_dir / path, ignore_errors=True))
+        db.on_commit(session, functools.partial(shutil.rmtree, get_settings().data_dir / path, ignore_errors=True))
 
 
 def sweep_folders(session: Session) -> int:

@@ -24,9 +24,10 @@ from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
 from app.models import starters
+from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape, shape_of
-from app.spec import DatasetRef, JobSpec, Kind, ModelRef, RunSettings, Task
+from app.spec import DatasetRef, JobSpec, Kind, ModelRef, Task
 
 KNOWN = frozenset({"model", "training_file", "validation_file", "task", "strategy", "run", "preference", "split", "name", "seed"})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
@@ -43,7 +43,7 @@ def pair(
     return chosen or (min(models, key=lambda m: _rank(m, data)) if models else None), data
 
 
-def _recent(session: Session, user: User) -> Sequence[Row[Any]]:
+def _recent(session: Session, user: User) -> Sequence[Row[uuid.UUID, uuid.UUID]]:
     query = select(Job.model_id, Job.dataset_id).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.comparison_id.is_(None))
     return session.execute(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(RECENT)).all()
 

@@ -13,10 +13,10 @@ Curves are lists of (step, value), rising in step. Losses are nats per trained t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from app.events import (
     Claimed,
@@ -288,7 +288,7 @@ def _nothing(progress: Progress, event: Log | Doing) -> None:
     pass
 
 
-_FOLDS = {
+_FOLDS: dict[type[JobEvent], Callable[[Progress, Any], None]] = {
     Queued: _queued, Claimed: _claimed, Started: _started, Step: _step, Evaluated: _evaluated, Sampled: _sampled, Saved: _saved,
     Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, Doing: _nothing, Log: _nothing,
 }  # fmt: skip

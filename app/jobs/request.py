@@ -18,9 +18,9 @@ from app.jobs.defaults import mean_tokens, usual_run
 from app.kit import ids
 from app.planning import feasibility
 from app.planning.schedule import PresetName
-from app.run_settings import RENAMED
+from app.run_settings import RENAMED, RunSettings
 from app.shapes import Shape
-from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, Task, usual_learning_rate
+from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, Split, Task, usual_learning_rate
 from app.strategies import STRATEGIES, UNNAMED, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 

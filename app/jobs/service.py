@@ -110,11 +110,11 @@ def get(session: Session, user: User, job_id: uuid.UUID) -> Job:
     return job
 
 
-def mine(user: User) -> Select[tuple[Job]]:
+def mine(user: User) -> Select[Job]:
     return select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None))
 
 
-def mine_of(job: Job) -> Select[tuple[Job]]:
+def mine_of(job: Job) -> Select[Job]:
     """The jobs of the person who ordered this one."""
     return select(Job).where(Job.owner_id == job.owner_id, Job.deleted_at.is_(None))
 
@@ -170,10 +170,10 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
         .returning(Job.attempt, Job.step)
     ).one_or_none()
     if moved is not None:
-        record_event(session, job.id, moved.attempt, said.Stopped(status=status, step=moved.step or None, reason="asked for"))  # type: ignore[arg-type]
+        record_event(session, job.id, moved.attempt, said.Stopped(status=status, step=moved.step or None, reason="asked for"))
     else:
         wish = {"cancel_requested": True} if status == "cancelled" else {"pause_requested": True}
-        if session.execute(update(Job).where(Job.id == job.id, Job.status == "running").values(**wish)).rowcount == 0:
+        if db.touched(session, update(Job).where(Job.id == job.id, Job.status == "running").values(**wish)) == 0:
             session.refresh(job)
             if job.status != status:
                 raise _state(job, "cancelled" if status == "cancelled" else "paused")
@@ -198,9 +198,9 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
         if lifecycle.is_complete(session, job.id):
             queue.enqueue(session, queue.TRAIN, job.id)
         record_event(session, job.id, moved.attempt, said.Queued(reason="resumed"))
-    elif session.execute(
-        update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
-    ).rowcount:
+    elif db.touched(
+        session, update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
+    ):
         queue.notify(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
     elif job.status == "cancelled":
         raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
@@ -213,7 +213,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
 def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
     """Ask a running job for a checkpoint at its next step. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
-    if session.execute(update(Job).where(Job.id == job.id, Job.status == "running").values(save_requested=True)).rowcount == 0:
+    if db.touched(session, update(Job).where(Job.id == job.id, Job.status == "running").values(save_requested=True)) == 0:
         raise _state(job, "asked for a checkpoint")
     session.refresh(job)
     return job
@@ -222,9 +222,9 @@ def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
 def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
     """Take an ended job off the lists. Its files go too, but for what its model needs. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
-    moved = session.execute(
-        update(Job).where(Job.id == job.id, Job.status.in_((*ENDED, "paused"))).values(deleted_at=func.clock_timestamp())
-    ).rowcount
+    moved = db.touched(
+        session, update(Job).where(Job.id == job.id, Job.status.in_((*ENDED, "paused"))).values(deleted_at=func.clock_timestamp())
+    )
     if not moved:
         raise _state(job, "deleted", "Cancel it first.")
     session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(deleted_at=func.clock_timestamp()))
@@ -232,7 +232,12 @@ def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
     if tuned_model(session, job) is None:
         db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
     else:
-        db.on_commit(session, lambda: [shutil.rmtree(old, ignore_errors=True) for old in folder.glob("a*/checkpoint-*")])
+
+        def take_checkpoints() -> None:
+            for old in folder.glob("a*/checkpoint-*"):
+                shutil.rmtree(old, ignore_errors=True)
+
+        db.on_commit(session, take_checkpoints)
 
 
 def refuse_cancelled(job: Job) -> None:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ValidationError
@@ -212,9 +212,9 @@ def _widget(info: FieldInfo) -> dict[str, Any]:
             case annotated_types.Ge(ge=bound):
                 bounds["minimum"] = as_text(bound)
             case annotated_types.Gt(gt=bound):
-                bounds["minimum"] = as_text(bound + beside)
+                bounds["minimum"] = as_text(cast("float", bound) + beside)
             case annotated_types.Le(le=bound):
                 bounds["maximum"] = as_text(bound)
             case annotated_types.Lt(lt=bound):
-                bounds["maximum"] = as_text(bound - beside)
+                bounds["maximum"] = as_text(cast("float", bound) - beside)
     return bounds

@@ -115,7 +115,7 @@ def _lies(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int] | None]
 def _is_known(folder: Path, lies: Any) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         seen = _seen.get(folder) or json.loads((folder / SEEN).read_text())
-        return seen["lies"] == lies and 0 <= time.time() - seen["read_at"] < READ_AGAIN_SECONDS
+        return bool(seen["lies"] == lies) and 0 <= time.time() - seen["read_at"] < READ_AGAIN_SECONDS
     return False
 
 

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
 from app.kit.confinement import Confinement, confined
 from app.settings import PROJECT
@@ -222,6 +222,14 @@ def _limit(limits: Limits) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and a write would merely fail
 
 
+class _Fault(Protocol):
+    """An error that says what to do about it, whoever raised it."""
+
+    message: str
+    way_out: str
+    code: str
+
+
 def main() -> int:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not break the protocol
@@ -251,7 +259,8 @@ def main() -> int:
                 say({"error": {"kind": _OUT_OF_MEMORY}})
                 return 1
             raise
-        say({"error": {"message": error.message, "way_out": error.way_out, "code": error.code, "details": getattr(error, "details", {})}})
+        fault = cast("_Fault", error)
+        say({"error": {"message": fault.message, "way_out": fault.way_out, "code": fault.code, "details": getattr(fault, "details", {})}})
         return 1
     say(_spent())
     say({"result": True})

@@ -47,7 +47,7 @@ def sign_test(won: int, lost: int) -> float:
     for k in range(few + 1):
         ways += term
         term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * ways / 2**n)
+    return min(1.0, float(2 * ways / 2**n))
 
 
 def clopper_pearson(won: int, votes: int) -> tuple[float, float]:

@@ -35,7 +35,7 @@ class _Pipe:
 def zip_of(folder: Path, readme: str, base: str | None = None) -> Iterator[bytes]:
     """The archive in pieces of about a megabyte. An adapter's config names `base` instead of a path of this machine."""
     pipe = _Pipe()
-    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]  (it only writes)
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]  # it only writes
         small = {"README.md": readme.encode()}
         if (folder / "adapter_config.json").is_file():
             config = json.loads((folder / "adapter_config.json").read_text())

@@ -44,7 +44,7 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
     TooLarge and DiskFull.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # it is re-exported
         GatedRepoError,
         HTTPError,  # of the HTTP library this version stands on, whose name has changed before
         OfflineModeIsEnabled,

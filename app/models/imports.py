@@ -386,7 +386,8 @@ def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]
 def _due() -> ColumnElement[bool]:
     """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
     rules = func.coalesce(Model.source["rules"].astext, "1")
-    return Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    due: ColumnElement[bool] = Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    return due
 
 
 def _examination_died(session: Session, model: Model, how: str) -> None:

@@ -101,6 +101,8 @@ class Curve(NamedTuple):
     best: float
 
 
+Point = tuple[float, float, float | None, float | None]
+"""Across, up, and the lower and upper end of its interval where it has one."""
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 310.0, 12.0, 118.0
 
 
@@ -109,8 +111,8 @@ def curve(result: Mapping[str, Any] | None) -> Curve | None:
     points = list((result or {}).get("points") or [])
     if len(points) < 2:
         return None
-    loss = [(p["blend"], p["score"], None, None) for p in points]
-    kept = [(p["blend"], -100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
+    loss: list[Point] = [(p["blend"], p["score"], None, None) for p in points]
+    kept: list[Point] = [(p["blend"], -100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
     best, advice = advise(points)
     return Curve(
         score=_panel("Validation loss", "nats per token", loss, "{:.3f}", zero=False),
@@ -125,7 +127,7 @@ def _ends(interval: Any) -> tuple[float | None, float | None]:
     return (-100 * interval[1], -100 * interval[0]) if interval else (None, None)
 
 
-def _panel(title: str, unit: str, values: list[tuple[float, float, float | None, float | None]], form: str, *, zero: bool) -> ChartPanel:
+def _panel(title: str, unit: str, values: list[Point], form: str, *, zero: bool) -> ChartPanel:
     every = [y for _, *ys in values for y in ys if y is not None] + ([0.0] if zero else [])
     low, high = min(every), max(every)
     room = (high - low) or abs(high) or 1.0
@@ -172,7 +174,8 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
     """How much less is forgotten than by the whole; what was gained on general text is no forgetting."""
-    return max(tuned["forgetting"], 0.0) - max(point["forgetting"], 0.0)
+    less: float = max(tuned["forgetting"], 0.0) - max(point["forgetting"], 0.0)
+    return less
 
 
 def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:

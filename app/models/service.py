@@ -174,7 +174,7 @@ def reference(session: Session, model: Model) -> ModelRef:
     return ModelRef(
         id=model.id,
         name=model.name,
-        kind=model.kind,  # type: ignore[arg-type]  (checked by pydantic)
+        kind=model.kind,
         path=part.path or "",
         revision=part.revision or "",
         adapters=tuple(adapters),

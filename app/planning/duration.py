@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
+from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import JobSpec, RunSettings
+from app.spec import JobSpec
 from app.strategies import Strategy
 from app.strategies.feature_extraction import FeatureExtraction
 

@@ -14,9 +14,9 @@ from app.machines.hardware import Machine
 from app.optimizers import OPTIMIZERS
 from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
-from app.run_settings import GRADIENT_ONLY, STEPS_ONLY
+from app.run_settings import GRADIENT_ONLY, STEPS_ONLY, RunSettings
 from app.shapes import Shape
-from app.spec import MAX_CLASSES, JobSpec, ModelRef, RunSettings
+from app.spec import MAX_CLASSES, JobSpec, ModelRef
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._chosen import ChosenLowRank
 from app.strategies._own_weights import WithOwnWeights

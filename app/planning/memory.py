@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from app.machines.hardware import Machine
 from app.optimizers import OPTIMIZERS
+from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import RunSettings
 from app.strategies import Strategy
 from app.strategies._base import Memory
 from app.strategies._peft import PeftStrategy
@@ -76,7 +76,7 @@ def parts_of(tokens: int, threads: int) -> int:
 def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:
     """Parts in which a job's packs of `tokens` are likely to be computed (`worker/training/step.py:parts_of` finds out): whole where dropout
     draws, as in most encoders."""
-    draws = shape.architecture == "encoder" or getattr(strategy, "dropout", 0.0) or run.neftune_noise_alpha
+    draws = shape.architecture == "encoder" or bool(getattr(strategy, "dropout", 0.0)) or bool(run.neftune_noise_alpha)
     shared_out = machine.processes > 1 and not strategy.adapter
     return 1 if machine.cuda or draws or shared_out else parts_of(tokens, machine.cores // machine.processes)
 
@@ -184,7 +184,7 @@ def memory_of(
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
     layer = tokens * per_token + once  # of what an adapter makes once a layer, two parts were measured to take no more than one
-    kept = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += (HOLES if parts == 1 else HOLES_IN_PARTS) * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.

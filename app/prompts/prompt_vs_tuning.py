@@ -70,8 +70,8 @@ def paired(session: Session, tuned: PromptRun, prompt: PromptRun) -> Paired:
     one, other = (_scores(session, run) for run in (tuned, prompt))
     pairs = [(score, other[line]) for line, score in one.items() if line in other]
     lines = len(pairs)
-    means = [sum(side) / lines for side in zip(*pairs, strict=True)] if pairs else [0.0, 0.0]
-    return Paired(lines, *means, sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+    mean, other_mean = (sum(side) / lines for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    return Paired(lines, mean, other_mean, sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
 
 
 def _scores(session: Session, run: PromptRun) -> dict[int, float]:

@@ -124,7 +124,9 @@ def create(
 
 def _held_out(session: Session, user: User, speakers: Sequence[playground.ResolvedModel], dataset: Dataset, order: RunOrder) -> JSON:
     """Which rows are held out, as RunSpec says it: the split of the first job that learnt from this dataset, and what all learnt."""
-    kin, learnt, found = set(datasets.family(session, dataset)), [], None
+    kin = set(datasets.family(session, dataset))
+    learnt: list[Learnt] = []
+    found: tuple[float, int, Split | None] | None = None
     for job in {job.id: job for who in speakers for job in _past(session, who)}.values():
         spec = JobSpec.model_validate(job.spec)
         share = 0.0 if spec.validation else spec.run.validation_fraction
@@ -157,7 +159,7 @@ def _past(session: Session, who: playground.ResolvedModel) -> list[Job]:
 # Looking ------------------------------------------------------------------------------------------------------------
 
 
-def mine(user: User) -> Select[tuple[PromptRun]]:
+def mine(user: User) -> Select[PromptRun]:
     return select(PromptRun).where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
 
 
@@ -176,7 +178,7 @@ def get(session: Session, user: User, run_id: uuid.UUID) -> PromptRun:
     return found
 
 
-def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[tuple[PromptRun]]:
+def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[PromptRun]:
     return mine(user).where(PromptRun.version_id.in_(select(PromptVersion.id).where(PromptVersion.prompt_id == prompt.id)))
 
 
@@ -236,7 +238,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
     """Stop a run; what was scored so far is kept. One that has ended stays as it is."""
     session.refresh(run, with_for_update=True)
     if run.status in ("queued", "running"):
-        run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()  # type: ignore[assignment]
+        run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()
         run.result = _whole(session, run)
         session.flush()
     session.refresh(run)
@@ -246,7 +248,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
 def delete(session: Session, user: User, run: PromptRun) -> None:
     if run.status in ("queued", "running"):
         raise Conflict("The run has not ended.", way_out="Cancel it first.")
-    run.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    run.deleted_at = func.clock_timestamp()
     session.flush()
 
 

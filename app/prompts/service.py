@@ -52,7 +52,7 @@ class PromptBody(BaseModel):
         "zero_shot",
         title="Strategy",
         description="Zero-shot: the question alone. Few-shot: examples before it. Chain-of-thought: the model reasons before it answers.",
-        json_schema_extra={"words": BUILDERS},
+        json_schema_extra={"words": {**BUILDERS}},
     )
     system: Text = Field("", title="System prompt", description="For models that take one; put before the text for a base model.")
     template: Text = Field(
@@ -76,17 +76,20 @@ class PromptBody(BaseModel):
     )
     lines: list[int] = Field(default_factory=list, max_length=32, title="Row numbers", description="Lines of the dataset, for fixed rows.")
     extract: Rule = Field(
-        "all", title="Answer parser", description="Which part of the output is the answer.", json_schema_extra={"words": _RULES}
+        "all", title="Answer parser", description="Which part of the output is the answer.", json_schema_extra={"words": {**_RULES}}
     )
     reference: Rule = Field(
         "all",
         title="Reference parser",
         description="Which part of the row's own answer is the reference.",
-        json_schema_extra={"words": _RULES},
+        json_schema_extra={"words": {**_RULES}},
     )
     marker: str = Field("####", min_length=1, max_length=64, description="The final answer comes after it, where a parser uses it.")
     score: Score = Field(
-        "exact", title="Metric", description="How the parsed answer is compared with the reference.", json_schema_extra={"words": SCORES}
+        "exact",
+        title="Metric",
+        description="How the parsed answer is compared with the reference.",
+        json_schema_extra={"words": {**SCORES}},
     )
     samples: int = Field(1, ge=1, le=16, description="Answers per question; the most frequent one counts (self-consistency).")
     temperature: float = Field(0.0, ge=0, le=2, description="0 = deterministic. Several samples need more than 0.")
@@ -284,7 +287,7 @@ def _add(session: Session, prompt: Prompt, number: int, body: PromptBody) -> Pro
     return version
 
 
-def mine(user: User) -> Select[tuple[Prompt]]:
+def mine(user: User) -> Select[Prompt]:
     return select(Prompt).where(Prompt.owner_id == user.id, Prompt.deleted_at.is_(None))
 
 
@@ -312,7 +315,7 @@ def list_(session: Session, user: User) -> list[Prompt]:
 
 
 def delete(session: Session, user: User, prompt: Prompt) -> None:
-    prompt.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    prompt.deleted_at = func.clock_timestamp()
     session.flush()
 
 

@@ -20,8 +20,8 @@ from app.jobs.request import bad_field
 from app.kit import ids
 from app.models import first_model
 from app.models import service as models
+from app.run_settings import RunSettings
 from app.schemas.openapi import answers, takes
-from app.spec import RunSettings
 from app.strategies import STRATEGIES
 from app.web.auth import CurrentUser
 from app.web.templates import render

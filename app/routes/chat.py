@@ -148,8 +148,8 @@ class ChatBody(_Body):
 
 class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
-    max_tokens: int | None = Field(16, ge=0)  # type: ignore[assignment]
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # type: ignore[assignment]
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = False
 
     refused = {"suffix": ("",), "best_of": ()}
@@ -229,7 +229,7 @@ class Chat:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
 
     def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
         logs = (self.logprobs(choice.logprobs) or {"content": [], "refusal": None}) if asked_logprobs else None
         return {"index": index, "message": message, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
 
@@ -392,7 +392,7 @@ class Call:
             async for place, entries in merged:
                 for line in self._chunks(place, entries, usage):
                     yield line
-            proof = {"luthier": self._proof()}
+            proof: dict[str, Any] = {"luthier": self._proof()}
             if self.held:
                 yield self._line(**self.held, **({} if usage else proof))
                 self.held = None

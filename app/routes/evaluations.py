@@ -156,6 +156,7 @@ def _local(address: str) -> str:
 @pages.get("/evaluations/{evaluation_id}")
 def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
     found = evaluations.get(session, user, key_of(evaluation_id))
+    assert found.dataset_id is not None, "what scores a model has a dataset"
     scored = found.result if found.result and found.kind == "scores" else None
     return render(
         request,

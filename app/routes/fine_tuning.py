@@ -28,7 +28,7 @@ from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job, User
 from app.web import event_stream
 from app.web.auth import CurrentUser
-from app.web.pagination import MAX_NUMBER, After, Limit, Offset, Step, page
+from app.web.pagination import MAX_NUMBER, After, Limit, Offset, Order, Step, page
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
@@ -185,7 +185,7 @@ def list_permissions(
     query = select(CheckpointPermission).where(CheckpointPermission.checkpoint == checkpoint)
     if project_id is not None:
         query = query.where(CheckpointPermission.project_id == project_id)
-    direction = "asc" if order.startswith("asc") else "desc"
+    direction: Order = "asc" if order.startswith("asc") else "desc"
     return page(query, after, limit, direction, permission_json, session=session, key=_permission_key)
 
 
@@ -414,7 +414,7 @@ def seconds(at: datetime | None) -> int | None:
 def _estimated_finish(session: Session, job: Job) -> int | None:
     if job.status != "running" or job.seconds_left is None:
         return None
-    return int(session.scalar(select(leases.now())).timestamp() + job.seconds_left)
+    return int(session.scalars(select(leases.now())).one().timestamp() + job.seconds_left)
 
 
 def _file_of(session: Session, dataset_id: uuid.UUID) -> str:

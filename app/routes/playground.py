@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -28,13 +29,13 @@ from app.web.streaming import Stream, later, left, merge, stream_or_error, while
 pages = APIRouter()
 
 _PLAIN = ("top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-Knobs: type[BaseModel] = create_model(
-    "Knobs",
-    system=(str, Field("", max_length=20_000, title="System prompt", description="Chat and instruct models read it before all turns.")),
-    temperature=(float, Field(0.0, ge=0, le=2, description="0 is deterministic: the likeliest token. Higher is more varied.")),
+_KNOBS: dict[str, Any] = {
+    "system": (str, Field("", max_length=20_000, title="System prompt", description="Chat and instruct models read it before all turns.")),
+    "temperature": (float, Field(0.0, ge=0, le=2, description="0 is deterministic: the likeliest token. Higher is more varied.")),
     **{name: (Sampling.model_fields[name].annotation, Sampling.model_fields[name]) for name in _PLAIN},
-    stop=(str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
-)
+    "stop": (str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
+}
+Knobs: type[BaseModel] = create_model("Knobs", **_KNOBS)
 """The form of the settings: the fields of `Sampling` a person turns. A first look is deterministic, where the API samples as OpenAI's does."""
 STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped by you", "error": "No answer"}
 """Why an answer ended, in words."""
@@ -267,7 +268,7 @@ async def _lines(exchange_id: uuid.UUID, asked: list[PendingAnswer]) -> AsyncIte
     finally:
         # Stopped or left in the middle: what was said so far is kept.
         for place in set(range(len(asked))) - stored:
-            later(lambda place=place: _record(exchange_id, asked[place], heard[place]))
+            later(functools.partial(_record, exchange_id, asked[place], heard[place]))
         await merged.aclose()  # type: ignore[attr-defined]
 
 

@@ -55,7 +55,8 @@ class Found(NamedTuple):
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        return (self.shown.rows.result or {}).get("rows", [])
+        found: list[dict[str, Any]] = (self.shown.rows.result or {}).get("rows", [])
+        return found
 
     @property
     def lengths(self) -> dict[str, Any] | None:
@@ -166,7 +167,7 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
         fixes = [found for found in datasets.at_line(session, dataset, line) if found.fix]
     answer = inspections.wait(asked.id, 20)
     if answer.status == "error":
-        raise NotFound((answer.error or {}).get("message", ""), way_out=(answer.error or {}).get("way_out"))
+        raise NotFound((answer.error or {}).get("message", ""), way_out=(answer.error or {}).get("way_out") or "")
     if answer.status != "ready" or not answer.result:
         raise _NOT_YET
     if not answer.result["problems"] and answer.result["text"] is None:

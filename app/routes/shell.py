@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -20,6 +21,6 @@ pages = APIRouter()
 def look(request: Request, user: CurrentUser, session: Db, watch: Annotated[str, Query(max_length=1000)] = "") -> dict[str, Any]:
     """Counts, foot, and the status of each job named in `watch`; one that is not there any more is omitted."""
     wanted = [ids.parse(ids.JOB, text, param="watch") for text in watch.split(",") if text]
-    found = session.scalars(jobs.mine(user).where(Job.id.in_(wanted))) if wanted else []
+    found: Iterable[Job] = session.scalars(jobs.mine(user).where(Job.id.in_(wanted))) if wanted else ()
     watched = {ids.public(ids.JOB, job.id): {"name": job.name, "status": job.status} for job in found}
     return {**navigation.state(request), "jobs": watched}

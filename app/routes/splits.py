@@ -15,8 +15,8 @@ from app.db import transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
 from app.routes.versions import dataset_of, path_of
+from app.run_settings import RunSettings
 from app.schemas.openapi import answers
-from app.spec import RunSettings
 from app.tables import Dataset, Inspection
 from app.web.auth import CurrentUser
 from app.web.pagination import PageNumber

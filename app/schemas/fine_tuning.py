@@ -15,8 +15,9 @@ from app.evaluation.verdict import Verdict
 from app.events import Measured
 from app.jobs.request import JobRequest
 from app.planning.duration import Estimate
+from app.run_settings import RunSettings
 from app.schemas.base import UNBUILT, Problem, Schema
-from app.spec import PreferenceSettings, RunSettings, Task
+from app.spec import PreferenceSettings, Task
 from app.strategies import AnyStrategy
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -28,9 +29,9 @@ class CreateJob(JobRequest):
 
     model_config = UNBUILT
 
-    run: RunSettings = Field(default_factory=RunSettings)
-    strategy: AnyStrategy = Field(default_factory=dict)  # type: ignore[assignment]
-    preference: PreferenceSettings | None = None
+    run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[assignment]  # as documents show it
+    strategy: AnyStrategy = Field(default_factory=dict)  # type: ignore[assignment]  # as documents show it
+    preference: PreferenceSettings | None = None  # type: ignore[assignment]  # as documents show it
     comparison_id: SkipJsonSchema[None] = None
 
 

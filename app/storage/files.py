@@ -23,6 +23,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app import leases
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.settings import get_settings
@@ -205,7 +206,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
         status="uploaded",
     )
     if expires_after is not None:
-        file.expires_at = func.clock_timestamp() + timedelta(seconds=expires_after)  # type: ignore[assignment]
+        file.expires_at = func.clock_timestamp() + timedelta(seconds=expires_after)
     if purpose != "fine-tune":
         file.status = "processed"  # nothing is read from it
     session.add(file)
@@ -246,7 +247,7 @@ def get(session: Session, user: User, file_id: uuid.UUID) -> File:
 
 
 def _expired(session: Session, file: File) -> bool:
-    return file.expires_at is not None and session.scalar(select(func.clock_timestamp())) >= file.expires_at
+    return file.expires_at is not None and session.scalars(select(leases.now())).one() >= file.expires_at
 
 
 def list_(session: Session, user: User, purpose: str | None = None, order: str = "desc") -> list[File]:
@@ -270,7 +271,7 @@ def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
 def delete(session: Session, user: User, file_id: uuid.UUID) -> File:
     """Mark a file deleted. Its bytes go with the next sweep, once no other file shares them."""
     file = get(session, user, file_id)
-    file.deleted_at = func.clock_timestamp()  # type: ignore[assignment]
+    file.deleted_at = func.clock_timestamp()
     session.flush()
     return file
 

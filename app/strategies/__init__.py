@@ -10,7 +10,7 @@ import functools
 import importlib
 import operator
 import pkgutil
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -33,5 +33,8 @@ def _scan() -> dict[str, type[Strategy]]:
 STRATEGIES: dict[str, type[Strategy]] = _scan()
 """Every strategy by name, in the order the form shows them."""
 
-AnyStrategy = Annotated[functools.reduce(operator.or_, STRATEGIES.values()), Field(discriminator="name")]
+if TYPE_CHECKING:
+    AnyStrategy = Strategy
+else:
+    AnyStrategy = Annotated[functools.reduce(operator.or_, STRATEGIES.values()), Field(discriminator="name")]
 """A pydantic union over the registry, told apart by `name`."""

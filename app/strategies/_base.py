@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from app.shapes import Shape
+from app.strategies._model import transformer
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,10 @@ class Strategy(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    if TYPE_CHECKING:
+        name: str = ""  # each subclass has its own
+    else:
+        name: str
     title: ClassVar[str]
     family: ClassVar[Family]
     tasks: ClassVar[tuple[str, ...]] = ("generation",)
@@ -198,7 +202,7 @@ class Strategy(BaseModel, ABC):
         """What `adapter_config.json` says of an adapter that peft does not know."""
         return {
             "peft_type": "LUTHIER",
-            "base_model_name_or_path": model.config._name_or_path,
+            "base_model_name_or_path": transformer(model).config._name_or_path,
             "strategy": self.model_dump(),
         }
 

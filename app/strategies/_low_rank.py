@@ -9,6 +9,7 @@ from pydantic import Field
 
 from app.shapes import Linear, Shape, shape_of
 from app.strategies._base import Kept
+from app.strategies._model import transformer
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class LowRank(PeftStrategy):
     tasks: ClassVar = ("generation", "classification", "preference")
     merges: ClassVar = True
     blends: ClassVar = True
-    scaled: ClassVar = (".lora_B.",)
+    scaled: ClassVar[tuple[str, ...]] = (".lora_B.",)
     default_learning_rate: ClassVar = 5e-4
 
     rank: int = Field(8, ge=1, le=1024, description="LoRA rank r. Higher = more capacity and memory.", json_schema_extra={"basic": True})
@@ -96,11 +97,11 @@ class LowRank(PeftStrategy):
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         from peft import LoraConfig
 
-        shape = shape_of(model.config.to_dict())
+        shape = shape_of(transformer(model).config.to_dict())
         return LoraConfig(
             task_type=self.task_type(task),
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides by the rank, and takes any number
             lora_dropout=self.dropout,
             target_modules=self.peft_targets(shape),
             **self.variant(),

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def transformer(model: torch.nn.Module) -> PreTrainedModel:
+    """The same model as transformers makes it. One that peft has wrapped hands on what it is asked."""
+    return cast("PreTrainedModel", model)
+
+
+def wrapped(model: torch.nn.Module) -> PeftModel:
+    """The same model as peft has wrapped it."""
+    return cast("PeftModel", model)
 
 
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The stack without its head: `model.model` of a causal LM, the model itself when it was loaded without a head."""
-    return model.base_model
+    return transformer(model).base_model
 
 
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The transformer blocks, first to last."""
     body = backbone(model)
-    return body.layers if hasattr(body, "layers") else body.encoder.layer
+    return cast("torch.nn.ModuleList", body.get_submodule("layers" if hasattr(body, "layers") else "encoder.layer"))
 
 
 def attention(block: torch.nn.Module) -> torch.nn.Module:
     """The module of a block that is called with `past_key_values`."""
-    return block.self_attn if hasattr(block, "self_attn") else block.attention.self
+    return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attention.self")
 
 
 def attention_output(block: torch.nn.Module) -> torch.nn.Module:
     """The linear layer that ends the attention sub-layer."""
-    return block.self_attn.o_proj if hasattr(block, "self_attn") else block.attention.output.dense
+    return block.get_submodule("self_attn.o_proj" if hasattr(block, "self_attn") else "attention.output.dense")
 
 
 def feed_forward_output(block: torch.nn.Module) -> torch.nn.Module:
     """The linear layer that ends the feed-forward sub-layer."""
-    return block.mlp.down_proj if hasattr(block, "mlp") else block.output.dense
+    return block.get_submodule("mlp.down_proj" if hasattr(block, "mlp") else "output.dense")
 
 
 def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -43,11 +55,17 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
 class Notes:
     """Attributes that one layer of a model leaves for another during a pass."""
 
+    positions: torch.Tensor
+    output: torch.Tensor
+
 
 class NotesOfThreads(threading.local):
     """The same where several threads pass through a model at once: each has its own. A copy begins empty."""
 
-    def __reduce__(self) -> tuple[type, tuple]:
+    positions: torch.Tensor
+    output: torch.Tensor
+
+    def __reduce__(self) -> tuple[type[NotesOfThreads], tuple[Any, ...]]:
         return type(self), ()
 
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from app.strategies._base import Loading, Strategy
+from app.strategies._base import Family, Loading, Strategy
 from app.strategies._files import WEIGHTS, read_weights, write_adapter
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ AFTER = "module.register_forward_hook(lambda module, inputs, output, place=place
 
 
 class Added(Strategy):
-    family: ClassVar = "additive"
+    family: ClassVar[Family] = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
     blends: ClassVar = True
 

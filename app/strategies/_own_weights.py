@@ -4,7 +4,7 @@ are numbers as they are."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, field_validator
 
@@ -93,11 +93,15 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         before = _biases(model)
         loaded = super().load_blended(model, folder, share)
         for module, bias in before.items():
-            if module.bias is not bias:
-                module.bias.data = bias.data + share * (module.bias.data - bias.data)
+            own = cast("torch.nn.Linear", module).bias
+            if own is not bias:
+                own.data = bias.data + share * (own.data - bias.data)
         tables = [module for module in loaded.modules() if hasattr(module, "original_module")]
-        for own, weight in {table.weight: table.original_module.weight for table in tables}.items():  # a tied one is there once
-            own.data = weight.data + share * (own.data - weight.data)
+        pairs = {
+            cast("torch.nn.Linear", table).weight: cast("torch.nn.Linear", table.original_module).weight for table in tables
+        }  # a tied one is there once
+        for learnt, weight in pairs.items():
+            learnt.data = weight.data + share * (learnt.data - weight.data)
         return loaded
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.strategies._base import Loading, Strategy
+from app.strategies._model import transformer, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +29,20 @@ class PeftStrategy(Strategy):
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         from peft import get_peft_model
 
-        return get_peft_model(model, self.config(model, task=task))
+        attached: torch.nn.Module = get_peft_model(transformer(model), self.config(model, task=task))
+        return attached
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        model.create_or_update_model_card = lambda _: (
+        ours = wrapped(model)
+        ours.create_or_update_model_card = lambda _: (  # type: ignore[method-assign, assignment]  # on this model alone
             None
         )  # ours is written by worker/training/export.py; peft would fill a template each time
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        ours.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        return PeftModel.from_pretrained(transformer(model), str(folder), is_trainable=False)
 
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
         if not self.blends:
@@ -58,4 +61,5 @@ class PeftStrategy(Strategy):
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         if not self.merges:
             return super().merge(model)
-        return model.merge_and_unload()
+        merged: torch.nn.Module = wrapped(model).merge_and_unload()
+        return merged

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from app.shapes import Shape
 from app.strategies._base import Loading, Memory, Strategy
 from app.strategies._files import WEIGHTS, read_weights, write_adapter
-from app.strategies._model import interpolate, parent_of
+from app.strategies._model import interpolate, parent_of, transformer
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class Selected(Strategy):
             # A new parameter, not a copy into the old one, which siblings of this model may share.
             setattr(module, last, torch.nn.Parameter(value.to(getattr(module, last)), requires_grad=False))
         if getattr(model.config, "tie_word_embeddings", False):
-            model.tie_weights()
+            transformer(model).tie_weights()
         return model
 
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:

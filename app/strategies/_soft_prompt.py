@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter
-from app.strategies._model import attention, backbone, blocks, place_for_notes
+from app.strategies._model import Notes, NotesOfThreads, attention, backbone, blocks, place_for_notes, transformer
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class SoftPrompt(Strategy):
 
 def task_type(model: torch.nn.Module) -> str:
     """peft's word for the model: with or without a language-modelling head."""
-    return "CAUSAL_LM" if model.get_output_embeddings() is not None else "FEATURE_EXTRACTION"
+    return "CAUSAL_LM" if transformer(model).get_output_embeddings() is not None else "FEATURE_EXTRACTION"
 
 
 def make_table(start: torch.Tensor) -> torch.nn.Module:
@@ -113,7 +113,7 @@ def make_table(start: torch.Tensor) -> torch.nn.Module:
     return Table()
 
 
-def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _remember_positions(body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Note the positions, (B, T), of this call's tokens where the hooks of the layers find them, and compute the table
     once, in float32 as it is saved. Without `position_ids` they count from the length of what is cached."""
     import torch
@@ -134,12 +134,12 @@ def _remember_positions(body: torch.nn.Module, args: tuple, kwargs: dict[str, An
 
 
 def install_in_embedding(model: torch.nn.Module, table: torch.nn.Module) -> None:
-    embedding = model.get_input_embeddings()
+    embedding = transformer(model).get_input_embeddings()
     object.__setattr__(embedding, NAME, table)  # a plain attribute: the table belongs to the backbone
     embedding.register_forward_hook(_into_embedding)
 
 
-def _into_embedding(embedding: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+def _into_embedding(embedding: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """(B, T, H) with the learnt vectors at the positions below their number."""
     import torch
 
@@ -156,14 +156,20 @@ def install_in_attention(model: torch.nn.Module, table: torch.nn.Module) -> None
         layer.register_forward_pre_hook(_into_cache, with_kwargs=True)
 
 
-def _into_cache(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _into_cache(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "past_key_values": _PrefixedCache(kwargs.get("past_key_values"), getattr(layer, NAME), layer)}
+
+
+class _Noted(Protocol):
+    """A table with what the hooks leave for each other."""
+
+    notes: Notes | NotesOfThreads
 
 
 class _PrefixedCache:
     """Stands before the cache of one attention call and puts the learnt keys and values in."""
 
-    def __init__(self, cache: Any, table: torch.nn.Module, layer: torch.nn.Module) -> None:
+    def __init__(self, cache: Any, table: _Noted, layer: torch.nn.Module) -> None:
         self.cache, self.table, self.layer = cache, table, layer
 
     def __getattr__(self, name: str) -> Any:

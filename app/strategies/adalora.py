@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
 from app.strategies._low_rank import InOnePass, LowRank, peft_targets
+from app.strategies._model import transformer, wrapped
 
 if TYPE_CHECKING:
     import torch
+    from peft import AdaLoraConfig, AdaLoraModel
 
 
 class AdaLora(InOnePass, LowRank):
@@ -63,9 +65,9 @@ class AdaLora(InOnePass, LowRank):
             task_type=self.task_type(task),
             target_r=self.rank,
             init_r=self.first_rank(),
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides by the rank, and takes any number
             lora_dropout=self.dropout,
-            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
+            target_modules=peft_targets(shape_of(transformer(model).config.to_dict()), self.layers),
             orth_reg_weight=self.orthogonality,
             total_step=1_000_000,  # `begin` says how many there are
             inference_mode=False,
@@ -79,7 +81,7 @@ class AdaLora(InOnePass, LowRank):
         return attached
 
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
-        config = model.peft_config["default"]
+        config = _config(model)
         config.total_step = max(total_steps, 2)  # ranks are settled after at least one step has told what matters
         config.tinit = total_steps // 10
         config.tfinal = total_steps // 5
@@ -97,20 +99,20 @@ class AdaLora(InOnePass, LowRank):
         return self.orthogonality * torch.stack(terms).mean()
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        model.base_model.update_and_allocate(step)
+        _tuner(model).update_and_allocate(step)
 
     def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         import torch
 
-        allocator = model.base_model.rankallocator
-        state = {}
+        allocator = _tuner(model).rankallocator
+        state: dict[str, torch.Tensor] = {}
         for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
             state |= {f"{kind}:{name}": value for name, value in getattr(allocator, kind).items()}
-        pattern = model.peft_config["default"].rank_pattern or {}
+        pattern = _config(model).rank_pattern or {}
         return state | {f"rank:{name}": torch.tensor(kept, dtype=torch.uint8) for name, kept in pattern.items()}
 
     def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-        allocator = model.base_model.rankallocator
+        allocator = _tuner(model).rankallocator
         pattern: dict[str, list[bool]] = {}
         for key, value in state.items():
             kind, _, name = key.partition(":")
@@ -118,4 +120,12 @@ class AdaLora(InOnePass, LowRank):
                 pattern[name] = value.bool().tolist()
             else:
                 getattr(allocator, kind)[name] = value
-        model.peft_config["default"].rank_pattern = pattern or None
+        _config(model).rank_pattern = pattern or None
+
+
+def _config(model: torch.nn.Module) -> AdaLoraConfig:
+    return cast("AdaLoraConfig", wrapped(model).peft_config["default"])
+
+
+def _tuner(model: torch.nn.Module) -> AdaLoraModel:
+    return cast("AdaLoraModel", wrapped(model).base_model)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading
-from app.strategies._model import attention_output, blocks, feed_forward_output
+from app.strategies._model import attention_output, blocks, feed_forward_output, transformer
 from app.strategies._modules import AFTER, NAME, Added, loading
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class BottleneckAdapter(Added):
     def install(self, model: torch.nn.Module) -> None:
         for block in blocks(model):
             if self.arrangement == "parallel":
-                beside = block.mlp if hasattr(block, "mlp") else block.output
+                beside = block.get_submodule("mlp" if hasattr(block, "mlp") else "output")
                 self._hang(beside, model)
                 if beside is getattr(block, "mlp", None):
                     beside.register_forward_hook(_beside_mlp)
@@ -74,7 +74,8 @@ class BottleneckAdapter(Added):
 
     def _hang(self, place: torch.nn.Module, model: torch.nn.Module) -> None:
         weight = next(place.parameters())
-        place.add_module(NAME, make_bottleneck(model.config.hidden_size, self.width, self.activation, self.scale).to(weight.device))
+        hidden = transformer(model).config.hidden_size
+        place.add_module(NAME, make_bottleneck(hidden, self.width, self.activation, self.scale).to(weight.device))
 
 
 def make_bottleneck(hidden: int, width: int, activation: str, scale: float) -> torch.nn.Module:
@@ -91,21 +92,24 @@ def make_bottleneck(hidden: int, width: int, activation: str, scale: float) -> t
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             inner = getattr(torch.nn.functional, activation)(self.down(x.to(self.down.weight.dtype)))
-            return (scale * self.up(inner)).to(x.dtype)
+            outer: torch.Tensor = self.up(inner)
+            return (scale * outer).to(x.dtype)
 
     return Bottleneck()
 
 
-def _after(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output + module.luthier(output)
+def _after(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    added: torch.Tensor = getattr(module, NAME)(output)
+    return output + added
 
 
-def _beside_mlp(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output + module.luthier(args[0])
+def _beside_mlp(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    added: torch.Tensor = getattr(module, NAME)(args[0])
+    return output + added
 
 
-def _beside_encoder_output(module: torch.nn.Module, args: tuple) -> tuple:
+def _beside_encoder_output(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # An encoder adds its block's input to the feed-forward output and then norms: what is added to that input is added
     # beside the feed-forward layers.
     inner, before = args
-    return inner, before + module.luthier(before)
+    return inner, before + getattr(module, NAME)(before)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from app.shapes import Shape
 from app.strategies._base import Loading
 from app.strategies._files import read_weights
-from app.strategies._model import final_norm
+from app.strategies._model import final_norm, transformer
 from app.strategies._modules import NAME, Added, loading
 from app.strategies.bottleneck_adapter import make_bottleneck
 
@@ -67,8 +67,9 @@ class DenseHead(Added):
 
     def install(self, model: torch.nn.Module) -> None:
         norm = final_norm(model)
-        block = make_bottleneck(model.config.hidden_size, self.width, self.activation, scale=1.0)
-        norm.add_module(NAME, block.to(norm.weight.device))
+        assert norm is not None, "it is a decoder: nothing else writes text"
+        block = make_bottleneck(transformer(model).config.hidden_size, self.width, self.activation, scale=1.0)
+        norm.add_module(NAME, block.to(cast("torch.nn.LayerNorm", norm).weight.device))
         norm.register_forward_hook(_after_norm)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
@@ -94,5 +95,6 @@ class DenseHead(Added):
         return torch.nn.Sequential(*layers, torch.nn.Linear(self.width, labels))
 
 
-def _after_norm(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output + module.luthier(output)
+def _after_norm(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    added: torch.Tensor = getattr(module, NAME)(output)
+    return output + added

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from app.shapes import Shape
 from app.strategies._base import Kept
@@ -11,6 +11,7 @@ from app.strategies._own_weights import WithOwnWeights
 
 if TYPE_CHECKING:
     import torch
+    from peft.tuners.lora import LoraLayer
 
 
 class Dora(WithOwnWeights):
@@ -41,6 +42,7 @@ class Dora(WithOwnWeights):
         loaded = super().load_blended(model, folder, share)
         for module in loaded.modules():
             for length in getattr(module, "lora_magnitude_vector", {}).values():
-                start = torch.linalg.norm(module.get_base_layer().weight.float(), dim=1).to(length.weight)
+                weight = cast("torch.nn.Linear", cast("LoraLayer", module).get_base_layer()).weight
+                start = torch.linalg.norm(weight.float(), dim=1).to(length.weight)
                 length.weight.data = start + share * (length.weight.data - start)
         return loaded

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept, Memory, Strategy
-from app.strategies._model import interpolate
+from app.strategies._model import interpolate, transformer
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +53,11 @@ class Full(Strategy):
         return model.requires_grad_(True)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder, safe_serialization=True)
+        transformer(model).save_pretrained(folder, safe_serialization=True)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        return type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+        old = transformer(model)
+        return type(old).from_pretrained(folder, dtype=old.dtype, attn_implementation=old.config._attn_implementation)
 
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
         tuned = self.load(model, folder).to(next(model.parameters()).device)

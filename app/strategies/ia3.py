@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
+from app.strategies._model import transformer
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Ia3(PeftStrategy):
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
         from peft import IA3Config
 
-        shape = shape_of(model.config.to_dict())
+        shape = shape_of(transformer(model).config.to_dict())
         key_value, down = self._targets(shape)
         # An encoder's attention ends in a layer whose name ends alike; a pattern over the whole name leaves it out.
         pattern = rf".*layer\.\d+\.(attention\.self\.(key|value)|{down})" if shape.architecture == "encoder" else None

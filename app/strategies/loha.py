@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank, peft_targets
+from app.strategies._model import transformer
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ class LoHa(LowRank):
         return LoHaConfig(
             task_type=self.task_type(task),
             r=self.rank,
-            alpha=self.alpha,
+            alpha=self.alpha,  # type: ignore[arg-type]  # peft divides by the rank, and takes any number
             rank_dropout=self.dropout,
-            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
+            target_modules=peft_targets(shape_of(transformer(model).config.to_dict()), self.layers),
         )

@@ -9,6 +9,7 @@ from pydantic import Field
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LayerChoice, linear_names, peft_targets
+from app.strategies._model import transformer
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Oft(PeftStrategy):
             oft_block_size=self.block,
             module_dropout=self.dropout,
             use_cayley_neumann=True,
-            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
+            target_modules=peft_targets(shape_of(transformer(model).config.to_dict()), self.layers),
             bias="none",
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape
+from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, task_type
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class PTuning(SoftPrompt):
         return {"layers": ["frozen"] * 6, "input": True}
 
     def table(self, model: torch.nn.Module) -> torch.nn.Module:
-        return _make_encoder(self.tokens, model.config.hidden_size, self.width)
+        return _make_encoder(self.tokens, transformer(model).config.hidden_size, self.width)
 
     def install(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
         install_in_embedding(model, table)
@@ -41,7 +42,7 @@ class PTuning(SoftPrompt):
     def peft_config(self, model: torch.nn.Module) -> Any:
         from peft import PromptEncoderConfig
 
-        config = model.config
+        config = transformer(model).config
         return PromptEncoderConfig(
             task_type=task_type(model),
             num_virtual_tokens=self.tokens,
@@ -70,6 +71,7 @@ def _make_encoder(tokens: int, hidden: int, width: int) -> torch.nn.Module:
             )
 
         def forward(self) -> torch.Tensor:
-            return self.network(self.rows)
+            vectors: torch.Tensor = self.network(self.rows)
+            return vectors
 
     return PromptEncoder()

@@ -9,6 +9,7 @@ from app.shapes import Shape
 from app.strategies._base import Kept, Memory
 from app.strategies._files import write_adapter
 from app.strategies._low_rank import InOnePass, LowRank
+from app.strategies._model import wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,11 @@ class Pissa(InOnePass, LowRank):
         plain = {}
         for name, layer in _layers(model):
             plain[f"{name}.lora_A.weight"], plain[f"{name}.lora_B.weight"] = whole_correction(layer)
-        config = model.peft_config["default"].to_dict() | {"r": 2 * self.rank, "lora_alpha": 2 * self.alpha, "inference_mode": True}
+        config = wrapped(model).peft_config["default"].to_dict() | {
+            "r": 2 * self.rank,
+            "lora_alpha": 2 * self.alpha,
+            "inference_mode": True,
+        }
         write_adapter(folder, config, plain)
 
     def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -107,4 +112,5 @@ def _take_first_off(layer: Any, given: tuple[torch.Tensor], out: torch.Tensor) -
     if layer.disable_adapters:
         return out
     first = linear(linear(given[0].to(layer.first_down.dtype), layer.first_down), layer.first_up)
-    return (out - layer.scaling["default"] * first).to(out.dtype)
+    less: torch.Tensor = out - layer.scaling["default"] * first
+    return less.to(out.dtype)

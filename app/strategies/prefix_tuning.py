@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape, shape_of
+from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table, task_type
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PrefixTuning(SoftPrompt):
     def table(self, model: torch.nn.Module) -> torch.nn.Module:
         import torch
 
-        shape = shape_of(model.config.to_dict())
+        shape = shape_of(transformer(model).config.to_dict())
         return make_table(torch.randn(self.tokens, shape.layers * 2 * shape.kv_heads * shape.head_dim) * 0.02)
 
     def install(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
@@ -50,7 +51,7 @@ class PrefixTuning(SoftPrompt):
     def peft_config(self, model: torch.nn.Module) -> Any:
         from peft import PrefixTuningConfig
 
-        shape = shape_of(model.config.to_dict())
+        shape = shape_of(transformer(model).config.to_dict())
         return PrefixTuningConfig(
             task_type=task_type(model),
             num_virtual_tokens=self.tokens,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from app.shapes import Shape
+from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, make_table, task_type
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class PromptTuning(SoftPrompt):
         # Vectors of words drawn from the vocabulary are a better start than noise (the paper, section 3.2).
         import torch
 
-        words = model.get_input_embeddings()
+        words = cast("torch.nn.Embedding", transformer(model).get_input_embeddings())
         drawn = torch.randint(words.num_embeddings, (self.tokens,), device=words.weight.device)
         return make_table(words(drawn))
 
@@ -43,7 +44,7 @@ class PromptTuning(SoftPrompt):
     def peft_config(self, model: torch.nn.Module) -> Any:
         from peft import PromptTuningConfig
 
-        config = model.config
+        config = transformer(model).config
         return PromptTuningConfig(
             task_type=task_type(model),
             num_virtual_tokens=self.tokens,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from app.shapes import Shape
 from app.strategies._base import Kept
-from app.strategies._model import blocks, final_norm
+from app.strategies._model import blocks, final_norm, transformer
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class TopLayers(Selected):
         return {"layers": ["trained"] * 2 + ["frozen"] * 4}
 
     def chosen(self, model: torch.nn.Module) -> list[str]:
-        learning = [p for block in list(blocks(model))[-self.layers :] for p in block.parameters()]
+        learning: list[torch.Tensor] = [p for block in list(blocks(model))[-self.layers :] for p in block.parameters()]
         norm = final_norm(model)
         if self.norm and norm is not None:
             learning += norm.parameters()
         if self.output_layer:
-            learning.append(model.get_output_embeddings().weight)
+            learning.append(cast("torch.nn.Linear", transformer(model).get_output_embeddings()).weight)
         wanted = {id(parameter) for parameter in learning}
         return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]

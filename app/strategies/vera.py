@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from app.shapes import Shape, shape_of
-from app.strategies._base import Kept, Memory
+from app.strategies._base import Family, Kept, Memory
 from app.strategies._low_rank import JOINED, InOnePass, LayerChoice, linear_names, peft_targets
+from app.strategies._model import transformer
 from app.strategies._peft import PeftStrategy
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Vera(InOnePass, PeftStrategy):
     name: Literal["vera"] = "vera"
     title: ClassVar = "VeRA"
-    family: ClassVar = "reparametrized"
+    family: ClassVar[Family] = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
     summary: ClassVar = "Frozen random matrices shared by all layers; each layer trains only scaling vectors."
     when_to_use: ClassVar = (
@@ -66,6 +67,6 @@ class Vera(InOnePass, PeftStrategy):
             task_type=self.task_type(task),
             r=self.rank,
             vera_dropout=self.dropout,
-            target_modules=peft_targets(shape_of(model.config.to_dict()), self.layers),
+            target_modules=peft_targets(shape_of(transformer(model).config.to_dict()), self.layers),
             save_projection=True,  # the file then loads on any machine, whatever its random numbers
         )

@@ -22,8 +22,7 @@ from app.kit.forms import Fault, FormField, as_text, controls, fill
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning.schedule import Schedule
-from app.run_settings import displaced
-from app.spec import RunSettings
+from app.run_settings import RunSettings, displaced
 from app.strategies import STRATEGIES, Strategy
 from app.tables import JSON, Dataset, Model, User
 from app.views.job_form import ranking_of, with_rows
@@ -79,7 +78,8 @@ class CompareForm:
     @property
     def seconds(self) -> float:
         """Predicted, of all jobs one after the other."""
-        return sum(pick.estimate["seconds"] for pick in self.chosen if pick.estimate)
+        seconds: float = sum(pick.estimate["seconds"] for pick in self.chosen if pick.estimate)
+        return seconds
 
     @property
     def jobs(self) -> int:
@@ -87,7 +87,8 @@ class CompareForm:
 
     @property
     def peak_bytes(self) -> int:
-        return max(pick.estimate["memory_bytes"] for pick in self.chosen if pick.estimate)
+        peak: int = max(pick.estimate["memory_bytes"] for pick in self.chosen if pick.estimate)
+        return peak
 
     @property
     def steps(self) -> str:

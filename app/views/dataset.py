@@ -18,7 +18,7 @@ from app.formats._messages import CHOICES
 from app.jobs import row_losses
 from app.kit import ids
 from app.kit.humanize import human_number, human_seconds, plural
-from app.spec import RunSettings
+from app.run_settings import RunSettings
 from app.tables import Dataset
 
 FINDINGS_PER_PAGE = 50
@@ -155,7 +155,7 @@ def longer(dataset: Dataset) -> Line | None:
     report, rows = dataset.report or {}, dataset.good_rows or 0
     cut, usual = dict(report.get("rows_cut", [])), report.get("cutoff")
     key = ids.public(ids.DATASET, dataset.id)
-    if not cut.get(usual):
+    if usual is None or not cut.get(usual):
         return None
     text = f"{plural(cut[usual], 'row')} longer than {human_number(usual)} tokens: truncated"
     others = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]

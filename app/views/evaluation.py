@@ -84,12 +84,12 @@ def between(scores: Mapping[str, Any], name: str) -> str:
 def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:
     """Whether chance alone may have made the difference between both models in a score: its 95 % interval holds zero."""
     low_high = (evaluation.get("difference") or {}).get(name)
-    return bool(low_high) and low_high[0] <= 0 <= low_high[1]
+    return bool(low_high and low_high[0] <= 0 <= low_high[1])
 
 
 def mistakes(labels: list[str], counts: list[list[int]], most: int = 12) -> list[dict[str, Any]]:
     """The commonest confusions of one class with another."""
-    found = [
+    found: list[dict[str, Any]] = [
         {"truth": labels[i], "answer": labels[j], "count": n} for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j
     ]
     return sorted(found, key=lambda m: (-m["count"], m["truth"], m["answer"]))[:most]

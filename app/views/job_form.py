@@ -24,8 +24,8 @@ from app.models import service as models
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.planning.schedule import GOVERNED, PRESETS, PresetName
-from app.run_settings import displaced
-from app.spec import JobSpec, ModelRef, PreferenceSettings, RunSettings, Split, usual_learning_rate
+from app.run_settings import RunSettings, displaced
+from app.spec import JobSpec, ModelRef, PreferenceSettings, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
 
@@ -282,7 +282,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
 def _split_asked(typed: Mapping[str, str]) -> Split | None:
     """How rows are to be held out, where the form says other than at random."""
     method, column = typed.get("split.method", ""), typed.get("split.column", "") or None
-    return Split(method=method, column=column) if method in ("stratified", "grouped") else None  # type: ignore[arg-type]
+    return Split(method=method, column=column) if method in ("stratified", "grouped") else None
 
 
 def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:

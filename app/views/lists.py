@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app import formats
 from app.errors import BadField
@@ -161,10 +161,10 @@ JOB_SORTS = {
     "time": "Shortest first",
 }  # fmt: skip
 _MODEL, _DATASET, _METHOD = (Job.spec[part]["name"].astext for part in ("model", "dataset", "strategy"))
-JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
-    "created": Job.created_at,  # type: ignore[dict-item]  (a column is an element)
+JOB_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
+    "created": Job.created_at,
     "name": func.lower(Job.name),
-    "status": Job.status,  # type: ignore[dict-item]
+    "status": Job.status,
     "method": _METHOD,
     "time": Job.measured["seconds"].as_float(),
 }
@@ -184,7 +184,7 @@ def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     return Bar("/jobs", wish, filters, JOB_SORTS)
 
 
-def jobs(query: Select[tuple[Job]], bar: Bar) -> Select[tuple[Job]]:
+def jobs(query: Select[Job], bar: Bar) -> Select[Job]:
     """A query of jobs with what the address asks for."""
     wish = bar.wish
     for column, value in ((Job.status, wish.status), (_MODEL, wish.model), (_DATASET, wish.dataset), (_METHOD, wish.method)):

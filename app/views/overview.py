@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import redis
 from pydantic import BaseModel
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -25,7 +25,7 @@ from app.machines.heartbeats import Worker, alive
 from app.migrate import is_current
 from app.queue import cannot_write, get_redis
 from app.settings import get_settings
-from app.tables import Answer, Dataset, Exchange, Job, Model, User
+from app.tables import Answer, Base, Dataset, Exchange, Job, Model, User
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ async def checks_in_time() -> tuple[list[Check], list[Worker]]:
     database, broker, workers = await asyncio.gather(
         _in_time("database", lambda: _database(None), [_away("database")]),
         _in_time("redis", _broker, _away("redis")),
-        _in_time("workers", alive, []),
+        _in_time("workers", alive, list[Worker]()),
     )
     return [*database, broker], workers
 
@@ -199,12 +199,12 @@ def overview(session: Session, user: User) -> Overview:
     )
 
 
-def _mine(user: User):
+def _mine(user: User) -> ColumnElement[bool]:
     return or_(Model.owner_id == user.id, Model.owner_id.is_(None))
 
 
 def _steps(session: Session, user: User) -> Steps:
-    def count(table: type, *conditions: object):
+    def count(table: type[Base], *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
         return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
 
     datasets, jobs = (Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)), (Job.owner_id == user.id, Job.deleted_at.is_(None))

@@ -6,6 +6,7 @@ Every part is there only where the job told it, so jobs of earlier versions, whi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from app.evaluation.metrics import ABILITY, METRICS, ability
@@ -33,7 +34,8 @@ class Line(NamedTuple):
     between: str = ""
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Cell:
     """A square of the confusion matrix: how many rows of the class `truth` were answered `answer`, and their share of its rows."""
 
     row: int
@@ -72,7 +74,7 @@ class View(NamedTuple):
     classes: list[dict[str, Any]]
     mistakes: list[dict[str, Any]]
     matrix: Matrix | None
-    reliability: list[dict[str, Any]]
+    reliability: list[Mapping[str, Any]]
     worst: list[Reading]
     best: list[Reading]
     base_answered: bool

@@ -21,7 +21,10 @@ def snippets(kind: str, name: str, base_url: str, key: str = NO_KEY) -> dict[str
     }
 
 
-_CHAT = (
+Call = tuple[str, dict[str, object], str, str]
+"""The path, the body, and the call in Python and in JavaScript."""
+
+_CHAT: Call = (
     "chat/completions",
     {"messages": [{"role": "user", "content": "Hello!"}]},
     'answer = client.chat.completions.create(\n    model=MODEL,\n    messages=[{"role": "user", "content": "Hello!"}],\n)\n'
@@ -29,7 +32,7 @@ _CHAT = (
     'const answer = await client.chat.completions.create({\n  model: MODEL,\n  messages: [{ role: "user", content: "Hello!" }],\n});\n'
     "console.log(answer.choices[0].message.content);",
 )
-_CALLS: dict[str, tuple[str, dict[str, object], str, str]] = {
+_CALLS: dict[str, Call] = {
     "dialogue": _CHAT,
     "instruction": _CHAT,
     "generic": (

@@ -204,7 +204,7 @@ def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
     return key
 
 
-def _known_key(session: Session, text: str) -> Row[tuple[User, ApiKey]] | None:
+def _known_key(session: Session, text: str) -> Row[User, ApiKey] | None:
     head, _, rest = text.removeprefix("sk-luthier-").partition("-")
     if not text.startswith("sk-luthier-") or len(head) != 32 or not rest:
         return None

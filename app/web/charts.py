@@ -78,7 +78,8 @@ def charts(progress: Progress) -> list[Chart]:
         ("memory_bytes", "Peak memory", "bytes", 2),
     ]
     explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
-    own, judged_only = [], []
+    own: list[Chart] = []
+    judged_only: list[Chart] = []
     for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
         title, trained = _title(name), progress.step_metrics.get(name)
         judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)

@@ -100,7 +100,7 @@ def _from_http(error: HTTPException) -> StudioError:
     fault.status = error.status_code
     if kind is StudioError and error.status_code < 500:
         fault.type, fault.code = "invalid_request_error", words.lower().replace(" ", "_")
-    fault.headers = dict(error.headers or {})  # type: ignore[attr-defined]
+    fault.headers = dict(error.headers or {})
     return fault
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from email.message import Message
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
@@ -17,6 +17,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.errors import BadField, BadRequest, TooLarge
 from app.storage.files import Blob, BlobWriter
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -86,9 +89,9 @@ class _Reader:
         self._name = ""
         self._value: bytearray | None = None
 
-    def callbacks(self) -> dict:
+    def callbacks(self) -> MultipartCallbacks:
         names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end", "headers_finished", "end")
-        return {f"on_{name}": getattr(self, f"on_{name}") for name in names}
+        return cast("MultipartCallbacks", {f"on_{name}": getattr(self, f"on_{name}") for name in names})
 
     def on_part_begin(self) -> None:
         self._parts += 1

@@ -120,7 +120,7 @@ class Tries:
         """Count this try. Raises TooMany where it may not be made yet; such a one is not counted."""
         keys = [part for key in self.limits for part in (key, f"{key}:wait")]
         numbers = [part for limit in self.limits.values() for part in limit]
-        wait = int(self.redis.eval(_TAKE, len(keys), *keys, *numbers, COUNTED_SECONDS, FIRST_WAIT_SECONDS))  # type: ignore[arg-type]
+        wait = int(self.redis.eval(_TAKE, len(keys), *keys, *numbers, COUNTED_SECONDS, FIRST_WAIT_SECONDS))
         if wait > 0:
             seconds = -(-wait // 1000)
             raise TooMany(
@@ -132,7 +132,7 @@ class Tries:
     def forget(self) -> None:
         """The password was right. The network's count only gets this try back: else one account would free it for guessing others."""
         for key, limit in self.limits.items():
-            if limit is not NETWORK or int(self.redis.decr(key)) < limit.free:  # type: ignore[arg-type]
+            if limit is not NETWORK or int(self.redis.decr(key)) < limit.free:
                 self.redis.delete(f"{key}:wait")
             if limit is not NETWORK:
                 self.redis.delete(key)

@@ -156,10 +156,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadField(
-            f"{_shown(name)} stands twice in one object.", way_out="Send each key once.", param=_shown(name), code="invalid_json"
-        )
+        for name, _ in pairs:
+            if name in seen:
+                raise BadField(
+                    f"{_shown(name)} stands twice in one object.", way_out="Send each key once.", param=_shown(name), code="invalid_json"
+                )
+            seen.add(name)
     return found
 
 

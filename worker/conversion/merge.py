@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, StudioError
-from app.spec import ModelRef, RunSettings
+from app.run_settings import RunSettings
+from app.spec import ModelRef
 from worker.runtime.fast_import import importing
 
 with importing():

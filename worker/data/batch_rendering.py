@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from app.run_settings import TrainOn
 
 BATCH_ROWS, BATCH_CHARACTERS, WAITING_BATCHES = 128, 1 << 20, 3
-T, Product = TypeVar("T"), TypeVar("Product")
+T = TypeVar("T")
+Product = TypeVar("Product")
 
 
 class _Later:

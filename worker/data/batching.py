@@ -197,8 +197,8 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
         sources = np.concatenate([sources, np.zeros(more_learnt, np.int64)])
         targets = np.concatenate([targets, np.full(more_learnt, NOT_LEARNT)])
     places = np.concatenate([np.arange(n) for n in lengths])
-    tensors = [sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets)]
-    return Batch(*tensors, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
+    flat, at, read, learn = (sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets))
+    return Batch(flat, at, read, learn, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
 
 
 def _laid(pieces: Sequence[np.ndarray], spare: Sequence[int]) -> np.ndarray:

@@ -179,7 +179,7 @@ class TokenCounter:
         longest = self._by_row(self.total)
         first = self._by_row(self.first)
         cutoffs = sorted({*CUTOFFS, self.cutoff})
-        found = {
+        found: dict[str, Any] = {
             "rows": self.rows,
             "tokens": sum(self.total),
             "trained_tokens": sum(self.trained),
@@ -196,7 +196,10 @@ class TokenCounter:
         }
         doubling = collections.Counter(tokens.bit_length() for tokens in longest)
         bins = [[0 if bits == 0 else 1 << (bits - 1), count] for bits, count in sorted(doubling.items())]
-        report = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {"token_lengths": bins, "tokenizer": self._name}
+        report: dict[str, Any] = {name: found[name] for name in ("tokens", "trained_tokens", "longest")} | {
+            "token_lengths": bins,
+            "tokenizer": self._name,
+        }
         report["cutoff"] = self.cutoff
         report["rows_cut"] = [[at["cutoff"], at["rows_cut"]] for at in found["cutoffs"]]
         return {"report": report, "lengths": found | {"report": report}}
@@ -270,7 +273,8 @@ def _choose(payload: dict[str, Any]) -> tuple[list[tuple[int, str]], int]:
         by_line = {line: text for line, text in read_rows(path) if line in wanted}
         return [(line, by_line[line]) for line in payload["lines"] if line in by_line], len(wanted)
     needle = json.dumps(payload.get("search") or "", ensure_ascii=False)[1:-1].lower()
-    found, matches = [], 0
+    found: list[tuple[int, str]] = []
+    matches = 0
     for line, text in read_rows(path):
         if needle and needle not in text.lower():
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 class LightTokenizer:
@@ -51,7 +51,7 @@ class LightTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        return [self._tokenizer.token_to_id(token) for token in self.all_special_tokens]
+        return [cast("int", self._tokenizer.token_to_id(token)) for token in self.all_special_tokens]
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}

@@ -127,7 +127,8 @@ def _evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[lis
 
 def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
     """The packs worth keeping, and the rows of the others."""
-    keep, wait = [], []
+    keep: list[list[int]] = []
+    wait: list[int] = []
     for pack in packs:
         full = sum(lengths[r] for r in pack) >= WELL_FILLED * budget or len(pack) == most
         (keep.append if full else wait.extend)(pack)

@@ -91,14 +91,15 @@ class Writer:
         """
         before = self._try(messages[:i], tools, generate=True)
         through = text if i == len(messages) - 1 else self._try(messages[: i + 1], tools)
-        opens = before is not None and text.startswith(before)
-        if opens and through is not None and text.startswith(through) and len(through) > len(before):
+        if before is not None and not text.startswith(before):
+            before = None
+        if before is not None and through is not None and text.startswith(through) and len(through) > len(before):
             return len(before), self._close(text, len(before), len(through))
         content = messages[i].get("content") or ""
         found = self._by_marker(messages, tools, text, i) if content.strip() else None
         if found is None:
             raise NotFound(i)
-        start = len(before) if opens and len(before) <= found[0] else found[0]
+        start = len(before) if before is not None and len(before) <= found[0] else found[0]
         return start, self._turn_end(text, found[1])
 
     def _by_marker(self, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> tuple[int, int] | None:

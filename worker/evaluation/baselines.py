@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from app.evaluation.service import EvaluationSpec
-from app.jobs.solved_examples import with_examples
+from app.jobs.solved_examples import Asked, with_examples
+from app.planning.duration import EXAMPLES_A_CLASS
 from worker.data import batching
 from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import render_prompt
@@ -35,7 +36,7 @@ from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.forgetting import PROBE
 from worker.scoring.metrics import text_scores
-from worker.scoring.prompt_baseline import EXAMPLES_A_CLASS, Asked, asked_of, class_means, examples_of, last_answer
+from worker.scoring.prompt_baseline import asked_of, class_means, examples_of, last_answer
 
 if TYPE_CHECKING:
     from worker.training.feature_cache import Progress  # scikit-learn stands behind it, which most advice does without
@@ -88,10 +89,9 @@ def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any
         return {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
     most = max(MIN_BYTES, int(min(statistics.median(sizes(reader, data)), statistics.median(sizes(reader, general)))))
     ours, theirs = (bits_per_byte(reader, first_bytes(reader, part, most)) for part in (data, general))
-    known = ours is not None and theirs is not None
     return {
         "rows": len(data),
-        "distance": ours / theirs if known else None,
+        "distance": ours / theirs if ours is not None and theirs is not None else None,
         "data_bits_per_byte": ours,
         "general_bits_per_byte": theirs,
         "compared": "texts" if texts else "answers",
@@ -163,7 +163,7 @@ def _by_answers(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequen
     if not asked:
         return _none("These rows are plain texts: they hold no question to put to the model.")
     examples = examples_of(training, kind, spec.seed)
-    found = {}
+    found: dict[str, dict[str, float] | None] = {}
     for place, (name, shown) in enumerate((("zero_shot", []), ("few_shot", examples))):
         if name == "few_shot" and not shown:
             found[name] = None
@@ -237,7 +237,8 @@ def _chance(training: Sequence[Row], asked: Sequence[Row]) -> float:
 
 def _balanced(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """Up to `count` rows, of as many labels as there are, one of each before a second of any."""
-    draw, groups = random.Random(seed), {}
+    draw = random.Random(seed)
+    groups: dict[str, list[Row]] = {}
     for row in draw.sample(list(rows), len(rows)):
         groups.setdefault(row.row["label"], []).append(row)
     found: list[Row] = []

@@ -282,7 +282,8 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
     from worker.data.batching import read_rows, split
 
     rows = read_rows(spec.dataset)
-    training, held = [], list(rows)
+    training: list[Any] = []
+    held = list(rows)
     if spec.part == "validation":
         if spec.validation_fraction < 1:
             training, held = split(rows, spec.validation_fraction, spec.split_seed, spec.split)

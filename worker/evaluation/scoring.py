@@ -16,7 +16,8 @@ import torch
 from app.errors import BadData
 from app.evaluation.forgetting import TextScore, compare
 from app.evaluation.service import EvaluationSpec
-from app.spec import ModelRef, RunSettings
+from app.run_settings import RunSettings
+from app.spec import ModelRef
 from app.strategies.lora import Lora
 from worker.data import batching
 from worker.data.batching import Row, Tokenised
@@ -46,7 +47,7 @@ class Reader:
     engine: Compute
     tokenizer: Any = None
     lead: list[int] = field(default_factory=list)
-    model: torch.nn.Module | None = None
+    _model: torch.nn.Module | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.ref)
@@ -58,12 +59,18 @@ class Reader:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[torch.nn.Module]:
         """The weights, for as long as they are needed: two models are never in memory together."""
-        self.model = load_model(self.ref, self.engine.frozen, packed_attention.NAME, str(self.engine.device))
+        self._model = load_model(self.ref, self.engine.frozen, packed_attention.NAME, str(self.engine.device))
         try:
-            yield self.model
+            yield self._model
         finally:
-            self.model = None
+            self._model = None
             gc.collect()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The weights, while they are loaded."""
+        assert self._model is not None
+        return self._model
 
     def tokenise(self, rows: Sequence[Row], longest: int) -> Tokenised:
         return batching.tokenise(self.tokenizer, rows, self.ref.kind, min(longest, self.ref.shape.positions), self.lead)
@@ -98,7 +105,8 @@ def engine_here() -> Compute:
 
 def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:
     """(rows to score, rows of the training side). The split is the one that training makes, the draw follows from the seed."""
-    rows, training = batching.read_rows(spec.dataset), []
+    rows = batching.read_rows(spec.dataset)
+    training: list[Row] = []
     if spec.part == "validation":
         training, held = batching.split(rows, spec.validation_fraction, spec.seed, spec.split)
         rows = held or rows

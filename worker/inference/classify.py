@@ -9,7 +9,8 @@ import torch
 from app.errors import BadData, BadRequest
 from app.inference.protocol import Classified
 from app.models.integrity import check
-from app.spec import ModelRef, RunSettings
+from app.run_settings import RunSettings
+from app.spec import ModelRef
 from worker.data.batching import BadRow, Row
 from worker.inference.model_cache import ModelCache
 from worker.modeling import packed_attention

@@ -10,10 +10,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from app.errors import BadRequest
 from app.inference.protocol import Embedded
-from app.models.integrity import check
+from app.models.integrity import BadModel, check
 from app.spec import ModelRef
 from worker.inference.model_cache import ModelCache
-from worker.modeling.loading import LOADING, BadModel, folder_of
+from worker.modeling.loading import LOADING, folder_of
 
 MAX_LOADED = 2
 TOKENS_AT_ONCE = 8192

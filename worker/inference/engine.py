@@ -49,6 +49,11 @@ MAX_OF_ONE = 24
 """Requests of one person in the engine, waiting ones included."""
 
 
+def _slot(row: TokenSequence) -> Slot:
+    assert row.slot is not None, "it is being written"
+    return row.slot
+
+
 class Engine:
     """Start one per process. `answer` may be called from any number of threads. `on_death` is called in the engine's thread when
     it dies of what no request is to blame for; everyone who waits for it has been told by then."""
@@ -234,6 +239,7 @@ class Engine:
         if row is None:
             return False
         if running.keeper.finished:  # in its place, so that nothing more is taken
+            assert running.first_logits is not None
             running.hand_on(row)
             self._choose(lane, running.first_logits[None], [(row, running, 0)])
             return True
@@ -296,9 +302,9 @@ class Engine:
 
     def _step(self, lane: LoadedModel, mine: list[Request]) -> None:
         pairs = [(row, r) for r in mine for row in r.writing()]
-        writing = sorted(pairs, key=lambda pair: (pair[0].slot.blocks.size, pair[0].slot.index))
+        writing = sorted(pairs, key=lambda pair: (_slot(pair[0]).blocks.size, _slot(pair[0]).index))
         ids: list[int] = [row.written[-1] for row, _ in writing]
-        decode = [Segment(row.slot, i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
+        decode = [Segment(_slot(row), i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
         positions = [s.past for s in decode]
         prefill, last, done, looked = [], list(range(len(decode))), [], []
         reading = sorted((r for r in mine if not r.has_read), key=lambda r: r.arrived)
@@ -306,7 +312,7 @@ class Engine:
         for r, count in zip(reading, scheduler.shares(needs, self.chunk if decode else self.lone_chunk), strict=True):
             if not count:
                 continue
-            prefill.append((r, Segment(r.rows[0].slot, len(ids), count, r.read)))
+            prefill.append((r, Segment(_slot(r.rows[0]), len(ids), count, r.read)))
             ids += r.prompt[r.read : r.read + count]
             positions += range(r.read, r.read + count)
             if r.request.look:
@@ -322,7 +328,7 @@ class Engine:
         logits = lane.forward(step, ids, positions, last or [0])
         self.steps += 1
         for row, _ in writing:
-            row.slot.tokens.append(row.written[-1])
+            _slot(row).tokens.append(row.written[-1])
         for r, segment in prefill:
             segment.slot.tokens += r.prompt[r.read : r.read + segment.count]
             r.read += segment.count
@@ -340,14 +346,14 @@ class Engine:
             return
         highest, likeliest = logits.max(-1)
         finite = highest.isfinite().tolist()  # a number that is none spreads to the highest
-        likeliest = likeliest.tolist()
+        tokens: list[int] = likeliest.tolist()
         said: dict[int, tuple[Request, list[Entry]]] = {}
         broken: dict[int, Request] = {}
         for row, r, i in writing:
             if id(r) in broken:
                 continue
             try:
-                self._choose_one(r, row, logits[i], likeliest[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
+                self._choose_one(r, row, logits[i], tokens[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
             except Exception as error:
                 broken[id(r)] = r
                 if not finite[i]:

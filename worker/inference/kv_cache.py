@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ class Slot:
     busy: bool = False
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Segment:
     """`count` tokens of one request, at `start` of the flat row; `past` tokens of it are in the cache already."""
 
     slot: Slot
@@ -244,13 +245,14 @@ def slot_attention(
     step = current_step()
     if step is None or query.shape[0] != 1:
         raise RuntimeError("luthier_slots attention runs inside an engine step only.")
-    _, heads, n, _ = query.shape
+    heads, n = query.shape[1:3]
     out = query.new_empty(n, heads, value.shape[-1])
+    index = cast("int", module.layer_idx)
     for group in step.groups():
-        keys, values = group.blocks.layer(module.layer_idx, key, value)
+        keys, values = group.blocks.layer(index, key, value)
         _decode(group, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
     for segment in step.prefill:
-        keys, values = segment.slot.blocks.layer(module.layer_idx, key, value)
+        keys, values = segment.slot.blocks.layer(index, key, value)
         _prefill(step, segment, query[0], key[0], value[0], keys, values, out, scaling, sliding_window, softcap)
     return out[None], None
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from app.models.integrity import BadModel
 from worker.inference.kv_cache import Selection, current_step
 from worker.kernels.cpu.small_batch_linear import FewRows
-from worker.modeling.loading import BadModel
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (r, out) with the scaling already in it
 
@@ -36,7 +36,14 @@ class LoraWeights:
 
 def _plain(config: dict[str, Any]) -> bool:
     """Whether the adapter is nothing but B·A beside linear layers, which is what the stacked form can hold."""
-    extras = ("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
+    extras: tuple[str, ...] = (
+        "use_dora",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "lora_bias",
+    )
     extras += ("layer_replication", "megatron_config", "target_parameters", "use_qalora", "arrow_config", "use_bdlora", "velora_config")
     return config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not any(config.get(x) for x in extras)
 
@@ -77,7 +84,7 @@ def _scaling(config: dict[str, Any], layer: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), layer), config["lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -98,7 +105,7 @@ class StackedLinear(torch.nn.Module):
         y = self.base(x)
         step = current_step()
         chosen = step.selection if step is not None else None
-        if chosen is None or self.a is None:
+        if chosen is None or self.a is None or self.b is None:
             return y
         low, high = chosen.low, chosen.high
         h = x.reshape(-1, x.shape[-1]) @ self.a[low:high].T

@@ -23,6 +23,7 @@ from app.models.integrity import check
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
+from app.strategies._model import transformer, wrapped
 from app.strategies.dora import Dora
 from worker.data import chat_template
 from worker.inference import model_cache
@@ -96,7 +97,7 @@ class ModelPool:
         self._device_bytes = _device_bytes(self.device)
         self.lanes: dict[tuple[str, ...], LoadedModel] = {}
         self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
-        self.adapters: dict[tuple[str, str, str], LoraWeights] = {}
+        self.adapters: dict[tuple[str, ...], LoraWeights] = {}
         self.loads = 0
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._loading: dict[tuple[str, ...], threading.Lock] = {}
@@ -145,7 +146,8 @@ class ModelPool:
 
     def ready(self) -> list[LoadedModelInfo]:
         """Every base with the adapters that share its weights."""
-        now, found = time.monotonic(), {}
+        now = time.monotonic()
+        found: dict[tuple[str, ...], LoadedModelInfo] = {}
         with self._lock:
             lanes = sorted(self.lanes.values(), key=lambda lane: len(lane.key))
             stacked = {lane.key: [w.path for w in list(lane.stack.loaded.values())] for lane in lanes if lane.stack is not None}
@@ -343,7 +345,7 @@ def share_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
     """Switch the model's attention to the slot cache, or say that its architecture has none."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = transformer(wrapped(model).get_base_model() if hasattr(model, "get_base_model") else model)
     if getattr(inner.config, "use_bidirectional_attention", False):
         raise DoesNotFit(
             f"{ref.name} reads in both directions, so it cannot write one token after the other.",

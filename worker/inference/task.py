@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import redis
@@ -83,9 +83,9 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
         if request.render:
             from worker.inference.request import rendered
 
-            found = rendered(request, engine().shelf)
-            done = Done(prompt_tokens=len(found.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
-            return publisher.say([found, done])
+            written = rendered(request, engine().shelf)
+            done = Done(prompt_tokens=len(written.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([written, done])
         with contextlib.closing(engine().answer(request)) as answer:
             for entries in answer:
                 publisher.say(entries)
@@ -125,7 +125,7 @@ class Publisher:
         return time.monotonic() - self.missing_since < MISSING_SECONDS
 
 
-def answer(request: GenerateRequest) -> Iterator[list[Entry]]:
+def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
     """Entries of a request of this process, from its own engine or from the server the request names."""
     if request.engine is None:
         yield from engine().answer(request)

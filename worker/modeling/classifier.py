@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from app.models.integrity import BadModel
 from app.spec import ModelRef
 from app.strategies import Strategy
 from app.strategies._model import backbone as body_without_head
-from worker.modeling.loading import BadModel, folder_of, lay_adapter, load_plain, load_strategy, made_ready
+from app.strategies._model import transformer, wrapped
+from worker.modeling.loading import folder_of, lay_adapter, load_plain, load_strategy, made_ready
 from worker.runtime.transfer import sent
 
 Pooling = Literal["mean", "last", "first"]
@@ -68,7 +70,7 @@ def load_stack(
 
 def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
     """How a strategy's classifier pools: as it says, or the mean for encoders and the last token for decoders."""
-    asked = getattr(strategy, "pooling", "auto")
+    asked: Pooling | Literal["auto"] = getattr(strategy, "pooling", "auto")
     if asked != "auto":
         return asked
     return "mean" if architecture == "encoder" else "last"
@@ -143,17 +145,17 @@ class Writer(nn.Module):
 def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
     """The output layer that a decoder's stack was loaded without: its input embedding where they are tied, else read from
     the model's files. Raises BadModel when they hold none."""
-    table = plain(model).get_input_embeddings().weight
+    table = cast("nn.Embedding", plain(model).get_input_embeddings()).weight
     weight = table if plain(model).config.tie_word_embeddings else _output_weight(ref)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(table.device, table.dtype), requires_grad=False)
     return layer
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> PreTrainedModel:
     """The transformers stack inside a classifier and a peft wrapper."""
     body = model.backbone if isinstance(model, Classifier) else model
-    return body.get_base_model() if hasattr(body, "get_base_model") else body
+    return transformer(wrapped(body).get_base_model() if hasattr(body, "get_base_model") else body)
 
 
 def _output_weight(ref: ModelRef) -> torch.Tensor:

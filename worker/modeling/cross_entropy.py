@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
+from app.strategies._model import transformer
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.cross_entropy import softmax_loss_
 from worker.kernels.cpu.full_tuning import rounded
@@ -64,7 +65,8 @@ class Head(NamedTuple):
 
 def head_of(model: torch.nn.Module) -> Head:
     """The head of a transformers language model."""
-    layer, config = model.get_output_embeddings(), model.config
+    whole = transformer(model)
+    layer, config = cast("torch.nn.Linear", whole.get_output_embeddings()), whole.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None))
@@ -128,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keeps = needs_weight and hidden.shape[0] * compute.itemsize <= 4 * hidden.shape[1]
         parts: list[torch.Tensor] = []
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         cast = rounded(weight, compute)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -142,13 +144,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 own = slice(start + block.start, start + block.stop)
                 finished, bent = _finish(products, head)
                 nats, p = _softmax_(finished, targets[own])
-                filled = kept is not None and (hidden.is_cuda or not bool(kept[own].all()))
-                total += (nats * kept[own]).sum() if filled else nats.sum()
+                real = kept[own] if kept is not None else None
+                if real is not None and not hidden.is_cuda and bool(real.all()):
+                    real = None
+                total += (nats * real).sum() if real is not None else nats.sum()
                 if d_hidden is None and not needs_weight:
                     continue
                 p.scatter_add_(1, targets[own, None], torch.full_like(nats, -1.0))  # d loss / d logits
-                if filled:
-                    p.mul_(kept[own])
+                if real is not None:
+                    p.mul_(real)
                 if bent is not None:
                     p.mul_(1 - bent.square())
                 if head.scale != 1.0:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from app.strategies._model import transformer
 from worker.kernels.cpu.gated_mlp import patch_gated_mlp
 from worker.kernels.cpu.rms_norm import rms_norm
 from worker.kernels.gpu import fp8
@@ -36,7 +37,7 @@ def use_fused_norms(model: torch.nn.Module) -> int:
     found = [m for m in model.modules() if type(m).__name__ in PLAIN_NORMS and not hasattr(type(m), "plain")]
     before_products = {id(norm) for block in blocks_of(model) for norm in block.children()}
     for norm in found:
-        norm.__class__ = _fused_norm(type(norm), id(norm) in before_products)
+        norm.__class__ = _fused_norm(type(norm), id(norm) in before_products)  # type: ignore[arg-type]  # a class is hashable
     return len(found)
 
 
@@ -64,7 +65,8 @@ def _fused_norm(kind: type, before_products: bool) -> type:
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder's blocks, in order."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) and hasattr(m[0], "gradient_checkpointing")]
-    return list(max(lists, key=len)) if lists else []
+    longest = max(lists, key=len, default=None)
+    return list(longest) if longest is not None else []
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
 def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
     """Have what a decoder's blocks pass on to each other be `compute`, also where the embedding is kept in float32 because it
     learns: what a block adds is of that type in any case. Returns whether that was needed. The strategy is attached already."""
-    table = model.get_input_embeddings()
+    table = cast("torch.nn.Embedding", transformer(model).get_input_embeddings())
     if table.weight.dtype == compute:
         return False
     table.register_forward_hook(lambda _, given, out: out.to(compute))
@@ -145,10 +147,10 @@ def recompute_layers(model: torch.nn.Module, count: int, reaches: int | None = N
     chosen = reached[: max(count, 0)]
     if not chosen:
         return 0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    transformer(model).gradient_checkpointing_enable({"use_reentrant": False})
     # That has the embedding's output ask for a gradient, which only the reentrant form needs: it would be computed and kept for
     # nothing below the lowest layer that learns.
-    model.disable_input_require_grads()
+    transformer(model).disable_input_require_grads()
     for block in blocks:
-        block.gradient_checkpointing = any(block is one for one in chosen)
+        block.gradient_checkpointing = any(block is one for one in chosen)  # type: ignore[assignment]  # a flag of transformers' blocks
     return len(chosen)

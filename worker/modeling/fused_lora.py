@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -73,6 +73,7 @@ class _Product(torch.autograd.Function):
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
         low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
+        assert rounded.lifts is not None  # this is the way forwards
         y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
         if isinstance(joined, Fp8Weight):
             y += fp8.product(x, *joined)
@@ -202,7 +203,7 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def product(
-    x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
+    x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
 ) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
     where they are kept (`keep`)."""
@@ -219,7 +220,7 @@ def product(
     return y
 
 
-def _product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
+def _product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8Weight | None) -> torch.Tensor:
     compute, stretched = x.dtype, hasattr(layers[0], "squares")
     tensors: list[Any] = []
     scales: list[float] = []
@@ -230,7 +231,7 @@ def _product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | Fp8Weigh
         scales.append(scale)
     if layers[0].base_layer.weight.dtype == fp8.KIND:
         joined = joined or Fp8Weight(layers[0].base_layer.weight, layers[0].base_layer.scale)
-    elif joined is not None and joined.dtype != compute:
+    elif isinstance(joined, torch.Tensor) and joined.dtype != compute:
         joined = None
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
     kept = None
@@ -246,7 +247,8 @@ def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.T
     scale = layer.scaling[ADAPTER]
     if isinstance(layer, SVDLinear):
         values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
-        return (layer.lora_A[ADAPTER] * values).to(compute), layer.lora_B[ADAPTER], 1.0
+        up: torch.Tensor = layer.lora_B[ADAPTER]  # type: ignore[assignment]  # AdaLoRA's are parameters
+        return (layer.lora_A[ADAPTER] * values).to(compute), up, 1.0
     if not _made_anew(layer):
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
     down, up = whole_correction(layer)
@@ -269,8 +271,8 @@ class Fused(SharedProjectionPart):
     own: LoraLayerState | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged or args or kwargs:  # type: ignore[attr-defined]  # of the layer of peft's beside it
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the layer of peft's beside it
         return self.group.take(self.place, x) if self.shares(x) else product(x, [self], None, self.own)
 
 
@@ -278,14 +280,15 @@ class FusedLora(Fused, PeftLinear):
     """On a base whose weights are numbers as they are. DoRA's has `squares`, those of the frozen rows' lengths."""
 
     kept_lengths: tuple[tuple[int, int], torch.Tensor] | None = None
+    squares: torch.Tensor
 
     def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
         if self.training:
-            return fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
+            return fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
         of = down._version, up._version
         if self.kept_lengths is None or self.kept_lengths[0] != of:
-            self.kept_lengths = of, fused_dora.row_norms(self.base_layer.weight, self.squares, down, up, scale)
+            self.kept_lengths = of, fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
         return self.kept_lengths[1]
 
     def train(self, mode: bool = True) -> FusedLora:
@@ -324,7 +327,8 @@ def _take(layers: list[Any]) -> list[Any]:
             layer.takes_first_off.remove()
         if ADAPTER in getattr(layer, "lora_variant", ()):
             layer.register_buffer("squares", fused_dora.squares(layer.base_layer.weight), persistent=False)
-        layer.__class__ = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}.get(type(layer)) or _fused_4bit(type(layer))
+        fused: dict[type, type] = {PeftLinear: FusedLora, SVDLinear: FusedAdaLora}
+        layer.__class__ = fused.get(type(layer)) or _fused_4bit(type(layer))  # type: ignore[arg-type]  # a class is hashable
     return layers
 
 
@@ -347,14 +351,14 @@ def _keep(place: _Group | FusedLora, engine: Compute, parts: int) -> bool:
     learns = all(x.requires_grad and x.dtype == torch.float32 and x.is_contiguous() for x in (*downs, *ups))
     if not learns or not isinstance(weight, torch.Tensor) or weight.dtype != engine.compute:
         return False
-    biases = tuple(layer.base_layer.bias for layer in layers)
+    biases: tuple[Any, ...] = tuple(layer.base_layer.bias for layer in layers)
     bias = None if biases[0] is None or hasattr(layers[0], "squares") else _joined_bias(biases, engine.compute)
     if lora_products.lays(weight.shape[1], [up.shape[0] for up in ups]):
         place.own = LoraLayerState(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
     return place.own is not None
 
 
-def _plain(layer: torch.nn.Module) -> bool:
+def _plain(layer: Any) -> bool:
     """One adapter, no dropout, no variant but DoRA, on an ordinary linear layer that is frozen."""
     quantised = type(layer).__name__ == "Linear4bit" and isinstance(layer, LoraLayer)
     if not (quantised or type(layer) in (PeftLinear, SVDLinear)) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:

@@ -12,6 +12,7 @@ As in `worker/modeling/fused_lora.py` the correction is made first and the large
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _part(low: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> tor
     return low @ up.t() if bias is None else torch.addmm(bias.to(low.dtype), low, up.t())
 
 
-def product(x: torch.Tensor, layers: list[Any], joined: torch.Tensor | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | None = None) -> torch.Tensor:
     """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
     compute = compute_type(x)
     across = layers[0].vera_A[ADAPTER][:, : x.shape[-1]]

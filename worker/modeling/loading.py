@@ -90,7 +90,7 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
         packed.count_from_padding(model)
     # What is saved later names the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
-    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()  # type: ignore[arg-type]  # its decorator hides `self`
 
 
 def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:

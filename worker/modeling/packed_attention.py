@@ -36,11 +36,11 @@ of 6.5 ms at 200 (9 of 64); with them (AMX) 0.4 instead of 1.4 ms at 75 and 1.7 
 3.2 ms at 200, but 17.8 instead of 10.7 ms at 512 (9 of 64)."""
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn as varlen_attn
 
-    _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 except ImportError:  # torch before 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # whoever calls it looks first
 
 
 MULTIPLE = 32
@@ -127,16 +127,17 @@ def packed_attention(
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
         # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    fast = varlen_attn is not None and cu_seq_lens is not None and query.dtype in (torch.bfloat16, torch.float16)
-    if fast and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+    fits = query.dtype in (torch.bfloat16, torch.float16) and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         v = v.contiguous()  # a part of one product for q, k and v would keep all three until the backward pass
         if not _GROUPED and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         back = (sliding_window or 0) - 1  # -1: without end
         window = (back, 0 if causal else back)
-        out = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
-        return out.unsqueeze(0), None
+        ends = cu_seq_lens, cu_seq_lens, longest, longest
+        out: torch.Tensor = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, **_GROUPED)  # type: ignore[assignment]
+        return out.unsqueeze(0), None  # without `return_aux` it is no tuple
     if sequence_lengths is None and cu_seq_lens is not None:
         sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
     lengths = sequence_lengths or [query.shape[2]]
@@ -147,18 +148,19 @@ def packed_attention(
     plain = not dropout and softcap is None and not torch.compiler.is_compiling()
     if halves and plain and amx_attention.supports(query, key):
         rules = amx_attention.Rules(scaling if scaling is not None else query.shape[-1] ** -0.5, causal, sliding_window or 0)
-        out = amx_attention.attention(*(x.to(torch.bfloat16) for x in (query, key, value)), lengths, rules)
+        q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
+        out = amx_attention.attention(q, k, v, lengths, rules)
         return (out if torch.is_autocast_enabled("cpu") else out.to(given)), None
     with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():
         if halves and max(lengths) < SHORT:  # all at once: a few long copies instead of many short ones
             query, key, value = query.float(), key.float(), value.float()
         # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
-        out = []
-        for piece in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        pieces = []
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
             if halves:
-                piece = [x.to(torch.float32 if x.shape[2] < SHORT else torch.bfloat16) for x in piece]
-            out.append(_one(*piece, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2))
-    return torch.cat(out, 1).to(given), None
+                q, k, v = (x.to(torch.float32 if x.shape[2] < SHORT else torch.bfloat16) for x in (q, k, v))
+            pieces.append(_one(q, k, v, scaling, dropout, causal, sliding_window, softcap).transpose(1, 2))
+    return torch.cat(pieces, 1).to(given), None
 
 
 def _one(

@@ -25,7 +25,7 @@ import torch
 from app.errors import DoesNotFit
 from app.machines.hardware import Machine, note_bf16, this_machine, usable_cores
 from app.planning.memory import parts_of
-from app.spec import RunSettings
+from app.run_settings import RunSettings
 from app.strategies import Strategy
 from worker.kernels.gpu import fp8
 from worker.runtime import distributed
@@ -95,7 +95,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
             raise DoesNotFit("This GPU has no bf16.", way_out="Set precision to fp32 or auto.", param="precision")
-        precision = "bf16" if bf16 and run.precision != "fp32" else "fp32"
+        precision: Literal["fp32", "bf16"] = "bf16" if bf16 and run.precision != "fp32" else "fp32"
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -98,7 +98,7 @@ class ProcessGroup:
             for p in found:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
-            self.sum_(p.grad for p in found)
+            self.sum_(p.grad for p in found if p.grad is not None)
 
     def even(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Give all processes the first one's values, whatever was drawn at random."""

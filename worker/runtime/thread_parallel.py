@@ -19,7 +19,8 @@ from typing import TypeVar
 
 import torch
 
-Given, Got = TypeVar("Given"), TypeVar("Got")
+Given = TypeVar("Given")
+Got = TypeVar("Got")
 
 
 class ThreadParallel:

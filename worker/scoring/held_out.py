@@ -6,10 +6,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from transformers import GenerationMixin, PreTrainedModel
 
+from app.strategies._model import transformer, wrapped
 from worker.data.batching import Batch, Row, Tokenised, make_batch
 from worker.data.chat_template import render_prompt, sample_of, stop_ids
 from worker.data.packing import best_fit
@@ -27,9 +29,9 @@ class Question(NamedTuple):
     reference: str
 
 
-def plain_model(model: torch.nn.Module) -> torch.nn.Module:
+def plain_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return transformer(wrapped(model).get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
@@ -157,7 +159,7 @@ def answers(
     packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
         with evaluating(model), engine.autocast():
-            out = model.generate(
+            out = cast("GenerationMixin", model).generate(  # type: ignore[misc]  # its `self` is annotated for another checker
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=most,

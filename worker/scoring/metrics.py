@@ -16,7 +16,7 @@ MAX_DRAWN = 200
 """Labels up to which the confusion matrix is told."""
 
 
-def classification_scores(probabilities: np.ndarray, truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
+def classification_scores(probabilities: np.ndarray, truth: Sequence[int] | np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     """Scores of probabilities (rows, labels) against the right label's number for each row.
 
     `accuracy`, `macro_f1`, `log_loss` (nats a row), `calibration_error` (expected calibration error over ten equal bins of
@@ -119,7 +119,7 @@ def row_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, n
     """The same for each row, (rows,); empty without rows."""
     if not answers:
         return {}
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     pairs, chrf = list(zip(answers, references, strict=True)), CHRF()
     return {

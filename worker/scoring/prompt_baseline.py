@@ -45,13 +45,13 @@ def last_answer(prompt: str | list[dict[str, Any]], reference: str) -> dict[str,
     }
 
 
-def nearest_class(vectors: np.ndarray, truth: Sequence[int], asked: np.ndarray, labels: int) -> np.ndarray:
+def nearest_class(vectors: np.ndarray, truth: Sequence[int] | np.ndarray, asked: np.ndarray, labels: int) -> np.ndarray:
     """The label, (rows,), whose examples' mean lies nearest by cosine to each of `asked`, (rows, H); `vectors` are the examples'."""
     centers = class_means(_unit(vectors), truth, labels)
     return (_unit(asked) @ centers.T).argmax(1)
 
 
-def class_means(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.ndarray:
+def class_means(vectors: np.ndarray, truth: Sequence[int] | np.ndarray, labels: int) -> np.ndarray:
     """The mean of each label's vectors, at length 1; a label without examples is nowhere near anything."""
     centers = np.full((labels, vectors.shape[1] if len(vectors) else 1), -1.0, np.float32)
     for label in range(labels):
@@ -62,9 +62,11 @@ def class_means(vectors: np.ndarray, truth: Sequence[int], labels: int) -> np.nd
     return centers
 
 
-def a_few_of_each(truth: Sequence[int], seed: int) -> list[int]:
+def a_few_of_each(truth: Sequence[int] | np.ndarray, seed: int) -> list[int]:
     """Places of up to `EXAMPLES_A_CLASS` rows of every label, and no more than `MAX_VECTOR_EXAMPLES` together."""
-    order, seen, found = list(range(len(truth))), {}, []
+    order = list(range(len(truth)))
+    seen: dict[int, int] = {}
+    found = []
     random.Random(seed).shuffle(order)
     for place in order:
         if seen.setdefault(int(truth[place]), 0) < EXAMPLES_A_CLASS:

@@ -34,7 +34,7 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
     data = settings.data_dir
     models = [spec.model, *([spec.base] if isinstance(spec, EvaluationSpec) and spec.base else [])]
     rows = [spec.dataset, *([spec.validation] if isinstance(spec, JobSpec) and spec.validation else [])]
-    named = [r.path for r in (*models, *rows)] + [adapter.path for model in models for adapter in model.adapters]
+    named = [model.path for model in models] + [row.path for row in rows] + [adapter.path for model in models for adapter in model.adapters]
     gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""
     several = settings.gpus_per_job > 1 and isinstance(spec, JobSpec)
     return Confinement(

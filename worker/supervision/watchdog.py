@@ -41,7 +41,7 @@ class Hearing:
         """One look; asked every few seconds. A broker that is away is no fault of the worker's."""
         taken, busy = state.all_total_count[0], len(state.active_requests) >= self.places
         try:
-            waiting = sum(int(get_redis().llen(key)) for key in self.keys)  # type: ignore[arg-type]
+            waiting = sum(int(get_redis().llen(key)) for key in self.keys)
         except redis.RedisError:
             waiting = 0
         if busy or not waiting or taken != self.taken:

@@ -166,7 +166,11 @@ def names(folder: Path) -> set[str]:
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tied tensors as copies: safetensors refuses two names for one memory."""
     seen: set[int] = set()
-    return {n: t.clone() if t.data_ptr() in seen or seen.add(t.data_ptr()) else t for n, t in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def newest(runs: Path) -> Path | None:
@@ -221,7 +225,8 @@ def _joined(pieces: list[Any], rows: Callable[[int], slice] | None) -> torch.Ten
         return pieces[0][...]
     counts = [piece.get_shape()[0] for piece in pieces]
     start, end, _ = (rows(sum(counts)) if rows else slice(None)).indices(sum(counts))
-    wanted, before = [], 0
+    wanted: list[torch.Tensor] = []
+    before = 0
     for piece, count in zip(pieces, counts, strict=True):
         first, last = max(start - before, 0), min(end - before, count)
         if first < last or not wanted:  # a tensor without rows still has its other axes

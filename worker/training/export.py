@@ -10,7 +10,8 @@ import torch
 
 from app.kit import manifest
 from app.models.model_card import AppliedAdapter, Provenance, load_code, requirements
-from app.spec import JobSpec, RunSettings
+from app.run_settings import RunSettings
+from app.spec import JobSpec
 from worker.data.chat_template import tuned_kind
 from worker.modeling.classifier import Classifier
 from worker.modeling.loading import folder_of, load_strategy

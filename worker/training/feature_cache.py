@@ -77,7 +77,8 @@ def embed(
 
 
 def _batches(order: Sequence[int], ids: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    batches, held = [[]], 0
+    batches: list[list[int]] = [[]]
+    held = 0
     for i in order:
         if batches[-1] and held + len(ids[i]) > budget:
             batches.append([])

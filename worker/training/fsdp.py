@@ -16,12 +16,12 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from app.strategies._model import backbone
@@ -47,8 +47,9 @@ class Shards:
         stack = backbone(body_of(model))
         for block in fused_layers.blocks_of(stack):
             fully_shard(block, mesh=mesh, mp_policy=types, reshard_after_forward=True)
-            block.set_gradient_divide_factor(1.0)  # gradients are summed: the loss was divided by all that is learnt
-            block.set_force_sum_reduction_for_comms(True)
+            sharded = cast("FSDPModule", block)
+            sharded.set_gradient_divide_factor(1.0)  # gradients are summed: the loss was divided by all that is learnt
+            sharded.set_force_sum_reduction_for_comms(True)
         # The blocks' common root, with no weights of its own: without one each block is a root, which keeps its weights gathered after
         # its forward pass, and gathers none ahead while another computes.
         rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
@@ -61,7 +62,7 @@ class Shards:
         whole = []
         for name, p in self.spread.items():
             if isinstance(p, DTensor):
-                self.rows[name].grad = torch.zeros_like(self.rows[name]) if p.grad is None else p.grad.to_local()
+                self.rows[name].grad = torch.zeros_like(self.rows[name]) if p.grad is None else cast("DTensor", p.grad).to_local()
                 p.grad = None
             else:
                 whole.append(p)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from app.strategies._model import backbone
+from app.strategies._model import backbone, transformer
 
 
 def add_noise(model: torch.nn.Module, alpha: float) -> None:
@@ -27,7 +27,7 @@ def add_noise(model: torch.nn.Module, alpha: float) -> None:
         return out + (drawn * width[..., None]).to(out.dtype)
 
     stack.register_forward_pre_hook(look, with_kwargs=True)
-    model.get_input_embeddings().register_forward_hook(disturb)
+    transformer(model).get_input_embeddings().register_forward_hook(disturb)
 
 
 def _lengths(positions: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 
 from app.errors import DoesNotFit
 from app.optimizers import OPTIMIZERS
-from app.spec import JobSpec, RunSettings
+from app.run_settings import RunSettings
+from app.spec import JobSpec
 from worker.training.optimizers import MAKERS
 
 Named = dict[str, torch.nn.Parameter]
@@ -134,8 +135,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None
     waits for the device after every tensor of a step in any case.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale = None
-        optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are read where it is fused
+        optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
     elif not math.isfinite(norm):
         return
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]

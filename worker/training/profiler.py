@@ -55,7 +55,8 @@ class ProfileWindow(NamedTuple):
 def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -> Iterator[events.TrainerEvent]:
     """The same events, with a few steps recorded on the way."""
     recorder: Any = None
-    began, done, first, length, parts = 0.0, 0, None, 0.0, 1
+    began, done, length, parts = 0.0, 0, 0.0, 1
+    first: events.Step | None = None
     for event in told:
         yield event
         if isinstance(event, events.Started):
@@ -65,7 +66,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
         done += 1
         if done == WARM_STEPS:
             recorder, began, first = _start(), time.perf_counter(), event
-        elif done == WARM_STEPS + STEPS and recorder is not None:
+        elif done == WARM_STEPS + STEPS and recorder is not None and first is not None:
             _wait()
             seconds = time.perf_counter() - began
             recorder.stop()
@@ -79,7 +80,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
 
 
 def _start() -> Any:
-    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile  # type: ignore[attr-defined]
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     _wait()
@@ -109,7 +110,7 @@ def shares(averages: Iterable[Any]) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}
     for one in averages:
         took = (one.self_device_time_total if cuda else one.self_cpu_time_total) / 1e6
-        if cuda and one.device_type == torch.autograd.DeviceType.CPU:
+        if cuda and one.device_type == torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
             continue  # launches; the kernels stand beside them
         found[kind_of(one.key)] += took
     return found
@@ -152,7 +153,8 @@ def floor_of(spec: JobSpec, seen: ProfileWindow) -> tuple[float, float]:
     attention = 7 * seen.length * shape.heads * shape.head_dim * shape.layers
     work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1)) + attention) * seen.tokens
     learnt = strategy.learns(shape)
-    width = type(strategy).base_bits / 8 if type(strategy).base_bits else 2 if strategy.adapter else 4
+    bits = type(strategy).base_bits
+    width = bits / 8 if bits else 2 if strategy.adapter else 4
     return work, STEPS * (2 * spec.run.passes * shape.parameters() * width + 28 * learnt)
 
 

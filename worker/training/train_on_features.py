@@ -127,9 +127,9 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
             evaluation["contest"] |= contest("accuracy", *sides, cross_validated=True)
     if run.row_losses:
         shares = np.bincount(truth, minlength=len(data.labels)) / len(truth)
-        sides = [(data.train, inside, truth, False)]
+        parts = [(data.train, inside, truth, False)]
         if spec.validation is None:  # else they are rows of another dataset
-            sides.append((data.held_out, outside, held_truth, True))
+            parts.append((data.held_out, outside, held_truth, True))
         training_row_losses.write(
             folder,
             [
@@ -139,7 +139,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
                     row_losses(_probabilities(classifier.head, vectors), labels),
                     held_out,
                 )
-                for rows, vectors, labels, held_out in sides
+                for rows, vectors, labels, held_out in parts
                 if len(labels)
             ],
         )

@@ -29,10 +29,12 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Odd(
-            Finding("duplicate_key", f"The key “{shown(twice, 60)}” stands twice in one object. Keep one of them.", shown(twice, 60))
-        )
+        for key, _ in pairs:
+            if key in seen:
+                raise _Odd(
+                    Finding("duplicate_key", f"The key “{shown(key, 60)}” stands twice in one object. Keep one of them.", shown(key, 60))
+                )
+            seen.add(key)
     return result
 
 
@@ -115,10 +117,10 @@ def _unwritable(value: Any) -> Finding | None:
     """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out. Its place is
     put together on the way back from it: a place for every member of a deep row would take far more room than the row."""
     if isinstance(value, str):
-        found = _surrogates.search(value)
-        return found and Finding(
+        half = _surrogates.search(value)
+        return half and Finding(
             "lone_surrogate",
-            f"The text holds half of a character (\\u{ord(found.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
+            f"The text holds half of a character (\\u{ord(half.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
             None,
             shown(value),
         )
@@ -294,7 +296,7 @@ class _Cutter:
             way_out="Close them, or write one row on each line as .jsonl.",
             param="file",
         )
-        error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}  # type: ignore[attr-defined]
+        error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}
         return error
 
     def emit(self, *, always: bool = False) -> Iterator[tuple[int, bytes | None]]:

@@ -49,7 +49,8 @@ def repaired(text: str) -> Row | None:
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value) and not too_deep(value):
-            return storable(_whole(value))
+            mended: dict[str, Any] = storable(_whole(value))
+            return mended
     return None
 
 

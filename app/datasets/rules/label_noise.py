@@ -12,7 +12,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING
 
-from app.datasets.rules._base import MAX_ROWS, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
@@ -30,7 +30,7 @@ MIN_ACCURACY = 0.7
 
 
 class LabelNoise(Rule):
-    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, say: Say, task: str) -> None:
         super().__init__(say, task)
         self._features, self._starts = array("i"), array("q", [0])
         self._lines, self._labels = array("q"), array("i")

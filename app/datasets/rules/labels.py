@@ -6,7 +6,7 @@ import difflib
 import re
 from collections import defaultdict
 
-from app.datasets.rules._base import Rule, Seen
+from app.datasets.rules._base import Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
@@ -17,7 +17,7 @@ NEAR = 0.75
 
 
 class Labels(Rule):
-    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, say: Say, task: str) -> None:
         super().__init__(say, task)
         self._counts: dict[str, int] = {}
         self._first: dict[str, int] = {}

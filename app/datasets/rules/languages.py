@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 
-from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
 
@@ -74,7 +74,7 @@ def language(text: str, words: Sequence[str] | None = None) -> str | None:
 
 
 class Languages(Rule):
-    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, say: Say, task: str) -> None:
         super().__init__(say, task)
         self._names: dict[str, int] = {}
         self._lines, self._of = array("q"), array("h")

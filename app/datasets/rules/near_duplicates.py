@@ -11,7 +11,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING
 
-from app.datasets.rules._base import MAX_ROWS, Rule, Seen
+from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix
 
@@ -29,7 +29,7 @@ MAX_WORDS_KNOWN, MAX_WORD_KNOWN_LENGTH = 100_000, 100
 
 
 class NearDuplicates(Rule):
-    def __init__(self, say, task) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, say: Say, task: str) -> None:
         import numpy as np
 
         super().__init__(say, task)
@@ -65,7 +65,8 @@ class NearDuplicates(Rule):
         hashed = np.array(self._hashes(words) + [0] * (3 - len(words)), dtype=np.uint64)
         first, second, third = self._mix
         triples = (hashed[:-2] * first + hashed[1:-1] * second + hashed[2:] * third) >> np.uint64(32)
-        return (self._a[:minima] * triples.astype(np.uint32) + self._b[:minima]).min(axis=1).tobytes()
+        hashes: bytes = (self._a[:minima] * triples.astype(np.uint32) + self._b[:minima]).min(axis=1).tobytes()
+        return hashes
 
     def _edges_of(self, words: list[str]) -> bytes:
         """The words at both ends of a long prompt, as hashes; zeros for a short one, where every word counts anyway."""
@@ -117,7 +118,7 @@ class NearDuplicates(Rule):
         return _likeness(ends[0], ends[2]) >= ALIKE and _likeness(ends[1], ends[3]) >= ALIKE
 
 
-def _likeness(one: bytes, other: bytes) -> float:
+def _likeness(one: bytes | bytearray, other: bytes | bytearray) -> float:
     """Jaccard likeness of two sets of hashed words, four bytes each."""
     a, b = ({words[at : at + 4] for at in range(0, len(words), 4)} for words in (bytes(one), bytes(other)))
     return len(a & b) / len(a | b)

@@ -95,7 +95,8 @@ def report(room: Confinement | None = None) -> dict[str, Any]:
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
         return {"held": [], "missing": dict.fromkeys(LAYERS, reason), "uid": os.geteuid()}
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def spare_uid(purpose: str, data_dir: Path) -> int:

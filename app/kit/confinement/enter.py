@@ -10,6 +10,8 @@ The order matters: mounts and users need the privileges that are then laid down;
 of user, so it is asked for after it; Landlock would forbid mounting, and seccomp both.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -17,8 +19,33 @@ import socket
 import stat
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import kernel  # its neighbour, without the package around it
+TYPE_CHECKING = False  # `typing` has it too, and takes long to import
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from app.kit.confinement import kernel
+
+    class Order(TypedDict):
+        """What `app.kit.confinement.confined` writes, and what is found out on the way."""
+
+        system: list[str]
+        links: dict[str, str]
+        project: str
+        read: list[str]
+        write: list[str]
+        devices: list[str]
+        sockets: str
+        limits: dict[str, int]
+        uid: int
+        own_uid: int
+        parent: int
+        layers: list[str]
+        required: bool
+        report: bool
+        private: bool
+else:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import kernel  # its neighbour, without the package around it
 
 WALLS = {"files": ("mounts", "landlock"), "network": ("network", "seccomp"), "privileges": ("capabilities",), "memory": ("limits",)}
 """What `required` insists on, and which layers make it."""
@@ -28,7 +55,8 @@ FAMILIES = {"none": (), "local": (socket.AF_UNIX, 16), "loopback": (socket.AF_UN
 
 
 def main(arguments: list[str]) -> None:
-    order, command = json.loads(arguments[0]), arguments[1:]
+    order: Order = json.loads(arguments[0])
+    command = arguments[1:]
     order["private"] = False  # whether what lies at the root is this process's own
     order["own_uid"], order["uid"] = order["uid"], 0  # only where the data's files can be shown to it as its own
     where, held, missing = os.getcwd(), [], {}
@@ -59,14 +87,14 @@ def main(arguments: list[str]) -> None:
 # The layers ---------------------------------------------------------------------------------------------------------------
 
 
-def limits(order: dict) -> None:
+def limits(order: Order) -> None:
     for name, value in order["limits"].items():
         kernel.limit(name, value)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory runs out, this ends before the database does
 
 
-def mounts(order: dict) -> None:
+def mounts(order: Order) -> None:
     """A root that holds what is allowed and nothing else. As root also the user of its own, to whom the data's files are shown
     as theirs: on disk their owner stays as it is."""
     uid, gid, mapping = os.geteuid(), os.getegid(), None
@@ -89,7 +117,7 @@ def mounts(order: dict) -> None:
         order["uid"] = order["own_uid"]
 
 
-def copies(order: dict, mapping: int | None) -> dict:
+def copies(order: Order, mapping: int | None) -> dict[str, int]:
     """Path → what will be mounted there, while the whole tree can still be seen."""
     trees = {}
     for path in order["system"]:
@@ -105,7 +133,7 @@ def copies(order: dict, mapping: int | None) -> dict:
     return trees
 
 
-def build(order: dict, trees: dict) -> None:
+def build(order: Order, trees: dict[str, int]) -> None:
     root = "/tmp"  # noqa: S108  # any folder will do: it is covered in this process's view alone
     kinds = {path: stat.S_ISDIR(os.fstat(tree).st_mode) for path, tree in trees.items()}
     kernel.mount("tmpfs", root, "mode=755,size=16m")
@@ -144,13 +172,13 @@ def fresh_proc(place: str) -> bool:
     return True
 
 
-def network(order: dict) -> None:
+def network(order: Order) -> None:
     """No interface but loopback."""
     kernel.unshare(kernel.NEW_NETWORK)
     kernel.raise_loopback()
 
 
-def capabilities(order: dict) -> list[str]:
+def capabilities(order: Order) -> list[str]:
     kernel.drop_capabilities()
     held = ["capabilities"]
     if order["uid"] and os.geteuid() == 0:
@@ -167,7 +195,7 @@ def capabilities(order: dict) -> list[str]:
     return held
 
 
-def die_with_parent(order: dict) -> list[str]:
+def die_with_parent(order: Order) -> list[str]:
     if order["parent"]:
         kernel.prctl("PR_SET_PDEATHSIG", 1, 9)
         if os.getppid() != order["parent"]:
@@ -175,7 +203,7 @@ def die_with_parent(order: dict) -> list[str]:
     return []
 
 
-def landlock(order: dict) -> None:
+def landlock(order: Order) -> None:
     rules = kernel.Landlock(network=order["sockets"] == "loopback")
     for path in [*order["system"], *order["read"], "/proc", "/sys"]:
         rules.allow(path, "read")
@@ -189,7 +217,7 @@ def landlock(order: dict) -> None:
     rules.enter()
 
 
-def seccomp(order: dict) -> None:
+def seccomp(order: Order) -> None:
     kernel.forbid_calls(FAMILIES[order["sockets"]])
 
 

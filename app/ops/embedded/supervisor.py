@@ -38,7 +38,7 @@ class Child:
     env: dict[str, str] = field(default_factory=dict)
     before: Callable[[], object] | None = None
     cwd: Path = PROJECT
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     started_at: float = 0.0
     deaths: int = 0
@@ -191,6 +191,7 @@ class Supervisor:
                 child.start_at = None
         asked_at, patience = time.monotonic(), self.stopping
         for child in running:
+            assert child.process is not None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, child.stop_signal)
         while running:

@@ -77,7 +77,7 @@ def _square(first, second, sparse, place, last, width, scale1, scale2, start, st
             g, h = to_f32(A[j]) * s1 + to_f32(B[j]) * s2 + E[j], to_f32(C[j]) * s1 + to_f32(D[j]) * s2 + G[j]
             mine += g * g
             other += h * h
-        total += mine + (other if i + half < stop else F(0.0))
+        total += mine + (other if i + half < stop else F(0.0))  # type: ignore[assignment]  # numba makes one type of both
     return total
 
 

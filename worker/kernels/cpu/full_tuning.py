@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class _Group(SharedProjection):
 
     def __init__(self, layers: list[FullLinear]) -> None:
         super().__init__(layers, layers[0].weight.device)
-        self.wholes = [layer.weight.whole for layer in layers]
+        self.wholes = [_whole(layer) for layer in layers]
         self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
         for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
             whole.copy = part
@@ -104,7 +104,7 @@ def product(x: torch.Tensor, layers: Sequence[FullLinear], joined: torch.Tensor)
     biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     # The weights themselves are given so that a gradient is made also where x needs none.
-    y = _Product.apply(flat, joined, layers[0].weight.whole.rooms, bias, *(layer.weight for layer in layers))
+    y = _Product.apply(flat, joined, _whole(layers[0]).rooms, bias, *(layer.weight for layer in layers))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -115,15 +115,19 @@ class FullLinear(torch.nn.Linear):
     place = 0  # in the group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.shares(x):
+        if self.group is not None and self.shares(x):
             return self.group.take(self.place, x)
-        if _kind(x) != self.weight.whole.kind:
+        if _kind(x) != _whole(self).kind:
             return super().forward(x)
-        return product(x, [self], self.weight.whole.rounded())
+        return product(x, [self], _whole(self).rounded())
 
     def shares(self, x: torch.Tensor) -> bool:
         """Whether x is multiplied by the layers of a group together."""
-        return self.group is not None and _kind(x) == self.weight.whole.kind
+        return self.group is not None and _kind(x) == _whole(self).kind
+
+
+def _whole(layer: FullLinear | FullEmbedding) -> MasterWeight:
+    return layer.weight.whole  # type: ignore[attr-defined]  # `MasterWeight` sets it
 
 
 def _kind(x: torch.Tensor) -> torch.dtype:
@@ -163,7 +167,7 @@ class _Gated(torch.autograd.Function):
 
 
 @functools.cache
-def _lean(kind: type) -> type:
+def _lean(kind: type[torch.nn.Module]) -> type:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         down = self.down_proj
         if _kind(x) != down.weight.whole.kind:
@@ -199,7 +203,7 @@ class FullEmbedding(torch.nn.Embedding):
     """A table of words whose weight is a `MasterWeight`."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return _Rows.apply(rows, self.weight, self.weight.whole, self.padding_idx)
+        return _Rows.apply(rows, self.weight, _whole(self), self.padding_idx)
 
 
 def learns_whole(strategy: Strategy, engine: Compute) -> bool:
@@ -207,7 +211,7 @@ def learns_whole(strategy: Strategy, engine: Compute) -> bool:
     return engine.device.type == "cpu" and distributed.size() == 1 and not type(strategy).adapter
 
 
-def _plain_table(module: torch.nn.Module) -> bool:
+def _plain_table(module: torch.nn.Module) -> TypeGuard[torch.nn.Embedding]:
     return type(module) is torch.nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
 
 
@@ -221,14 +225,14 @@ def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWei
     wholes: dict[int, MasterWeight] = {}
     for module in ours:
         if id(module.weight) not in wholes:
-            wholes[id(module.weight)] = MasterWeight(module.weight, engine.compute, engine.abreast)
+            wholes[id(module.weight)] = MasterWeight(cast("torch.nn.Parameter", module.weight), engine.compute, engine.abreast)
         wholes[id(module.weight)].multiplies |= isinstance(module, torch.nn.Linear)
         module.__class__ = FullEmbedding if isinstance(module, torch.nn.Embedding) else FullLinear
     if engine.compute != torch.float32:
         for layers in siblings(model, FullLinear):
             if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded weight lies in one place
                 _Group(layers)
-    for module in list(model.modules()):
-        if type(module).__name__ in GATED and type(module.down_proj) is FullLinear and not module.down_proj._forward_hooks:
-            module.__class__ = _lean(type(module))
+    for block in list(model.modules()):
+        if type(block).__name__ in GATED and type(block.down_proj) is FullLinear and not block.down_proj._forward_hooks:
+            block.__class__ = _lean(type(block))  # type: ignore[arg-type]  # a class is hashable
     return list(wholes.values())

@@ -117,7 +117,7 @@ def halves(given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def gate_and_up(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """gate and up of x (…, K) as rows: side by side, (R, 2 I), where they share a product, else each, (R, I)."""
     gate, up = layer.gate_proj, layer.up_proj
-    group = getattr(gate, "group", None)
+    group: Any = getattr(gate, "group", None)
     shared = group is not None and group is getattr(up, "group", None) and gate.shares(x)
     found = [group.product(x)] if shared else [gate(x), up(x)]
     return [one.view(-1, one.shape[-1]) for one in found]
@@ -143,5 +143,5 @@ def patch_gated_mlp(model: torch.nn.Module) -> int:
     """Have a model's gated layers computed as above. Returns how many were switched."""
     found = [m for m in model.modules() if type(m).__name__ in GATED and not hasattr(type(m), "plain") and gate_of(m)]
     for module in found:
-        module.__class__ = _in_one_pass(type(module))
+        module.__class__ = _in_one_pass(type(module))  # type: ignore[arg-type]  # a class is hashable
     return len(found)

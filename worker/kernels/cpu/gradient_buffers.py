@@ -104,16 +104,19 @@ class MasterWeight:
         if self.kept and self.weight.grad is None:
             self.sparse = _sum_of_rows(read) if read else None
             return
-        if (read or self.kept) and self.weight.grad is None:
-            self.weight.grad = self._room().zero_()
+        whole = self.weight.grad
+        if whole is None:
+            if not read:
+                return
+            whole = self.weight.grad = self._room().zero_()
         for _, (gradient, scale) in sorted(self.kept.items()):
-            self.weight.grad.add_(gradient, alpha=scale)
+            whole.add_(gradient, alpha=scale)
         self.kept.clear()
         if self.sparse is not None:
-            self.weight.grad.index_add_(0, *self.sparse)
+            whole.index_add_(0, *self.sparse)
             self.sparse = None
         for _, rows, gradients in read:
-            self.weight.grad.index_add_(0, rows, gradients)
+            whole.index_add_(0, rows, gradients)
 
     def pieces(self) -> SplitGradient:
         """The gradient as it is kept."""

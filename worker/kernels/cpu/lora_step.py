@@ -146,7 +146,7 @@ def _add(table, width, start, stop):
                     A[j] += B[j]
             for j in range(T[1]):
                 squares += A[j] * A[j]
-            total += squares
+            total += squares  # type: ignore[assignment]  # numba makes one type of both
     return total
 
 

@@ -69,7 +69,8 @@ class _InOnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: torch.Tensor) -> Any:
-        return *_turned(given, *ctx.saved_tensors, ctx.given, back=True), None, None, None
+        cos, sin = ctx.saved_tensors
+        return *_turned(given, cos, sin, ctx.given, back=True), None, None, None
 
 
 class _Rotary(torch.autograd.Function):

@@ -16,7 +16,7 @@ def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
     """The layers of each such set, where all of them are of `kind`, with or all without a bias, and of one type of numbers."""
     for parent in model.modules():
         for names in JOINED:
-            layers = [getattr(parent, name, None) for name in names]
+            layers: list[Any] = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, kind) for layer in layers):
                 linears = [getattr(layer, "base_layer", layer) for layer in layers]
                 if len({(linear.bias is None, linear.weight.dtype) for linear in linears}) == 1:
@@ -29,7 +29,7 @@ class SharedProjection(ABC):
     def __init__(self, layers: Sequence[Any], device: torch.device) -> None:
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
-        self.kept = place_for_notes(device)  # .source and .parts: an input, and what of its outputs nobody took yet
+        self.kept: Any = place_for_notes(device)  # .source and .parts: an input, and what of its outputs nobody took yet
         for place, layer in enumerate(layers):
             layer.group, layer.place = self, place
 

@@ -49,9 +49,9 @@ def compile_all() -> None:
     if not jit.is_available():
         return
     half, full = torch.bfloat16, torch.float32
-    for given, weight, wanted in ((half, half, half), (half, full, half), (full, full, half), (full, full, full)):
+    for given, kind, wanted in ((half, half, half), (half, full, half), (full, full, half), (full, full, full)):
         x = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True)
-        rms_norm(x, torch.ones(32, dtype=weight), 1e-6, wanted).square().sum().backward()
+        rms_norm(x, torch.ones(32, dtype=kind), 1e-6, wanted).square().sum().backward()
     for given, table, rounds in ((half, half, False), (half, full, False), (half, full, True), (full, full, False)):
         q, angles = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True), torch.ones(1, 4, 32, dtype=table)
         with torch.autocast("cpu", half, enabled=rounds):
@@ -64,7 +64,9 @@ def compile_all() -> None:
     weight, moments, room = torch.ones(1, 32), torch.zeros(2, 1, 32), torch.zeros(1, 32, dtype=half)
     pieces = adamw.SplitGradient(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
     adamw.squares(pieces, 0, 1)
-    adamw.move_(adamw.AdamWState(weight, *moments, room), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1)
+    adamw.move_(
+        adamw.AdamWState(weight, moments[0], moments[1], room), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1
+    )
     if amx_attention.is_available():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
         amx_attention.attention(q, q, q, [4], amx_attention.Rules(1.0, True, 0)).sum().backward()

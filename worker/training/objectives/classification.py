@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from app import events
 from app.errors import BadData
+from app.planning.duration import EXAMPLES_A_CLASS
 from app.spec import MAX_CLASSES, JobSpec
 from worker.data import batching
 from worker.data.batching import BadRow, Row, Tokenised
@@ -179,7 +180,7 @@ class SequenceClassification(Objective):
         return LossOutput(F.cross_entropy(scores.float(), truth, reduction="sum"), sum(lengths), len(lengths))
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
-        self.newest = yield from sorting(model, self.held_out, budget, engine)
+        self.newest = yield from sorting(cast("Classifier", model), self.held_out, budget, engine)
         found = classification_scores(self.newest, self.held_truth, self.labels or [])
         rows = row_losses(self.newest, self.held_truth)
         names = ("accuracy", "macro_f1", "calibration_error")
@@ -200,7 +201,7 @@ class SequenceClassification(Objective):
     # At the end -----------------------------------------------------------------------------------------------------------
 
     def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
-        return row_losses((yield from sorting(model, self.train, budget, engine)), self.train_truth)
+        return row_losses((yield from sorting(cast("Classifier", model), self.train, budget, engine)), self.train_truth)
 
     def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         """Of always answering with the shares of the labels: before tuning there is no classifier."""
@@ -213,7 +214,7 @@ class SequenceClassification(Objective):
         return Writer(body_of(model), output_layer(self.spec.model, model))
 
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, np.ndarray]:
-        return (yield from sorting(model, self.held_out, budget, engine))
+        return (yield from sorting(cast("Classifier", model), self.held_out, budget, engine))
 
     def evaluation(self, state: State, examined: np.ndarray, base: Loader, budget: int, engine: Compute) -> dict[str, Any]:
         """Beside always answering with the shares of the training labels, as no model answers with labels before tuning."""
@@ -248,7 +249,7 @@ def label_remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
 
 
 def label_contest(
-    answers: np.ndarray, train_truth: np.ndarray, truth: np.ndarray, nearest: np.ndarray, examples: int = prompt_baseline.EXAMPLES_A_CLASS
+    answers: np.ndarray, train_truth: np.ndarray, truth: np.ndarray, nearest: np.ndarray, examples: int = EXAMPLES_A_CLASS
 ) -> dict[str, Any]:
     """A classifier's answers, (rows,), against the commonest label, and against what the base's vectors answer for the first rows."""
     right = answers == truth
