@@ -325,6 +325,12 @@ class RunSettings(BaseModel):
         "without training.",
         json_schema_extra={"group": "Evaluation"},
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="What the run computes on. auto takes the GPU where there is one, cpu leaves it to others, and cuda is refused without one.",
+        json_schema_extra={"group": "Hardware"},
+        exclude_if=lambda device: device == "auto",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Precision of the arithmetic. auto takes bf16 where this machine gains by it.",

@@ -247,6 +247,17 @@ class Model(Leased, Base):
     )
 
 
+class ModelAlias(Base):
+    """A name that a person chose for a model. What may be called so stands in `app/models/aliases.py`."""
+
+    __tablename__ = "model_aliases"
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True, index=True, comment="what `model=` takes; never the name of a model")
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that answers now")
+    created_at: Mapped[datetime] = now()
+    moved_at: Mapped[datetime] = now()
+
+
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
 

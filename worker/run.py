@@ -181,7 +181,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     )
     pace = duration.pace_from(spec, course, speed, recomputed, measured.seconds, started.seconds_to_load)
     if pace is not None:  # a job that found a part of its vectors made tells nothing
-        hardware.calibrate(duration.work_of(spec, started.precision), pace)
+        hardware.calibrate(duration.work_of(spec, started.precision), pace, spec.run.device)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -80,19 +80,19 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
     asked = dict(run or {})
     settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
-    feasibility.refuse_optimizer(settings, heartbeats.training_machine())
+    feasibility.refuse_device(settings, heartbeats.training_machine())
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Ask again when it has been read.", param="dataset_id")
     measured = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
     result = result_of(measured)
-    facts = facts_of(dataset, result)
+    facts = facts_of(dataset, result, settings.device)
     why_not = feasibility.why_not_tuned(resolved.ref, facts.task)
     costs = {} if why_not else costs_of(session, resolved.ref, dataset, facts, settings)
     ranking = advisor.advise(facts, resolved.ref.shape, costs, why_not)
     tune = should_tune(facts, result)
     if result and not why_not:
-        tune.changed = changed(ranking, advisor.advise(facts_of(dataset), resolved.ref.shape, costs))
+        tune.changed = changed(ranking, advisor.advise(facts_of(dataset, None, settings.device), resolved.ref.shape, costs))
     return Advised(
         model=resolved.model.name,
         dataset=dataset.name,
@@ -137,10 +137,10 @@ def result_of(measured: Evaluation | None) -> JSON:
     return (measured.result if measured is not None and measured.status == "succeeded" else None) or {}
 
 
-def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None) -> Facts:
-    """What is known of the data and the machine, and what an evaluation of the kind `advice` found."""
+def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: str = "auto") -> Facts:
+    """What is known of the data and the machine that computes on `device`, and what an evaluation of the kind `advice` found."""
     metric, zero, few = prompted(result or {})
-    stats, here = datasets.stats(dataset), heartbeats.training_machine()
+    stats, here = datasets.stats(dataset), heartbeats.training_machine().on(device)
     report = dataset.report or {}
     counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
     return Facts(

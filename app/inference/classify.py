@@ -83,4 +83,5 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
     """The classifiers that can be asked, newest first."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
-    return {"Classifiers": [playground.option(m) for m in reversed(rows)]} if rows else {}
+    found = {"Classifiers": [playground.option(m) for m in reversed(rows)], "Aliases": playground.alias_options(session, user, rows)}
+    return {group: options for group, options in found.items() if options}

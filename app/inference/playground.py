@@ -32,7 +32,7 @@ from app.inference.protocol import (
     TextPart,
 )
 from app.jobs import solved_examples
-from app.models import interpolation
+from app.models import aliases, interpolation
 from app.models import service as models
 from app.models.service import Resolved
 from app.spec import ModelRef
@@ -388,6 +388,7 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
         ],
         "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50 % strength") for m in reversed(rows) if _blends(m)][:20],
         "Checkpoints": _checkpoints(session, user),
+        "Aliases": alias_options(session, user, rows),
     }
     return {group: options for group, options in found.items() if options}
 
@@ -395,6 +396,12 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
 def option(model: Model, name: str = "", title: str = "") -> Option:
     """A model as it is offered, or something made of it under a name and title of its own."""
     return Option(name or model.name, title or model.title, model.kind, models.option_text(model, title), model.kept)
+
+
+def alias_options(session: Session, user: User, rows: Sequence[Model]) -> list[Option]:
+    """The aliases of these models."""
+    named = aliases.of_models(session, user)
+    return [Option(name, name, m.kind, f"{name} · {m.title}") for m in rows for name in named.get(m.id, ())]
 
 
 def _blends(model: Model) -> bool:

@@ -77,9 +77,9 @@ def _gpus() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
 
 
-def ask_room(job_id: uuid.UUID, size_bytes: int) -> None:
-    """Idle models of this machine are put away while a job trains that needs their memory. Repeat it while it trains."""
-    where = f"cuda:{_gpus()}" if this_machine().cuda else "cpu"
+def ask_room(job_id: uuid.UUID, size_bytes: int, device: str = "auto") -> None:
+    """Idle models of this machine are put away while a job trains that needs their memory on `device`. Repeat it while it trains."""
+    where = f"cuda:{_gpus()}" if this_machine().cuda and device != "cpu" else "cpu"
     with contextlib.suppress(redis.RedisError, RuntimeError):  # a broker that is away is no reason not to train
         get_redis().set(_room(job_id), f"{size_bytes} {where}", ex=ROOM_SECONDS)
 

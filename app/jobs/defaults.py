@@ -32,7 +32,7 @@ def usual_run(
         dataset.task,
         rows,
         each,
-        gpu_memory_bytes=heartbeats.training_machine().gpu_memory_bytes,
+        gpu_memory_bytes=heartbeats.training_machine().on(wanted.device).gpu_memory_bytes,
         max_tokens_per_step=max(1, round(wanted.step_tokens(each))) if {"max_tokens_per_step", "batch_size"} & asked.keys() else None,
         epochs=wanted.epochs if "epochs" in asked else None,
         preset=preset,
@@ -42,7 +42,9 @@ def usual_run(
     return {name: value for name, value in found.items() if name not in given}
 
 
-SIZED = ("max_tokens_per_step", "batch_size", "gradient_accumulation_steps", "epochs", "validation_fraction", "data_fraction", "max_length")
+SIZED = (
+    "max_tokens_per_step", "batch_size", "gradient_accumulation_steps", "epochs", "validation_fraction", "data_fraction", "max_length", "device",
+)  # fmt: skip
 """Settings that decide how many steps a dataset gives."""
 
 

@@ -50,9 +50,6 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     held_out = rows_of(order["validation_file"], folder, "validation_file")[0] if order.get("validation_file") else None
     strategy = job_request.read_strategy(order.get("strategy") or {"name": "lora"})
     task = order.get("task") or task
-    reason = strategy.unavailable(model.shape, task=task, cuda=job_request.has_gpu())
-    if reason:
-        raise BadField(reason, way_out="Choose another method or model.", param="strategy")
     settings = dict(order.get("run") or {})
     if order.get("seed") is not None:
         settings.setdefault("seed", order["seed"])
@@ -60,6 +57,9 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         run = RunSettings.model_validate(settings)
     except ValidationError as error:
         raise job_request.bad_field(error, "run") from None
+    reason = strategy.unavailable(model.shape, task=task, cuda=job_request.has_gpu(run.device))
+    if reason:
+        raise BadField(reason, way_out="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
     rest = {name: order[name] for name in ("split", "preference") if order.get(name)}
     if task == "preference":

@@ -206,10 +206,12 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     model, dataset, validation, task = found
     strategy = read_strategy(order.strategy)
     feasibility.refuse_modules(strategy, model.shape, task)
-    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None)
-    if reason:
-        raise BadField(reason, way_out="Choose another method or model.", param="strategy", code="strategy_unavailable")
     run = _run_settings(order, strategy, dataset, task)
+    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device)
+    if reason:
+        hidden = run.device == "cpu" and has_gpu()
+        way_out = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
+        raise BadField(reason, way_out=way_out, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
     feasibility.refuse_turns(run, task, dataset.format)
@@ -228,10 +230,10 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     )
 
 
-def why_not(strategy: Strategy, shape: Shape, task: str | None) -> str | None:
-    """Why this strategy cannot tune such a model here; None where it can. Without a task, as while rows are still being read,
+def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto") -> str | None:
+    """Why this strategy cannot tune such a model here, on `device`; None where it can. Without a task, as while rows are still being read,
     any task that it can learn will do."""
-    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu()) for one in ((task,) if task else strategy.tasks)]
+    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu(device)) for one in ((task,) if task else strategy.tasks)]
     return reasons[0] if all(reasons) else None
 
 
@@ -392,10 +394,11 @@ def _preference(order: JobRequest, task: Task, dataset: Dataset) -> PreferenceSe
         raise bad_field(error, "preference") from None
 
 
-def has_gpu() -> bool:
+def has_gpu(device: str = "auto") -> bool:
+    """Whether a job on this device has a GPU."""
     from app.machines import heartbeats
 
-    return heartbeats.training_machine().cuda
+    return heartbeats.training_machine().on(device).cuda
 
 
 def figures_of(session: Session, spec: JobSpec) -> JSON | None:

@@ -22,6 +22,8 @@ MEASURED = "measured"
 """The folder of what trainers measured of this machine, the one thing beside their own work that they write down for all."""
 CALIBRATION = f"{MEASURED}/calibration.json"
 ARITHMETIC = f"{MEASURED}/arithmetic.json"
+BF16_WORTHWHILE = 1.2
+"""So many times faster than fp32 are bf16 products on a processor that takes them."""
 
 
 class Pace(BaseModel):
@@ -79,6 +81,13 @@ class Machine(BaseModel):
     def cuda(self) -> bool:
         return self.gpu_memory_bytes is not None
 
+    def on(self, device: str) -> Machine:
+        """This machine to a job that computes on `device` (auto, cpu or cuda): for cpu, one without its GPU."""
+        if device != "cpu" or not self.cuda:
+            return self
+        pays = self.matrix_units if self.bf16_measured is None else self.bf16_measured >= BF16_WORTHWHILE
+        return self.model_copy(update={"gpu_name": None, "gpu_memory_bytes": None, "gpu_capability": None, "bf16_pays": pays})
+
     @property
     def training_memory_bytes(self) -> int:
         """The memory that each process of a job has to fit into."""
@@ -88,7 +97,7 @@ class Machine(BaseModel):
 def this_machine() -> Machine:
     """This machine with its newest calibration; the rest is looked up once."""
     facts, gain = _facts(), read_bf16()
-    pays = facts.bf16_pays if gain is None or facts.cuda else gain >= 1.2
+    pays = facts.bf16_pays if gain is None or facts.cuda else gain >= BF16_WORTHWHILE
     known = {"paces": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
     return facts.model_copy(update=known)
 
@@ -175,9 +184,9 @@ def read_calibration() -> dict[str, Pace]:
         return {}
 
 
-def calibrate(work: str, new: Pace) -> None:
-    """Note how fast a finished job was; each new figure moves the kept one half of the way."""
-    paces, key = read_calibration(), f"{this_machine().device} · {work}"
+def calibrate(work: str, new: Pace, device: str = "auto") -> None:
+    """Note how fast a finished job was on `device`; each new figure moves the kept one half of the way."""
+    paces, key = read_calibration(), f"{this_machine().on(device).device} · {work}"
     paces[key] = _middle([paces.get(key, new), new], statistics.fmean)
     _write(CALIBRATION, {name: pace.model_dump() for name, pace in paces.items()})
 

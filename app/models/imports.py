@@ -27,7 +27,7 @@ from app.leases import now
 from app.models import hub, import_checks, integrity, starters
 from app.settings import get_settings
 from app.spec import ModelRef
-from app.tables import Model, User
+from app.tables import Model, ModelAlias, User
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def add_folder(
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,
-        name=_free(session, _good_name(name or folder.name)),
+        name=_free(session, good_name(name or folder.name)),
         title=(name or folder.name)[:120],
         kind=kind or ("encoder" if shape.architecture == "encoder" else "generic"),
         source={"from": "folder", "path": str(folder), **({"kind": kind} if kind else {})},
@@ -101,7 +101,7 @@ def add_hub(session: Session, user: User, repo: str, name: str | None = None, re
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,
-        name=_free(session, _good_name(name or repo)),
+        name=_free(session, good_name(name or repo)),
         title=(name or repo)[:120],
         kind="generic",
         source={"from": "hub", "repo": repo, "revision": revision},
@@ -133,25 +133,33 @@ def _was_refused(model: Model) -> bool:
     return model.status == "error" and (model.error or {}).get("code") == REFUSED
 
 
-def _good_name(name: str) -> str:
+def good_name(name: str, param: str = "name") -> str:
+    """What a person calls a model, or an alias of one. Raises BadField."""
     if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
         raise BadField(
             f"{name[:80]} is how an id is written, so a model of that name could not be found.",
             way_out="Choose another name.",
-            param="name",
+            param=param,
         )
     if not _NAME.fullmatch(name):
         raise BadField(
             f"{name[:80]!r} cannot be a model's name.",
             way_out="Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`.",
-            param="name",
+            param=param,
         )
     return name
 
 
+def is_a_model(session: Session, name: str) -> bool:
+    """Whether a model has this name, whoever it belongs to."""
+    return session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))) is not None
+
+
 def _free(session: Session, name: str) -> str:
-    if session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))):
+    if is_a_model(session, name):
         raise Conflict(f"There is a model called {name} already.", way_out="Give another name, or delete that one.", param="name")
+    if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name).limit(1)):
+        raise Conflict(f"{name} is an alias already.", way_out="Give another name, or remove the alias.", param="name")
     return name
 
 
@@ -196,7 +204,7 @@ def adopt_starters(session: Session) -> list[Model]:
         if session.get(Model, key) is not None:
             continue
         facts = starters.present(name)
-        if facts is None or session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))):
+        if facts is None or is_a_model(session, name):
             continue
         model = Model(id=key, name=name, title=starter.title, kind=starter.kind, license=starter.license, **_ready(key, facts))
         model.source = {"starter": name, **facts["source"]}

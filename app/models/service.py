@@ -26,7 +26,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Checkpoint, Evaluation, Job, Model, User
+from app.tables import Checkpoint, Evaluation, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
 """The part of a tuned model's name where OpenAI writes the organization."""
@@ -52,10 +52,12 @@ def visible(user: User) -> ColumnElement[bool]:
 
 
 def get(session: Session, user: User, name: str) -> Model:
-    """The model with this name or public id. Raises NotFound, also for another person's model and a deleted one."""
-    key = ids.parse(ids.MODEL, name) if re.fullmatch(r"model-[0-9a-f]{32}", name) else None
-    wanted = Model.id == key if key else Model.name == name.replace("\0", "")
-    model = session.scalar(select(Model).where(wanted, visible(user)))
+    """The model with this name, alias or public id. Raises NotFound, also for another person's model and a deleted one."""
+    key, plain = ids.parse(ids.MODEL, name) if re.fullmatch(r"model-[0-9a-f]{32}", name) else None, name.replace("\0", "")
+    model = session.scalar(select(Model).where(Model.id == key if key else Model.name == plain, visible(user)))
+    if model is None and key is None:
+        named = select(ModelAlias.model_id).where(ModelAlias.owner_id == user.id, ModelAlias.name == plain).scalar_subquery()
+        model = session.scalar(select(Model).where(Model.id == named, visible(user)))
     if model is None:
         raise NotFound(
             f"No such model: {name[:120]!r}.",
@@ -82,7 +84,7 @@ def list_(session: Session, user: User) -> list[Model]:
 
 
 def resolve(session: Session, user: User, name: str) -> Resolved:
-    """What `model=` means. Takes names, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each also with a blend
+    """What `model=` means. Takes names, aliases, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each also with a blend
     behind it, as in `NAME@0.5`.
 
     Raises NotFound for a name that means nothing, Conflict while the model is still being fetched, BadData when a
@@ -330,7 +332,7 @@ def merge(session: Session, user: User, model: Model) -> Model:
 
 
 def dependants(session: Session, model: Model) -> list[str]:
-    """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights."""
+    """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights, aliases of it."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
     reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
     scored = select(Evaluation).where(
@@ -338,7 +340,9 @@ def dependants(session: Session, model: Model) -> list[str]:
     )
     reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
     tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
-    return reasons + [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
+    reasons += [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
+    named = session.scalars(select(ModelAlias.name).where(ModelAlias.model_id == model.id).order_by(ModelAlias.name))
+    return reasons + [f"The alias {alias} points to it." for alias in named]
 
 
 def delete(session: Session, user: User, model: Model) -> None:
@@ -352,7 +356,7 @@ def delete(session: Session, user: User, model: Model) -> None:
         more = f" And {len(reasons) - 3} more." if len(reasons) > 3 else ""
         raise Conflict(
             f"{model.name} is still needed. {' '.join(reasons[:3])}{more}",
-            way_out="Delete or cancel those first.",
+            way_out="Delete, cancel or move those first.",
             param="model",
             code="model_in_use",
         )

@@ -80,7 +80,7 @@ class Estimate(BaseModel):
 
 def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | None = None) -> Estimate:
     """What the job will take on this machine. `validation` is what is known of the rows of `spec.validation`."""
-    course = course_of(spec, stats, validation)
+    machine, course = machine.on(spec.run.device), course_of(spec, stats, validation)
     if type(spec.strategy).recipe == "features":
         return _of_features(spec, course, machine)
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy

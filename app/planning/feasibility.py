@@ -166,11 +166,18 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
         )
 
 
-def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
-    """Raises BadField for an optimizer that the machine that trains cannot run."""
-    if OPTIMIZERS[run.optimizer].needs_gpu and not machine.cuda:
+def refuse_device(run: RunSettings, machine: Machine) -> None:
+    """Raises BadField for a GPU that the machine that trains does not have, and for an optimizer that needs one."""
+    if run.device == "cuda" and not machine.cuda:
         raise BadField(
-            f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and the machine that trains shows none.",
+            "The device cuda needs an NVIDIA GPU, and the machine that trains shows none.",
+            way_out="Take auto or cpu. `luthier doctor` on that machine tells why a GPU is not seen.",
+            param="run.device",
+            code="needs_gpu",
+        )
+    if OPTIMIZERS[run.optimizer].needs_gpu and not machine.on(run.device).cuda:
+        raise BadField(
+            f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and {_no_gpu(run, machine)}.",
             way_out="Take adamw. To save memory without a GPU, train fewer weights (LoRA and its variants), lower the tokens per batch, "
             "or split each batch into more micro-batches.",
             param="run.optimizer",
@@ -178,9 +185,14 @@ def refuse_optimizer(run: RunSettings, machine: Machine) -> None:
         )
 
 
+def _no_gpu(run: RunSettings, machine: Machine) -> str:
+    """Why a run has no GPU."""
+    return "the run's device is cpu" if machine.cuda and run.device == "cpu" else "the machine that trains shows none"
+
+
 def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine: Machine) -> None:
     """Raises BadField for settings that need a GPU, or a newer one, than this machine has, or another strategy."""
-    refuse_optimizer(run, machine)
+    refuse_device(run, machine)
     if machine.processes > 1 and not strategy.adapter and not OPTIMIZERS[run.optimizer].spreads:
         raise BadField(
             f"{run.optimizer} needs whole weights, and {machine.processes} processes share those of {strategy.title}.",
@@ -199,8 +211,8 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     if run.frozen_weights != "fp8":
         return
     reason = None
-    if not machine.cuda:
-        reason = "Products in fp8 need an NVIDIA GPU, and this machine shows none."
+    if not machine.on(run.device).cuda:
+        reason = f"Products in fp8 need an NVIDIA GPU, and {_no_gpu(run, machine)}."
     elif machine.gpu_capability is not None and machine.gpu_capability < MIN_FP8_CAPABILITY:
         reason = f"Products in fp8 need a GPU of capability {MIN_FP8_CAPABILITY} or later; {machine.gpu_name} has {machine.gpu_capability}."
     elif getattr(strategy, "bias", "none") != "none" or getattr(strategy, "modules_to_save", None):

@@ -447,6 +447,7 @@ class Call:
     def _proof(self) -> dict[str, Any]:
         who = self.asked[0].speaker
         return {
+            "model": who.ref.name,
             "revision": who.ref.revision,
             "adapter_sha256": who.adapter_sha256,
             "engine": who.engine.url if who.engine else None,

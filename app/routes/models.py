@@ -18,8 +18,8 @@ from app.evaluation import service as evaluations
 from app.evaluation import verdict
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
+from app.models import aliases, integrity, model_card, starters
 from app.models import imports as model_imports
-from app.models import integrity, model_card, starters
 from app.models import service as models
 from app.models.integrity import BadModel
 from app.routes.accounts import safe_next
@@ -93,7 +93,12 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "engine": external_servers.to_json(model),
         "revision": model.revision,
         "adapter_sha256": model.adapter_sha256,
+        "alias_of": None,
     }
+
+
+def _alias_json(session: Session, name: str, model: Model) -> dict[str, Any]:
+    return to_json(session, model, name) | {"alias_of": model.name}
 
 
 def parameters(model: Model) -> int | None:
@@ -103,8 +108,10 @@ def parameters(model: Model) -> int | None:
 
 @api.get("/models", operation_id="list_models", responses=answers(schemas.list_of(schemas.Model)))
 def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
-    """Every model that can be used or is being fetched."""
-    rows = [to_json(session, model) for model in models.list_(session, user)]
+    """Every model that can be used or is being fetched, and after it your aliases of it."""
+    named, rows = aliases.of_models(session, user), []
+    for model in models.list_(session, user):
+        rows += [to_json(session, model), *(_alias_json(session, name, model) for name in named.get(model.id, ()))]
     return {"object": "list", "data": rows, "has_more": False}
 
 
@@ -116,11 +123,12 @@ def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, An
 
 @api.get("/models/{model:path}", operation_id="retrieve_model", responses=answers(schemas.Model))
 def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
-    """A model by its name or id, or a checkpoint as a model."""
+    """A model by its name, alias or id, or a checkpoint as a model."""
     if ":ckpt-step-" in model or model.startswith("ftckpt_"):
         found = models.resolve(session, user, model)
         return to_json(session, found.model, name=found.ref.name)
-    return to_json(session, models.get(session, user, model))
+    row = models.get(session, user, model)
+    return _alias_json(session, model, row) if model not in (row.name, _key(row)) else to_json(session, row)
 
 
 @api.delete("/models/{model:path}", operation_id="delete_model", responses=answers(schemas.Deleted, 409))
@@ -259,7 +267,7 @@ TABS: dict[Tab, str] = {
 
 @pages.get("/models/{key}", response_class=HTMLResponse)
 def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: Tab = "use") -> Response:
-    return _model_page(request, session, user, models.get(session, user, key), tab)
+    return show_model(request, session, user, models.get(session, user, key), tab)
 
 
 @pages.post("/models/{key}/api-key", response_class=HTMLResponse)
@@ -267,15 +275,25 @@ def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -
     """A key, shown this once in the code that uses it."""
     model = models.get(session, user, key)
     _, text = auth.create_key(session, user, model.title)
-    return _model_page(request, session, user, model, "use", new_key=text)
+    return show_model(request, session, user, model, "use", new_key=text)
 
 
-def _model_page(
-    request: Request, session: Session, user: User, model: Model, tab: Tab, fault: StudioError | None = None, new_key: str = ""
+def show_model(
+    request: Request,
+    session: Session,
+    user: User,
+    model: Model,
+    tab: Tab,
+    fault: StudioError | None = None,
+    new_key: str = "",
+    alias: str = "",
 ) -> Response:
+    """The page of a model. `alias` is what was typed into its form."""
     chain, page = models.lineage(session, model), f"/models/{_key(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
     merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
+    named = aliases.list_(session, user)
+    own = [one.alias.name for one in named if one.model.id == model.id]
     address = f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1"
     return render(
         request,
@@ -301,8 +319,11 @@ def _model_page(
         blends=evaluations.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,
         load_code=model_card.load_code(model.kind, models.made_of(session, model)),
-        snippets=snippets.snippets(model.kind, model.name, address, new_key or snippets.NO_KEY),
+        snippets=snippets.snippets(model.kind, own[0] if own else model.name, address, new_key or snippets.NO_KEY),
         new_key=new_key,
+        alias=alias,
+        aliases=own,
+        aliases_elsewhere=[one for one in named if one.model.id != model.id],
         merged=merged,
         merges=models.can_merge(session, model),
         key_of=_key,
@@ -319,7 +340,7 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
     try:
         models.delete(session, user, model)
     except Conflict as fault:
-        return _model_page(request, session, user, model, "settings", fault)
+        return show_model(request, session, user, model, "settings", fault)
     flash(request, f"{model.title} was deleted.")
     return RedirectResponse("/models", status_code=303)
 

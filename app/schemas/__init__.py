@@ -39,7 +39,7 @@ from app.schemas.fine_tuning import (
     JobEstimate,
     StreamedJobEvent,
 )
-from app.schemas.models import Engine, EngineOfModel, LoadedModels, Model
+from app.schemas.models import Engine, EngineOfModel, LoadedModels, Model, ModelAlias
 from app.schemas.predictions import Prediction
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
@@ -80,6 +80,7 @@ __all__ = [
     "JobEstimate",
     "LoadedModels",
     "Model",
+    "ModelAlias",
     "NextTokensOfModels",
     "OpenAPIDocument",
     "Prediction",

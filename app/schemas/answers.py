@@ -38,6 +38,7 @@ class Usage(Schema):
 class Proof(Schema):
     """Who answered, how fast, and the seeds that give the same answers again."""
 
+    model: str = Field(description="The model that answered, also where an alias was named.")
     revision: str
     adapter_sha256: str | None
     engine: str | None = Field(description="Address of the server that answered; null is the studio's own engine.")

@@ -48,6 +48,17 @@ class Model(Schema):
     engine: ModelEngine | None
     revision: str | None
     adapter_sha256: str | None
+    alias_of: str | None = Field(description="The model that this alias points to now; null for a model's own name.")
+
+
+class ModelAlias(Schema):
+    """A name that you chose for a model."""
+
+    id: str = Field(description="What `model` takes.")
+    object: Literal["model.alias"]
+    model: str = Field(description="The model that answers now.")
+    created_at: int = Field(description="Seconds since 1970.")
+    moved_at: int = Field(description="When it was last set: seconds since 1970.")
 
 
 class EngineError(Schema):

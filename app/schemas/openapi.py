@@ -197,6 +197,7 @@ TAGS = {
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
     "fine_tuning": "Jobs, their events and checkpoints.",
+    "model_aliases": "Names of your own for models, which can be moved from one to another.",
     "models": "Base models and their fine-tunes.",
     "next_tokens": "The next tokens a model predicts, and the likelihood of a text.",
     "openapi": "This document.",

@@ -165,7 +165,7 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
         picks=[],
         run_controls=_controls(run.typed, run.errors, usual),
         errors=errors,
-        memory_bytes=heartbeats.training_machine().training_memory_bytes,
+        memory_bytes=heartbeats.training_machine().on(run.settings.get("device", "auto")).training_memory_bytes,
         asked=[name for name in strategies if name in STRATEGIES],
     )
     if model and dataset and not run.errors:

@@ -199,8 +199,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
         errors["validation"] = _why_not(rows, typed["validation"])
-    ranking = ranking_of(session, user, model, dataset)
-    cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking)
+    device = typed.get("run.device", "auto")
+    ranking = ranking_of(session, user, model, dataset, device)
+    cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking, device)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
@@ -244,7 +245,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
-        machine_bytes=_memory(),
+        machine_bytes=_memory(device),
     )
     if model and dataset and not errors:
         _try(session, user, form, filled, run, compared)
@@ -305,24 +306,25 @@ def _why_not(rows: list[Dataset], wanted: str) -> str:
     return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
 
 
-def _memory() -> int | None:
-    """Bytes a job can have on the machine that trains: the GPU's where there is one."""
+def _memory(device: str) -> int | None:
+    """Bytes a job can have on the machine that trains: the GPU's where there is one and it is used."""
     from app.machines import heartbeats
 
-    return heartbeats.training_machine().training_memory_bytes
+    return heartbeats.training_machine().on(device).training_memory_bytes
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------
 
 
-def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None) -> dict[str, Advice]:
+def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None, device: str = "auto") -> dict[str, Advice]:
     """The advisor's word on every strategy by its name; empty until there is a model and data that was read."""
     from app.evaluation import advice
 
     if model is None or dataset is None or dataset.status != "ready" or not dataset.good_rows:
         return {}
+    run = {"device": "cpu"} if device == "cpu" else None  # what else was typed is checked where the order is built
     try:
-        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset).ranking}
+        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset, run).ranking}
     except StudioError:
         return {}  # the form says itself what is wrong with the model or the data
 
@@ -334,9 +336,9 @@ def _reference(session: Session, model: Model | None) -> ModelRef | None:
         return None  # a part of it is gone: building the order says so beside the field
 
 
-def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice]) -> list[StrategyCard]:
+def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str) -> list[StrategyCard]:
     """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
-    cuda = job_request.has_gpu()
+    cuda = job_request.has_gpu(device)
     whole = feasibility.why_not_tuned(model, task) if model else None
     reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from app.datasets import ingest_task, resumable_upload
@@ -21,10 +21,11 @@ from app.inference import playground, votes
 from app.inference.playground import AnswerFold
 from app.inference.protocol import Done, Sampling, Started, TextPart
 from app.kit import ids, manifest
+from app.models import aliases
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
-from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, PromptRun, User
+from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
 from app.web import auth
 from tests.lives import Life, started, steps
 from tests.orders import make_job
@@ -222,11 +223,15 @@ class World:
         self.session.add(CheckpointPermission(id=key, job_id=job, checkpoint=self.ids["tuned_name"], project_id=key.hex))
         return f"cp_{key.hex}"
 
+    def _new_alias(self) -> str:
+        return aliases.set_(self.session, self.user, self._new_name(), self.base.name).alias.name
+
     def _new_name(self) -> str:
         return f"n{uuid.uuid4().hex[:12]}"
 
     def prune_keys(self) -> None:
-        """A page lists every key, so those that were made by the way go."""
+        """A page lists every key and every alias, so those that were made by the way go."""
+        self.session.execute(delete(ModelAlias))
         for key in self.session.scalars(select(ApiKey).where(ApiKey.name == "a key")):
             self.session.delete(key)
         self.session.commit()

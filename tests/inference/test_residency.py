@@ -88,6 +88,8 @@ def test_room_is_counted_on_the_device_it_is_taken_from(session, monkeypatch):
     assert residency.room_asked(cuda=True) == 7
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert residency.room_asked(cuda=True) == 0 and residency.room_asked(cuda=False) == 120
+    residency.ask_room(uuid.uuid4(), 3, "cpu")  # a job that leaves the card to others
+    assert residency.room_asked(cuda=False) == 123
 
 
 def test_a_base_stays_while_trees_on_its_tensors_stand(data_dir, tiny_model, tmp_path):

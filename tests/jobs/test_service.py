@@ -108,6 +108,9 @@ def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, use
     assert step_tokens(80, 32 * 5000) == 7168, "sixty steps in three epochs"
     assert step_tokens(80, 1000) == 256 and step_tokens(None, 1000) == 256, "small data has small steps"
     assert JobSpec.model_validate(make(session, user, order(run={"max_tokens_per_step": 512})).spec).run.max_tokens_per_step == 512
+    for asked, tokens in (("cpu", 2048), ("cuda", 16_384)):
+        step_tokens(80, many)
+        assert JobSpec.model_validate(make(session, user, order(run={"device": asked})).spec).run.max_tokens_per_step == tokens
 
 
 @pytest.mark.parametrize(

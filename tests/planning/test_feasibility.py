@@ -18,6 +18,7 @@ from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
+from app.kit.humanize import human_bytes
 from app.machines import heartbeats
 from app.planning import feasibility
 from app.run_settings import RunSettings
@@ -267,6 +268,52 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
     monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
     assert job_request.build_spec(session, user, job_request.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
+
+
+def test_the_device_of_a_run(api, client, session, user, tiny_registered, read, monkeypatch):
+    """cuda is refused where nothing has a GPU, and cpu is planned without the one that is there."""
+    kinds = read(labelled("card", "cash"))
+    named = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, kinds.id)}
+    on_gpu, on_cpu = {"device": "cuda"}, {"device": "cpu"}
+    for path, order in (
+        ("/v1/fine_tuning/jobs", order_of(kinds, run=on_gpu)),
+        ("/v1/estimates", order_of(kinds, run=on_gpu)),
+        ("/v1/comparisons", {**named, "strategies": ["lora"], "run": on_gpu}),
+        ("/v1/advice", {**named, "run": on_gpu}),
+    ):
+        error = api.post(path, json=order).json()["error"]
+        assert (error["code"], error["param"]) == ("needs_gpu", "run.device"), path
+    typed = {"model": "tiny", "dataset": named["dataset_id"], "strategy": "lora"}
+    page = html.unescape(client.get("/jobs/new", params=typed | {"run.device": "cuda"}).text)
+    assert "The device cuda needs an NVIDIA GPU, and the machine that trains shows none." in page and "disabled>Start" in page
+
+    here = heartbeats.training_machine()
+    card = here.model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30, "bf16_pays": True})
+    monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
+    lora = order_of(kinds, strategy={"name": "lora"})
+    found = {name: api.post("/v1/estimates", json={**lora, "run": {"device": name}}).json() for name in ("auto", "cuda", "cpu")}
+    assert {name: one["device"] for name, one in found.items()} == {"auto": "cuda", "cuda": "cuda", "cpu": "cpu"}
+    assert found["auto"] == found["cuda"] and found["cpu"]["tokens_per_second"] < found["cuda"]["tokens_per_second"]
+    for method, run, param in (("qlora", on_cpu, "strategy"), ("lora", {**on_cpu, "optimizer": "adamw_8bit"}, "run.optimizer")):
+        error = refused(session, user, order_of(kinds, strategy={"name": method}, run=run))
+        assert error.param == param and "shows none" not in error.message
+    assert error.message.endswith("the run's device is cpu.")
+    with pytest.raises(BadField, match="and the run's device is cpu"):
+        feasibility.refuse_without_gpu(Lora(), RunSettings(frozen_weights="fp8", device="cpu"), "generation", card)
+    assert api.post("/v1/advice", json={**named, "run": on_cpu}).json()["facts"] == {
+        **api.post("/v1/advice", json=named).json()["facts"], "cuda": False, "memory_bytes": here.training_memory_bytes,
+    }  # fmt: skip
+    for asked, memory, says, four_bits in (
+        ("auto", "85.9 GB", "GPU", False),
+        ("cpu", human_bytes(here.training_memory_bytes), "CPU", True),
+    ):
+        page = client.get("/jobs/new", params=typed | {"run.device": asked}).text
+        assert f'<td>Device</td><td class="n">{says}</td>' in page and f"</b> of {memory}<" in page
+        assert ("A 4-bit base needs an NVIDIA GPU." in page) is four_bits
+    job = api.post("/v1/fine_tuning/jobs", json={**lora, "run": on_cpu}).json()
+    assert (
+        jobs.get(session, user, ids.parse(ids.JOB, job["id"])).spec["run"]["device"] == "cpu" and "device" not in RunSettings().model_dump()
+    )
 
 
 def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, tiny_registered, data_dir):

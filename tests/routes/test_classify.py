@@ -48,6 +48,9 @@ def test_the_probabilities_are_those_the_trainer_measured(api, classifier, gener
         assert one["label"] == row["tuned_answer"] and not one["truncated"]
         assert one["probabilities"][one["label"]] == pytest.approx(row["probability"], abs=1e-4)
         assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5) and set(one["probabilities"]) == set(classifier.labels)
+    assert api.put("/v1/model_aliases/triage", json={"model": "sorter"}).status_code == 200
+    named = api.post("/v1/classify", json={"model": "triage", "input": [row["prompt"] for row in listed]}).json()
+    assert named == said | {"model": "triage"}
     long = api.post("/v1/classify", json={"model": "sorter", "input": "The maple of the neck is told of. " * 60}).json()
     assert long["data"][0]["truncated"]
 

@@ -51,6 +51,9 @@ def test_vectors_are_mean_pooled_and_normalised(openai_client, encoder, generate
     assert [d.index for d in said.data] == [0, 1, 2] and said.usage.prompt_tokens > 20
     plain = openai_client.embeddings.create(model="encoder", input="spruce", encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(said.data[0].embedding, abs=1e-6)
+    openai_client.put("/model_aliases/vectors", body={"model": "encoder"}, cast_to=object)
+    named = openai_client.embeddings.create(model="vectors", input="spruce")
+    assert named.model == "vectors" and named.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.jobs import service as jobs
+from app.machines import heartbeats
 from tests.looks import look_at
 from tests.routes.test_job_pages import dataset
 from tests.views.test_looks import page, served
@@ -124,3 +125,21 @@ def test_a_chat_template_is_chosen_by_what_it_looks_like_or_written(
     page.wait_for_url("**/jobs/ftjob-*")
     run = jobs.list_(session, user)[0].spec["run"]
     assert (run["chat_template"], run["chat_template_jinja"].splitlines()) == ("jinja", own.splitlines())
+
+
+def test_the_device_is_chosen_and_the_estimate_follows(
+    page: Page, served: str, session, user, tiny_registered, dataset, monkeypatch, tmp_path
+):
+    card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
+    monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
+    page.goto(f"{served}/jobs/new?strategy=lora")
+    open_settings(page)
+    before = page.locator("#before")
+    expect(before.get_by_role("row", name="Device")).to_contain_text("GPU")
+    page.get_by_label("Device").select_option("cpu")
+    expect(before.get_by_role("row", name="Device")).to_contain_text("CPU")
+    look_at(page, "new-run-device", tmp_path)
+    page.locator("#start").click()
+    page.wait_for_url("**/jobs/ftjob-*")
+    job = jobs.list_(session, user)[0]
+    assert job.spec["run"]["device"] == job.estimate["device"] == "cpu"

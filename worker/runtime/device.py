@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from app.errors import DoesNotFit
-from app.machines.hardware import Machine, note_bf16, this_machine, usable_cores
+from app.machines.hardware import BF16_WORTHWHILE, Machine, note_bf16, this_machine, usable_cores
 from app.planning.memory import parts_of
 from app.run_settings import RunSettings
 from app.strategies import Strategy
@@ -87,11 +87,12 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     """The engine for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads is kept.
 
     Raises DoesNotFit when bf16 is ordered on a GPU that has none, fp8 where it cannot be multiplied, or torch finds no GPU where the
-    driver shows one.
+    driver shows one or the run asks for one.
     """
-    if run.frozen_weights == "fp8" and not torch.cuda.is_available():
+    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    if run.frozen_weights == "fp8" and not on_gpu:
         raise _no_fp8("Products in fp8 need an NVIDIA GPU.")
-    if torch.cuda.is_available():
+    if on_gpu:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
             raise DoesNotFit("This GPU has no bf16.", way_out="Set precision to fp32 or auto.", param="precision")
@@ -104,10 +105,15 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
             raise _no_fp8(reason)
         name = torch.cuda.get_device_name(device)
         return Compute(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
-    if this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    if run.device != "cpu" and this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise DoesNotFit(
             "There is a GPU, but torch cannot use it.",
-            way_out="`luthier doctor` shows why. To train on the processor all the same, set CUDA_VISIBLE_DEVICES to nothing.",
+            way_out="`luthier doctor` shows why. To train on the processor all the same, set the run's device to cpu, or "
+            "CUDA_VISIBLE_DEVICES to nothing.",
+        )
+    if run.device == "cuda":
+        raise DoesNotFit(
+            "The device cuda needs an NVIDIA GPU, and there is none here.", way_out="Set device to auto or cpu.", param="device"
         )
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
@@ -128,16 +134,13 @@ def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp
     return "bf16" if strategy.learns_in_bf16() and bf16_pays_here() else "fp32"
 
 
-WORTHWHILE = 1.2
-
-
 def bf16_pays_here() -> bool:
     """Whether bf16 products beat float32 ones on this CPU, measured once and kept for the studio."""
     machine = this_machine()
     if machine.bf16_measured is None:
         note_bf16(_bf16_gain())
         machine = this_machine()
-    return (machine.bf16_measured or 0.0) >= WORTHWHILE
+    return (machine.bf16_measured or 0.0) >= BF16_WORTHWHILE
 
 
 def _bf16_gain() -> float:
@@ -159,7 +162,7 @@ def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
 def memory_here(device: torch.device) -> Machine:
     """This machine with what a job may take of it now. On a GPU: what is free, and what this process holds already; a playground
     or another job beside it may have the rest. Several processes all decide by the whole card, since they must decide alike."""
-    machine = this_machine().model_copy(update={"processes": distributed.size()})
+    machine = this_machine().on(device.type).model_copy(update={"processes": distributed.size()})
     if device.type != "cuda":
         return machine
     free, total = torch.cuda.mem_get_info(device)

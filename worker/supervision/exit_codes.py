@@ -52,11 +52,14 @@ _HANDED_ON_PREFIXES = (
 # fmt: on
 
 
-def trainer_environment(ours: Mapping[str, str], folder: Path | None = None) -> dict[str, str]:
+def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, device: str = "auto") -> dict[str, str]:
     """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
-    a secret that is added later. `folder` is the attempt's own, where it keeps what is passing; None for what has no attempt."""
+    a secret that is added later. `folder` is the attempt's own, where it keeps what is passing; None for what has no attempt. With
+    the device cpu it sees no GPU, so that it takes none of its memory either."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
-    cuda = CUDA_ALLOCATOR if this_machine().cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
+    if device == "cpu":
+        kept["CUDA_VISIBLE_DEVICES"] = ""
+    cuda = CUDA_ALLOCATOR if this_machine().on(device).cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
     own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
     return ALLOCATOR | THREADS | cuda | own | kept | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),

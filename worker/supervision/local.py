@@ -18,9 +18,10 @@ def main() -> None:
     command = [sys.executable, "-m", "worker.run", *sys.argv[1:]]
     if (processes := get_settings().gpus_per_job) > 1:
         command[1:1] = launcher(processes)
-    spec = Path(sys.argv[sys.argv.index("--spec") + 1])
-    environment = trainer_environment(os.environ, spec.parent)
-    room = confinement.room_of(JobSpec.model_validate_json(spec.read_bytes()), spec.parent, environment)
+    path = Path(sys.argv[sys.argv.index("--spec") + 1])
+    spec = JobSpec.model_validate_json(path.read_bytes())
+    environment = trainer_environment(os.environ, path.parent, spec.run.device)
+    room = confinement.room_of(spec, path.parent, environment)
     command = confined(command, room, parent=0)  # Ctrl-C reaches it as it does the command that a person typed
     os.execve(sys.executable, command, environment)  # noqa: S606  # a list of words needs no shell
 

@@ -151,7 +151,7 @@ class Attempt:
     def _train(self) -> int:
         """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
         integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading all of a large one takes longer than a lease
-        residency.ask_room(self.held.job_id, self.held.memory_bytes)
+        residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
         read_end = self._start()
         threads = [
             threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
@@ -175,7 +175,7 @@ class Attempt:
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         read_end, write_end = os.pipe()
-        environment = exit_codes.trainer_environment(os.environ, self.folder)
+        environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device)
         command = confined(trainer_command(self.held, spec, write_end), confinement.room_of(self.held.spec, self.folder, environment))
         try:
             with (self.folder / "trainer.log").open("ab") as out:
@@ -266,7 +266,7 @@ class Attempt:
     def _beat(self) -> None:
         """Renew the lease, and the word that this machine's idle models make room, until the attempt is over."""
         while not self.over.is_set():
-            residency.ask_room(self.held.job_id, self.held.memory_bytes)
+            residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
             self._renew()
             self.woken.set()
             if self.fence_lost.is_set():

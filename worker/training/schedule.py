@@ -59,4 +59,4 @@ def course_of(lesson: Objective, engine: Compute) -> Schedule:
 def seconds_expected(spec: JobSpec, course: Schedule) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
     work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
-    return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine())
+    return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine().on(spec.run.device))

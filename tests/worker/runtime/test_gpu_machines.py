@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from app.errors import DoesNotFit
-from app.machines.hardware import this_machine
+from app.evaluation.service import EvaluationSpec
+from app.machines import hardware
+from app.machines.hardware import Machine, Pace, this_machine
 from app.ops.embedded import up
 from app.settings import get_settings
-from app.spec import RunSettings
+from app.spec import DatasetRef, ModelRef, RunSettings
 from app.strategies import STRATEGIES
+from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker.modeling import cross_entropy, loading, packed_attention
 from worker.runtime import device
+from worker.supervision import confinement, exit_codes
+from worker.train import train
 
 RUN, LORA = RunSettings(), STRATEGIES["lora"]()
 
@@ -34,6 +39,57 @@ def test_a_card_that_torch_cannot_use_is_not_passed_over(with_a_card, monkeypatc
     assert "luthier doctor" in caught.value.way_out and "CUDA_VISIBLE_DEVICES" in caught.value.way_out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.choose(RUN, LORA).device.type == "cpu"
+
+
+def test_a_run_may_leave_the_card_to_others(with_a_card, monkeypatch):
+    """Neither the engine, nor its memory, nor its pace, nor the trainer's environment and room know of the card."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    engine = device.choose(RunSettings(device="cpu"), LORA)
+    assert engine.device.type == "cpu" and engine.facts()["device"].startswith("cpu (")
+    here = device.memory_here(engine.device)
+    assert not here.cuda and here.training_memory_bytes == this_machine().memory_bytes
+    card = device.this_machine()
+    for module in (exit_codes, confinement):
+        monkeypatch.setattr(module, "this_machine", lambda: card)
+    seen = {name: exit_codes.trainer_environment({"CUDA_VISIBLE_DEVICES": "1"}, None, name) for name in ("auto", "cpu", "cuda")}
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen.values()] == ["1", "", "1"]
+    assert ["PYTORCH_ALLOC_CONF" in environment for environment in seen.values()] == [True, False, True]
+    spec = EvaluationSpec.model_construct(
+        model=ModelRef.model_construct(path="", adapters=()), base=None, dataset=DatasetRef.model_construct(path="")
+    )
+    rooms = [confinement.room_of(spec, get_settings().data_dir / "runs" / "a", environment) for environment in seen.values()]
+    assert [room.gpu for room in rooms] == [True, False, True] and rooms[1].memory_bytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the card here")
+def test_a_job_trains_on_the_processor_beside_a_card(with_a_card, tiny_model, monkeypatch):
+    """One that torch could not use: a run that does not want it is not kept from training, and says what it trained on."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    model, data, runs = put_model(tiny_model), put_dataset(chat_rows()), get_settings().data_dir / "runs"
+    with pytest.raises(DoesNotFit, match="torch cannot use it"):
+        list(train(order(model, data, max_steps=2), runs / "auto" / "a1"))
+    said = list(train(order(model, data, max_steps=2, device="cpu"), runs / "cpu" / "a1"))
+    started = next(one for one in said if one.type == "started")
+    assert started.device.startswith("cpu (") and started.details["device"] == started.device
+    assert said[-1].type == "finished" and said[-1].measured.device == started.device
+
+
+def test_what_a_card_measured_is_not_said_of_the_processor(data_dir, monkeypatch):
+    card = Machine(cores=2, memory_bytes=2**34, processor="a processor", gpu_name="a card", gpu_memory_bytes=2**36, bf16_pays=True)
+    monkeypatch.setattr(hardware, "this_machine", lambda: card)
+    hardware.calibrate("lora", pace := Pace(operations_per_second=1e9, fixed_seconds=2.0), "cpu")
+    hardware.calibrate("lora", Pace(operations_per_second=1e13, fixed_seconds=1.0), "cuda")
+    known = card.model_copy(update={"paces": hardware.read_calibration()})
+    assert set(known.paces) == {"2 cores of a processor · lora", "a card · lora"} and known.on("cpu").pace("lora") == (pace, True)
+    assert known.on("auto") is known and known.on("cuda") is known and not known.on("cpu").bf16_pays
+    assert card.model_copy(update={"bf16_measured": 1.5}).on("cpu").bf16_pays
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a card here")
+def test_a_card_that_was_asked_for_is_not_done_without(data_dir):
+    with pytest.raises(DoesNotFit, match="The device cuda needs an NVIDIA GPU") as caught:
+        device.choose(RunSettings(device="cuda"), LORA)
+    assert caught.value.param == "device" and "auto or cpu" in caught.value.way_out
 
 
 def test_a_kernel_that_cannot_be_built_is_done_without(caplog):

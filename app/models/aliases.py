@@ -1,0 +1,77 @@
+"""Aliases: names that a person chose for models. `model=` takes one wherever it takes a model's name, and it can be moved to another
+model at once: a request is answered by the model that its alias points to when it comes.
+
+No alias is called as a model is, nor the other way round. Should two requests slip past each other, the model's own name counts.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from typing import NamedTuple
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.errors import Conflict, NotFound
+from app.models import imports, starters
+from app.models import service as models
+from app.tables import JSON, Model, ModelAlias, User
+
+
+class Named(NamedTuple):
+    """An alias, and the model that it points to."""
+
+    alias: ModelAlias
+    model: Model
+
+
+def list_(session: Session, user: User) -> list[Named]:
+    """A person's aliases, by name."""
+    query = select(ModelAlias, Model).join(Model, ModelAlias.model_id == Model.id).where(ModelAlias.owner_id == user.id)
+    return [Named(alias, model) for alias, model in session.execute(query.order_by(ModelAlias.name))]
+
+
+def of_models(session: Session, user: User) -> dict[uuid.UUID, list[str]]:
+    """The names of a person's aliases by the id of their model."""
+    found: dict[uuid.UUID, list[str]] = defaultdict(list)
+    for alias, model in list_(session, user):
+        found[model.id].append(alias.name)
+    return found
+
+
+def set_(session: Session, user: User, name: str, model_name: str) -> Named:
+    """Let a name point to a model, whether it is new or pointed to another one until now.
+
+    Raises BadField for a name that no model could have, Conflict for the name of a model and for a model that is not ready,
+    and NotFound as `models.get` does.
+    """
+    imports.good_name(name, param="alias")
+    if name in starters.STARTERS or imports.is_a_model(session, name):
+        raise Conflict(f"{name} is the name of a model.", way_out="Choose another name for the alias.", param="alias")
+    model = models.get(session, user, model_name)
+    session.refresh(model, with_for_update={"read": True})  # so that it is not deleted meanwhile
+    models.reference(session, model)  # raises where it cannot answer
+    order = insert(ModelAlias).values(owner_id=user.id, name=name, model_id=model.id)
+    moved = {"model_id": model.id, "moved_at": func.clock_timestamp()}
+    session.execute(order.on_conflict_do_update(index_elements=["owner_id", "name"], set_=moved))
+    return Named(session.get_one(ModelAlias, (user.id, name), populate_existing=True), model)
+
+
+def remove(session: Session, user: User, name: str) -> None:
+    """Forget an alias. Raises NotFound."""
+    gone = session.execute(delete(ModelAlias).where(ModelAlias.owner_id == user.id, ModelAlias.name == name.replace("\0", "")))
+    if not gone.rowcount:  # type: ignore[attr-defined]
+        raise NotFound(f"No such alias: {name[:120]!r}.", way_out="GET /v1/model_aliases lists yours.", param="alias")
+
+
+def to_json(named: Named) -> JSON:
+    alias, model = named
+    return {
+        "id": alias.name,
+        "object": "model.alias",
+        "model": model.name,
+        "created_at": int(alias.created_at.timestamp()),
+        "moved_at": int(alias.moved_at.timestamp()),
+    }
