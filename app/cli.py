@@ -49,8 +49,8 @@ def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except StudioError as error:
             err.print(f"[bold red]Error:[/] {escape(error.message)}")
-            if error.way_out:
-                err.print(escape(error.way_out))
+            if error.hint:
+                err.print(escape(error.hint))
             raise typer.Exit(1) from None
 
     return run
@@ -69,7 +69,7 @@ def choose(**variables: object) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = f"LUTHIER_{str(first['loc'][0]).upper()}"
-        raise BadField(f"{name} cannot be {first['input']!r}.", way_out=f"{first['msg']}.", param=name) from None
+        raise BadField(f"{name} cannot be {first['input']!r}.", hint=f"{first['msg']}.", param=name) from None
 
 
 @app.command()
@@ -171,7 +171,7 @@ def train(
         train_here(read_spec(spec, variant), spec.parent, profile)
         return
     if not settings.database_url and Lock(settings.data_dir).holder() is None:
-        raise Unavailable("No studio is running, so nobody would train this.", way_out="Start one with `luthier up` in another terminal.")
+        raise Unavailable("No studio is running, so nobody would train this.", hint="Start one with `luthier up` in another terminal.")
     order = read_spec(spec, variant)
     with owner_session() as run:
         job_id = run(lambda session, user: submit(session, user, order, spec.parent))
@@ -224,7 +224,7 @@ def doctor(data_dir: DataDir = None) -> None:
     signs = {"good": "[green]good[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
     table, bad = Table("", "what", "found", "what to do", box=None, pad_edge=False), 0
     for finding in examine():
-        table.add_row(signs[finding.verdict], finding.what, escape(finding.found), escape(finding.way_out))
+        table.add_row(signs[finding.verdict], finding.what, escape(finding.found), escape(finding.hint))
         bad += finding.verdict == "bad"
     out.print(table)
     if bad:
@@ -297,7 +297,7 @@ def bring(run: Run, model_id: Any) -> None:
             time.sleep(0.3)
     if found[0] != "ready":
         error = found[2] or {}
-        raise Unavailable(error.get("message", "The model could not be fetched."), way_out=error.get("way_out", ""))
+        raise Unavailable(error.get("message", "The model could not be fetched."), hint=error.get("hint", ""))
 
 
 def train_here(order: dict[str, Any], folder: Path, profile: bool) -> None:
@@ -323,14 +323,14 @@ def read_spec(path: Path, variant: str | None) -> dict[str, Any]:
     try:
         order = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadData(f"{path} is not YAML: {error}", way_out="Fix the line it names.") from None
+        raise BadData(f"{path} is not YAML: {error}", hint="Fix the line it names.") from None
     if not isinstance(order, dict):
-        raise BadData(f"{path} holds no settings.", way_out="It needs at least `model:` and `training_file:`.")
+        raise BadData(f"{path} holds no settings.", hint="It needs at least `model:` and `training_file:`.")
     variants = order.pop("variants", None) or {}
     if variant is None:
         return order
     if variant not in variants:
-        raise BadField(f"{path} has no variant {variant!r}.", way_out=f"It has: {', '.join(variants) or 'none'}.", param="variant")
+        raise BadField(f"{path} has no variant {variant!r}.", hint=f"It has: {', '.join(variants) or 'none'}.", param="variant")
     return laid_over(order, variants[variant])
 
 
@@ -354,7 +354,7 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
             if not path.is_file():
                 raise BadField(
                     f"{field} names {path}, which is not a file.",
-                    way_out="Write a path relative to the YAML file, or a file id.",
+                    hint="Write a path relative to the YAML file, or a file id.",
                     param=field,
                 )
             file = files.add_bytes(session, user, path.read_bytes(), path.name, "fine-tune")
@@ -377,7 +377,7 @@ def run_to_end(run: Run, job_id: str) -> str:
             if line := event_line(row.type, row.data, job.total_steps):
                 say(line)
         if job.error and job.status in ended:
-            err.print(escape(f"{job.error.get('message', '')} {job.error.get('way_out', '')}".strip()))
+            err.print(escape(f"{job.error.get('message', '')} {job.error.get('hint', '')}".strip()))
         return job.status, rows[-1].id if rows else seen
 
     while True:

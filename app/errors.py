@@ -27,35 +27,35 @@ from typing import Any
 
 
 class StudioError(Exception):
-    """A fault with a status, a code for programs, and a way out for people.
+    """A fault with a status, a code for programs, and a hint for people.
 
-    `message` says what is wrong and where; `way_out` says what to do about it; `param` names the field of the request. Where
+    `message` says what is wrong and where; `hint` says what to do about it; `param` names the field of the request. Where
     nobody said what to do, the kind of the error does. Whoever knows more adds `details`, or `headers` of the answer.
     """
 
     details: dict[str, Any]
     headers: dict[str, str]
-    usual_way_out = ""
+    usual_hint = ""
     status = 500
     code = "internal_error"
     type = "server_error"
 
-    def __init__(self, message: str, *, way_out: str = "", param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.way_out = way_out or self.usual_way_out
+        self.hint = hint or self.usual_hint
         self.param = param
         if code is not None:
             self.code = code
 
     def __str__(self) -> str:
-        stop = "." if self.message[-1:].isalnum() and self.way_out else ""
-        return f"{self.message}{stop} {self.way_out}".strip()
+        stop = "." if self.message[-1:].isalnum() and self.hint else ""
+        return f"{self.message}{stop} {self.hint}".strip()
 
 
 class BadRequest(StudioError):
     status, code, type = 400, "invalid_request", "invalid_request_error"
-    usual_way_out = "Change it and send the request again."
+    usual_hint = "Change it and send the request again."
 
 
 class BadField(BadRequest):
@@ -76,39 +76,39 @@ class DoesNotFit(BadRequest):
 
 class NotSignedIn(StudioError):
     status, code, type = 401, "invalid_api_key", "invalid_request_error"
-    usual_way_out = "Sign in, or send an API key."
+    usual_hint = "Sign in, or send an API key."
 
 
 class Forbidden(StudioError):
     status, code, type = 403, "forbidden", "invalid_request_error"
-    usual_way_out = "Ask an admin."
+    usual_hint = "Ask an admin."
 
 
 class NotFound(StudioError):
     status, code, type = 404, "resource_missing", "invalid_request_error"
-    usual_way_out = "Look it up in its list: it may have been deleted."
+    usual_hint = "Look it up in its list: it may have been deleted."
 
 
 class Conflict(StudioError):
     status, code, type = 409, "conflict", "invalid_request_error"
-    usual_way_out = "Look at its state, and try again when that has changed."
+    usual_hint = "Look at its state, and try again when that has changed."
 
 
 class TooLarge(StudioError):
     status, code, type = 413, "too_large", "invalid_request_error"
-    usual_way_out = "Send less at once."
+    usual_hint = "Send less at once."
 
 
 class Unsupported(StudioError):
     status, code, type = 415, "unsupported", "invalid_request_error"
-    usual_way_out = "Send it in another form."
+    usual_hint = "Send it in another form."
 
 
 class TooMany(StudioError):
     """Carries `retry_after_seconds`, sent as the `Retry-After` header."""
 
     status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
-    usual_way_out = "Wait a moment and try again."
+    usual_hint = "Wait a moment and try again."
 
     def __init__(self, message: str, *, retry_after_seconds: float = 1.0, **rest: str) -> None:
         super().__init__(message, **rest)
@@ -117,17 +117,17 @@ class TooMany(StudioError):
 
 class Unavailable(StudioError):
     status, code, type = 503, "unavailable", "server_error"
-    usual_way_out = "Try again in a moment."
+    usual_hint = "Try again in a moment."
 
 
 class DiskFull(StudioError, OSError):
     """Also the system's own error, so that whoever is ready for a full disk need not know which of the two was raised."""
 
     status, code, type = 507, "disk_full", "server_error"
-    usual_way_out = "Make room there, then try again."
+    usual_hint = "Make room there, then try again."
 
-    def __init__(self, message: str, *, way_out: str = "", param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message, way_out=way_out, param=param, code=code)
+    def __init__(self, message: str, *, hint: str = "", param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, hint=hint, param=param, code=code)
         self.errno = errno.ENOSPC
 
 

@@ -135,7 +135,7 @@ class Failed(_Event):
     type: Literal["failed"] = "failed"
     kind: FailureKind
     message: str
-    way_out: str = ""
+    hint: str = ""
     step: int | None = None
     line: int | None = Field(None, description="line of the dataset, when one row is at fault")
     suggestion: dict[str, Any] | None = Field(None, description="changed run settings, offered as one click")

@@ -41,7 +41,7 @@ async def _refuse_unread_body(request: Request) -> None:
         b"{}",
         b"null",
     ):
-        raise BadRequest("This call takes no body.", way_out="Send it without one.", code="unread_body")
+        raise BadRequest("This call takes no body.", hint="Send it without one.", code="unread_body")
 
 
 def create_app() -> FastAPI:
@@ -97,7 +97,7 @@ def _refuse_open_door() -> None:
     if not is_loopback(settings.host) and not settings.admin_password:
         raise Forbidden(
             f"LUTHIER_HOST={settings.host} would open the studio to other machines.",
-            way_out="Set LUTHIER_ADMIN_PASSWORD first, or stay on 127.0.0.1.",
+            hint="Set LUTHIER_ADMIN_PASSWORD first, or stay on 127.0.0.1.",
         )
 
 

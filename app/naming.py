@@ -35,9 +35,9 @@ def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
     """Put these tags in the place of those it has. Raises BadField."""
     kept = sorted({_text(one, "tags", MAX_TAG_LENGTH) for one in tags}, key=str.casefold)
     if any("," in one for one in kept):
-        raise BadField("A tag has a comma in it.", way_out="Write two tags.", param="tags")
+        raise BadField("A tag has a comma in it.", hint="Write two tags.", param="tags")
     if len(kept) > MAX_TAGS:
-        raise BadField(f"{len(kept)} tags are too many.", way_out=f"It may have {MAX_TAGS}.", param="tags")
+        raise BadField(f"{len(kept)} tags are too many.", hint=f"It may have {MAX_TAGS}.", param="tags")
     for version in datasets.line(session, found) if isinstance(found, Dataset) else [found]:
         version.tags = kept
 
@@ -52,9 +52,9 @@ def _text(text: str, param: str, longest: int) -> str:
     line = " ".join(text.split())
     what = "The name" if param == "name" else "A tag"
     if not line:
-        raise BadField(f"{what} is empty.", way_out="Write a word.", param=param)
+        raise BadField(f"{what} is empty.", hint="Write a word.", param=param)
     if len(line) > longest:
-        raise BadField(f"{what} has {len(line)} characters.", way_out=f"It may have {longest}.", param=param)
+        raise BadField(f"{what} has {len(line)} characters.", hint=f"It may have {longest}.", param=param)
     if not line.isprintable():
-        raise BadField(f"{what} has a character that cannot be shown.", way_out="Remove it.", param=param)
+        raise BadField(f"{what} has a character that cannot be shown.", hint="Remove it.", param=param)
     return line

@@ -134,7 +134,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     except KeyError as missing:
         raise BadData(
             f"The model's config.json has no {missing.args[0]!r}, which Luthier needs to know its size.",
-            way_out="Use a folder saved by transformers' save_pretrained().",
+            hint="Use a folder saved by transformers' save_pretrained().",
         ) from None
 
 

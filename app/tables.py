@@ -142,7 +142,7 @@ class Dataset(Leased, Base):
     edits: Mapped[list[Any] | None] = mapped_column(comment="what this version changes in its file's rows, see app/datasets/edits.py")
     status: Mapped[str] = mapped_column(server_default="reading")
     progress: Mapped[float | None] = mapped_column(comment="share of the bytes read so far, 0 to 1")
-    error: Mapped[JSON | None] = mapped_column(comment="message, way_out, line, column")
+    error: Mapped[JSON | None] = mapped_column(comment="message, hint, line, column")
     rows: Mapped[int | None]
     good_rows: Mapped[int | None]
     rows_path: Mapped[str | None]
@@ -288,7 +288,7 @@ class Job(Leased, Base):
     total_steps: Mapped[int | None]
     seconds_left: Mapped[float | None]
     trained_tokens: Mapped[int | None]
-    error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out, param")
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, hint, param")
     estimate: Mapped[JSON | None]
     measured: Mapped[JSON | None]
     forgetting: Mapped[JSON | None]
@@ -336,7 +336,7 @@ class Evaluation(Leased, Base):
     file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     spec: Mapped[JSON] = mapped_column(comment="app.evaluation.service.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
-    error: Mapped[JSON | None] = mapped_column(comment="code, message, way_out")
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     created_at: Mapped[datetime] = now()

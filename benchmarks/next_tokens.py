@@ -53,7 +53,7 @@ def look(engine: Any, ref: ModelRef, top: int, **prompt: Any) -> list[SeenToken]
             if isinstance(entry, PromptLogprobs):
                 return entry.following
             if entry.type == "error":
-                raise SystemExit(f"{ref.name}: {entry.message} {entry.way_out}".strip())
+                raise SystemExit(f"{ref.name}: {entry.message} {entry.hint}".strip())
     raise SystemExit(f"{ref.name} gave no answer.")
 
 
@@ -87,7 +87,7 @@ def _of_studio(name: str) -> ModelRef:
         ref: ModelRef = as_owner(lambda session, user: models.resolve(session, user, name).ref)
         return ref
     except StudioError as error:
-        raise SystemExit(f"{name}: {error.message} {error.way_out}".strip()) from None
+        raise SystemExit(f"{name}: {error.message} {error.hint}".strip()) from None
 
 
 def usual() -> list[ModelRef]:

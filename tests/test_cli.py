@@ -161,8 +161,8 @@ def test_doctor_tries_what_only_a_gpu_uses(data_dir, monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = {finding.what: finding for finding in doctor.gpu_parts()}
-    assert found["gpu: torch for CUDA"].verdict == "bad" and "pytorch.org" in found["gpu: torch for CUDA"].way_out
-    assert found["gpu: 4-bit bases, 8-bit AdamW"].verdict == "note" and "pip install" in found["gpu: 4-bit bases, 8-bit AdamW"].way_out
+    assert found["gpu: torch for CUDA"].verdict == "bad" and "pytorch.org" in found["gpu: torch for CUDA"].hint
+    assert found["gpu: 4-bit bases, 8-bit AdamW"].verdict == "note" and "pip install" in found["gpu: 4-bit bases, 8-bit AdamW"].hint
 
 
 def test_doctor_goes_on_when_a_check_breaks(data_dir, monkeypatch):
@@ -178,7 +178,7 @@ def test_doctor_goes_on_when_a_check_breaks(data_dir, monkeypatch):
 def test_doctor_names_a_folder_that_cannot_be_written(data_dir, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)
     assert doctor.disk().verdict == "bad"
-    assert "LUTHIER_DATA_DIR" in doctor.disk().way_out
+    assert "LUTHIER_DATA_DIR" in doctor.disk().hint
 
 
 def test_doctor_reads_the_servers_that_are_given(session):

@@ -39,7 +39,7 @@ def probe(api):
 
     @router.get("/conflict")
     def conflict() -> None:
-        raise Conflict("It runs already.", way_out="Stop it first.")
+        raise Conflict("It runs already.", hint="Stop it first.")
 
     @router.get("/busy")
     def busy() -> None:
@@ -209,7 +209,7 @@ def test_ready_says_what_is_missing(web, monkeypatch):
     get_redis.cache_clear()
     answer = web.get("/readyz")
     get_redis.cache_clear()
-    assert answer.status_code == 503 and answer.json()["checks"]["redis"]["way_out"]
+    assert answer.status_code == 503 and answer.json()["checks"]["redis"]["hint"]
 
 
 def test_workers_are_counted_while_they_say_so(api):

@@ -118,15 +118,15 @@ def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Fail
         suggestion = smaller if fault.kind == "cuda_out_of_memory" else None
         return fault.model_copy(update={"step": step, "suggestion": suggestion})
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        message, way_out = "The machine ran out of memory.", "Split each batch over more passes (micro_batches), or cut the rows shorter."
-        return events.Failed(kind="out_of_memory", message=message, way_out=way_out, step=step, suggestion=smaller)
+        message, hint = "The machine ran out of memory.", "Split each batch over more passes (micro_batches), or cut the rows shorter."
+        return events.Failed(kind="out_of_memory", message=message, hint=hint, step=step, suggestion=smaller)
     if disk_is_full(error):
-        message, way_out = "The disk of the data folder is full.", "Free some space and resume; the newest checkpoint is whole."
-        return events.Failed(kind="disk_full", message=message, way_out=way_out, step=step)
+        message, hint = "The disk of the data folder is full.", "Free some space and resume; the newest checkpoint is whole."
+        return events.Failed(kind="disk_full", message=message, hint=hint, step=step)
     if isinstance(error, StudioError):
         return _of_studio(error, spec, step)
     message = f"{type(error).__name__}: {error}"[:2000]
-    return events.Failed(kind="crashed", message=message, way_out="Look at the attempt's log; if you see no reason, report it.", step=step)
+    return events.Failed(kind="crashed", message=message, hint="Look at the attempt's log; if you see no reason, report it.", step=step)
 
 
 def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Failed:
@@ -140,7 +140,7 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
     elif isinstance(error, BadData):
         kind = "bad_data"
     message = f"Line {line}: {error.message}" if line is not None else error.message
-    return events.Failed(kind=kind, message=message, way_out=error.way_out, step=step, line=line, suggestion=suggestion)
+    return events.Failed(kind=kind, message=message, hint=error.hint, step=step, line=line, suggestion=suggestion)
 
 
 # Beside the pipe ------------------------------------------------------------------------------------------------------

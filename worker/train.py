@@ -294,7 +294,7 @@ def report(job: TrainState, step: events.Step, figures: AsyncScalars) -> events.
     if state.not_finite >= MAX_NOT_FINITE:
         raise Diverged(
             f"The loss was not a finite number in {MAX_NOT_FINITE} steps in a row, the last being step {step.step}.",
-            way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
+            hint=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)
     return step.model_copy(
@@ -320,7 +320,7 @@ def watch_divergence(job: TrainState, step: int, loss: float) -> None:
     if len(state.recent_losses) == DIVERGED_STEPS and now > 2 * abs(began) + 1:
         raise Diverged(
             f"The training loss rose from {began:.3g} and stayed above {now:.3g} until step {step}: the weights move too far at each step.",
-            way_out=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
+            hint=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
 
 

@@ -119,15 +119,15 @@ def _check_sources(found: list[Dataset], wish: CombineRequest) -> None:
     for dataset in found:
         if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
             state = "has no valid rows" if dataset.status == "ready" else f"is {dataset.status}"
-            raise Conflict(f"The dataset {dataset.name} {state}.", way_out="Wait until it is ready, or exclude it.")
+            raise Conflict(f"The dataset {dataset.name} {state}.", hint="Wait until it is ready, or exclude it.")
     if wish.operation in ("sample", "convert") and len(found) > 1:
         raise BadField(
             f"Only one dataset can be {'sampled' if wish.operation == 'sample' else 'converted'} at a time, and {len(found)} were chosen.",
-            way_out="Choose one, or combine several first.",
+            hint="Choose one, or combine several first.",
             param="datasets",
         )
     if wish.operation in ("concatenate", "mix") and len(found) < 2:
-        raise BadField("Combining needs at least two datasets.", way_out="Choose another one.", param="datasets")
+        raise BadField("Combining needs at least two datasets.", hint="Choose another one.", param="datasets")
 
 
 def _shape(found: list[Dataset], wish: CombineRequest) -> str:
@@ -139,7 +139,7 @@ def _shape(found: list[Dataset], wish: CombineRequest) -> str:
             named = "; ".join(f"{dataset.name} is {_title(shape)}" for dataset, shape in zip(found, shapes, strict=True))
             raise BadField(
                 f"These datasets have different formats, and none converts to another without loss: {named}.",
-                way_out="Choose datasets of one format, or convert one of them first; the result lists what was lost.",
+                hint="Choose datasets of one format, or convert one of them first; the result lists what was lost.",
                 param="datasets",
             )
         return common
@@ -150,7 +150,7 @@ def _shape(found: list[Dataset], wish: CombineRequest) -> str:
             or "nothing else"
         )
         raise BadField(
-            f"Rows in the format {_title(shapes[0])} can be converted to {able}.", way_out="Send format with one of these.", param="format"
+            f"Rows in the format {_title(shapes[0])} can be converted to {able}.", hint="Send format with one of these.", param="format"
         )
     return wanted
 
@@ -175,22 +175,22 @@ def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> i
     sizes = [dataset.good_rows or 0 for dataset in found]
     if wish.operation == "sample":
         if wish.rows is None:
-            raise BadField("The number of rows to sample is missing.", way_out=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
+            raise BadField("The number of rows to sample is missing.", hint=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
         if wish.rows > sizes[0]:
-            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", way_out="Sample fewer.", param="rows")
+            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", hint="Sample fewer.", param="rows")
         return wish.rows
     if wish.operation != "mix":
         return None
     most = compose_rows.most_rows(weights, sizes)
     if wish.rows is None:
         if most < 1:
-            raise BadField("At these weights no row can be used.", way_out="Choose weights that are closer together.", param="datasets")
+            raise BadField("At these weights no row can be used.", hint="Choose weights that are closer together.", param="datasets")
         return min(most, MAX_ROWS)
     for dataset, size, count in zip(found, sizes, compose_rows.shares(weights, wish.rows), strict=True):
         if count > size and not wish.repeat:
             raise BadField(
                 f"{wish.rows:,} rows at these weights take {count:,} of {dataset.name}, which has {size:,}.",
-                way_out=f"Ask for at most {most:,} rows, or allow repeated rows.",
+                hint=f"Ask for at most {most:,} rows, or allow repeated rows.",
                 param="rows",
             )
     return wish.rows

@@ -281,7 +281,7 @@ def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
     sources = [Source(Path(s["path"]), s["name"], s["sha256"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
     for source in sources:
         if not source.path.is_file():
-            raise BadData(f"The rows of {source.name} are gone: it was deleted.", way_out="Join again without it.")
+            raise BadData(f"The rows of {source.name} are gone: it was deleted.", hint="Join again without it.")
         verify_rows(source.path, source.sha256, source.name)
     counts: Counter[str] = Counter()
     expected = payload.get("rows") or sum(source.size for source in sources)
@@ -296,7 +296,7 @@ def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
             if rows % 4096 == 0:
                 say({"progress": min(0.99, rows / max(1, expected))})
     if not rows:
-        raise BadData("No row is left.", way_out="Choose other datasets, or another way of joining them.")
+        raise BadData("No row is left.", hint="Choose other datasets, or another way of joining them.")
     return {"sha256": digest.hexdigest(), "bytes": size, "rows": rows, "left_out": dict(+counts)}
 
 

@@ -60,12 +60,12 @@ def resolve(session: Session, user: User, dataset: Dataset, first: int, do: str,
     group = next((group for group in found if group.lines[0] == first), None)
     if group is None:
         message = f"Version {dataset.version} of {dataset.name} has no conflict that begins at line {first}."
-        raise NotFound(message, way_out="Load the list of conflicts again.", param="first")
+        raise NotFound(message, hint="Load the list of conflicts again.", param="first")
     if do == "relabel":
         return versions.relabel(session, user, dataset, group.lines, label)
     if do == "remove":
         return versions.drop_rows(session, user, dataset, group.lines)
     kept = do.removeprefix("keep:")
     if not do.startswith("keep:") or kept not in map(str, group.lines):
-        raise BadField("A conflict is resolved by keeping one of its rows.", way_out="Press one of its buttons.", param="do")
+        raise BadField("A conflict is resolved by keeping one of its rows.", hint="Press one of its buttons.", param="do")
     return versions.keep_row(session, user, dataset, int(kept), [line for line in group.lines if line != int(kept)])

@@ -120,13 +120,13 @@ def _download(origin: dict[str, Any], folder: Path) -> tuple[list[str], dict[str
         for name in names:
             api.hf_hub_download(repo, name, repo_type="dataset", revision=facts.sha, local_dir=folder)
     except GatedRepoError:
-        raise Unavailable(f"{repo} asks for its terms to be accepted first.", way_out="Accept them there, then set HF_TOKEN.") from None
+        raise Unavailable(f"{repo} asks for its terms to be accepted first.", hint="Accept them there, then set HF_TOKEN.") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise NotFound(f"The hub has no dataset {repo} (or not that revision).", way_out="Check the name.", param="repo") from None
+        raise NotFound(f"The hub has no dataset {repo} (or not that revision).", hint="Check the name.", param="repo") from None
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         raise Unavailable(
             f"The hub cannot be reached ({type(error).__name__}).",
-            way_out="Check the network, or upload the file itself.",
+            hint="Check the network, or upload the file itself.",
             code="hub_unreachable",
         ) from error
     return names, {"revision": facts.sha, "files": names, "license": str(card["license"])[:40] if card.get("license") else None}
@@ -139,7 +139,7 @@ def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subse
     """
     known = sorted(name for name in sizes if _readable(name))
     if file is not None and file not in known:
-        raise BadData(f"{repo} has no data file {file[:120]!r}.", way_out=_offer(known), param="file")
+        raise BadData(f"{repo} has no data file {file[:120]!r}.", hint=_offer(known), param="file")
     if file is not None:
         return _within_limit([file], sizes)
     if found := _as_the_card_says(known, repo, split, subset, configs):
@@ -147,7 +147,7 @@ def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subse
     if subset:
         inside = [name for name in known if re.search(rf"(^|[/_.-]){re.escape(subset)}([/_.-]|$)", name, re.IGNORECASE)]
         if not inside:
-            raise BadData(f"{repo} has no subset “{subset}”.", way_out=_offer(known), param="subset")
+            raise BadData(f"{repo} has no subset “{subset}”.", hint=_offer(known), param="subset")
         known = inside
     named = [name for name in known if re.search(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)", name, re.IGNORECASE)]
     found = named or (known if len(known) == 1 else [])
@@ -155,7 +155,7 @@ def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subse
         found = whole
     if not found or len({_PIECE.sub("", name) for name in found}) > 1:
         what = "several files" if found else "no file"
-        raise BadData(f"{repo} has {what} for the split “{split}”.", way_out=_offer(found or known), param="split")
+        raise BadData(f"{repo} has {what} for the split “{split}”.", hint=_offer(found or known), param="split")
     return _within_limit(found, sizes)
 
 
@@ -169,7 +169,7 @@ def _as_the_card_says(known: list[str], repo: str, split: str, subset: str | Non
     chosen = subset or default or (next(iter(named)) if len(named) == 1 else None)
     if chosen not in named:
         what = f"no subset “{subset}”" if subset else "several subsets"
-        raise BadData(f"{repo} has {what}.", way_out=f"Name one with subset: {', '.join(list(named)[:12])}.", param="subset")
+        raise BadData(f"{repo} has {what}.", hint=f"Name one with subset: {', '.join(list(named)[:12])}.", param="subset")
     parts = named[chosen]["data_files"]
     parts = parts if isinstance(parts, list) else [parts]
     patterns: list[str] = []
@@ -184,7 +184,7 @@ def _within_limit(found: list[str], sizes: dict[str, int]) -> list[str]:
     total, limit = sum(sizes[name] for name in found), get_settings().upload_limit_bytes
     if total > limit:
         raise TooLarge(
-            f"This split has {total:,} bytes; the limit is {limit:,}.", way_out="Choose another, or raise LUTHIER_UPLOAD_LIMIT_BYTES."
+            f"This split has {total:,} bytes; the limit is {limit:,}.", hint="Choose another, or raise LUTHIER_UPLOAD_LIMIT_BYTES."
         )
     return found
 

@@ -138,11 +138,11 @@ def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
 def _no_rows(head: Sequence[Raw]) -> BadData:
     first = next((raw for raw in head if raw.problem and raw.problem.severity == "error"), None)
     if first is None or first.problem is None:
-        return BadData("The file holds no row.", way_out="Upload a file with at least one row.", param="file")
+        return BadData("The file holds no row.", hint="Upload a file with at least one row.", param="file")
     count = sum(raw.problem is not None and raw.problem.severity == "error" for raw in head)
     error = BadData(
         f"{'The only row cannot' if count == 1 else f'None of the first {count} rows can'} be read. Line {first.line}: {first.problem.message}",
-        way_out="Fix the file and upload it again, or save it in another of the accepted formats.",
+        hint="Fix the file and upload it again, or save it in another of the accepted formats.",
         param="file",
     )
     able = sum(raw.repaired is not None for raw in head)
@@ -174,7 +174,7 @@ def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None)
         hint = f" The column {named} seems to mark bad answers, and no format has a field for it." if named else ""
         raise BadData(
             f"We could not match the columns {', '.join(f'“{shown(column, 40)}”' for column in columns[:12])} to a format.{hint}",
-            way_out="Map them: choose a format and a column for each of its fields.",
+            hint="Map them: choose a format and a column for each of its fields.",
             param="file",
             code="unknown_format",
         )
@@ -210,14 +210,14 @@ def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -
         if field not in known or column not in columns:
             raise BadData(
                 f"The mapping says that “{shown(field, 40)}” is the column “{shown(column, 40)}”, and there is no such {'column' if field in known else 'field'}.",
-                way_out=f"Fields of {entry.title}: {', '.join(known)}. Columns of the file: {', '.join(shown(c, 40) for c in columns[:20])}.",
+                hint=f"Fields of {entry.title}: {', '.join(known)}. Columns of the file: {', '.join(shown(c, 40) for c in columns[:20])}.",
                 param="mapping",
             )
     missing = [field.name for field in entry.fields if field.required and field.name not in mapping]
     if missing:
         raise BadData(
             f"{entry.title} needs a column for {', '.join(f'“{name}”' for name in missing)}.",
-            way_out=f"Choose it among the columns {', '.join(shown(c, 40) for c in columns[:20])}.",
+            hint=f"Choose it among the columns {', '.join(shown(c, 40) for c in columns[:20])}.",
             param="mapping",
             code="incomplete_mapping",
         )

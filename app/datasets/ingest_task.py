@@ -97,10 +97,10 @@ def read_again(session: Session, dataset: Dataset) -> None:
     Raises Conflict where there is no such fault."""
     if dataset.status == "ready" and _rows_are_whole(dataset):
         raise Conflict(
-            "The rows of this dataset are whole, so there is nothing to read again.", way_out="Change its format or columns instead."
+            "The rows of this dataset are whole, so there is nothing to read again.", hint="Change its format or columns instead."
         )
     if dataset.status != "ready" and not can_be_read_again(dataset):
-        raise Conflict("This dataset cannot be read again as it is.", way_out="Change its format or columns, or upload another file.")
+        raise Conflict("This dataset cannot be read again as it is.", hint="Change its format or columns, or upload another file.")
     dataset.error, dataset.progress, dataset.deaths = None, None, 0
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is not None:
@@ -223,7 +223,7 @@ def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any
 
 def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[str, Any]:
     if not payload["sha256"] or not files.blob_path(payload["sha256"]).exists():
-        raise BadData("The file of this dataset was deleted before it was read.", way_out="Upload it again.")
+        raise BadData("The file of this dataset was deleted before it was read.", hint="Upload it again.")
     path = files.blob_path(payload["sha256"])
     draft = rows.with_suffix(".draft")
     job = {**payload, "path": str(path), "rows": str(draft), "lines": str(lines_path(rows))}
@@ -299,7 +299,7 @@ def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     details = {"file": file.filename if file else dataset.name, "line": None} | (error.get("details") or {})
     dataset.status, dataset.lease_until, dataset.progress, dataset.report = "error", None, None, None
-    dataset.error = {key: error.get(key) for key in ("code", "message", "way_out")} | details
+    dataset.error = {key: error.get(key) for key in ("code", "message", "hint")} | details
     _settle(session, dataset, "error", storable(error.get("message")))
 
 
@@ -313,16 +313,16 @@ def _settle(session: Session, dataset: Dataset, file_status: str, details: str |
 
 
 def _why(killed: sandbox.Killed) -> dict[str, Any]:
-    way_out = {
+    hint = {
         "out_of_memory": "Split the file, or give one row per line instead of one very large row.",
         "out_of_time": "Split the file into smaller ones.",
         "file_too_large": "Split the file into smaller ones.",
     }.get(killed.kind, "Try again. When it happens again, the file is one our readers cannot take: save it as .jsonl.")
-    return {"code": killed.kind, "message": f"The file could not be read. {killed.message}", "way_out": way_out}
+    return {"code": killed.kind, "message": f"The file could not be read. {killed.message}", "hint": hint}
 
 
 def _as_json(error: StudioError) -> dict[str, Any]:
-    return {"code": error.code, "message": error.message, "way_out": error.way_out}
+    return {"code": error.code, "message": error.message, "hint": error.hint}
 
 
 def lines_path(rows: Path) -> Path:

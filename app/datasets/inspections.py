@@ -53,7 +53,7 @@ def ask(
     """The inspection that answers this, ordered when it is new or failed a while ago; `announce` is False for one whose answer
     is there already."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     asked = json.dumps(
         [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments, ANSWERS],
         sort_keys=True,
@@ -106,7 +106,7 @@ def tokenizer_of(session: Session, model: Model) -> str:
 def _died(session: Session, found: Inspection, how: str) -> None:
     if not leases.requeue(session, WORK, found, died=True):
         message = f"It could not be computed. Its worker {how} That was death {found.deaths}."
-        found.status, found.error = "error", {"message": message, "way_out": "Look at the worker's log, then try again."}
+        found.status, found.error = "error", {"message": message, "hint": "Look at the worker's log, then try again."}
 
 
 WORK = leases.Work(Inspection, queue.INSPECT, waits_as="waiting", runs_as="running", since=Inspection.asked_at, on_death=_died)
@@ -121,7 +121,7 @@ def answer(inspection_id: uuid.UUID) -> None:
         return
     try:
         if payload is None:
-            raise Conflict("The dataset, its file or the model was deleted.", way_out="Choose another.")
+            raise Conflict("The dataset, its file or the model was deleted.", hint="Choose another.")
         result, error = (
             sandbox.run(
                 FUNCTIONS[found.kind],
@@ -136,9 +136,9 @@ def answer(inspection_id: uuid.UUID) -> None:
     except sandbox.Refused as refused:
         result, error = None, refused.error
     except sandbox.Killed as killed:
-        result, error = None, {"message": f"It could not be computed. {killed.message}", "way_out": "Try again, or with another model."}
+        result, error = None, {"message": f"It could not be computed. {killed.message}", "hint": "Try again, or with another model."}
     except StudioError as fault:
-        result, error = None, {"message": fault.message, "way_out": fault.way_out}
+        result, error = None, {"message": fault.message, "hint": fault.hint}
     with db.transaction() as session:
         values = {"status": "ready" if error is None else "error", "result": result, "error": error, "deaths": 0}
         leases.finish_if_held(session, WORK, inspection_id, found.fence, **values)

@@ -18,10 +18,10 @@ def paste(session: Session, user: User, text: str, name: str | None = None) -> D
     """A dataset of pasted rows: cells of a spreadsheet, CSV or JSON. Raises BadField for what is no table, TooLarge beyond the limit."""
     text = text.replace("\r\n", "\n").strip("\n")
     if len(text) > MAX_CHARACTERS:
-        raise TooLarge(f"The pasted text is longer than {MAX_CHARACTERS:,} characters.", way_out="Upload it as a file.", param="text")
+        raise TooLarge(f"The pasted text is longer than {MAX_CHARACTERS:,} characters.", hint="Upload it as a file.", param="text")
     extension = extension_of(text)
     if not text.strip() or (extension in (".tsv", ".csv") and "\n" not in text):
-        raise BadField("A table needs column names and at least one row.", way_out="Paste both, each row on its own line.", param="text")
+        raise BadField("A table needs column names and at least one row.", hint="Paste both, each row on its own line.", param="text")
     title = (name or "").strip() or "Pasted table"
     file = files.add_bytes(session, user, text.encode("utf-8", "replace"), f"pasted{extension}", "fine-tune")
     return datasets.create(session, user, file, title)

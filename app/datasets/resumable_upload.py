@@ -79,9 +79,9 @@ def begin(
     """A new upload of `length` bytes. What can be known to be wrong is said before any byte is sent."""
     limit = get_settings().upload_limit_bytes
     if length > limit:
-        raise TooLarge(f"The file is larger than {limit:,} bytes.", way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
+        raise TooLarge(f"The file is larger than {limit:,} bytes.", hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
     if length <= 0:
-        raise BadField("The file is empty.", way_out="Choose a file with at least one row.", param="file")
+        raise BadField("The file is empty.", hint="Choose a file with at least one row.", param="file")
     files.check_purpose(purpose)
     if purpose == "fine-tune":
         readers.kind_of(filename)
@@ -90,7 +90,7 @@ def begin(
         formats.get(wishes["format"])
     open_ = session.scalar(select(func.count()).where(Upload.owner_id == user.id, Upload.file_id.is_(None)))
     if (open_ or 0) >= MAX_OPEN:
-        raise Conflict(f"{open_} uploads are open already.", way_out="Finish or stop some of them; each ends by itself after a day.")
+        raise Conflict(f"{open_} uploads are open already.", hint="Finish or stop some of them; each ends by itself after a day.")
     key = uuid.uuid4()
     path = get_settings().folder("tmp") / f"tus-{key.hex}"
     with disk_errors():
@@ -115,9 +115,9 @@ def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
     """An upload of this user. Raises NotFound, and Gone for one that has expired."""
     upload = session.get(Upload, upload_id)
     if upload is None or upload.owner_id != user.id:
-        raise NotFound("There is no such upload.", way_out="Begin again.")
+        raise NotFound("There is no such upload.", hint="Begin again.")
     if upload.file_id is None and session.scalars(select(leases.now())).one() >= upload.expires_at:
-        raise Gone("This upload has expired.", way_out="Begin again.")
+        raise Gone("This upload has expired.", hint="Begin again.")
     return upload
 
 
@@ -139,13 +139,13 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
     with _held(held.path) as handle:
         at = os.fstat(handle).st_size
         if at != offset:
-            raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", way_out="Ask with HEAD where to go on.", param="Upload-Offset")
+            raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", hint="Ask with HEAD where to go on.", param="Upload-Offset")
         buffer = bytearray()
         try:
             async for chunk in chunks:
                 buffer += chunk
                 if at + len(buffer) > held.length:
-                    raise TooLarge("More bytes came than were announced.", way_out="Begin again with the right Upload-Length.")
+                    raise TooLarge("More bytes came than were announced.", hint="Begin again with the right Upload-Length.")
                 if len(buffer) >= _WRITE_BYTES:
                     at += await run_in_threadpool(_write, handle, buffer)
                     buffer = bytearray()
@@ -169,13 +169,13 @@ def _held(path: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
-        raise Gone("The bytes of this upload are gone.", way_out="Begin again.") from None
+        raise Gone("The bytes of this upload are gone.", hint="Begin again.") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Locked(
-                "Another request is sending bytes of this upload.", way_out="Wait a moment, and ask with HEAD where to go on."
+                "Another request is sending bytes of this upload.", hint="Wait a moment, and ask with HEAD where to go on."
             ) from None
         yield handle
     finally:

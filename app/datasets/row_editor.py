@@ -45,7 +45,7 @@ def merged(text: str, typed: dict[str, str]) -> str:
     """The row's JSON with what was typed into its fields. Browsers send line ends as CR LF; rows have LF."""
     row = parsed(text)
     if row is None:
-        raise BadField("The row is not valid JSON.", way_out="Load the page again.", param="row")
+        raise BadField("The row is not valid JSON.", hint="Load the page again.", param="row")
     for name, value in typed.items():
         kind, _, path = name.partition(".")
         if kind not in ("text", "role") or not path:
@@ -60,5 +60,5 @@ def merged(text: str, typed: dict[str, str]) -> str:
             else:
                 row[found[1]][int(found[2])]["content" if kind == "text" else "role"] = value
         except (KeyError, IndexError, TypeError, ValueError):
-            raise BadField(f"The row has no “{path[:60]}”.", way_out="Load the page again.", param=name[:60]) from None
+            raise BadField(f"The row has no “{path[:60]}”.", hint="Load the page again.", param=name[:60]) from None
     return json.dumps(row, ensure_ascii=False)

@@ -97,7 +97,7 @@ def _opened(path: Path, name: str, where: Callable[[], str]) -> Iterator[pq.Parq
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise BadData(f"The rows of {_named(name)} are gone.", way_out=READ_AGAIN, code="bad_data")
+        raise BadData(f"The rows of {_named(name)} are gone.", hint=READ_AGAIN, code="bad_data")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
@@ -145,4 +145,4 @@ def _named(name: str) -> str:
 
 
 def _damaged(name: str, how: str) -> BadData:
-    return BadData(f"The rows file of {_named(name)} is damaged: {how}.", way_out=READ_AGAIN, code="bad_data")
+    return BadData(f"The rows file of {_named(name)} is damaged: {how}.", hint=READ_AGAIN, code="bad_data")

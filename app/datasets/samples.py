@@ -32,7 +32,7 @@ def add(session: Session, user: User, name: str) -> Dataset:
     """A sample as a dataset of this user: the one that is there, or a new one. Raises NotFound for a name that is not in the index."""
     sample = next((sample for sample in list_() if sample["name"] == name), None)
     if sample is None:
-        raise NotFound(f"There is no sample “{name[:60]}”.", way_out=f"There are {', '.join(entry['name'] for entry in list_())}.")
+        raise NotFound(f"There is no sample “{name[:60]}”.", hint=f"There are {', '.join(entry['name'] for entry in list_())}.")
     here = added(datasets.list_(session, user), sample)
     if here is not None:
         return here

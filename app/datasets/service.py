@@ -148,7 +148,7 @@ def file_of(session: Session, dataset: Dataset) -> File:
     """The file whose bytes it is read from. Raises Conflict when it was deleted."""
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is None or file.deleted_at is not None or not files.blob_path(file.sha256).exists():
-        raise Conflict("The file of this dataset was deleted, so it cannot be read again.", way_out="Upload the file again.")
+        raise Conflict("The file of this dataset was deleted, so it cannot be read again.", hint="Upload the file again.")
     return file
 
 
@@ -159,7 +159,7 @@ def get(session: Session, user: User, dataset_id: uuid.UUID) -> Dataset:
     """A dataset of this user. Raises NotFound, also for another person's."""
     dataset = session.get(Dataset, dataset_id)
     if dataset is None or dataset.owner_id != user.id or dataset.deleted_at is not None:
-        raise NotFound(f"No such dataset: {ids.public(ids.DATASET, dataset_id)}", way_out="It may have been deleted.", param="dataset")
+        raise NotFound(f"No such dataset: {ids.public(ids.DATASET, dataset_id)}", hint="It may have been deleted.", param="dataset")
     return dataset
 
 
@@ -172,7 +172,7 @@ def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
     if dataset is None:
         raise BadField(
             f"The file {file.filename} was uploaded with the purpose “{file.purpose}” and is not a dataset.",
-            way_out="Upload it with purpose fine-tune.",
+            hint="Upload it with purpose fine-tune.",
             param="file_id",
         )
     return dataset
@@ -253,13 +253,11 @@ def reference(dataset: Dataset) -> DatasetRef:
     """Which rows a trainer reads. Its `format` is the shape of the rows. Raises Conflict before the dataset is ready, BadField for rows
     that no recipe learns from."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
-        raise Conflict(
-            f"The dataset {dataset.name} is {dataset.status}, not ready.", way_out="Wait until it is read, or look at its report."
-        )
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}, not ready.", hint="Wait until it is read, or look at its report.")
     if formats.get(dataset.format).shape == "rated":
         raise BadField(
             f"The dataset {dataset.name} holds single answers with a rating. No method here trains on those as they are.",
-            way_out="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
+            hint="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
             param="dataset",
         )
     return DatasetRef(
@@ -322,7 +320,7 @@ def findings(
     if severity:
         query = query.where(Finding.severity == severity)
     if sort not in ORDERS:
-        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", way_out="Use line, rule or severity.", param="sort")
+        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", hint="Use line, rule or severity.", param="sort")
     query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
@@ -345,7 +343,7 @@ def delete(session: Session, user: User, dataset: Dataset) -> None:
     if job is not None:
         raise Conflict(
             f"The job “{job.name}” ({job.status}) still needs the dataset {dataset.name}.",
-            way_out=f"Cancel {ids.public(ids.JOB, job.id)} first, or wait until it has finished.",
+            hint=f"Cancel {ids.public(ids.JOB, job.id)} first, or wait until it has finished.",
         )
     dataset.deleted_at = func.clock_timestamp()
     session.flush()

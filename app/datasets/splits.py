@@ -95,7 +95,7 @@ def _grouped(names: Sequence[str], fraction: float, seed: int) -> list[bool]:
     if len(sizes) < 2:
         raise BadData(
             "All rows are in one group, or their groups share equal rows, so none can be held out.",
-            way_out="Group by another column, take repeated rows out first, or split at random.",
+            hint="Group by another column, take repeated rows out first, or split at random.",
         )
     wanted, taken, chosen = fraction * len(names), 0, set[str]()
     for name in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).digest()):
@@ -113,7 +113,7 @@ def _value(row: Any, column: str | None) -> str:
         known = ", ".join(sorted(set(row.row.get("metadata", {})) | ({"label"} if "label" in row.row else set()))[:20])
         raise BadData(
             f"Line {row.line} has no column “{column}” to split by." if column else "The column to split by is missing.",
-            way_out=f"Take one of {known}." if known else "Split at random: this dataset keeps no further columns.",
+            hint=f"Take one of {known}." if known else "Split at random: this dataset keeps no further columns.",
             param="split.column",
         )
     value = holder[column]

@@ -57,14 +57,14 @@ def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequen
     """A version with the fixes of these findings that have one. Raises BadField when none has."""
     wanted = sorted(set(finding_ids))
     if len(wanted) > MAX_FINDINGS:
-        raise BadField(f"At most {MAX_FINDINGS:,} issues are fixed at once.", way_out="Fix all of one rule instead.", param="finding")
+        raise BadField(f"At most {MAX_FINDINGS:,} issues are fixed at once.", hint="Fix all of one rule instead.", param="finding")
     query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted)).order_by(Finding.id)
     found = session.scalars(query).all()
     if gone := set(wanted) - {one.id for one in found}:
-        raise BadField(f"Version {dataset.version} has no issue {min(gone)}.", way_out="Load the page again.", param="finding")
+        raise BadField(f"Version {dataset.version} has no issue {min(gone)}.", hint="Load the page again.", param="finding")
     fixed, unfixed = [one for one in found if not why_unfixed(one)], [one for one in found if why_unfixed(one)]
     if not fixed:
-        raise BadField("None of the selected issues has an automatic fix.", way_out="Edit or remove their rows.", param="finding")
+        raise BadField("None of the selected issues has an automatic fix.", hint="Edit or remove their rows.", param="finding")
     rules = " and ".join(dict.fromkeys(one.rule for one in fixed))
     merges, others = [one for one in fixed if _merges(one)], [one for one in fixed if not _merges(one)]
     lines = sorted({one.line for one in others if one.line})
@@ -81,7 +81,7 @@ def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
     lines = lines_of(session, dataset, rule) if found is not None and not why_unfixed(found) else []
     if found is None or not lines:
         why = "its rows contradict each other, and which one is right is your choice" if rule in issue_names.CONFLICTS else "it has none"
-        raise BadField(f"No automatic fix for “{issue_names.title(rule[:60])}”: {why}.", way_out="Edit or remove the rows.", param="rule")
+        raise BadField(f"No automatic fix for “{issue_names.title(rule[:60])}”: {why}.", hint="Edit or remove the rows.", param="rule")
     if _merges(found):
         return fix_some(session, user, dataset, [one.id for one in session.scalars(query.limit(MAX_FINDINGS))])
     unfixed = list(session.scalars(query.where(Finding.fix.is_(None)).limit(MAX_FINDINGS)))
@@ -132,7 +132,7 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
 def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
     """A version of a file that could not be read at all, its lines taken as they were probably meant. Raises Conflict for others."""
     if dataset.status != "error" or not (dataset.error or {}).get("repair"):
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", way_out="Look at its issues.")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", hint="Look at its issues.")
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -154,18 +154,18 @@ def change_roles(session: Session, user: User, dataset: Dataset, roles: dict[str
         if name not in unknown or role not in CHOICES:
             raise BadField(
                 f"“{name[:40]}” cannot become “{role[:40]}”.",
-                way_out=f"Unknown roles here: {', '.join(unknown) or 'none'}. Each can become {', '.join(CHOICES)}.",
+                hint=f"Unknown roles here: {', '.join(unknown) or 'none'}. Each can become {', '.join(CHOICES)}.",
                 param="roles",
             )
     if not roles:
-        raise BadField("No role was chosen.", way_out=f"Choose one of {', '.join(CHOICES)} for at least one name.", param="roles")
+        raise BadField("No role was chosen.", hint=f"Choose one of {', '.join(CHOICES)} for at least one name.", param="roles")
     return make(session, user, dataset, [{"operation": "roles", "lines": [], "roles": roles}], {"operation": "roles", "roles": roles})
 
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
     """A version without these lines."""
     if not lines or len(lines) > MAX_LINES:
-        raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
+        raise BadField("No row was chosen.", hint="Choose at least one row.", param="lines")
     kept = sorted(set(lines))
     return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
 
@@ -186,11 +186,11 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
     """A version in which these lines have this label. Raises BadField for a dataset without labels, and for what is no label."""
     label = label.strip()
     if dataset.task != "classification":
-        raise BadField(f"The rows of {dataset.name} have no label.", way_out="Edit the rows instead.", param="label")
+        raise BadField(f"The rows of {dataset.name} have no label.", hint="Edit the rows instead.", param="label")
     if not label or len(label) > MAX_LABEL_LENGTH or "\0" in label:
-        raise BadField(f"A label has 1 to {MAX_LABEL_LENGTH} characters.", way_out="Type another one.", param="label")
+        raise BadField(f"A label has 1 to {MAX_LABEL_LENGTH} characters.", hint="Type another one.", param="label")
     if not lines or len(lines) > MAX_LINES:
-        raise BadField("No row was chosen.", way_out="Choose at least one row.", param="lines")
+        raise BadField("No row was chosen.", hint="Choose at least one row.", param="lines")
     kept = sorted(set(lines))
     edit = {"operation": "relabel", "lines": kept, "label": label}
     return make(session, user, dataset, [edit], {"operation": "relabel", "label": label, **_named(kept)})
@@ -199,17 +199,17 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
 def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
     """A version in which one row is what a person typed, as JSON of the normalised row. Raises BadField saying what is wrong."""
     if not dataset.format:
-        raise Conflict("This dataset is not read yet.", way_out="Wait until it is ready.")
+        raise Conflict("This dataset is not read yet.", hint="Wait until it is ready.")
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadField(f"The row is not valid JSON: {error}.", way_out="Fix the text and save again.", param="row") from None
+        raise BadField(f"The row is not valid JSON: {error}.", hint="Fix the text and save again.", param="row") from None
     if too_deep(row):
         message = f"The row is nested deeper than {DEEPEST} levels."
-        raise BadField(message, way_out="Flatten it and save again.", param="row")
+        raise BadField(message, hint="Flatten it and save again.", param="row")
     for found in edits.check_normalised(row, formats.get(dataset.format).shape):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Fix the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", hint="Fix the row and save again.", param="row")
     edit = {"operation": "replace", "lines": [line], "row": row}
     return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
 
@@ -218,20 +218,20 @@ def retype_line(session: Session, user: User, dataset: Dataset, line: int, text:
     """A version in which one line of the file is what a person typed: JSON, with the file's own columns. Raises BadField saying what
     is wrong."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     row = parse_json(text)
     if not isinstance(row, dict):
-        raise BadField(row.message, way_out="Fix the text and save again.", param="row")
+        raise BadField(row.message, hint="Fix the text and save again.", param="row")
     for found in formats.get(dataset.format or "").check(row, dataset.mapping):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", way_out="Fix the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", hint="Fix the row and save again.", param="row")
     return make(session, user, dataset, [{"operation": "retype", "lines": [line], "row": row}], {"operation": "edit", "lines": [line]})
 
 
 def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, Any]], origin: dict[str, Any]) -> Dataset:
     """The next version: the parent's edits and some more, ordered to be read."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     file = datasets.file_of(session, dataset)
     new = Dataset(
         id=uuid.uuid4(),

@@ -83,7 +83,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     feasibility.refuse_device(settings, heartbeats.training_machine())
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Ask again when it has been read.", param="dataset_id")
+        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Ask again when it has been read.", param="dataset_id")
     measured = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
     result = result_of(measured)
     facts = facts_of(dataset, result, settings.device)

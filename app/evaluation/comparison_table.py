@@ -157,7 +157,7 @@ def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSO
         "seconds": measured.get("seconds"),
         "predicted_seconds": estimate.get("seconds"),
         **(tuned or {"model": None, "kept": None, "bytes": None}),
-        "error": {name: job.error.get(name) for name in ("code", "message", "way_out")} if job.error else None,
+        "error": {name: job.error.get(name) for name in ("code", "message", "hint")} if job.error else None,
     }
 
 

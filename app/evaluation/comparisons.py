@@ -127,7 +127,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
     if found.dataset.status != "ready":
         raise Conflict(
             f"The dataset {found.dataset.name} is still being read, so it is not known yet which methods fit.",
-            way_out="Ask again in a moment.",
+            hint="Ask again in a moment.",
             param="dataset_id",
             code="still_reading",
         )
@@ -157,7 +157,7 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
         if strategy in found:
             raise BadField(
                 f"{title_of(strategy)} is named twice with the same settings.",
-                way_out="Remove one of them, or give it other settings.",
+                hint="Remove one of them, or give it other settings.",
                 param=f"strategies.{place}",
             )
         found.append(strategy)
@@ -218,18 +218,18 @@ def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
     """Raises DoesNotFit with the reasons when nothing is left to compare."""
     reasons = " ".join(dict.fromkeys(r["reason"] for r in plan.refused))
     if order.kind == "learning_curve" and len(order.strategies) != 1:
-        raise BadField("A learning curve is drawn for one strategy.", way_out="Name exactly one.", param="strategies")
+        raise BadField("A learning curve is drawn for one strategy.", hint="Name exactly one.", param="strategies")
     if not plan.jobs:
         raise DoesNotFit(
             f"No method of this comparison fits. {reasons[:1500]}",
-            way_out="Choose other methods, another model, or fewer tokens per batch.",
+            hint="Choose other methods, another model, or fewer tokens per batch.",
             param="strategies",
             code="no_strategy_fits",
         )
     if len(plan.jobs) < 2:
         raise DoesNotFit(
             f"Only {plan.jobs[0].title} is left to compare. {reasons[:1500]}".strip(),
-            way_out="Choose at least two methods that can run, or create one job.",
+            hint="Choose at least two methods that can run, or create one job.",
             param="strategies",
             code="nothing_to_compare",
         )
@@ -253,7 +253,7 @@ def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison |
     if found is not None and found.order != asked:
         raise Conflict(
             "This Idempotency-Key was used for another order.",
-            way_out="Send a new key with a new order, or the first order unchanged.",
+            hint="Send a new key with a new order, or the first order unchanged.",
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )
@@ -320,7 +320,7 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
     if open_:
         raise Conflict(
             f"{len(open_)} of its jobs {'has' if len(open_) == 1 else 'have'} not ended ({open_[0].name} is {open_[0].status}).",
-            way_out="Cancel the comparison first, or wait for its jobs.",
+            hint="Cancel the comparison first, or wait for its jobs.",
             param="comparison_id",
             code="wrong_state",
         )
@@ -336,7 +336,7 @@ def keep(session: Session, user: User, comparison_id: uuid.UUID, job_id: uuid.UU
         raise NotFound(f"No such job in this comparison: {ids.public(ids.JOB, job_id)}", param="job")
     model = jobs.tuned_model(session, job)
     if model is None:
-        raise Conflict(f"{job.name} has no model that could be kept.", way_out="Keep the result of a job that succeeded.", param="job")
+        raise Conflict(f"{job.name} has no model that could be kept.", hint="Keep the result of a job that succeeded.", param="job")
     return models.keep(model)
 
 

@@ -88,10 +88,10 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     resolved = models.resolve(session, user, model)
     _check_is_here(resolved)
     if resolved.ref.labels:
-        raise BadField(f"{model} is a classifier.", way_out="Take an embedding model, or the base it was fine-tuned from.", param="model")
+        raise BadField(f"{model} is a classifier.", hint="Take an embedding model, or the base it was fine-tuned from.", param="model")
     dataset = evaluations.find_dataset(session, user, dataset_id, None)
     if dataset.status != "ready" or not dataset.good_rows:
-        raise Conflict(f"{dataset.name} is {dataset.status}.", way_out="Take a dataset that is ready.", param="dataset_id")
+        raise Conflict(f"{dataset.name} is {dataset.status}.", hint="Take a dataset that is ready.", param="dataset_id")
     task: Any = dataset.task or "generation"
     ref = datasets.reference(dataset)
     spec = EvaluationSpec(
@@ -106,7 +106,7 @@ def _check_is_here(resolved: models.Resolved) -> None:
     if resolved.model.engine is not None:
         raise BadField(
             f"{resolved.ref.name} answers through another server; its weights are not here.",
-            way_out="Take a model of this studio.",
+            hint="Take a model of this studio.",
             param="model",
         )
 
@@ -162,7 +162,7 @@ def keep(evaluation_id: uuid.UUID, folder: Path) -> None:
     """Move what the process wrote out of its folder, whole. Raises BadData for anything but a plain file."""
     written = folder / OUTPUT
     if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
-        raise BadData("The process left no predictions.", way_out="Start it again.")
+        raise BadData("The process left no predictions.", hint="Start it again.")
     with files.disk_errors(), written.open("rb") as file:
         os.fsync(file.fileno())
     target = path_of(evaluation_id)
@@ -192,7 +192,7 @@ def usual_format(filename: str) -> Format:
 def content(found: Evaluation, format: Format) -> Iterator[str]:
     """The file with its columns added, piece by piece. Raises Conflict before there is one."""
     if found.status != "succeeded" or not path_of(found.id).is_file():
-        raise Conflict(f"The predictions are {found.status}.", way_out="Wait until they have succeeded.", code="not_ready")
+        raise Conflict(f"The predictions are {found.status}.", hint="Wait until they have succeeded.", code="not_ready")
     return _lines(path_of(found.id)) if format == "jsonl" else _csv(path_of(found.id), (found.result or {}).get("columns") or [])
 
 

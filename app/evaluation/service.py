@@ -129,14 +129,14 @@ def find_dataset(session: Session, user: User, dataset_id: str | None, file: str
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if file:
         return datasets.for_file(session, user, ids.parse(ids.FILE, file, param=param))
-    raise BadField("No data was named.", way_out=f"Send dataset_id or {param}.", param="dataset_id", code="missing_required_parameter")
+    raise BadField("No data was named.", hint=f"Send dataset_id or {param}.", param="dataset_id", code="missing_required_parameter")
 
 
 def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(
             f"The dataset {dataset.name} cannot be evaluated on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
-            way_out="Wait until it has been read, or fix the issues of its report.",
+            hint="Wait until it has been read, or fix the issues of its report.",
             param="dataset_id",
         )
     task: Task = dataset.task or "generation"  # type: ignore[assignment]
@@ -182,30 +182,30 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
     name, writes = ref.name, ref.shape.architecture != "encoder" and not ref.labels
     if model.engine is not None:
         raise BadField(
-            f"{name} answers through another server; its weights are not here.", way_out="Take a model of this studio.", param="model"
+            f"{name} answers through another server; its weights are not here.", hint="Take a model of this studio.", param="model"
         )
     if kind == "blend":
         if ref.name != interpolation.split_name(ref.name)[0]:
-            raise BadField(f"{name} is a blend already.", way_out="Name the fine-tuned model itself.", param="model")
+            raise BadField(f"{name} is a blend already.", hint="Name the fine-tuned model itself.", param="model")
         if reason := interpolation.why_not(_strategy(job), labels=bool(ref.labels)):
-            raise BadField(f"{name} cannot be blended with its base: {reason}", way_out="Score it as it is.", param="model")
+            raise BadField(f"{name} cannot be blended with its base: {reason}", hint="Score it as it is.", param="model")
     if kind == "advice":
         if ref.labels:
             raise BadField(
-                f"{name} is a classifier already, so it cannot be tested before fine-tuning.", way_out="Take its base.", param="model"
+                f"{name} is a classifier already, so it cannot be tested before fine-tuning.", hint="Take its base.", param="model"
             )
         return
     if task == "preference":
-        raise BadField("Preference rows cannot be scored yet.", way_out="Take a dataset of answers or of labels.", param="dataset_id")
+        raise BadField("Preference rows cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
     if task == "classification" and not ref.labels:
         raise BadField(
             f"{name} is not a classifier, so it cannot be scored on labels.",
-            way_out="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
+            hint="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
             param="model",
         )
     if task == "generation" and not writes:
         raise BadField(
-            f"{name} generates no text, so it cannot be scored on answers.", way_out="Use a model that generates text.", param="model"
+            f"{name} generates no text, so it cannot be scored on answers.", hint="Use a model that generates text.", param="model"
         )
 
 
@@ -357,8 +357,8 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
         return
     evaluation.status = "failed"
     evaluation.finished_at = session.scalar(select(now()))
-    way_out = "Look at the worker's log; fewer rows or a smaller model may help."
-    evaluation.error = storable({"code": "crashed", "message": f"{reason} That was death {evaluation.deaths}.", "way_out": way_out})
+    hint = "Look at the worker's log; fewer rows or a smaller model may help."
+    evaluation.error = storable({"code": "crashed", "message": f"{reason} That was death {evaluation.deaths}.", "hint": hint})
 
 
 def reap(session: Session) -> dict[str, int]:

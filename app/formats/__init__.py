@@ -50,7 +50,7 @@ def get(name: str) -> Format:
     try:
         return FORMATS[name]
     except KeyError:
-        raise BadField(f"There is no format “{name[:80]}”.", way_out=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
+        raise BadField(f"There is no format “{name[:80]}”.", hint=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
 
 
 def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:

@@ -39,9 +39,9 @@ def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]
         raise BadField(f"Give between one and {MAX_TEXTS} texts; {len(texts)} were given.", param="input")
     for place, text in enumerate(texts):
         if not text.strip():
-            raise BadField(f"Text {place} is empty.", way_out="Remove it.", param="input")
+            raise BadField(f"Text {place} is empty.", hint="Remove it.", param="input")
         if len(text) > MAX_TEXT_LENGTH:
-            raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="input")
+            raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", hint="Shorten it.", param="input")
     given = [playground.readable(text) for text in texts]
     return [
         GenerateRequest(id=uuid.uuid4(), owner=user.id, model=_classifier(session, user, name), classify=given, sampling=Sampling(), seed=0)
@@ -53,7 +53,7 @@ def _classifier(session: Session, user: User, name: str) -> ModelRef:
     ref = models.resolve(session, user, name).ref
     if ref.kind != "classifier" or not ref.labels:
         raise BadField(
-            f"{name} is no classifier.", way_out="Choose a model fine-tuned on labeled rows; the page Models lists them.", param="model"
+            f"{name} is no classifier.", hint="Choose a model fine-tuned on labeled rows; the page Models lists them.", param="model"
         )
     return ref
 
@@ -63,7 +63,7 @@ def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorti
     broke = next((e for e in entries if isinstance(e, StreamError)), None)
     found = next((e for e in entries if isinstance(e, Classified)), None)
     if broke or found is None:
-        error = {"message": broke.message, "way_out": broke.way_out} if broke else {"message": "No answer came.", "way_out": "Ask again."}
+        error = {"message": broke.message, "hint": broke.hint} if broke else {"message": "No answer came.", "hint": "Ask again."}
         return Sorting(name, request.model, [], [], 0, error)
     done = next((e for e in entries if isinstance(e, Done)), None)
     texts = [sorted(zip(found.labels, p, strict=True), key=lambda pair: -pair[1]) for p in found.probabilities]

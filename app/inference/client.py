@@ -54,7 +54,7 @@ def _wire() -> redis.asyncio.Redis:
     """One client per event loop: its connections belong to the loop that opened them."""
     loop, url = asyncio.get_running_loop(), get_settings().redis_url
     if not url:
-        raise Unavailable("No message broker is set.", way_out="Start the studio with `luthier up`.")
+        raise Unavailable("No message broker is set.", hint="Start the studio with `luthier up`.")
     known = _clients.get(loop)
     if known is None or known[0] != url:
         # Longer than the wait of a read that blocks, which a silent server would otherwise draw out for ever.
@@ -65,7 +65,7 @@ def _wire() -> redis.asyncio.Redis:
 
 def raise_broke(entry: StreamError) -> None:
     """The error a worker told, as it would have been raised here."""
-    fault = StudioError(entry.message, way_out=entry.way_out, param=entry.param, code=entry.code)
+    fault = StudioError(entry.message, hint=entry.hint, param=entry.param, code=entry.code)
     fault.status, fault.type = entry.status, entry.error_type
     raise fault
 
@@ -106,7 +106,7 @@ async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
     except redis.RedisError as error:
         if queue.cannot_write(error):
             raise  # it has not gone away; `app.web.error_responses` says what is the matter
-        raise Unavailable("The message broker went away in the middle of the answer.", way_out="Ask again.") from error
+        raise Unavailable("The message broker went away in the middle of the answer.", hint="Ask again.") from error
     finally:
         # Not awaited here: a reader that is being cancelled may not wait for anything.
         task = asyncio.ensure_future(_leave(wire, request))
@@ -140,7 +140,7 @@ async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIte
         for entry_id, fields in entries:
             last = entry_id
             if int(fields[b"seq"]) != seq:
-                raise Unavailable("A part of the answer was lost on the way.", way_out="Ask again.", code="answer_lost")
+                raise Unavailable("A part of the answer was lost on the way.", hint="Ask again.", code="answer_lost")
             seq += 1
             yield unpack(fields[b"entries"])
 
@@ -177,7 +177,7 @@ class _Watch:
         if self.absent >= 2:
             raise Unavailable(
                 "The worker that was answering has stopped.",
-                way_out="Ask again: it starts anew by itself.",
+                hint="Ask again: it starts anew by itself.",
                 code="worker_lost",
             )
 
@@ -186,11 +186,11 @@ class _Watch:
         if now - self.began > WAIT_SECONDS:
             raise Unavailable(
                 f"Every worker has had its hands full for {WAIT_SECONDS:.0f} seconds.",
-                way_out="Try again in a moment, or start another generate worker.",
+                hint="Try again in a moment, or start another generate worker.",
                 code="busy",
             )
         if now - self.began > NO_WORKER_SECONDS and not [w for w in await run_in_threadpool(heartbeats.alive) if w.queue == "generate"]:
-            raise Unavailable("No generate worker is running.", way_out="Start the studio with `luthier up`.", code="no_worker")
+            raise Unavailable("No generate worker is running.", hint="Start the studio with `luthier up`.", code="no_worker")
         if now - self.sent > AGAIN_SECONDS:
             self.sent = now
             await _send(self.request)

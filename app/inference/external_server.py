@@ -73,7 +73,7 @@ def _address(text: str) -> Address:
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
         raise BadField(
             "LUTHIER_ENGINES names something that is no address of a server.",
-            way_out="Write addresses as http://127.0.0.1:8001/v1, with commas between them.",
+            hint="Write addresses as http://127.0.0.1:8001/v1, with commas between them.",
             param="engines",
         )
     named = f"[{host}]" if ":" in host else host
@@ -88,7 +88,7 @@ def find(url: str) -> Address:
     if wanted not in known:
         raise BadField(
             f"{wanted[:120]!r} is not among the engines of this studio.",
-            way_out=f"There are {', '.join(known)}." if known else "Whoever runs the studio lists them in LUTHIER_ENGINES.",
+            hint=f"There are {', '.join(known)}." if known else "Whoever runs the studio lists them in LUTHIER_ENGINES.",
             param="url",
         )
     return known[wanted]
@@ -185,7 +185,7 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
     if answer.status_code != 200 and "already" not in answer.text[:2000]:
         raise Unavailable(
             f"{address.host} would not load the adapter (status {answer.status_code}).",
-            way_out="Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
+            hint="Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
             "on a machine that sees the data folder; or take the engine away from the base model.",
             code="engine_adapter",
         )
@@ -356,7 +356,7 @@ def _may_be_called(address: str) -> bool:
 def _away(address: Address, error: Exception) -> Unavailable:
     return Unavailable(
         f"The engine at {address.host} cannot be reached ({type(error).__name__}).",
-        way_out="Start it, or take it away from the model on the model's page; then the studio's own engine answers.",
+        hint="Start it, or take it away from the model on the model's page; then the studio's own engine answers.",
         code="engine_unreachable",
     )
 
@@ -364,7 +364,7 @@ def _away(address: Address, error: Exception) -> Unavailable:
 def _strange(address: Address) -> Unavailable:
     return Unavailable(
         f"The engine at {address.host} answered what no OpenAI-compatible server answers.",
-        way_out="Check its address in LUTHIER_ENGINES; it usually ends in /v1.",
+        hint="Check its address in LUTHIER_ENGINES; it usually ends in /v1.",
         code="engine_answer",
     )
 
@@ -393,11 +393,11 @@ def _refused(address: Address, status: int, body: bytes, request: GenerateReques
         return fault
     if status in (401, 403):
         return Unavailable(
-            f"The engine at {address.host} refuses the studio's key.", way_out="Put its key into LUTHIER_ENGINES.", code="engine_key"
+            f"The engine at {address.host} refuses the studio's key.", hint="Put its key into LUTHIER_ENGINES.", code="engine_key"
         )
     words = f": {message}" if message else ""
     return Unavailable(
         f"The engine at {address.host} answered with status {status}{words}",
-        way_out="See its log, or take it away from the model on the model's page.",
+        hint="See its log, or take it away from the model on the model's page.",
         code="engine_failed",
     )

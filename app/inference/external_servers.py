@@ -23,13 +23,13 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
     """Let a server answer for a model from now on. Raises BadField when it does not serve that name, Unavailable when it is away."""
     address = find(url)
     if via not in ("tokens", "chat"):
-        raise BadField(f"{via[:20]!r} is no way to send a prompt.", way_out="There are tokens and chat.", param="via")
+        raise BadField(f"{via[:20]!r} is no way to send a prompt.", hint="There are tokens and chat.", param="via")
     if model.kind in ("classifier", "encoder"):
         raise BadField(f"{model.name} does not write text, so no engine can answer for it.", param="model")
     served = names(address)
     if name not in served:
         shown = ", ".join(served[:8]) or "nothing"
-        raise BadField(f"{address.host} serves no model {name[:120]!r}.", way_out=f"It serves {shown}.", param="engine_model")
+        raise BadField(f"{address.host} serves no model {name[:120]!r}.", hint=f"It serves {shown}.", param="engine_model")
     engine = ExternalEngine(url=address.url, model=name, via=via)
     model.engine = engine.model_dump(mode="json", exclude={"adapter"})
     return engine

@@ -23,9 +23,9 @@ def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: in
     if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
         raise BadField(f"Name between one and {MAX_PANES} different models; {len(names)} were named.", param="models")
     if not text:
-        raise BadField("The text is empty.", way_out="Write at least one character.", param="prompt")
+        raise BadField("The text is empty.", hint="Write at least one character.", param="prompt")
     if len(text) > MAX_TEXT_LENGTH:
-        raise BadField(f"The text has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
+        raise BadField(f"The text has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", hint="Shorten it.", param="prompt")
     if not 1 <= top_k <= MAX_NEXT:
         raise BadField(f"top_k lies between 1 and {MAX_NEXT}.", param="top_k")
     asked = []
@@ -56,7 +56,7 @@ class View(NamedTuple):
 def view(asked: PendingAnswer, entries: Sequence[Entry]) -> View:
     seen = next((e for e in entries if isinstance(e, PromptLogprobs)), None)
     broke = next((e for e in entries if isinstance(e, StreamError)), None)
-    error = {"message": broke.message, "way_out": broke.way_out} if broke else None
+    error = {"message": broke.message, "hint": broke.hint} if broke else None
     return View(asked.speaker, seen.tokens if seen else [], seen.following if seen else [], error)
 
 

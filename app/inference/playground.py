@@ -106,7 +106,7 @@ class AnswerFold:
                 case Done():
                     self.done = entry
                 case StreamError():
-                    self.error = {"message": entry.message, "way_out": entry.way_out, "code": entry.code}
+                    self.error = {"message": entry.message, "hint": entry.hint, "code": entry.code}
 
     def usage(self) -> dict[str, Any]:
         """Tokens in the shape of the OpenAI API; of an answer that was stopped, those that were heard of."""
@@ -133,7 +133,7 @@ def speaker(session: Session, user: User, name: str) -> ResolvedModel:
     if found.ref.kind in ("classifier", "encoder"):
         raise BadField(
             f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
-            way_out="Choose a generic, instruction or dialogue model.",
+            hint="Choose a generic, instruction or dialogue model.",
             param="model",
         )
     return found
@@ -145,7 +145,7 @@ def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
         return speaker(session, user, name)
     look = tryout.of_name(session, user, name)
     if look is None or not look.examples:
-        raise BadField(f"{name} has no solved examples.", way_out="Choose a model fine-tuned on questions with answers.", param="models")
+        raise BadField(f"{name} has no solved examples.", hint="Choose a model fine-tuned on questions with answers.", param="models")
     return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
 
 
@@ -171,11 +171,11 @@ def ask(
     if not 1 <= len(names) <= MAX_PANES:
         raise BadField(f"Choose between one and {MAX_PANES} models; {len(names)} were named.", param="models")
     if len(set(names)) != len(names):
-        raise BadField("A model was named twice.", way_out="Choose different models.", param="models")
+        raise BadField("A model was named twice.", hint="Choose different models.", param="models")
     if not prompt:
-        raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
+        raise BadField("The prompt is empty.", hint="Write something for the models to answer.", param="prompt")
     if len(prompt) > MAX_PROMPT_LENGTH:
-        raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", way_out="Shorten it.", param="prompt")
+        raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", hint="Shorten it.", param="prompt")
     prompt, system = readable(prompt), readable(system)
     taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
     before = thread(session, user, parent) if parent else []
@@ -299,7 +299,7 @@ def readable(text: str) -> str:
 def get(session: Session, user: User, exchange_id: uuid.UUID) -> Exchange:
     found = session.get(Exchange, exchange_id)
     if found is None or found.owner_id != user.id:
-        raise NotFound(f"Conversation not found: {exchange_id}.", way_out="The playground's history lists those that are stored.")
+        raise NotFound(f"Conversation not found: {exchange_id}.", hint="The playground's history lists those that are stored.")
     return found
 
 

@@ -223,7 +223,7 @@ class StreamError(BaseModel):
     code: str
     error_type: str = "server_error"
     message: str
-    way_out: str = ""
+    hint: str = ""
     param: str | None = None
 
 

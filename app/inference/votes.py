@@ -35,16 +35,14 @@ def draw(dataset: Dataset) -> list[JSON]:
     """A conversation that wants an answer, from a row drawn at random. Raises Conflict while the dataset is not ready, and
     BadField for texts without questions."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
-        raise Conflict(
-            f"{dataset.name} has no rows that can be read.", way_out="Wait until it is read, or choose another.", param="dataset"
-        )
+        raise Conflict(f"{dataset.name} has no rows that can be read.", hint="Wait until it is read, or choose another.", param="dataset")
     for _ in range(20):
         place = secrets.randbelow(dataset.good_rows)
         messages = _asks(json.loads(row_at(get_settings().data_dir / dataset.rows_path, place, dataset.name)))
         if messages and str(messages[-1].get("content") or "").strip():
             return messages
     raise BadField(
-        f"The rows of {dataset.name} ask nothing.", way_out="Take a dataset of conversations, instructions or labels.", param="dataset"
+        f"The rows of {dataset.name} ask nothing.", hint="Take a dataset of conversations, instructions or labels.", param="dataset"
     )
 
 
@@ -69,10 +67,10 @@ def begin(
     Raises BadField for anything but two different models, and for an empty prompt.
     """
     if len(names) != 2 or names[0] == names[1]:
-        raise BadField("A blind vote needs two different models.", way_out="Choose two.", param="models")
+        raise BadField("A blind vote needs two different models.", hint="Choose two.", param="models")
     question = str(messages[-1].get("content", "")) if messages else ""
     if not question.strip():
-        raise BadField("The prompt is empty.", way_out="Write something for the models to answer.", param="prompt")
+        raise BadField("The prompt is empty.", hint="Write something for the models to answer.", param="prompt")
     sides = list(names) if secrets.randbelow(2) else list(reversed(names))
     if sampling.seed is None:
         sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
@@ -136,7 +134,7 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
     if choice not in (0, 1, 2):
         raise BadField("A vote is 1, 2 or 0 for a tie.", param="choice")
     if vote.choice is not None:
-        raise Conflict("This round was voted on already.", way_out="Ask for the next one.")
+        raise Conflict("This round was voted on already.", hint="Ask for the next one.")
     if edited and len(edited) > MAX_EDIT_LENGTH:
         raise BadField(f"The edited answer has {len(edited)} characters; {MAX_EDIT_LENGTH} is the most.", param="edited")
     vote.choice, vote.edited = choice, storable(edited) if edited and edited.strip() else None
@@ -150,12 +148,12 @@ def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange
     """A vote for one answer of the playground over each other to the same prompt; how many. Raises Conflict where there is none."""
     chosen = session.get(Answer, answer_id)
     if chosen is None:
-        raise NotFound("No such answer.", way_out="Reload the playground: an answer is stored when it has ended.", param="answer")
+        raise NotFound("No such answer.", hint="Reload the playground: an answer is stored when it has ended.", param="answer")
     exchange = playground.get(session, user, chosen.exchange_id)
     thread = playground.thread(session, user, exchange.id)
     others = [a for a in thread[-1][1] if a.id != chosen.id and not a.error and a.model_name != chosen.model_name]
     if chosen.error or not others:
-        raise Conflict("There is no other answer to prefer this one over.", way_out="Ask two models the same.")
+        raise Conflict("There is no other answer to prefer this one over.", hint="Ask two models the same.")
     messages = list(exchange.messages or [])
     for earlier, answer in playground.column(thread, chosen.model_name)[:-1]:
         messages += [{"role": "user", "content": earlier.prompt}, {"role": "assistant", "content": answer.text}]
@@ -255,7 +253,7 @@ def make_dataset(session: Session, user: User, kind: str) -> Dataset:
     if kind not in ("preference", "chat"):
         raise BadField("Votes become a preference or a chat dataset.", param="kind")
     if not lines:
-        raise Conflict("No vote prefers one answer yet, so there is nothing to train on.", way_out="Vote for one side, or edit an answer.")
+        raise Conflict("No vote prefers one answer yet, so there is nothing to train on.", hint="Vote for one side, or edit an answer.")
     data = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     file = files.add_bytes(session, user, data, f"votes-{kind}.jsonl", "fine-tune")
     return datasets.create(session, user, file, name=f"{'Preferences' if kind == 'preference' else 'Best answers'} from votes", format=kind)

@@ -29,7 +29,7 @@ def get(session: Session, job: Job, step: int) -> Checkpoint:
     """A checkpoint that is still there. Raises NotFound."""
     query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step, Checkpoint.deleted_at.is_(None))
     if (row := session.scalar(query)) is None:
-        raise NotFound(f"The job has no checkpoint of step {step}.", way_out="Its page lists those that are still there.", param="step")
+        raise NotFound(f"The job has no checkpoint of step {step}.", hint="Its page lists those that are still there.", param="step")
     return row
 
 
@@ -38,7 +38,7 @@ def folder_of(row: Checkpoint) -> Path:
     folder = get_settings().data_dir / row.path
     manifest.verify(folder, deep=False)
     if manifest.sha256_of(folder / manifest.NAME) != row.manifest_sha256:
-        raise BadData(f"The checkpoint of step {row.step} is no longer whole on disk.", way_out="Choose another checkpoint of the job.")
+        raise BadData(f"The checkpoint of step {row.step} is no longer whole on disk.", hint="Choose another checkpoint of the job.")
     return folder
 
 
@@ -85,7 +85,7 @@ def keep(session: Session, job: Job, step: int) -> Model:
     if known is not None and known.deleted_at is None:
         return known
     if session.scalar(select(Model.id).where(Model.name == model.name, Model.deleted_at.is_(None))):
-        raise Conflict(f"Another checkpoint of step {step} is kept already.", way_out="Delete that model first.", param="step")
+        raise Conflict(f"Another checkpoint of step {step} is kept already.", hint="Delete that model first.", param="step")
     target = get_settings().data_dir / "models" / str(model.id)
     made = _link(source, target)
     model.path, model.revision, model.bytes = f"models/{model.id}", made["revision"], made["bytes"]
@@ -132,7 +132,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) ->
     if not resumable(row):
         raise Conflict(
             f"The best checkpoint before step {step} was swept, so the job cannot go on from there.",
-            way_out="Resume from the newest checkpoint, or clone the job.",
+            hint="Resume from the newest checkpoint, or clone the job.",
             param="step",
         )
     resumed = jobs.resume(session, user, job_id)  # holds the job's row: no trainer runs until this is committed

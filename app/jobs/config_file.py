@@ -102,14 +102,14 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
     try:
         body = yaml.safe_load(file.decode("utf-8"))
     except UnicodeDecodeError:
-        raise BadData("The file is not text in UTF-8.", way_out="Choose the YAML file of a job.") from None
+        raise BadData("The file is not text in UTF-8.", hint="Choose the YAML file of a job.") from None
     except yaml.YAMLError as error:
-        raise BadData(f"The file is not YAML: {str(error)[:200]}", way_out="Fix the line it names.") from None
+        raise BadData(f"The file is not YAML: {str(error)[:200]}", hint="Fix the line it names.") from None
     if not isinstance(body, dict):
-        raise BadData("The file holds no settings.", way_out="It needs at least `model:` and `dataset_id:` or `training_file:`.")
+        raise BadData("The file holds no settings.", hint="It needs at least `model:` and `dataset_id:` or `training_file:`.")
     if unknown := [str(key) for key in body if key not in KEYS]:
         raise BadField(
-            f"The form has no {unknown[0][:60]!r}.", way_out=f"Remove it. Known are {', '.join(sorted(KEYS))}.", param=unknown[0][:60]
+            f"The form has no {unknown[0][:60]!r}.", hint=f"Remove it. Known are {', '.join(sorted(KEYS))}.", param=unknown[0][:60]
         )
     order = job_request.read_order(body)
     dataset, validation = (
@@ -147,7 +147,7 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: str | None) ->
     if not file.startswith("file-"):
         raise BadField(
             f"The file names data on a disk: {file[:100]}.",
-            way_out="Upload it and write its `dataset_id:` here, or run the file with `luthier train`.",
+            hint="Upload it and write its `dataset_id:` here, or run the file with `luthier train`.",
             param="training_file",
         )
     return datasets.for_file(session, user, ids.parse(ids.FILE, file, param="training_file"))

@@ -257,7 +257,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
 
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     """The attempt failed. What another attempt may survive is queued again; a full disk pauses the job, since nothing
-    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a way out. A job that was to be cancelled
+    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a hint. A job that was to be cancelled
     is cancelled, whatever it failed of. Raises FenceLost."""
     job = _mine(session, held)
     if job is None:
@@ -280,7 +280,7 @@ _QUIET = {"cancel_requested": False, "pause_requested": False, "save_requested":
 def _error(failed: events.Failed) -> dict[str, Any]:
     param = "training_file" if failed.kind == "bad_data" else "model" if failed.kind == "bad_model" else None
     said: dict[str, Any] = storable(
-        {"code": failed.kind, "message": failed.message, "way_out": failed.way_out, "param": param}
+        {"code": failed.kind, "message": failed.message, "hint": failed.hint, "param": param}
         | {name: value for name in ("step", "line", "suggestion") if (value := getattr(failed, name)) is not None}
     )
     return said
@@ -335,7 +335,7 @@ def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> Non
     given_up = failed.model_copy(
         update={
             "message": f"{failed.message} The trainer crashed {job.deaths} times without progress, so the job failed.",
-            "way_out": failed.way_out or "Look at the log of the last attempt, then resume the job or start it with less.",
+            "hint": failed.hint or "Look at the log of the last attempt, then resume the job or start it with less.",
         }
     )
     job.error = _error(given_up)

@@ -40,11 +40,11 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     for name in order:
         if name not in KNOWN:
             raise BadField(
-                f"{name!r} has no meaning without a studio.", way_out=f"Remove it; known are {', '.join(sorted(KNOWN))}.", param=name
+                f"{name!r} has no meaning without a studio.", hint=f"Remove it; known are {', '.join(sorted(KNOWN))}.", param=name
             )
     for name in ("model", "training_file"):
         if not isinstance(order.get(name), str):
-            raise BadField(f"{name} is missing.", way_out=f"Write `{name}: …` into the file.", param=name)
+            raise BadField(f"{name} is missing.", hint=f"Write `{name}: …` into the file.", param=name)
     model = model_of(order["model"], folder)
     data, task = rows_of(order["training_file"], folder, "training_file")
     held_out = rows_of(order["validation_file"], folder, "validation_file")[0] if order.get("validation_file") else None
@@ -59,7 +59,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         raise job_request.bad_field(error, "run") from None
     reason = strategy.unavailable(model.shape, task=task, cuda=job_request.has_gpu(run.device))
     if reason:
-        raise BadField(reason, way_out="Choose another method or model.", param="strategy")
+        raise BadField(reason, hint="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
     rest = {name: order[name] for name in ("split", "preference") if order.get(name)}
     if task == "preference":
@@ -78,10 +78,10 @@ def model_of(name: str, folder: Path) -> ModelRef:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
-        raise BadField(f"{path} holds no model.", way_out="Name a folder saved by save_pretrained().", param="model") from None
+        raise BadField(f"{path} holds no model.", hint="Name a folder saved by save_pretrained().", param="model") from None
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise BadField(f"{path} holds no safetensors file.", way_out="Save the model with safetensors.", param="model")
+        raise BadField(f"{path} holds no safetensors file.", hint="Save the model with safetensors.", param="model")
     about = hashlib.sha256(json.dumps([[w.name, w.stat().st_size, w.stat().st_mtime_ns] for w in weights]).encode())
     shape = shape_of(config)
     key = uuid.uuid5(uuid.NAMESPACE_URL, path.as_uri())
@@ -101,12 +101,12 @@ def rows_of(name: str, folder: Path, param: str) -> tuple[DatasetRef, Task]:
     """The good rows of a file, kept as Parquet under the hash of its bytes, and what they teach."""
     path = (folder / name).resolve()
     if not path.is_file():
-        raise BadField(f"{param} names {path}, which is not a file.", way_out="Write a path relative to the YAML file.", param=param)
+        raise BadField(f"{param} names {path}, which is not a file.", hint="Write a path relative to the YAML file.", param=param)
     key = uuid.uuid5(uuid.NAMESPACE_OID, hashlib.sha256(path.read_bytes()).hexdigest())
     kept = get_settings().folder("rows", str(key)) / "rows.parquet"
     found = ingest.read({"path": str(path), "filename": path.name, "rows": str(kept)}, lambda _: None)
     if not found["good_rows"]:
-        raise BadData(f"None of the {found['rows']} rows of {path.name} is valid.", way_out="Fix the file, or look at it in the studio.")
+        raise BadData(f"None of the {found['rows']} rows of {path.name} is valid.", hint="Fix the file, or look at it in the studio.")
     where = kept.relative_to(get_settings().data_dir).as_posix()
     ref = DatasetRef(id=key, name=path.stem, path=where, sha256=found["sha256"], format=found["format"], rows=found["good_rows"])
     return ref, found["task"]
@@ -131,6 +131,6 @@ def train(spec: JobSpec, *, profile: bool = False) -> Iterator[events.TrainerEve
             failed = event if isinstance(event, events.Failed) else failed
             yield event
     if process.wait() and failed is None:
-        raise StudioError(f"The training process ended with {process.returncode}.", way_out=f"Read {attempt / 'trainer.log'}.")
+        raise StudioError(f"The training process ended with {process.returncode}.", hint=f"Read {attempt / 'trainer.log'}.")
     if failed is not None:
-        raise StudioError(failed.message, way_out=failed.way_out or f"Read {attempt / 'trainer.log'}.")
+        raise StudioError(failed.message, hint=failed.hint or f"Read {attempt / 'trainer.log'}.")

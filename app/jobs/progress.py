@@ -339,7 +339,7 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
             by = " by you" if event.reason == "asked for" else ""
             return "info", f"{event.status.capitalize()}{by}{where}. {'' if by else event.reason}".strip()
         case Failed():
-            return "error", f"{event.message} {event.way_out}".strip()
+            return "error", f"{event.message} {event.hint}".strip()
         case Finished():
             early = " Validation loss had stopped improving." if event.reason == "early_stopped" else ""
             return "info", f"Succeeded at step {event.step}.{early}"

@@ -116,10 +116,10 @@ def read_order(body: Mapping[str, Any]) -> JobRequest:
 def _check_integration(wish: Mapping[str, Any], param: str) -> None:
     """Raises BadField for another service than Weights & Biases, and for an order to it without a project."""
     if wish.get("type") != "wandb":
-        raise BadField(f"{param}.type can only be 'wandb'.", way_out="Leave the integration out.", param=f"{param}.type")
+        raise BadField(f"{param}.type can only be 'wandb'.", hint="Leave the integration out.", param=f"{param}.type")
     settings = wish.get("wandb")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("project"), str) or not settings["project"]:
-        raise BadField(f"{param}.wandb.project is missing.", way_out="Name the project.", param=f"{param}.wandb.project")
+        raise BadField(f"{param}.wandb.project is missing.", hint="Name the project.", param=f"{param}.wandb.project")
 
 
 def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadField:
@@ -128,12 +128,12 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadFie
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
         _, now = RENAMED.get(param.rpartition(".")[2], ("", "Omit it, or look up the settings under /v1/strategies."))
-        return BadField(f"There is no setting {param!r}.", way_out=now, param=param)
+        return BadField(f"There is no setting {param!r}.", hint=now, param=param)
     if first["type"] == "missing":
-        return BadField(f"{param} is missing.", way_out=f"Send {param} with the request.", param=param, code="missing_required_parameter")
+        return BadField(f"{param} is missing.", hint=f"Send {param} with the request.", param=param, code="missing_required_parameter")
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
-    return BadField(f"{param} cannot be {shown}.", way_out=plain(first["msg"]), param=param)
+    return BadField(f"{param} cannot be {shown}.", hint=plain(first["msg"]), param=param)
 
 
 # From an order to a spec --------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
     """The strategy with its settings. Raises BadField."""
     name = asked.get("name", UNNAMED)
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise BadField(f"There is no strategy {str(name)[:60]!r}.", way_out=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
+        raise BadField(f"There is no strategy {str(name)[:60]!r}.", hint=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
     try:
         return _strategies.validate_python({**asked, "name": name})
     except ValidationError as error:
@@ -173,21 +173,21 @@ def ground(session: Session, user: User, order: JobRequest) -> OrderContext:
     from app.models import service as models
 
     if order.method and order.method.type == "reinforcement":
-        raise BadField("Reinforcement fine-tuning is not offered.", way_out="Use the method supervised.", param="method.type")
+        raise BadField("Reinforcement fine-tuning is not offered.", hint="Use the method supervised.", param="method.type")
     resolved = _with_param("model", models.resolve, session, user, order.model)
     if resolved.model.status != "ready":
         raise BadField(
             f"The model {order.model} is not ready: it is {resolved.model.status}.",
-            way_out="Wait until it has been fetched, or look at its page for what went wrong.",
+            hint="Wait until it has been fetched, or look at its page for what went wrong.",
             param="model",
         )
     if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
-        way_out = "Fine-tune the model itself, or its base, and blend the result."
-        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", way_out=way_out, param="model")
+        hint = "Fine-tune the model itself, or its base, and blend the result."
+        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", hint=hint, param="model")
     dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
     if dataset is None:
         raise BadField(
-            "No data was named.", way_out="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
+            "No data was named.", hint="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
         )
     validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
     task = _task(order, dataset)
@@ -210,8 +210,8 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device)
     if reason:
         hidden = run.device == "cpu" and has_gpu()
-        way_out = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
-        raise BadField(reason, way_out=way_out, param="strategy", code="strategy_unavailable")
+        hint = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
+        raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
     feasibility.refuse_turns(run, task, dataset.format)
@@ -270,12 +270,12 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
 def _task(order: JobRequest, dataset: Dataset) -> Task:
     if order.method and order.method.type == "dpo":
         if order.task not in (None, "preference"):
-            raise BadField(f"The method dpo is for preferences, not {order.task}.", way_out="Omit task.", param="task")
+            raise BadField(f"The method dpo is for preferences, not {order.task}.", hint="Omit task.", param="task")
         return "preference"
     if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
         raise BadField(
             f"The method supervised needs single answers, and the dataset {dataset.name} holds pairs of them.",
-            way_out="Set the method to dpo, or choose a dataset with one answer to each prompt.",
+            hint="Set the method to dpo, or choose a dataset with one answer to each prompt.",
             param="method.type",
         )
     return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
@@ -293,21 +293,21 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
         said = (dataset.error or {}).get("message", "It could not be read.")
         raise BadField(
             f"The dataset {dataset.name} has an error: {said}",
-            way_out=(dataset.error or {}).get("way_out") or "Fix the file and upload it again.",
+            hint=(dataset.error or {}).get("hint") or "Fix the file and upload it again.",
             param=param,
             code="invalid_training_file",
         )
     if not dataset.good_rows:
         raise BadField(
             f"The dataset {dataset.name} has no valid row.",
-            way_out="Its report lists every invalid row with the reason.",
+            hint="Its report lists every invalid row with the reason.",
             param=param,
             code="invalid_training_file",
         )
     if dataset.task and dataset.task != task:
         raise BadField(
             f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
-            way_out=f"Set task to {dataset.task}, or choose a dataset for {task}.",
+            hint=f"Set task to {dataset.task}, or choose a dataset for {task}.",
             param="task" if param != "validation_file" else param,
         )
 
@@ -318,16 +318,16 @@ def _split(order: JobRequest, dataset: Dataset) -> Split | None:
     if asked is None or asked.method == "random":
         return None
     if order.validation_file or order.validation_dataset_id:
-        raise BadField("Both a validation file and a split are set.", way_out="Remove one of them.", param="split")
+        raise BadField("Both a validation file and a split are set.", hint="Remove one of them.", param="split")
     if asked.method == "grouped" and not asked.column:
-        raise BadField("The group column is missing.", way_out="Send split.column.", param="split.column")
+        raise BadField("The group column is missing.", hint="Send split.column.", param="split.column")
     if dataset.status == "ready":
         known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
         if asked.column and asked.column not in known | {"label"}:
-            way_out = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
-            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", way_out=way_out, param="split.column")
+            hint = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
+            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", hint=hint, param="split.column")
         if asked.method == "stratified" and not asked.column and dataset.task != "classification":
-            raise BadField("Only labeled rows can be split by label.", way_out="Send split.column, or split at random.", param="split")
+            raise BadField("Only labeled rows can be split by label.", hint="Send split.column, or split at random.", param="split")
     return asked
 
 
@@ -348,7 +348,7 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
         ("learning_rate_multiplier", asked.learning_rate_multiplier),
     ):
         if value != "auto" and value <= 0:
-            raise BadField(f"{name} cannot be {value}.", way_out='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
+            raise BadField(f"{name} cannot be {value}.", hint='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
     if asked.n_epochs != "auto":
         settings.setdefault("epochs", asked.n_epochs)
     if asked.learning_rate_multiplier != "auto":
@@ -377,16 +377,14 @@ def _preference(order: JobRequest, task: Task, dataset: Dataset) -> PreferenceSe
         if order.preference is not None and dataset.status == "ready":
             raise BadField(
                 f"The settings “preference” are for preference datasets; this job is for {task}.",
-                way_out="Remove them, or choose a preference dataset.",
+                hint="Remove them, or choose a preference dataset.",
                 param="preference",
             )
         return None
     settings, beta = dict(order.preference or {}), order.asked().beta
     if beta != "auto":
         if not 0 < beta <= 10:
-            raise BadField(
-                f"beta cannot be {beta}.", way_out='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta"
-            )
+            raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
         settings.setdefault("beta", beta)
     try:
         return PreferenceSettings.model_validate(settings)

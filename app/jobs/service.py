@@ -88,7 +88,7 @@ def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Jo
     if job is not None and job.order != asked:
         raise Conflict(
             "This Idempotency-Key was used for another order.",
-            way_out="Send a new key with a new order, or the first order unchanged.",
+            hint="Send a new key with a new order, or the first order unchanged.",
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )
@@ -246,8 +246,8 @@ def refuse_cancelled(job: Job) -> None:
         raise _state(job, "cancelled again")
 
 
-def _state(job: Job, what: str, way_out: str = "") -> Conflict:
-    return Conflict(f"The job is {job.status}, so it cannot be {what}.", way_out=way_out, param="fine_tuning_job_id", code="wrong_state")
+def _state(job: Job, what: str, hint: str = "") -> Conflict:
+    return Conflict(f"The job is {job.status}, so it cannot be {what}.", hint=hint, param="fine_tuning_job_id", code="wrong_state")
 
 
 # The reaper's round -------------------------------------------------------------------------------------------------
@@ -303,9 +303,9 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
     try:
         spec = build_spec(session, owner, JobRequest.model_validate(job.order))
     except StudioError as error:
-        failed = said.Failed(kind="bad_data", message=error.message, way_out=error.way_out)
+        failed = said.Failed(kind="bad_data", message=error.message, hint=error.hint)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
-        job.error = {"code": error.code, "message": error.message, "way_out": error.way_out, "param": error.param}
+        job.error = {"code": error.code, "message": error.message, "hint": error.hint, "param": error.param}
         session.flush()
         record_event(session, job.id, job.attempt, failed)
         return

@@ -78,11 +78,11 @@ def verify(folder: Path, *, deep: bool = True, beat: Callable[[], object] = lamb
     """
     manifest = read(folder)
     if manifest is None:
-        raise BadData("The folder has no readable manifest, so its files cannot be trusted.", way_out="Add the model again.")
+        raise BadData("The folder has no readable manifest, so its files cannot be trusted.", hint="Add the model again.")
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"] or (deep and sha256_of(path, beat) != entry["sha256"]):
-            raise BadData(f"The file {name} is missing or differs from what was written.", way_out="Add the model again.")
+            raise BadData(f"The file {name} is missing or differs from what was written.", hint="Add the model again.")
     return manifest
 
 

@@ -62,7 +62,7 @@ class Killed(Exception):
 
 
 class Refused(Exception):
-    """The function in the child raised a StudioError: `message`, `way_out`, `code` as it said."""
+    """The function in the child raised a StudioError: `message`, `hint`, `code` as it said."""
 
     def __init__(self, error: Message) -> None:
         super().__init__(error.get("message", ""))
@@ -226,7 +226,7 @@ class _Fault(Protocol):
     """An error that says what to do about it, whoever raised it."""
 
     message: str
-    way_out: str
+    hint: str
     code: str
 
 
@@ -251,16 +251,16 @@ def main() -> int:
     except Exception as error:
         say(_spent())
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = {"message": "The disk is full; nothing was saved.", "way_out": "Make room, then try again.", "code": "disk_full"}
+            full = {"message": "The disk is full; nothing was saved.", "hint": "Make room, then try again.", "code": "disk_full"}
             say({"error": {**full, "details": {}}})
             return 1
-        if not hasattr(error, "way_out"):
+        if not hasattr(error, "hint"):
             if "realloc" in str(error) or "malloc" in str(error):  # Arrow's own words for the same thing
                 say({"error": {"kind": _OUT_OF_MEMORY}})
                 return 1
             raise
         fault = cast("_Fault", error)
-        say({"error": {"message": fault.message, "way_out": fault.way_out, "code": fault.code, "details": getattr(fault, "details", {})}})
+        say({"error": {"message": fault.message, "hint": fault.hint, "code": fault.code, "details": getattr(fault, "details", {})}})
         return 1
     say(_spent())
     say({"result": True})

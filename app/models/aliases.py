@@ -49,7 +49,7 @@ def set_(session: Session, user: User, name: str, model_name: str) -> Named:
     """
     imports.good_name(name, param="alias")
     if name in starters.STARTERS or imports.is_a_model(session, name):
-        raise Conflict(f"{name} is the name of a model.", way_out="Choose another name for the alias.", param="alias")
+        raise Conflict(f"{name} is the name of a model.", hint="Choose another name for the alias.", param="alias")
     model = models.get(session, user, model_name)
     session.refresh(model, with_for_update={"read": True})  # so that it is not deleted meanwhile
     models.reference(session, model)  # raises where it cannot answer
@@ -63,7 +63,7 @@ def remove(session: Session, user: User, name: str) -> None:
     """Forget an alias. Raises NotFound."""
     gone = session.execute(delete(ModelAlias).where(ModelAlias.owner_id == user.id, ModelAlias.name == name.replace("\0", "")))
     if not gone.rowcount:  # type: ignore[attr-defined]
-        raise NotFound(f"No such alias: {name[:120]!r}.", way_out="GET /v1/model_aliases lists yours.", param="alias")
+        raise NotFound(f"No such alias: {name[:120]!r}.", hint="GET /v1/model_aliases lists yours.", param="alias")
 
 
 def to_json(named: Named) -> JSON:

@@ -63,7 +63,7 @@ class _Reader:
 
 
 def _bad(why: str) -> BadData:
-    return BadData(f"The GGUF file is damaged: {why}.", way_out="Download it again.", code="damaged_weights")
+    return BadData(f"The GGUF file is damaged: {why}.", hint="Download it again.", code="damaged_weights")
 
 
 def check_gguf(path: Path) -> dict[str, Any]:

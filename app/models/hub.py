@@ -22,9 +22,9 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 def check_name(repo: str, revision: str | None) -> None:
     """Raises BadField for what no repository can be called; a path or an address never passes."""
     if not _REPO.fullmatch(repo) or ".." in repo:
-        raise BadField(f"{repo[:80]!r} is no name of a hub model.", way_out="It looks like `owner/name`.", param="repo")
+        raise BadField(f"{repo[:80]!r} is no name of a hub model.", hint="It looks like `owner/name`.", param="repo")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise BadField(f"{revision[:80]!r} is no branch, tag or commit.", way_out="Leave it empty for the newest.", param="revision")
+        raise BadField(f"{revision[:80]!r} is no branch, tag or commit.", hint="Leave it empty for the newest.", param="revision")
 
 
 def must_be_allowed() -> None:
@@ -32,7 +32,7 @@ def must_be_allowed() -> None:
     if get_settings().offline:
         raise Unavailable(
             "The studio is set to stay offline, so the hub is not asked.",
-            way_out="Unset LUTHIER_OFFLINE, or add a starter model or a local folder.",
+            hint="Unset LUTHIER_OFFLINE, or add a starter model or a local folder.",
             code="offline",
         )
 
@@ -65,16 +65,16 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
             beat(0.85 * done / max(sum(files.values()), 1))
     except GatedRepoError:
         raise Unavailable(
-            f"{repo} asks for its terms to be accepted on the hub first.", way_out="Accept them there, then set HF_TOKEN."
+            f"{repo} asks for its terms to be accepted on the hub first.", hint="Accept them there, then set HF_TOKEN."
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise NotFound(f"The hub has no model {repo} (or not that revision).", way_out="Check the name.", param="repo") from None
+        raise NotFound(f"The hub has no model {repo} (or not that revision).", hint="Check the name.", param="repo") from None
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == 28:
-            raise DiskFull(f"The disk filled up while {repo} was fetched.", way_out="Free some space and try again.") from error
+            raise DiskFull(f"The disk filled up while {repo} was fetched.", hint="Free some space and try again.") from error
         raise Unavailable(
             f"The hub cannot be reached ({type(error).__name__}).",
-            way_out="Check the network, or add a starter model or a local folder; those need no hub.",
+            hint="Check the network, or add a starter model or a local folder; those need no hub.",
             code="hub_unreachable",
         ) from error
     shutil.rmtree(into / ".cache", ignore_errors=True)
@@ -86,12 +86,10 @@ def choose(sizes: dict[str, int], repo: str) -> dict[str, int]:
     """The files worth fetching: those on the allow-list, weights as safetensors only. Raises Unsupported or TooLarge."""
     files = {name: size for name, size in sizes.items() if import_checks.wanted(name)}
     if not any(name.endswith(".safetensors") for name in files):
-        raise Unsupported(
-            f"{repo} holds no safetensors.", way_out="Choose a model that does; pickled weights are not opened.", param="repo"
-        )
+        raise Unsupported(f"{repo} holds no safetensors.", hint="Choose a model that does; pickled weights are not opened.", param="repo")
     total = sum(files.values())
     if total > LARGEST:
-        raise TooLarge(f"{repo} has {total / 1e9:.0f} GB; the limit is {LARGEST / 1e9:.0f} GB.", way_out="Choose a smaller model.")
+        raise TooLarge(f"{repo} has {total / 1e9:.0f} GB; the limit is {LARGEST / 1e9:.0f} GB.", hint="Choose a smaller model.")
     return files
 
 
@@ -100,5 +98,5 @@ def _need_room(into: Path, needed: int) -> None:
     if free < 2.2 * needed:  # once as it comes, once as it is kept
         raise DiskFull(
             f"The model needs {2.2 * needed / 1e9:.1f} GB while it is fetched, and {free / 1e9:.1f} GB are free.",
-            way_out="Free some space.",
+            hint="Free some space.",
         )

@@ -73,19 +73,19 @@ _MAX_ENTRIES = 10_000
 def check_config(config: Any) -> Shape:
     """The shape of a model whose config.json holds only known keys. Raises Unsupported or BadData."""
     if not isinstance(config, dict):
-        raise BadData("config.json does not hold an object.", way_out="Use a folder saved by save_pretrained().")
+        raise BadData("config.json does not hold an object.", hint="Use a folder saved by save_pretrained().")
     model_json.refuse_code(config, "config.json")
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise Unsupported(
             f"The architecture {str(kind)[:60]!r} is not one that Luthier can fine-tune.",
-            way_out=f"Supported are {', '.join(MODEL_TYPES)}.",
+            hint=f"Supported are {', '.join(MODEL_TYPES)}.",
             param="path",
         )
     if "quantization_config" in config:
         raise Unsupported(
             "The weights are quantized, and quantized weights cannot be fine-tuned as they are.",
-            way_out="Use the model's unquantized version (16 or 32 bit safetensors).",
+            hint="Use the model's unquantized version (16 or 32 bit safetensors).",
             param="path",
         )
     model_json.check("config.json", config)
@@ -94,7 +94,7 @@ def check_config(config: Any) -> Shape:
     except BadData:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadData(f"config.json has a value of the wrong kind: {str(error)[:200]}", way_out="Save the model again.") from None
+        raise BadData(f"config.json has a value of the wrong kind: {str(error)[:200]}", hint="Save the model again.") from None
     _check_widths(shape)
     return shape
 
@@ -105,7 +105,7 @@ def _check_widths(shape: Shape) -> None:
     for name, most in limits.items():
         value = getattr(shape, name)
         if not 1 <= value <= most:
-            raise BadData(f"config.json says {name} = {value}; possible are 1 to {most}.", way_out="Save the model again.")
+            raise BadData(f"config.json says {name} = {value}; possible are 1 to {most}.", hint="Save the model again.")
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     for name, (dtype, sizes, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
         if dtype not in _SIZES:
             raise Unsupported(
-                f"{path.name}: the tensor {name[:80]!r} has the number format {dtype[:20]}.", way_out="Use 16 or 32 bit weights."
+                f"{path.name}: the tensor {name[:80]!r} has the number format {dtype[:20]}.", hint="Use 16 or 32 bit weights."
             )
         count = _SIZES[dtype]
         for n in sizes:
@@ -147,9 +147,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def _torn(path: Path, why: str) -> BadData:
-    return BadData(
-        f"{path.name} is damaged or cut short: {why}.", way_out="Copy or download it again.", param="path", code="damaged_weights"
-    )
+    return BadData(f"{path.name} is damaged or cut short: {why}.", hint="Copy or download it again.", param="path", code="damaged_weights")
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ def refuse_pickled(name: str) -> None:
     if name.lower().endswith(PICKLED):
         raise Unsupported(
             f"{name[:120]} is in a format that can run code when it is opened (or that is not read here), so nothing of this folder was taken.",
-            way_out="Luthier takes safetensors only. Load the model where you trust it, call save_pretrained(), "
+            hint="Luthier takes safetensors only. Load the model where you trust it, call save_pretrained(), "
             "and add the new folder; or remove such files when model.safetensors is next to them.",
             param="path",
             code="pickled_weights",
@@ -178,7 +176,7 @@ def list_folder(folder: Path) -> list[Path]:
     root = folder.resolve()
     entries = list(itertools.islice(folder.rglob("*"), _MAX_ENTRIES + 1))
     if len(entries) > _MAX_ENTRIES:
-        raise BadData(f"{folder.name} holds more than {_MAX_ENTRIES:,} files.", way_out="Give the folder of one model.", param="path")
+        raise BadData(f"{folder.name} holds more than {_MAX_ENTRIES:,} files.", hint="Give the folder of one model.", param="path")
     found = []
     for path in sorted(p for p in entries if p.is_symlink() or p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -192,7 +190,7 @@ def list_folder(folder: Path) -> list[Path]:
         if outside:
             raise Unsupported(
                 f"{name} is a link that leads out of the folder.",
-                way_out="Copy the files themselves (cp -rL) and add that folder.",
+                hint="Copy the files themselves (cp -rL) and add that folder.",
                 param="path",
             )
         if path.is_file():
@@ -203,15 +201,15 @@ def list_folder(folder: Path) -> list[Path]:
 def check_head(folder: Path) -> tuple[Shape, list[Path]]:
     """The shape that config.json gives and the files that may come in; no other file is opened. Raises Unsupported or BadData."""
     if not folder.is_dir():
-        raise BadData(f"There is no folder {folder}.", way_out="Give the folder that holds config.json.", param="path")
+        raise BadData(f"There is no folder {folder}.", hint="Give the folder that holds config.json.", param="path")
     files = list_folder(folder)
     names = {path.relative_to(folder).as_posix() for path in files}
     if "config.json" not in names:
-        raise BadData(f"{folder.name} holds no config.json.", way_out="Give the folder that save_pretrained() wrote.", param="path")
+        raise BadData(f"{folder.name} holds no config.json.", hint="Give the folder that save_pretrained() wrote.", param="path")
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
-        raise BadData(f"{folder.name} holds no tokenizer.", way_out="Save the tokenizer into the same folder.", param="path")
+        raise BadData(f"{folder.name} holds no tokenizer.", hint="Save the tokenizer into the same folder.", param="path")
     if not any(name.endswith(".safetensors") for name in names):
-        raise Unsupported(f"{folder.name} holds no model.safetensors.", way_out="Save the model with save_pretrained().", param="path")
+        raise Unsupported(f"{folder.name} holds no model.safetensors.", hint="Save the model with save_pretrained().", param="path")
     return check_config(model_json.read(folder, "config.json")), files
 
 
@@ -228,7 +226,7 @@ def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
             kept[name] = model_json.check(name, model_json.read(folder, name))
         elif path.suffix != ".safetensors" and path.stat().st_size > _MAX_TEXT_BYTES:
             raise BadData(
-                f"{name} is larger than {_MAX_TEXT_BYTES // 2**20} MiB.", way_out="Remove it if it belongs to no model.", param="path"
+                f"{name} is larger than {_MAX_TEXT_BYTES // 2**20} MiB.", hint="Remove it if it belongs to no model.", param="path"
             )
     check_tokenizer(folder, shape, kept.get("tokenizer_config.json", {}))
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -243,14 +241,14 @@ def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
     if needed is None:
         raise Unsupported(
             f"The tokenizer is of the class {str(named)[:60]!r}, which Luthier does not use.",
-            way_out=f"Supported are {', '.join(name for name in TOKENIZERS)}.",
+            hint=f"Supported are {', '.join(name for name in TOKENIZERS)}.",
             param="path",
         )
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise BadData(
             f"The folder holds neither tokenizer.json nor {missing[0]}, which a {named} is read from.",
-            way_out="Save the tokenizer into the same folder.",
+            hint="Save the tokenizer into the same folder.",
             param="path",
         )
 
@@ -263,11 +261,11 @@ def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shap
     named: dict[str, str] = (index or {}).get("weight_map") or {}
     missing = set(named.values()) - {path.name for path in weights}
     if missing:
-        raise BadData(f"The weights file {sorted(missing)[0][:80]} is missing.", way_out="Copy the whole folder.", param="path")
+        raise BadData(f"The weights file {sorted(missing)[0][:80]} is missing.", hint="Copy the whole folder.", param="path")
     tables = [sizes for name, (_, sizes) in tensors.items() if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))]
     if [shape.vocabulary, shape.hidden] not in tables:
         raise BadData(
             f"config.json speaks of {shape.vocabulary} tokens of width {shape.hidden}, and the weights hold no such embedding.",
-            way_out="Config and weights must come from the same model.",
+            hint="Config and weights must come from the same model.",
             param="path",
         )

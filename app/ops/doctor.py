@@ -28,7 +28,7 @@ class Finding(NamedTuple):
     what: str
     verdict: Verdict
     found: str
-    way_out: str = ""
+    hint: str = ""
 
 
 def examine() -> Iterator[Finding]:
@@ -106,9 +106,9 @@ def gpu_parts() -> list[Finding]:
         return [Finding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]
     found = []
     for name, part in json.loads(done.stdout.strip().splitlines()[-1]).items():
-        words, way_out = PARTS[name]
+        words, hint = PARTS[name]
         worse: Verdict = "bad" if name == "torch" else "note"
-        found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else way_out))
+        found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else hint))
     return [*found, gpu_behind_walls()]
 
 
@@ -164,8 +164,8 @@ def disk() -> Finding:
     writable = os.access(folder, os.W_OK)
     if not writable:
         return Finding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
-    way_out = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
-    return Finding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", way_out)
+    hint = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
+    return Finding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", hint)
 
 
 def database() -> Finding:
@@ -214,20 +214,20 @@ def walls() -> list[Finding]:
         return [Finding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
     told = confinement.report()
     found = []
-    for layer, (words, way_out) in WALLS.items():
+    for layer, (words, hint) in WALLS.items():
         holds = layer in told["held"]
         if layer == "uid" and os.geteuid() != 0:
             found.append(Finding(f"wall: {words}", "good", "not needed: the studio is not run by root"))
             continue
         reason = told["missing"].get(layer, f"user {told['uid']}" if holds else "not here")
         found.append(
-            Finding(f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else way_out)
+            Finding(f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else hint)
         )
     limit = memory_limit()
-    way_out = "A container's memory limit, or `systemd-run -p MemoryMax=…`, bounds all processes of a studio together."
+    hint = "A container's memory limit, or `systemd-run -p MemoryMax=…`, bounds all processes of a studio together."
     return [
         *found,
-        Finding("wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else way_out),
+        Finding("wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else hint),
     ]
 
 
@@ -257,7 +257,7 @@ def engines() -> list[Finding]:
             served = external_server.names(address)
             found.append(Finding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
         except StudioError as error:
-            found.append(Finding("engine", "note", error.message, error.way_out))
+            found.append(Finding("engine", "note", error.message, error.hint))
     return found
 
 

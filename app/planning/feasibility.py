@@ -41,14 +41,14 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
         raise BadField(
             f"All {dataset.good_rows or 0:,} rows of {dataset.name} have the label “{shown(next(iter(labels)), 60)}”, "
             "so there is nothing to classify.",
-            way_out="Add rows of another class, or check on the dataset's page which column holds the label.",
+            hint="Add rows of another class, or check on the dataset's page which column holds the label.",
             param=param,
             code="one_class",
         )
     if count > MAX_CLASSES:
         raise BadField(
             f"The rows of {dataset.name} have {count:,} different labels; a classifier takes at most {MAX_CLASSES:,}.",
-            way_out="Check on the dataset's page which column holds the label: one that names every row is none.",
+            hint="Check on the dataset's page which column holds the label: one that names every row is none.",
             param=param,
             code="too_many_classes",
         )
@@ -58,7 +58,7 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
             raise BadField(
                 f"{_count(len(unseen), 'label', 'labels')} of the validation dataset {validation.name} "
                 f"{'is' if len(unseen) == 1 else 'are'} in no training row: {_named(unseen)}.",
-                way_out="Add training rows of these classes, or remove or fix those rows of the validation dataset.",
+                hint="Add training rows of these classes, or remove or fix those rows of the validation dataset.",
                 param=validation_param,
                 code="unseen_labels",
             )
@@ -67,7 +67,7 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
 def refuse_untunable(model: ModelRef, task: str) -> None:
     """Raises BadField for a model that no strategy can tune further for this task."""
     if reason := why_not_tuned(model, task):
-        raise BadField(reason, way_out="Fine-tune the base model instead.", param="model", code="cannot_be_tuned")
+        raise BadField(reason, hint="Fine-tune the base model instead.", param="model", code="cannot_be_tuned")
 
 
 def why_not_tuned(model: ModelRef, task: str) -> str | None:
@@ -96,7 +96,7 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
         if getattr(run, name) != RunSettings.model_fields[name].default:
             raise BadField(
                 f"{strategy.title} reads the base once and fits a classifier to its vectors, where {name} means nothing.",
-                way_out="Omit it, or choose another method.",
+                hint="Omit it, or choose another method.",
                 param=f"run.{name}",
                 code="setting_without_use",
             )
@@ -107,7 +107,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     if not run.packing and task != "generation":
         raise BadField(
             f"Rows are always packed where a job learns {task}.",
-            way_out="Leave packing out.",
+            hint="Leave packing out.",
             param="run.packing",
             code="setting_without_use",
         )
@@ -116,7 +116,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which trains on them as they are"
     raise BadField(
         f"train_on chooses among the turns of a conversation, and these rows are {rows}.",
-        way_out="Leave train_on out.",
+        hint="Leave train_on out.",
         param="run.train_on",
         code="setting_without_use",
     )
@@ -131,7 +131,7 @@ def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None)
         rows = "texts to be sorted" if task == "classification" else "trained on as they stand by this model"
         raise BadField(
             f"A chat template writes conversations, and these rows are {rows}.",
-            way_out="Leave chat_template out." if not as_they_stand else "Leave chat_template out, or use rows with messages.",
+            hint="Leave chat_template out." if not as_they_stand else "Leave chat_template out, or use rows with messages.",
             param="run.chat_template",
             code="setting_without_use",
         )
@@ -143,7 +143,7 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
     if unknown:
         raise BadField(
             f"No module of the model is called {_named(unknown)}.",
-            way_out=f"Every block has {', '.join(linear.name for linear in shape.linears())}; the first is {next(shape.modules())[0]}.",
+            hint=f"Every block has {', '.join(linear.name for linear in shape.linears())}; the first is {next(shape.modules())[0]}.",
             param="strategy.target_modules",
             code="no_such_module",
         )
@@ -151,7 +151,7 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
         whose = "layers that LoRA is on" if strategy.bias == "lora_only" else "model"
         raise BadField(
             f"The {whose} {'have' if strategy.bias == 'lora_only' else 'has'} no biases to train.",
-            way_out="Leave bias out."
+            hint="Leave bias out."
             if strategy.model_copy(update={"bias": "all"}).biases(shape) == 0
             else "Leave bias out, or set it to all.",
             param="strategy.bias",
@@ -160,7 +160,7 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
     if isinstance(strategy, WithOwnWeights) and strategy.modules_to_save and (shape.architecture != "decoder" or task == "classification"):
         raise BadField(
             "Tables of words are trained whole where a model trains on writing text, which this job does not.",
-            way_out="Leave modules_to_save out.",
+            hint="Leave modules_to_save out.",
             param="strategy.modules_to_save",
             code="setting_without_use",
         )
@@ -171,14 +171,14 @@ def refuse_device(run: RunSettings, machine: Machine) -> None:
     if run.device == "cuda" and not machine.cuda:
         raise BadField(
             "The device cuda needs an NVIDIA GPU, and the machine that trains shows none.",
-            way_out="Take auto or cpu. `luthier doctor` on that machine tells why a GPU is not seen.",
+            hint="Take auto or cpu. `luthier doctor` on that machine tells why a GPU is not seen.",
             param="run.device",
             code="needs_gpu",
         )
     if OPTIMIZERS[run.optimizer].needs_gpu and not machine.on(run.device).cuda:
         raise BadField(
             f"The 8-bit optimizer {run.optimizer} needs an NVIDIA GPU, and {_no_gpu(run, machine)}.",
-            way_out="Take adamw. To save memory without a GPU, train fewer weights (LoRA and its variants), lower the tokens per batch, "
+            hint="Take adamw. To save memory without a GPU, train fewer weights (LoRA and its variants), lower the tokens per batch, "
             "or split each batch into more micro-batches.",
             param="run.optimizer",
             code="needs_gpu",
@@ -196,7 +196,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     if machine.processes > 1 and not strategy.adapter and not OPTIMIZERS[run.optimizer].spreads:
         raise BadField(
             f"{run.optimizer} needs whole weights, and {machine.processes} processes share those of {strategy.title}.",
-            way_out=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or use LoRA.",
+            hint=f"Take one of {', '.join(name for name, kind in OPTIMIZERS.items() if kind.spreads)}, or use LoRA.",
             param="run.optimizer",
             code="needs_whole_weights",
         )
@@ -204,7 +204,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     if run.batch_size and (run.batch_size * run.gradient_accumulation_steps) % each:
         raise BadField(
             f"{machine.processes} processes share a step in {each} passes, which its rows cannot be shared out to evenly.",
-            way_out=f"Take a batch size that {each} divides.",
+            hint=f"Take a batch size that {each} divides.",
             param="run.batch_size",
             code="uneven_batch",
         )
@@ -222,7 +222,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
     elif task != "generation" or run.precision == "fp32":
         reason = "Products in fp8 are offered for generation jobs, in bf16."
     if reason:
-        raise BadField(reason, way_out="Set frozen_weights to auto.", param="run.frozen_weights", code="no_fp8")
+        raise BadField(reason, hint="Set frozen_weights to auto.", param="run.frozen_weights", code="no_fp8")
 
 
 def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
@@ -232,7 +232,7 @@ def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
         whose = "the model reads at once" if shape.positions <= run.max_length else "a row may have"
         raise BadField(
             f"{strategy.title} puts {before} trained tokens before each row, and {longest} are all that {whose}: no room is left.",
-            way_out="Choose fewer trained tokens, or a greater max length.",
+            hint="Choose fewer trained tokens, or a greater max length.",
             param="strategy",
             code="no_room",
         )
@@ -247,7 +247,7 @@ def longest_row(run: RunSettings, shape: Shape) -> int:
 
 
 def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> list[str]:
-    """What a person should know of the data before the job starts, each a sentence with its way out."""
+    """What a person should know of the data before the job starts, each a sentence with its hint."""
     found = [*_left_out(dataset), *_too_long(spec, dataset)]
     if spec.task == "classification":
         found += _odd_labels(dataset)
@@ -299,11 +299,11 @@ def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
     rows = exact.get(limit, sum(count for start, count in report.get("token_lengths", []) if start > limit))
     window = spec.model.shape.positions <= spec.run.max_length
     whose = f"the model reads {limit:,} at once" if window else f"this job truncates rows to {limit:,}"
-    way_out = (
+    hint = (
         "Split long texts into several rows, or take a model with a longer window." if window else "Raise “Max length” to keep them whole."
     )
     many = f", and {'' if limit in exact else 'at least '}{_count(rows, 'row is', 'rows are')} longer than that" if rows else ""
-    return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. They are truncated. {way_out}"]
+    return [f"The longest row of {dataset.name} has about {_round(longest):,} tokens; {whose}{many}. They are truncated. {hint}"]
 
 
 def _odd_labels(dataset: Dataset) -> list[str]:

@@ -94,17 +94,17 @@ def create(
     if ref.format == "plain_text" or dataset.task == "preference":
         raise BadField(
             f"The rows of {dataset.name} have no reference answers.",
-            way_out="Take a dataset of instructions, conversations, completions or labels.",
+            hint="Take a dataset of instructions, conversations, completions or labels.",
             param="dataset_id",
         )
     body = PromptBody(**version.body)
     if body.score == "label" and dataset.task != "classification":
-        raise BadField(f"{dataset.name} has no labels to score by.", way_out="Score by exact match or contains.", param="score")
+        raise BadField(f"{dataset.name} has no labels to score by.", hint="Score by exact match or contains.", param="score")
     held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
     if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
         raise BadField(
             "Examples come from the training set, and a run over all rows leaves none.",
-            way_out="Run on the validation set, or use fixed rows as examples.",
+            hint="Run on the validation set, or use fixed rows as examples.",
             param="part",
         )
     spec = RunSpec(
@@ -247,7 +247,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
 
 def delete(session: Session, user: User, run: PromptRun) -> None:
     if run.status in ("queued", "running"):
-        raise Conflict("The run has not ended.", way_out="Cancel it first.")
+        raise Conflict("The run has not ended.", hint="Cancel it first.")
     run.deleted_at = func.clock_timestamp()
     session.flush()
 
@@ -261,7 +261,7 @@ def _died(session: Session, run: PromptRun, how: str) -> None:
         return
     run.status, run.finished_at, run.result = "failed", session.scalar(select(leases.now())), _whole(session, run)
     message = f"Its worker {how} That was death {run.deaths} without a row scored between."
-    run.error = {"code": "crashed", "message": message, "way_out": "Take a smaller model; what was scored is kept."}
+    run.error = {"code": "crashed", "message": message, "hint": "Take a smaller model; what was scored is kept."}
 
 
 WORK = leases.Work(PromptRun, queue.PROMPT, waits_as="queued", runs_as="running", since=PromptRun.created_at, on_death=_died)

@@ -265,7 +265,7 @@ def read_body(body: Mapping[str, Any]) -> PromptBody:
 def create(session: Session, user: User, name: str, body: PromptBody) -> tuple[Prompt, PromptVersion]:
     name = " ".join(name.split())[:200]
     if not name:
-        raise BadField("The prompt has no name.", way_out="Name it after what it is for.", param="name")
+        raise BadField("The prompt has no name.", hint="Name it after what it is for.", param="name")
     prompt = Prompt(id=uuid.uuid4(), owner_id=user.id, name=storable(name))
     session.add(prompt)
     session.flush()
@@ -294,7 +294,7 @@ def mine(user: User) -> Select[Prompt]:
 def get(session: Session, user: User, prompt_id: uuid.UUID) -> Prompt:
     found = session.scalar(mine(user).where(Prompt.id == prompt_id))
     if found is None:
-        raise NotFound(f"No such prompt: {ids.public(ids.PROMPT, prompt_id)}", way_out="It may have been deleted.", param="prompt_id")
+        raise NotFound(f"No such prompt: {ids.public(ids.PROMPT, prompt_id)}", hint="It may have been deleted.", param="prompt_id")
     return found
 
 

@@ -89,8 +89,8 @@ class _Body(BaseModel):
     def _refuse_what_cannot_be_kept(cls, body: Any) -> Any:
         for name, harmless in cls.refused.items() if isinstance(body, dict) else ():
             if body.get(name) is not None and body[name] not in harmless:
-                way_out = " ".join(["Omit it", *(f"or send {json.dumps(value)}" for value in harmless if value)])
-                raise BadField(f"{name} is not supported with this value.", way_out=f"{way_out}.", param=name, code="unsupported_parameter")
+                hint = " ".join(["Omit it", *(f"or send {json.dumps(value)}" for value in harmless if value)])
+                raise BadField(f"{name} is not supported with this value.", hint=f"{hint}.", param=name, code="unsupported_parameter")
         return body
 
     def sampling(self, **more: Any) -> Sampling:
@@ -121,7 +121,7 @@ class Message(BaseModel):
                     raise BadField(f"messages.{place}.content: only parts of type text can be read.", param="messages")
             content = "".join(part[part["type"]] for part in content)
         if content is None and self.role != "assistant":
-            raise BadField(f"messages.{place}.content is missing.", way_out="Send a text.", param="messages")
+            raise BadField(f"messages.{place}.content is missing.", hint="Send a text.", param="messages")
         extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
         return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
 
@@ -188,9 +188,7 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
     """What follows one or several texts, whole or as a stream of events."""
     if body.max_tokens == 0 and not body.echo:
-        raise BadField(
-            "max_tokens 0 writes nothing.", way_out="Ask for at least one token, or for the prompt with echo.", param="max_tokens"
-        )
+        raise BadField("max_tokens 0 writes nothing.", hint="Ask for at least one token, or for the prompt with echo.", param="max_tokens")
     prompts = _prompts(body.prompt)
     sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, max_tokens=body.max_tokens or 1)
     sampling = sampling.model_copy(update={"max_tokens": body.max_tokens})
@@ -404,9 +402,7 @@ class Call:
                 yield self._line(**self.held)
             fault = errors_as_json.fault_of(error)
             for heard in self.heard:
-                heard.error = heard.error or (
-                    None if heard.done else {"message": fault.message, "way_out": fault.way_out, "code": fault.code}
-                )
+                heard.error = heard.error or (None if heard.done else {"message": fault.message, "hint": fault.hint, "code": fault.code})
             yield b"data: " + json.dumps({"error": errors_as_json.as_json(fault)}).encode() + b"\n\n"
         finally:
             later(self._record)

@@ -97,10 +97,10 @@ async def upload(request: Request, user: CurrentUser) -> Response:
 def _create(user: User, form: StreamedForm) -> str:
     upload = form.upload
     if upload is None or not upload.filename:
-        raise BadField("No file was chosen.", way_out="Choose a file and send the form again.", param="file")
+        raise BadField("No file was chosen.", hint="Choose a file and send the form again.", param="file")
     try:
         if upload.blob.bytes == 0:
-            raise BadField(f"The file “{upload.filename}” is empty.", way_out="Choose a file with at least one row.", param="file")
+            raise BadField(f"The file “{upload.filename}” is empty.", hint="Choose a file with at least one row.", param="file")
         with transaction() as session:
             readers.kind_of(upload.filename)
             file = files.create(session, user, upload.blob, upload.filename, "fine-tune")
@@ -200,13 +200,13 @@ def _join_order(typed: dict[str, str]) -> compose.CombineRequest:
         )
     ]
     if not parts:
-        raise BadField("No dataset was chosen.", way_out="Select at least one.", param="datasets")
+        raise BadField("No dataset was chosen.", hint="Select at least one.", param="datasets")
     try:
         return compose.CombineRequest.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        raise BadField(f"“{name}”: {first['msg']}.", way_out="Change it and send the form again.", param=name) from None
+        raise BadField(f"“{name}”: {first['msg']}.", hint="Change it and send the form again.", param=name) from None
 
 
 @pages.post("/datasets/hub")

@@ -45,16 +45,16 @@ async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) 
     if not 1 <= len(texts) <= MAX_TEXTS or not all(texts):
         raise BadField(f"input takes 1 to {MAX_TEXTS} texts, none of them empty.", param="input")
     if max(map(len, texts)) > LONGEST:
-        raise BadField(f"A text has more than {LONGEST} characters.", way_out="Cut it into parts.", param="input")
+        raise BadField(f"A text has more than {LONGEST} characters.", hint="Cut it into parts.", param="input")
     heard = await collect(request, [stream(await run_in_threadpool(_request, user, body.model, texts))])
     if heard is None:
         return left()
     found = next((e for e in heard[0] if isinstance(e, Embedded)), None)
     if found is None:
-        raise Unavailable("The encoder gave no answer.", way_out="Ask again.")
+        raise Unavailable("The encoder gave no answer.", hint="Ask again.")
     size = len(found.vectors[0])
     if body.dimensions not in (None, size):
-        raise BadField(f"{body.model} gives vectors of {size} numbers.", way_out="Leave dimensions out.", param="dimensions")
+        raise BadField(f"{body.model} gives vectors of {size} numbers.", hint="Leave dimensions out.", param="dimensions")
     data = [{"object": "embedding", "index": i, "embedding": _encoded(v, body.encoding_format)} for i, v in enumerate(found.vectors)]
     return {"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens}}
 
@@ -63,7 +63,7 @@ def _request(user: User, name: str, texts: list[str]) -> GenerateRequest:
     with transaction() as session:
         ref = models.resolve(session, user, name).ref
     if ref.kind != "encoder":
-        raise BadField(f"{name} is no encoder, so it gives no embeddings.", way_out="Add the starter all-minilm-l6-v2.", param="model")
+        raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="model")
     given = [playground.readable(text) for text in texts]
     return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=ref, embed=given, sampling=Sampling(), seed=secrets.randbelow(2**31))
 

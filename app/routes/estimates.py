@@ -34,5 +34,5 @@ def estimate(user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     with transaction() as session:
         found = job_request.estimate_of(session, spec)
     if found is None:
-        raise Conflict("The dataset is still being read.", way_out="Ask again in a moment.", param="training_file", code="still_reading")
+        raise Conflict("The dataset is still being read.", hint="Ask again in a moment.", param="training_file", code="still_reading")
     return found

@@ -144,7 +144,7 @@ def _number(text: str) -> int | None:
         return None
     number = forms.whole_number(text.strip())
     if number is None:
-        raise BadField(f"“{text[:20]}” is not a number of rows.", way_out="Enter a whole number, or leave it empty.", param="rows")
+        raise BadField(f"“{text[:20]}” is not a number of rows.", hint="Enter a whole number, or leave it empty.", param="rows")
     return number
 
 

@@ -32,7 +32,7 @@ class EngineOrder(BaseModel):
 def _may_change(user: User) -> None:
     """A server sees what everyone types to its models, so only an admin chooses it."""
     if user.role != "admin":
-        raise Forbidden("Only an admin may choose the engine of a model.", way_out="Ask an admin.", param="model")
+        raise Forbidden("Only an admin may choose the engine of a model.", hint="Ask an admin.", param="model")
 
 
 @api.get("/engines", operation_id="list_engines", responses=answers(schemas.list_of(schemas.Engine), 403))

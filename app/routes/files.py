@@ -59,7 +59,7 @@ async def create(request: Request, user: CurrentUser) -> dict[str, Any]:
 
 def _create(user: User, form: Form) -> dict[str, Any]:
     if form.upload is None:
-        raise BadField("The form has no file.", way_out="Send the bytes in the part called “file”.", param="file")
+        raise BadField("The form has no file.", hint="Send the bytes in the part called “file”.", param="file")
     try:
         purpose = form.fields.get("purpose", "")
         if purpose not in files.UPLOAD_PURPOSES:
@@ -80,22 +80,20 @@ def _create(user: User, form: Form) -> dict[str, Any]:
 
 def _check_not_empty(file: File) -> None:
     if file.bytes == 0:
-        raise BadField(f"The file “{file.filename}” is empty.", way_out="Upload a file with at least one row.", param="file")
+        raise BadField(f"The file “{file.filename}” is empty.", hint="Upload a file with at least one row.", param="file")
 
 
 def _expires_after(fields: dict[str, str]) -> int | None:
     """The form's `expires_after[anchor]` and `expires_after[seconds]`."""
     text, anchor = fields.get("expires_after[seconds]"), fields.get("expires_after[anchor]")
     if anchor not in (None, "created_at"):
-        raise BadField(f"The anchor “{anchor[:40]}” is not known.", way_out="Use created_at.", param="expires_after[anchor]")
+        raise BadField(f"The anchor “{anchor[:40]}” is not known.", hint="Use created_at.", param="expires_after[anchor]")
     if text is None:
         return None
     try:
         return int(text)
     except ValueError:
-        raise BadField(
-            f"“{text[:40]}” is not a number of seconds.", way_out="Use 3600 to 2592000.", param="expires_after[seconds]"
-        ) from None
+        raise BadField(f"“{text[:40]}” is not a number of seconds.", hint="Use 3600 to 2592000.", param="expires_after[seconds]") from None
 
 
 @api.get("/files", operation_id="list_files", responses=answers(schemas.page_of(schemas.UploadedFile)))

@@ -159,7 +159,7 @@ def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json,
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
-        raise BadField("project_ids is not a list of project names.", way_out="Send at least one.", param="project_ids")
+        raise BadField("project_ids is not a list of project names.", hint="Send at least one.", param="project_ids")
     rows = [{"id": uuid.uuid4(), "job_id": job.id, "checkpoint": checkpoint, "project_id": project} for project in dict.fromkeys(projects)]
     session.execute(insert(CheckpointPermission).on_conflict_do_nothing(), rows)
     kept = select(CheckpointPermission).where(CheckpointPermission.checkpoint == checkpoint, CheckpointPermission.project_id.in_(projects))
@@ -343,7 +343,7 @@ def sentence(event: events.JobEvent, names: _Names) -> tuple[str, str]:
         case events.Finished():
             return "info", f"New fine-tuned model created: {names.model}. Fine tuning job successfully completed."
         case events.Failed():
-            return "error", f"{event.message} {event.way_out}".strip()
+            return "error", f"{event.message} {event.hint}".strip()
         case events.Lost():
             return "warn", f"Attempt {event.attempt} was lost: {event.message}"
         case events.Stopped():

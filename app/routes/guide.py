@@ -93,7 +93,7 @@ def calculate(parameters: str, tokens: str) -> Wanted:
 def strategy_page(request: Request, user: CurrentUser, session: Db, strategy: str) -> Response:
     cls = STRATEGIES.get(strategy)
     if cls is None:
-        raise NotFound(f"There is no method {strategy[:60]!r}.", way_out="The guide lists every one.", param="strategy")
+        raise NotFound(f"There is no method {strategy[:60]!r}.", hint="The guide lists every one.", param="strategy")
     done = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.status == "succeeded")
     jobs = session.scalars(done.where(Job.spec["strategy"]["name"].astext == strategy).order_by(Job.created_at.desc()).limit(5)).all()
     return render(

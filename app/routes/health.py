@@ -46,7 +46,7 @@ async def readyz() -> JSONResponse:
 def metrics(request: Request) -> Response:
     """Metrics in the text format of Prometheus, for this machine and for the signed-in."""
     if not _local(request) and auth.identify(request) is None:
-        raise NotSignedIn("The metrics are for this machine and for the signed-in.", way_out="Send an API key.")
+        raise NotSignedIn("The metrics are for this machine and for the signed-in.", hint="Send an API key.")
     return Response(web_metrics.text(), media_type="text/plain; version=0.0.4")
 
 

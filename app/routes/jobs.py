@@ -97,10 +97,10 @@ async def _file(request: Request) -> bytes:
     """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
     length = request.headers.get("content-length", "")
     if not length.isdigit() or int(length) > config_file.MAX_FILE:
-        raise BadData("The file is too large for the settings of a job.", way_out=f"It may have {config_file.MAX_FILE:,} bytes.")
+        raise BadData("The file is too large for the settings of a job.", hint=f"It may have {config_file.MAX_FILE:,} bytes.")
     sent = (await request.form(max_files=1)).get("file")
     if not isinstance(sent, UploadFile) or not sent.filename:
-        raise BadField("No file was chosen.", way_out="Choose the YAML file of a job.", param="file")
+        raise BadField("No file was chosen.", hint="Choose the YAML file of a job.", param="file")
     return await sent.read()
 
 
@@ -280,7 +280,7 @@ def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     found = job_tabs.suggestions(session, job)
     if suggestion >= len(found):
-        raise BadField("This job suggests no such settings.", way_out="Clone it, and change what you like.", param="suggestion")
+        raise BadField("This job suggests no such settings.", hint="Clone it, and change what you like.", param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
     return _asked(jobs.create(session, user, JobRequest.model_validate(order)))
 

@@ -144,9 +144,9 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
     """The row of an ordered model. Raises BadField unless exactly one place is named."""
     named = [word for word in ("starter", "folder", "hub") if getattr(order, word)]
     if len(named) != 1:
-        raise BadField("Say where the model comes from: one of starter, folder and hub.", way_out="Give exactly one.", param="starter")
+        raise BadField("Say where the model comes from: one of starter, folder and hub.", hint="Give exactly one.", param="starter")
     if order.kind and order.kind not in KINDS:
-        raise BadField(f"{order.kind[:40]!r} is no kind of model.", way_out=f"There are {', '.join(KINDS)}.", param="kind")
+        raise BadField(f"{order.kind[:40]!r} is no kind of model.", hint=f"There are {', '.join(KINDS)}.", param="kind")
     if order.starter:
         return model_imports.add_starter(session, order.starter, accept_terms=order.accept_terms)
     if order.folder:
@@ -157,7 +157,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
 def may_change(user: User, model: Model) -> None:
     """A shared model belongs to the studio: only an admin may take it away."""
     if model.owner_id != user.id and user.role != "admin":
-        raise Forbidden(f"{model.name} is shared by everyone here.", way_out="Ask an admin.", param="model")
+        raise Forbidden(f"{model.name} is shared by everyone here.", hint="Ask an admin.", param="model")
 
 
 # The list -----------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
     models.reference(session, model)  # refuses what is not ready
     folder = models.own_folder(model)
     if folder is None:
-        raise Conflict(f"The files of {model.name} are not there.", way_out="Add the model again.")
+        raise Conflict(f"The files of {model.name} are not there.", hint="Add the model again.")
     try:
         integrity.check(str(model.path), model.name, model.revision)
     except BadModel as damaged:

@@ -56,7 +56,7 @@ def _uuid(text: str | None) -> uuid.UUID | None:
     try:
         return uuid.UUID(text) if text else None
     except ValueError:
-        raise NotFound("The turn this goes on from does not exist.", way_out="Start a new conversation.") from None
+        raise NotFound("The turn this goes on from does not exist.", hint="Start a new conversation.") from None
 
 
 def _asked_before(user: User, exchange_id: uuid.UUID) -> tuple[uuid.UUID | None, str]:

@@ -119,7 +119,7 @@ async def start(request: Request, user: CurrentUser) -> Response:
 def _start(user: User, form: Form) -> None:
     upload, fields = form.upload, form.fields
     if upload is None or not upload.filename:
-        raise BadField("No file was chosen.", way_out="Choose a file and send the form again.", param="file")
+        raise BadField("No file was chosen.", hint="Choose a file and send the form again.", param="file")
     most = forms.whole_number(fields.get("max_tokens", "128").strip() or "128")
     if most is None or not 1 <= most <= 1024:
         raise BadField("Max tokens is a whole number from 1 to 1024.", param="max_tokens")

@@ -52,7 +52,7 @@ def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Jso
     given = dict(body)
     name = given.pop("name", None)
     if not isinstance(name, str):
-        raise BadField("name is missing.", way_out="Send a text.", param="name", code="missing_required_parameter")
+        raise BadField("name is missing.", hint="Send a text.", param="name", code="missing_required_parameter")
     return prompts.to_json(session, prompts.create(session, user, name, prompts.read_body(given))[0])
 
 
@@ -122,7 +122,7 @@ def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[J
     model, number = given.pop("model", None), given.pop("version", None)
     dataset_id, file = given.pop("dataset_id", None), given.pop("file", None)
     if not isinstance(model, str):
-        raise BadField("model is missing.", way_out="Name a model.", param="model", code="missing_required_parameter")
+        raise BadField("model is missing.", hint="Name a model.", param="model", code="missing_required_parameter")
     if number is not None and not isinstance(number, int):
         raise BadField("version takes a whole number.", param="version")
     prompt = prompts.get(session, user, key_of(prompt_id))
@@ -136,7 +136,7 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: Any) -> Datase
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if isinstance(file, str):
         return datasets.for_file(session, user, ids.parse(ids.FILE, file, param="file"))
-    raise BadField("No data was named.", way_out="Send dataset_id or file.", param="dataset_id", code="missing_required_parameter")
+    raise BadField("No data was named.", hint="Send dataset_id or file.", param="dataset_id", code="missing_required_parameter")
 
 
 def _run(session: Session, user: User, prompt: Prompt, number: int | None, model: str, dataset: Dataset, order: Json) -> PromptRun:
@@ -268,7 +268,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], deed: st
             if deed == "try":
                 dataset = _dataset(session, user, data.get("dataset"), None)
                 if not models:
-                    raise BadField("No model was chosen.", way_out="Choose one to try the prompt on.", param="models")
+                    raise BadField("No model was chosen.", hint="Choose one to try the prompt on.", param="models")
                 run = prompt_lab.try_out(session, user, body, models[0], dataset)
                 return RedirectResponse(f"/playground/lab/runs/{ids.public(RUN, run.id)}", status_code=303)
             prompt, made = _saved(session, user, data, body)
@@ -365,5 +365,5 @@ def run_deed(session: Db, user: CurrentUser, run_id: str, deed: str) -> Response
     elif deed == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run has no action {deed[:40]}.", way_out="It can be cancelled and deleted.", param="deed")
+        raise BadField(f"A run has no action {deed[:40]}.", hint="It can be cancelled and deleted.", param="deed")
     return RedirectResponse("/playground/lab#scores", status_code=303)

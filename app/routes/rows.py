@@ -76,7 +76,7 @@ def asked(
     ] = None,
 ) -> Asked:
     if sort and sort not in row_view.SORTS:
-        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", way_out=f"Use {', '.join(row_view.SORTS)}.", param="sort")
+        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", hint=f"Use {', '.join(row_view.SORTS)}.", param="sort")
     return Asked(model, cutoff, search, page, line, sort, job, train_on)
 
 
@@ -167,12 +167,12 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
         fixes = [found for found in datasets.at_line(session, dataset, line) if found.fix]
     answer = inspections.wait(asked.id, 20)
     if answer.status == "error":
-        raise NotFound((answer.error or {}).get("message", ""), way_out=(answer.error or {}).get("way_out") or "")
+        raise NotFound((answer.error or {}).get("message", ""), hint=(answer.error or {}).get("hint") or "")
     if answer.status != "ready" or not answer.result:
         raise _NOT_YET
     if not answer.result["problems"] and answer.result["text"] is None:
         raise NotFound(
-            f"Version {dataset.version} of {dataset.name} has no row with the number {line}.", way_out="Look it up in the list of rows."
+            f"Version {dataset.version} of {dataset.name} has no row with the number {line}.", hint="Look it up in the list of rows."
         )
     return render(
         request,
@@ -222,7 +222,7 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
         )  # fmt: skip
 
 
-_NOT_YET = NotFound("The row is not loaded yet: the data worker has not answered.", way_out="Reload the page in a moment.")
+_NOT_YET = NotFound("The row is not loaded yet: the data worker has not answered.", hint="Reload the page in a moment.")
 
 
 def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | None]:

@@ -54,7 +54,7 @@ def _ask(
         if validation:
             other = dataset_of(session, user, validation)
             if other.status != "ready" or not other.rows_path:
-                raise BadField(f"The dataset {other.name} is not ready.", way_out="Wait until it is ready.", param="validation")
+                raise BadField(f"The dataset {other.name} is not ready.", hint="Wait until it is ready.", param="validation")
             arguments = {"validation_rows": other.rows_path}
         asked = inspections.ask(session, dataset, "split", arguments)
         rows = None
@@ -120,7 +120,7 @@ def drop(
     dataset, asked, *_ = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     if found is None or not found.result:
-        raise Conflict("The two sides are not compared yet.", way_out="Reload the split page and wait until its rows are shown.")
+        raise Conflict("The two sides are not compared yet.", hint="Reload the split page and wait until its rows are shown.")
     lines = found.result["drop"]
     with transaction() as session:
         new = versions.drop_rows(session, user, dataset, lines)

@@ -90,13 +90,13 @@ def _answer(status: int, **headers: str) -> Response:
 
 def _check_version(request: Request) -> None:
     if request.headers.get("tus-resumable") != VERSION:
-        raise OtherVersion("This address speaks tus 1.0.0.", way_out="Send the header Tus-Resumable: 1.0.0.", param="Tus-Resumable")
+        raise OtherVersion("This address speaks tus 1.0.0.", hint="Send the header Tus-Resumable: 1.0.0.", param="Tus-Resumable")
 
 
 def _number(request: Request, name: str) -> int:
     text = request.headers.get(name, "")
     if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise BadField(f"The header {name} is missing or not a number.", way_out="Send it as a whole number of bytes.", param=name)
+        raise BadField(f"The header {name} is missing or not a number.", hint="Send it as a whole number of bytes.", param=name)
     return int(text)
 
 
@@ -110,7 +110,7 @@ def _metadata(request: Request) -> dict[str, str]:
         except (binascii.Error, UnicodeDecodeError):
             raise BadField(f"The value of “{key[:40]}” is not Base64 of UTF-8.", param="Upload-Metadata") from None
         if "\0" in found[key]:
-            raise BadField(f"The value of “{key[:40]}” holds a NUL character.", way_out="Remove it.", param="Upload-Metadata")
+            raise BadField(f"The value of “{key[:40]}” holds a NUL character.", hint="Remove it.", param="Upload-Metadata")
     return found
 
 
@@ -141,7 +141,7 @@ def _find(user: User, key: str) -> tuple[resumable_upload.UploadHandle, str]:
     try:
         upload_id = uuid.UUID(key)
     except ValueError:
-        raise NotFound("There is no such upload.", way_out="Begin again.") from None
+        raise NotFound("There is no such upload.", hint="Begin again.") from None
     with transaction() as session:
         upload = resumable_upload.get(session, user, upload_id)
         return resumable_upload.ticket(upload), _when(upload)
@@ -170,7 +170,7 @@ async def append(request: Request, user: CurrentUser, key: str) -> Response:
     """More bytes. The request that brings the last one is answered when the file is a dataset, named by Luthier-Dataset."""
     _check_version(request)
     if request.headers.get("content-type") != "application/offset+octet-stream":
-        raise Unsupported("The bytes of an upload come as application/offset+octet-stream.", way_out="Send that Content-Type.")
+        raise Unsupported("The bytes of an upload come as application/offset+octet-stream.", hint="Send that Content-Type.")
     start = _number(request, "upload-offset")
     held, when = await run_in_threadpool(_find, user, key)
     if held.file is None:

@@ -98,7 +98,7 @@ def fix(
             left = f" {plural(len(fixed.unfixed), 'issue has', 'issues have')} no automatic fix: see below." if fixed.unfixed else ""
             told = f"Version {new.version} is created with {plural(fixed.rows, 'row')} fixed; version {dataset.version} is kept.{left}"
         else:
-            raise BadField("No issue was selected.", way_out="Select at least one.", param="finding")
+            raise BadField("No issue was selected.", hint="Select at least one.", param="finding")
     except (BadField, Conflict) as error:
         chosen = dataset_view.Chosen("issues", rule, severity, sort if sort in datasets.ORDERS else "line", page)
         values = dataset_view.context(session, dataset, chosen, error, finding or ())
@@ -220,7 +220,7 @@ def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, 
         return to_json(versions.change_roles(session, user, dataset, order.roles)) | {"fixed": None, "unfixed": []}
     if order.repair:
         return to_json(versions.repair(session, user, dataset)) | {"fixed": None, "unfixed": []}
-    raise BadField("Nothing to fix was named.", way_out="Send finding, findings, rule, roles or repair.", param="finding")
+    raise BadField("Nothing to fix was named.", hint="Send finding, findings, rule, roles or repair.", param="finding")
 
 
 def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
-            raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", way_out="Wait until it is ready.")
+            raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
         parent, asked = changes.parent_of(session, dataset), changes.ask(session, dataset)
     found = inspections.wait(asked.id, dataset_view.WAIT_SECONDS) if asked is not None else None
     return {

@@ -122,7 +122,7 @@ async def ask(
     broken = next((h.error for h in heard if h.error), None)
     await run_in_threadpool(_answered, user, vote_id, asked, heard, sampling)
     if broken:
-        fault = StudioError(broken["message"], way_out=broken.get("way_out", ""))
+        fault = StudioError(broken["message"], hint=broken.get("hint", ""))
         fault.status = 503
         return await run_in_threadpool(_again, request, user, names, prompt, dataset, fault)
     return RedirectResponse(f"/playground/ab/{ids.public(ids.VOTE, vote_id)}", status_code=303)

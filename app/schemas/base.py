@@ -75,7 +75,7 @@ class Problem(Schema):
 
     code: str | None = None
     message: str
-    way_out: str | None = None
+    hint: str | None = None
     line: int | None = Field(None, description="Line of the file, where one is at fault.")
     column: str | None = None
     param: str | None = None

@@ -73,7 +73,7 @@ class BlobWriter:
         if self.bytes > self.limit:
             raise TooLarge(
                 f"The file is larger than {self.limit:,} bytes.",
-                way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES and start the studio again.",
+                hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES and start the studio again.",
                 param="file",
             )
         self._hash.update(data)
@@ -175,7 +175,7 @@ def disk_errors() -> Iterator[None]:
             free = shutil.disk_usage(get_settings().data_dir).free
             raise DiskFull(
                 f"The disk of {get_settings().data_dir} is full ({free:,} bytes left); nothing was saved.",
-                way_out="Make room there, delete files or models, then try again.",
+                hint="Make room there, delete files or models, then try again.",
             ) from error
         raise
 
@@ -191,11 +191,11 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
     check_purpose(purpose)
     if expires_after is not None and not 3600 <= expires_after <= 2_592_000:
         raise BadField(
-            f"“expires_after[seconds]” is {expires_after}.", way_out="It must be from 3600 to 2592000.", param="expires_after[seconds]"
+            f"“expires_after[seconds]” is {expires_after}.", hint="It must be from 3600 to 2592000.", param="expires_after[seconds]"
         )
     _lock(session, blob.sha256)
     if not blob_path(blob.sha256).exists():
-        raise Unavailable("The uploaded bytes are gone.", way_out="Upload the file again.")
+        raise Unavailable("The uploaded bytes are gone.", hint="Upload the file again.")
     file = File(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -220,7 +220,7 @@ def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
         raise BadField(
             f"“{purpose[:80]}” is not a purpose." if purpose else "The purpose is missing.",
-            way_out=f"Use one of {', '.join(UPLOAD_PURPOSES)}; a dataset to fine-tune on is “fine-tune”.",
+            hint=f"Use one of {', '.join(UPLOAD_PURPOSES)}; a dataset to fine-tune on is “fine-tune”.",
             param="purpose",
         )
 
@@ -264,7 +264,7 @@ def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
     """Where the bytes of a file lie. Raises NotFound when they are not there."""
     path = blob_path(get(session, user, file_id).sha256)
     if not path.exists():
-        raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", way_out="Upload the file again.")
+        raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", hint="Upload the file again.")
     return path
 
 

@@ -149,7 +149,7 @@ class Strategy(BaseModel, ABC):
         return shape.layers
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
-        """Why this model or machine cannot run it, in a sentence that ends with a way out; None when it can."""
+        """Why this model or machine cannot run it, in a sentence that ends with what to do; None when it can."""
         if task != "classification" and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
         if task not in self.tasks:

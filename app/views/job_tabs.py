@@ -162,15 +162,15 @@ def _forgot(job: Job, progress: Progress) -> score_view.Forgot | None:
 
 
 def failure(job: Job, progress: Progress) -> Part | None:
-    """What went wrong and the way out: from the trainer's last word, else from the job's row."""
+    """What went wrong and the hint: from the trainer's last word, else from the job's row."""
     if job.status == "paused" and job.error:  # a full disk pauses a job, which is nobody's wish
-        return {"message": job.error["message"], "way_out": job.error.get("way_out", ""), "line": None}
+        return {"message": job.error["message"], "hint": job.error.get("hint", ""), "line": None}
     if job.status != "failed":
         return None
     if progress.failure:
-        return {"message": progress.failure.message, "way_out": progress.failure.way_out, "line": progress.failure.line}
+        return {"message": progress.failure.message, "hint": progress.failure.hint, "line": progress.failure.line}
     error = job.error or {}
-    return {"message": error.get("message", "The job failed and left no reason."), "way_out": error.get("way_out", ""), "line": None}
+    return {"message": error.get("message", "The job failed and left no reason."), "hint": error.get("hint", ""), "line": None}
 
 
 def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:

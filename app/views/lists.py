@@ -62,7 +62,7 @@ class Bar:
     def __post_init__(self) -> None:
         self.usual = next(iter(self.sorts))
         if self.sort not in self.sorts:
-            raise BadField(f"The list cannot be sorted by {self.sort[:40]}.", way_out=f"Use one of {', '.join(self.sorts)}.", param="sort")
+            raise BadField(f"The list cannot be sorted by {self.sort[:40]}.", hint=f"Use one of {', '.join(self.sorts)}.", param="sort")
         for place, (name, title, options) in enumerate(self.filters):
             value = getattr(self.wish, name)
             if value and value not in dict(options):  # what narrows the list is seen, also where nothing has it any more

@@ -38,7 +38,7 @@ class Check(BaseModel):
     name: str
     good: bool
     message: str
-    way_out: str = ""
+    hint: str = ""
 
 
 def checks(session: Session | None = None) -> list[Check]:
@@ -47,7 +47,7 @@ def checks(session: Session | None = None) -> list[Check]:
 
 
 def _away(name: str) -> Check:
-    return Check(name=name, good=False, message="does not respond", way_out="It comes back by itself when `luthier up` runs it.")
+    return Check(name=name, good=False, message="does not respond", hint="It comes back by itself when `luthier up` runs it.")
 
 
 CHECK_SECONDS = 2.0
@@ -89,7 +89,7 @@ def _database(session: Session | None) -> list[Check]:
     schema = "up to date" if current else "of another version"
     return [
         Check(name="database", good=True, message="online"),
-        Check(name="migrations", good=current, message=schema, way_out="" if current else "`luthier up` brings it up to date."),
+        Check(name="migrations", good=current, message=schema, hint="" if current else "`luthier up` brings it up to date."),
     ]
 
 
@@ -98,7 +98,7 @@ def _broker() -> Check:
         get_redis().ping()
     except redis.RedisError as error:
         if cannot_write(error):
-            return Check(name="redis", good=False, message="is read-only: its disk is full", way_out=MAKE_ROOM)
+            return Check(name="redis", good=False, message="is read-only: its disk is full", hint=MAKE_ROOM)
         return _away("redis")
     except RuntimeError:
         return _away("redis")

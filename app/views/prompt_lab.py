@@ -81,13 +81,13 @@ def run_matrix(
     """One run for each prompt and model, all on rows that none of the models was trained on. Raises BadField before any is made."""
     models = list(dict.fromkeys(models))
     if not versions:
-        raise BadField("No prompt was chosen.", way_out="Choose at least one.", param="prompts")
+        raise BadField("No prompt was chosen.", hint="Choose at least one.", param="prompts")
     if not models:
-        raise BadField("No model was chosen.", way_out="Choose at least one.", param="models")
+        raise BadField("No model was chosen.", hint="Choose at least one.", param="models")
     if len(versions) * len(models) > MAX_RUNS:
         raise BadField(
             f"{len(versions)} prompts × {len(models)} models are {len(versions) * len(models)} runs; at most {MAX_RUNS} start at once.",
-            way_out="Choose fewer prompts or models.",
+            hint="Choose fewer prompts or models.",
             param="models",
         )
     ordered = prompt_runs.read_order({**order, "beside": models[:16]})

@@ -58,7 +58,7 @@ def choose_model(session: Session, user: User, dataset: Dataset, name: str | Non
         for model in able:
             if name in (model.name, ids.public(ids.MODEL, model.id)):
                 return model
-        raise NotFound(f"No such model: {name[:80]}", way_out="Choose one of the list.", param="model")
+        raise NotFound(f"No such model: {name[:80]}", hint="Choose one of the list.", param="model")
     first = token_counts.counting_model(session, dataset.task or "generation")
     return next((model for model in able if first is not None and model.id == first.id), able[0] if able else None)
 

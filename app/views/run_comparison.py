@@ -44,7 +44,7 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
     keys = list(dict.fromkeys(keys))
     if not 2 <= len(keys) <= MOST:
         chosen = {0: "No run was", 1: "One run was"}.get(len(keys), f"{len(keys)} runs were")
-        raise BadField(f"{chosen} chosen to compare.", way_out=f"Tick 2 to {MOST} in the list of runs, then press Compare.", param="job")
+        raise BadField(f"{chosen} chosen to compare.", hint=f"Tick 2 to {MOST} in the list of runs, then press Compare.", param="job")
     found = [jobs.get(session, user, ids.parse(ids.JOB, key, param="job")) for key in keys]
     table = comparison_table.table_of(session, found)
     specs = [JobSpec.model_validate(job.spec) for job in found]

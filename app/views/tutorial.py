@@ -145,7 +145,7 @@ def tune(session: Session, user: User) -> Job:
     """
     generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
     if generic is None:
-        raise Conflict("There is no base model to fine-tune yet.", way_out=f"Add {GENERIC} first.")
+        raise Conflict("There is no base model to fine-tune yet.", hint=f"Add {GENERIC} first.")
     earlier = _ordered(session, user)
     if earlier and earlier.status in ("queued", "running", "paused"):
         return earlier

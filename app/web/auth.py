@@ -102,7 +102,7 @@ def use_link(session: Session, token: str) -> User:
     )
     user_id = session.scalar(spent)
     if user_id is None:
-        raise NotFound("This sign-in link was used already, or it is too old.", way_out="Run `luthier link` for a new one.")
+        raise NotFound("This sign-in link was used already, or it is too old.", hint="Run `luthier link` for a new one.")
     return session.get_one(User, user_id)
 
 
@@ -113,7 +113,7 @@ async def check_password(name: str, password: str, address: str, browser: str | 
     """
     tries, user_id, known = await run_in_threadpool(_begin_try, name, address, browser)
     if not await passwords.judge(password, known) or user_id is None:
-        raise NotSignedIn("That name and password do not match.", way_out="Try again, or use a sign-in link from `luthier link`.")
+        raise NotSignedIn("That name and password do not match.", hint="Try again, or use a sign-in link from `luthier link`.")
     await run_in_threadpool(tries.forget)
     return user_id
 
@@ -293,8 +293,8 @@ async def sign_in(request: Request) -> User | None:
     user = await run_in_threadpool(identify, request)
     if user is None:
         if given_key(request):
-            raise NotSignedIn("This API key is not known here, or it was revoked.", way_out="Create a key under Settings, API keys.")
-        raise NotSignedIn("You are not signed in.", way_out="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
+            raise NotSignedIn("This API key is not known here, or it was revoked.", hint="Create a key under Settings, API keys.")
+        raise NotSignedIn("You are not signed in.", hint="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
     request.state.user = user
     return user
 
@@ -342,7 +342,7 @@ async def check_csrf(request: Request) -> None:
     if not csrf_holds(request, given):
         raise Forbidden(
             "This form did not come from an open page of yours, or the page is too old.",
-            way_out="Go back, reload the page and send it again.",
+            hint="Go back, reload the page and send it again.",
             code="csrf",
         )
 

@@ -1,4 +1,4 @@
-"""An error as an answer: `{"error": {...}}` for programs, a calm page with the way out for people."""
+"""An error as an answer: `{"error": {...}}` for programs, a calm page with the hint for people."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WAYS_OUT = {
 }
 
 
-NUL = BadField("A text here holds a NUL character, which no database can store.", way_out="Remove it and send the request again.")
+NUL = BadField("A text here holds a NUL character, which no database can store.", hint="Remove it and send the request again.")
 
 
 def fault_of(error: Exception) -> StudioError:
@@ -48,25 +48,23 @@ def fault_of(error: Exception) -> StudioError:
         case DataError() if "NUL" in str(error.orig):
             return NUL
         case DataError() if getattr(error.orig, "sqlstate", None) == POSTGRES_OUT_OF_RANGE:
-            return BadField("A number here is larger than the database can hold.", way_out="Send a smaller one.")
+            return BadField("A number here is larger than the database can hold.", hint="Send a smaller one.")
         case OperationalError() if getattr(error.orig, "sqlstate", None) == POSTGRES_DISK_FULL:
-            return DiskFull("The disk of the database is full; nothing was saved.", way_out="Make room there, then try again.")
+            return DiskFull("The disk of the database is full; nothing was saved.", hint="Make room there, then try again.")
         case OperationalError() | InterfaceError() | TimeoutError():
-            return Unavailable(
-                "The database does not answer.", way_out="Nothing is lost. Wait a moment and try again.", code="database_away"
-            )
+            return Unavailable("The database does not answer.", hint="Nothing is lost. Wait a moment and try again.", code="database_away")
         case DBAPIError() if error.connection_invalidated:
-            return Unavailable("The database went away.", way_out="Nothing is lost. Wait a moment and try again.", code="database_away")
+            return Unavailable("The database went away.", hint="Nothing is lost. Wait a moment and try again.", code="database_away")
         case redis.RedisError() if queue.cannot_write(error):
-            return DiskFull("The message broker cannot write: its disk is full.", way_out="Make room there, then try again.")
+            return DiskFull("The message broker cannot write: its disk is full.", hint="Make room there, then try again.")
         case redis.ConnectionError() | redis.TimeoutError():
             return Unavailable(
-                "The message broker does not answer.", way_out="Nothing is lost. Wait a moment and try again.", code="broker_away"
+                "The message broker does not answer.", hint="Nothing is lost. Wait a moment and try again.", code="broker_away"
             )
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFull("The disk of the studio is full.", way_out="Delete what is no longer needed under Jobs, Models or Datasets.")
+            return DiskFull("The disk of the studio is full.", hint="Delete what is no longer needed under Jobs, Models or Datasets.")
         case _:
-            return StudioError("Something went wrong in the studio.", way_out="Try again; if it stays, look for the request id in the log.")
+            return StudioError("Something went wrong in the studio.", hint="Try again; if it stays, look for the request id in the log.")
 
 
 def _bad_field(found: Any) -> BadField:
@@ -75,15 +73,15 @@ def _bad_field(found: Any) -> BadField:
     name = _field(first)
     if first["type"] == "json_invalid":
         return BadField(
-            f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}.", way_out="Send a JSON object.", code="invalid_json"
+            f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}.", hint="Send a JSON object.", code="invalid_json"
         )
     others = len({_field(one) for one in found} - {name})
     more = f" ({others} more {'field is' if others == 1 else 'fields are'} wrong.)" if others else ""
     if name is None and first["type"] == "missing":
-        return BadField("The body is empty.", way_out="Send a JSON object.", code="missing_required_parameter")
+        return BadField("The body is empty.", hint="Send a JSON object.", code="missing_required_parameter")
     text = errors.plain(str(first["msg"]))
     if first["type"] == "missing":
-        return BadField(f"{name} is missing.{more}", param=name, code="missing_required_parameter", way_out="Send this field too.")
+        return BadField(f"{name} is missing.{more}", param=name, code="missing_required_parameter", hint="Send this field too.")
     return BadField(f"{name}: {text}{more}" if name else f"The body: {text}{more}", param=name)
 
 
@@ -96,7 +94,7 @@ def _from_http(error: HTTPException) -> StudioError:
     words = HTTPStatus(error.status_code).phrase
     message = {404: "Page not found."}.get(error.status_code) or f"{error.detail or words}".rstrip(".") + "."
     kind = next((k for k in _every(StudioError) if k.status == error.status_code), StudioError)
-    fault = TooMany(message) if kind is TooMany else kind(message, way_out=_WAYS_OUT.get(error.status_code, ""))
+    fault = TooMany(message) if kind is TooMany else kind(message, hint=_WAYS_OUT.get(error.status_code, ""))
     fault.status = error.status_code
     if kind is StudioError and error.status_code < 500:
         fault.type, fault.code = "invalid_request_error", words.lower().replace(" ", "_")

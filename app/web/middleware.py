@@ -146,7 +146,7 @@ class Hosts:
         if scope["type"] == "http" and (len(named) != 1 or not self.knows(named[0].decode("latin-1"))):
             fault = BadRequest(
                 "The studio does not answer to this host name.",
-                way_out="Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS.",
+                hint="Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS.",
                 code="unknown_host",
             )
             await _refuse(scope, receive, send, fault)
@@ -169,9 +169,7 @@ class Origin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in SAFE and _foreign(Request(scope)):
-            fault = Forbidden(
-                "This request came from a page of another site.", way_out="Use the studio's own pages.", code="foreign_origin"
-            )
+            fault = Forbidden("This request came from a page of another site.", hint="Use the studio's own pages.", code="foreign_origin")
             await _refuse(scope, receive, send, fault)
             return
         await self.app(scope, receive, send)
@@ -207,7 +205,7 @@ class Body:
         most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MAX_JSON_BYTES
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,18}", length):
-            fault: StudioError = BadRequest("The Content-Length of this request is not a number.", way_out="Send the request again.")
+            fault: StudioError = BadRequest("The Content-Length of this request is not a number.", hint="Send the request again.")
             await _refuse(scope, receive, send, fault)
             return
         if int(length) > most:
@@ -229,7 +227,7 @@ class Body:
 def _too_large(most: int) -> TooLarge:
     return TooLarge(
         f"This is larger than the {humanize.human_bytes(most)} that are accepted here.",
-        way_out="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads.",
+        hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads.",
     )
 
 

@@ -53,9 +53,9 @@ async def read_form(request: Request, limit: int, file_field: str = "file") -> F
         parser.finalize()
         return await run_in_threadpool(reader.finish)
     except ClientDisconnect:
-        raise BadRequest("The upload stopped before its end; nothing was saved.", way_out="Send it again.") from None
+        raise BadRequest("The upload stopped before its end; nothing was saved.", hint="Send it again.") from None
     except FormParserError as error:
-        raise BadRequest(f"The form cannot be read: {error}.", way_out="Send it as multipart/form-data with a correct boundary.") from None
+        raise BadRequest(f"The form cannot be read: {error}.", hint="Send it as multipart/form-data with a correct boundary.") from None
     finally:
         reader.discard()
 
@@ -66,9 +66,7 @@ def _boundary(request: Request) -> bytes:
         message["content-type"] = request.headers.get("content-type", "")
     boundary = message.get_param("boundary", "")
     if message.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
-        raise BadRequest(
-            "This address takes a form with a file.", way_out="Send it as multipart/form-data with the fields file and purpose."
-        )
+        raise BadRequest("This address takes a form with a file.", hint="Send it as multipart/form-data with the fields file and purpose.")
     return boundary.encode("latin-1", "replace")
 
 
@@ -96,7 +94,7 @@ class _Reader:
     def on_part_begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise BadRequest(f"The form has more than {MAX_PARTS} parts.", way_out="Send one file and its few fields.")
+            raise BadRequest(f"The form has more than {MAX_PARTS} parts.", hint="Send one file and its few fields.")
         self._headers = {}
         self._value = None
 
@@ -120,7 +118,7 @@ class _Reader:
             self._value = bytearray()
             return
         if self.writer is not None:
-            raise BadField("The form holds more than one file.", way_out="Send one file in one request.", param=self.file_field)
+            raise BadField("The form holds more than one file.", hint="Send one file in one request.", param=self.file_field)
         self.filename = filename or ""
         self.writer = BlobWriter(self.limit)
 
@@ -146,7 +144,7 @@ class _Reader:
 
     def finish(self) -> Form:
         if not self._ended:
-            raise BadRequest("The upload stopped before its end; nothing was saved.", way_out="Send it again.")
+            raise BadRequest("The upload stopped before its end; nothing was saved.", hint="Send it again.")
         if self.writer is None:
             return Form(self.fields, None)
         self.flush()

@@ -88,7 +88,7 @@ def _counts(table: Any) -> bool:
 
 def _unknown(after: str) -> BadField:
     return BadField(
-        f"after={after[:80]!r} is not on this list.", param="after", way_out="Use the `last_id` of the page before, or leave `after` out."
+        f"after={after[:80]!r} is not on this list.", param="after", hint="Use the `last_id` of the page before, or leave `after` out."
     )
 
 

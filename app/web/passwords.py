@@ -75,7 +75,7 @@ async def judge(password: str, known: str | None) -> bool:
     """`matches`, in a thread kept for it. Raises TooMany when too many wait already."""
     global _judging
     if _judging >= AT_ONCE + MAX_WAITING:
-        raise TooMany("Too many people are signing in at this moment.", way_out="Try again in a few seconds.", retry_after_seconds=2.0)
+        raise TooMany("Too many people are signing in at this moment.", hint="Try again in a few seconds.", retry_after_seconds=2.0)
     _judging += 1
     try:
         return await asyncio.get_running_loop().run_in_executor(_judges, matches, password, known)
@@ -125,7 +125,7 @@ class Tries:
             seconds = -(-wait // 1000)
             raise TooMany(
                 "Too many failed sign-ins.",
-                way_out=f"Wait {seconds} seconds, or use a sign-in link from `luthier link`.",
+                hint=f"Wait {seconds} seconds, or use a sign-in link from `luthier link`.",
                 retry_after_seconds=float(seconds),
             )
 

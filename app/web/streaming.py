@@ -125,7 +125,7 @@ def later(work: Callable[[], None]) -> None:
     _keep(asyncio.ensure_future(asyncio.to_thread(work)))
 
 
-REVOKED = NotSignedIn("What this stream was opened with is not valid any more.", way_out="Sign in again, or use another API key.")
+REVOKED = NotSignedIn("What this stream was opened with is not valid any more.", hint="Sign in again, or use another API key.")
 
 
 class Stream(StreamingResponse):
@@ -179,6 +179,6 @@ async def stream_or_error(request: GenerateRequest) -> AsyncIterator[list[Entry]
         fault = error_responses.fault_of(error)
         yield [
             StreamError(
-                status=fault.status, code=fault.code, error_type=fault.type, message=fault.message, way_out=fault.way_out, param=fault.param
+                status=fault.status, code=fault.code, error_type=fault.type, message=fault.message, hint=fault.hint, param=fault.param
             )
         ]

@@ -46,7 +46,7 @@ class WellFormed:
         check_address(scope.get("raw_path") or b"", scope["query_string"])
         kind, charset = _content_type(Headers(scope=scope).get("content-type", ""))
         if kind in _FORMS and charset not in ("utf-8", "utf8"):
-            raise BadRequest(f"A form cannot be sent in the charset {charset[:40]!r}.", way_out="Send it in UTF-8.", code="not_utf8")
+            raise BadRequest(f"A form cannot be sent in the charset {charset[:40]!r}.", hint="Send it in UTF-8.", code="not_utf8")
         if kind == _FORMS[0] or _is_json(kind):
             body, rest = await _whole(receive)
             check_json(body) if _is_json(kind) else check_form(body)
@@ -108,7 +108,7 @@ def _check_text(text: bytes, what: str, fields: bytes = b"") -> None:
     name = next((part.partition(b"=")[0] for part in fields.split(b"&") if _bad_bytes(unquote_to_bytes(part))), b"")
     param = unquote_to_bytes(name).decode("utf-8", "replace").replace("\0", "�")[:80] or None
     where = f"{what} holds {bad}" + (f", in {param}." if param else ".")
-    raise BadField(where, way_out="Remove it and send the request again.", param=param)
+    raise BadField(where, hint="Remove it and send the request again.", param=param)
 
 
 def _bad_bytes(text: bytes) -> str:
@@ -134,7 +134,7 @@ def check_json(body: bytes) -> None:
         raise _invalid(f"byte {error.start + 1} is not UTF-8") from None
     containers = text.count("[") + text.count("{")
     if containers > MAX_CONTAINERS:
-        raise BadField(f"The body holds more than {MAX_CONTAINERS:,} lists and objects.", way_out="Send less at once.")
+        raise BadField(f"The body holds more than {MAX_CONTAINERS:,} lists and objects.", hint="Send less at once.")
     try:
         value = _parsed(text)
     except RecursionError:
@@ -159,14 +159,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, _ in pairs:
             if name in seen:
                 raise BadField(
-                    f"{_shown(name)} stands twice in one object.", way_out="Send each key once.", param=_shown(name), code="invalid_json"
+                    f"{_shown(name)} stands twice in one object.", hint="Send each key once.", param=_shown(name), code="invalid_json"
                 )
             seen.add(name)
     return found
 
 
 def _invalid(reason: str) -> BadField:
-    return BadField(f"The body is not valid JSON: {reason}.", way_out="Send a JSON object in UTF-8.", code="invalid_json")
+    return BadField(f"The body is not valid JSON: {reason}.", hint="Send a JSON object in UTF-8.", code="invalid_json")
 
 
 Path = tuple["Path", str | int] | None
@@ -202,13 +202,13 @@ def _bad_text(text: str) -> str:
 
 def _bad_value(path: Path, reason: str) -> BadField:
     name = _name(path)
-    return BadField(f"{name or 'The body'}: {reason}", way_out="Correct it and send the request again.", param=name)
+    return BadField(f"{name or 'The body'}: {reason}", hint="Correct it and send the request again.", param=name)
 
 
 def _too_deep(path: Path) -> BadField:
     return BadField(
         f"The body nests lists and objects more than {MAX_DEPTH} levels deep.",
-        way_out="Send it flatter.",
+        hint="Send it flatter.",
         param=(_name(path) or "").split(".")[0] or None,
     )
 

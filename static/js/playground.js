@@ -166,7 +166,7 @@ function begin(pane, asked, exchange, answer) {
       } else if (told.type === "error") {
         end("");
         part("proof").textContent = "No answer";
-        Object.assign(part("error"), { textContent: `${told.message} ${told.way_out}`.trim(), hidden: false });
+        Object.assign(part("error"), { textContent: `${told.message} ${told.hint}`.trim(), hidden: false });
       }
       if (near) body.scrollTop = body.scrollHeight;
     },

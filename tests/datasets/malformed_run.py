@@ -34,16 +34,16 @@ OF_THE_FILE = ("few_rows", "one_class")
 
 
 def judge(case: Case, status: int, answer: dict[str, Any], seconds: float, peak: int) -> Outcome:
-    """Hold one answer to the promises: no 5xx, a message with file, line and a way out, in time and in memory."""
+    """Hold one answer to the promises: no 5xx, a message with file, line and a hint, in time and in memory."""
     faults = []
     if status != 200:
         error = answer.get("error") or {}
-        what, line, message, fix = "refused", None, str(error.get("message")), str(error.get("way_out") or error.get("message"))
+        what, line, message, fix = "refused", None, str(error.get("message")), str(error.get("hint") or error.get("message"))
         if not 400 <= status < 500 or not error.get("message"):
             faults.append(f"HTTP {status}")
     elif answer["status"] == "error":
         error = answer["error"]
-        what, line, message, fix = "error", error.get("line"), error["message"], error.get("way_out") or ""
+        what, line, message, fix = "error", error.get("line"), error["message"], error.get("hint") or ""
         if not line or not error.get("file"):
             faults.append("no file or no line")
         if not fix:

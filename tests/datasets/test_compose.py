@@ -224,7 +224,7 @@ def test_a_source_that_is_deleted_meanwhile_is_named(session, user, make, data_d
         datasets.delete(deleting, user, deleting.get_one(Dataset, second.id))
     ingest_task.read(new.id)
     session.expire_all()
-    assert new.status == "error" and "The rows of b are gone" in new.error["message"] and new.error["way_out"]
+    assert new.status == "error" and "The rows of b are gone" in new.error["message"] and new.error["hint"]
 
 
 def test_a_worker_that_dies_between_writing_and_reading_joins_nothing_twice(session, user, make, data_dir, monkeypatch):
@@ -301,7 +301,7 @@ def test_programs_fix_edit_and_read_anew(session, user, make, api):
     assert api.delete(base).json()["deleted"] and api.get(base).status_code == 404
 
 
-def test_a_job_on_rated_answers_is_refused_with_the_way_out(session, make, api, tiny_registered):
+def test_a_job_on_rated_answers_is_refused_with_the_hint(session, make, api, tiny_registered):
     rated = make([{"prompt": f"Ask {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)], "r.jsonl")
     assert (rated.format, rated.task, rated.report["labels"]) == ("rated", "preference", {"good": 10, "bad": 10})
     order = {"model": "tiny", "training_file": ids.public(ids.FILE, rated.file_id)}

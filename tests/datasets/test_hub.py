@@ -128,7 +128,7 @@ def test_pieces_of_a_split_are_put_together(session, user, hub):
 )
 def test_what_is_not_there_is_said_with_what_there_is(session, user, hub, wish, words):
     dataset = bring(session, user, **wish)
-    assert dataset.status == "error" and words in dataset.error["message"] and dataset.error["way_out"]
+    assert dataset.status == "error" and words in dataset.error["message"] and dataset.error["hint"]
 
 
 def test_away_or_offline_it_says_so(session, user, monkeypatch, hub):

@@ -48,7 +48,7 @@ def read_many(payload, say):
         except StudioError as error:
             answer = {
                 "status": "error",
-                "error": {"message": error.message, "way_out": error.way_out, "file": case.filename, **error.details},
+                "error": {"message": error.message, "hint": error.hint, "file": case.filename, **error.details},
             }
         outcomes.append({"name": case.name, "status": status, "answer": answer, "seconds": time.monotonic() - began})
     for outcome in outcomes:

@@ -95,7 +95,7 @@ def test_an_empty_file_is_refused(tmp_path, name):
 def test_an_unknown_extension_names_the_known_ones(tmp_path, name):
     with pytest.raises(Unsupported) as caught:
         read(tmp_path, name, b"a")
-    assert ".jsonl" in caught.value.way_out
+    assert ".jsonl" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
@@ -151,7 +151,7 @@ def test_no_bytes_at_all_raise_anything_but_our_own_errors(tmp_path_factory, dat
             assert raw.line >= 1
             assert (raw.row is None) == (raw.problem is not None)
     except BadData as error:
-        assert error.way_out
+        assert error.hint
 
 
 def test_a_json_list_with_one_broken_element(tmp_path):
@@ -303,7 +303,7 @@ def test_an_archive_must_hold_data_files_of_one_kind(tmp_path, members):
 def test_broken_containers_say_so(tmp_path, name):
     with pytest.raises(BadData) as caught:
         read(tmp_path, name, b"PK\x03\x04 this is not one PAR1")
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 def test_what_cannot_be_repaired_is_not_offered_to_be(tmp_path):

@@ -1,4 +1,4 @@
-"""The stored rows: two flipped bytes are seen by everything that reads them, told with a way out, and mended by reading again."""
+"""The stored rows: two flipped bytes are seen by everything that reads them, told with a hint, and mended by reading again."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def test_any_two_flipped_bytes_are_seen_or_harm_no_row(tmp_path):
             verify_rows(path, sha256, "talk")
         except BadData as error:
             seen += 1
-            assert "dataset talk" in error.message and "again" in error.way_out and error.code == "bad_data", error.message
+            assert "dataset talk" in error.message and "again" in error.hint and error.code == "bad_data", error.message
         else:
             assert list(read_rows(path)) == wanted  # the bytes stand in what nobody reads, as the writer's name
     assert seen > 120
@@ -74,7 +74,7 @@ def test_a_job_on_damaged_rows_ends_as_bad_data_before_it_trains(data_dir, tiny_
     said, code = Trainer(order(put_model(tiny_model), data), "job", 1).run()
     assert [event.type for event in said if event.type != "log"] == ["failed"] and code == 1
     failed = said[-1]
-    assert failed.kind == "bad_data" and "rows file of dataset rows is damaged" in failed.message and "/again" in failed.way_out
+    assert failed.kind == "bad_data" and "rows file of dataset rows is damaged" in failed.message and "/again" in failed.hint
     assert not list((data_dir / "runs/job/a1").glob("checkpoint-*"))
 
 
@@ -108,9 +108,9 @@ def test_damaged_rows_are_told_by_an_evaluation_and_a_comparison_and_read_again_
     flip(path)
     told = evaluate(api, dataset)
     assert told["status"] == "failed" and told["error"]["code"] == "bad_data" and "damaged" in told["error"]["message"]
-    assert "again" in told["error"]["way_out"]
+    assert "again" in told["error"]["hint"]
     compared = compare(session, user, dataset)
-    assert compared.status == "failed" and "damaged" in compared.error["message"] and "again" in compared.error["way_out"]
+    assert compared.status == "failed" and "damaged" in compared.error["message"] and "again" in compared.error["hint"]
     session.refresh(dataset)
 
     assert client.post(f"/datasets/{ids.public(ids.DATASET, twin.id)}/again", follow_redirects=False).status_code == 303

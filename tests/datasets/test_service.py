@@ -120,7 +120,7 @@ def test_the_reaper_announces_what_was_lost_and_gives_up_after_three_deaths(sess
     ingest_task.reap(session)
     session.commit()
     session.expire_all()
-    assert dataset.status == "error" and "3 times" in dataset.error["message"] and dataset.error["way_out"]
+    assert dataset.status == "error" and "3 times" in dataset.error["message"] and dataset.error["hint"]
 
 
 def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(session, make, data_dir, monkeypatch):
@@ -220,7 +220,7 @@ def test_progress_is_told_while_it_reads_and_deleting_stops_it(session, user, ma
 def test_a_file_that_cannot_be_read_at_all_says_where_and_what_to_do(session, make, name, data, words):
     dataset = read(session, make(data, name))
     assert dataset.status == "error"
-    assert words in dataset.error["message"] and dataset.error["way_out"]
+    assert words in dataset.error["message"] and dataset.error["hint"]
     file = session.get(files.File, dataset.file_id)
     assert (file.status, file.status_details) == ("error", dataset.error["message"])
     with pytest.raises(Conflict):

@@ -95,7 +95,7 @@ def test_classes_and_probabilities_and_a_run_that_is_cancelled(api, client, sess
     wrong = api.post("/v1/predictions", json={"model": tuned.name, "file": ids.public(ids.FILE, waits.file_id), "column": "nowhere"}).json()
     evaluation_attempt.work(made_of(session, wrong).id)
     error = api.get(f"/v1/predictions/{wrong['id']}").json()["error"]
-    assert "no column “nowhere”" in error["message"] and "text" in error["way_out"]
+    assert "no column “nowhere”" in error["message"] and "text" in error["hint"]
 
 
 def test_a_map_of_vectors_with_the_nearest_rows(client, session, user, tiny_registered, labelled):  # noqa: F811

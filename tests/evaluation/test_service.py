@@ -103,7 +103,7 @@ def test_a_killed_process_is_tried_again_and_given_up_at_the_third_death(session
         thread.join(20)
         row = now_of(made)
         assert row.deaths == deaths and row.status == ("queued" if deaths < 3 else "failed")
-    assert row.error["code"] == "crashed" and "SIGKILL" in row.error["message"] and row.error["way_out"]
+    assert row.error["code"] == "crashed" and "SIGKILL" in row.error["message"] and row.error["hint"]
     assert len(session.scalars(select(Outbox.id).where(Outbox.key == made.id)).all()) == 3
 
 
@@ -163,12 +163,12 @@ def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(sessio
     assert next_try.is_dir() and not next_try.with_name("a1").exists()
 
 
-def test_a_fault_of_the_data_is_told_with_its_way_out(session, user, data_dir, tiny_registered, data):
+def test_a_fault_of_the_data_is_told_with_its_hint(session, user, data_dir, tiny_registered, data):
     (data_dir / data.rows_path).unlink()
     made = order(session, user, tiny_registered, data)
     evaluation_attempt.work(made.id)
     row = now_of(made)
-    assert row.status == "failed" and "are gone" in row.error["message"] and "Read the dataset again" in row.error["way_out"]
+    assert row.status == "failed" and "are gone" in row.error["message"] and "Read the dataset again" in row.error["hint"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_bad_conversations(messages, rule):
     assert rule in rules(*messages)
 
 
-def test_a_finding_says_where_and_offers_a_way_out():
+def test_a_finding_says_where_and_offers_a_hint():
     (finding,) = Chat().check({"messages": [user(), {"role": "Human", "content": "x"}, answer()]}, MAPPING)
     assert finding.column == "messages[1].role"
     assert finding.value == "Human"

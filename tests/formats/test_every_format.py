@@ -56,4 +56,4 @@ def test_every_field_has_a_help_text_and_lower_case_synonyms(name):
 def test_an_unknown_format_names_the_known_ones():
     with pytest.raises(BadField) as caught:
         formats.get("excel")
-    assert "chat" in caught.value.way_out
+    assert "chat" in caught.value.hint

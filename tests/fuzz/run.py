@@ -188,8 +188,8 @@ class Fuzz:
         elif not kind.startswith("text/event-stream"):
             yield f"an error as {kind or 'nothing'}"
         for fault in self.faults:
-            if not fault.message or not fault.way_out:
-                yield f"no way out: {fault.message[:60]}"
+            if not fault.message or not fault.hint:
+                yield f"no hint: {fault.message[:60]}"
 
 
 def json_shape(answer: Answer) -> Iterator[str]:
@@ -204,7 +204,7 @@ def json_shape(answer: Answer) -> Iterator[str]:
 
 
 def spy(fuzz: Fuzz, monkeypatch: Any) -> None:
-    """Every fault that becomes an answer is kept for a look: the API joins message and way out to one text."""
+    """Every fault that becomes an answer is kept for a look: the API joins message and hint to one text."""
     real = error_responses.answer
 
     def answer(request: Any, fault: StudioError) -> Any:

@@ -168,7 +168,7 @@ class World:
         return ids.public(ids.MODEL, self._model(path=None).id)
 
     def _new_failed_model(self) -> str:
-        return ids.public(ids.MODEL, self._model(path=None, status="error", error={"message": "It broke.", "way_out": "Try again."}).id)
+        return ids.public(ids.MODEL, self._model(path=None, status="error", error={"message": "It broke.", "hint": "Try again."}).id)
 
     def _new_key(self) -> str:
         return str(auth.create_key(self.session, self.user, "a key")[0].id)

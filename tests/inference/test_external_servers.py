@@ -324,7 +324,7 @@ def test_a_server_that_is_away_is_said_to_be_away(session, url, far, monkeypatch
     allow(monkeypatch, f"http://127.0.0.1:{port}/v1")
     with pytest.raises(Unavailable) as caught:
         external_servers.register(far, f"http://127.0.0.1:{port}/v1", "x")
-    assert caught.value.code == "engine_unreachable" and "take it away" in caught.value.way_out
+    assert caught.value.code == "engine_unreachable" and "take it away" in caught.value.hint
 
 
 def test_an_answer_that_takes_too_long_is_cut_off(session, user, far, generate_worker, outside):  # noqa: F811

@@ -68,7 +68,7 @@ def test_each_kind_is_given_the_conversation_as_it_takes_it(session, user, three
     assert instruction.messages == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Three?"}]
     assert dialogue.seed == generic.seed == instruction.seed
     failed, asked = playground.ask(session, user, NAMES, "Broken?", Sampling(), parent=first.id)
-    heard = AnswerFold(error={"message": "The model failed.", "way_out": "", "code": "internal_error"})
+    heard = AnswerFold(error={"message": "The model failed.", "hint": "", "code": "internal_error"})
     heard.take([TextPart(index=0, text=" Half an ans", tokens=3)])
     for one in asked:
         playground.record(session, failed.id, one, heard)
@@ -183,7 +183,7 @@ def test_the_stream_tells_each_column(client, session, three, generate_worker): 
     assert told[0]["type"] == "asked" and [p["model"] for p in told[0]["panes"]] == ["tiny", "broken"] and told[-1] == {"type": "end"}
     assert [t["type"] for t in told if t.get("pane") == 0][-1] == "done"
     wrong = [t for t in told if t.get("pane") == 1]
-    assert len(wrong) == 1 and "gone" in wrong[0]["message"] and wrong[0]["way_out"]
+    assert len(wrong) == 1 and "gone" in wrong[0]["message"] and wrong[0]["hint"]
     assert sorted(session.scalars(select(Answer.finish_reason)).all())[0] == "error"
 
 

@@ -184,7 +184,7 @@ def test_three_deaths_without_a_checkpoint_end_it_and_a_checkpoint_forgives(job)
     let_lapse(job.id)
     assert take(job.id) is None
     row = now_of(job.id)
-    assert row.status == "failed" and row.error["code"] == "worker_lost" and row.error["way_out"]
+    assert row.status == "failed" and row.error["code"] == "worker_lost" and row.error["hint"]
     assert said(job.id)[-2:] == ["lost", "failed"]
 
 
@@ -203,9 +203,9 @@ def test_a_failure_told_again_changes_nothing(job, kind):
 def test_what_would_fail_again_is_not_tried_again(job, kind):
     held = take(job.id)
     with transaction() as session:
-        lifecycle.fail(session, held, events.Failed(kind=kind, message="It did.", way_out="Do this.", line=7))
+        lifecycle.fail(session, held, events.Failed(kind=kind, message="It did.", hint="Do this.", line=7))
     row = now_of(job.id)
-    assert row.status == "failed" and (row.error["code"], row.error["line"], row.error["way_out"]) == (kind, 7, "Do this.")
+    assert row.status == "failed" and (row.error["code"], row.error["line"], row.error["hint"]) == (kind, 7, "Do this.")
     assert take(job.id) is None
 
 

@@ -137,7 +137,7 @@ def test_the_best_validation_loss_is_never_one_that_is_not_a_number():
 
 
 def test_a_failure_stays_until_the_job_is_queued_again():
-    failure = events.Failed(kind="diverged", message="The loss is not a number.", way_out="Lower the learning rate.")
+    failure = events.Failed(kind="diverged", message="The loss is not a number.", hint="Lower the learning rate.")
     seen = progress([started(), failure])
     assert seen.status == "failed" and seen.failure is failure
     assert seen.log[-1].level == "error" and "Lower the learning rate." in seen.log[-1].message

@@ -152,7 +152,7 @@ def test_what_is_wrong_is_said_before_a_job_exists(session, user, order, dataset
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"status": "error", "error": {"message": "Line 3 is broken.", "way_out": "Mend it."}}, "Line 3 is broken. Mend it."),
+        ({"status": "error", "error": {"message": "Line 3 is broken.", "hint": "Mend it."}}, "Line 3 is broken. Mend it."),
         ({"good_rows": 0}, "no valid row"),
         ({"task": "classification", "format": "classification"}, "classification"),
     ],
@@ -232,7 +232,7 @@ def test_a_job_whose_dataset_turns_out_bad_fails_with_the_reason(session, user, 
     session.execute(update(Dataset).values(status="reading"))
     session.commit()
     job = make(session, user, order())
-    session.execute(update(Dataset).values(status="error", error={"message": "Line 3 is broken.", "way_out": "Mend it."}))
+    session.execute(update(Dataset).values(status="error", error={"message": "Line 3 is broken.", "hint": "Mend it."}))
     session.commit()
     assert jobs.resolve_waiting_jobs(session, dataset.id) == 1
     session.commit()

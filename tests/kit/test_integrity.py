@@ -140,7 +140,7 @@ def test_a_job_on_damaged_weights_ends_in_words_and_goes_on_once_they_are_back(s
     train_attempt.work(job.id)
     row = now_of(job)
     assert (row.status, row.error["code"], row.error["param"]) == ("failed", "bad_model", "model")
-    assert "model.safetensors" in row.error["message"] and "page Models" in row.error["way_out"]
+    assert "model.safetensors" in row.error["message"] and "page Models" in row.error["hint"]
     assert not (data_dir / "runs" / str(job.id)).exists(), "a trainer was started"
 
     model = now_of(tiny_registered)
@@ -202,7 +202,7 @@ def test_a_damaged_adapter_is_not_downloaded_merged_or_tuned_on(session, user, c
     answer = client.get(address)
     assert answer.status_code == 400 and "adapter_model.safetensors" in answer.text
     row = now_of(tuned)
-    assert row.status == "error" and "Put its folder back" in row.error["way_out"]
+    assert row.status == "error" and "Put its folder back" in row.error["hint"]
     assert client.get(address).status_code == 409 and now_of(tiny_registered).status == "ready"
     model_imports.fetch(merged.id)
     row = now_of(merged)

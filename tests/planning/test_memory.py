@@ -349,7 +349,7 @@ def test_whole_weights_in_several_processes_take_an_optimizer_that_moves_rows_al
         order = spec("full", optimizer=kind)
         with pytest.raises(BadField, match="needs whole weights") as caught:
             feasibility.refuse_without_gpu(order.strategy, order.run, "generation", four)
-        assert caught.value.param == "run.optimizer" and "lion" in caught.value.way_out
+        assert caught.value.param == "run.optimizer" and "lion" in caught.value.hint
         feasibility.refuse_without_gpu(spec("lora").strategy, order.run, "generation", four)
 
 

@@ -264,7 +264,7 @@ def test_what_goes_wrong_is_told(client, session, user, sums):
     run = order(session, user, sums, {}, "gone", rows=3)
     evaluation_prompt_runs.work(run.id)
     session.refresh(run)
-    assert run.status == "failed" and "gone" in run.error["message"] and run.error["way_out"]
+    assert run.status == "failed" and "gone" in run.error["message"] and run.error["hint"]
     register_tiny(session)
     long = order(session, user, sums, {"template": "{{input}} " + "wood " * 1500, "max_tokens": 2}, rows=3)
     evaluation_prompt_runs.work(long.id)

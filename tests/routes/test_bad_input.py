@@ -114,7 +114,7 @@ def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, liv
             stop_worker(generate_worker, kill=True)
     assert told[-1] == {"type": "end"}
     ends = {line["pane"]: line for line in told if line["type"] in ("error", "done")}
-    assert len(ends) == 2 and any(e["type"] == "error" and e["code"] == "worker_lost" and e["way_out"] for e in ends.values())
+    assert len(ends) == 2 and any(e["type"] == "error" and e["code"] == "worker_lost" and e["hint"] for e in ends.values())
     session.rollback()
     stored = session.scalars(select(Answer)).all()
     assert len(stored) == 2 and any(a.finish_reason == "error" for a in stored)

@@ -299,7 +299,7 @@ def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nobody_is_shut_out(page, served, session, user, tiny_registered, dataset, theme):  # noqa: F811
     failed = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 3))
-    failed.fail(events.Failed(kind="diverged", message="The loss is not a number.", way_out="Lower the learning rate."))
+    failed.fail(events.Failed(kind="diverged", message="The loss is not a number.", hint="Lower the learning rate."))
     done = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 24)).finish(24)
     page.emulate_media(color_scheme=theme)
     for path in (

@@ -148,12 +148,10 @@ def test_a_failed_job_says_why_and_what_to_do_and_offers_it_as_one_click(client,
     job = lives.order(session, user, tiny_registered)
     job.order = {**job.order, "dataset_id": str(dataset.id)}
     life = lives.Life(session, job).claim().say(lives.started(), *lives.steps(1, 5))
-    way_out = "Take fewer tokens per step."
-    life.fail(
-        events.Failed(kind="cuda_out_of_memory", message="Memory was full.", way_out=way_out, suggestion={"max_tokens_per_step": 512})
-    )
+    hint = "Take fewer tokens per step."
+    life.fail(events.Failed(kind="cuda_out_of_memory", message="Memory was full.", hint=hint, suggestion={"max_tokens_per_step": 512}))
     said = words(client.get(address(job)))
-    assert "Memory was full." in said and way_out in said and "Try again with max tokens per step 512" in said
+    assert "Memory was full." in said and hint in said and "Try again with max tokens per step 512" in said
     answer = client.post(f"{address(job)}/again", follow_redirects=False)
     assert answer.status_code == 303
     new = jobs.get(session, user, ids.parse(ids.JOB, answer.headers["location"].rpartition("/")[2]))

@@ -141,7 +141,7 @@ def test_a_key_is_made_where_it_is_used_and_works(client, web, tuned) -> None:
     assert made not in client.get(f"/models/{key}").text
 
 
-def test_a_fetch_shows_its_progress_and_a_failed_one_its_way_out(client, session, user) -> None:
+def test_a_fetch_shows_its_progress_and_a_failed_one_its_hint(client, session, user) -> None:
     row = Model(
         owner_id=user.id, name="slow", title="Slow", kind="generic", status="fetching", progress=0.42, source={"from": "hub", "repo": "a/b"}
     )
@@ -149,7 +149,7 @@ def test_a_fetch_shows_its_progress_and_a_failed_one_its_way_out(client, session
     session.commit()
     page = client.get("/models").text
     assert 'value="0.4200"' in page and "every 2s" in page
-    row.status, row.error = "error", {"code": "x", "message": "The hub cannot be reached.", "way_out": "Check <the> network."}
+    row.status, row.error = "error", {"code": "x", "message": "The hub cannot be reached.", "hint": "Check <the> network."}
     session.commit()
     page = client.get("/models").text
     assert "The hub cannot be reached." in page and "Check &lt;the&gt; network." in page and "Try again" in page

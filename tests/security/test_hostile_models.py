@@ -32,8 +32,8 @@ def test_a_hostile_folder_is_refused_in_words(name: str, tiny_model: Path, tmp_p
     source = hostile_models.make(name, tiny_model, tmp_path)
     with pytest.raises(StudioError) as caught:
         hostile_models.bring_in(source, tmp_path / "into")
-    said = f"{caught.value.message} {caught.value.way_out}"
-    assert HOSTILE[name].words in said and caught.value.way_out
+    said = f"{caught.value.message} {caught.value.hint}"
+    assert HOSTILE[name].words in said and caught.value.hint
     assert MARK not in said and len(said) < 700
     assert not (tmp_path / "canary").exists()
     if not (source / "vocab.txt").is_symlink() and not (source / TOKENIZER).is_symlink():
@@ -104,7 +104,7 @@ def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path,
     session.commit()
     model_imports.fetch(model.id)
     session.refresh(model)
-    assert model.status == "error" and "larger than 4 MiB" in model.error["message"] and model.error["way_out"]
+    assert model.status == "error" and "larger than 4 MiB" in model.error["message"] and model.error["hint"]
 
 
 @pytest.mark.parametrize("name", ["model-" + "0a" * 16, "ftckpt_" + "0" * 32, "ftckpt_x"])

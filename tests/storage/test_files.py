@@ -44,7 +44,7 @@ def test_beyond_the_limit_or_on_a_full_disk_nothing_is_left(data_dir, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull) as caught:
         store(b"abc")
-    assert "Make room" in caught.value.way_out
+    assert "Make room" in caught.value.hint
     with pytest.raises(DiskFull):
         files.write_atomically(data_dir / "x.json", "{}")
     assert left(data_dir) == [] and not (data_dir / "x.json").exists()

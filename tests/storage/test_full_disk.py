@@ -117,7 +117,7 @@ def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
     with pytest.raises(OSError) as full:
         row_losses.write(small_disk.folder / "runs", [row_losses.Part(data, [1.0] * len(data), [1.0] * len(data))])
     said = run.failed(full.value, spec, 7)
-    assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.way_out
+    assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.hint
 
     feature_cache.keep("after", [str(n) for n in range(200)], np.ones((200, 200), np.float32))
     assert not feature_cache.kept("after", ["7"]) and list(feature_cache.kept("before", ["a", "c"])) == ["a"]
@@ -251,7 +251,7 @@ def test_readiness_says_what_is_wrong_with_a_broker_whose_disk_is_full(api, full
         return api.get("/readyz").json()["checks"]["redis"]
 
     found = broker()
-    assert not found["good"] and "disk is full" in found["message"] and "Make room" in found["way_out"]
+    assert not found["good"] and "disk is full" in found["message"] and "Make room" in found["hint"]
     full_broker()
     wait_until(lambda: broker()["good"], what="the broker", seconds=30)
 

@@ -79,7 +79,7 @@ def test_pages(page, served: str, session, user, tiny_registered, chats, tmp_pat
     moving = record(session, user, tiny_registered, chats, status="running", progress=0.4, stage="Reading 60 rows with tiny")
     failed = record(
         session, user, tiny_registered, chats, status="failed", rows=61,
-        error={"code": "out_of_memory", "message": "The machine ran out of memory.", "way_out": "Take a smaller model."},
+        error={"code": "out_of_memory", "message": "The machine ran out of memory.", "hint": "Take a smaller model."},
     )  # fmt: skip
     found = {
         "rows": 60, "distance": 1.31, "data_bits_per_byte": 1.2, "general_bits_per_byte": 0.92, "zero_shot": {"rouge_l": 0.09, "bits_per_byte": 2.05},

@@ -44,7 +44,7 @@ def test_json_that_nobody_can_store_is_refused_with_the_field(body, param, says)
     began = time.monotonic()
     with pytest.raises(BadField) as caught:
         check_json(body)
-    assert says in caught.value.message and caught.value.param == param and caught.value.way_out
+    assert says in caught.value.message and caught.value.param == param and caught.value.hint
     assert time.monotonic() - began < 3
     caught.value.message.encode(), (caught.value.param or "").encode()
 

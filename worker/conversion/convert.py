@@ -2,7 +2,7 @@
 Or look at a kept folder once more, by today's rules: `python -m worker.conversion.convert --examine FOLDER ANSWER`.
 
 Runs as a child with limits, because it opens what came from outside: tokenizers, chat templates, quantised weights. It
-writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and way_out.
+writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and hint.
 
 A GGUF's weights are dequantised once and stored as float16, which loses nothing that can be measured (mean divergence of
 the next token 3e-6 nats for SmolLM2 and 1e-6 for Gemma, the same first choice everywhere; bfloat16 gave 6e-5 and another
@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> None:
             facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
             facts["kind"] = kind or facts["kind"]
     except StudioError as error:
-        facts = {"error": error.message, "way_out": error.way_out, "code": error.code}
+        facts = {"error": error.message, "hint": error.hint, "code": error.code}
     except MemoryError:
-        facts = {"error": "The machine has too little memory for this model.", "way_out": "Choose a smaller model."}
+        facts = {"error": "The machine has too little memory for this model.", "hint": "Choose a smaller model."}
     except Exception as error:  # whatever a library raises, a person must read it
-        facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "way_out": "Save it again and retry."}
+        facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "hint": "Save it again and retry."}
     answer.write_text(json.dumps(facts))
 
 
@@ -78,7 +78,7 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     again = AutoModelForCausalLM.from_pretrained(into, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         if not torch.equal(again(ids).logits, expected):
-            raise BadData("The converted weights do not give the answers of those they came from.", way_out="Try again.")
+            raise BadData("The converted weights do not give the answers of those they came from.", hint="Try again.")
     return facts
 
 
@@ -86,7 +86,7 @@ def must_fit(model: Any) -> None:
     """Raises Unsupported when a weight is too large for float16."""
     largest = max(p.abs().max().item() for p in model.parameters())
     if not largest < 65_504:
-        raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", way_out="Use the model's safetensors version.")
+        raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", hint="Use the model's safetensors version.")
 
 
 def name_type(folder: Path, dtype: str) -> None:
@@ -154,7 +154,7 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
         raise Unsupported(
             f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
             "so what it costs to fine-tune could not be predicted.",
-            way_out="Its architecture differs from the usual one and is not supported.",
+            hint="Its architecture differs from the usual one and is not supported.",
         )
     check_names(folder, model, shape)
     template = found["chat_template"]
@@ -188,9 +188,7 @@ def check_names(folder: Path, model: Any, shape: Shape) -> None:
     needed = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
     missing = sorted(n for n in needed - old if not (shape.tied and n == "lm_head.weight") and not n.startswith("pooler."))
     if missing:
-        raise BadData(
-            f"The weights lack {len(missing)} of the model's tensors, the first {missing[0][:80]}.", way_out="Copy the whole model."
-        )
+        raise BadData(f"The weights lack {len(missing)} of the model's tensors, the first {missing[0][:80]}.", hint="Copy the whole model.")
 
 
 def labels_of(config: dict[str, Any]) -> list[str] | None:

@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> None:
     try:
         facts = merge(ModelRef.model_validate_json(order.read_text()), into)
     except StudioError as error:
-        facts = {"error": error.message, "way_out": error.way_out}
+        facts = {"error": error.message, "hint": error.hint}
     except Exception as error:  # whatever a library raises, a person must read it
-        facts = {"error": f"The model cannot be merged: {type(error).__name__}: {str(error)[:400]}", "way_out": "Download the adapter."}
+        facts = {"error": f"The model cannot be merged: {type(error).__name__}: {str(error)[:400]}", "hint": "Download the adapter."}
     answer.write_text(json.dumps(facts))
 
 
@@ -83,7 +83,7 @@ def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
     """How far two forms' log probabilities, (…, V), lie apart at most, in nats. Raises BadData when that is too far."""
     apart = (expected.exp() * (expected - found)).sum(-1).max().item()
     if not apart < FARTHEST:
-        raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", way_out="Download the adapter instead.")
+        raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", hint="Download the adapter instead.")
     return apart
 
 

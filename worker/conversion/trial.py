@@ -27,7 +27,7 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
     tokenizer = load(folder)
     if len(tokenizer) > shape.vocabulary:
         raise BadData(
-            f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", way_out="Take both from the same model."
+            f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", hint="Take both from the same model."
         )
     check_vocabulary(tokenizer, folder, kept)
     return {"shape": shape.model_dump(), "chat_template": has_working_template(tokenizer)}
@@ -43,7 +43,7 @@ def load(folder: Path) -> Any:
         raise
     except Exception as error:
         raise BadData(
-            f"The tokenizer cannot be read ({type(error).__name__}).", way_out="Save the tokenizer again with save_pretrained()."
+            f"The tokenizer cannot be read ({type(error).__name__}).", hint="Save the tokenizer again with save_pretrained()."
         ) from error
 
 
@@ -57,7 +57,7 @@ def check_vocabulary(tokenizer: Any, folder: Path, kept: dict[str, Any]) -> None
     if strange:
         raise BadData(
             f"The tokenizer that was loaded has {strange:,} tokens that the folder's own files do not name under these ids.",
-            way_out="Save the tokenizer again with save_pretrained().",
+            hint="Save the tokenizer again with save_pretrained().",
         )
 
 
@@ -77,7 +77,7 @@ def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
         try:
             pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError):
-            raise Unsupported("tokenizer.model is not what SentencePiece writes.", way_out="Save tokenizer.json next to it.") from None
+            raise Unsupported("tokenizer.model is not what SentencePiece writes.", hint="Save tokenizer.json next to it.") from None
         found |= dict.fromkeys(map(pieces.id_to_piece, range(pieces.get_piece_size())))
     return found
 
@@ -108,8 +108,8 @@ def has_working_template(tokenizer: Any) -> bool:
         raise
     except Exception as error:
         raise Unsupported(
-            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", way_out="Fix or remove the template."
+            f"The model's chat template fails on a plain conversation: {str(error)[:200]}", hint="Fix or remove the template."
         ) from error
     if "Hello." not in text or len(text) > 100_000:
-        raise Unsupported("The model's chat template does not write what it is given.", way_out="Fix or remove the template.")
+        raise Unsupported("The model's chat template does not write what it is given.", hint="Fix or remove the template.")
     return True

@@ -35,7 +35,7 @@ class BadRow(BadData):
     """A row that cannot be learnt from; `line` says which."""
 
     def __init__(self, line: int, error: BadData) -> None:
-        super().__init__(error.message, way_out=error.way_out, code=error.code)
+        super().__init__(error.message, hint=error.hint, code=error.code)
         self.line = line
 
 
@@ -45,7 +45,7 @@ def read_rows(ref: DatasetRef) -> list[Row]:
     stored.verify_rows(path, ref.sha256, ref.name)
     rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
     if not rows:
-        raise BadData(f"Dataset {ref.name} has no rows to train on.", way_out="Fix the rows its report lists, and upload it again.")
+        raise BadData(f"Dataset {ref.name} has no rows to train on.", hint="Fix the rows its report lists, and upload it again.")
     return rows
 
 

@@ -48,7 +48,7 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
     if tokenizer.eos_token is None:
         raise BadData(
             "The model's tokenizer names no end-of-text token, so the model could not learn where an answer ends.",
-            way_out="Add eos_token to its tokenizer_config.json.",
+            hint="Add eos_token to its tokenizer_config.json.",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -96,7 +96,7 @@ def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
     messages, tools = [_plain(m) for m in conversation(row)], row.get("tools")
     if (size := characters([messages, tools])) > MAX_ROW_CHARACTERS:
         raise BadData(
-            f"The row's conversation has {size:,} characters, and one may have {MAX_ROW_CHARACTERS:,}.", way_out="Split the conversation."
+            f"The row's conversation has {size:,} characters, and one may have {MAX_ROW_CHARACTERS:,}.", hint="Split the conversation."
         )
     veiled, kept = special_tokens.veil(tokenizer, messages)
     return Asked(Chat(veiled, tools or None), kept)
@@ -162,7 +162,7 @@ def render_prompt(
         chat = Chat(messages, tools or None, generate=True)
         text, answers = template_pool.write(tokenizer, template_of(tokenizer), chat, 2 * most, seconds)
     except template_pool.Refused as error:
-        raise BadRequest(error.message, way_out=error.way_out, param="messages") from None
+        raise BadRequest(error.message, hint=error.hint, param="messages") from None
     if len(shown := special_tokens.unveil(text, kept)) > most:
         raise template_pool.TooLong(len(shown))
     return shown, _tokens(tokenizer, text, [], [edge for span in answers.values() for edge in span], kept)[0]
@@ -181,12 +181,12 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row; a prompt and its completion become a user turn and an assistant turn."""
     if "messages" in row:
         if not isinstance(row["messages"], list) or not all(isinstance(m, dict) and "role" in m for m in row["messages"]):
-            raise BadData("The row's messages are not a list of objects with a role.", way_out="Fix the row.")
+            raise BadData("The row's messages are not a list of objects with a role.", hint="Fix the row.")
         return row["messages"]
     if "prompt" not in row or "completion" not in row:
         raise BadData(
             f"The row has the keys {', '.join(sorted(row))}, none of which a text model trains on.",
-            way_out="Use rows with messages, with prompt and completion, or with text.",
+            hint="Use rows with messages, with prompt and completion, or with text.",
         )
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
 

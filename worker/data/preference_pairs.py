@@ -71,7 +71,7 @@ def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: i
 def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[Rendered, Rendered]:
     if not all(isinstance(row.get(key), list) and row[key] for key in ("messages", "chosen", "rejected")):
         found = ", ".join(sorted(row))
-        raise BadRow(line, BadData(f"The row has the keys {found}.", way_out="Use rows with messages, chosen and rejected."))
+        raise BadRow(line, BadData(f"The row has the keys {found}.", hint="Use rows with messages, chosen and rejected."))
     try:
         better, worse = (render_row(tokenizer, conversation_with(row, answer, kind), kind, longest) for answer in ("chosen", "rejected"))
     except BadData as error:

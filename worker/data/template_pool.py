@@ -80,7 +80,7 @@ class TooLong(BadData):
     """The text has more characters than were allowed: `characters`."""
 
     def __init__(self, characters: int) -> None:
-        super().__init__(f"The conversation has {characters:,} characters as the model's chat template writes it.", way_out="Shorten it.")
+        super().__init__(f"The conversation has {characters:,} characters as the model's chat template writes it.", hint="Shorten it.")
         self.characters = characters
 
 
@@ -106,7 +106,7 @@ def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Wri
         began = time.monotonic()
         try:
             if pool.trouble[kind] > TROUBLE_SECONDS:
-                raise BadTemplate("The model's chat template had to be stopped too often for other rows before this one.", way_out=_MEND)
+                raise BadTemplate("The model's chat template had to be stopped too often for other rows before this one.", hint=_MEND)
             found += ask([chat])
         except BadTemplate as error:
             found.append(error)
@@ -135,12 +135,12 @@ def _read(answer: Any, most: int) -> Written:
         case {"refused": str(why)}:
             raise Refused(
                 f"The model's chat template refuses this conversation: {why[:500]}",
-                way_out="Check the order of the roles; some models take no system message.",
+                hint="Check the order of the roles; some models take no system message.",
             )
         case {"rewritten": int(turn)}:
             raise BadData(
                 f"The model's chat template rewrites turn {turn + 1} of this conversation, so the answer to train on cannot be found in it.",
-                way_out="Split the conversation so that this answer comes last, or use another model.",
+                hint="Split the conversation so that this answer comes last, or use another model.",
             )
     raise _stopped("crashed")
 
@@ -153,11 +153,11 @@ def _stopped(why: str) -> BadTemplate:
         "time": f"takes more than {CPU_SECONDS:g} second of work",
         "memory": f"needs more than {MEMORY_BYTES >> 20} MiB of memory",
     }.get(why, "ends the process it runs in")
-    return BadTemplate(f"The model's chat template {said} for this conversation, so it was stopped.", way_out=_MEND)
+    return BadTemplate(f"The model's chat template {said} for this conversation, so it was stopped.", hint=_MEND)
 
 
 def _busy(message: str) -> Unavailable:
-    return Unavailable(message, way_out="Try again in a moment.", code="busy")
+    return Unavailable(message, hint="Try again in a moment.", code="busy")
 
 
 # What a process is started for ----------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class _Kind(NamedTuple):
 
 def _kind(tokenizer: Any, template: str) -> _Kind:
     if len(template) > MAX_TEMPLATE:
-        raise BadTemplate(f"The model's chat template has {len(template):,} characters, more than {MAX_TEMPLATE:,}.", way_out=_MEND)
+        raise BadTemplate(f"The model's chat template has {len(template):,} characters, more than {MAX_TEMPLATE:,}.", hint=_MEND)
     size, key = _known.get(tokenizer, (-1, ""))
     if size != len(tokenizer):
         texts = sorted({str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens) - {""})
@@ -223,7 +223,7 @@ class _Child:
             self._exchange(json.dumps(setting).encode() + b"\n", time.monotonic() + START_SECONDS)
         except _Died as error:
             raise Unavailable(
-                f"The process that renders chat templates did not start ({error.why}).", way_out="Try again in a moment."
+                f"The process that renders chat templates did not start ({error.why}).", hint="Try again in a moment."
             ) from None
 
     def ask(self, line: bytes, deadline: float) -> list[Any]:

@@ -82,7 +82,7 @@ class Run:
                 self._conclude(code, memory.killed_since())
         except BadModel as error:
             integrity.tell(error)
-            self._finish(error={"code": error.code, "message": error.message, "way_out": error.way_out})
+            self._finish(error={"code": error.code, "message": error.message, "hint": error.hint})
         except OSError as error:
             failed = exit_codes.of_os_error(error)
             self._finish(error=_error(failed, failed.message))
@@ -188,7 +188,7 @@ class Run:
             try:
                 predictions.keep(self.held.id, self.folder)
             except StudioError as fault:
-                return self._finish(error={"code": fault.code, "message": fault.message, "way_out": fault.way_out})
+                return self._finish(error={"code": fault.code, "message": fault.message, "hint": fault.hint})
         self._finish(result=self.result)
         if self.held.spec.kind == "predictions" and not self.ended:
             self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))
@@ -211,10 +211,10 @@ class Run:
 
 def _error(failed: events.Failed, message: str) -> dict[str, Any]:
     """As the row keeps it. An evaluation has no steps to split and no checkpoint to go on from, so its ways out are its own."""
-    ways_out = {"disk_full": "Make room on the disk of the data folder, then start it again."}
+    hints = {"disk_full": "Make room on the disk of the data folder, then start it again."}
     if failed.kind.endswith("out_of_memory"):
-        ways_out[failed.kind] = "Take a smaller model, shorter rows, or run fewer things at a time."
-    return {"code": failed.kind, "message": message, "way_out": ways_out.get(failed.kind, failed.way_out)}
+        hints[failed.kind] = "Take a smaller model, shorter rows, or run fewer things at a time."
+    return {"code": failed.kind, "message": message, "hint": hints.get(failed.kind, failed.hint)}
 
 
 def assess_command(spec: Path, write_end: int) -> list[str]:

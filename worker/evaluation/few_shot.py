@@ -28,10 +28,10 @@ class Shots:
             by_line = {row.line: row for row in everything}
             missing = next((line for line in body.lines if line not in by_line), None)
             if missing is not None:
-                raise BadData(f"The dataset has no line {missing} to take an example from.", way_out="Name lines it has.")
+                raise BadData(f"The dataset has no line {missing} to take an example from.", hint="Name lines it has.")
             self.chosen = [by_line[line] for line in body.lines]
         elif count and not training:
-            raise BadData("There are no training rows to take examples from.", way_out="Hold out fewer rows, or name the lines.")
+            raise BadData("There are no training rows to take examples from.", hint="Hold out fewer rows, or name the lines.")
         if body.choose == "similar" and count:
             from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -18,7 +18,7 @@ def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     """`points`: for each place its `score` (loss in nats per token), other `scores`, and how much was forgotten there,
     relative to the base, with its interval."""
     if spec.base is None:
-        raise BadData(f"{spec.model.name} was not fine-tuned here.", way_out="Take a fine-tuned model.")
+        raise BadData(f"{spec.model.name} was not fine-tuned here.", hint="Take a fine-tuned model.")
     rows, _ = choose_rows(spec)
     rows, skipped = same_rows([Reader(spec.model, engine)], rows, spec.max_length)
     points: list[dict[str, Any]] = []

@@ -43,7 +43,7 @@ def predict(spec: EvaluationSpec, engine: Compute, say: Say, out: Path) -> dict[
     rows = _rows(spec)
     column = spec.column or _detected(rows)
     if column not in rows[0] and not any(column in row for row in rows):
-        raise BadData(f"The file has no column “{column}”.", way_out=f"Choose one of {', '.join(list(rows[0])[:20])}.")
+        raise BadData(f"The file has no column “{column}”.", hint=f"Choose one of {', '.join(list(rows[0])[:20])}.")
     say(0.0, f"Loading {spec.model.name}")
     predictor = _predictor(spec, engine)
     names = _free_names([*predictor.added, "note"], rows)
@@ -68,16 +68,16 @@ def _rows(spec: EvaluationSpec) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     path = get_settings().data_dir / spec.dataset.path
     if not path.is_file():
-        raise BadData(f"The bytes of {spec.dataset.name} are gone.", way_out="Upload the file again.")
+        raise BadData(f"The bytes of {spec.dataset.name} are gone.", hint="Upload the file again.")
     for raw in readers.read(path, spec.dataset.name):
         if raw.problem is not None and raw.problem.severity == "error":
-            raise BadData(f"Line {raw.line}: {raw.problem.message}", way_out="Fix the file and upload it again.")
+            raise BadData(f"Line {raw.line}: {raw.problem.message}", hint="Fix the file and upload it again.")
         if raw.row is not None:
             found.append(raw.row if isinstance(raw.row, dict) else {"text": raw.row})
         if len(found) > MAX_ROWS:
-            raise BadData(f"The file has more than {MAX_ROWS:,} rows.", way_out="Split it.")
+            raise BadData(f"The file has more than {MAX_ROWS:,} rows.", hint="Split it.")
     if not found:
-        raise BadData("The file has no rows.", way_out="Upload a file with at least one row.")
+        raise BadData("The file has no rows.", hint="Upload a file with at least one row.")
     return found
 
 
@@ -90,7 +90,7 @@ def _detected(rows: Sequence[dict[str, Any]]) -> str:
     sizes = {name: sum(len(row[name]) for row in head if isinstance(row.get(name), str)) for name in names.values()}
     best = max(sizes, key=lambda name: sizes[name])
     if not sizes[best]:
-        raise BadData("No column of the file holds text.", way_out="Name the column.")
+        raise BadData("No column of the file holds text.", hint="Name the column.")
     return best
 
 

@@ -82,22 +82,22 @@ def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
 
 
 def fault_of(error: BaseException) -> dict[str, Any]:
-    """Code, message and way out."""
+    """Code, message and hint."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         where = "The GPU" if isinstance(error, torch.OutOfMemoryError) else "The machine"
         return {
             "code": "out_of_memory",
             "message": f"{where} ran out of memory.",
-            "way_out": "Take shorter rows or a smaller model, or wait until nothing else runs.",
+            "hint": "Take shorter rows or a smaller model, or wait until nothing else runs.",
         }
     if isinstance(error, StudioError):
         line = getattr(error, "line", None)
         message = f"Line {line}: {error.message}" if line is not None else error.message
-        return {"code": error.code, "message": message, "way_out": error.way_out}
+        return {"code": error.code, "message": message, "hint": error.hint}
     return {
         "code": "crashed",
         "message": f"{type(error).__name__}: {error}"[:2000],
-        "way_out": "Look at the worker's log; if you see no reason, report it.",
+        "hint": "Look at the worker's log; if you see no reason, report it.",
     }
 
 

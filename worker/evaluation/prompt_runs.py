@@ -126,10 +126,10 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     except Stopped:
         return
     except StudioError as fault:
-        error = {"code": fault.code, "message": fault.message, "way_out": fault.way_out}
+        error = {"code": fault.code, "message": fault.message, "hint": fault.hint}
     except Exception as fault:
         log.exception("The run %s failed.", run_id)
-        error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "way_out": "Try it again."}
+        error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "hint": "Try it again."}
     with transaction() as session:
         prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
 
@@ -176,7 +176,7 @@ class Run:
         if not self.done and self.totals.first_fault:
             fault = self.totals.first_fault
             message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
-            raise StudioError(message, way_out=fault.way_out, code=fault.code)
+            raise StudioError(message, hint=fault.hint, code=fault.code)
 
     def take(self, row: Any, future: Future[RowAnswer], labels: list[str]) -> None:
         try:
@@ -250,9 +250,7 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
 
 def _fault(entry: Any) -> StudioError:
     """What the engine said of a request that cannot go on, with its status."""
-    fault = StudioError(
-        getattr(entry, "message", "The model failed."), way_out=getattr(entry, "way_out", ""), code=getattr(entry, "code", None)
-    )
+    fault = StudioError(getattr(entry, "message", "The model failed."), hint=getattr(entry, "hint", ""), code=getattr(entry, "code", None))
     fault.status = getattr(entry, "status", 500)
     return fault
 
@@ -292,7 +290,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
         if not held:
             raise BadData(
                 f"Every row of {spec.dataset.name} was in the training set of a model that is compared here.",
-                way_out="Use the dataset it was validated on, or fine-tune it again with a validation split.",
+                hint="Use the dataset it was validated on, or fine-tune it again with a validation split.",
             )
     # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
     held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]

@@ -175,7 +175,7 @@ def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple
     if not left:
         raise BadData(
             f"None of the {len(rows)} rows has an answer within {longest} tokens.",
-            way_out="Raise the longest length, or take rows with answers.",
+            hint="Raise the longest length, or take rows with answers.",
         )
     return left, len(rows) - len(left)
 
@@ -257,7 +257,7 @@ def classify(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     if not kept:
         raise BadData(
             f"None of the {len(rows)} rows has a label that {spec.model.name} knows; it knows {', '.join(labels[:5])}.",
-            way_out="Take a dataset with the same labels.",
+            hint="Take a dataset with the same labels.",
         )
     lead = [tokenizer.pad_token_id or 0] * classifier.skip
     longest, found = min(spec.max_length, spec.model.shape.positions), []

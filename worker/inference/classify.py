@@ -44,9 +44,9 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
     try:
         data = tokenise_texts(tokenizer, rows, ref.shape.positions, lead)
     except BadRow as error:
-        raise BadRequest(f"The model's tokenizer makes nothing of text {error.line}.", way_out="Remove it.", param="input") from None
+        raise BadRequest(f"The model's tokenizer makes nothing of text {error.line}.", hint="Remove it.", param="input") from None
     except BadData as error:
-        raise BadRequest(error.message, way_out=error.way_out, param="model") from None
+        raise BadRequest(error.message, hint=error.hint, param="model") from None
     found = probabilities(classifier, data, TOKENS_AT_ONCE, engine)
     cut = [length >= ref.shape.positions for length in data.lengths] if data.cut else [False] * len(texts)
     return Classified(labels=labels, probabilities=found.tolist(), cut=cut), data.tokens

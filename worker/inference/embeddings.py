@@ -30,11 +30,11 @@ def embed(ref: ModelRef, texts: list[str]) -> Embedded:
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     for place, (text, one) in enumerate(zip(texts, ids, strict=True)):
         if not text or not one:
-            raise BadRequest(f"Text {place} is empty.", way_out="Remove it.", param="input")
+            raise BadRequest(f"Text {place} is empty.", hint="Remove it.", param="input")
         if len(one) > most:
             raise BadRequest(
                 f"Text {place} has {len(one)} tokens, and {ref.name} reads at most {most}.",
-                way_out="Cut it into parts.", param="input", code="context_length_exceeded",
+                hint="Cut it into parts.", param="input", code="context_length_exceeded",
             )  # fmt: skip
     vectors: list[list[float]] = [[] for _ in texts]
     for group in _groups([len(one) for one in ids]):
@@ -69,7 +69,7 @@ def _load(ref: ModelRef) -> tuple[Any, Any]:
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", hint="Add the model again, or choose another.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer, model.to(device).eval()

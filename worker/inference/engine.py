@@ -108,7 +108,7 @@ class Engine:
         if mine >= MAX_OF_ONE and not request.bulk:
             raise TooMany(
                 f"{mine} of your questions are being answered or wait for it.",
-                way_out="Wait for some of them, or put several rows into one run.",
+                hint="Wait for some of them, or put several rows into one run.",
             )
 
     def _prepare(self, request: GenerateRequest, place: ModelHandle, began: float) -> tuple[Request, Started]:
@@ -131,7 +131,7 @@ class Engine:
                 entries = running.out.get(timeout=poll_seconds)
             except queue.Empty:
                 if not self._thread.is_alive():
-                    raise Unavailable("The generation engine stopped.", way_out="Try again in a moment.") from None
+                    raise Unavailable("The generation engine stopped.", hint="Try again in a moment.") from None
                 yield []
                 continue
             with contextlib.suppress(queue.Empty):  # what has gathered while the last entries were being sent
@@ -169,7 +169,7 @@ class Engine:
         self._closed = True
         for running in [*self.active, *self.waiting]:
             running.out.put(
-                [StreamError(status=503, code="unavailable", message="The generation engine stopped.", way_out="Ask again in a moment.")]
+                [StreamError(status=503, code="unavailable", message="The generation engine stopped.", hint="Ask again in a moment.")]
             )
         if died:
             self.on_death()
@@ -208,7 +208,7 @@ class Engine:
         return Unavailable(
             f"{rows} answers are being written and {len(self.waiting)} questions wait; this one has waited for "
             f"{time.monotonic() - running.arrived:.0f} seconds.",
-            way_out="Try again in a moment, or ask for shorter or fewer answers at once.",
+            hint="Try again in a moment, or ask for shorter or fewer answers at once.",
             code="busy",
         )
 
@@ -372,7 +372,7 @@ class Engine:
         if likeliest is None:
             raise NotANumber(
                 f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
-                way_out="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
+                hint="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
             )
         sampling = r.request.sampling
         token = likeliest if r.is_greedy else row.chooser.choose(logits)

@@ -16,10 +16,10 @@ def broke(error: BaseException) -> StreamError:
     """The entry that ends a stream. What is not ours is not shown in full: its text may hold paths."""
     if isinstance(error, StudioError):
         return StreamError(
-            status=error.status, code=error.code, error_type=error.type, message=error.message, way_out=error.way_out, param=error.param
+            status=error.status, code=error.code, error_type=error.type, message=error.message, hint=error.hint, param=error.param
         )
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error):
         return StreamError(
-            status=503, code="out_of_memory", message="The machine ran out of memory.", way_out="Shorten the prompt or try again."
+            status=503, code="out_of_memory", message="The machine ran out of memory.", hint="Shorten the prompt or try again."
         )
     return StreamError(status=500, code="internal_error", message=f"The model failed while answering ({type(error).__name__}).")

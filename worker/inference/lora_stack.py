@@ -62,7 +62,7 @@ def read_lora(
     tensors = load_file(folder / "adapter_model.safetensors")
     if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise BadModel(  # nothing times a number that is none is one too: it would reach the other rows of the batch
-            f"The adapter's {broken} holds numbers that are none (NaN), as when training diverged.", way_out="Take an earlier checkpoint."
+            f"The adapter's {broken} holds numbers that are none (NaN), as when training diverged.", hint="Take an earlier checkpoint."
         )
     layers: dict[str, Pair] = {}
     for name, a in tensors.items():

@@ -38,7 +38,7 @@ class MemoryBudget:
             raise DoesNotFit(
                 f"A prompt of {prompt} tokens with an answer of up to {most} needs {need / 2**20:,.1f} MiB in addition to the weights of "
                 f"{name}, and the playground has {max(free, 0) / 2**20:,.1f} MiB for it.",
-                way_out="Ask for fewer tokens, shorten the prompt, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
+                hint="Ask for fewer tokens, shorten the prompt, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
                 param="max_tokens",
             )
         return most

@@ -107,7 +107,7 @@ class ModelPool:
         if ref.kind in ("classifier", "encoder"):
             raise DoesNotFit(
                 f"{ref.name} is {'a classifier' if ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
-                way_out="Choose a generic, instruction or dialogue model.",
+                hint="Choose a generic, instruction or dialogue model.",
                 param="model",
             )
         base = self._lane((ref.path, ref.revision), ref, self._load_base)
@@ -186,7 +186,7 @@ class ModelPool:
     def training_needs_it(self, name: str) -> Unavailable:
         return Unavailable(
             f"A job that trains on this machine needs the memory that {name} would take.",
-            way_out="Ask again when the job has ended, or pause it; a smaller model may fit now.",
+            hint="Ask again when the job has ended, or pause it; a smaller model may fit now.",
             code="training_needs_memory",
         )
 
@@ -228,7 +228,7 @@ class ModelPool:
         if need > self.memory_bytes:
             raise DoesNotFit(
                 f"{ref.name} needs {need / 2**30:.1f} GiB, and the playground may use {self.memory_bytes / 2**30:.1f} GiB.",
-                way_out="Choose a smaller model, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
+                hint="Choose a smaller model, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
                 param="model",
             )
         self.fit(need)
@@ -236,7 +236,7 @@ class ModelPool:
             return
         if need > self.limit() and self.training_bytes:
             raise self.training_needs_it(ref.name)
-        raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", way_out="Try again in a moment.")
+        raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", hint="Try again in a moment.")
 
     def _load_base(self, ref: ModelRef) -> LoadedModel:
         check(ref.path, ref.name, ref.revision, may_be_plain=True)
@@ -349,7 +349,7 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
     if getattr(inner.config, "use_bidirectional_attention", False):
         raise DoesNotFit(
             f"{ref.name} reads in both directions, so it cannot write one token after the other.",
-            way_out="Choose a model that reads forwards only.",
+            hint="Choose a model that reads forwards only.",
             param="model",
         )
     shared = getattr(inner.config, "num_kv_shared_layers", 0)
@@ -358,7 +358,7 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
     if inner.config._attn_implementation != ATTENTION:
         raise DoesNotFit(
             f"The playground cannot run the architecture {inner.config.model_type} of {ref.name}.",
-            way_out="Choose a decoder model that supports transformers' attention interface, such as Llama, Qwen or Gemma.",
+            hint="Choose a decoder model that supports transformers' attention interface, such as Llama, Qwen or Gemma.",
             param="model",
         )
 

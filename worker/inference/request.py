@@ -22,7 +22,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
         size = request.model.shape.vocabulary
         wrong = next((t for t in request.tokens if not 0 <= t < size), None)
         if wrong is not None:
-            raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", way_out="Send text instead.", param="prompt")
+            raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", hint="Send text instead.", param="prompt")
         ids = list(request.tokens)
         text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
@@ -33,7 +33,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
         except TooLong as error:
             raise _too_long(request, f"{error.characters:,} characters, more than {context:,} tokens can hold", context) from None
     if not ids:
-        raise BadRequest("The prompt is empty.", way_out="Write at least one character.", param="prompt")
+        raise BadRequest("The prompt is empty.", hint="Write at least one character.", param="prompt")
     return text, ids
 
 
@@ -67,7 +67,7 @@ _longest: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def _too_long(request: GenerateRequest, size: str, context: int) -> BadRequest:
     return BadRequest(
         f"The prompt has {size}, and {request.model.name} reads at most {context}, its answer included.",
-        way_out="Shorten the prompt, or remove earlier turns.",
+        hint="Shorten the prompt, or remove earlier turns.",
         param="messages" if request.messages is not None else "prompt",
         code="context_length_exceeded",
     )

@@ -94,7 +94,7 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
     except redis.RedisError as error:
         log.warning("Answer %s was given up: Redis is away (%s).", request.id, error)
     except Exception as error:
-        log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "way_out"))
+        log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "hint"))
         if isinstance(error, BadModel):
             tell(error)
         publisher.say([broke(error)])

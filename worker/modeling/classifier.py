@@ -48,7 +48,7 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", hint="Add the model again, or choose another.") from error
     return made_ready(model, ref, attention, device)
 
 
@@ -60,9 +60,7 @@ def load_stack(
     Raises BadModel for a classifier that is an adapter: its stack is not its own.
     """
     if ref.labels and ref.adapters:
-        raise BadModel(
-            f"{ref.name} is a classifier, which cannot be fine-tuned further.", way_out="Fine-tune the model it came from instead."
-        )
+        raise BadModel(f"{ref.name} is a classifier, which cannot be fine-tuned further.", hint="Fine-tune the model it came from instead.")
     if not ref.adapters and bits is None:
         return load_backbone(ref, dtype, attention, device)
     return body_without_head(load_plain(ref, dtype, attention, device, bits))
@@ -163,7 +161,7 @@ def _output_weight(ref: ModelRef) -> torch.Tensor:
         with safe_open(path, "pt") as file:
             if "lm_head.weight" in file.keys():  # noqa: SIM118  # the file is no mapping
                 return file.get_tensor("lm_head.weight")
-    raise BadModel(f"{ref.name} has no output layer.", way_out="Switch off the measure of forgetting (run setting `forgetting`).")
+    raise BadModel(f"{ref.name} has no output layer.", hint="Switch off the measure of forgetting (run setting `forgetting`).")
 
 
 # On disk --------------------------------------------------------------------------------------------------------------
@@ -182,7 +180,7 @@ def load_classifier(
     """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
     folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
     if not (folder / HEAD_FILE).is_file():
-        raise BadModel(f"{ref.name} is no classifier.", way_out="Choose a model that was fine-tuned on labeled rows.")
+        raise BadModel(f"{ref.name} is no classifier.", hint="Choose a model that was fine-tuned on labeled rows.")
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     *below, last = ref.adapters or (None,)
     # Adapters below the classifier's own were learnt with the head on, so they are laid on the whole model.

@@ -52,7 +52,7 @@ def load_tokenizer(ref: ModelRef) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, and all of them mean the same to a person
-        raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", way_out="Add the model again.") from error
+        raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", hint="Add the model again.") from error
 
 
 def load_base(
@@ -72,7 +72,7 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise BadModel(f"{ref.name} cannot be loaded: {error}", way_out="Add the model again, or choose another.") from error
+        raise BadModel(f"{ref.name} cannot be loaded: {error}", hint="Add the model again, or choose another.") from error
     return made_ready(model, ref, attention, device)
 
 
@@ -85,7 +85,7 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
         if not packed.packs(model):
             raise BadModel(
                 f"{ref.name} ({ref.shape.model_type}) mixes neighbouring texts by means of its own, so rows cannot be packed for it.",
-                way_out="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
+                hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
             )
         packed.count_from_padding(model)
     # What is saved later names the model, not a folder of this machine.
@@ -100,7 +100,7 @@ def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any
     if find_spec("bitsandbytes") is None:
         raise DoesNotFit(
             f"A base in {bits} bits needs the package bitsandbytes, which is not installed with this worker's torch.",
-            way_out="Install the extra `gpu` again (`luthier doctor` shows what is missing), or choose lora.",
+            hint="Install the extra `gpu` again (`luthier doctor` shows what is missing), or choose lora.",
             param="strategy",
         )
     from transformers import BitsAndBytesConfig
@@ -123,7 +123,7 @@ def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
         return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
     except (OSError, ValueError, KeyError) as error:
         raise BadModel(
-            f"The adapter in {adapter.path} cannot be loaded: {error}", way_out="Fine-tune again, or choose another model."
+            f"The adapter in {adapter.path} cannot be loaded: {error}", hint="Fine-tune again, or choose another model."
         ) from error
 
 
@@ -150,7 +150,7 @@ def load_plain(
         if not strategy.merges:
             raise BadModel(
                 f"{ref.name} was made by {strategy.title}, which cannot be merged, so it cannot be fine-tuned further.",
-                way_out="Fine-tune the model it came from instead.",
+                hint="Fine-tune the model it came from instead.",
             )
         model = strategy.merge(lay_adapter(model, adapter))
     return model.eval()

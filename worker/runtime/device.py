@@ -95,7 +95,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     if on_gpu:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
-            raise DoesNotFit("This GPU has no bf16.", way_out="Set precision to fp32 or auto.", param="precision")
+            raise DoesNotFit("This GPU has no bf16.", hint="Set precision to fp32 or auto.", param="precision")
         precision: Literal["fp32", "bf16"] = "bf16" if bf16 and run.precision != "fp32" else "fp32"
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -108,13 +108,11 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     if run.device != "cpu" and this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise DoesNotFit(
             "There is a GPU, but torch cannot use it.",
-            way_out="`luthier doctor` shows why. To train on the processor all the same, set the run's device to cpu, or "
+            hint="`luthier doctor` shows why. To train on the processor all the same, set the run's device to cpu, or "
             "CUDA_VISIBLE_DEVICES to nothing.",
         )
     if run.device == "cuda":
-        raise DoesNotFit(
-            "The device cuda needs an NVIDIA GPU, and there is none here.", way_out="Set device to auto or cpu.", param="device"
-        )
+        raise DoesNotFit("The device cuda needs an NVIDIA GPU, and there is none here.", hint="Set device to auto or cpu.", param="device")
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
     precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
@@ -123,7 +121,7 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
 
 
 def _no_fp8(reason: str) -> DoesNotFit:
-    return DoesNotFit(reason, way_out="Set frozen_weights to auto.", param="frozen_weights")
+    return DoesNotFit(reason, hint="Set frozen_weights to auto.", param="frozen_weights")
 
 
 def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp32", "bf16"]:

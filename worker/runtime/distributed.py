@@ -160,7 +160,7 @@ def spread(spec: JobSpec) -> JobSpec:
     if whole["batch_size"] and whole["batch_size"] % count:
         raise DoesNotFit(
             f"{whole['batch_size']} rows of a step cannot be shared out evenly to {size()} processes in {count} passes.",
-            way_out=f"Take a batch size that {count} divides, or set the batch in tokens.",
+            hint=f"Take a batch size that {count} divides, or set the batch in tokens.",
             param="batch_size",
         )
     return spec.model_copy(update={"run": run.model_copy(update={**whole, "micro_batches": count, "gradient_accumulation_steps": 1})})

@@ -48,13 +48,13 @@ def of_gpu(said: str) -> events.Failed | None:
     if any(text in said for text in MISTAKES):
         return None
     if any(text in said for text in MEMORY):
-        way_out = "Split each batch over more passes (micro_batches), cut the rows shorter, or recompute activations."
-        return events.Failed(kind="cuda_out_of_memory", message="The GPU ran out of memory.", way_out=way_out)
+        hint = "Split each batch over more passes (micro_batches), cut the rows shorter, or recompute activations."
+        return events.Failed(kind="cuda_out_of_memory", message="The GPU ran out of memory.", hint=hint)
     found = next((text for text in CARD if text in said), None)
     if found is None:
         return None
-    way_out = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
-    return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", way_out=way_out)
+    hint = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
+    return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", hint=hint)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -47,16 +47,16 @@ def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: 
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if answer is None or code == -signal.SIGXCPU:
-        raise BadData(f"{what} took longer than {seconds} seconds of processor time.", way_out=_WAY_OUT, code="out_of_time")
+        raise BadData(f"{what} took longer than {seconds} seconds of processor time.", hint=_WAY_OUT, code="out_of_time")
     if code != 0:
         raise BadData(
             f"{what} needed more than {memory_bytes / 2**30:.1f} GiB of memory, or the library that reads it broke down.",
-            way_out=_WAY_OUT,
+            hint=_WAY_OUT,
             code="out_of_memory",
         )
     said = json.loads(answer)
     if "error" in said:
-        raise BadData(said["error"], way_out=said["way_out"], code=said["code"])
+        raise BadData(said["error"], hint=said["hint"], code=said["code"])
     return said["result"]
 
 
@@ -89,7 +89,7 @@ def _run(function: Callable[[], Any], writing: int, seconds: int, memory_bytes: 
         try:
             said = {"result": function()}
         except StudioError as error:
-            said = {"error": error.message, "way_out": error.way_out, "code": error.code}
+            said = {"error": error.message, "hint": error.hint, "code": error.code}
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(said).encode())
         code = 0

@@ -124,7 +124,7 @@ def believed(event: events.TrainerEvent, folder: str) -> events.TrainerEvent:
     if isinstance(event, events.Saved | events.Finished) and not _inside(event.path, folder):
         message = f"The trainer named {event.path[:200]!r}, which is not in its own folder."
         if isinstance(event, events.Finished):
-            return events.Failed(kind="crashed", message=message, way_out="Do not use its model: it is not what it claims to be.")
+            return events.Failed(kind="crashed", message=message, hint="Do not use its model: it is not what it claims to be.")
         return events.Log(level="warn", message=message)
     return event
 

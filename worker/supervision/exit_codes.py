@@ -198,23 +198,23 @@ def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
         return _out_of_memory(f"The trainer ran out of memory.{quoted}")
     how = f"by {signal.Signals(number).name}" if number in signal.valid_signals() else f"with exit code {code}"
     return events.Failed(
-        kind="crashed", message=f"The trainer ended {how}.{quoted}", way_out="Look at its log; if you see no reason, report it."
+        kind="crashed", message=f"The trainer ended {how}.{quoted}", hint="Look at its log; if you see no reason, report it."
     )
 
 
 def _out_of_memory(message: str) -> events.Failed:
-    way_out = "Use fewer tokens per batch, shorter rows or a smaller model, or run fewer workers at a time."
-    return events.Failed(kind="out_of_memory", message=message, way_out=way_out)
+    hint = "Use fewer tokens per batch, shorter rows or a smaller model, or run fewer workers at a time."
+    return events.Failed(kind="out_of_memory", message=message, hint=hint)
 
 
 def of_os_error(error: OSError) -> events.Failed:
     """Our own failure to start an attempt or keep its files."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        way_out = "Free some space; the job goes on by itself from its newest checkpoint."
-        return events.Failed(kind="disk_full", message="The disk of the data folder is full.", way_out=way_out)
+        hint = "Free some space; the job goes on by itself from its newest checkpoint."
+        return events.Failed(kind="disk_full", message="The disk of the data folder is full.", hint=hint)
     if error.errno in (errno.ENOMEM, errno.EAGAIN):
         return _out_of_memory(f"The trainer could not be started: {error.strerror}.")
-    return events.Failed(kind="crashed", message=f"The trainer could not be started: {error}.", way_out="Look at the worker's log.")
+    return events.Failed(kind="crashed", message=f"The trainer could not be started: {error}.", hint="Look at the worker's log.")
 
 
 def _last_words(said: str, lines: int = 12) -> str:
@@ -228,7 +228,5 @@ def check_result(folder: Path) -> events.Failed | None:
             raise BadData(f"{odd.name} is no plain file.")
         manifest.check(folder)
     except (StudioError, OSError) as error:
-        return events.Failed(
-            kind="crashed", message=f"The trainer finished, but its result is not whole: {error}", way_out="Resume the job."
-        )
+        return events.Failed(kind="crashed", message=f"The trainer finished, but its result is not whole: {error}", hint="Resume the job.")
     return None

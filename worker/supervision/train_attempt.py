@@ -134,7 +134,7 @@ class Attempt:
             raise
         except BadModel as error:
             integrity.tell(error)
-            fault = events.Failed(kind="bad_model", message=error.message, way_out=error.way_out)
+            fault = events.Failed(kind="bad_model", message=error.message, hint=error.hint)
             self._insist(lambda session: lifecycle.fail(session, self.held, fault))
         except OSError as error:
             fault = exit_codes.of_os_error(error)
@@ -143,7 +143,7 @@ class Attempt:
             if isinstance(error, DBAPIError) and exit_codes.is_away(error):
                 raise  # this worker is leaving and the database is gone: the lease tells the reaper
             log.exception("Job %s: the supervisor failed.", self.held.job_id)
-            fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", way_out="Look at the worker's log.")
+            fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", hint="Look at the worker's log.")
             self._insist(lambda session: lifecycle.fail(session, self.held, fault))
         finally:
             self.over.set()
@@ -324,7 +324,7 @@ class Attempt:
         if isinstance(last, events.Finished) and code == 0:
             return self._finish(last)
         if self.hung:
-            failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", way_out="Look at its log.")
+            failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log.")
             return self._insist(lambda session: lifecycle.fail(session, held, failed))
         if isinstance(last, events.Failed):
             return self._insist(lambda session: lifecycle.fail(session, held, last))

@@ -23,7 +23,7 @@ def trained_parameters(model: torch.nn.Module) -> Named:
     """What learns, by name. Raises DoesNotFit when nothing does."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
-        raise DoesNotFit("The method leaves no trainable parameters in this model.", way_out="Choose another method or other layers.")
+        raise DoesNotFit("The method leaves no trainable parameters in this model.", hint="Choose another method or other layers.")
     return found
 
 

@@ -24,7 +24,7 @@ def adamw_8bit(groups: Groups, lr: float, betas: Any, eps: Any, paged: bool = Fa
     """Moments in 8 bits, each 256 of them with a scale of their own (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
     Quantization). Tensors of under 4,096 numbers keep theirs in float32. Paged, they may leave the card for the machine's memory."""
     if find_spec("bitsandbytes") is None:
-        raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", way_out="Choose adamw.", param="optimizer")
+        raise DoesNotFit("The 8-bit optimizer needs a GPU and the package bitsandbytes.", hint="Choose adamw.", param="optimizer")
     from bitsandbytes import optim
 
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, lr=lr, betas=betas, eps=eps)

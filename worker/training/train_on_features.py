@@ -257,7 +257,7 @@ def _learn(
             optimizer.zero_grad(set_to_none=True)
             total += float(loss.detach()) * len(part)
         if not math.isfinite(total):  # nothing was learnt from such a part, and the next epoch would meet it again
-            raise Diverged(f"The loss was not a finite number in epoch {epoch}.", way_out=f"Lower the learning rate to {peak / 10:.1g}.")
+            raise Diverged(f"The loss was not a finite number in epoch {epoch}.", hint=f"Lower the learning rate to {peak / 10:.1g}.")
         state.step, state.seconds = epoch, state.seconds + time.monotonic() - began
         yield _step(state, float(epoch), total / len(y), optimizer.param_groups[0]["lr"], float(norm))
         if control.stop:

@@ -64,7 +64,7 @@ def kind_of(filename: str) -> str:
     if kind is None:
         raise Unsupported(
             f"File type not supported: “{shown(filename, 80)}”.",
-            way_out=f"Save it as one of {ACCEPTED}.",
+            hint=f"Save it as one of {ACCEPTED}.",
             param="file",
         )
     return kind
@@ -74,7 +74,7 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
     """The rows of a file, read as its name says. Raises BadData when it is empty or cannot be opened as that at all."""
     kind = kind_of(filename)
     if path.stat().st_size == 0:
-        raise BadData("The file is empty.", way_out="Upload a file with at least one row.", param="file")
+        raise BadData("The file is empty.", hint="Upload a file with at least one row.", param="file")
     if kind == "zip":
         yield from read_zip(path)
         return
@@ -87,7 +87,7 @@ def read(path: Path, filename: str) -> Iterator[Raw]:
         try:
             yield from read_stream(stream, kind)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise BadData(f"The gzip file is broken: {error}.", way_out="Pack it again, or upload it unpacked.", param="file") from None
+            raise BadData(f"The gzip file is broken: {error}.", hint="Pack it again, or upload it unpacked.", param="file") from None
 
 
 def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
@@ -120,7 +120,7 @@ def read_zip(path: Path) -> Iterator[Raw]:
                         yield raw._replace(line=before + raw.line)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         what = "is locked with a password" if "password" in str(error) else f"cannot be read: {shown(str(error), 120)}"
-        raise BadData(f"The zip file {what}.", way_out="Pack the data again, without a password.", param="file") from None
+        raise BadData(f"The zip file {what}.", hint="Pack the data again, without a password.", param="file") from None
 
 
 def _plain_name(member: zipfile.ZipInfo) -> str:
@@ -130,7 +130,7 @@ def _plain_name(member: zipfile.ZipInfo) -> str:
 def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The data files in the order of their names. Raises BadData where there are none, or of several kinds."""
     if len(archive.infolist()) > 10_000:
-        raise BadData("The archive holds more than 10,000 files.", way_out="Pack the data files alone.", param="file")
+        raise BadData("The archive holds more than 10,000 files.", hint="Pack the data files alone.", param="file")
     found = []
     for member in archive.infolist():
         name = member.filename.replace("\\", "/")
@@ -143,8 +143,8 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         return sorted(found, key=lambda member: member.filename)
     names = ", ".join(shown(member.filename, 40) for member in found[:5]) + (", …" if len(found) > 5 else "")
     what = f"{len(found)} data files of several kinds ({names})" if found else "no data file"
-    way_out = f"Pack one of {ACCEPTED.split(', and any')[0]}, or several of one of these kinds, which are read as one."
-    raise BadData(f"The archive holds {what}.", way_out=way_out, param="file")
+    hint = f"Pack one of {ACCEPTED.split(', and any')[0]}, or several of one of these kinds, which are read as one."
+    raise BadData(f"The archive holds {what}.", hint=hint, param="file")
 
 
 _ABOUT = ("readme", "license", "licence", "changelog", "notice")

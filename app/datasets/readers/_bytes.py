@@ -32,7 +32,7 @@ class Unpacked(io.RawIOBase):
         if early or self.count > self.limit:
             raise BadData(
                 f"The file unpacks to more than {min(self.count, self.limit):,} bytes, over {MAX_RATIO} times its size.",
-                way_out="This looks like an archive made to fill a disk. Upload the file unpacked.",
+                hint="This looks like an archive made to fill a disk. Upload the file unpacked.",
                 param="file",
             )
         return data
@@ -85,7 +85,7 @@ def _converted(head: bytes, stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     except UnicodeDecodeError as error:
         raise BadData(
             f"The file begins as {encoding.upper()} but is broken: {error.reason}.",
-            way_out="Save it as UTF-8 and upload it again.",
+            hint="Save it as UTF-8 and upload it again.",
             param="file",
         ) from None
 

@@ -293,7 +293,7 @@ class _Cutter:
     def _too_deep(self) -> BadData:
         error = BadData(
             f"The JSON is nested more than {_MAX_OPEN:,} levels deep: brackets are opened and never closed.",
-            way_out="Close them, or write one row on each line as .jsonl.",
+            hint="Close them, or write one row on each line as .jsonl.",
             param="file",
         )
         error.details = {"line": self._start_line if self._buffer or self._too_long else self.line}

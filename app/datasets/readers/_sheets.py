@@ -40,7 +40,7 @@ def read_xlsx(path: Path) -> Iterator[Raw]:
             sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
             filled = [(sheet, first) for sheet in sheets if (first := next(_rows(sheet), None)) is not None]
             if not filled:
-                raise BadData("The workbook has no rows.", way_out="Upload one with a header and at least one row.", param="file")
+                raise BadData("The workbook has no rows.", hint="Upload one with a header and at least one row.", param="file")
             if len(filled) > 1:
                 yield Raw(1, None, _other_sheets([sheet.title for sheet, _ in filled]))
             yield from _table(_rows(filled[0][0]))
@@ -52,8 +52,8 @@ def read_xlsx(path: Path) -> Iterator[Raw]:
         raise _broken(f"The Excel file cannot be read: {shown(str(error), 200)}.", "Save it again as .xlsx, or as .csv.") from None
 
 
-def _broken(message: str, way_out: str) -> BadData:
-    return BadData(message, way_out=way_out, param="file")
+def _broken(message: str, hint: str) -> BadData:
+    return BadData(message, hint=hint, param="file")
 
 
 def _check_archive(path: Path) -> None:

@@ -95,7 +95,7 @@ def _header(reader: Any) -> list[str]:
         names = [name.strip() for name in next(reader)]
     except (StopIteration, csv.Error) as error:
         raise BadData(
-            f"The first line is not a header of column names ({error}).", way_out="Begin the file with one line of names.", param="file"
+            f"The first line is not a header of column names ({error}).", hint="Begin the file with one line of names.", param="file"
         ) from None
     names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
     check_names(names)
@@ -104,11 +104,11 @@ def _header(reader: Any) -> list[str]:
 
 def check_names(names: list[str]) -> None:
     if len(names) > _MAX_COLUMNS:
-        way_out = f"Keep the ones to train on; at most {_MAX_COLUMNS:,} are read."
-        raise BadData(f"The file has {len(names):,} columns.", way_out=way_out, param="file")
+        hint = f"Keep the ones to train on; at most {_MAX_COLUMNS:,} are read."
+        raise BadData(f"The file has {len(names):,} columns.", hint=hint, param="file")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise BadData(f"Two columns are called “{shown(twice, 60)}”.", way_out="Give each column a name of its own.", param="file")
+        raise BadData(f"Two columns are called “{shown(twice, 60)}”.", hint="Give each column a name of its own.", param="file")
 
 
 def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
@@ -160,7 +160,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
                 if unpacked > limit:
                     raise BadData(
                         f"The file unpacks to more than {limit:,} bytes, over {_base.MAX_RATIO} times its size.",
-                        way_out="This looks like a file made to fill a machine. Upload the rows as .jsonl.",
+                        hint="This looks like a file made to fill a machine. Upload the rows as .jsonl.",
                         param="file",
                     )
                 yield Raw(number, {storable(key): _plain_value(value) for key, value in row.items()})
@@ -168,7 +168,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
         if isinstance(error, pa.ArrowMemoryError):
             raise MemoryError from None
         raise BadData(
-            f"The Parquet file cannot be read: {shown(str(error), 200)}.", way_out="Write it again, or convert it to .jsonl.", param="file"
+            f"The Parquet file cannot be read: {shown(str(error), 200)}.", hint="Write it again, or convert it to .jsonl.", param="file"
         ) from None
 
 

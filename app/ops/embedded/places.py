@@ -28,7 +28,7 @@ def private_folder(path: Path, owner: tuple[int, int] | None = None) -> Path:
     """A folder open to its owner alone; given to another user when `owner` is (uid, gid)."""
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
-        raise Forbidden(f"{path} is a symbolic link.", way_out="Remove it: the studio wants a folder of its own there.")
+        raise Forbidden(f"{path} is a symbolic link.", hint="Remove it: the studio wants a folder of its own there.")
     if owner is not None:
         os.chown(path, *owner)
     path.chmod(0o700)
@@ -66,7 +66,7 @@ def refuse_strangers(folder: Path, owner: tuple[int, int] | None) -> None:
         return
     allowed = {os.geteuid(), *(owner[:1] if owner else ())}
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in allowed:
-        raise Forbidden(f"{folder} belongs to somebody else.", way_out="Remove it, or choose a data folder with a shorter path.")
+        raise Forbidden(f"{folder} belongs to somebody else.", hint="Remove it, or choose a data folder with a shorter path.")
 
 
 def secret(data_dir: Path, name: str) -> str:
@@ -117,7 +117,7 @@ class Lock:
             holder = self.holder() or {}
             raise Conflict(
                 f"A studio is already running on {self.path.parent} (process {holder.get('pid', 'unknown')}, {holder.get('url', 'starting')}).",
-                way_out="Use that one, stop it with Ctrl-C, or choose another folder with --data-dir.",
+                hint="Use that one, stop it with Ctrl-C, or choose another folder with --data-dir.",
                 code="studio_running",
             ) from None
         self.descriptor = descriptor

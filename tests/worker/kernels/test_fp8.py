@@ -100,7 +100,7 @@ def test_the_job_squeezes_what_is_frozen_and_saves_what_peft_saves(tiny_model, t
 def test_without_a_gpu_the_trainer_refuses_it() -> None:
     with pytest.raises(DoesNotFit, match="NVIDIA") as caught:
         device.choose(RunSettings(frozen_weights="fp8"), STRATEGIES["lora"]())
-    assert caught.value.param == "frozen_weights" and "auto" in caught.value.way_out
+    assert caught.value.param == "frozen_weights" and "auto" in caught.value.hint
     assert fp8.why_not(CPU)
 
 
@@ -121,7 +121,7 @@ def test_an_order_for_it_is_refused_early_with_the_reason() -> None:
     ):
         with pytest.raises(BadField, match=words) as caught:
             feasibility.refuse_without_gpu(strategy, run, task, machine)
-        assert caught.value.param == "run.frozen_weights" and caught.value.way_out
+        assert caught.value.param == "run.frozen_weights" and caught.value.hint
     with pytest.raises(BadField, match="8-bit optimizer"):
         feasibility.refuse_without_gpu(lora, RunSettings(optimizer="adamw_8bit"), "generation", plain)
     assert "frozen_weights" not in RunSettings().model_dump() and run.model_dump()["frozen_weights"] == "fp8"

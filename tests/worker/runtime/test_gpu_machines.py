@@ -36,7 +36,7 @@ def test_a_card_that_torch_cannot_use_is_not_passed_over(with_a_card, monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(DoesNotFit, match="torch cannot use it") as caught:
         device.choose(RUN, LORA)
-    assert "luthier doctor" in caught.value.way_out and "CUDA_VISIBLE_DEVICES" in caught.value.way_out
+    assert "luthier doctor" in caught.value.hint and "CUDA_VISIBLE_DEVICES" in caught.value.hint
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.choose(RUN, LORA).device.type == "cpu"
 
@@ -89,7 +89,7 @@ def test_what_a_card_measured_is_not_said_of_the_processor(data_dir, monkeypatch
 def test_a_card_that_was_asked_for_is_not_done_without(data_dir):
     with pytest.raises(DoesNotFit, match="The device cuda needs an NVIDIA GPU") as caught:
         device.choose(RunSettings(device="cuda"), LORA)
-    assert caught.value.param == "device" and "auto or cpu" in caught.value.way_out
+    assert caught.value.param == "device" and "auto or cpu" in caught.value.hint
 
 
 def test_a_kernel_that_cannot_be_built_is_done_without(caplog):

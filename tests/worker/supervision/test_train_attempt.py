@@ -458,7 +458,7 @@ def test_the_kernels_kill_is_told_from_anyone_elses():
 )
 def test_a_gpu_that_failed_is_told_from_one_that_was_full(said, kind):
     found = exit_codes.classify(-signal.SIGABRT, said, False)
-    assert found.kind == kind and said.splitlines()[-1] in found.message and found.way_out
+    assert found.kind == kind and said.splitlines()[-1] in found.message and found.hint
     assert (kind in events.TRANSIENT) == (kind == "gpu_fault"), "tried again in a process of its own"
 
 

@@ -112,11 +112,11 @@ def test_8_bit_moments_are_cut_and_joined_in_float32(kind):
         assert float((value - plain[key]).abs().max()) <= 0.01 * float(plain[key].abs().max()), key
 
 
-def test_without_the_package_the_order_is_refused_with_a_way_out(monkeypatch):
+def test_without_the_package_the_order_is_refused_with_a_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(DoesNotFit, match="bitsandbytes") as caught:
         Learner("adamw_8bit")
-    assert caught.value.way_out == "Choose adamw." and caught.value.param == "optimizer"
+    assert caught.value.hint == "Choose adamw." and caught.value.param == "optimizer"
 
 
 def moved(kind: str, **settings) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def test_a_loss_that_left_its_start_behind_stops_the_job(data_dir: Path, tiny_mo
     run_away = {"learning_rate": 10.0, "max_grad_norm": 0, "epochs": 40, "warmup_fraction": 0, "max_tokens_per_step": 128}
     with pytest.raises(train.Diverged) as caught:
         run(order(put_model(tiny_model), put_dataset(chat_rows()), "full", **run_away), data_dir)
-    assert "The training loss rose from" in caught.value.message and "Lower the learning rate to 1" in caught.value.way_out
+    assert "The training loss rose from" in caught.value.message and "Lower the learning rate to 1" in caught.value.hint
 
 
 def test_a_job_that_diverges_says_so(data_dir: Path, tiny_model: Path) -> None:

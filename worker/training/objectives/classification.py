@@ -51,12 +51,12 @@ def read_labelled(spec: JobSpec) -> Labelled:
     if len(labels) < 2:
         raise BadData(
             f"All {len(rows)} rows have the label “{labels[0]}”, so there is nothing to tell apart.",
-            way_out="Add rows of another class, or check which column holds the label.",
+            hint="Add rows of another class, or check which column holds the label.",
         )
     if len(labels) > MAX_CLASSES:
         raise BadData(
             f"The rows have {len(labels)} different labels; a classifier learns at most {MAX_CLASSES}.",
-            way_out="Check which column holds the label: one that names every row is none.",
+            hint="Check which column holds the label: one that names every row is none.",
         )
     if spec.validation is None:
         train, held_out = _split(rows, spec)
@@ -67,7 +67,7 @@ def read_labelled(spec: JobSpec) -> Labelled:
         if row["label"] not in labels:
             unseen = BadData(
                 f"The validation row has the label “{row['label']}”, which no training row has.",
-                way_out="Add training rows of this class, or fix the label in the validation file.",
+                hint="Add training rows of this class, or fix the label in the validation file.",
             )
             raise BadRow(line, unseen)
     return Labelled(batching.share(rows, spec.run.data_fraction, spec.run.seed), held_out, labels)
@@ -76,10 +76,10 @@ def read_labelled(spec: JobSpec) -> Labelled:
 def _check(rows: Sequence[Row]) -> None:
     for line, row in rows:
         if not isinstance(row.get("text"), str) or not isinstance(row.get("label"), str):
-            raise BadRow(line, BadData(f"The row has the keys {', '.join(sorted(row))}.", way_out="Use rows with a text and a label."))
+            raise BadRow(line, BadData(f"The row has the keys {', '.join(sorted(row))}.", hint="Use rows with a text and a label."))
         for key in ("text", "label"):
             if not row[key].strip():
-                raise BadRow(line, BadData(f"The row's {key} is empty.", way_out="Drop the row, or fill it in."))
+                raise BadRow(line, BadData(f"The row's {key} is empty.", hint="Drop the row, or fill it in."))
 
 
 def _label_order(label: str) -> tuple[int, float, str]:
@@ -99,13 +99,13 @@ def tokenise_texts(tokenizer: Any, rows: Sequence[Row], longest: int, lead: Sequ
     if longest - len(lead) < 4:
         raise BadData(
             f"The model reads {longest} tokens at once, and {len(lead)} trained ones are put before each text: no room is left.",
-            way_out="Choose fewer trained tokens, or a longer length.",
+            hint="Choose fewer trained tokens, or a longer length.",
         )
     pieces, starts, cut = [], [0], 0
     for line, row in rows:
         ids, was_cut = render_text(tokenizer, row["text"], longest - len(lead))
         if not ids:
-            raise BadRow(line, BadData("The model's tokenizer makes nothing of this text.", way_out="Drop the row."))
+            raise BadRow(line, BadData("The model's tokenizer makes nothing of this text.", hint="Drop the row."))
         pieces.append(np.asarray([*lead, *ids], np.int32))
         starts.append(starts[-1] + len(pieces[-1]))
         cut += was_cut
