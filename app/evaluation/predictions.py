@@ -28,8 +28,8 @@ from app.errors import BadData, BadField, Conflict
 from app.evaluation import service as evaluations
 from app.evaluation.service import EvaluationSpec, Kind
 from app.inference import tryout
-from app.jobs.lifecycle import storable
 from app.kit import ids
+from app.kit.json_safe import storable
 from app.models import service as models
 from app.settings import get_settings
 from app.spec import DatasetRef

@@ -25,9 +25,9 @@ from sqlalchemy.orm import Session
 from app import leases, queue
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
-from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids
+from app.kit.json_safe import storable
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
@@ -334,7 +334,7 @@ def finish(session: Session, held: Claim, *, result: JSON | None = None, error: 
     """Record how it ended; False when it is no longer ours."""
     values = {
         "status": "failed" if error else "succeeded",
-        "result": storable(result),
+        "result": storable(result, words=True),
         "error": storable(error),
         "progress": 1.0,
         "stage": None,

@@ -32,6 +32,7 @@ from app.inference.protocol import (
     TextPart,
 )
 from app.jobs import solved_examples
+from app.kit.json_safe import storable
 from app.models import aliases, interpolation
 from app.models import service as models
 from app.models.service import Resolved
@@ -186,9 +187,9 @@ def ask(
         owner_id=user.id,
         parent_id=parent,
         source="playground",
-        prompt=_storable(prompt),
-        messages=_storable([{"role": "system", "content": system}]) if system else None,
-        sampling=_storable(sampling.model_dump(mode="json") | {"models": list(names), "follows": taken_over}),
+        prompt=storable(prompt),
+        messages=storable([{"role": "system", "content": system}]) if system else None,
+        sampling=storable(sampling.model_dump(mode="json") | {"models": list(names), "follows": taken_over}),
     )
     asked = []
     for name in names:
@@ -247,8 +248,8 @@ def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard
             revision=who.ref.revision,
             adapter_sha256=who.adapter_sha256,
             seed=request.seed + index,
-            rendered_prompt=_storable(heard.started.rendered_prompt) if heard.started else None,
-            text=_storable(choice.text),
+            rendered_prompt=storable(heard.started.rendered_prompt) if heard.started else None,
+            text=storable(choice.text),
             finish_reason="error" if heard.error else choice.finish_reason or "cancelled",
             error=heard.error,
             usage=heard.usage() | ({"engine": request.engine.host} if request.engine else {}),
@@ -269,23 +270,14 @@ def record_call(
         id=uuid.uuid4(),
         owner_id=user.id,
         source="api",
-        sampling=_storable(sampling.model_dump(mode="json")),
-        **_storable(asked),
+        sampling=storable(sampling.model_dump(mode="json")),
+        **storable(asked),
     )
     session.add(exchange)
     session.flush()
     for one, said in heard:
         record(session, exchange.id, one, said)
     return exchange
-
-
-def _storable(value: Any) -> Any:
-    """The same without NUL, which PostgreSQL does not store, in every text of it."""
-    if isinstance(value, str):
-        return readable(value).replace("\0", "�")
-    if isinstance(value, dict):
-        return {_storable(k): _storable(v) for k, v in value.items()}
-    return [_storable(v) for v in value] if isinstance(value, list) else value
 
 
 def readable(text: str) -> str:

@@ -20,8 +20,8 @@ from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import Sampling
-from app.jobs.lifecycle import storable
 from app.kit import ids, stats
+from app.kit.json_safe import storable
 from app.settings import get_settings
 from app.storage import files
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
+from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -82,20 +82,6 @@ def is_complete(session: Session, job_id: uuid.UUID) -> bool:
 # Saying things ------------------------------------------------------------------------------------------------------
 
 
-def storable(value: Any) -> Any:
-    """The same JSON without what Postgres cannot keep: NUL characters and halves of surrogate pairs, as a model's sample
-    answers may hold, and numbers that are not finite, which become the words that pydantic reads back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {storable(key): storable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [storable(item) for item in value]
-    return value
-
-
 def record_event(session: Session, job_id: uuid.UUID, attempt: int, event: events.JobEvent, key: uuid.UUID | None = None) -> None:
     """Record one event and wake the job's watchers. The caller has locked the job's row by updating it."""
     record_events(session, job_id, attempt, [(key or uuid.uuid4(), event)])
@@ -109,7 +95,7 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
             "job_id": job_id,
             "attempt": attempt,
             "type": event.type,
-            "data": storable(event.model_dump(mode="json", exclude={"type"})),
+            "data": storable(event.model_dump(mode="json", exclude={"type"}), words=True),
         }
         for key, event in said
     ]
@@ -183,7 +169,7 @@ def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
         "path": saved.path,
         "manifest_sha256": saved.manifest_sha256,
         "bytes": saved.bytes,
-        "metrics": storable(saved.model_dump(mode="json")["metrics"]),
+        "metrics": storable(saved.model_dump(mode="json")["metrics"], words=True),
         "best": saved.best,
         "deleted_at": None,
     }
@@ -238,8 +224,8 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
         "step": finished.step,
         "trained_tokens": finished.measured.trained_tokens,
         "measured": finished.measured.model_dump(mode="json"),
-        "evaluation": storable(finished.evaluation) or None,
-        "forgetting": storable(finished.forgetting),
+        "evaluation": storable(finished.evaluation, words=True) or None,
+        "forgetting": storable(finished.forgetting, words=True),
     }
     _end(session, held, "succeeded", **values)
     session.refresh(job)

@@ -22,15 +22,18 @@ def to_json(value: Any) -> str:
     return json.dumps(storable(value)) if "\\u0000" in text or "\\ud" in text else text
 
 
-def storable(value: Any) -> Any:
-    """The value with � for NUL and for half a character, in keys too, and null for a number without end."""
+def storable(value: Any, *, words: bool = False) -> Any:
+    """The value as JSONB can keep it, keys too: � for NUL and for a lone surrogate, and null for NaN and infinities, or with `words`
+    their names, which pydantic reads back as floats."""
     if isinstance(value, str):
         return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if not value.isascii() or "\0" in value else value
     if isinstance(value, dict):
-        return {storable(key) if isinstance(key, str) else key: storable(item) for key, item in value.items()}
+        return {storable(key) if isinstance(key, str) else key: storable(item, words=words) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [storable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [storable(item, words=words) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ("NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity") if words else None
+    return value
 
 
 def finite(digits: str) -> float | None:

@@ -22,9 +22,9 @@ from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
 from app.inference.protocol import ExternalEngine
-from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids, stats
+from app.kit.json_safe import storable
 from app.prompts.service import PromptBody
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
 from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRun, PromptVersion, User

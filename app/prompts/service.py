@@ -19,9 +19,9 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from app.errors import BadField, NotFound
-from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids
+from app.kit.json_safe import storable
 from app.tables import JSON, Prompt, PromptVersion, User
 
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z_]\w{0,63})\s*\}\}")

@@ -11,7 +11,7 @@ from fastapi.responses import RedirectResponse, Response
 from app.db import Db
 from app.errors import BadField
 from app.inference import playground, transcript
-from app.jobs.lifecycle import storable
+from app.kit.json_safe import storable
 from app.web.auth import CurrentUser
 
 pages = APIRouter()
