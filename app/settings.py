@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         description="Walls around what opens foreign data (trainers, evaluations, readers, converters). auto takes all that this machine "
         "allows, see `luthier doctor`; required starts nothing where files, network, privileges or memory would stay open.",
     )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto",
+        description="How a step is computed: auto takes the fastest way there is; plain takes none of Luthier's own kernels, fused layers, "
+        "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."

@@ -21,6 +21,7 @@ from app import events
 from app.errors import BadData, DoesNotFit, StudioError
 from app.settings import get_settings
 from app.spec import JobSpec
+from worker import kernels
 from worker.runtime.failures import disk_is_full, of_gpu
 from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
@@ -153,8 +154,9 @@ MIN_TOKENS = 500
 def calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
     """Keep how fast this machine was, so that the next estimate is better. A frozen model only reads; where its vectors were
     kept from an earlier job it read nothing, and there is nothing to learn from that. The job is finished, whatever goes wrong here."""
-    with contextlib.suppress(Exception):
-        _calibrate(spec, started, finished)
+    if kernels.allowed():  # a plain job is no measure for others
+        with contextlib.suppress(Exception):
+            _calibrate(spec, started, finished)
 
 
 def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:

@@ -149,7 +149,7 @@ def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
 
 
 def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) -> Memory:
-    """What each of several processes holds where they share the weights themselves (`worker/training/fsdp.py`): its rows of the blocks,
+    """What each of several processes holds where they share the weights themselves (`worker/training/backends/fsdp.py`): its rows of the blocks,
     all of the rest, and two gathered blocks, the one at work and the next."""
     if strategy.adapter or processes == 1:
         return held

@@ -14,16 +14,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from app.strategies._model import transformer
+from worker import kernels
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.cross_entropy import softmax_loss_
-from worker.kernels.cpu.full_tuning import rounded
-from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.modeling.packed_attention import MULTIPLE
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,45 @@ def kernel_works(device: torch.device) -> bool:
     return True
 
 
+class HeadGradient(NamedTuple):
+    """The gradient of a head's weight (V, H), `whole`, or what it is the product of: the logits' gradients (K, V) and the states (K, H)
+    of each chunk in turn."""
+
+    whole: torch.Tensor | None
+    parts: Sequence[torch.Tensor]
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows at a time, which ones and their gradient."""
+        height = self.parts[0].shape[1] if self.whole is None else self.whole.shape[0]
+        for start in range(0, height, HEAD_ROWS):
+            rows = slice(start, min(start + HEAD_ROWS, height))
+            if self.whole is not None:
+                yield rows, self.whole[rows]
+                continue
+            first, *more = (logits[:, rows].t() @ source for logits, source in zip(self.parts[::2], self.parts[1::2], strict=True))
+            yield rows, sum(more, first.float()) if more else first
+
+    def write(self, buffer: torch.Tensor) -> None:
+        """Put it into `buffer` (V, H)."""
+        if self.whole is None and len(self.parts) == 2:
+            torch.mm(self.parts[0].t(), self.parts[1], out=buffer)
+            return
+        for rows, gradient in self.pieces():
+            buffer[rows] = gradient
+
+
+class WeightKeeper(Protocol):
+    """Who keeps the weight of a head that is trained, where that is not autograd: `keeper` of the head's layer."""
+
+    kind: torch.dtype
+
+    def rounded(self) -> torch.Tensor:
+        """The weight in `kind`."""
+
+    def take_gradient(self, gradient: HeadGradient, scale: float) -> None:
+        """Add `scale` times a gradient to the weight's."""
+
+
 class Head(NamedTuple):
     """The last linear layer and what some models do to its logits: `cap` · tanh(logits · `scale` / `cap`)."""
 
@@ -61,6 +100,11 @@ class Head(NamedTuple):
     bias: torch.Tensor | None
     scale: float = 1.0
     cap: float | None = None
+    keeper: WeightKeeper | None = None
+
+    def weight_in(self, kind: torch.dtype) -> torch.Tensor:
+        """The weight in the type of the products."""
+        return self.keeper.rounded() if self.keeper is not None and self.keeper.kind == kind else self.weight.to(kind)
 
 
 def head_of(model: torch.nn.Module) -> Head:
@@ -69,7 +113,8 @@ def head_of(model: torch.nn.Module) -> Head:
     layer, config = cast("torch.nn.Linear", whole.get_output_embeddings()), whole.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, cap, getattr(layer, "keeper", None))
 
 
 CHUNK_BYTES_CUDA = 2**30
@@ -131,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts: list[torch.Tensor] = []
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        cast = rounded(weight, compute)
+        cast = head.weight_in(compute)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part].to(compute), cast)
@@ -171,44 +216,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     d_weight += logits.t() @ hidden[part].to(compute)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, *parts)
-        ctx.whole = getattr(weight, "whole", None)
+        ctx.keeper = head.keeper
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         d_hidden, d_weight, d_bias, *parts = ctx.saved_tensors
-        if ctx.whole is not None:
-            _give(ctx.whole, d_weight, parts, float(grad))
+        if ctx.keeper is not None:
+            ctx.keeper.take_gradient(HeadGradient(d_weight, parts), float(grad))
             d_weight = None
         elif parts:
-            d_weight = torch.cat([product for _, product in _head_products(None, parts)]).float()
+            d_weight = torch.cat([product for _, product in HeadGradient(None, parts).pieces()]).float()
         d_hidden, d_weight, d_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias))
         return d_hidden, d_weight, d_bias, None, None
-
-
-def _give(whole: MasterWeight, d_weight: torch.Tensor | None, parts: Sequence[torch.Tensor], scale: float) -> None:
-    """Hand the head's gradient to what keeps its weight."""
-    room = whole.rooms.enter(scale)
-    if room is None:
-        whole.add_rows(_head_products(d_weight, parts), scale)
-    elif d_weight is None and len(parts) == 2:
-        torch.mm(parts[0].t(), parts[1], out=room)
-    else:
-        for rows, gradient in _head_products(d_weight, parts):
-            room[rows] = gradient
-
-
-def _head_products(whole: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of the head's gradient at a time: of the `whole` (V, H), or of logits' gradients (K, V) and the states (K, H) they
-    came of, in turn."""
-    height = parts[0].shape[1] if whole is None else whole.shape[0]
-    for start in range(0, height, HEAD_ROWS):
-        rows = slice(start, min(start + HEAD_ROWS, height))
-        if whole is not None:
-            yield rows, whole[rows]
-            continue
-        first, *more = (logits[:, rows].t() @ source for logits, source in zip(parts[::2], parts[1::2], strict=True))
-        yield rows, sum(more, first.float()) if more else first
 
 
 def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
@@ -232,7 +252,7 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
             d_weight = more if d_weight is None else d_weight.add_(more)
         del logits
     ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None)
-    ctx.whole = None
+    ctx.keeper = None
     return losses.sum()
 
 
@@ -252,9 +272,28 @@ def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor
     """
     if hidden.shape[0] == 0:
         return hidden.sum() * 0.0
+    if not kernels.allowed():
+        return plain_nats(hidden, head, targets, compute).sum()
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, targets = pad_to_multiple(hidden, targets, compute)
-        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))
+        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, (head[2:], compute))
+
+
+def plain_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
+    """The cross-entropy in nats of each of `hidden` (K, H) against `targets` (K,), 0 where that is -100: what the losses of this
+    package have to equal, as one would write it. The logits of a chunk are recomputed in the backward pass, so that they fit."""
+
+    def chunk(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(states.to(compute), head.weight.to(compute)).to(torch.promote_types(compute, torch.float32))
+        logits = logits if head.bias is None else logits + head.bias.to(logits.dtype)
+        logits = logits * head.scale
+        logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+        return F.cross_entropy(logits, wanted, reduction="none")
+
+    rows = chunk_rows(head.weight.shape[0], hidden.shape[0], hidden.is_cuda)
+    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.cat([checkpoint(chunk, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs])
 
 
 @torch.no_grad()
@@ -267,7 +306,7 @@ def score(
     losses = torch.empty(hidden.shape[0], device=hidden.device)
     hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)
-    cast = rounded(head.weight, compute)
+    cast = head.weight_in(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], rows):
             for block, products in _blocks(F.linear(hidden[start : start + rows].to(compute), cast)):

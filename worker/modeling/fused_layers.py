@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from app.strategies._model import transformer
+from worker import kernels
 from worker.kernels.cpu.gated_mlp import patch_gated_mlp
 from worker.kernels.cpu.rms_norm import rms_norm
+from worker.kernels.cpu.rotary import use_fused_rotary
 from worker.kernels.gpu import fp8
 from worker.runtime.device import Compute
 
@@ -21,8 +23,27 @@ PLAIN_NORMS = frozenset(
 """Norms whose formula is weight · x / sqrt(mean(x²) + eps). Gemma's, which adds 1 to the weight, is not among them."""
 
 
+def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool = True, grouped: bool = True) -> int:
+    """Replace the layers of a model for which there is a faster form, as it trains and as it is evaluated: norms, on a CPU gated
+    activations and rotary embeddings, and the layers of an adapter, once a strategy has attached it. Returns how many of an adapter
+    there are. Called again it changes what has come since; with `LUTHIER_KERNELS=plain` nothing.
+
+    `grouped` lets layers that read the same input share a product.
+    """
+    if not kernels.allowed():
+        return 0
+    use_fused_layers(model)
+    if rotary:
+        use_fused_rotary(model, device)
+    if not hasattr(model, "peft_config"):
+        return 0
+    from worker.modeling import fused_ia3, fused_lora, fused_vera  # peft takes a while to import
+
+    return fused_lora.fuse(model, grouped) or fused_vera.fuse(model, grouped) or fused_ia3.fuse(model)
+
+
 def use_fused_layers(model: torch.nn.Module) -> None:
-    """Norms and gated activations in as few passes as they need, where a model has such: as it trains and as it is judged."""
+    """Norms and gated activations in as few passes as they need, where a model has such."""
     use_fused_norms(model)
     if next(model.parameters()).device.type == "cpu":
         patch_gated_mlp(model)
@@ -116,14 +137,12 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     done: dict[str, Any] = {}
     if engine.fp8:
         done["fp8_layers"] = fp8.use_fp8(blocks_of(model))
-    compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE
+    compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE and kernels.allowed()
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
+    # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
+    adapted = patch_layers(model, engine.device, grouped=not (compiles and recomputes))
     if hasattr(model, "peft_config"):
-        from worker.modeling import fused_ia3, fused_lora, fused_vera
-
-        # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
-        grouped = not (compiles and recomputes)
-        done["fused_lora"] = fused_lora.fuse(model, grouped) or fused_vera.fuse(model, grouped) or fused_ia3.fuse(model)
+        done["fused_lora"] = adapted
     if compiles:
         done["compiled_blocks"] = compile_blocks(model)
     return done

@@ -30,13 +30,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app.strategies.pissa import whole_correction
+from worker import kernels
 from worker.kernels.cpu import lora_products
 from worker.kernels.cpu.lora_step import LoraLayerState, LoraOptimizer
 from worker.kernels.cpu.lora_step import Product as FactorProduct
 from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
 from worker.kernels.gpu import fp8
 from worker.modeling import fused_dora
-from worker.runtime import distributed
 from worker.runtime.device import Compute
 
 ADAPTER = "default"
@@ -318,6 +318,8 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
 def fuse_stretched(model: torch.nn.Module) -> int:
     """The same for DoRA's layers alone, where answers are written: peft makes whole weights for every token of them. Frozen weights,
     which other models may share, stay where they are."""
+    if not kernels.allowed():
+        return 0
     return len(_take([m for m in model.modules() if ADAPTER in getattr(m, "lora_variant", ()) and _plain(m)]))
 
 
@@ -334,10 +336,7 @@ def _take(layers: list[Any]) -> list[Any]:
 
 def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.optim.Optimizer) -> LoraOptimizer | None:
     """Have the layers of a model that trains with packs in `parts` parts computed as `worker/kernels/cpu/lora_step.py` says, where they can be; None
-    where none can. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
-    alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
-    if not alone or engine.compute != torch.bfloat16 or not lora_products.is_available():
-        return None
+    where none can. The optimizer is AdamW. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
     layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
     places = {id(place): place for place in (layer.group or layer for layer in layers)}
     found = [place for place in places.values() if _keep(place, engine, parts)]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from worker.kernels.cpu.full_tuning import rounded
-from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple
+from worker import kernels
+from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple, plain_nats
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -46,7 +46,7 @@ class _TokenNats(torch.autograd.Function):
         wide = torch.promote_types(compute, torch.float32)
         # On a GPU a logit is alive as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, 12 if hidden.is_cuda else 8)
-        cast = rounded(weight, compute)
+        cast = head.weight_in(compute)
         nats = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], rows):
@@ -78,7 +78,7 @@ def _head_gradient(
     wide = torch.promote_types(compute, torch.float32)
     d_weight = torch.zeros_like(head.weight, dtype=wide)
     d_bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None else None
-    cast = rounded(head.weight, compute)
+    cast = head.weight_in(compute)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         logits, bent = _logits(hidden[part], cast, head, wide)
@@ -94,7 +94,9 @@ def token_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute:
 
     Float32, or float64 where `compute` is. Gradients flow to `hidden` and, where they learn, to the head's weight and bias.
     """
+    if not kernels.allowed():
+        return plain_nats(hidden, head, targets, compute)
     count = hidden.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, targets = pad_to_multiple(hidden, targets, compute, value=0)
-        return _TokenNats.apply(hidden, head.weight, head.bias, targets, ((head.scale, head.cap), compute))[:count]
+        return _TokenNats.apply(hidden, head.weight, head.bias, targets, (head[2:], compute))[:count]

@@ -27,6 +27,7 @@ from app.machines.hardware import BF16_WORTHWHILE, Machine, note_bf16, this_mach
 from app.planning.memory import parts_of
 from app.run_settings import RunSettings
 from app.strategies import Strategy
+from worker import kernels
 from worker.kernels.gpu import fp8
 from worker.runtime import distributed
 from worker.runtime.thread_parallel import ThreadParallel
@@ -55,13 +56,18 @@ class Compute:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
+    def rounding(self) -> str:
+        """What the last digits of results depend on that are kept for later attempts or jobs."""
+        return self.precision if kernels.allowed() else f"{self.precision} plain"
+
+    @property
     def framed(self) -> bool:
         """Packs are filled up to one shape: on a GPU in bf16, where the attention takes a table of sequence ends."""
         return self.device.type == "cuda" and self.precision == "bf16"
 
     def parts(self, tokens: int) -> int:
-        """How many parts of a pack of `tokens` are computed side by side: one on a GPU."""
-        return parts_of(tokens, self.threads) if self.device.type == "cpu" else 1
+        """How many parts of a pack of `tokens` are computed side by side: one on a GPU, and with `LUTHIER_KERNELS=plain`."""
+        return parts_of(tokens, self.threads) if self.device.type == "cpu" and kernels.allowed() else 1
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in `compute`; a no-op in float32."""
@@ -78,6 +84,7 @@ class Compute:
             "threads": self.threads,
             "world_size": distributed.size(),
             "engine": ARITHMETIC,
+            **({} if kernels.allowed() else {"kernels": "plain"}),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         }
@@ -90,6 +97,8 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     driver shows one or the run asks for one.
     """
     on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    if run.frozen_weights == "fp8" and not kernels.allowed():
+        raise _no_fp8("Products in fp8 are computed by a kernel, and LUTHIER_KERNELS is plain.")
     if run.frozen_weights == "fp8" and not on_gpu:
         raise _no_fp8("Products in fp8 need an NVIDIA GPU.")
     if on_gpu:

@@ -101,5 +101,5 @@ def _size(entry: dict[str, Any]) -> int:
 
 
 def _digest(spec: JobSpec, engine: Compute) -> str:
-    about = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.precision]
+    about = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.rounding]
     return hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]

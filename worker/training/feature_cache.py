@@ -96,9 +96,9 @@ def _embed_batch(classifier: Classifier, ids: list[list[int]], engine: Compute) 
         return classifier.pooled(**inputs, lengths=lengths).float().cpu().numpy()
 
 
-def cache_name(ref: ModelRef, pooling: Pooling, max_length: int, precision: str) -> str:
+def cache_name(ref: ModelRef, pooling: Pooling, max_length: int, rounding: str) -> str:
     """A SHA-256 over all that the vector of a text depends on, but for the text."""
-    about = [ref.revision, [a.sha256 for a in ref.adapters], pooling, max_length, precision]
+    about = [ref.revision, [a.sha256 for a in ref.adapters], pooling, max_length, rounding]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
 
 

@@ -25,8 +25,8 @@ class Compared(NamedTuple):
 
 
 def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
-    """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its model is gone
-    afterwards. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
+    """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its backend is
+    gone afterwards, and the model with it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
     telling = ProgressReporter("Comparing base and result")
@@ -37,7 +37,7 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
     writer = lesson.writer(job.model) if run.forgetting and known is None else None
     texts = forgetting.scores(job.spec, writer, lesson.tokenizer, budget, engine, lesson.lead) if writer is not None else None
     del writer
-    job.model = None
+    job.backend = None  # its memory is needed
     release(engine.device)
 
     base = _loader(job)
@@ -69,7 +69,7 @@ def _loader(job: Any) -> Loader:
     def load() -> torch.nn.Module:
         if not loaded:
             model = job.lesson.load(job.engine)
-            fused_layers.use_fused_layers(model)
+            fused_layers.patch_layers(model, job.engine.device)
             loaded.append(model)
         return loaded[0]
 

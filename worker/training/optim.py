@@ -103,24 +103,28 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["scale"]
 
 
-def clip_grad_norm(parameters: Named, longest: float, norm: torch.Tensor | None = None, beside: float = 0.0) -> torch.Tensor:
-    """The length of the whole gradient, before it is shortened to `longest` (0: left as it is). Makes no device wait.
-    `norm` is that length where these are not all of its parts, and `beside` the square of what lies elsewhere on a CPU.
+def grad_norm(parameters: Named) -> torch.Tensor:
+    """The norm of the whole gradient, a scalar. Makes no device wait."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
 
-    A gradient that is not finite is left alone; `optimizer_step` keeps it from the weights.
-    """
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
-    if beside:
-        norm = norm.square().add(beside).sqrt()
-    if longest > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), longest, norm)
+
+def clip_grad_(parameters: Named, max_norm: float, norm: torch.Tensor) -> None:
+    """Clip a gradient of this norm to `max_norm` (0: not at all). One that is not finite is left alone; `optimizer_step` keeps it from
+    the weights."""
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+
+
+def clip_coefficient(norm: torch.Tensor, max_norm: float) -> float:
+    """What `clip_grad_` multiplies a gradient of this norm by."""
+    return min(1.0, max_norm / (float(norm) + 1e-6)) if max_norm > 0 else 1.0
+
+
+def clip_grad_norm(parameters: Named, max_norm: float) -> torch.Tensor:
+    """The norm of the whole gradient, before it is clipped to `max_norm`."""
+    norm = grad_norm(parameters)
+    clip_grad_(parameters, max_norm, norm)
     return norm
-
-
-def clip_coefficient(norm: torch.Tensor, longest: float) -> float:
-    """What `clip_grad_norm` multiplies a gradient of this length by."""
-    return min(1.0, longest / (float(norm) + 1e-6)) if longest > 0 else 1.0
 
 
 MIN_TO_SHARE = 2**17

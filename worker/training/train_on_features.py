@@ -65,7 +65,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     yield from (events.Log(level="warn", message=text) for text in _remarks(sized.cut, longest, data.train, data.held_out, data.labels))
 
     body = strategy.attach(load_stack(spec.model, engine.frozen, packed_attention.NAME, str(engine.device)), task="classification").eval()
-    fused_layers.use_fused_layers(body)
+    fused_layers.patch_layers(body, engine.device, rotary=False)  # vectors are kept for later jobs, so they are made as ever
     head = strategy.head(spec.model.shape.hidden, len(data.labels))
     # Vectors of length 1, so that one range of strengths serves every model.
     pooling = pooling_of(strategy, spec.model.shape.architecture)
@@ -187,7 +187,7 @@ def _vectors(
 ) -> Generator[events.Log | events.Doing, None, tuple[np.ndarray | None, int]]:
     """The vectors of all rows, kept from before or made now, and the tokens read for them; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
-    name = feature_cache.cache_name(spec.model, classifier.pooling, longest, engine.precision)
+    name = feature_cache.cache_name(spec.model, classifier.pooling, longest, engine.rounding)
     known = feature_cache.kept(name, texts)
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if known:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from app.spec import RunSettings
+from app.run_settings import RunSettings
+from app.strategies import STRATEGIES
 from tests.worker.kernels.test_full_tuning import CPU, FAMILIES, data_of, engine_of, model_of
 from worker.data.batching import make_batch
 from worker.kernels.cpu import adamw, full_tuning, gradient_buffers, jit
@@ -19,9 +20,9 @@ from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
 from worker.kernels.cpu.full_tuning import patch_full_tuning
 from worker.kernels.cpu.gradient_buffers import MasterWeight
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
-from worker.runtime import distributed
 from worker.scoring import held_out
-from worker.training import optim, step
+from worker.training import backends, optim, step
+from worker.training.backends._base import StepBatch
 from worker.training.checkpoint import State
 from worker.training.objectives._base import LossOutput
 
@@ -95,24 +96,25 @@ def test_what_does_not_fit_a_weight_is_refused() -> None:
 class Job:
     """A job as far as `step.take_step` reads it."""
 
-    apart, factors, more = False, None, 0.0
+    more = 0.0
 
     def __init__(self, family="tied", parts=2, threads=2, apart=True, longest=1.0, tokens=9, precision="bf16", micro_batches=1) -> None:
         self.model, self.engine = model_of(family), engine_of(precision, threads)
-        self.wholes = patch_full_tuning(self.model, self.engine)
-        self.order(parts, longest, tokens, micro_batches)
-        self.kept = apart and gradient_buffers.keep(self.wholes, parts, micro_batches, self.optimizer)
+        self.order("full", parts, longest, tokens, micro_batches, {} if apart else {"gradient_buffers": False})
 
-    def order(self, parts: int, longest: float, tokens: int, micro_batches: int) -> None:
-        """What is asked of it, and what it begins with."""
-        self.trained, self.shards = optim.trained_parameters(self.model), None
+    def order(self, strategy: str, parts: int, longest: float, tokens: int, micro_batches: int, without: dict[str, bool]) -> None:
+        """What is asked of it, and what it begins with; `without` the fast paths that are switched off."""
+        run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2, micro_batches=micro_batches)
+        fake = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
+        self.spec, self.course = SimpleNamespace(run=run, strategy=fake, learning_rate=1e-2), SimpleNamespace(total_steps=9)
+        self.lesson, self.state = SimpleNamespace(loss=self.loss, measures=0), State()
+        self.window = StepBatch(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
+        self.backend = backends.choose(self.engine, STRATEGIES[strategy](), run)
+        self.backend.paths = self.backend.paths._replace(**without)
+        self.optimizer = optim.make_optimizer(optim.trained_parameters(self.model), 1e-2, 0.1)
+        self.facts = self.backend.prepare(self.lesson, self.model, self.optimizer, parts)
+        self.trained, self.wholes, self.kept = self.backend.trained, self.backend.wholes, self.facts.get("whole") == "apart"
         self.began = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.optimizer = optim.make_optimizer(self.trained, 1e-2, 0.1)
-        run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2)
-        strategy = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
-        self.spec, self.course = SimpleNamespace(run=run, strategy=strategy, learning_rate=1e-2), SimpleNamespace(total_steps=9)
-        self.lesson, self.state, self.world = SimpleNamespace(loss=self.loss, measures=0), State(), distributed.ProcessGroup()
-        self.window = step.StepBatch(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
 
     def loss(self, model: torch.nn.Module, batch, engine) -> LossOutput:
         loss = linear_cross_entropy(held_out.hidden_states(model, batch, engine), head_of(model), batch.targets, engine.compute)
@@ -123,8 +125,7 @@ class Job:
 
     def go(self, steps: int = 1) -> list[list[float]]:
         """The loss and the gradient's length of each step."""
-        with self.engine.abreast.in_order([] if self.apart else self.trained.values()):
-            return [[float(x) for x in step.take_step(self, self.window)] for _ in range(steps)]
+        return [[float(x) for x in step.take_step(self, self.window)] for _ in range(steps)]
 
     def values(self) -> dict[str, torch.Tensor]:
         """What the optimizer keeps, the weights, and how far they moved."""
@@ -191,7 +192,7 @@ def test_a_layer_that_a_part_uses_twice_has_the_gradient_of_autograd(times: tupl
         one(place)
     expected = torch.stack([p.grad for p in model.parameters()])
     wholes, once = patch_full_tuning(model, engine), max(times) == 1
-    assert gradient_buffers.keep(wholes, len(times), 1, torch.optim.AdamW(model.parameters()))
+    assert gradient_buffers.keep(wholes, len(times))
     for _ in range(2):  # a pass leaves nothing to the next
         model.zero_grad()
         with engine.abreast.in_order(model.parameters()):
@@ -246,11 +247,9 @@ def test_what_cannot_be_kept_apart_is_summed(given: dict, monkeypatch: pytest.Mo
     assert job.kept is False and not any(w.rooms.rooms for w in job.wholes) and gradient_buffers.shares(job.wholes, 2) == []
     assert (found := job.go(3)) == other.go(3) and equal(job, other) and job.summed == set(job.trained)
     assert found[0][0] > found[1][0] > found[2][0]
-    assert (
-        gradient_buffers.keep([], 2, 1, job.optimizer)
-        is gradient_buffers.keep(job.wholes, 2, 1, torch.optim.SGD(job.trained.values()))
-        is False
-    )
+    assert gradient_buffers.keep([], 2) is False
+    lion = backends.choose(engine_of("bf16"), STRATEGIES["full"](), RunSettings(optimizer="lion"))
+    assert not lion.paths.gradient_buffers and lion.paths.master_weights
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -9,13 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from app.run_settings import RunSettings
 from app.strategies import STRATEGIES
 from tests.worker.kernels import test_gradient_buffers
 from tests.worker.kernels.test_full_tuning import WIDTHS, engine_of
 from tests.worker.kernels.test_gradient_buffers import between, equal, one_thread  # noqa: F401
 from worker.kernels.cpu import lora_products, lora_step
 from worker.modeling import fused_layers, fused_lora, packed_attention
-from worker.training import optim
+from worker.training import backends, optim
 from worker.training.objectives._base import LossOutput
 
 pytestmark = pytest.mark.skipif(not lora_products.is_available(), reason="the processor has no matrix units")
@@ -46,10 +47,13 @@ class Job(test_gradient_buffers.Job):
     def __init__(
         self, parts=2, threads=2, past=True, longest=1.0, tokens=32, micro_batches=1, recomputed=0, precision="bf16", **model
     ) -> None:
-        self.model, self.engine, self.wholes, self.apart = tuned(**model), engine_of(precision, threads), [], parts > 1
+        self.model, self.engine = tuned(**model), engine_of(precision, threads)
         fused_layers.recompute_layers(self.model.get_base_model(), recomputed)
-        self.order(parts, longest, tokens, micro_batches)
-        self.factors = fused_lora.keep(self.model, parts, self.engine, self.optimizer) if past else None
+        self.order("lora", parts, longest, tokens, micro_batches, {} if past else {"lora_step": False})
+
+    @property
+    def factors(self) -> lora_step.LoraOptimizer | None:
+        return self.backend.factors
 
     def loss(self, model: torch.nn.Module, batch, engine) -> LossOutput:
         return super().loss(model.get_base_model(), batch, engine)
@@ -108,7 +112,7 @@ def test_what_is_kept_goes_on_with_torchs_optimizer_and_the_other_way() -> None:
                 parameter.copy_(here.trained[name])
         optim.load_state(fresh.optimizer, fresh.trained, optim.state_tensors(here.optimizer, here.trained))
         if fresh.factors:
-            fresh.factors = fused_lora.keep(fresh.model, 2, fresh.engine, fresh.optimizer)
+            fresh.backend.factors = fused_lora.keep(fresh.model, 2, fresh.engine, fresh.optimizer)
         there = Job(past=there.factors is not None)
         for _ in range(2):
             there.go()
@@ -202,14 +206,13 @@ def test_scoring_between_steps_sees_the_newest_factors() -> None:
 
 
 def test_what_is_left_to_autograd() -> None:
-    def kept(optimizer=torch.optim.AdamW, precision="bf16", **model) -> int:
-        tuned_ = tuned(**model)
-        engine, learns = engine_of(precision), [p for p in tuned_.parameters() if p.requires_grad]
-        found = fused_lora.keep(tuned_, 2, engine, optimizer(learns, lr=0.1))
+    def kept(**given) -> int:
+        found = Job(**given).factors
         return len(found.products) if found else 0
 
     assert kept() == PRODUCTS
-    assert kept(torch.optim.SGD) == kept(precision="fp32") == kept(lora_dropout=0.1) == 0
+    assert kept(precision="fp32") == kept(lora_dropout=0.1) == 0
+    assert not backends.choose(engine_of("bf16"), STRATEGIES["lora"](), RunSettings(optimizer="lion")).paths.lora_step
     base = LlamaForCausalLM(LlamaConfig(**FITTING)).bfloat16()
     made_anew = STRATEGIES["pissa"](rank=4).attach(base)
     assert fused_lora.fuse(made_anew) == 14

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from worker.runtime import distributed
-from worker.training import fsdp
+from worker.training.backends.fsdp import FsdpBackend
 
 
 class Full:
@@ -23,9 +23,10 @@ class Full:
 
 
 with distributed.together(torch.device("cpu")) as world:
-    job = SimpleNamespace(model=None, trained={}, optimizer=None, world=world, attempt=Path(sys.argv[1]), shards=Full())
+    backend = FsdpBackend(SimpleNamespace())
+    backend.model, backend.trained, backend.optimizer, backend.world, backend.shards = None, {}, None, world, Full()
     try:
-        with fsdp.whole(job):
+        with backend.gathered(Path(sys.argv[1])):
             print("went on")
     except OSError as error:
         Path(sys.argv[1], f"told-{world.rank}").write_text(f"{error.errno} {error.strerror}")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from worker.modeling import fused_layers
 from worker.runtime import distributed
 from worker.runtime.device import Compute
-from worker.training import fsdp
+from worker.training.backends import fsdp
 
 IDS = torch.arange(40)[None] * 7 % 96
 engine = Compute(torch.device("cpu"), "cpu", "bf16", torch.float32, 1)

@@ -29,14 +29,14 @@ def test_a_step_is_read_when_the_next_one_is_ordered(monkeypatch, data_dir, tiny
         return called
 
     monkeypatch.setattr(train, "depth", lambda device: 1)
-    for name in ("take_step", "next_window", "report"):
+    for name in ("take_step", "next_batch", "report"):
         monkeypatch.setattr(train, name, noted(name, getattr(train, name)))
     later = steps(train.train(spec, data_dir / "runs" / "late" / "a1"))
     assert [(e.step, e.loss, e.grad_norm) for e in later] == [(e.step, e.loss, e.grad_norm) for e in at_once]
     count = len(at_once)
     assert count > 3
-    middle = ["take_step", "next_window", "report"] * (count - 1)
-    assert said == ["next_window", "take_step", "next_window", *middle, "report"]
+    middle = ["take_step", "next_batch", "report"] * (count - 1)
+    assert said == ["next_batch", "take_step", "next_batch", *middle, "report"]
 
 
 class OnDevice(torch.Tensor):

@@ -19,6 +19,7 @@ from worker import train
 from worker.data.batching import BadRow, Row, split
 from worker.modeling.loading import load_model, load_tokenizer
 from worker.run import failed
+from worker.runtime.failures import Diverged
 from worker.training import checkpoint
 from worker.training.objectives import causal_lm
 
@@ -87,7 +88,7 @@ def test_it_stops_early_and_keeps_the_best(data_dir: Path, tiny_model: Path) -> 
 
 def test_a_loss_that_left_its_start_behind_stops_the_job(data_dir: Path, tiny_model: Path) -> None:
     run_away = {"learning_rate": 10.0, "max_grad_norm": 0, "epochs": 40, "warmup_fraction": 0, "max_tokens_per_step": 128}
-    with pytest.raises(train.Diverged) as caught:
+    with pytest.raises(Diverged) as caught:
         run(order(put_model(tiny_model), put_dataset(chat_rows()), "full", **run_away), data_dir)
     assert "The training loss rose from" in caught.value.message and "Lower the learning rate to 1" in caught.value.hint
 
@@ -101,7 +102,7 @@ def test_a_job_that_diverges_says_so(data_dir: Path, tiny_model: Path) -> None:
 
     causal_lm.linear_cross_entropy = not_a_number
     try:
-        with pytest.raises(train.Diverged) as caught:
+        with pytest.raises(Diverged) as caught:
             run(spec, data_dir)
     finally:
         causal_lm.linear_cross_entropy = poisoned

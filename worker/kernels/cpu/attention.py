@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from worker import kernels
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.amx import (
     SIDE,
@@ -313,8 +314,8 @@ def is_available() -> bool:
 
 
 def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether `attention` takes such queries and keys here: whole tiles of them, and a processor that has the units."""
-    return q.shape[0] == 1 and q.shape[3] % SIDE == 0 and q.shape[1] % k.shape[1] == 0 and is_available()
+    """Whether `attention` may be used and takes such queries and keys: whole tiles of them, and a CPU that has AMX."""
+    return kernels.allowed() and q.shape[0] == 1 and q.shape[3] % SIDE == 0 and q.shape[1] % k.shape[1] == 0 and is_available()
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], rules: Rules) -> torch.Tensor:

@@ -26,12 +26,10 @@ from typing import Any, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 
-from app.strategies import Strategy
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.gated_mlp import GATED, Gate, gate_and_up, gate_of, gated, gated_back, halves
 from worker.kernels.cpu.gradient_buffers import GradientBuffers, MasterWeight, leave
 from worker.kernels.cpu.shared_projection import SharedProjection, siblings
-from worker.runtime import distributed
 from worker.runtime.device import Compute
 from worker.runtime.thread_parallel import ThreadParallel
 
@@ -56,12 +54,6 @@ def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
     for whole in used:
         whole.moved()
     abreast.map(lambda own: [whole.rounded() for whole in own], [used[i :: abreast.threads] for i in range(abreast.threads)])
-
-
-def rounded(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """A weight in `kind`, from what is kept of it or made now."""
-    known: MasterWeight | None = getattr(weight, "whole", None)
-    return known.rounded() if known is not None and known.kind == kind else weight.to(kind)
 
 
 class _Product(torch.autograd.Function):
@@ -113,6 +105,11 @@ class FullLinear(torch.nn.Linear):
 
     group: _Group | None = None
     place = 0  # in the group
+
+    @property
+    def keeper(self) -> MasterWeight:
+        """Who keeps the weight and takes its gradient, for a loss that multiplies by it outside of this layer."""
+        return _whole(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.group is not None and self.shares(x):
@@ -204,11 +201,6 @@ class FullEmbedding(torch.nn.Embedding):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return _Rows.apply(rows, self.weight, _whole(self), self.padding_idx)
-
-
-def learns_whole(strategy: Strategy, engine: Compute) -> bool:
-    """Whether a job's layers are computed so: one that learns in full in one process on a CPU."""
-    return engine.device.type == "cpu" and distributed.size() == 1 and not type(strategy).adapter
 
 
 def _plain_table(module: torch.nn.Module) -> TypeGuard[torch.nn.Embedding]:

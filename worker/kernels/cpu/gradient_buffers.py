@@ -11,12 +11,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from worker.kernels.cpu import adamw, jit
+from worker.kernels.cpu import adamw
 from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
 from worker.runtime.thread_parallel import ThreadParallel
 
@@ -92,6 +92,14 @@ class MasterWeight:
         while laid_by:
             add_first()
 
+    def take_gradient(self, gradient: Any, scale: float) -> None:
+        """Keep `scale` times what a loss found, a `HeadGradient`: in this part's buffer, or added in its turn."""
+        room = self.rooms.enter(scale)
+        if room is None:
+            self.add_rows(gradient.pieces(), scale)
+        else:
+            gradient.write(room)
+
     def _room(self) -> torch.Tensor:
         if self.room is None:
             self.room = torch.empty_like(self.weight)
@@ -164,10 +172,9 @@ class GradientBuffers:
             whole.add(own)
 
 
-def keep(wholes: Sequence[MasterWeight], parts: int, passes: int, optimizer: torch.optim.Optimizer) -> bool:
-    """Have gradients kept apart in steps of `passes` packs in `parts` parts each, where that can be. Says whether it is."""
-    fits = wholes and passes == 1 and parts <= MAX_PARTS and type(optimizer) is torch.optim.AdamW
-    if not fits or any(whole.kind != torch.bfloat16 or whole.weight.dtype != torch.float32 for whole in wholes) or not jit.is_available():
+def keep(wholes: Sequence[MasterWeight], parts: int) -> bool:
+    """Have gradients kept apart in steps of one pack in `parts` parts, moved by AdamW, where the weights allow it. Says whether they do."""
+    if not wholes or parts > MAX_PARTS or any(w.kind != torch.bfloat16 or w.weight.dtype != torch.float32 for w in wholes):
         return False
     for rooms in {id(whole.rooms): whole.rooms for whole in wholes if whole.multiplies}.values():
         rooms.make(parts)

@@ -24,6 +24,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
+from worker import kernels
 from worker.runtime import kernel_cache
 
 log = logging.getLogger(__name__)
@@ -215,11 +216,11 @@ KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 
 def supports(*tensors: torch.Tensor) -> bool:
-    """Whether kernels can be had and take these tensors: bf16 or float32, on a CPU, and there in fact, not for a compiler alone."""
+    """Whether kernels may be used and take these tensors: bf16 or float32, on a CPU, real ones and not a compiler's."""
     for x in tensors:  # a loop, since this is asked for each piece of each layer
         if x.dtype not in KINDS or not x.is_cpu:
             return False
-    return not torch.compiler.is_compiling() and is_available()
+    return not torch.compiler.is_compiling() and kernels.allowed() and is_available()
 
 
 def contiguous_rows(x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from worker import kernels
 from worker.kernels.cpu import attention as amx_attention
 from worker.kernels.cpu.amx import SIDE, configure, dot, load, pair_rows, release, shapes, store, transpose, zero
 from worker.kernels.cpu.jit import F, addresses, inlined, kernel, row_of, to_bf16
@@ -203,6 +204,7 @@ def supports(*wide: torch.Tensor) -> bool:
         and all(x.dtype == torch.bfloat16 and x.shape[1] % SIDE == 0 and x.stride(1) == 1 and x.device.type == "cpu" for x in wide)
         and wide[0].shape[0] % SIDE == 0
         and torch.get_num_threads() == 1
+        and kernels.allowed()
         and is_available()
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from worker import kernels
 from worker.kernels.cpu import attention as amx_attention
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.jit import KINDS, addresses, kernel, row_of, to_bf16, to_f32
@@ -145,7 +146,8 @@ def _chosen(own: Rotate) -> Rotate:
     @functools.wraps(own)
     def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and not rest and not more.keys() - {"unsqueeze_dim"}
-        return (rotate if whole and q.device.type == "cpu" else own)(q, k, cos, sin, *rest, **more)
+        ours = whole and q.device.type == "cpu" and (torch.compiler.is_compiling() or kernels.allowed())
+        return (rotate if ours else own)(q, k, cos, sin, *rest, **more)
 
     turned.plain = own  # type: ignore[attr-defined]
     return turned

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from worker import kernels
 from worker.kernels.cpu.shared_projection import SharedProjection, siblings
 
 FEW = range(4, 49)
@@ -63,7 +64,7 @@ def patch_small_batch(model: torch.nn.Module, join: bool) -> int:
     """Have a model's plain linear layers in float32 on a CPU compute so, where it pays; with `join`, which moves weights, also together.
     Returns how many there are. Only without gradients."""
     found = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"]
-    if not found or not pays_here():
+    if not found or not kernels.allowed() or not pays_here():
         return 0
     for layer in found:
         layer.__class__ = FewRows

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 from app.machines.hardware import this_machine
 from app.settings import PROJECT
+from worker import kernels
 from worker.runtime import kernel_cache
 
 
@@ -22,7 +23,7 @@ def begin() -> subprocess.Popen | None:
     from worker.supervision import exit_codes
     from worker.supervision.train_attempt import die_with_parent
 
-    if this_machine().cuda or kernel_cache.folder().exists():
+    if this_machine().cuda or not kernels.allowed() or kernel_cache.folder().exists():
         return None
     return subprocess.Popen(
         [sys.executable, "-m", "worker.kernels.cpu.warmup"],

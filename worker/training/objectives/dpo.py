@@ -159,7 +159,7 @@ class DPO(CausalLM):
         spec = self.spec
         said = spec.model_dump_json(include={"model", "dataset", "validation", "split", "run", "preference", "strategy"})
         as_what = "texts" if spec.model.kind == "generic" else "conversations"
-        return hashlib.sha256(f"{said}\n{engine.precision}\n{engine.name}\n{as_what}".encode()).hexdigest()
+        return hashlib.sha256(f"{said}\n{engine.rounding}\n{engine.name}\n{as_what}".encode()).hexdigest()
 
     # Training -----------------------------------------------------------------------------------------------------------
 

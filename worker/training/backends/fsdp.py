@@ -30,7 +30,8 @@ from worker.runtime.device import Compute
 from worker.runtime.distributed import ProcessGroup
 from worker.runtime.failures import disk_is_full
 from worker.training import checkpoint, optim
-from worker.training.objectives._base import body_of, trained_parameters
+from worker.training.backends._base import PlainBackend
+from worker.training.objectives._base import Objective, body_of, trained_parameters
 
 
 class Shards:
@@ -112,44 +113,71 @@ class Shards:
         return copy.deepcopy(self.skeleton, memo).train(self.model.training)
 
 
-def spread(job: Any, saved: Path | None) -> Shards:
-    """Spread a job over its processes. Its optimizer goes on from the checkpoint `saved`."""
-    shards = Shards(job.model, job.engine, job.world)
-    job.trained = shards.rows
-    job.optimizer = optim.optimizer_of(shards.rows, job.spec)
-    if saved:
-        optim.load_state(job.optimizer, shards.rows, shards.read_states(saved))
-    return shards
+class FsdpBackend(PlainBackend):
+    """Full tuning spread over the processes of a job. The model is whole until `start`, and again in the first process while `gathered`
+    and after `close`; in between `trained` are this process's rows."""
 
+    name = "fsdp"
+    shards: Shards
+    saved: Path | None
+    pieces: list[Path] | None = None  # what each process wrote of the optimizer's state
 
-@contextlib.contextmanager
-def whole(job: Any) -> Iterator[None]:
-    """While inside, the first process holds the job's weights as if it trained alone, and the optimizer's state lies in files,
-    `job.pieces`. Every process enters. Raises OSError in all where one could not write its own."""
-    kept = job.model, job.trained
-    folder = job.attempt / ".optimizer.tmp"
-    pieces = [checkpoint.piece_of(folder, place, job.world.size) for place in range(job.world.size)]
-    failed = None
-    try:
-        job.shards.write_states(job.optimizer, pieces[job.world.rank])
-    except Exception as error:
-        failed = error
-    code = job.world.most(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
-    if failed:
-        raise failed
-    if code:
-        raise OSError(code, os.strerror(code), str(folder))
-    job.pieces = pieces
-    join(job)
-    try:
-        yield
-    finally:
-        job.model, job.trained = kept
-        job.pieces = None
+    def prepare(
+        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+    ) -> dict[str, Any]:
+        self.saved = saved  # its optimizer's state is read when the rows are known
+        return super().prepare(lesson, model, optimizer, parts)
 
+    def start(self, world: ProcessGroup) -> None:
+        super().start(world)
+        self.shards = Shards(self.model, self.engine, world)
+        self.trained = self.shards.rows
+        self.optimizer = optim.optimizer_of(self.trained, self.lesson.spec)
+        if self.saved:
+            optim.load_state(self.optimizer, self.trained, self.shards.read_states(self.saved))
 
-def join(job: Any) -> None:
-    """Put the model together again in the first process. Every process calls it."""
-    model = job.shards.whole_model()
-    if model is not None:
-        job.model, job.trained = model, trained_parameters(model)
+    def sum_gradients(self) -> None:
+        self.shards.collect()
+
+    def grad_norm(self) -> torch.Tensor:
+        self.norm = self.shards.length()
+        return self.norm
+
+    @contextlib.contextmanager
+    def gathered(self, folder: Path) -> Iterator[None]:
+        """The weights are put together in the first process, and the optimizer's state is written to files, `pieces`. Raises OSError in
+        all processes where one could not write its own."""
+        spread = self.model, self.trained
+        aside, world = folder / ".optimizer.tmp", self.world
+        pieces = [checkpoint.piece_of(aside, place, world.size) for place in range(world.size)]
+        failed = None
+        try:
+            self.shards.write_states(self.optimizer, pieces[world.rank])
+        except Exception as error:
+            failed = error
+        code = world.most(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
+        if failed:
+            raise failed
+        if code:
+            raise OSError(code, os.strerror(code), str(aside))
+        self.pieces = pieces
+        self._join()
+        try:
+            yield
+        finally:
+            self.model, self.trained = spread
+            self.pieces = None
+
+    def optimizer_state(self) -> dict[str, torch.Tensor] | list[Path]:
+        return self.pieces or super().optimizer_state()
+
+    def close(self) -> None:
+        self._join()
+        del self.shards
+        super().close()
+
+    def _join(self) -> None:
+        """Put the model together again in the first process. Every process calls it."""
+        model = self.shards.whole_model()
+        if model is not None:
+            self.model, self.trained = model, trained_parameters(model)
