@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app import objectives
 from app.datasets import inspections
 from app.datasets import service as datasets
 from app.errors import Conflict
@@ -142,9 +143,9 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: 
     metric, zero, few = prompted(result or {})
     stats, here = datasets.stats(dataset), heartbeats.training_machine().on(device)
     report = dataset.report or {}
-    counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
+    counts = list(report.get("labels", {}).values()) if objectives.get(dataset.task).classifies else []
     return Facts(
-        task=dataset.task or "generation",
+        task=dataset.task or objectives.DEFAULT,
         rows=dataset.good_rows or 0,
         tokens=stats.tokens,
         classes=(report.get("label_count") or len(counts)) if counts else None,

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_number, human_percent, human_seconds
+from app.objectives import OBJECTIVES
 from app.planning import advisor
 from app.planning.advisor import Advice, Cost, Facts
 from app.run_settings import RunSettings
@@ -130,7 +131,8 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
 def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> Step | None:
     """An encoder for labels, where the model is a larger one that writes; one that writes, where an encoder was chosen for text."""
     ready = [m for m in others if m.status == "ready" and m.engine is None and m.shape]
-    if facts.task == "classification" and model.kind in ("generic", "instruction", "dialogue"):
+    classifies = OBJECTIVES[facts.task].classifies
+    if classifies and model.kind in ("generic", "instruction", "dialogue"):
         encoder = next((m for m in ready if m.kind == "encoder"), None)
         if encoder is None:
             text = f"Use an encoder for labels: {ENCODER[1]} is small, and its vectors are made to be compared."
@@ -139,7 +141,7 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
         if small < large:
             text = f"Use the encoder {encoder.title} for labels: {human_number(small / 1e6, 0)} M parameters instead of {human_number(large / 1e6, 0)} M."
             return _take(encoder, dataset, text)
-    if facts.task != "classification" and model.kind in ("encoder", "classifier"):
+    if not classifies and model.kind in ("encoder", "classifier"):
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)
         text = f"Use a model that generates text: {model.title} is {'an encoder' if model.kind == 'encoder' else 'a classifier'}."
         return _take(writer, dataset, text) if writer else Step(about="model", text=text, label="Add a model", url="/models#add")

@@ -1,20 +1,27 @@
-"""The metrics: what each is called, what it means, and which way is better. One table for pages, verdicts and charts."""
+"""The metrics: what each is called, what it means, and which way is better. One table for pages, verdicts, comparisons and charts: a
+line here is a metric."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from app.kit.humanize import NARROW
+
+Unit = Literal["", "share"]
 
 
 class Metric(NamedTuple):
     title: str
     meaning: str
     lower_is_better: bool
+    unit: Unit = ""  # a share is written in percent
+    column: str = ""  # its title in tables of jobs, where that says more
+    tile: int = 0  # place among the scores of which a job's page shows the first that was measured; 0: none of them
+    chart: bool = False  # drawn as a curve of its own while a job trains
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("Loss", "mean cross-entropy (nats)", True),
+    "loss": Metric("Loss", "mean cross-entropy (nats)", True, column="Validation loss"),
     "perplexity": Metric("Perplexity", "exponential of the loss", True),
     "bits_per_byte": Metric("Bits per byte", "comparable across tokenizers", True),
     "token_accuracy": Metric("Token accuracy", "next-token accuracy", False),

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from app.kit.json_safe import DEEPEST, finite, too_deep
+from app.objectives import DEFAULT
+from app.objectives._base import Kinds
 
 Severity = Literal["error", "warning", "note"]
 Row = dict[str, Any]
@@ -62,12 +64,14 @@ class Format(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    task: ClassVar[Literal["generation", "classification", "preference"]] = "generation"
+    task: ClassVar[str] = DEFAULT  # the objective that its rows are for
     shape: ClassVar[str]  # which normalised shape its rows have; one of those in app/formats/__init__.py
     summary: ClassVar[str]  # one sentence in plain words
     example: ClassVar[Row]  # one good raw row, shown in the help and checked by the tests
     fields: ClassVar[tuple[Field, ...]]
     place: ClassVar[int] = 100  # order in lists, and which format wins a tie
+    trained: ClassVar[bool] = True  # the objective of its task trains on it; False: only objectives whose `formats` name it do
+    model_kinds: ClassVar[Kinds | None] = None  # kinds of models that suit it, where not those of its objective
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
         """The best column for each field by its synonyms; each column is taken once."""

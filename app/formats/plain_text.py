@@ -15,6 +15,7 @@ class PlainText(Format):
     example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
     fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story"), holds="text"),)
     place: ClassVar = 60
+    model_kinds: ClassVar = ("generic", "instruction", "dialogue")
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         return check_text(row, mapping.get("text"), "text")

@@ -18,6 +18,7 @@ class Rated(Format):
     name: ClassVar = "rated"
     title: ClassVar = "Rated answers"
     task: ClassVar = "preference"
+    trained: ClassVar = False
     shape: ClassVar = "rated"
     summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}

@@ -6,10 +6,11 @@ of the points named with each reason, so a reader can follow how the order came 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field, PrivateAttr
 
+from app.objectives import OBJECTIVES, Task
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 
@@ -39,7 +40,7 @@ class Facts(BaseModel):
     labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
     Memory in bytes."""
 
-    task: Literal["generation", "classification", "preference"]
+    task: Task
     rows: int
     tokens: int | None = None
     classes: int | None = None
@@ -159,7 +160,7 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost],
 
 
 def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
-    if facts.task == "classification":
+    if OBJECTIVES[facts.task].classifies:
         return _by_labels(strategy, facts)
     rows = f"{facts.rows:,} rows"
     if facts.rows < FEW_ROWS:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import schemas
+from app import objectives, schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -107,7 +107,7 @@ def _list_page(
         moving=any(e.status in evaluations.OPEN for e in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
-        datasets=[d for d in datasets.with_rows(session, user) if d.task != "preference"],
+        datasets=[d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored],
         typed={"rows": "500", "part": ""} | typed | {"model": chosen},
         fault=fault,
         ids=ids,

@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import objectives, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
@@ -179,7 +179,7 @@ def new(
     """A preset. Of a dataset of labels the answer is the label that is named first."""
     start = prompts.STARTS.get(builder, prompts.STARTS["zero_shot"])
     chosen = _chosen(session, user, {"dataset": dataset})
-    if chosen is not None and chosen.task == "classification":
+    if chosen is not None and objectives.get(chosen.task).classifies:
         start = start | {"score": "label", "max_tokens": 16}
     return web_templates.render(request, "prompt.html", **_form(session, user, PromptBody(**start), {"dataset": dataset}, [model]))
 

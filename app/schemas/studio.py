@@ -8,6 +8,7 @@ from pydantic import Field
 
 from app.evaluation.advice import Tune
 from app.evaluation.advice_cards import Card, Step
+from app.objectives import Task
 from app.planning.advisor import Advice, Cost, Facts, Rule
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
@@ -39,7 +40,7 @@ class Strategy(Schema):
     name: str
     title: str
     family: Family
-    tasks: list[Literal["generation", "classification", "preference"]]
+    tasks: list[Task]
     summary: str
     when_to_use: str
     forgets: Literal["little", "some", "much"]

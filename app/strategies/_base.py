@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._model import transformer
 
@@ -99,7 +100,7 @@ class Strategy(BaseModel, ABC):
     def learning_rate_for(cls, task: str) -> float:
         """Size of a step that suits the task. For pairs it is a tenth of the strategy's own, and a thirtieth where whole weights move,
         which for all weights is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
-        return cls.default_learning_rate * (cls.preference_share if task == "preference" else 1.0)
+        return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares else 1.0)
 
     # What it costs ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class Strategy(BaseModel, ABC):
 
     def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         """All parameters that learn."""
-        return self.trainable(shape) + (self.head_parameters(shape, labels) if task == "classification" else 0)
+        return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
 
     def virtual_tokens(self) -> int:
         """Placeholder ids that whoever builds a sequence puts before it; the strategy replaces what stands there."""
@@ -150,11 +151,16 @@ class Strategy(BaseModel, ABC):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         """Why this model or machine cannot run it, in a sentence that ends with what to do; None when it can."""
-        if task != "classification" and shape.architecture == "encoder":
+        if not OBJECTIVES[task].classifies and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
-        if task not in self.tasks:
-            return f"{self.title} does not support the task {task}; it supports {' and '.join(self.tasks)}."
-        return None
+        return self.unsupported(task)
+
+    @classmethod
+    def unsupported(cls, task: str) -> str | None:
+        """Why it has no such task; None where `tasks` names it, or the objective that it is trained like."""
+        if task in cls.tasks or OBJECTIVES[task].trains_as in cls.tasks:
+            return None
+        return f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Loading
 from app.strategies._files import read_weights
@@ -46,7 +47,7 @@ class DenseHead(Added):
         return 2 * shape.hidden * self.width + self.width + shape.hidden
 
     def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        return self.head_parameters(shape, labels) if task == "classification" else self.trainable(shape)
+        return self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else self.trainable(shape)
 
     def head_parameters(self, shape: Shape, labels: int) -> int:
         first = shape.hidden * self.width + self.width
@@ -61,7 +62,7 @@ class DenseHead(Added):
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         model.requires_grad_(False)
-        if task != "classification":
+        if not OBJECTIVES[task].classifies:
             self.install(model)
         return model
 
@@ -77,7 +78,7 @@ class DenseHead(Added):
         return super().load(model, folder) if read_weights(folder) else model
 
     def loading(self, *, task: str = "generation") -> Loading:
-        return Loading() if task == "classification" else loading(self.activation)
+        return Loading() if OBJECTIVES[task].classifies else loading(self.activation)
 
     def head_code(self, hidden: int, labels: int) -> str:
         bend = {"gelu": "torch.nn.GELU()", "relu": "torch.nn.ReLU()", "silu": "torch.nn.SiLU()"}[self.activation]

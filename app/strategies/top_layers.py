@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept
 from app.strategies._model import blocks, final_norm, transformer
@@ -59,7 +60,7 @@ class TopLayers(Selected):
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.layers > shape.layers:
             return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
-        if self.output_layer and task == "classification":
+        if self.output_layer and OBJECTIVES[task].classifies:
             return "A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off."
         return super().unavailable(shape, task=task, cuda=cuda)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from app import objectives
 from app.evaluation.metrics import METRICS
 from app.kit import ids
 from app.tables import Evaluation
@@ -46,7 +47,7 @@ def _figure(kind: str, result: Mapping[str, Any]) -> str:
     scores = result.get("scores") or {}
     for name in ("accuracy", "loss"):
         if isinstance(scores.get(name), int | float):
-            return f"{METRICS[name][0].lower()} {scores[name]:.3f}"
+            return f"{METRICS[name].title.lower()} {scores[name]:.3f}"
     return ""
 
 
@@ -57,7 +58,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "lines": [_line(name, base.get(name), scores, result) for name in METRICS if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
-        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Majority baseline",
+        "base_title": objectives.get(evaluation.spec.get("task")).evaluation_base_title,
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,
@@ -69,7 +70,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
-    (title, meaning, less), value = METRICS[name], scores[name]
+    (title, meaning, less), value = METRICS[name][:3], scores[name]
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
     return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))

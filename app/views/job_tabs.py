@@ -22,6 +22,7 @@ from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
 from app.models import service as models
+from app.objectives import OBJECTIVES
 from app.run_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
@@ -143,12 +144,12 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     for name in TASK_SCORES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
-            title = metrics.METRICS[name][0]
+            title = metrics.METRICS[name].title
             told = before is not None and found != before and not by_chance(evaluation, name)
             note = f"from {human_number(before, 3)}" if before is not None else between(tuned, name)
             return Tile(title, human_number(found, 3), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(metrics.METRICS[name][0], human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
+            return Tile(metrics.METRICS[name].title, human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
 
 
@@ -193,7 +194,7 @@ def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
     for row in jobs.checkpoints(session, job):
         loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
         name = models.checkpoint_name(session, job, row.step)
-        where = tryout.address(job.spec["model"]["name"], name, "classifier" if job.spec["task"] == "classification" else "")
+        where = tryout.address(job.spec["model"]["name"], name, "classifier" if OBJECTIVES[job.spec["task"]].classifies else "")
         found.append(
             {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
         )

@@ -27,6 +27,7 @@ import yaml
 
 from app.evaluation.service import EvaluationSpec
 from app.jobs.solved_examples import Asked, with_examples
+from app.objectives import OBJECTIVES
 from app.planning.duration import EXAMPLES_A_CLASS
 from worker.data import batching
 from worker.data.batching import Row, Tokenised
@@ -64,10 +65,11 @@ def advise(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     with reader.loaded():
         say(0.1, f"Reading {min(len(rows), spec.rows)} rows")
         found = distance(reader, drawn(rows, spec.rows, spec.seed), spec.max_length)
-        if spec.task == "classification":
+        entry = OBJECTIVES[spec.task]
+        if entry.classifies:
             prompted = _by_labels(spec, reader, say, training, held)
-        elif spec.task == "preference":
-            prompted = _none("Preference pairs cannot score a prompt.")
+        elif not entry.scored:
+            prompted = _none(f"{entry.title} rows have no one answer to score a prompt by.")
         else:
             prompted = _by_answers(spec, reader, say, training, held)
     return {**found, **prompted}
@@ -322,7 +324,7 @@ class LabelScorer:
 def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
     """An encoder: no distance, since it predicts no next token; labels by the nearest vector."""
     nothing = {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
-    if spec.task != "classification":
+    if not OBJECTIVES[spec.task].classifies:
         return nothing | _none(f"{spec.model.name} is an encoder: it writes no text, so there is no prompt to try.")
     from worker.modeling.classifier import Classifier, load_backbone
     from worker.modeling.loading import load_tokenizer

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
+from app.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ class LabelNoise(Rule):
         self._names: dict[str, int] = {}
 
     def see(self, seen: Seen) -> None:
-        if self.task != "classification" or len(self._lines) >= MAX_ROWS:
+        if not OBJECTIVES[self.task].classifies or len(self._lines) >= MAX_ROWS:
             return
         words = {zlib.crc32(word.encode()) % WIDTH for word in seen.asked}
         self._features.extend(words)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from app.datasets.rules._base import Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
+from app.objectives import OBJECTIVES
 
 MAX_COUNTED = 20_000
 MAX_COMPARED = 500
@@ -23,7 +24,7 @@ class Labels(Rule):
         self._first: dict[str, int] = {}
 
     def see(self, seen: Seen) -> None:
-        if self.task != "classification":
+        if not OBJECTIVES[self.task].classifies:
             return
         label = seen.row["label"]
         if label in self._counts or len(self._counts) < MAX_COUNTED:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Say, Seen
 from app.formats import Finding
 from app.formats._base import fix, shown
+from app.objectives import OBJECTIVES
 
 MIN_LETTERS, MIN_COMMON = 20, 4
 MAX_LOOKED_AT, MAX_WORDS = 1500, 250
@@ -82,7 +83,7 @@ class Languages(Rule):
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MAX_ROWS:
             return
-        learnt = seen.learnt if self.task != "classification" and seen.learnt else seen.asked  # a prompt may speak another language
+        learnt = seen.learnt if not OBJECTIVES[self.task].classifies and seen.learnt else seen.asked  # a prompt may speak another language
         found = language(" ".join(learnt[:MAX_WORDS]), learnt)
         if found is not None:
             self._lines.append(seen.line)
