@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from app.evaluation.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
 
@@ -35,13 +36,6 @@ STILL_FALLING = 0.15
 """Share of the whole gain that the last third of a run brings when it was stopped too early."""
 LOST_AGAIN = 0.5
 """Share of the gain that is lost again when a run overfits."""
-
-METRICS: dict[str, tuple[str, str, bool]] = {
-    "loss": ("validation loss", "nats per token", True),
-    "accuracy": ("accuracy", "", False),
-    "reward_accuracy": ("preference accuracy", "", False),
-}
-"""Name in a sentence, unit, and whether less is better."""
 
 
 class Suggestion(BaseModel):
@@ -195,8 +189,7 @@ def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
 
 def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
     """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95 % confidence, 40 held-out rows).`"""
-    name = METRICS[metric].title.capitalize()
-    other = {"accuracy": "of always answering the commonest label", "reward_accuracy": "of a coin"}.get(metric, "of the base")
+    name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
     between = (
         f"difference {_signed(base.interval[0], metric)} to {_signed(base.interval[1], metric)} with 95 % confidence, "
         if base.interval
@@ -222,11 +215,11 @@ def _prompt(contest: Mapping[str, Any]) -> str:
 
 
 def _told(value: float, metric: str) -> str:
-    return f"{value:.3g}" if METRICS[metric].lower_is_better else f"{value:.0%}".replace("%", " %")
+    return f"{value:.3g}" if METRICS[metric].unit != "share" else f"{value:.0%}".replace("%", " %")
 
 
 def _signed(value: float, metric: str) -> str:
-    return (f"{value:+.2g}" if METRICS[metric].lower_is_better else f"{value * 100:+.0f} points").replace("-", "−")
+    return (f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f} points").replace("-", "−")
 
 
 # Curves -----------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ reads, so nothing after this folder knows which keys a person's file used:
     rated           {"messages": […], "answer": [message, …], "good": bool}
     classification  {"text": str, "label": str}
 
-Any of them may carry "metadata": {column: value} with the columns that no field of the format claimed.
+A shape belongs to the format of its name, which says what is asked of its rows (`app/formats/_rows.py`): their texts, their question,
+how a text model reads them. A format with a new shape needs no edit elsewhere. Any row may carry "metadata": {column: value} with the columns that no field of the format claimed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,21 @@ from app.formats.rated import verdict
 from app.kit.registry import classes_in
 from app.objectives import OBJECTIVES, Objective
 
-__all__ = ["FORMATS", "Field", "Finding", "Format", "Guess", "Row", "get", "objectives_of", "rank", "suggest"]
+__all__ = [
+    "FORMATS",
+    "Field",
+    "Finding",
+    "Format",
+    "Guess",
+    "Row",
+    "asks",
+    "conversations",
+    "get",
+    "objectives_of",
+    "of",
+    "rank",
+    "suggest",
+]
 
 
 FORMATS: dict[str, Format] = {cls.name: cls() for cls in sorted(classes_in(__name__, Format), key=lambda cls: (cls.place, cls.name))}
@@ -38,6 +53,25 @@ def get(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise BadField(f"There is no format “{name[:80]}”.", hint=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
+
+
+_OWNERS = sorted((entry for entry in FORMATS.values() if entry.name == entry.shape), key=lambda entry: -len(entry.keys))
+_KEYS = [(frozenset(entry.keys), entry) for entry in _OWNERS]
+
+
+def of(row: Row) -> Format:
+    """The format that owns a normalised row's shape: the one of whose keys the row has the most. Text where none fits."""
+    return next((entry for keys, entry in _KEYS if keys <= row.keys()), FORMATS["plain_text"])
+
+
+def asks(name: str | None) -> bool:
+    """Whether rows of a format ask something; True while the format is not known."""
+    return name is None or get(name).asks
+
+
+def conversations(name: str | None) -> bool:
+    """Whether rows of a format are written with a chat template whatever the model; True while the format is not known."""
+    return name is None or get(name).conversations
 
 
 def objectives_of(name: str) -> list[Objective]:

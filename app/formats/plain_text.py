@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+from app.formats._rows import Text
 
 
-class PlainText(Format):
+class PlainText(Text, Format):
     name: ClassVar = "plain_text"
     title: ClassVar = "Plain text"
     shape: ClassVar = "plain_text"

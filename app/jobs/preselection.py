@@ -45,7 +45,7 @@ def _recent(session: Session, user: User) -> Sequence[Row[uuid.UUID, uuid.UUID]]
 def _alike(session: Session, data: Dataset, dataset_id: object) -> bool:
     """Whether a model that was taken for one dataset suits another."""
     other = session.get(Dataset, dataset_id)
-    return other is not None and (other.task, other.format == "plain_text") == (data.task, data.format == "plain_text")
+    return other is not None and (other.task, formats.asks(other.format)) == (data.task, formats.asks(data.format))
 
 
 def _rank(model: Model, data: Dataset | None) -> int:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES
 from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
@@ -274,7 +275,7 @@ def _contest_tokens(spec: JobSpec, course: Workload) -> float:
     entry = OBJECTIVES[spec.task]
     if entry.classifies:
         return mean * (min(EXAMPLES_A_CLASS * max(course.labels, 1), course.rows, 800) + min(held, 400))
-    if not entry.few_shot or spec.dataset.format == "plain_text":
+    if not entry.few_shot or not formats.get(spec.dataset.format).asks:
         return 0.0
     bare = min(held, CONTEST_ROWS) * mean
     return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)

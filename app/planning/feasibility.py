@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from app import formats
 from app.errors import BadField
 from app.formats._base import shown
 from app.machines.hardware import Machine
@@ -113,7 +114,7 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
             param="run.packing",
             code="setting_without_use",
         )
-    if run.train_on == "assistant" or (entry.turns and format_ != "plain_text"):
+    if run.train_on == "assistant" or (entry.turns and formats.asks(format_)):
         return
     rows = "plain text, all of which is learned" if entry.turns else f"for {task}, which trains on them as they are"
     raise BadField(
@@ -129,8 +130,8 @@ def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None)
     if run.chat_template == "model":
         return
     entry = OBJECTIVES[task]
-    as_they_stand = kind == "generic" and (entry.compares or format_ == "completion")
-    if entry.classifies or format_ == "plain_text" or as_they_stand:
+    as_they_stand = kind == "generic" and (entry.compares or (formats.asks(format_) and not formats.conversations(format_)))
+    if entry.classifies or not formats.asks(format_) or as_they_stand:
         rows = "texts to be sorted" if entry.classifies else "trained on as they stand by this model"
         raise BadField(
             f"A chat template writes conversations, and these rows are {rows}.",

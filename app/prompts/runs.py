@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import leases, objectives, queue
+from app import formats, leases, objectives, queue
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
@@ -91,7 +91,7 @@ def create(
     """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
     who = playground.speaker(session, user, model)
     ref, entry = datasets.reference(dataset), objectives.get(dataset.task)
-    if ref.format == "plain_text" or not entry.scored:
+    if not formats.asks(ref.format) or not entry.scored:
         raise BadField(
             f"The rows of {dataset.name} have no reference answers.",
             hint="Take a dataset of instructions, conversations, completions or labels.",

@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import formats, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
@@ -90,7 +90,7 @@ def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
-    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and d.format != "plain_text"]
+    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and formats.asks(d.format)]
     context = {
         "choices": playground.choices(session, user), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
         "datasets": asking, "dataset": "", "public": ids.public, "vote": None, "prompt": "", "error": None,

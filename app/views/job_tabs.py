@@ -128,10 +128,6 @@ def _loss_tile(progress: Progress) -> Tile:
     return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
 
 
-TASK_SCORES = ("accuracy", "reward_accuracy", "rouge_l", "chrf", "token_accuracy")
-"""The score that says most about a task, the first that was measured."""
-
-
 def _score_tile(job: Job, progress: Progress) -> Tile:
     """The task's score at the end against the base's; while it trains the newest one an evaluation measured."""
     evaluation = _told(job, progress, "evaluation") or {}
@@ -141,7 +137,7 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     if contest.get("cross_validated"):  # of all rows, where the few held-out ones say little
         score, before = contest["base"]["tuned"], contest["base"]["score"]
         return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
-    for name in TASK_SCORES:
+    for name in metrics.TILES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
             title = metrics.METRICS[name].title

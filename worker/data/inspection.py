@@ -18,12 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app import objectives
+from app import formats, objectives
 from app.datasets.row_store import read_rows
 from app.errors import BadData
 from app.formats import Finding
 from app.formats._base import Severity, fix
-from app.formats.preference import conversation_with
 from app.kit.json_safe import shortened
 from app.objectives import OBJECTIVES
 from worker.data.batch_rendering import BATCH_ROWS, Length, Renderer, counts_of, length_of
@@ -54,15 +53,6 @@ def open_tokenizer(folder: Path, task: str | None = None) -> Any:
     if not objectives.get(task).classifies:
         prepare_tokenizer(tokenizer)
     return tokenizer
-
-
-def learnable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row a text model would learn: of two answers the better one; of a labelled text the text."""
-    if "chosen" in row:
-        return {**row, "messages": [*row["messages"], *row["chosen"]]}
-    if "answer" in row and "messages" in row:
-        return {**row, "messages": [*row["messages"], *row["answer"]]}
-    return row
 
 
 # Every row ------------------------------------------------------------------------------------------------------------
@@ -135,8 +125,7 @@ class TokenCounter:
             if len(self._texts) >= BATCH_ROWS:
                 self._count_texts()
             return
-        answers = [name for name in ("chosen", "rejected") if name in row]
-        for one in [conversation_with(row, name, self._kind) for name in answers] or [learnable(row)]:
+        for one in formats.of(row).sequences(row, self._kind):
             self._renderer.add(line, one)
 
     def _count_texts(self) -> None:
@@ -292,12 +281,11 @@ def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[
     try:
         if objectives.get(payload.get("task")).classifies and "label" in row:
             return _framed(tokenizer, row["text"], payload["cutoff"])
-        if "chosen" in row:
-            better, worse = (
-                _sequence(tokenizer, conversation_with(row, name, payload["kind"]), payload) for name in ("chosen", "rejected")
-            )
-            return {**better, "worse": {**worse, "tokens": [[text, 3 if state == 1 else state] for text, state in worse["tokens"]]}}
-        return _sequence(tokenizer, learnable(row), payload)
+        first, *others = (_sequence(tokenizer, one, payload) for one in formats.of(row).sequences(row, payload["kind"]))
+        if not others:
+            return first
+        (worse,) = others
+        return {**first, "worse": {**worse, "tokens": [[text, 3 if state == 1 else state] for text, state in worse["tokens"]]}}
     except BadData as error:
         return {"refused": error.message}
 

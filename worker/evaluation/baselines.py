@@ -31,7 +31,7 @@ from app.objectives import OBJECTIVES
 from app.planning.duration import EXAMPLES_A_CLASS
 from worker.data import batching
 from worker.data.batching import Row, Tokenised
-from worker.data.chat_template import render_prompt
+from worker.data.chat_template import as_trained, render_prompt
 from worker.evaluation.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
 from worker.runtime.device import Compute
 from worker.scoring import held_out
@@ -84,8 +84,9 @@ def _none(reason: str) -> dict[str, Any]:
 
 def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any]:
     """Bits per byte of the rows' first bytes, of the probe's, and the one over the other."""
-    texts = all("text" in row.row for row in rows)
-    data = reader.tokenise([_as_read(row) for row in rows], longest)
+    read = [Row(row.line, as_trained(row.row)) for row in rows]
+    texts = all("text" in row.row for row in read)
+    data = reader.tokenise(read, longest)
     general = reader.tokenise(list(probe_rows(texts)), longest)
     if not len(data) or not len(general):
         return {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
@@ -99,16 +100,6 @@ def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any
         "compared": "texts" if texts else "answers",
         "first_bytes": most,
     }
-
-
-def _as_read(row: Row) -> Row:
-    """A row as a text to foresee: labels and rejected answers are left away."""
-    said = row.row
-    if "text" in said:
-        return Row(row.line, {"text": said["text"]})
-    if "chosen" in said:
-        return Row(row.line, {"messages": [*said["messages"], *said["chosen"]]})
-    return row
 
 
 def probe_rows(texts: bool) -> Iterator[Row]:
