@@ -15,9 +15,9 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from app.evaluation import comparisons
-from app.evaluation.metrics import METRICS
 from app.jobs import row_losses
 from app.kit import ids, stats
+from app.metrics import METRICS
 from app.objectives import DEFAULT, OBJECTIVES
 from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from app.evaluation.metrics import METRICS
+from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
 

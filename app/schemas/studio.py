@@ -9,9 +9,10 @@ from pydantic import Field
 from app.evaluation.advice import Tune
 from app.evaluation.advice_cards import Card, Step
 from app.objectives import Task
-from app.planning.advisor import Advice, Cost, Facts, Rule
+from app.planning.advisor import Advice, Cost, Rule
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
+from app.strategies._advice import Facts
 from app.strategies._base import Family
 from app.views.overview import Check, WorkerRole
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
+from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts
 from app.strategies._model import transformer
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Strategy(BaseModel, ABC):
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
+    suits: ClassVar[tuple[Situation, ...]] = ()  # when the advisor speaks for it
+    unsuited: ClassVar[tuple[Situation, ...]] = ()  # and against it
+    standing: ClassVar[Reason | None] = None  # what holds on any data; None: as for all of its family
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/training/train_on_features.py
 
     @classmethod
@@ -101,6 +105,16 @@ class Strategy(BaseModel, ABC):
         """Size of a step that suits the task. For pairs it is a tenth of the strategy's own, and a thirtieth where whole weights move,
         which for all weights is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
         return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares else 1.0)
+
+    # When to take it -------------------------------------------------------------------------------------------------
+
+    def advice_reasons(self, facts: Facts) -> list[Reason]:
+        """What the data say for it and against it; its cost and `standing` are weighed besides (`app/planning/advisor.py`)."""
+        return [*by_data(self, facts), *by_distance(self, facts), *by_prompts(self, facts)]
+
+    def label_reasons(self, facts: Facts) -> list[Reason]:
+        """The same of the number and balance of labels."""
+        return by_labels(self, facts)
 
     # What it costs ---------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
+from app.strategies._advice import MANY_PER_CLASS, Facts, Reason, by_balance, labeled, rows_a_class, told_apart
 from app.strategies._base import Loading
 from app.strategies._files import read_weights
 from app.strategies._model import final_norm, transformer
@@ -42,6 +43,19 @@ class DenseHead(Added):
     depth: int = Field(1, ge=1, le=8, description="Number of hidden layers.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of the new layers' inputs dropped at random during training.")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the layers.")
+
+    def label_reasons(self, facts: Facts) -> list[Reason]:
+        """Many labels pay for layers of its own on the frozen model, unless that model's states do not tell the classes apart."""
+        words, least, large = labeled(facts)
+        if told_apart(facts) is False:
+            own = Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else.")
+        elif large:
+            own = Reason(55, f"{words}: enough to train new layers on top, while the model itself stays unchanged.")
+        elif least >= MANY_PER_CLASS:
+            own = Reason(28, f"{words}: enough to train new layers on the frozen model.")
+        else:
+            own = Reason(-5, f"{rows_a_class(facts)} are few for new layers; feature extraction overfits less.")
+        return [own, *by_balance(self, facts)]
 
     def trainable(self, shape: Shape) -> int:
         return 2 * shape.hidden * self.width + self.width + shape.hidden

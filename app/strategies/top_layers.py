@@ -31,6 +31,7 @@ class TopLayers(Selected):
         "https://arxiv.org/abs/1801.06146",
     )
     place: ClassVar = 30
+    suits: ClassVar = ("far data",)
     default_learning_rate: ClassVar = 1e-4
     preference_share: ClassVar = 1 / 30
 

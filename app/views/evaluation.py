@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from app import objectives
-from app.evaluation.metrics import METRICS
 from app.kit import ids
+from app.metrics import METRICS
 from app.tables import Evaluation
 
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
@@ -34,18 +34,18 @@ def row(evaluation: Evaluation) -> dict[str, Any]:
         "status": evaluation.status,
         "progress": evaluation.progress,
         "at": evaluation.created_at,
-        "figure": _figure(evaluation.kind, result),
+        "figure": _figure(evaluation.kind, spec.get("task"), result),
         "error": (evaluation.error or {}).get("message", ""),
     }
 
 
-def _figure(kind: str, result: Mapping[str, Any]) -> str:
+def _figure(kind: str, task: str | None, result: Mapping[str, Any]) -> str:
     if kind == "blend" and result.get("points"):
         return f"best at {result['best']:g}"
     if kind == "advice":
         return f"{result['distance']:.2f} × general text" if result.get("distance") else ""
     scores = result.get("scores") or {}
-    for name in ("accuracy", "loss"):
+    for name in (*objectives.get(task).metrics, "loss"):
         if isinstance(scores.get(name), int | float):
             return f"{METRICS[name].title.lower()} {scores[name]:.3f}"
     return ""

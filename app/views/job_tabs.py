@@ -11,8 +11,9 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app.evaluation import metrics, verdict
+from app import metrics
 from app.evaluation import service as evaluations
+from app.evaluation import verdict
 from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, progress_cache, row_losses

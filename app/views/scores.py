@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from app.evaluation.metrics import ABILITY, METRICS, ability
 from app.kit.humanize import NARROW
+from app.metrics import ABILITY, METRICS, ability
 from app.objectives import OBJECTIVES
 from app.views.evaluation import between, by_chance, mistakes
 

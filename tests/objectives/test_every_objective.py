@@ -8,8 +8,8 @@ import pytest
 
 from app import formats, objectives
 from app.evaluation.comparison_table import score_columns
-from app.evaluation.metrics import METRICS
 from app.formats import FORMATS
+from app.metrics import METRICS
 from app.objectives import METHODS, OBJECTIVES
 from app.settings import PROJECT
 from app.strategies import STRATEGIES

@@ -66,7 +66,7 @@ TILES = sorted((name for name, metric in METRICS.items() if metric.tile), key=la
 def in_text(name: str) -> str:
     """A metric inside a sentence: `accuracy`, `ROUGE-L`."""
     title = METRICS[name].title
-    return title.lower() if title.istitle() or title.capitalize() == title else title
+    return title.lower() if title.capitalize() == title else title
 
 
 ABILITY = {
