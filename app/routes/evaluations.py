@@ -22,10 +22,12 @@ from app.tables import Evaluation
 from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 pages = APIRouter()
+MENU = (MenuPage("Scores", "/evaluations", "evaluation", 10),)
 api = APIRouter(prefix="/v1/evaluations")
 Json = dict[str, Any]
 SHOWN = 50

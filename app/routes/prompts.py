@@ -27,9 +27,11 @@ from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 from app.views import prompt_lab
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, Offset, PageNumber, page
 
 pages = APIRouter()
+MENU = (MenuPage("Prompt lab", "/playground/lab", "evaluation", 20),)
 api = APIRouter(prefix="/v1/prompts")
 Json = dict[str, Any]
 PREFIX = "prompt"

@@ -23,10 +23,12 @@ from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
 from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
+MENU = (MenuPage("Blind A/B", "/playground/ab", "evaluation", 30),)
 api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from app.metrics import METRICS, in_text
 from app.objectives import OBJECTIVES, Task
 
+Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
 Situation = Literal["few rows", "many rows", "far data", "close data", "solved"]
 """Few or many rows; data foreign to the model, or hardly so; a prompt alone does the task almost."""
 FEW_ROWS, MANY_ROWS = 100, 5_000
@@ -38,8 +39,8 @@ class Reason(NamedTuple):
 class Weighed(Protocol):
     """What is asked of a strategy."""
 
-    family: ClassVar[str]
-    forgets: ClassVar[str]
+    family: ClassVar[Family]
+    forgets: ClassVar[Literal["little", "some", "much"]]
     suits: ClassVar[tuple[Situation, ...]]
     unsuited: ClassVar[tuple[Situation, ...]]
     standing: ClassVar[Reason | None]
@@ -119,12 +120,12 @@ def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
         found.append(Reason(-15, f"{rows_a_class(facts)} are few to train the model itself."))
     elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
         found.append(Reason(10, f"{words}: enough to adapt the model itself."))
-    return found + by_balance(strategy, facts)
+    return found + by_balance(strategy.family, facts)
 
 
-def by_balance(strategy: Weighed, facts: Facts) -> list[Reason]:
+def by_balance(family: str, facts: Facts) -> list[Reason]:
     """What uneven classes do to a model that can learn much."""
-    if balance(facts) >= UNEVEN and strategy.family in ("full", "partial", "reparametrized"):
+    if balance(facts) >= UNEVEN and family in ("full", "partial", "reparametrized"):
         uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
         return [
             Reason(

@@ -16,12 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts
+from app.strategies._advice import Family as Family  # where the strategies look for it
 from app.strategies._model import transformer
 
 if TYPE_CHECKING:
     import torch
-
-Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
 
 
 class Memory(NamedTuple):

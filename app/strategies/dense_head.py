@@ -55,7 +55,7 @@ class DenseHead(Added):
             own = Reason(28, f"{words}: enough to train new layers on the frozen model.")
         else:
             own = Reason(-5, f"{rows_a_class(facts)} are few for new layers; feature extraction overfits less.")
-        return [own, *by_balance(self, facts)]
+        return [own, *by_balance(self.family, facts)]
 
     def trainable(self, shape: Shape) -> int:
         return 2 * shape.hidden * self.width + self.width + shape.hidden
