@@ -13,6 +13,7 @@ from app.datasets.rules.languages import Languages, language
 from app.datasets.rules.near_duplicates import NearDuplicates
 from app.datasets.rules.secrets import find, mask
 from app.formats import FORMATS
+from app.settings import PROJECT
 
 WORDS = [f"word{n}" for n in range(3000)]
 
@@ -28,18 +29,10 @@ def run(rule, rows, task="generation"):
 
 
 def test_the_folder_is_the_registry():
-    assert [rule.__name__ for rule in RULES] == [
-        "ControlCharacters",
-        "Duplicates",
-        "FewRows",
-        "LabelNoise",
-        "Labels",
-        "Languages",
-        "NearDuplicates",
-        "Ratings",
-        "Secrets",
-        "TemplateMarkers",
-    ]
+    names = [rule.__name__ for rule in RULES]
+    files = sorted(path.stem for path in (PROJECT / "app" / "datasets" / "rules").glob("[!_]*.py"))
+    assert [rule.__module__.rpartition(".")[2] for rule in RULES] == files
+    assert {"ControlCharacters", "Duplicates", "FewRows", "LabelNoise", "Labels", "Languages", "NearDuplicates", "Ratings"} <= set(names)
 
 
 def test_near_duplicates_are_found_at_every_distance_and_strangers_are_not():

@@ -11,13 +11,15 @@ from app.web.navigation import MenuPage, each_route, menu_of
 def test_every_line_of_the_menu_is_declared_where_its_page_is_answered(client):
     app = create_app()
     menu = app.state.menu
-    assert {group: [page.title for page in pages] for group, pages in menu.items()} == {
+    known = {
         "start": ["Home", "Datasets", "Models"],
         "training": ["Runs", "New run", "Comparisons", "Advice"],
         "evaluation": ["Scores", "Prompt lab", "Blind A/B", "Learning curves"],
         "playground": ["Chat", "Next token", "Classify"],
         "end": ["Learn", "Settings"],
     }
+    for group, titles in known.items():  # others may stand among them
+        assert [page.title for page in menu[group] if page.title in titles] == titles
     answered = {path: route.endpoint.__module__ for path, route in each_route(app.router) if "GET" in getattr(route, "methods", ())}
     assert all(page.path in answered for pages in menu.values() for page in pages)
     text = client.get("/settings").text
