@@ -7,7 +7,6 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from app import formats
 from app.datasets.edits import check_normalised
 from app.datasets.readers import Raw
 from app.datasets.rules._base import seen
@@ -38,7 +37,6 @@ class Report:
 
         self.entry, self.mapping, self.say = entry, mapping, say
         self.lines: dict[str, array[int]] = {}
-        self._shape = formats.get(entry.shape)
         self._rules = [rule(self.add, entry, mapping) for rule in RULES]
         self.rows = self.good = self.characters = 0
         self.longest = 0
@@ -110,10 +108,10 @@ class Report:
         self.characters += length
         self.longest = max(self.longest, length)
         self.lengths[length.bit_length()] += 1
-        if turns := self._shape.turns(row):
+        if turns := one.shape.turns(row):
             self.roles.update(message["role"] for message in turns)
             self.turns[len(turns)] += 1
-        if (label := self._shape.label(row)) is not None:
+        if (label := one.shape.label(row)) is not None:
             label = _name(label)
             if label in self.labels or len(self.labels) < 20_000:
                 self.labels[label] += 1

@@ -28,7 +28,8 @@ class Seen(NamedTuple):
     """One good row: its line, its texts with their places, and in lower case the words that are asked and those that are learnt.
 
     The system's message is left out: it is often the same in every row and says nothing of this one. Of a passage, and of a
-    text with a label, all words are asked; a label is learnt. `json` is the row as it is stored, where it is known.
+    text with a label, all words are asked; a label is learnt. `shape` is the format that owns the row, `json` the row as it is stored, where
+    that is known.
     """
 
     line: int
@@ -36,13 +37,14 @@ class Seen(NamedTuple):
     texts: list[tuple[str, str]]
     asked: list[str]
     learnt: list[str]
+    shape: Format
     json: str | None = None
 
 
 def seen(line: int, row: Row, json: str | None = None) -> Seen:
     shape = formats.of(row)
     asked, learnt = (_words(part) for part in shape.asked_and_learnt(row))
-    return Seen(line, row, list(shape.texts(row)), asked, learnt, json)
+    return Seen(line, row, list(shape.texts(row)), asked, learnt, shape, json)
 
 
 def _words(text: str) -> list[str]:

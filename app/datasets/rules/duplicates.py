@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from app import formats
 from app.datasets.issue_names import choice
 from app.datasets.rules._base import Rule, Say, Seen
 from app.formats import Finding, Format
@@ -32,13 +31,12 @@ class Duplicates(Rule):
             message = f"This row is the same as line {first}."
             self.say(line, Finding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
             return
-        shape = formats.of(row)
-        asked, said = shape.compared(row)
+        asked, said = seen.shape.compared(row)
         if not asked:
             return
         told = fingerprint(said)
         before, told_before = self._asked.setdefault(fingerprint(asked), (line, told))
         if told_before != told:
-            rule, message, wrong = shape.contradiction(row, before)
-            question = shown(shape.question(row), 120)
+            rule, message, wrong = seen.shape.contradiction(row, before)
+            question = shown(seen.shape.question(row), 120)
             self.say(line, Finding(rule, message, None, question, "warning" if wrong else "note", choice(before)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from app import formats
 from app.datasets.rules._base import Rule, Say, Seen
 from app.formats import Finding, Format
 
@@ -15,7 +14,7 @@ class Ratings(Rule):
         self._given: set[str] = set()
 
     def see(self, seen: Seen) -> None:
-        if not self.classifies and len(self._given) < 2 and (label := formats.of(seen.row).label(seen.row)) is not None:
+        if not self.classifies and len(self._given) < 2 and (label := seen.shape.label(seen.row)) is not None:
             self._given.add(label)
 
     def finish(self) -> None:
