@@ -70,7 +70,7 @@ def create_app() -> FastAPI:
     app.mount("/static", StaticFiles(web_templates.STATIC), name="static")
     for kind in _handled():
         app.add_exception_handler(kind, _handle)
-    app.state.paths = navigation.paths(app)
+    app.state.menu = navigation.menu_of(_route_modules())
     middleware.install(app)
     return app
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.objectives import OBJECTIVES, SETTINGS, Task
 from app.optimizers import OPTIMIZERS
 from app.run_settings import RunSettings, renamed
 from app.shapes import Shape
 from app.strategies import AnyStrategy, Strategy
 
-Task = Literal["generation", "classification", "preference"]
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
 
 
@@ -22,32 +22,6 @@ MAX_CLASSES = 5000
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PreferenceSettings(_Frozen):
-    """How two answers are compared, for jobs that train on preferences. The descriptions are the help of the form."""
-
-    beta: float = Field(
-        0.1,
-        gt=0,
-        le=10,
-        description="KL penalty β: higher stays closer to the base model, lower follows the preferences further.",
-        json_schema_extra={"basic": True},
-    )
-    loss: Literal["dpo", "ipo"] = Field("dpo", description="DPO has no margin target; IPO has one, which beta sets.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Fraction of the pairs expected to be labeled the wrong way round; DPO only."
-    )
-    length_normalised: bool = Field(
-        False,
-        title="Length normalized",
-        description="Compare likelihood per token, so that long answers weigh no more than short ones. IPO always does.",
-    )
-
-    @property
-    def means(self) -> bool:
-        """Whether an answer's log-probability is the mean over its tokens rather than the sum."""
-        return self.length_normalised or self.loss == "ipo"
 
 
 class Adapter(_Frozen):
@@ -111,14 +85,19 @@ class JobSpec(_Frozen):
     split: Split | None = Field(None, exclude_if=lambda split: split is None)
     run: RunSettings
     strategy: AnyStrategy
-    preference: PreferenceSettings | None = Field(None, exclude_if=lambda settings: settings is None)
+    preference: SETTINGS | None = Field(None, exclude_if=lambda settings: settings is None)
 
     @model_validator(mode="before")
     @classmethod
     def _stored(cls, given: Any) -> Any:
-        """A spec as an older studio stored it."""
-        if isinstance(given, dict) and isinstance(given.get("run"), dict):
-            return {**given, "run": renamed(given["run"])}
+        """A spec as an older studio stored it, with the settings of its objective read as that objective's."""
+        if not isinstance(given, dict):
+            return given
+        if isinstance(given.get("run"), dict):
+            given = {**given, "run": renamed(given["run"])}
+        entry = OBJECTIVES.get(str(given.get("task")))
+        if entry and entry.settings and isinstance(given.get("preference"), dict):
+            given = {**given, "preference": entry.settings.model_validate(given["preference"])}
         return given
 
     @property

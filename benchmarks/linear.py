@@ -22,7 +22,7 @@ from app import formats
 from app.datasets import compose_rows, edits, readers, rules, splits
 from app.datasets.readers._repair import repaired
 from app.datasets.readers._tables import read_parquet
-from app.datasets.report import Report, texts
+from app.datasets.report import Report
 from app.datasets.rules._base import seen
 from app.formats._base import parsed
 from app.kit.json_safe import shortened
@@ -98,10 +98,10 @@ def _rule(rule: type[rules.Rule]) -> Prepare:
         rows = _normalised(text)
 
         def run() -> None:
-            for task, shown in (("generation", rows), ("classification", rows[1:2])):
-                made = rule(lambda line, finding: None, task)
+            for name, shown in (("chat", rows), ("classification", rows[1:2])):
+                made = rule(lambda line, finding: None, formats.FORMATS[name], {})
                 for line, row in enumerate(shown, 1):
-                    made.see(seen(line, row, list(texts(row))))
+                    made.see(seen(line, row))
                 made.finish()
 
         return run

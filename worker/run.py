@@ -19,6 +19,7 @@ from typing import Any
 
 from app import events
 from app.errors import BadData, DoesNotFit, StudioError
+from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker import kernels
@@ -166,7 +167,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     measured, shape = finished.measured, spec.model.shape
     if started is None or started.resumed_from is not None or measured.tokens < MIN_TOKENS or not measured.tokens_per_second:
         return
-    learnt = 0.0 if spec.task == "classification" else measured.trained_tokens / measured.tokens
+    learnt = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
     work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, learnt, recomputed)

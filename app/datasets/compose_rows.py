@@ -17,9 +17,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app import formats
 from app.datasets.row_store import read_rows, verify_rows
 from app.errors import BadData
-from app.formats import Row
+from app.formats._base import Row
+from app.formats._conversions import Conversion, as_it_is
+from app.formats._rows import with_rest
 
 OPERATIONS = ("concatenate", "mix", "sample", "deduplicate", "convert")
 Rows = Iterator[tuple[int, Row]]
@@ -28,89 +31,14 @@ Rows = Iterator[tuple[int, Row]]
 # From one shape to another ----------------------------------------------------------------------------------------------
 
 
-class Conversion(NamedTuple):
-    """How rows of one shape become rows of another, in words, and whether nothing of them is lost.
-
-    `turn` gives no row for one that cannot be converted, several where one holds several.
-    """
-
-    words: str
-    lossless: bool
-    turn: Callable[[Row], list[Row]]
-
-
-def _as_it_is(row: Row) -> list[Row]:
-    return [row]
-
-
-def _turns(row: Row) -> list[Row]:
-    asked = [{"role": "user", "content": row["prompt"]}] if row["prompt"].strip() else []
-    return [_with_rest(row, {"messages": [*asked, {"role": "assistant", "content": row["completion"]}]})]
-
-
-def _single(row: Row) -> list[Row]:
-    """The row when it is one question and one answer, perhaps after a system's message."""
-    roles = [message["role"] for message in row["messages"]]
-    plain = roles in (["user", "assistant"], ["system", "user", "assistant"])
-    learnt = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
-    return [row] if plain and learnt and not row.get("tools") else []
-
-
-def _prompt_and_completion(row: Row) -> list[Row]:
-    if not _single(row):
-        return []
-    prompt = "\n\n".join(message["content"] for message in row["messages"][:-1])
-    return [_with_rest(row, {"prompt": prompt, "completion": row["messages"][-1]["content"]})]
-
-
-def _answer_of(row: Row, key: str) -> list[Row]:
-    """The conversation up to an answer; of earlier answers nothing is learnt, as in the pair it comes from."""
-    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["messages"]]
-    return [_with_rest(row, {"messages": [*before, *row[key]]})]
-
-
-def _ratings(row: Row) -> list[Row]:
-    return [_with_rest(row, {"messages": row["messages"], "answer": row[key], "good": key == "chosen"}) for key in ("chosen", "rejected")]
-
-
-def _with_rest(row: Row, made: Row) -> Row:
-    return made | {key: row[key] for key in ("tools", "metadata") if row.get(key)}
-
-
-_TURNS = Conversion("each prompt becomes the user's turn and its completion the assistant's", True, _turns)
 CONVERSIONS: dict[tuple[str, str], Conversion] = {
-    ("instruction", "chat"): Conversion("an instruction is a conversation of one turn, so nothing changes", True, _as_it_is),
-    ("chat", "instruction"): Conversion("conversations of more than one turn, or with tools or weights, are excluded", False, _single),
-    ("completion", "chat"): _TURNS,
-    ("completion", "instruction"): Conversion(
-        f"{_TURNS.words}; rows without a prompt are excluded", False, lambda row: [made for one in _turns(row) for made in _single(one)]
-    ),
-    ("chat", "completion"): Conversion(
-        "the system's and the user's text become the prompt; conversations of more than one turn are excluded", False, _prompt_and_completion
-    ),
-    ("instruction", "completion"): Conversion(
-        "the system's and the user's text become the prompt; earlier turns are excluded with their rows", False, _prompt_and_completion
-    ),
-    ("preference", "chat"): Conversion(
-        "the better answer is kept and the worse one goes", False, lambda row: _answer_of(row, "chosen")
-    ),
-    ("preference", "rated"): Conversion("each pair becomes two rows, one rated good and one rated bad", True, _ratings),
-    ("rated", "chat"): Conversion(
-        "answers rated good are kept, the others go", False, lambda row: _answer_of(row, "answer") if row["good"] else []
-    ),
-    ("rated", "preference"): Conversion(
-        "a good and a bad answer to the same prompt become a pair; answers without a counterpart go", False, _as_it_is
-    ),
-    ("classification", "completion"): Conversion(
-        "the text becomes the prompt and the label its completion", True,
-        lambda row: [_with_rest(row, {"prompt": row["text"], "completion": row["label"]})],
-    ),
-}  # fmt: skip
-"""(from, to) → how. A pair that is not here cannot be converted. `rated → preference` is made by `_paired`, from many rows."""
+    (shape, wanted): how for shape, entry in formats.FORMATS.items() if shape == entry.shape for wanted, how in entry.conversions.items()
+}
+"""(from, to) → how. A pair that is not here cannot be converted."""
 
 
 def conversion(shape: str, wanted: str) -> Conversion | None:
-    return Conversion("", True, _as_it_is) if shape == wanted else CONVERSIONS.get((shape, wanted))
+    return Conversion("", True, as_it_is) if shape == wanted else CONVERSIONS.get((shape, wanted))
 
 
 def common_shape(shapes: Sequence[str]) -> str | None:
@@ -121,40 +49,13 @@ def common_shape(shapes: Sequence[str]) -> str | None:
 
 def file_row(row: Row, shape: str) -> Row:
     """A normalised row as a row of a file: `normalise` of the format gives it back. Metadata become columns of their own."""
-    keys = {
-        "completion": ("prompt", "completion"),
-        "plain_text": ("text",),
-        "classification": ("text", "label"),
-    }.get(shape, ("messages", "tools"))
-    if shape == "preference":  # OpenAI's own keys are the ones with a place for tools
-        asked = {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
-        made: Row = {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
-    elif shape == "instruction":
-        *before, asked, answer = row["messages"]
-        system = before.pop(0)["content"] if before and before[0]["role"] == "system" else None
-        history = [[one["content"], two["content"]] for one, two in zip(before[::2], before[1::2], strict=True)]
-        made = {"instruction": asked["content"], "output": answer["content"], "system": system, "history": history}
-        made = {key: value for key, value in made.items() if value}
-    elif shape == "rated":
-        made = {"prompt": row["messages"], "completion": row["answer"], "label": row["good"]}
-        made |= {"tools": row["tools"]} if row.get("tools") else {}
-    else:
-        made = {key: row[key] for key in keys if key in row}
+    made = formats.FORMATS[shape].file_row(row)
     rest = {f"{key}_" if key in made or key == "tools" else key: value for key, value in row.get("metadata", {}).items()}
     return rest | made
 
 
-_NOT_GUESSED = {"input": "", "system": "", "history": ""}
-MAPPINGS: dict[str, dict[str, str]] = {
-    "chat": {"messages": "messages", "system": ""},
-    "instruction": {"instruction": "instruction", "output": "output", "input": ""},
-    "completion": {"prompt": "prompt", "completion": "completion"},
-    "plain_text": {"text": "text"},
-    "classification": {"text": "text", "label": "label"},
-    "preference": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", "tools": "", **_NOT_GUESSED},
-    "rated": {"prompt": "prompt", "completion": "completion", "label": "label", **_NOT_GUESSED},
-}
-"""Shape → the mapping that reads such a file; an empty name keeps a field from being guessed among the metadata."""
+MAPPINGS: dict[str, dict[str, str]] = {entry.shape: formats.FORMATS[entry.shape].file_mapping for entry in formats.FORMATS.values()}
+"""Shape → the mapping that reads such a file."""
 
 
 # Which rows -------------------------------------------------------------------------------------------------------------
@@ -209,15 +110,14 @@ def _mixed(sources: Sequence[Source], rows: int, seed: int) -> Iterator[tuple[So
 
 def _thinned(sources: Sequence[Source], near: bool, counts: Counter[str]) -> Iterator[tuple[Source, int, Row]]:
     """Every row whose texts were not there before; with `near`, also not nearly the same ones."""
-    from app.datasets.report import texts
     from app.datasets.rules._base import seen as as_seen
     from app.datasets.rules.near_duplicates import NearDuplicates
 
     dropped: set[int | None] = set()
     if near:
-        rule = NearDuplicates(lambda place, finding: dropped.add(place), "generation")
+        rule = NearDuplicates(lambda place, finding: dropped.add(place), formats.FORMATS["chat"], {})
         for place, (_, _, row) in enumerate(_all(sources)):
-            rule.see(as_seen(place, row, list(texts(row))))
+            rule.see(as_seen(place, row))
         rule.finish()
     seen: set[int] = set()
     for place, (source, line, row) in enumerate(_all(sources)):
@@ -245,7 +145,7 @@ def _paired(rows: Iterator[tuple[Source, int, Row]], counts: Counter[str]) -> It
             continue
         good, bad = (row, others.popleft()) if row["good"] else (others.popleft(), row)
         if good["answer"] != bad["answer"]:
-            yield source, line, _with_rest(row, {"messages": row["messages"], "chosen": good["answer"], "rejected": bad["answer"]})
+            yield source, line, with_rest(row, {"messages": row["messages"], "chosen": good["answer"], "rejected": bad["answer"]})
     counts["left_out"] += sum(map(len, waiting.values()))
 
 
@@ -314,12 +214,11 @@ def _chosen(payload: dict[str, Any], sources: list[Source], counts: Counter[str]
 
 
 def _converted(rows: Iterator[tuple[Source, int, Row]], shape: str, counts: Counter[str]) -> Iterator[tuple[Source, int, Row]]:
-    if shape == "preference":
-        first = next(rows, None)
-        rows = itertools.chain([first] if first else [], rows)
-        if first and first[0].shape == "rated":
-            yield from _paired(rows, counts)
-            return
+    first = next(rows, None)
+    rows = itertools.chain([first] if first else [], rows)
+    if first and (how := conversion(first[0].shape, shape)) and how.paired:
+        yield from _paired(rows, counts)
+        return
     for source, line, row in rows:
         how = conversion(source.shape, shape)
         assert how is not None, "checked before the order was taken"

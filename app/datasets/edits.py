@@ -207,27 +207,14 @@ TEXT_EDITS: dict[str, Callable[[str], str]] = {
 # Rows as a person types them ------------------------------------------------------------------------------------------
 
 
-_CHECKED_BY = {"instruction": "chat", "chat": "chat"}
-
-
 def check_normalised(row: Any, shape: str) -> list[Finding]:
     """Findings about a normalised row of a shape, as a person typed it; an error means that it cannot be kept."""
     if not isinstance(row, dict):
         return [Finding("wrong_shape", "A row must be an object.")]
-    entry = formats.get(_CHECKED_BY.get(shape, shape if shape in formats.FORMATS else _format_of(shape)))
-    mapping = identity(entry.name, row)
+    owner = formats.get(shape)
+    entry = formats.get(owner.checked_as or owner.name)
+    mapping = entry.identity(row)
     missing = [field.name for field in entry.fields if field.required and field.name not in mapping]
     if missing:
         return [Finding("missing_field", f"The row has no “{missing[0]}”.", missing[0])]
     return entry.check(row, mapping)
-
-
-def identity(name: str, row: Row) -> dict[str, str]:
-    """The mapping that reads normalised rows as the format they are of."""
-    own = {field.name: field.name for field in formats.get(name).fields if field.name in row}
-    renamed = {"preference": {"prompt": "messages"}, "rated": {"prompt": "messages", "completion": "answer", "label": "good"}}.get(name, {})
-    return own | {field: column for field, column in renamed.items() if column in row}
-
-
-def _format_of(shape: str) -> str:
-    return next(name for name, entry in formats.FORMATS.items() if entry.shape == shape)

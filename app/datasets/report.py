@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from app.datasets.edits import CONTROL, check_normalised, markers
-from app.datasets.issue_names import choice
+from app.datasets.edits import check_normalised
 from app.datasets.readers import Raw
-from app.datasets.rules._base import calls_of, seen
+from app.datasets.rules._base import seen
 from app.formats import Finding, Format
-from app.formats._base import MAX_NAME_LENGTH, Row, Severity, fix, shown
+from app.formats._base import MAX_NAME_LENGTH, Row, fingerprint, shown
 from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
 
@@ -41,7 +37,7 @@ class Report:
 
         self.entry, self.mapping, self.say = entry, mapping, say
         self.lines: dict[str, array[int]] = {}
-        self._rules = [rule(self.add, entry.task) for rule in RULES]
+        self._rules = [rule(self.add, entry, mapping) for rule in RULES]
         self.rows = self.good = self.characters = 0
         self.longest = 0
         self.found: dict[str, dict[str, Any]] = {}
@@ -53,8 +49,6 @@ class Report:
         self.preview: list[dict[str, Any]] = []
         self._room = PREVIEW_BYTES
         self._told: dict[str, int | None] = {}
-        self._seen: dict[int, int] = {}
-        self._prompts: dict[int, tuple[int, int]] = {}
 
     def check(self, raw: Raw) -> Row | None:
         """The normalised row, or None when it is left out; whatever was found is said."""
@@ -109,24 +103,18 @@ class Report:
 
     def count(self, row: Row, text: str, line: int) -> None:
         """Add a good row to the counts, and look at its texts."""
-        parts = list(texts(row))
-        length = sum(len(part) for _, part in parts)
-        for column, part in parts:
-            self._look_at(line, column, part)
+        one = seen(line, row, text)
+        length = sum(len(part) for _, part in one.texts)
         self.characters += length
         self.longest = max(self.longest, length)
         self.lengths[length.bit_length()] += 1
-        if "messages" in row:
-            self.roles.update(message["role"] for message in row["messages"])
-            self.turns[len(row["messages"])] += 1
-        if "label" in row:
-            label = _name(row["label"])
+        if turns := one.shape.turns(row):
+            self.roles.update(message["role"] for message in turns)
+            self.turns[len(turns)] += 1
+        if (label := one.shape.label(row)) is not None:
+            label = _name(label)
             if label in self.labels or len(self.labels) < 20_000:
                 self.labels[label] += 1
-        elif "good" in row:
-            self.labels["good" if row["good"] else "bad"] += 1
-        self._compare(row, text, line)
-        one = seen(line, row, parts)
         for rule in self._rules:
             rule.see(one)
         if len(self.preview) < PREVIEW_ROWS and self._room > 0:
@@ -134,60 +122,11 @@ class Report:
             self._room -= len(json.dumps(short, ensure_ascii=False))
             self.preview.append({"line": line, "row": short, **({"cut": True} if cut else {})})
 
-    def _look_at(self, line: int, column: str, part: str) -> None:
-        found = CONTROL.search(part)
-        if found is not None:
-            message = f"The text holds the control character {found.group()!r}."
-            repair = fix("Remove it", "strip_control")
-            self.add(line, Finding("control_character", message, column, _around(part, found), "warning", repair))
-        found = next(markers(part), None)
-        if found is not None:
-            message = f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would be trained to write it."
-            repair = fix("Remove it", "strip_markers")
-            self.add(line, Finding("template_marker", message, column, _around(part, found), "warning", repair))
-
-    def _compare(self, row: Row, text: str, line: int) -> None:
-        if len(self._seen) >= MAX_REMEMBERED:
-            return
-        content = {key: value for key, value in row.items() if key != "metadata"}
-        print_ = _fingerprint(text if "metadata" not in row else json.dumps(content, ensure_ascii=False))
-        first = self._seen.setdefault(print_, line)
-        if first != line:
-            message = f"This row is the same as line {first}."
-            self.add(line, Finding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
-            return
-        asked, said = _question(row)
-        if not asked:
-            return
-        said_ = _fingerprint(said)
-        before, said_before = self._prompts.setdefault(_fingerprint(asked), (line, said_))
-        if said_before == said_:
-            return
-        if self.entry.task == "preference":
-            same = "the same two answers the other way round" if "chosen" in row else f"the same answer {'bad' if row['good'] else 'good'}"
-            message = f"Line {before} {'ranks' if 'chosen' in row else 'calls'} {same}. One of the two is wrong."
-            self.add(line, Finding("opposite_verdict", message, None, shown(_last(row["messages"]), 120), "warning", choice(before)))
-            return
-        labeled = self.entry.task == "classification"
-        rule = "other_label" if labeled else "other_answer"
-        severity: Severity = "warning" if labeled else "note"
-        message = f"Line {before} has the same input and another {'label' if labeled else 'answer'}."
-        self.add(line, Finding(rule, message, None, shown(_shown_question(row), 120), severity, choice(before)))
-
     def finish(self) -> None:
         if self.good == 0:
             return
         for rule in self._rules:
             rule.finish()
-        if self.entry.task == "classification":
-            return
-        if self.entry.shape == "rated" and len(self.labels) == 1:
-            only = next(iter(self.labels))
-            message = f"Every answer is rated {only}; training needs both kinds."
-            self.add(None, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
-        if self.good < 10:
-            message = f"Only {self.good} valid row{'s' if self.good != 1 else ''}: enough to try things out, too few to train on. A few dozen valid rows already show an effect."
-            self.add(None, Finding("few_rows", message, severity="warning"))
 
     def result(self) -> dict[str, Any]:
         return {
@@ -204,55 +143,7 @@ class Report:
         }
 
 
-def texts(row: Row) -> Iterator[tuple[str, str]]:
-    """Every text of a normalised row that a model would see, with its place."""
-    for key in ("text", "prompt", "completion"):
-        if key in row:
-            yield key, row[key]
-    for key in ("messages", "chosen", "rejected", "answer"):
-        for index, message in enumerate(row.get(key, ())):
-            yield f"{key}[{index}].content", message["content"]
-            if calls := calls_of(message):
-                yield f"{key}[{index}].tool_calls", calls
-
-
-def _question(row: Row) -> tuple[str, str]:
-    """What two rows must share to be compared, and what they may then say differently about it.
-
-    A prompt has an answer or a label; a prompt with an answer has a rating; a prompt with two answers has the better one of them.
-    """
-    if "label" in row:
-        return row["text"], row["label"]
-    if "completion" in row:
-        return row["prompt"], row["completion"]
-    if "chosen" in row:
-        better, worse = (json.dumps(row[key], ensure_ascii=False) for key in ("chosen", "rejected"))
-        return json.dumps([row["messages"], *sorted((better, worse))], ensure_ascii=False), better
-    if "answer" in row:
-        return json.dumps([row["messages"], row["answer"]], ensure_ascii=False), str(row["good"])
-    if "messages" in row:
-        *before, last = row["messages"]
-        return json.dumps(before, ensure_ascii=False), last["content"] + calls_of(last)
-    return "", ""
-
-
-def _shown_question(row: Row) -> str:
-    return row.get("text") or row.get("prompt") or _last(row.get("messages", [])[:-1])
-
-
-def _last(messages: list[Row]) -> str:
-    return messages[-1]["content"] if messages else ""
-
-
-def _around(text: str, found: re.Match[str]) -> str:
-    return text[max(0, found.start() - 30) : found.end() + 30]
-
-
-def _fingerprint(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
 def _name(label: str) -> str:
     """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
-    short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})"
+    short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({fingerprint(label):016x})"
     return str(storable(short))

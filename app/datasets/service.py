@@ -243,7 +243,13 @@ def with_rows(session: Session, user: User) -> list[Dataset]:
 
 def trainable(dataset: Dataset) -> bool:
     """Whether a method trains on these rows as they are. True while nobody knows, since a job may wait for a dataset that is being read."""
-    return dataset.good_rows != 0 and (dataset.format is None or formats.get(dataset.format).shape != "rated")
+    return dataset.good_rows != 0 and (dataset.format is None or bool(formats.objectives_of(dataset.format)))
+
+
+def usual_task(dataset: Dataset) -> str | None:
+    """The objective of a job on these rows where nobody says which."""
+    found = formats.objectives_of(dataset.format) if dataset.format else []
+    return found[0].name if found else dataset.task
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ def reference(dataset: Dataset) -> DatasetRef:
     that no recipe learns from."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}, not ready.", hint="Wait until it is read, or look at its report.")
-    if formats.get(dataset.format).shape == "rated":
+    if not formats.objectives_of(dataset.format):
         raise BadField(
             f"The dataset {dataset.name} holds single answers with a rating. No method here trains on those as they are.",
             hint="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app import formats
 from app.datasets.row_store import read_rows
 from app.errors import BadData
 from app.kit.json_safe import shortened
@@ -169,7 +170,7 @@ def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[
         train, held = _sides([row for row in rows if row.line not in dropped], others, payload)
         wholes, prompts = set[bytes](), set[bytes]()
         for row in held:
-            prompt, text = _texts(row.row)
+            prompt, text = formats.of(row.row).given_and_all(row.row)
             wholes.add(_print(text))
             if prompt:
                 prompts.add(_print(prompt))
@@ -181,7 +182,7 @@ def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[
 
 
 def _shares(row: Line, wholes: set[bytes], prompts: set[bytes]) -> bool:
-    prompt, text = _texts(row.row)
+    prompt, text = formats.of(row.row).given_and_all(row.row)
     return _print(text) in wholes or bool(prompt and _print(prompt) in prompts)
 
 
@@ -191,30 +192,18 @@ def overlap(train: Iterable[Any], held: Iterable[Any]) -> list[tuple[int, int, s
     whole: dict[bytes, int] = {}
     prompts: dict[bytes, int] = {}
     for row in train:
-        prompt, text = _texts(row.row)
+        prompt, text = formats.of(row.row).given_and_all(row.row)
         whole.setdefault(_print(text), row.line)
         if prompt:
             prompts.setdefault(_print(prompt), row.line)
     found = []
     for row in held:
-        prompt, text = _texts(row.row)
+        prompt, text = formats.of(row.row).given_and_all(row.row)
         if (line := whole.get(_print(text))) is not None:
             found.append((row.line, line, "row"))
         elif prompt and (line := prompts.get(_print(prompt))) is not None:
             found.append((row.line, line, "prompt"))
     return found
-
-
-def _texts(row: dict[str, Any]) -> tuple[str, str]:
-    """What is given, and everything."""
-    if "messages" in row:
-        turns = row["messages"] if "chosen" in row or "answer" in row else row["messages"][:-1]
-        prompt = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-        rest = [*row["messages"], *row.get("chosen", []), *row.get("answer", [])]
-        return prompt, "\n".join(turn["content"] for turn in rest)
-    if "completion" in row:
-        return row["prompt"], f"{row['prompt']}\n{row['completion']}"
-    return "", row["text"]
 
 
 def _print(text: str) -> bytes:

@@ -11,9 +11,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.orm import Session
 
-from app import db, leases, queue
+from app import db, leases, objectives, queue
 from app.datasets import inspections
 from app.kit import sandbox
+from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.tables import Dataset, Model
 
@@ -21,10 +22,7 @@ SECONDS = 590
 """How long a count may take."""
 
 
-TASKS = ("generation", "preference", "classification")
-
-
-def counting_model(session: Session, task: str = "generation") -> Model | None:
+def counting_model(session: Session, task: str | None = None) -> Model | None:
     """The model whose tokenizer counts: the oldest base that is ready, which is the starter model. Texts with a label are counted
     as the oldest encoder reads them, where there is one."""
     query = select(Model).where(Model.status == "ready", Model.base_id.is_(None), Model.path.is_not(None), Model.deleted_at.is_(None))
@@ -34,12 +32,12 @@ def counting_model(session: Session, task: str = "generation") -> Model | None:
         if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists()
     ]
     encoders, writers = ([model for model in able if (model.kind == "encoder") == wanted] for wanted in (True, False))
-    return next(iter([*encoders, *writers] if task == "classification" else writers), None)
+    return next(iter([*encoders, *writers] if objectives.get(task).classifies else writers), None)
 
 
 def counters(session: Session) -> dict[str, dict[str, Any]]:
     """For each task that a model can count for: what a child needs to count with it (`inspections.counting`), and its id."""
-    models = {task: counting_model(session, task) for task in TASKS}
+    models = {task: counting_model(session, task) for task in OBJECTIVES}
     return {task: {"model": str(model.id), **inspections.counting(session, model)} for task, model in models.items() if model is not None}
 
 
@@ -62,14 +60,14 @@ def reap(session: Session) -> dict[str, int]:
     lapsed = leases.expire(session, WORK)
     if session.scalar(select(Dataset.id).where(WORK.free()).limit(1)) is None:
         return {"lapsed": lapsed, "announced": 0}
-    able = [task for task in TASKS if counting_model(session, task) is not None]
+    able = [task for task in OBJECTIVES if counting_model(session, task) is not None]
     return {"lapsed": lapsed, "announced": leases.redeliver(session, WORK, Dataset.task.in_(able))}
 
 
 def count(dataset_id: uuid.UUID) -> None:
     """Count one dataset's tokens in a limited child, unless that is done or being done."""
     with db.transaction() as session:
-        model = counting_model(session, session.scalar(select(Dataset.task).where(Dataset.id == dataset_id)) or "generation")
+        model = counting_model(session, session.scalar(select(Dataset.task).where(Dataset.id == dataset_id)))
         if model is None:
             return
         claimed = leases.claim(session, WORK, dataset_id)

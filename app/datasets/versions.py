@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import formats
+from app import formats, objectives
 from app.datasets import edits, issue_names
 from app.datasets import service as datasets
 from app.datasets.ingest_task import lines_path
@@ -185,7 +185,7 @@ def drop_found(session: Session, user: User, dataset: Dataset, finding_ids: Sequ
 def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int], label: str) -> Dataset:
     """A version in which these lines have this label. Raises BadField for a dataset without labels, and for what is no label."""
     label = label.strip()
-    if dataset.task != "classification":
+    if not objectives.get(dataset.task).classifies:
         raise BadField(f"The rows of {dataset.name} have no label.", hint="Edit the rows instead.", param="label")
     if not label or len(label) > MAX_LABEL_LENGTH or "\0" in label:
         raise BadField(f"A label has 1 to {MAX_LABEL_LENGTH} characters.", hint="Type another one.", param="label")

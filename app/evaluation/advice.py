@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app import metrics, objectives
 from app.datasets import inspections
 from app.datasets import service as datasets
 from app.errors import Conflict
@@ -23,11 +24,12 @@ from app.kit.humanize import human_bytes, human_number
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
-from app.planning.advisor import Advice, Cost, Facts, Rule
+from app.planning.advisor import Advice, Cost, Rule
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec, ModelRef
-from app.strategies import STRATEGIES
+from app.strategies import STRATEGIES, _advice
+from app.strategies._advice import Facts
 from app.tables import JSON, Dataset, Evaluation, User
 
 
@@ -142,9 +144,9 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: 
     metric, zero, few = prompted(result or {})
     stats, here = datasets.stats(dataset), heartbeats.training_machine().on(device)
     report = dataset.report or {}
-    counts = list(report.get("labels", {}).values()) if dataset.task == "classification" else []
+    counts = list(report.get("labels", {}).values()) if objectives.get(dataset.task).classifies else []
     return Facts(
-        task=dataset.task or "generation",
+        task=dataset.task or objectives.DEFAULT,
         rows=dataset.good_rows or 0,
         tokens=stats.tokens,
         classes=(report.get("label_count") or len(counts)) if counts else None,
@@ -194,8 +196,8 @@ def show(facts: Facts, shape: Shape) -> list[Shown]:
         )
         found.append(Shown(name="Classes", value=human_number(facts.classes), note=note))
         if facts.smallest_class is not None:
-            uneven = advisor.balance(facts)
-            even = "imbalanced: judge by macro F1, not accuracy" if uneven >= advisor.UNEVEN else "largest class to smallest"
+            uneven = _advice.balance(facts)
+            even = "imbalanced: judge by macro F1, not accuracy" if uneven >= _advice.UNEVEN else "largest class to smallest"
             found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
     found.append(Shown(name="Model", value=f"{human_number(shape.parameters() / 1e6, 1)} M", note=f"parameters, {shape.architecture}"))
     found.append(Shown(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
@@ -210,20 +212,21 @@ def _domain(facts: Facts) -> Shown:
 
 
 def closeness(distance: float) -> str:
-    if distance <= advisor.CLOSE:
+    if distance <= _advice.CLOSE:
         return "close to general text"
-    return "far from general text" if distance >= advisor.FAR else "somewhat new to the model"
+    return "far from general text" if distance >= _advice.FAR else "somewhat new to the model"
 
 
 # Should you fine-tune at all? ----------------------------------------------------------------------------------------------
 
-NAMES = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
+PROMPTED = [name for name in metrics.TILES if metrics.METRICS[name].enough is not None]
+"""What a prompt alone is scored by: long answers hardly ever agree to the letter."""
 
 
 def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float | None]:
     """(metric, zero-shot, few-shot) of a prompt alone: the metric that says most about these rows."""
     zero, few = result.get("zero_shot") or {}, result.get("few_shot") or {}
-    metric = next((name for name in NAMES if name in zero or name in few), None)  # long answers hardly ever agree to the letter
+    metric = next((name for name in PROMPTED if name in zero or name in few), None)
     return (metric, zero.get(metric), few.get(metric)) if metric else (None, None, None)
 
 
@@ -237,9 +240,9 @@ def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
         return Tune(answer=f"{reason} A short job shows whether fine-tuning is worth it.", measured=True)
     return Tune(
         answer=_answer(facts, zero, few) + _foreseen(result),
-        worth_it=advisor.worth_tuning(facts),
+        worth_it=_advice.worth_tuning(facts),
         measured=True,
-        metric=NAMES[metric],
+        metric=metrics.in_text(metric),
         zero_shot=zero,
         few_shot=few,
         shots=int(result.get("shots") or 0),
@@ -250,9 +253,9 @@ def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
 
 
 def _answer(facts: Facts, zero: float | None, few: float | None) -> str:
-    reached = f"{NAMES[facts.metric or 'accuracy']} {facts.prompted:.2f}"
+    reached = f"{metrics.in_text(facts.metric or PROMPTED[0])} {facts.prompted:.2f}"
     by = _by(facts, examples=few is not None and (zero is None or few > zero))
-    if not advisor.worth_tuning(facts):
+    if not _advice.worth_tuning(facts):
         return f"Perhaps not. {by} the base model reaches {reached} on the validation set: a prompt may be sufficient."
     if facts.chance is not None and (facts.prompted or 0) <= facts.chance + 0.05:
         return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({facts.chance:.2f}): much headroom."

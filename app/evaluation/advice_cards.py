@@ -11,10 +11,13 @@ from pydantic import BaseModel
 
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_number, human_percent, human_seconds
-from app.planning import advisor
-from app.planning.advisor import Advice, Cost, Facts
+from app.metrics import in_text
+from app.objectives import OBJECTIVES
+from app.planning.advisor import Advice, Cost
 from app.run_settings import RunSettings
 from app.shapes import Shape
+from app.strategies import _advice
+from app.strategies._advice import Facts
 from app.tables import Dataset, Model
 
 CHEAPER = 0.9
@@ -60,7 +63,7 @@ def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str) 
         url = f"/jobs/new?{urlencode({'model': model, 'dataset': dataset_id, 'strategy': a.strategy})}"
         return Card(kind=kind, strategy=a.strategy, title=a.title, sentence=sentence, label="Use this method", url=url)
 
-    if advisor.worth_tuning(facts) is False and facts.how != "vectors":
+    if _advice.worth_tuning(facts) is False and facts.how != "vectors":
         return [_prompt(facts, dataset_id), card("stronger", best, "The best method if that is not good enough: " + _lower(_why(best)))]
     found = [card("recommended", best, _why(best))]
     if cheaper := next((a for a in usable[1:] if _is_cheaper(a.cost, best.cost)), None):
@@ -71,7 +74,7 @@ def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str) 
 
 
 def _prompt(facts: Facts, dataset_id: str) -> Card:
-    metric = "ROUGE-L" if facts.metric == "rouge_l" else facts.metric
+    metric = in_text(facts.metric or "")
     return Card(
         kind="recommended",
         strategy=None,
@@ -121,8 +124,8 @@ def _more(a: Advice, best: Advice) -> str:
 def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSettings, others: Sequence[Model]) -> list[Step]:
     """What would help more than another method: a model made for the task, more rows, a longer max length, even classes."""
     found = [_other_model(model, shape, dataset, facts, others), _more_rows(dataset, facts), _length(model, shape, dataset, run)]
-    if advisor.balance(facts) >= advisor.UNEVEN:
-        text = f"Balance the classes: the largest has {advisor.balance(facts):,.0f} times the rows of the smallest."
+    if _advice.balance(facts) >= _advice.UNEVEN:
+        text = f"Balance the classes: the largest has {_advice.balance(facts):,.0f} times the rows of the smallest."
         found.append(Step(about="classes", text=text, label="Combine & transform", url="/datasets/join"))
     return [step for step in found if step is not None]
 
@@ -130,7 +133,8 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
 def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> Step | None:
     """An encoder for labels, where the model is a larger one that writes; one that writes, where an encoder was chosen for text."""
     ready = [m for m in others if m.status == "ready" and m.engine is None and m.shape]
-    if facts.task == "classification" and model.kind in ("generic", "instruction", "dialogue"):
+    classifies = OBJECTIVES[facts.task].classifies
+    if classifies and model.kind in ("generic", "instruction", "dialogue"):
         encoder = next((m for m in ready if m.kind == "encoder"), None)
         if encoder is None:
             text = f"Use an encoder for labels: {ENCODER[1]} is small, and its vectors are made to be compared."
@@ -139,7 +143,7 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
         if small < large:
             text = f"Use the encoder {encoder.title} for labels: {human_number(small / 1e6, 0)} M parameters instead of {human_number(large / 1e6, 0)} M."
             return _take(encoder, dataset, text)
-    if facts.task != "classification" and model.kind in ("encoder", "classifier"):
+    if not classifies and model.kind in ("encoder", "classifier"):
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)
         text = f"Use a model that generates text: {model.title} is {'an encoder' if model.kind == 'encoder' else 'a classifier'}."
         return _take(writer, dataset, text) if writer else Step(about="model", text=text, label="Add a model", url="/models#add")
@@ -152,9 +156,9 @@ def _take(model: Model, dataset: Dataset, text: str) -> Step:
 
 
 def _more_rows(dataset: Dataset, facts: Facts) -> Step | None:
-    if facts.smallest_class is not None and facts.smallest_class < advisor.FEW_PER_CLASS:
-        text = f"Add rows: the smallest class has {facts.smallest_class:,}; {advisor.FEW_PER_CLASS} or more per class train more reliably."
-    elif facts.rows < advisor.FEW_ROWS:
+    if facts.smallest_class is not None and facts.smallest_class < _advice.FEW_PER_CLASS:
+        text = f"Add rows: the smallest class has {facts.smallest_class:,}; {_advice.FEW_PER_CLASS} or more per class train more reliably."
+    elif facts.rows < _advice.FEW_ROWS:
         text = f"Add rows: {facts.rows:,} are few; a few hundred train more reliably."
     else:
         return None

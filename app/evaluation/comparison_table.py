@@ -17,6 +17,8 @@ from sqlalchemy.orm import Session
 from app.evaluation import comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
+from app.metrics import METRICS
+from app.objectives import DEFAULT, OBJECTIVES
 from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
@@ -45,16 +47,13 @@ class Table(NamedTuple):
     base: JSON  # the scores before tuning, by column
 
 
-SCORES = {
-    "generation": [Column("loss", "Validation loss", "", True)],
-    "classification": [
-        Column("accuracy", "Accuracy", "share", False),
-        Column("macro_f1", "Macro F1", "share", False),
-        Column("loss", "Validation loss", "", True),
-    ],
-    "preference": [Column("reward_accuracy", "Preference accuracy", "share", False), Column("loss", "Validation loss", "", True)],
-}
-SCORED = ("loss", "accuracy", "macro_f1", "reward_accuracy")
+def score_columns(task: str) -> list[Column]:
+    """The scores of a job, the deciding one first."""
+    found = [(name, METRICS[name]) for name in OBJECTIVES[task].metrics]
+    return [Column(name, metric.column or metric.title, metric.unit, metric.lower_is_better) for name, metric in found]
+
+
+SCORED = tuple(dict.fromkeys(name for entry in OBJECTIVES.values() for name in entry.metrics))
 COSTS = [
     Column("forgetting", "General ability", "change", True),
     Column("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
@@ -78,8 +77,8 @@ def table_of(session: Session, found: list[Job]) -> Table:
     keys = [job.id for job in found]
     judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
     rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
-    tasks = dict.fromkeys(job.spec["task"] for job in found) or ["generation"]
-    columns = [*{column.key: column for task in tasks for column in SCORES[task]}.values(), *COSTS]
+    tasks = dict.fromkeys(job.spec["task"] for job in found) or [DEFAULT]
+    columns = [*{column.key: column for task in tasks for column in score_columns(task)}.values(), *COSTS]
     alike = len({_checked(job) for job in found}) == 1
     base = next((_scores(job.evaluation, "base") for job in found if alike and (job.evaluation or {}).get("base")), {})
     sure = [_sure(job, row, alike) for job, row in zip(found, rows, strict=True)]

@@ -26,8 +26,9 @@ from app.jobs.request import DatasetId, JobRequest, bad_field
 from app.kit import ids
 from app.kit.forms import as_text
 from app.models import service as models
+from app.objectives import Task
 from app.run_settings import RunSettings
-from app.spec import Split, Task
+from app.spec import Split
 from app.strategies import Strategy
 from app.tables import JSON, Comparison, Job, Model, User
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies import Strategy
 
@@ -65,7 +66,7 @@ class WithoutMeasuring(BaseModel):
 
 def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) -> WithoutMeasuring | None:
     """A classifier on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
-    if task != "classification":
+    if not OBJECTIVES[task].classifies:
         return None
     if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
         sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."

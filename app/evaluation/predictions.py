@@ -31,6 +31,7 @@ from app.inference import tryout
 from app.kit import ids
 from app.kit.json_safe import storable
 from app.models import service as models
+from app.objectives import DEFAULT
 from app.settings import get_settings
 from app.spec import DatasetRef
 from app.storage import files
@@ -92,7 +93,7 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     dataset = evaluations.find_dataset(session, user, dataset_id, None)
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(f"{dataset.name} is {dataset.status}.", hint="Take a dataset that is ready.", param="dataset_id")
-    task: Any = dataset.task or "generation"
+    task = dataset.task or DEFAULT
     ref = datasets.reference(dataset)
     spec = EvaluationSpec(
         kind="vectors", task=task, model=resolved.ref, dataset=ref, rows=MAX_POINTS, part="all", max_length=256, forgetting=False

@@ -31,7 +31,8 @@ from app.kit.json_safe import storable
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
-from app.spec import DatasetRef, ModelRef, Split, Task
+from app.objectives import DEFAULT, OBJECTIVES, Task
+from app.spec import DatasetRef, ModelRef, Split
 from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
 Kind = Literal["scores", "advice", "blend", "predictions", "vectors"]
@@ -139,7 +140,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
             hint="Wait until it has been read, or fix the issues of its report.",
             param="dataset_id",
         )
-    task: Task = dataset.task or "generation"  # type: ignore[assignment]
+    task = dataset.task or DEFAULT
     job, base = models.origin(session, resolved)
     _check_can_do(resolved, task, order.kind, job)
     learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
@@ -195,15 +196,16 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
                 f"{name} is a classifier already, so it cannot be tested before fine-tuning.", hint="Take its base.", param="model"
             )
         return
-    if task == "preference":
+    entry = OBJECTIVES[task]
+    if not entry.scored:
         raise BadField("Preference rows cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
-    if task == "classification" and not ref.labels:
+    if entry.classifies and not ref.labels:
         raise BadField(
             f"{name} is not a classifier, so it cannot be scored on labels.",
             hint="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
             param="model",
         )
-    if task == "generation" and not writes:
+    if not entry.classifies and not writes:
         raise BadField(
             f"{name} generates no text, so it cannot be scored on answers.", hint="Use a model that generates text.", param="model"
         )

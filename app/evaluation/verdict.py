@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
 
@@ -35,13 +36,6 @@ STILL_FALLING = 0.15
 """Share of the whole gain that the last third of a run brings when it was stopped too early."""
 LOST_AGAIN = 0.5
 """Share of the gain that is lost again when a run overfits."""
-
-METRICS: dict[str, tuple[str, str, bool]] = {
-    "loss": ("validation loss", "nats per token", True),
-    "accuracy": ("accuracy", "", False),
-    "reward_accuracy": ("preference accuracy", "", False),
-}
-"""Name in a sentence, unit, and whether less is better."""
 
 
 class Suggestion(BaseModel):
@@ -189,14 +183,13 @@ def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
         return None
     low_high = side.get("interval")
     interval = (float(low_high[0]), float(low_high[1])) if low_high else None
-    gain = interval and ((-interval[1], -interval[0]) if METRICS[metric][2] else interval)
+    gain = interval and ((-interval[1], -interval[0]) if METRICS[metric].lower_is_better else interval)
     return Side(int(side["rows"]), float(side["score"]), float(side["tuned"]), interval, gain)
 
 
 def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
     """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95 % confidence, 40 held-out rows).`"""
-    name = METRICS[metric][0].capitalize()
-    other = {"accuracy": "of always answering the commonest label", "reward_accuracy": "of a coin"}.get(metric, "of the base")
+    name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
     between = (
         f"difference {_signed(base.interval[0], metric)} to {_signed(base.interval[1], metric)} with 95 % confidence, "
         if base.interval
@@ -222,11 +215,11 @@ def _prompt(contest: Mapping[str, Any]) -> str:
 
 
 def _told(value: float, metric: str) -> str:
-    return f"{value:.3g}" if METRICS[metric][2] else f"{value:.0%}".replace("%", " %")
+    return f"{value:.3g}" if METRICS[metric].unit != "share" else f"{value:.0%}".replace("%", " %")
 
 
 def _signed(value: float, metric: str) -> str:
-    return (f"{value:+.2g}" if METRICS[metric][2] else f"{value * 100:+.0f} points").replace("-", "−")
+    return (f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f} points").replace("-", "−")
 
 
 # Curves -----------------------------------------------------------------------------------------------------------------

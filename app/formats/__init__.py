@@ -11,37 +11,39 @@ reads, so nothing after this folder knows which keys a person's file used:
     rated           {"messages": […], "answer": [message, …], "good": bool}
     classification  {"text": str, "label": str}
 
-Any of them may carry "metadata": {column: value} with the columns that no field of the format claimed.
+A shape belongs to the format of its name, which says what is asked of its rows (`app/formats/_rows.py`): their texts, their question,
+how a text model reads them. A format with a new shape needs no edit elsewhere. Any row may carry "metadata": {column: value} with the columns that no field of the format claimed.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Iterable, Sequence
 
 from app.errors import BadField
 from app.formats import _base, _content
 from app.formats._base import Field, Finding, Format, Guess, Row
 from app.formats.rated import verdict
+from app.kit.registry import classes_in
+from app.objectives import OBJECTIVES, Objective
 
-__all__ = ["FORMATS", "Field", "Finding", "Format", "Guess", "Row", "get", "rank", "suggest"]
+__all__ = [
+    "FORMATS",
+    "Field",
+    "Finding",
+    "Format",
+    "Guess",
+    "Row",
+    "asks",
+    "conversations",
+    "get",
+    "objectives_of",
+    "of",
+    "rank",
+    "suggest",
+]
 
 
-def _scan() -> dict[str, Format]:
-    found: dict[str, Format] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue
-        full_name = f"{__name__}.{module.name}"
-        for value in vars(importlib.import_module(full_name)).values():
-            if isinstance(value, type) and issubclass(value, Format) and value.__module__ == full_name and not inspect.isabstract(value):
-                found[value.name] = value()
-    return dict(sorted(found.items(), key=lambda item: (item[1].place, item[0])))
-
-
-FORMATS: dict[str, Format] = _scan()
+FORMATS: dict[str, Format] = {cls.name: cls() for cls in sorted(classes_in(__name__, Format), key=lambda cls: (cls.place, cls.name))}
 """Every format by name, in the order lists show them."""
 
 
@@ -51,6 +53,32 @@ def get(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise BadField(f"There is no format “{name[:80]}”.", hint=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
+
+
+_OWNERS = sorted((entry for entry in FORMATS.values() if entry.name == entry.shape), key=lambda entry: -len(entry.keys))
+_KEYS = [(frozenset(entry.keys), entry) for entry in _OWNERS]
+
+
+def of(row: Row) -> Format:
+    """The format that owns a normalised row's shape: the one of whose keys the row has the most. Text where none fits."""
+    return next((entry for keys, entry in _KEYS if keys <= row.keys()), FORMATS["plain_text"])
+
+
+def asks(name: str | None) -> bool:
+    """Whether rows of a format ask something; True while the format is not known."""
+    return name is None or get(name).asks
+
+
+def conversations(name: str | None) -> bool:
+    """Whether rows of a format are written with a chat template whatever the model; True while the format is not known."""
+    return name is None or get(name).conversations
+
+
+def objectives_of(name: str) -> list[Objective]:
+    """The objectives that train on rows of a format, the format's own first."""
+    entry = get(name)
+    own = [OBJECTIVES[entry.task]] if entry.trained else []
+    return own + [found for found in OBJECTIVES.values() if name in found.formats and found not in own]
 
 
 def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:
@@ -76,7 +104,7 @@ def rank(rows: Sequence[Row]) -> list[tuple[Format, Guess]]:
         return any(set(pair[1].mapping.values()) < claimed for claimed in claims), -pair[1].score
 
     ranked = sorted(guesses, key=order)
-    while ranked and ranked[0][0].task == "generation" and judging(rows, ranked[0][1].mapping.values()):
+    while ranked and OBJECTIVES[ranked[0][0].task].copies and judging(rows, ranked[0][1].mapping.values()):
         ranked.pop(0)
     return ranked
 

@@ -6,15 +6,21 @@ format's fields to the columns of this file. Columns no field claims are kept as
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from app.formats._conversions import Conversion
+from app.formats._rows import Row as Row  # where the formats look for it
+from app.formats._rows import RowShape
 from app.kit.json_safe import DEEPEST, finite, too_deep
+from app.objectives import DEFAULT
+from app.objectives._base import Kinds
 
 Severity = Literal["error", "warning", "note"]
-Row = dict[str, Any]
 MAX_NAME_LENGTH = 300
 """Characters of a column's name: a longer one is a cell that slipped into the header. Every finding about a message repeats it."""
 Columns = Mapping[str, str]
@@ -57,17 +63,44 @@ class Guess(NamedTuple):
     good: float = 1.0
 
 
-class Format(ABC):
-    """One dataset format. A subclass in `app/formats/NAME.py` is registered by being there."""
+class Format(RowShape, ABC):
+    """One dataset format. A subclass in `app/formats/NAME.py` is registered by being there; the format whose name is a shape owns it."""
 
     name: ClassVar[str]
     title: ClassVar[str]
-    task: ClassVar[Literal["generation", "classification", "preference"]] = "generation"
-    shape: ClassVar[str]  # which normalised shape its rows have; one of those in app/formats/__init__.py
+    task: ClassVar[str] = DEFAULT  # the objective that its rows are for
+    shape: ClassVar[str]  # which normalised shape its rows have: its own name, or that of the format that owns it
     summary: ClassVar[str]  # one sentence in plain words
     example: ClassVar[Row]  # one good raw row, shown in the help and checked by the tests
     fields: ClassVar[tuple[Field, ...]]
     place: ClassVar[int] = 100  # order in lists, and which format wins a tie
+    trained: ClassVar[bool] = True  # the objective of its task trains on it; False: only objectives whose `formats` name it do
+    model_kinds: ClassVar[Kinds | None] = None  # kinds of models that suit it, where not those of its objective
+
+    conversions: ClassVar[Mapping[str, Conversion]] = {}  # shape → how its rows become rows of that shape
+    columns: ClassVar[Mapping[str, str]] = {}  # field → key of a normalised row, where that is another word
+    checked_as: ClassVar[str | None] = None  # the format that checks a normalised row that a person typed, where not this one
+
+    file_columns: ClassVar[Mapping[str, str] | None] = None  # field → column of what `file_row` writes; None: under their own names
+
+    @property
+    def file_mapping(self) -> dict[str, str]:
+        """The mapping that reads what `file_row` writes; an empty name keeps a field from being guessed among the metadata."""
+        own = {field.name: field.name if field.name in self.keys else "" for field in self.fields}
+        return dict(self.file_columns) if self.file_columns is not None else own
+
+    def file_row(self, row: Row) -> Row:
+        """A normalised row as a row of a file, without its metadata: `normalise` gives it back."""
+        return {key: row[key] for key in (*self.keys, "tools") if key in row}
+
+    def identity(self, row: Row) -> dict[str, str]:
+        """The mapping that reads a normalised row as a row of this format."""
+        own = {field.name: field.name for field in self.fields if field.name in row}
+        return own | {field: column for field, column in self.columns.items() if column in row}
+
+    def tuned_kind(self, kind: str) -> str:
+        """The kind of a model of `kind` after it has learnt such rows."""
+        return kind
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
         """The best column for each field by its synonyms; each column is taken once."""
@@ -126,6 +159,16 @@ def shown(value: object, limit: int = 200) -> str:
     text = text[: limit + 1].encode("utf-8", "backslashreplace").decode()
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def around(text: str, found: re.Match[str]) -> str:
+    """What was found in a text, with a little of what stands beside it."""
+    return text[max(0, found.start() - 30) : found.end() + 30]
+
+
+def fingerprint(text: str) -> int:
+    """64 bits that tell a text from others."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def fix(label: str, operation: str, **arguments: Any) -> dict[str, Any]:

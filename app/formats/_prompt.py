@@ -18,6 +18,10 @@ FIELDS = (
 )
 
 
+NOT_GUESSED = {"input": "", "system": "", "history": ""}
+"""Fields that are never guessed among the columns of a file that Luthier wrote."""
+
+
 def joined(ask: str, about: str | None) -> str:
     """An instruction and the text it is about, as one message."""
     return f"{ask}\n\n{about}" if about and about.strip() else ask

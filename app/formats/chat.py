@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
+from app.formats._conversions import Conversion, prompt_and_completion, single
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
+from app.formats._rows import Messages
 
 
-class Chat(Format):
+class Chat(Messages, Format):
     name: ClassVar = "chat"
     title: ClassVar = "Chat"
     shape: ClassVar = "chat"
@@ -32,6 +34,18 @@ class Chat(Format):
         Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),
     )
     place: ClassVar = 10
+    file_columns: ClassVar = {"messages": "messages", "system": ""}
+    conversions: ClassVar = {
+        "instruction": Conversion("conversations of more than one turn, or with tools or weights, are excluded", False, single),
+        "completion": Conversion(
+            "the system's and the user's text become the prompt; conversations of more than one turn are excluded",
+            False,
+            prompt_and_completion,
+        ),
+    }
+
+    def tuned_kind(self, kind: str) -> str:
+        return "dialogue"
 
     def recognise(self, rows: Sequence[Row]) -> Guess | None:
         guess = super().recognise(rows)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Guess, Row, check_text, fix, shown, text_of
+from app.formats._conversions import Conversion
+from app.formats._rows import with_rest
 
 
 class Classification(Format):
@@ -30,6 +32,14 @@ class Classification(Format):
         ),
     )
     place: ClassVar = 50
+    keys: ClassVar = ("text", "label")
+    conversions: ClassVar = {
+        "completion": Conversion(
+            "the text becomes the prompt and the label its completion",
+            True,
+            lambda row: [with_rest(row, {"prompt": row["text"], "completion": row["label"]})],
+        )
+    }
 
     def recognise(self, rows: Sequence[Row]) -> Guess | None:
         guess = super().recognise(rows)
@@ -59,6 +69,30 @@ class Classification(Format):
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
         return {"text": text_of(row, mapping["text"]) or "", "label": label_of(row, mapping["label"])}
+
+    # Its rows: a text model reads the text alone, and the label is what is said about it.
+
+    def render(self, row: Row) -> Row:
+        return {"text": row["text"]}
+
+    def label(self, row: Row) -> str | None:
+        label: str = row["label"]
+        return label
+
+    def compared(self, row: Row) -> tuple[str, str]:
+        return row["text"], row["label"]
+
+    def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
+        return "other_label", f"Line {before} has the same input and another label.", True
+
+    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+        return row["text"], row["label"]
+
+    def before_answer(self, row: Row) -> list[Row]:
+        return [{"role": "user", "content": row["text"]}] if row["text"] else []
+
+    def solved(self, row: Row) -> tuple[str, str, list[Row]]:
+        return str(row["text"]), str(row["label"]), []
 
 
 def label_of(row: Row, column: str) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+from app.formats._conversions import Conversion, single, turns
+from app.formats._rows import PromptAndCompletion
+
+_TURNS = "each prompt becomes the user's turn and its completion the assistant's"
 
 
-class Completion(Format):
+class Completion(PromptAndCompletion, Format):
     name: ClassVar = "completion"
     title: ClassVar = "Completion"
     shape: ClassVar = "completion"
@@ -23,6 +27,12 @@ class Completion(Format):
         ),
     )
     place: ClassVar = 30
+    conversions: ClassVar = {
+        "chat": Conversion(_TURNS, True, turns),
+        "instruction": Conversion(
+            f"{_TURNS}; rows without a prompt are excluded", False, lambda row: [made for one in turns(row) for made in single(one)]
+        ),
+    }
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         findings = check_text(row, mapping.get("prompt"), "prompt", empty="note")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, check_text, fix, parsed, shown, text_of
+from app.formats._conversions import Conversion, as_it_is, prompt_and_completion
 from app.formats._prompt import is_history, joined
+from app.formats._rows import Messages
 
 
-class Instruction(Format):
+class Instruction(Messages, Format):
     name: ClassVar = "instruction"
     title: ClassVar = "Instruction"
     shape: ClassVar = "instruction"
@@ -32,6 +34,24 @@ class Instruction(Format):
         Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),
     )
     place: ClassVar = 20
+    checked_as: ClassVar = "chat"  # its normalised rows are conversations
+    file_columns: ClassVar = {"instruction": "instruction", "output": "output", "input": ""}
+    conversions: ClassVar = {
+        "chat": Conversion("an instruction is a conversation of one turn, so nothing changes", True, as_it_is),
+        "completion": Conversion(
+            "the system's and the user's text become the prompt; earlier turns are excluded with their rows", False, prompt_and_completion
+        ),
+    }
+
+    def tuned_kind(self, kind: str) -> str:
+        return "instruction" if kind == "generic" else kind
+
+    def file_row(self, row: Row) -> Row:
+        *before, asked, answer = row["messages"]
+        system = before.pop(0)["content"] if before and before[0]["role"] == "system" else None
+        history = [[one["content"], two["content"]] for one, two in zip(before[::2], before[1::2], strict=True)]
+        made = {"instruction": asked["content"], "output": answer["content"], "system": system, "history": history}
+        return {key: value for key, value in made.items() if value}
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         findings = check_text(row, mapping.get("instruction"), "instruction")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+from app.formats._rows import Text
 
 
-class PlainText(Format):
+class PlainText(Text, Format):
     name: ClassVar = "plain_text"
     title: ClassVar = "Plain text"
     shape: ClassVar = "plain_text"
@@ -15,6 +16,7 @@ class PlainText(Format):
     example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
     fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story"), holds="text"),)
     place: ClassVar = 60
+    model_kinds: ClassVar = ("generic", "instruction", "dialogue")
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         return check_text(row, mapping.get("text"), "text")

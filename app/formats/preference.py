@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, shown
+from app.formats._conversions import Conversion, answer_of
 from app.formats._messages import as_messages, check_messages, normalise_messages
-from app.formats._prompt import FIELDS, PROMPT, prompt_of
+from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
+from app.formats._rows import given_and_all, last_of, said, texts_of, with_rest, without_system
 
 DROP = fix("Remove row", "drop_row")
 
@@ -36,6 +39,26 @@ class Preference(Format):
         *FIELDS,
     )
     place: ClassVar = 40
+    keys: ClassVar = ("messages", "chosen", "rejected")
+    columns: ClassVar = {"prompt": "messages"}
+    conversations: ClassVar = True
+    file_columns: ClassVar = {
+        "prompt": "input",
+        "chosen": "preferred_output",
+        "rejected": "non_preferred_output",
+        "tools": "",
+        **NOT_GUESSED,
+    }
+    conversions: ClassVar = {
+        "chat": Conversion("the better answer is kept and the worse one goes", False, lambda row: answer_of(row, "chosen")),
+        "rated": Conversion(
+            "each pair becomes two rows, one rated good and one rated bad",
+            True,
+            lambda row: [
+                with_rest(row, {"messages": row["messages"], "answer": row[key], "good": key == "chosen"}) for key in ("chosen", "rejected")
+            ],
+        ),
+    }
 
     def recognise(self, rows: Sequence[Row]) -> Guess | None:
         guess = super().recognise(rows)
@@ -78,6 +101,49 @@ class Preference(Format):
         if tools:
             result["tools"] = tools
         return result
+
+    def file_row(self, row: Row) -> Row:
+        asked = {"messages": row["messages"]} | (
+            {"tools": row["tools"]} if row.get("tools") else {}
+        )  # OpenAI's keys have a place for tools
+        return {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
+
+    # Its rows: what is compared is which of two answers is called the better one.
+
+    def render(self, row: Row) -> Row:
+        return with_rest(row, {"messages": [*row["messages"], *row["chosen"]]})
+
+    def sequences(self, row: Row, kind: str) -> list[Row]:
+        return [conversation_with(row, answer, kind) for answer in ("chosen", "rejected")]
+
+    def texts(self, row: Row) -> Iterator[tuple[str, str]]:
+        for key in self.keys:
+            yield from texts_of(key, row[key])
+
+    def turns(self, row: Row) -> Sequence[Row]:
+        found: Sequence[Row] = row["messages"]
+        return found
+
+    def compared(self, row: Row) -> tuple[str, str]:
+        better, worse = (json.dumps(row[key], ensure_ascii=False) for key in ("chosen", "rejected"))
+        return json.dumps([row["messages"], *sorted((better, worse))], ensure_ascii=False), better
+
+    def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
+        text = f"Line {before} ranks the same two answers the other way round. One of the two is wrong."
+        return "opposite_verdict", text, True
+
+    def question(self, row: Row) -> str:
+        return last_of(row["messages"])
+
+    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+        return said(without_system(row["messages"])), said([*row["chosen"], *row["rejected"]])
+
+    def given_and_all(self, row: Row) -> tuple[str, str]:
+        return given_and_all(row["messages"], [*row["messages"], *row["chosen"]])
+
+    def before_answer(self, row: Row) -> list[Row]:
+        found: list[Row] = row["messages"]
+        return found
 
 
 def conversation_with(row: Row, answer: str, kind: str = "dialogue") -> Row:

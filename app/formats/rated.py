@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown
+from app.formats._conversions import Conversion, answer_of, as_it_is
 from app.formats._messages import as_messages, check_messages, normalise_messages
-from app.formats._prompt import FIELDS, PROMPT, prompt_of
+from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
+from app.formats._rows import given_and_all, last_of, said, texts_of, trained, with_rest, without_system
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
@@ -18,6 +21,7 @@ class Rated(Format):
     name: ClassVar = "rated"
     title: ClassVar = "Rated answers"
     task: ClassVar = "preference"
+    trained: ClassVar = False
     shape: ClassVar = "rated"
     summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
@@ -39,6 +43,18 @@ class Rated(Format):
         *FIELDS,
     )
     place: ClassVar = 45
+    keys: ClassVar = ("messages", "answer", "good")
+    columns: ClassVar = {"prompt": "messages", "completion": "answer", "label": "good"}
+    conversations: ClassVar = True
+    file_columns: ClassVar = {"prompt": "prompt", "completion": "completion", "label": "label", **NOT_GUESSED}
+    conversions: ClassVar = {
+        "chat": Conversion(
+            "answers rated good are kept, the others go", False, lambda row: answer_of(row, "answer") if row["good"] else []
+        ),
+        "preference": Conversion(
+            "a good and a bad answer to the same prompt become a pair; answers without a counterpart go", False, as_it_is, paired=True
+        ),
+    }
 
     def recognise(self, rows: Sequence[Row]) -> Guess | None:
         guess = super().recognise(rows)
@@ -81,6 +97,51 @@ class Rated(Format):
         good = verdict(row[mapping["label"]])
         rated: Row = {"messages": normalise_messages(prompt), "answer": normalise_messages(answer), "good": good is True}
         return rated | ({"tools": tools} if tools else {})
+
+    def file_row(self, row: Row) -> Row:
+        made = {"prompt": row["messages"], "completion": row["answer"], "label": row["good"]}
+        return made | ({"tools": row["tools"]} if row.get("tools") else {})
+
+    # Its rows: what is compared is whether one answer is called good.
+
+    def render(self, row: Row) -> Row:
+        return with_rest(row, {"messages": [*row["messages"], *row["answer"]]})
+
+    def texts(self, row: Row) -> Iterator[tuple[str, str]]:
+        for key in ("messages", "answer"):
+            yield from texts_of(key, row[key])
+
+    def turns(self, row: Row) -> Sequence[Row]:
+        found: Sequence[Row] = row["messages"]
+        return found
+
+    def label(self, row: Row) -> str | None:
+        return "good" if row["good"] else "bad"
+
+    def compared(self, row: Row) -> tuple[str, str]:
+        return json.dumps([row["messages"], row["answer"]], ensure_ascii=False), str(row["good"])
+
+    def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
+        text = f"Line {before} calls the same answer {'bad' if row['good'] else 'good'}. One of the two is wrong."
+        return "opposite_verdict", text, True
+
+    def question(self, row: Row) -> str:
+        return last_of(row["messages"])
+
+    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+        return said(without_system(row["messages"])), said(row["answer"])
+
+    def given_and_all(self, row: Row) -> tuple[str, str]:
+        return given_and_all(row["messages"], [*row["messages"], *row["answer"]])
+
+    def before_answer(self, row: Row) -> list[Row]:
+        found: list[Row] = row["messages"]
+        return found
+
+    def exchange(self, row: Row) -> dict[str, str] | None:
+        """That of a good answer: a bad one is no reference."""
+        made = self.render(row) if row["good"] else row
+        return trained(made).exchange(made)
 
 
 def verdict(value: Any) -> bool | None:

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from app.formats._base import Columns, Field, Finding, Format, Row, fix, parsed, shown, text_of
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
+from app.formats._rows import Messages
 
 
-class ShareGpt(Format):
+class ShareGpt(Messages, Format):
     name: ClassVar = "sharegpt"
     title: ClassVar = "ShareGPT"
     shape: ClassVar = "chat"

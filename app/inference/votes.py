@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
+from app import formats
 from app.datasets import service as datasets
 from app.datasets.row_store import row_at
 from app.errors import BadField, Conflict, NotFound
@@ -48,13 +49,7 @@ def draw(dataset: Dataset) -> list[JSON]:
 
 def _asks(row: JSON) -> list[JSON]:
     """What stands before the answer of a normalised row."""
-    if "messages" not in row:
-        text = row.get("prompt") or (row.get("text") if "label" in row else None)
-        return [{"role": "user", "content": text}] if text else []
-    messages = row["messages"]
-    if "chosen" not in row and "answer" not in row:
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        messages = messages[:last]
+    messages = formats.of(row).before_answer(row)
     plain = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
     return plain if plain and plain[-1]["role"] == "user" else []
 

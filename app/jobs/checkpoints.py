@@ -17,6 +17,7 @@ from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.kit import ids, manifest
 from app.models import service as models
+from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.strategies import STRATEGIES
 from app.tables import Checkpoint, Job, Model, User
@@ -51,7 +52,7 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
         owner_id=job.owner_id,
         name=f"{models.tuned_name(session, job)}:step-{row.step}",
         title=f"{job.name}, step {row.step}"[:120],
-        kind="classifier" if job.spec["task"] == "classification" else base.kind,
+        kind="classifier" if OBJECTIVES[job.spec["task"]].classifies else base.kind,
         base_id=base.id,
         job_id=job.id,
         step=row.step,

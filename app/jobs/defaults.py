@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.planning.schedule import MIN_ROWS_PER_STEP, PRESETS, PresetName, schedule
+from app import objectives
+from app.objectives import OBJECTIVES
+from app.planning.schedule import PRESETS, PresetName, schedule
 from app.run_settings import RunSettings, displaced
 from app.tables import Dataset
 
@@ -19,7 +21,7 @@ def usual_run(
     dataset is being read."""
     from app.machines import heartbeats
 
-    if dataset.status != "ready" or dataset.task not in MIN_ROWS_PER_STEP:
+    if dataset.status != "ready" or dataset.task not in OBJECTIVES:
         return {}
     try:
         wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
@@ -27,7 +29,7 @@ def usual_run(
         return {}  # what is wrong with them is said where the settings are read
     held_out = 0.0 if validated_elsewhere else wanted.validation_fraction
     rows = (dataset.good_rows or 0) * (1 - held_out) * wanted.data_fraction
-    each = min(mean_tokens(dataset), wanted.max_length) * (2 if dataset.task == "preference" else 1)
+    each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[dataset.task].sequences_per_row
     found = schedule(
         dataset.task,
         rows,
@@ -59,5 +61,5 @@ def mean_tokens(dataset: Dataset) -> float:
 
 def rows_per_step(dataset: Dataset, run: RunSettings) -> int:
     """The batch size as other tools count it: rows of mean length behind each optimizer step."""
-    each = mean_tokens(dataset) * (2 if dataset.task == "preference" else 1)
+    each = mean_tokens(dataset) * objectives.get(dataset.task).sequences_per_row
     return max(1, round(run.step_tokens(each) / each))

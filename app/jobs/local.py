@@ -24,10 +24,11 @@ from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
 from app.models import starters
+from app.objectives import OBJECTIVES, Task
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape, shape_of
-from app.spec import DatasetRef, JobSpec, Kind, ModelRef, Task
+from app.spec import DatasetRef, JobSpec, Kind, ModelRef
 
 KNOWN = frozenset({"model", "training_file", "validation_file", "task", "strategy", "run", "preference", "split", "name", "seed"})
 
@@ -62,7 +63,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         raise BadField(reason, hint="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
     rest = {name: order[name] for name in ("split", "preference") if order.get(name)}
-    if task == "preference":
+    if task in OBJECTIVES and OBJECTIVES[task].settings:
         rest.setdefault("preference", {})
     try:
         return JobSpec.model_validate({**about, "validation": held_out, "strategy": strategy, **rest})

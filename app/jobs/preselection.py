@@ -8,19 +8,13 @@ from collections.abc import Sequence
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
+from app import formats, objectives
 from app.datasets.service import trainable
 from app.kit import ids
 from app.tables import Dataset, Job, Model, User
 
 RECENT = 50
 """Jobs that are looked through for the pair used last."""
-KINDS = {
-    "plain_text": ("generic", "instruction", "dialogue"),
-    "classification": ("encoder", "instruction", "dialogue", "generic"),
-    "generation": ("dialogue", "instruction", "generic"),
-    "preference": ("dialogue", "instruction", "generic"),
-}
-"""The kinds of model that suit a dataset's format, or else its task, best first."""
 
 
 def pair(
@@ -51,12 +45,13 @@ def _recent(session: Session, user: User) -> Sequence[Row[uuid.UUID, uuid.UUID]]
 def _alike(session: Session, data: Dataset, dataset_id: object) -> bool:
     """Whether a model that was taken for one dataset suits another."""
     other = session.get(Dataset, dataset_id)
-    return other is not None and (other.task, other.format == "plain_text") == (data.task, data.format == "plain_text")
+    return other is not None and (other.task, formats.asks(other.format)) == (data.task, formats.asks(data.format))
 
 
 def _rank(model: Model, data: Dataset | None) -> int:
     """The place of a model among those that suit the data: a base before what was made from it, 9 and more for the unsuited."""
-    kinds = KINDS.get((data and data.format) or "", KINDS.get((data and data.task) or "", KINDS["generation"]))
+    shape = formats.get(data.format) if data and data.format else None
+    kinds = (shape and shape.model_kinds) or objectives.get(data.task if data else None).model_kinds
     if model.kind not in kinds:
         return 9
     return kinds.index(model.kind) + (4 if model.job_id else 0)

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 from sqlalchemy.orm import Session
 
+from app import objectives
 from app.errors import BadField, StudioError, field_path, plain
 from app.jobs.defaults import mean_tokens, usual_run
 from app.kit import ids
+from app.objectives import METHODS, OBJECTIVES, Task
 from app.planning import feasibility
 from app.planning.schedule import PresetName
 from app.run_settings import RENAMED, RunSettings
 from app.shapes import Shape
-from app.spec import DatasetRef, JobSpec, ModelRef, PreferenceSettings, Split, Task, usual_learning_rate
+from app.spec import DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, UNNAMED, AnyStrategy, Strategy
 from app.tables import JSON, Dataset, User
 
+SUPERVISED = "supervised"
 Number = float | Literal["auto"]
 Count = int | Literal["auto"]
 
@@ -41,14 +44,19 @@ class MethodOrder(BaseModel):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(BaseModel):
-    type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: MethodOrder | None = None
-    dpo: MethodOrder | None = None
+class _Method(BaseModel):
+    type: Literal[*METHODS, "reinforcement"]  # type: ignore[valid-type]
 
     def hyperparameters(self) -> Hyperparameters | None:
-        named = self.supervised if self.type == "supervised" else self.dpo
+        named: MethodOrder | None = getattr(self, self.type, None)
         return named.hyperparameters if named else None
+
+
+if TYPE_CHECKING:
+    Method = _Method
+else:
+    Method = create_model("Method", __base__=_Method, __module__=__name__, **dict.fromkeys(METHODS, (MethodOrder | None, None)))
+"""OpenAI's `method`: its type, and under the type's name the settings."""
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
@@ -226,7 +234,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         split=_split(order, dataset),
         run=run,
         strategy=strategy,
-        preference=_preference(order, task, dataset),
+        preference=_objective_settings(order, task, dataset),
     )
 
 
@@ -268,21 +276,32 @@ def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id
 
 
 def _task(order: JobRequest, dataset: Dataset) -> Task:
-    if order.method and order.method.type == "dpo":
-        if order.task not in (None, "preference"):
-            raise BadField(f"The method dpo is for preferences, not {order.task}.", hint="Omit task.", param="task")
-        return "preference"
-    if order.method and order.task is None and dataset.status == "ready" and dataset.task == "preference":
+    from app.datasets import service as datasets
+
+    if order.method and (named := _named_by_method(order)):
+        if order.task not in (None, *named):
+            raise BadField(
+                f"The method {order.method.type} is for {' and '.join(named)}, not {order.task}.", hint="Omit task.", param="task"
+            )
+        return order.task or named[0]
+    own = objectives.get(dataset.task).method
+    if order.method and order.task is None and dataset.status == "ready" and own != SUPERVISED:
         raise BadField(
-            f"The method supervised needs single answers, and the dataset {dataset.name} holds pairs of them.",
-            hint="Set the method to dpo, or choose a dataset with one answer to each prompt.",
+            f"The method supervised needs single answers, and the dataset {dataset.name} is for {dataset.task}.",
+            hint=f"Set the method to {own}, or choose a dataset with one answer to each prompt.",
             param="method.type",
         )
-    return order.task or (dataset.task if dataset.status == "ready" else None) or "generation"  # type: ignore[return-value]
+    return order.task or (datasets.usual_task(dataset) if dataset.status == "ready" else None) or objectives.DEFAULT
+
+
+def _named_by_method(order: JobRequest) -> list[str]:
+    """The objectives that the method asked for is of; none where it leaves them open, as supervised does."""
+    wanted = order.method.type if order.method else SUPERVISED
+    return [] if wanted == SUPERVISED else [name for name, entry in OBJECTIVES.items() if entry.method == wanted]
 
 
 def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
-    return order.task is not None or dataset.status == "ready" or (order.method is not None and order.method.type == "dpo")
+    return order.task is not None or dataset.status == "ready" or bool(_named_by_method(order))
 
 
 def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
@@ -304,7 +323,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
             param=param,
             code="invalid_training_file",
         )
-    if dataset.task and dataset.task != task:
+    if dataset.task and dataset.task != task and dataset.format not in OBJECTIVES[task].formats:
         raise BadField(
             f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
             hint=f"Set task to {dataset.task}, or choose a dataset for {task}.",
@@ -326,7 +345,7 @@ def _split(order: JobRequest, dataset: Dataset) -> Split | None:
         if asked.column and asked.column not in known | {"label"}:
             hint = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
             raise BadField(f"There is no column “{asked.column[:60]}” to split by.", hint=hint, param="split.column")
-        if asked.method == "stratified" and not asked.column and dataset.task != "classification":
+        if asked.method == "stratified" and not asked.column and not objectives.get(dataset.task).classifies:
             raise BadField("Only labeled rows can be split by label.", hint="Send split.column, or split at random.", param="split")
     return asked
 
@@ -370,24 +389,25 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
         raise bad_field(error, "run") from None
 
 
-def _preference(order: JobRequest, task: Task, dataset: Dataset) -> PreferenceSettings | None:
-    """How the pairs of a preference job are compared; what `preference` says goes before OpenAI's `beta`."""
-    if task != "preference":
+def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> BaseModel | None:
+    """The objective's own settings; what `preference` says goes before OpenAI's `beta`."""
+    wanted = OBJECTIVES[task].settings
+    if wanted is None:
         # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.
         if order.preference is not None and dataset.status == "ready":
             raise BadField(
-                f"The settings “preference” are for preference datasets; this job is for {task}.",
-                hint="Remove them, or choose a preference dataset.",
+                f"The settings “preference” are for {' and '.join(n for n, o in OBJECTIVES.items() if o.settings)}; this job is for {task}.",
+                hint="Remove them, or choose another dataset.",
                 param="preference",
             )
         return None
     settings, beta = dict(order.preference or {}), order.asked().beta
-    if beta != "auto":
+    if beta != "auto" and "beta" in wanted.model_fields:
         if not 0 < beta <= 10:
             raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
         settings.setdefault("beta", beta)
     try:
-        return PreferenceSettings.model_validate(settings)
+        return wanted.model_validate(settings)
     except ValidationError as error:
         raise bad_field(error, "preference") from None
 

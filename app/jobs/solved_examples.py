@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from app import formats
+
 MAX_QUESTIONS = 8
 MAX_QUESTION_LENGTH, MAX_EXAMPLES_LENGTH = 4000, 20_000  # characters
 
@@ -36,8 +38,8 @@ def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked])
 
 def of_rows(training: Iterable[Any], held: Iterable[Any]) -> dict[str, Any]:
     """`{"system", "questions", "examples"}` of a job's rows, each with `line` and `row`; the examples come with the verdict."""
-    systems = Counter(question["system"] for row in training if (question := question_of(row.row)))
-    questions = [{"line": row.line, **question} for row in held if (question := question_of(row.row))]
+    systems = Counter(question["system"] for row in training if (question := formats.of(row.row).exchange(row.row)))
+    questions = [{"line": row.line, **question} for row in held if (question := formats.of(row.row).exchange(row.row))]
     brief = [q for q in questions if len(q["prompt"]) + len(q["reference"]) + len(q["system"]) <= MAX_QUESTION_LENGTH]
     return {"system": systems.most_common(1)[0][0] if systems else "", "questions": brief[:MAX_QUESTIONS], "examples": []}
 
@@ -46,22 +48,3 @@ def kept(examples: Sequence[Asked]) -> dict[str, Any]:
     """The examples that a base was asked behind, none where they are too long to keep."""
     shown = [example._asdict() for example in examples]
     return {"examples": shown if len(json.dumps(shown)) <= MAX_EXAMPLES_LENGTH else []}
-
-
-def question_of(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The first question of a normalised row and its answer; None for a row that asks nothing, or needs tools."""
-    if "messages" in row:
-        turns = [*row["messages"], *(row.get("chosen") or (row.get("answer") if row.get("good") else None) or [])]
-        spoken = [turn for turn in turns if turn["role"] != "system"]
-        if row.get("tools") or [turn["role"] for turn in spoken[:2]] != ["user", "assistant"]:
-            return None
-        system = next((_words(turn) for turn in turns if turn["role"] == "system"), "")
-        found = {"system": system, "prompt": _words(spoken[0]), "reference": _words(spoken[1])}
-    else:
-        found = {"system": "", "prompt": str(row.get("prompt") or ""), "reference": str(row.get("completion") or "")}
-    return found if found["prompt"].strip() and found["reference"].strip() else None
-
-
-def _words(turn: dict[str, Any]) -> str:
-    content = turn.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

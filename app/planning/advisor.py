@@ -6,67 +6,16 @@ of the points named with each reason, so a reader can follow how the order came 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
 from pydantic import BaseModel, Field, PrivateAttr
 
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._advice import Facts, Reason, by_nature
 
-FEW_ROWS, MANY_ROWS = 100, 5_000
-FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
-UNEVEN = 10
-"""A class with this many times the rows of another drowns it: accuracy looks good while the small one is never answered."""
-CLOSE, FAR = 1.25, 2.0
-"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
-from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
-1.3 to 1.8, a ship's log 2.1."""
 ROOMY, TIGHT = 0.5, 0.9
 """A plan that needs less than the first share of the machine's memory leaves room; one beyond the second leaves none."""
 NEAR_LEAST = 1.1
 """What needs up to this many times the least memory counts as needing as little."""
-
-ENOUGH = {"accuracy": 0.9, "rouge_l": 0.8}
-"""Where a prompt alone reaches this, tuning has little left to teach."""
-CLOSE_TASK, FAR_TASK = 0.6, 0.15
-"""How far a few examples alone come from chance (0) to always right (1): beyond the first the labels are something the
-model tells apart already, below the second its vectors hardly show them."""
-
-
-class Facts(BaseModel):
-    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
-    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
-    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
-    Memory in bytes."""
-
-    task: Literal["generation", "classification", "preference"]
-    rows: int
-    tokens: int | None = None
-    classes: int | None = None
-    smallest_class: int | None = None
-    largest_class: int | None = None
-    distance: float | None = None
-    metric: str | None = None
-    prompted: float | None = None
-    chance: float | None = None
-    how: str | None = None
-    memory_bytes: int
-    cuda: bool = False
-
-
-def worth_tuning(facts: Facts) -> bool | None:
-    """Whether a prompt alone leaves enough to be learnt; None while nobody has tried one."""
-    if facts.prompted is None or facts.metric is None:
-        return None
-    return facts.prompted < ENOUGH.get(facts.metric, 0.9)
-
-
-def task_skill(facts: Facts) -> float | None:
-    """How far examples alone come from chance (0) to always right (1), for labels."""
-    if facts.prompted is None or facts.metric != "accuracy":
-        return None
-    chance = min(facts.chance or 0.0, 0.99)
-    return (facts.prompted - chance) / (1 - chance)
 
 
 class Cost(BaseModel):
@@ -78,11 +27,6 @@ class Cost(BaseModel):
     learning_bytes: int = Field(0, description="of the memory, what learning adds to the weights: gradients, optimizer and activations")
     recomputed_layers: int = Field(0, description="layers whose activations are computed twice, so that the job fits")
     tokens: int | None = Field(None, description="tokens read in all steps, a soft prompt's own among them")
-
-
-class Reason(NamedTuple):
-    points: int
-    text: str
 
 
 class Rule(BaseModel):
@@ -152,128 +96,10 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost],
         strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost
     )
     if why_not is None:
-        advice._weighed = [*_by_data(strategy, facts), *_by_distance(strategy, facts), *_by_prompts(strategy, facts)]
-        advice._weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *_by_nature(strategy)]
+        advice._weighed = strategy.advice_reasons(facts)
+        advice._weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *by_nature(strategy)]
         advice.score = sum(r.points for r in advice._weighed)
     return advice
-
-
-def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
-    if facts.task == "classification":
-        return _by_labels(strategy, facts)
-    rows = f"{facts.rows:,} rows"
-    if facts.rows < FEW_ROWS:
-        # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
-        if strategy.name in ("ia3", "prompt_tuning", "layer_norm"):
-            return [Reason(12, f"{rows} are few, and so few trainable parameters hardly overfit.")]
-        if strategy.family == "full":
-            return [Reason(-40, f"{rows} are too few to train every weight: it would overfit.")]
-        return []
-    if facts.rows >= MANY_ROWS:
-        if strategy.family == "full":
-            return [Reason(15, f"{rows} are enough to train every weight.")]
-        if strategy.name in ("rslora", "dora", "bottleneck_adapter"):
-            return [Reason(8, f"{rows} can use the capacity beyond plain LoRA.")]
-        if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "bitfit"):
-            return [Reason(-15, f"{rows} hold more than so few trainable parameters can take up.")]
-    return []
-
-
-def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
-    """A frozen model serves few labels; many pay for layers of their own on it (dense head), unless its states do not tell the
-    classes apart. The smallest class says how many there are of what is hardest to learn."""
-    found = []
-    per_class = facts.rows / max(facts.classes or 1, 1)
-    least = per_class if facts.smallest_class is None else facts.smallest_class
-    words = f"{facts.rows:,} labeled rows in {facts.classes} classes ({_rows_a_class(facts, per_class)})"
-    large = facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
-    if strategy.family == "feature":
-        quick = "a classifier on the frozen model is quick, hard to beat, and keeps the base model unchanged."
-        found.append(Reason(30 if large else 35, f"{words}: {quick}"))
-        if facts.distance is not None and facts.distance >= FAR:
-            found.append(
-                Reason(-20, "The texts are far from what the model was trained on, so its frozen vectors may not separate the classes.")
-            )
-    elif strategy.name == "dense_head":
-        if _told_apart(facts) is False:
-            found.append(Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else."))
-        elif large:
-            found.append(Reason(55, f"{words}: enough to train new layers on top, while the model itself stays unchanged."))
-        elif least >= MANY_PER_CLASS:
-            found.append(Reason(28, f"{words}: enough to train new layers on the frozen model."))
-        else:
-            found.append(Reason(-5, f"{_rows_a_class(facts, per_class)} are few for new layers; feature extraction overfits less."))
-    elif least < FEW_PER_CLASS:
-        found.append(Reason(-15, f"{_rows_a_class(facts, per_class)} are few to train the model itself."))
-    elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
-        found.append(Reason(10, f"{words}: enough to adapt the model itself."))
-    if balance(facts) >= UNEVEN and strategy.family in ("full", "partial", "reparametrized"):
-        uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
-        found.append(
-            Reason(
-                -4,
-                f"{uneven}, so a model with many trainable parameters soon predicts only the large one. Watch macro F1, or balance the classes.",
-            )
-        )
-    return found
-
-
-def balance(facts: Facts) -> float:
-    """How many times the rows of the smallest class the largest has; 1 where nobody counted."""
-    return facts.largest_class / max(facts.smallest_class, 1) if facts.smallest_class is not None and facts.largest_class else 1.0
-
-
-def _rows_a_class(facts: Facts, mean: float) -> str:
-    return f"{mean:,.0f} rows a class" + (f", {facts.smallest_class:,} in the smallest" if balance(facts) > 1.5 else "")
-
-
-def _told_apart(facts: Facts) -> bool | None:
-    """Whether the frozen model's vectors tell the classes apart; None while nothing says so."""
-    if facts.distance is not None and facts.distance >= FAR:
-        return False
-    skill = task_skill(facts)
-    return None if skill is None or facts.how != "vectors" else skill > FAR_TASK
-
-
-def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
-    if facts.distance is None:
-        return []
-    says = f"This data is {facts.distance:.2f} × as hard to predict as general text for the base model"
-    if facts.distance >= FAR:
-        if strategy.family == "full":
-            return [Reason(32, f"{says}: far from what it was trained on, so every weight may have to change.")]
-        if strategy.family in ("selective",) or strategy.name in ("prompt_tuning", "ia3"):
-            return [Reason(-12, f"{says}: too far for so few trainable parameters.")]
-        if strategy.name in ("rslora", "bottleneck_adapter", "top_layers"):
-            return [Reason(6, f"{says}: more capacity helps.")]
-    if facts.distance <= CLOSE:
-        if strategy.family == "full":
-            return [Reason(-15, f"{says}: it predicts such text already, so training every weight mostly makes it forget.")]
-        if strategy.name in ("lora", "prefix_tuning", "prompt_tuning", "ia3", "layer_norm", "feature_extraction"):
-            return [Reason(6, f"{says}: a small change is enough.")]
-    return []
-
-
-def _by_prompts(strategy: Strategy, facts: Facts) -> list[Reason]:
-    """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
-    skill = task_skill(facts)
-    if skill is not None and facts.how == "vectors":
-        says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
-        if strategy.family == "feature" and skill >= CLOSE_TASK:
-            return [Reason(8, f"{says}: its vectors separate these classes already.")]
-        if strategy.family == "feature" and skill <= FAR_TASK:
-            return [Reason(-14, f"{says}: its frozen vectors hardly separate these classes.")]
-        if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
-            return [Reason(8, f"{says}, so the model itself has to be trained.")]
-        return []
-    if worth_tuning(facts) is False:
-        words = "ROUGE-L" if facts.metric == "rouge_l" else facts.metric
-        says = f"A prompt alone reaches {words} {facts.prompted:.2f} on the validation set"
-        if strategy.family == "full":
-            return [Reason(-12, f"{says}: little headroom for full fine-tuning.")]
-        if strategy.name in ("ia3", "prompt_tuning", "layer_norm", "feature_extraction"):
-            return [Reason(6, f"{says}: little headroom, so a small change is enough.")]
-    return []
 
 
 def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason]:
@@ -292,7 +118,7 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason
 
 def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -> list[Reason]:
     """Where re-training every weight has no room: of the parameter-efficient strategies those that need the least."""
-    cost, full = costs.get(strategy.name), costs.get("full")
+    cost, full = costs.get(strategy.name), next((c for n, c in costs.items() if STRATEGIES[n].family == "full"), None)
     if cost is None or full is None or (full.memory_bytes <= TIGHT * facts.memory_bytes and not full.recomputed_layers):
         return []
     found = []
@@ -313,21 +139,6 @@ def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -
                     f"{says}: {_gb(cost.memory_bytes)}, of which gradients and activations are {_gb(cost.learning_bytes)}.",
                 )
             )
-    return found
-
-
-def _by_nature(strategy: Strategy) -> list[Reason]:
-    """What holds on any data. LoRA on all linear layers equals full re-training on most small and middling sets and forgets
-    less (Biderman et al. 2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
-    found = []
-    if strategy.name == "lora":
-        found.append(Reason(30, "Matches full fine-tuning on most datasets and forgets less."))
-    elif strategy.name in ("dora", "rslora", "pissa"):
-        found.append(Reason(22, "LoRA variant, as dependable: compare it once plain LoRA has shown what is possible."))
-    elif strategy.family in ("reparametrized", "additive", "partial"):
-        found.append(Reason(10, "Trains a small part: the base model stays unchanged and can be shared."))
-    if strategy.forgets == "much":
-        found.append(Reason(-8, "Trains every weight, so it forgets most: watch general ability."))
     return found
 
 

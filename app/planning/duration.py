@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
+from app.objectives import OBJECTIVES
 from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
 from app.run_settings import RunSettings
 from app.shapes import Shape
@@ -145,20 +147,15 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     mean = train / max(learned_from, 1)
     steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
-    learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
+    learnt = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
     return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
     """(tokens of all rows, of the longest) with placeholders before each sequence; a row's sequences share a pack."""
-    each, lead = sequences_per_row(spec), spec.strategy.virtual_tokens()
+    each, lead = OBJECTIVES[spec.task].sequences_per_row, spec.strategy.virtual_tokens()
     rows, longest = tokens_of(stats, spec.run, each)
     return rows + each * stats.rows * lead, each * (longest + lead)
-
-
-def sequences_per_row(spec: JobSpec) -> int:
-    """How many sequences a row becomes: a pair is its prompt with the one answer and with the other."""
-    return 2 if spec.task == "preference" else 1
 
 
 def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
@@ -246,7 +243,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     shape, run = spec.model.shape, spec.run
     if type(spec.strategy).recipe == "features":
         return _fit_seconds(spec, course)
-    classes = spec.task == "classification"
+    classes = OBJECTIVES[spec.task].classifies
     forward = forward_operations(shape, course.learnt)
     often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.tokens / max(course.train, 1)
     saves = judged = max(1, math.ceil(often))
@@ -262,7 +259,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     if probed:
         scored += 2 * PROBE_TOKENS * forward_operations(shape, 1.0)
     scored += _contest_tokens(spec, course) * forward
-    if spec.task == "preference":  # the model before tuning reads every pair once
+    if OBJECTIVES[spec.task].reads_base:
         scored += (course.train + course.held_out) * forward
     # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
     written = 0 if classes else run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
@@ -275,9 +272,10 @@ def _contest_tokens(spec: JobSpec, course: Workload) -> float:
     classifier, the texts whose vectors are compared."""
     mean = course.train / max(course.rows, 1)
     held = course.held_out / max(mean, 1.0)
-    if spec.task == "classification":
+    entry = OBJECTIVES[spec.task]
+    if entry.classifies:
         return mean * (min(EXAMPLES_A_CLASS * max(course.labels, 1), course.rows, 800) + min(held, 400))
-    if spec.task == "preference" or spec.dataset.format == "plain_text":
+    if not entry.few_shot or not formats.get(spec.dataset.format).asks:
         return 0.0
     bare = min(held, CONTEST_ROWS) * mean
     return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)

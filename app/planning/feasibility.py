@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from app import formats
 from app.errors import BadField
 from app.formats._base import shown
 from app.machines.hardware import Machine
+from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS
 from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
@@ -34,7 +36,7 @@ MIN_FP8_CAPABILITY = 8.9
 
 def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param: str, validation_param: str) -> None:
     """Raises BadField for labels that no classifier can be learnt from. A dataset still being read is checked when it is ready."""
-    if task != "classification" or dataset.status != "ready":
+    if not OBJECTIVES[task].classifies or dataset.status != "ready":
         return
     labels, count = labels_of(dataset)
     if count == 1:
@@ -75,7 +77,7 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
     Further tuning starts from the plain model, so everything it was tuned to must be folded into its weights first.
     """
-    if model.labels and task != "classification":
+    if model.labels and not OBJECTIVES[task].classifies:
         return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
     if model.labels and model.adapters:
         return f"{model.name} is a classifier on top of another model, so it cannot be fine-tuned further."
@@ -104,16 +106,17 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
 
 def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     """Raises BadField for a choice of turns where rows have none to choose from, and for padding where there is none."""
-    if not run.packing and task != "generation":
+    entry = OBJECTIVES[task]
+    if not run.packing and not entry.unpacked:
         raise BadField(
             f"Rows are always packed where a job learns {task}.",
             hint="Leave packing out.",
             param="run.packing",
             code="setting_without_use",
         )
-    if run.train_on == "assistant" or (task == "generation" and format_ != "plain_text"):
+    if run.train_on == "assistant" or (entry.turns and formats.asks(format_)):
         return
-    rows = "plain text, all of which is learned" if task == "generation" else f"for {task}, which trains on them as they are"
+    rows = "plain text, all of which is learned" if entry.turns else f"for {task}, which trains on them as they are"
     raise BadField(
         f"train_on chooses among the turns of a conversation, and these rows are {rows}.",
         hint="Leave train_on out.",
@@ -126,9 +129,10 @@ def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None)
     """Raises BadField for a chat template where rows are no conversations."""
     if run.chat_template == "model":
         return
-    as_they_stand = kind == "generic" and (task == "preference" or format_ == "completion")
-    if task == "classification" or format_ == "plain_text" or as_they_stand:
-        rows = "texts to be sorted" if task == "classification" else "trained on as they stand by this model"
+    entry = OBJECTIVES[task]
+    as_they_stand = kind == "generic" and (entry.compares or (formats.asks(format_) and not formats.conversations(format_)))
+    if entry.classifies or not formats.asks(format_) or as_they_stand:
+        rows = "texts to be sorted" if entry.classifies else "trained on as they stand by this model"
         raise BadField(
             f"A chat template writes conversations, and these rows are {rows}.",
             hint="Leave chat_template out." if not as_they_stand else "Leave chat_template out, or use rows with messages.",
@@ -157,7 +161,11 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
             param="strategy.bias",
             code="no_biases",
         )
-    if isinstance(strategy, WithOwnWeights) and strategy.modules_to_save and (shape.architecture != "decoder" or task == "classification"):
+    if (
+        isinstance(strategy, WithOwnWeights)
+        and strategy.modules_to_save
+        and (shape.architecture != "decoder" or OBJECTIVES[task].classifies)
+    ):
         raise BadField(
             "Tables of words are trained whole where a model trains on writing text, which this job does not.",
             hint="Leave modules_to_save out.",
@@ -219,7 +227,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
         reason = "Biases and tables that learn need a base whose weights are kept as they are, not in fp8."
     elif not strategy.takes_fp8:
         reason = f"{strategy.title} changes or reads the frozen weights itself, which fp8 would round."
-    elif task != "generation" or run.precision == "fp32":
+    elif not OBJECTIVES[task].fp8 or run.precision == "fp32":
         reason = "Products in fp8 are offered for generation jobs, in bf16."
     if reason:
         raise BadField(reason, hint="Set frozen_weights to auto.", param="run.frozen_weights", code="no_fp8")
@@ -249,7 +257,7 @@ def longest_row(run: RunSettings, shape: Shape) -> int:
 def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> list[str]:
     """What a person should know of the data before the job starts, each a sentence with its hint."""
     found = [*_left_out(dataset), *_too_long(spec, dataset)]
-    if spec.task == "classification":
+    if OBJECTIVES[spec.task].classifies:
         found += _odd_labels(dataset)
     if validation is not None:
         found += [f"Validation dataset: {text}" for text in (*_left_out(validation), *_too_long(spec, validation))]

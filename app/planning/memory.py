@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from app.machines.hardware import Machine
+from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS
 from app.run_settings import RunSettings
 from app.shapes import Shape
@@ -174,7 +175,7 @@ def memory_of(
         saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())
         all_of = all_of._replace(weights=all_of.weights - saved)
     held = spread_over(all_of, shape, strategy, machine.processes)
-    writes = task != "classification"
+    writes = not OBJECTIVES[task].classifies
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     whole = learns_whole(strategy, machine)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from app.objectives import OBJECTIVES
+
 MIN_STEPS = 30
 """Fewer are warned about: most methods have then hardly begun to learn."""
 EPOCHS = 3
@@ -18,11 +20,8 @@ MAX_EVALUATIONS = 10
 """Over the whole of a job whose epochs were raised: each writes answers, which takes seconds."""
 
 STEP_TOKENS = 2048
-ROWS_PER_STEP = 32
-"""Labeled texts behind each step: a classifier learns one thing a text, so a step of as many tokens as for answers would hold
-hundreds of texts, and an epoch hardly any steps."""
-MIN_ROWS_PER_STEP = {"generation": 2, "preference": 2, "classification": 8}
-MIN_STEP_TOKENS = 256
+MIN_MOST_TOKENS = 256
+"""What a step may have at least where rows are aimed at, however short they are."""
 GPU_STEP_TOKENS = ((40 * 2**30, 16_384), (16 * 2**30, 8192), (0, 4096))
 """Tokens behind each step of a generation job by the GPU's memory, (bytes at least, tokens): a GPU's products want thousands of
 rows. Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
@@ -91,12 +90,12 @@ def steps(epoch: float, max_tokens_per_step: int, epochs: float) -> int:
 
 def _step_tokens(task: str, enough: float, mean_tokens: float, gpu_memory_bytes: int | None) -> int:
     """`enough` is the size of a step that gives the steps aimed at."""
-    most = STEP_TOKENS
-    if task == "classification":
-        most = max(MIN_STEP_TOKENS, min(round(ROWS_PER_STEP * mean_tokens), STEP_TOKENS))
-    elif task == "generation" and gpu_memory_bytes is not None:
+    entry, most = OBJECTIVES[task], STEP_TOKENS
+    if entry.rows_per_step is not None:
+        most = max(MIN_MOST_TOKENS, min(round(entry.rows_per_step * mean_tokens), STEP_TOKENS))
+    elif entry.larger_on_gpu and gpu_memory_bytes is not None:
         most = next(tokens for least, tokens in GPU_STEP_TOKENS if gpu_memory_bytes >= least)
-    least = max(MIN_STEP_TOKENS if task != "classification" else 64, math.ceil(MIN_ROWS_PER_STEP[task] * mean_tokens))
+    least = max(entry.min_step_tokens, math.ceil(entry.min_rows_per_step * mean_tokens))
     if enough >= most:
         return most
     return min(most, max(least, int(enough) // 64 * 64))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import leases, queue
+from app import formats, leases, objectives, queue
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
@@ -90,15 +90,15 @@ def create(
 ) -> PromptRun:
     """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
     who = playground.speaker(session, user, model)
-    ref = datasets.reference(dataset)
-    if ref.format == "plain_text" or dataset.task == "preference":
+    ref, entry = datasets.reference(dataset), objectives.get(dataset.task)
+    if not formats.asks(ref.format) or not entry.scored:
         raise BadField(
             f"The rows of {dataset.name} have no reference answers.",
             hint="Take a dataset of instructions, conversations, completions or labels.",
             param="dataset_id",
         )
     body = PromptBody(**version.body)
-    if body.score == "label" and dataset.task != "classification":
+    if body.score == "label" and not entry.classifies:
         raise BadField(f"{dataset.name} has no labels to score by.", hint="Score by exact match or contains.", param="score")
     held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
     if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
@@ -108,7 +108,7 @@ def create(
             param="part",
         )
     spec = RunSpec(
-        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=dataset.task or "generation", part=order.part,
+        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=entry.name, part=order.part,
         rows=order.rows, trial=trial, **held,
     )  # fmt: skip
     run = PromptRun(

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
+from app import formats
 from app.errors import BadField, NotFound
 from app.jobs.request import bad_field
 from app.kit import ids
@@ -145,16 +146,8 @@ class Solved(NamedTuple):
 
 def solved(line: int, row: Mapping[str, Any]) -> tuple[Solved, list[dict[str, Any]]]:
     """A normalised row as a question and its answer, and the turns of the conversation before the question."""
-    if "messages" in row:
-        messages = row["messages"]
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        asked = max((i for i, m in enumerate(messages[:last]) if m["role"] == "user"), default=-1) if last > 0 else -1
-        if asked < 0:
-            return Solved(line, "", ""), []
-        return Solved(line, _words(messages[asked]), _words(messages[last])), [_bare(m) for m in messages[:asked]]
-    if "label" in row:
-        return Solved(line, str(row["text"]), str(row["label"])), []
-    return Solved(line, str(row.get("prompt", "")), str(row.get("completion", "")).strip()), []
+    question, answer, before = formats.of(dict(row)).solved(dict(row))
+    return Solved(line, question, answer), [_bare(m) for m in before]
 
 
 def _words(message: Mapping[str, Any]) -> str:

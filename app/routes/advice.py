@@ -24,9 +24,11 @@ from app.run_settings import RunSettings
 from app.schemas.openapi import answers, takes
 from app.strategies import STRATEGIES
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
+MENU = (MenuPage("Advice", "/jobs/advice", "training", 40),)
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 

@@ -21,9 +21,11 @@ from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
+MENU = (MenuPage("Classify", "/playground/classify", "playground", 30),)
 api = APIRouter(prefix="/v1")
 SHOWN = 12
 """Classes whose bars are shown at once; the others are folded."""

@@ -22,11 +22,13 @@ from app.tables import Comparison
 from app.views import comparison as comparison_view
 from app.views import comparison_form, lists
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
+MENU = (MenuPage("Comparisons", "/compare", "training", 30), MenuPage("Learning curves", "/compare/curves", "evaluation", 40))
 Json = dict[str, Any]
 
 Wish = Annotated[lists.ListQuery, Query()]

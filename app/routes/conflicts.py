@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
+from app import objectives
 from app.datasets import conflicts, inspections, row_editor
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
@@ -45,7 +46,7 @@ def _page(request: Request, user: User, key: str, page: int, line: int | None, p
         fault=found.error if found else None,
         waiting=dataset.status == "reading" or (found is not None and found.status in ("waiting", "running")),
         parts=row_editor.parts,
-        labels=list((dataset.report or {}).get("labels", {}))[:500] if dataset.task == "classification" else [],
+        labels=list((dataset.report or {}).get("labels", {}))[:500] if objectives.get(dataset.task).classifies else [],
         page=page,
         more=more,
         line=line,

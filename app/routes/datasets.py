@@ -29,9 +29,11 @@ from app.web import pagination as cursor
 from app.web.auth import CurrentUser
 from app.web.multipart import Form as StreamedForm
 from app.web.multipart import read_form
+from app.web.navigation import MenuPage
 from app.web.templates import flash, render
 
 pages = APIRouter()
+MENU = (MenuPage("Datasets", "/datasets", "start", 20),)
 api = APIRouter(prefix="/v1")
 MAX_FORM_BYTES = 32 << 20
 """Of one field of a form: a pasted table, each character written as up to nine."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import schemas
+from app import objectives, schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
@@ -22,10 +22,12 @@ from app.tables import Evaluation
 from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 pages = APIRouter()
+MENU = (MenuPage("Scores", "/evaluations", "evaluation", 10),)
 api = APIRouter(prefix="/v1/evaluations")
 Json = dict[str, Any]
 SHOWN = 50
@@ -107,7 +109,7 @@ def _list_page(
         moving=any(e.status in evaluations.OPEN for e in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
-        datasets=[d for d in datasets.with_rows(session, user) if d.task != "preference"],
+        datasets=[d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored],
         typed={"rows": "500", "part": ""} | typed | {"model": chosen},
         fault=fault,
         ids=ids,

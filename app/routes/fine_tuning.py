@@ -22,6 +22,7 @@ from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobRequest, read_order
 from app.kit import ids
 from app.models import service as models
+from app.objectives import OBJECTIVES
 from app.routes.models import to_json as model_json
 from app.schemas.openapi import answers, takes
 from app.spec import JobSpec, usual_learning_rate
@@ -290,7 +291,7 @@ def hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json:
 
 def method_json(session: Session, job: Job, order: JobRequest) -> Json:
     """The method as it was asked for; where nobody said, the one that follows from the data."""
-    kind = order.method.type if order.method else "dpo" if job.spec["task"] == "preference" else "supervised"
+    kind = order.method.type if order.method else OBJECTIVES[job.spec["task"]].method
     settings = hyperparameters(session, job, order.asked())
     if kind == "dpo":
         beta = order.asked().beta

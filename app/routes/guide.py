@@ -26,9 +26,11 @@ from app.tables import Job
 from app.views.glossary import GLOSSARY
 from app.views.learning_path import PATH
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
+MENU = (MenuPage("Learn", "/guide", "end", 10),)
 
 FAMILIES = {
     "feature": ("Feature extraction", "The model is frozen; a small classifier is trained on its vectors."),

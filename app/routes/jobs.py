@@ -30,10 +30,12 @@ from app.views import job as view
 from app.views import job_form, job_tabs, lists, run_comparison
 from app.web import event_stream
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import MAX_NUMBER, Offset, Step
 from app.web.templates import flash, render
 
 pages = APIRouter()
+MENU = (MenuPage("Runs", "/jobs", "training", 10), MenuPage("New run", "/jobs/new", "training", 20))
 
 
 async def _form(request: Request) -> dict[str, str]:

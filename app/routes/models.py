@@ -32,11 +32,13 @@ from app.views import evaluation as evaluation_view
 from app.views import lists, snippets
 from app.web import auth
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.templates import KINDS as KINDS_SHOWN
 from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
+MENU = (MenuPage("Models", "/models", "start", 30),)
 
 KINDS = ("generic", "instruction", "dialogue", "encoder")
 KIND_WORDS = {

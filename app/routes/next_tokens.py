@@ -21,9 +21,11 @@ from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
+MENU = (MenuPage("Next token", "/playground/tokens", "playground", 20),)
 api = APIRouter(prefix="/v1")
 SHOWN = 10
 

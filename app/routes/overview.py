@@ -10,9 +10,11 @@ from app.models import first_model
 from app.routes.accounts import safe_next
 from app.views import overview as views_overview
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
+MENU = (MenuPage("Home", "/", "start", 10),)
 STARTING_SECONDS = 60
 """For so long after the web process the workers of the same start may take to come online, and nothing is wrong."""
 

@@ -24,9 +24,11 @@ from app.kit import forms, humanize, ids
 from app.tables import Exchange, User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.streaming import Stream, later, left, merge, stream_or_error, while_connected
 
 pages = APIRouter()
+MENU = (MenuPage("Chat", "/playground", "playground", 10),)
 
 _PLAIN = ("top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _KNOBS: dict[str, Any] = {

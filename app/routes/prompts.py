@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import objectives, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
@@ -27,9 +27,11 @@ from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 from app.views import prompt_lab
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, Offset, PageNumber, page
 
 pages = APIRouter()
+MENU = (MenuPage("Prompt lab", "/playground/lab", "evaluation", 20),)
 api = APIRouter(prefix="/v1/prompts")
 Json = dict[str, Any]
 PREFIX = "prompt"
@@ -179,7 +181,7 @@ def new(
     """A preset. Of a dataset of labels the answer is the label that is named first."""
     start = prompts.STARTS.get(builder, prompts.STARTS["zero_shot"])
     chosen = _chosen(session, user, {"dataset": dataset})
-    if chosen is not None and chosen.task == "classification":
+    if chosen is not None and objectives.get(chosen.task).classifies:
         start = start | {"score": "label", "max_tokens": 16}
     return web_templates.render(request, "prompt.html", **_form(session, user, PromptBody(**start), {"dataset": dataset}, [model]))
 

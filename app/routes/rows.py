@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import formats, objectives, schemas
 from app.datasets import inspections, row_editor, versions
 from app.datasets import service as datasets
 from app.db import transaction
@@ -128,7 +128,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         chosen=found.model,
         cutoff=found.cutoff,
         train_on=found.train_on,
-        turns=TRAIN_ON if dataset.task == "generation" and dataset.format != "text" else {},
+        turns=TRAIN_ON if objectives.get(dataset.task).turns and formats.asks(dataset.format) else {},
         cutoffs=row_view.cutoffs(found.model, found.cutoff),
         search=want.search,
         page=want.page,

@@ -15,9 +15,11 @@ from app.tables import User
 from app.views import overview
 from app.web import auth, navigation
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.templates import flash, render
 
 pages = APIRouter()
+MENU = (MenuPage("Settings", "/settings", "end", 20),)
 
 
 @pages.get("/settings")

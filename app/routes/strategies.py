@@ -13,6 +13,7 @@ from app.evaluation import advice
 from app.jobs import request as job_request
 from app.kit import ids
 from app.models import service as models
+from app.objectives import Task
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.schemas.openapi import answers
@@ -25,7 +26,7 @@ Json = dict[str, Any]
 
 
 @api.get("/strategies", operation_id="list_strategies", responses=answers(schemas.list_of(schemas.Strategy), 404, 409))
-def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: str | None = None) -> Json:
+def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: Task | None = None) -> Json:
     """Every method with its settings. With `model`, `available` and `reason` say whether that model can be fine-tuned so; with `task`, for that task; with
     `dataset` (its id) besides, for its task, and whether it would fit into this machine's memory, with the cost and which one is advised."""
     chosen = models.resolve(session, user, model) if model else None
@@ -56,8 +57,8 @@ def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str 
     reason = None
     if model is not None:
         reason = feasibility.why_not_tuned(model, task or "classification") or job_request.why_not(cls(), model.shape, task)
-    elif task is not None and task not in cls.tasks:
-        reason = f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
+    elif task is not None:
+        reason = cls.unsupported(task)
     return {
         "object": "strategy",
         "name": cls.model_fields["name"].default,

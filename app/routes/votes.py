@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import formats, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
@@ -23,10 +23,12 @@ from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
 from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
+MENU = (MenuPage("Blind A/B", "/playground/ab", "evaluation", 30),)
 api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 
@@ -90,7 +92,7 @@ def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
-    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and d.format != "plain_text"]
+    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and formats.asks(d.format)]
     context = {
         "choices": playground.choices(session, user), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
         "datasets": asking, "dataset": "", "public": ids.public, "vote": None, "prompt": "", "error": None,

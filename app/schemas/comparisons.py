@@ -8,10 +8,10 @@ from pydantic import Field
 
 from app.evaluation.comparison_table import Unit
 from app.evaluation.comparisons import ComparisonOrder, Kind
+from app.objectives import SETTINGS
 from app.run_settings import RunSettings
 from app.schemas.base import UNBUILT, Problem, Schema
 from app.schemas.fine_tuning import JobEstimate
-from app.spec import PreferenceSettings
 from app.strategies import AnyStrategy
 
 
@@ -24,7 +24,7 @@ class CreateComparison(ComparisonOrder):
         min_length=1, max_length=40, description="Names, or strategies with their settings as a job takes them."
     )
     run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[assignment]
-    preference: PreferenceSettings | None = None  # type: ignore[assignment]
+    preference: SETTINGS | None = None
 
 
 class RefusedStrategy(Schema):

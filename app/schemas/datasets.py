@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from app.objectives import Task
 from app.schemas.base import Problem, Schema
 
 Severity = Literal["error", "warning", "note"]
@@ -47,7 +48,7 @@ class Dataset(Schema):
     progress: float | None = Field(description="Of reading, 0 to 1.")
     error: ReadingProblem | None
     format: str | None = Field(description="Null while the file has not been recognized.")
-    task: Literal["generation", "classification", "preference"] | None
+    task: Task | None
     mapping: dict[str, str | None] = Field(description="Field of the format to column of the file.")
     rows: int | None
     good_rows: int | None

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from app.evaluation.forgetting import Forgetting
 from app.evaluation.service import Part
+from app.objectives import Task
 from app.schemas.base import Problem, Schema
 from app.schemas.fine_tuning import ListedRow
-from app.spec import Task
 
 
 class _Measured(Schema):

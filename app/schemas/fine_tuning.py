@@ -14,10 +14,10 @@ from app.evaluation.forgetting import Forgetting, WithoutMeasuring
 from app.evaluation.verdict import Verdict
 from app.events import Measured
 from app.jobs.request import JobRequest
+from app.objectives import SETTINGS, Task
 from app.planning.duration import Estimate
 from app.run_settings import RunSettings
 from app.schemas.base import UNBUILT, Problem, Schema
-from app.spec import PreferenceSettings, Task
 from app.strategies import AnyStrategy
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -31,7 +31,7 @@ class CreateJob(JobRequest):
 
     run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[assignment]  # as documents show it
     strategy: AnyStrategy = Field(default_factory=dict)  # type: ignore[assignment]  # as documents show it
-    preference: PreferenceSettings | None = None  # type: ignore[assignment]  # as documents show it
+    preference: SETTINGS | None = None  # as documents show it
     comparison_id: SkipJsonSchema[None] = None
 
 
@@ -167,7 +167,7 @@ class FineTuningJob(Schema):
     task: Task
     strategy: AnyStrategy
     run: RunSettings
-    preference: PreferenceSettings | None
+    preference: SETTINGS | None
     dataset: str
     estimate: JobEstimate | None
     measured: Measured | None

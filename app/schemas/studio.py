@@ -8,9 +8,11 @@ from pydantic import Field
 
 from app.evaluation.advice import Tune
 from app.evaluation.advice_cards import Card, Step
-from app.planning.advisor import Advice, Cost, Facts, Rule
+from app.objectives import Task
+from app.planning.advisor import Advice, Cost, Rule
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
+from app.strategies._advice import Facts
 from app.strategies._base import Family
 from app.views.overview import Check, WorkerRole
 
@@ -39,7 +41,7 @@ class Strategy(Schema):
     name: str
     title: str
     family: Family
-    tasks: list[Literal["generation", "classification", "preference"]]
+    tasks: list[Task]
     summary: str
     when_to_use: str
     forgets: Literal["little", "some", "much"]

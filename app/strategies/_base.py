@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
+from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts
+from app.strategies._advice import Family as Family  # where the strategies look for it
 from app.strategies._model import transformer
 
 if TYPE_CHECKING:
     import torch
-
-Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
 
 
 class Memory(NamedTuple):
@@ -84,6 +85,9 @@ class Strategy(BaseModel, ABC):
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
+    suits: ClassVar[tuple[Situation, ...]] = ()  # when the advisor speaks for it
+    unsuited: ClassVar[tuple[Situation, ...]] = ()  # and against it
+    standing: ClassVar[Reason | None] = None  # what holds on any data; None: as for all of its family
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/training/train_on_features.py
 
     @classmethod
@@ -99,7 +103,17 @@ class Strategy(BaseModel, ABC):
     def learning_rate_for(cls, task: str) -> float:
         """Size of a step that suits the task. For pairs it is a tenth of the strategy's own, and a thirtieth where whole weights move,
         which for all weights is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
-        return cls.default_learning_rate * (cls.preference_share if task == "preference" else 1.0)
+        return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares else 1.0)
+
+    # When to take it -------------------------------------------------------------------------------------------------
+
+    def advice_reasons(self, facts: Facts) -> list[Reason]:
+        """What the data say for it and against it; its cost and `standing` are weighed besides (`app/planning/advisor.py`)."""
+        return [*by_data(self, facts), *by_distance(self, facts), *by_prompts(self, facts)]
+
+    def label_reasons(self, facts: Facts) -> list[Reason]:
+        """The same of the number and balance of labels."""
+        return by_labels(self, facts)
 
     # What it costs ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +131,7 @@ class Strategy(BaseModel, ABC):
 
     def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         """All parameters that learn."""
-        return self.trainable(shape) + (self.head_parameters(shape, labels) if task == "classification" else 0)
+        return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
 
     def virtual_tokens(self) -> int:
         """Placeholder ids that whoever builds a sequence puts before it; the strategy replaces what stands there."""
@@ -150,11 +164,16 @@ class Strategy(BaseModel, ABC):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         """Why this model or machine cannot run it, in a sentence that ends with what to do; None when it can."""
-        if task != "classification" and shape.architecture == "encoder":
+        if not OBJECTIVES[task].classifies and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
-        if task not in self.tasks:
-            return f"{self.title} does not support the task {task}; it supports {' and '.join(self.tasks)}."
-        return None
+        return self.unsupported(task)
+
+    @classmethod
+    def unsupported(cls, task: str) -> str | None:
+        """Why it has no such task; None where `tasks` names it, or the objective that it is trained like."""
+        if task in cls.tasks or OBJECTIVES[task].trains_as in cls.tasks:
+            return None
+        return f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

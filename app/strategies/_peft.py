@@ -7,6 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from app.objectives import OBJECTIVES
 from app.strategies._base import Loading, Strategy
 from app.strategies._model import transformer, wrapped
 
@@ -20,7 +21,7 @@ class PeftStrategy(Strategy):
 
     def task_type(self, task: str) -> str:
         """peft's word for the model it wraps: a classifier is wrapped without its head."""
-        return "FEATURE_EXTRACTION" if task == "classification" else "CAUSAL_LM"
+        return "FEATURE_EXTRACTION" if OBJECTIVES[task].classifies else "CAUSAL_LM"
 
     @abstractmethod
     def config(self, model: torch.nn.Module, *, task: str) -> Any:

@@ -23,6 +23,7 @@ class BitFit(Selected):
         "https://arxiv.org/abs/2106.10199",
     )
     place: ClassVar = 52
+    unsuited: ClassVar = ("many rows", "far data")
     default_learning_rate: ClassVar = 1e-3
 
     def trainable(self, shape: Shape) -> int:

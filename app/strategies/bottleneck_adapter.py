@@ -27,6 +27,7 @@ class BottleneckAdapter(Added):
     when_to_use: ClassVar = "When the task asks for new computation, not only for a change of weights: more capacity than LoRA per parameter, a little slower at inference."
     paper: ClassVar = ("Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP", "https://arxiv.org/abs/1902.00751")
     place: ClassVar = 20
+    suits: ClassVar = ("many rows", "far data")
     default_learning_rate: ClassVar = 5e-4
 
     width: int = Field(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
+from app.strategies._advice import MANY_PER_CLASS, Facts, Reason, by_balance, labeled, rows_a_class, told_apart
 from app.strategies._base import Loading
 from app.strategies._files import read_weights
 from app.strategies._model import final_norm, transformer
@@ -42,11 +44,24 @@ class DenseHead(Added):
     dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of the new layers' inputs dropped at random during training.")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the layers.")
 
+    def label_reasons(self, facts: Facts) -> list[Reason]:
+        """Many labels pay for layers of its own on the frozen model, unless that model's states do not tell the classes apart."""
+        words, least, large = labeled(facts)
+        if told_apart(facts) is False:
+            own = Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else.")
+        elif large:
+            own = Reason(55, f"{words}: enough to train new layers on top, while the model itself stays unchanged.")
+        elif least >= MANY_PER_CLASS:
+            own = Reason(28, f"{words}: enough to train new layers on the frozen model.")
+        else:
+            own = Reason(-5, f"{rows_a_class(facts)} are few for new layers; feature extraction overfits less.")
+        return [own, *by_balance(self.family, facts)]
+
     def trainable(self, shape: Shape) -> int:
         return 2 * shape.hidden * self.width + self.width + shape.hidden
 
     def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        return self.head_parameters(shape, labels) if task == "classification" else self.trainable(shape)
+        return self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else self.trainable(shape)
 
     def head_parameters(self, shape: Shape, labels: int) -> int:
         first = shape.hidden * self.width + self.width
@@ -61,7 +76,7 @@ class DenseHead(Added):
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         model.requires_grad_(False)
-        if task != "classification":
+        if not OBJECTIVES[task].classifies:
             self.install(model)
         return model
 
@@ -77,7 +92,7 @@ class DenseHead(Added):
         return super().load(model, folder) if read_weights(folder) else model
 
     def loading(self, *, task: str = "generation") -> Loading:
-        return Loading() if task == "classification" else loading(self.activation)
+        return Loading() if OBJECTIVES[task].classifies else loading(self.activation)
 
     def head_code(self, hidden: int, labels: int) -> str:
         bend = {"gelu": "torch.nn.GELU()", "relu": "torch.nn.ReLU()", "silu": "torch.nn.SiLU()"}[self.activation]

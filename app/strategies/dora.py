@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from app.shapes import Shape
+from app.strategies._advice import LORA_VARIANT
 from app.strategies._base import Kept
 from app.strategies._own_weights import WithOwnWeights
 
@@ -21,6 +22,8 @@ class Dora(WithOwnWeights):
     when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
     paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
     place: ClassVar = 12
+    suits: ClassVar = ("many rows",)
+    standing: ClassVar = LORA_VARIANT
     arithmetic: ClassVar = 2
 
     def kept(self, shape: Shape) -> Kept:

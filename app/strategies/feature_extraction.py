@@ -30,6 +30,7 @@ class FeatureExtraction(Strategy):
         "https://arxiv.org/abs/1903.05987",
     )
     place: ClassVar = 5
+    suits: ClassVar = ("close data", "solved")
     recipe: ClassVar = "features"
     default_learning_rate: ClassVar = 1e-3
     no_blend: ClassVar = "the model below it was never changed; only the classifier on top is new."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept, Memory, Strategy
 from app.strategies._model import interpolate, transformer
@@ -34,7 +35,7 @@ class Full(Strategy):
         return shape.parameters()
 
     def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        if task != "classification":
+        if not OBJECTIVES[task].classifies:
             return self.trainable(shape)
         return shape.body_parameters() + self.head_parameters(shape, labels)
 

@@ -25,6 +25,8 @@ class Ia3(PeftStrategy):
         "https://arxiv.org/abs/2205.05638",
     )
     place: ClassVar = 50
+    suits: ClassVar = ("few rows", "close data", "solved")
+    unsuited: ClassVar = ("many rows", "far data")
     arithmetic: ClassVar = 2
     merges: ClassVar = True
     blends: ClassVar = True

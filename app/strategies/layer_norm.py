@@ -23,6 +23,8 @@ class LayerNorm(Selected):
         "https://arxiv.org/abs/2312.11420",
     )
     place: ClassVar = 51
+    suits: ClassVar = ("few rows", "close data", "solved")
+    unsuited: ClassVar = ("many rows", "far data")
     default_learning_rate: ClassVar = 3e-3
 
     def trainable(self, shape: Shape) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from app.strategies._advice import PLAIN_LORA
 from app.strategies._own_weights import WithOwnWeights
 
 
@@ -17,4 +18,6 @@ class Lora(WithOwnWeights):
     )
     paper: ClassVar = ("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")
     place: ClassVar = 10
+    suits: ClassVar = ("close data",)
+    standing: ClassVar = PLAIN_LORA
     takes_fp8: ClassVar = True

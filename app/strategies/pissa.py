@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
+from app.strategies._advice import LORA_VARIANT
 from app.strategies._base import Kept, Memory
 from app.strategies._files import write_adapter
 from app.strategies._low_rank import InOnePass, LowRank
@@ -32,6 +33,7 @@ class Pissa(InOnePass, LowRank):
         "https://arxiv.org/abs/2404.02948",
     )
     place: ClassVar = 13
+    standing: ClassVar = LORA_VARIANT
     default_learning_rate: ClassVar = 1e-4
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:

@@ -25,6 +25,7 @@ class PrefixTuning(SoftPrompt):
     )
     paper: ClassVar = ("Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation", "https://arxiv.org/abs/2101.00190")
     place: ClassVar = 21
+    suits: ClassVar = ("close data",)
     default_learning_rate: ClassVar = 1e-2
 
     def trainable(self, shape: Shape) -> int:

@@ -21,6 +21,8 @@ class PromptTuning(SoftPrompt):
     )
     paper: ClassVar = ("Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning", "https://arxiv.org/abs/2104.08691")
     place: ClassVar = 60
+    suits: ClassVar = ("few rows", "close data", "solved")
+    unsuited: ClassVar = ("many rows", "far data")
     default_learning_rate: ClassVar = 3e-2
 
     def trainable(self, shape: Shape) -> int:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.strategies._advice import LORA_VARIANT
 from app.strategies._own_weights import WithOwnWeights
 
 
@@ -19,6 +20,8 @@ class RankStabilizedLora(WithOwnWeights):
         "https://arxiv.org/abs/2312.03732",
     )
     place: ClassVar = 11
+    suits: ClassVar = ("many rows", "far data")
+    standing: ClassVar = LORA_VARIANT
     takes_fp8: ClassVar = True
 
     rank: int = Field(32, ge=1, le=1024, description="Width of the correction; here large ranks pay.", json_schema_extra={"basic": True})

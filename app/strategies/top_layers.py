@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept
 from app.strategies._model import blocks, final_norm, transformer
@@ -30,6 +31,7 @@ class TopLayers(Selected):
         "https://arxiv.org/abs/1801.06146",
     )
     place: ClassVar = 30
+    suits: ClassVar = ("far data",)
     default_learning_rate: ClassVar = 1e-4
     preference_share: ClassVar = 1 / 30
 
@@ -59,7 +61,7 @@ class TopLayers(Selected):
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.layers > shape.layers:
             return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
-        if self.output_layer and task == "classification":
+        if self.output_layer and OBJECTIVES[task].classifies:
             return "A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off."
         return super().unavailable(shape, task=task, cuda=cuda)
 

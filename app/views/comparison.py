@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from app.evaluation import comparison_table, comparisons
 from app.evaluation.comparison_table import Column, Table, is_number
-from app.evaluation.metrics import ABILITY, ability
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.metrics import ABILITY, ability
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
 from app.views.job import count

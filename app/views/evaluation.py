@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from app.evaluation.metrics import METRICS
+from app import objectives
 from app.kit import ids
+from app.metrics import METRICS
 from app.tables import Evaluation
 
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
@@ -33,20 +34,20 @@ def row(evaluation: Evaluation) -> dict[str, Any]:
         "status": evaluation.status,
         "progress": evaluation.progress,
         "at": evaluation.created_at,
-        "figure": _figure(evaluation.kind, result),
+        "figure": _figure(evaluation.kind, spec.get("task"), result),
         "error": (evaluation.error or {}).get("message", ""),
     }
 
 
-def _figure(kind: str, result: Mapping[str, Any]) -> str:
+def _figure(kind: str, task: str | None, result: Mapping[str, Any]) -> str:
     if kind == "blend" and result.get("points"):
         return f"best at {result['best']:g}"
     if kind == "advice":
         return f"{result['distance']:.2f} × general text" if result.get("distance") else ""
     scores = result.get("scores") or {}
-    for name in ("accuracy", "loss"):
+    for name in (*objectives.get(task).metrics, "loss"):
         if isinstance(scores.get(name), int | float):
-            return f"{METRICS[name][0].lower()} {scores[name]:.3f}"
+            return f"{METRICS[name].title.lower()} {scores[name]:.3f}"
     return ""
 
 
@@ -57,7 +58,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "lines": [_line(name, base.get(name), scores, result) for name in METRICS if isinstance(scores.get(name), int | float)],
         "has_base": bool(base),
-        "base_title": "Base" if evaluation.spec.get("task") != "classification" else "Majority baseline",
+        "base_title": objectives.get(evaluation.spec.get("task")).evaluation_base_title,
         "rows": result.get("rows"),
         "skipped": result.get("skipped") or 0,
         "answers": result.get("answers") or 0,
@@ -69,7 +70,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
-    (title, meaning, less), value = METRICS[name], scores[name]
+    (title, meaning, less), value = METRICS[name][:3], scores[name]
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
     return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.evaluation import comparisons, metrics, verdict
+from app import metrics
+from app.evaluation import comparisons, verdict
 from app.jobs import progress_cache
 from app.jobs import service as jobs
 from app.jobs.progress import Progress

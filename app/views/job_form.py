@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
+from app import objectives
 from app.errors import StudioError
 from app.jobs import preselection
 from app.jobs import request as job_request
@@ -21,11 +22,12 @@ from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
 from app.models import service as models
+from app.objectives import OBJECTIVES
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.planning.schedule import GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
-from app.spec import JobSpec, ModelRef, PreferenceSettings, Split, usual_learning_rate
+from app.spec import JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
 
@@ -193,7 +195,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["dataset"] = _why_not(rows, typed["dataset"])
     if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
         errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
-    task = (dataset.task if dataset else None) or "generation"
+    task = (dataset.task if dataset else None) or objectives.DEFAULT
+    own = OBJECTIVES[task].settings
     checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
     validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
     # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
@@ -213,7 +216,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
-    compared = fill(PreferenceSettings, typed, "preference") if task == "preference" else None
+    compared = fill(own, typed, "preference") if own else None
     errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
     first, more = _split(cards)
     form = OrderForm(
@@ -242,7 +245,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
                 **{name: as_text(value) for name, value in usual.items()},
             },
         ),
-        preference_controls=controls(PreferenceSettings, "preference", typed=compared.typed, errors=compared.errors) if compared else [],
+        preference_controls=controls(own, "preference", typed=compared.typed, errors=compared.errors) if own and compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
@@ -341,7 +344,7 @@ def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mappi
     cuda = job_request.has_gpu(device)
     whole = feasibility.why_not_tuned(model, task) if model else None
     reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
-    able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and task in cls.tasks]
+    able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and cls.unsupported(task) is None]
     advised = [name for name in able if name in ranking and ranking[name].advised]
     chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]
     return [StrategyCard(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]

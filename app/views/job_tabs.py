@@ -11,8 +11,9 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app.evaluation import metrics, verdict
+from app import metrics
 from app.evaluation import service as evaluations
+from app.evaluation import verdict
 from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, progress_cache, row_losses
@@ -22,6 +23,7 @@ from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
 from app.models import service as models
+from app.objectives import OBJECTIVES
 from app.run_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
@@ -127,10 +129,6 @@ def _loss_tile(progress: Progress) -> Tile:
     return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
 
 
-TASK_SCORES = ("accuracy", "reward_accuracy", "rouge_l", "chrf", "token_accuracy")
-"""The score that says most about a task, the first that was measured."""
-
-
 def _score_tile(job: Job, progress: Progress) -> Tile:
     """The task's score at the end against the base's; while it trains the newest one an evaluation measured."""
     evaluation = _told(job, progress, "evaluation") or {}
@@ -140,15 +138,15 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     if contest.get("cross_validated"):  # of all rows, where the few held-out ones say little
         score, before = contest["base"]["tuned"], contest["base"]["score"]
         return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
-    for name in TASK_SCORES:
+    for name in metrics.TILES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
-            title = metrics.METRICS[name][0]
+            title = metrics.METRICS[name].title
             told = before is not None and found != before and not by_chance(evaluation, name)
             note = f"from {human_number(before, 3)}" if before is not None else between(tuned, name)
             return Tile(title, human_number(found, 3), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(metrics.METRICS[name][0], human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
+            return Tile(metrics.METRICS[name].title, human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
 
 
@@ -193,7 +191,7 @@ def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
     for row in jobs.checkpoints(session, job):
         loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
         name = models.checkpoint_name(session, job, row.step)
-        where = tryout.address(job.spec["model"]["name"], name, "classifier" if job.spec["task"] == "classification" else "")
+        where = tryout.address(job.spec["model"]["name"], name, "classifier" if OBJECTIVES[job.spec["task"]].classifies else "")
         found.append(
             {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from app import formats, objectives
 from app.datasets import service as datasets
 from app.errors import BadField
 from app.prompts import runs as prompt_runs
@@ -113,4 +114,4 @@ def matrix(runs: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> Matrix:
 
 def usable(session: Session, user: User) -> list[Dataset]:
     """Datasets whose rows have an answer to compare with."""
-    return [d for d in datasets.with_rows(session, user) if d.format != "plain_text" and d.task != "preference"]
+    return [d for d in datasets.with_rows(session, user) if formats.asks(d.format) and objectives.get(d.task).scored]

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app import objectives
 from app.datasets import inspections, token_counts
 from app.errors import NotFound
 from app.jobs import row_losses
@@ -48,7 +49,7 @@ class Shown:
 def able_models(session: Session, user: User, dataset: Dataset) -> list[Model]:
     """The models whose trainer can look at rows: all that write text, and for texts with a label those that read it only."""
     able = [m for m in models.list_(session, user) if m.status == "ready"]
-    return able if dataset.task == "classification" else [m for m in able if m.kind not in ("encoder", "classifier")]
+    return able if objectives.get(dataset.task).classifies else [m for m in able if m.kind not in ("encoder", "classifier")]
 
 
 def choose_model(session: Session, user: User, dataset: Dataset, name: str | None) -> Model | None:
@@ -59,7 +60,7 @@ def choose_model(session: Session, user: User, dataset: Dataset, name: str | Non
             if name in (model.name, ids.public(ids.MODEL, model.id)):
                 return model
         raise NotFound(f"No such model: {name[:80]}", hint="Choose one of the list.", param="model")
-    first = token_counts.counting_model(session, dataset.task or "generation")
+    first = token_counts.counting_model(session, dataset.task)
     return next((model for model in able if first is not None and model.id == first.id), able[0] if able else None)
 
 

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from app.evaluation.metrics import ABILITY, METRICS, ability
 from app.kit.humanize import NARROW
+from app.metrics import ABILITY, METRICS, ability
+from app.objectives import OBJECTIVES
 from app.views.evaluation import between, by_chance, mistakes
 
 MAX_DRAWN_CLASSES = 100
 MAX_NAMED_CLASSES = 14
 """Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
 
-LOSSES = {"classification": "nats per row", "preference": "nats per pair"}
-"""What a loss is counted by, where that is not the learnt token."""
 SKILLS = {"instructions": "following instructions"}
 
 
@@ -93,7 +92,7 @@ def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
         rows=_whole(whole.get("rows")) or _whole(tuned.get("rows")),
         answers=_whole(whole.get("answers")),
         unanswered=_whole(whole.get("unanswered")),
-        base_title="Prior baseline" if task == "classification" else "Base",
+        base_title=OBJECTIVES[task].base_title,
         lines=[
             _line(name, base, tuned, task, by_chance(whole, name))
             for name in METRICS
@@ -131,11 +130,10 @@ def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
 
 
 def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> Line:
-    title, meaning, less = METRICS[name]
-    meaning = LOSSES.get(task, meaning) if name == "loss" else meaning
+    title, meaning, less = METRICS[name][:3]
+    meaning = (OBJECTIVES[task].loss_unit or meaning) if name == "loss" else meaning
     before, after = number(base.get(name)), number(tuned.get(name))
-    # Always answering with the shares of the labels is never too sure, so nobody can do better in that.
-    unfair = name == "calibration_error" and task == "classification"
+    unfair = name in OBJECTIVES[task].unfair
     better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
     return Line(title, meaning, before, after, better, between(tuned, name))
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.evaluation.metrics import METRICS
 from app.jobs.progress import Point, Progress, downsample
+from app.metrics import METRICS
 
 POINTS = 600
 """Points per line sent to a browser: more than a chart has pixels to tell apart."""

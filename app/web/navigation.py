@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import Depends, Request
 from sqlalchemy import ScalarSelect, func, or_, select, tuple_
@@ -17,23 +17,24 @@ from app.tables import Dataset, Job, Model, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in
 
-Page = tuple[str, str]
-MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (
-    ("", (("Home", "/"), ("Datasets", "/datasets"), ("Models", "/models"))),
-    ("Training", (("Runs", "/jobs"), ("New run", "/jobs/new"), ("Comparisons", "/compare"), ("Advice", "/jobs/advice"))),
-    (
-        "Evaluation",
-        (
-            ("Scores", "/evaluations"),
-            ("Prompt lab", "/playground/lab"),
-            ("Blind A/B", "/playground/ab"),
-            ("Learning curves", "/compare/curves"),
-        ),
-    ),
-    ("Playground", (("Chat", "/playground"), ("Next token", "/playground/tokens"), ("Classify", "/playground/classify"))),
-    ("", (("Learn", "/guide"), ("Settings", "/settings"))),
-)
-"""Groups of pages under their headings; a group without one stands for itself."""
+Group = Literal["start", "training", "evaluation", "playground", "end"]
+HEADINGS: dict[Group, str] = {"start": "", "training": "Training", "evaluation": "Evaluation", "playground": "Playground", "end": ""}
+"""Groups of the menu in their order; one without a heading stands for itself."""
+
+
+class MenuPage(NamedTuple):
+    """A line of the menu. The file of routes that answers at `path` declares it: `MENU = (MenuPage("Runs", "/jobs", "training", 10),)`."""
+
+    title: str
+    path: str
+    group: Group
+    place: int  # order in its group, lowest first
+
+
+def menu_of(modules: Iterable[Any]) -> dict[Group, list[MenuPage]]:
+    """The menu that the modules of routes declare."""
+    pages = sorted((page for module in modules for page in getattr(module, "MENU", ())), key=lambda page: page.place)
+    return {group: [page for page in pages if page.group == group] for group in HEADINGS}
 
 
 class Notes(NamedTuple):
@@ -42,11 +43,6 @@ class Notes(NamedTuple):
     counts: dict[str, str] = {}  # noqa: RUF012  never changed
     training: tuple[str, ...] = ()
     busy: bool = False
-
-
-def paths(app: Any) -> set[str]:
-    """Every path this application answers to, through all included routers."""
-    return {path for path, _ in each_route(app.router)}
 
 
 def methods(app: Any, address: str) -> list[str]:
@@ -70,15 +66,17 @@ def each_route(router: Any) -> Iterator[tuple[str, Any]]:
 def menu(request: Request, user: User) -> dict[str, Any]:
     """`nav` (groups of title, path, note, current) and `foot` (lines of text) for the base template."""
     told = state(request)
-    known = request.app.state.paths
-    groups = [(heading, [(title, path) for title, path in pages if path in known]) for heading, pages in MENU]
-    here = _longest(request.url.path, [path for _, pages in groups for _, path in pages])
+    groups: dict[Group, list[MenuPage]] = request.app.state.menu
+    here = _longest(request.url.path, [page.path for pages in groups.values() for page in pages])
     nav = [
         {
-            "title": heading,
-            "pages": [{"title": t, "path": p, "note": told["counts"].get(p, ""), "current": p == here} for t, p in pages],
+            "title": HEADINGS[group],
+            "pages": [
+                {"title": page.title, "path": page.path, "note": told["counts"].get(page.path, ""), "current": page.path == here}
+                for page in pages
+            ],
         }
-        for heading, pages in groups
+        for group, pages in groups.items()
         if pages
     ]
     return {"nav": nav, "foot": told["foot"]}

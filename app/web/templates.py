@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
+from app import formats, objectives
 from app.kit.humanize import ago, clock, human_bytes, human_number, human_percent, human_seconds, plural
 from app.settings import RESOURCES
 
@@ -45,8 +46,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
         extensions=[Nonces],
     )
+    from app import metrics
     from app.datasets import issue_names
-    from app.evaluation import metrics
     from app.models import service as models  # the first page needs them; the import of the web process does not
 
     env.filters |= {
@@ -59,6 +60,9 @@ def environment() -> Environment:
         "ability_word": lambda said: metrics.ABILITY.get(said or "", said or ""),
     }
     env.globals |= {
+        "metric_table": metrics.METRICS,
+        "objective": objectives.get,
+        "objectives_of": formats.objectives_of,
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
         "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],
     }  # fmt: skip

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from app.datasets import edits
-from app.datasets.report import texts
 from app.datasets.rules import RULES
 from app.datasets.rules._base import seen
 from app.datasets.rules.label_noise import LabelNoise
@@ -13,22 +12,27 @@ from app.datasets.rules.labels import Labels
 from app.datasets.rules.languages import Languages, language
 from app.datasets.rules.near_duplicates import NearDuplicates
 from app.datasets.rules.secrets import find, mask
+from app.formats import FORMATS
+from app.settings import PROJECT
 
 WORDS = [f"word{n}" for n in range(3000)]
 
 
 def run(rule, rows, task="generation"):
     said = []
-    made = rule(lambda line, finding: said.append((line, finding)), task)
+    made = rule(lambda line, finding: said.append((line, finding)), FORMATS["classification" if task == "classification" else "chat"], {})
     for line, (text, label) in enumerate(rows, 1):
         row = text if isinstance(text, dict) else {"text": text, **({"label": label} if label else {})}
-        made.see(seen(line, row, list(texts(row))))
+        made.see(seen(line, row))
     made.finish()
     return said
 
 
 def test_the_folder_is_the_registry():
-    assert [rule.__name__ for rule in RULES] == ["LabelNoise", "Labels", "Languages", "NearDuplicates", "Secrets"]
+    names = [rule.__name__ for rule in RULES]
+    files = sorted(path.stem for path in (PROJECT / "app" / "datasets" / "rules").glob("[!_]*.py"))
+    assert [rule.__module__.rpartition(".")[2] for rule in RULES] == files
+    assert {"ControlCharacters", "Duplicates", "FewRows", "LabelNoise", "Labels", "Languages", "NearDuplicates", "Ratings"} <= set(names)
 
 
 def test_near_duplicates_are_found_at_every_distance_and_strangers_are_not():

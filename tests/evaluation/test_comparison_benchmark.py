@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from app.evaluation.comparison_table import COSTS, SCORES
+from app.evaluation.comparison_table import COSTS, score_columns
 from benchmarks.comparison import as_text, drawn
 
 
@@ -23,7 +23,7 @@ def test_rows_are_drawn_once_and_left_in_their_order(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_what_was_predicted_and_who_is_best() -> None:
-    columns = [*SCORES["preference"], *COSTS]
+    columns = [*score_columns("preference"), *COSTS]
     row = {column.key: 1.0 for column in columns} | {column.predicted: 1.5 for column in columns if column.predicted}
     rows = [
         {**row, "job": f"j{n}", "title": f"Way {n}", "verdict": "within noise", "seconds": 60.0, "predicted_seconds": 30.0 * n}

@@ -8,7 +8,7 @@ from app import formats
 from app.errors import BadField
 from app.formats import FORMATS
 
-SHAPES = {
+SETTLED = {
     "chat": {"messages"},
     "instruction": {"messages"},
     "completion": {"prompt", "completion"},
@@ -17,6 +17,12 @@ SHAPES = {
     "rated": {"messages", "answer", "good"},
     "classification": {"text", "label"},
 }
+"""Keys of the rows that datasets of earlier versions hold."""
+SHAPES = {entry.shape: set(FORMATS[entry.shape].keys) for entry in FORMATS.values()}
+
+
+def test_stored_rows_keep_their_shapes():
+    assert SHAPES.items() >= SETTLED.items()
 
 
 @pytest.mark.parametrize("name", FORMATS)

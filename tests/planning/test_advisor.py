@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from app.evaluation.advice_cards import cards
-from app.planning.advisor import Cost, Facts, advise, rules, worth_tuning
+from app.planning.advisor import Cost, advise, rules
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
+from app.strategies._advice import Facts, worth_tuning
 
 DECODER = shape_of(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

@@ -31,9 +31,9 @@ def test_what_shows_in_long_texts_only(name, text):
 
 def test_the_rest_of_a_text_beyond_all_measure_is_said_not_to_be_looked_at():
     said = []
-    rule = Secrets(lambda line, finding: said.append(finding), "generation")
+    rule = Secrets(lambda line, finding: said.append(finding), formats.FORMATS["plain_text"], {})
     far = "a" * MAX_LOOKED_AT + " mail anna.berg@posteo.de"
-    rule.see(seen(1, {"text": far}, [("text", far)]))
+    rule.see(seen(1, {"text": far}))
     assert [finding.rule for finding in said] == ["not_looked_at"] and "1,048,576" in said[0].message and said[0].severity == "note"
     assert mask(far).endswith("mail [e-mail address]")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from app.errors import BadData
 from worker.data import template_pool
-from worker.data.chat_template import Asked, Rendered, characters, chat_of, lay_out, template_of
+from worker.data.chat_template import Asked, Rendered, as_trained, characters, chat_of, lay_out, template_of
 
 if TYPE_CHECKING:
     from app.run_settings import TrainOn
@@ -76,6 +76,7 @@ class Renderer(Generic[T, Product]):
         self._writing, self._encoding = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "encode")
 
     def add(self, tag: Any, row: dict[str, Any]) -> None:
+        row = as_trained(row)
         self._rows.append((tag, row))
         self._characters += characters(row)
         if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from app import formats
 from app.chat_templates import PLAIN, source
 from app.errors import BadData, BadRequest
 from worker.data import special_tokens, template_pool
@@ -61,25 +62,22 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
     return True
 
 
-def tuned_kind(kind: str, format_: str) -> str:
-    """The kind of a model of `kind` after it has learnt rows of a dataset format."""
-    if format_ == "chat":
-        return "dialogue"
-    if format_ == "instruction" and kind == "generic":
-        return "instruction"
-    return kind
-
-
 def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> Rendered:
     """Token ids of a normalised row (shapes in `app/formats`), cut to `max_length`, and the mask of what is learnt, by `train_on`.
 
     Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
     """
+    row = as_trained(row)
     asked = chat_of(tokenizer, row, kind)
     written = template_pool.write_many(tokenizer, template_of(tokenizer), [asked.chat])[0] if asked else None
     if isinstance(written, BadData):
         raise written
     return lay_out(tokenizer, row, max_length, written, asked, train_on)
+
+
+def as_trained(row: dict[str, Any]) -> dict[str, Any]:
+    """The row in one of the shapes of the table above, as its format renders it."""
+    return formats.of(row).render(row)
 
 
 class Asked(NamedTuple):
@@ -193,6 +191,7 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def sample_of(row: dict[str, Any], kind: str) -> tuple[str | list[dict[str, Any]], str]:
     """What to ask and what a person wrote: the last answer of a held-out row, and all that stands before it."""
+    row = as_trained(row)
     if "text" in row:
         cut = max(1, min(len(row["text"]) // 3, 300))
         return row["text"][:cut], row["text"][cut:]

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app import formats, objectives
 from app.datasets.row_store import read_rows
 from app.errors import BadData
 from app.formats import Finding
 from app.formats._base import Severity, fix
-from app.formats.preference import conversation_with
 from app.kit.json_safe import shortened
+from app.objectives import OBJECTIVES
 from worker.data.batch_rendering import BATCH_ROWS, Length, Renderer, counts_of, length_of
 from worker.data.chat_template import prepare_tokenizer, render_row
 from worker.data.light_tokenizer import LightTokenizer
@@ -49,18 +50,9 @@ def open_tokenizer(folder: Path, task: str | None = None) -> Any:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if task != "classification":
+    if not objectives.get(task).classifies:
         prepare_tokenizer(tokenizer)
     return tokenizer
-
-
-def learnable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row a text model would learn: of two answers the better one; of a labelled text the text."""
-    if "chosen" in row:
-        return {**row, "messages": [*row["messages"], *row["chosen"]]}
-    if "answer" in row and "messages" in row:
-        return {**row, "messages": [*row["messages"], *row["answer"]]}
-    return row
 
 
 # Every row ------------------------------------------------------------------------------------------------------------
@@ -98,7 +90,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         if counter.counts[finding.rule] <= MAX_FINDINGS:
             say({"finding": {"line": line, **finding._asdict()}})
 
-    task = payload.get("task") or "generation"
+    task = payload.get("task") or objectives.DEFAULT
     counter = TokenCounter(open_tokenizer(Path(payload["tokenizer"]), task), payload, task, add)
     told = time.monotonic()
     for number, (line, text) in enumerate(read_rows(Path(payload["rows"]))):
@@ -124,17 +116,16 @@ class TokenCounter:
         self._told: dict[str, int] = {}
         self.lines, self.total, self.trained, self.first = array("q"), array("q"), array("q"), array("q")
         self._tokenizer, self._texts = tokenizer, list[tuple[int, str]]()
-        self._frame = len(tokenizer("")["input_ids"]) if task == "classification" else 0
+        self._frame = len(tokenizer("")["input_ids"]) if OBJECTIVES[task].classifies else 0
         self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done, payload.get("train_on", "assistant"))
 
     def add(self, row: dict[str, Any], line: int) -> None:
-        if self.task == "classification":
+        if OBJECTIVES[self.task].classifies:
             self._texts.append((line, row["text"]))
             if len(self._texts) >= BATCH_ROWS:
                 self._count_texts()
             return
-        answers = [name for name in ("chosen", "rejected") if name in row]
-        for one in [conversation_with(row, name, self._kind) for name in answers] or [learnable(row)]:
+        for one in formats.of(row).sequences(row, self._kind):
             self._renderer.add(line, one)
 
     def _count_texts(self) -> None:
@@ -288,14 +279,13 @@ def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[
     """The tokens of a row: [text, state] with 1 for learnt, 0 for masked, 2 for cut off and 3 for learnt to be avoided. A pair of
     answers is two sequences: its worse one stands under `worse`."""
     try:
-        if payload.get("task") == "classification" and "label" in row:
+        if objectives.get(payload.get("task")).classifies and "label" in row:
             return _framed(tokenizer, row["text"], payload["cutoff"])
-        if "chosen" in row:
-            better, worse = (
-                _sequence(tokenizer, conversation_with(row, name, payload["kind"]), payload) for name in ("chosen", "rejected")
-            )
-            return {**better, "worse": {**worse, "tokens": [[text, 3 if state == 1 else state] for text, state in worse["tokens"]]}}
-        return _sequence(tokenizer, learnable(row), payload)
+        first, *others = (_sequence(tokenizer, one, payload) for one in formats.of(row).sequences(row, payload["kind"]))
+        if not others:
+            return first
+        (worse,) = others
+        return {**first, "worse": {**worse, "tokens": [[text, 3 if state == 1 else state] for text, state in worse["tokens"]]}}
     except BadData as error:
         return {"refused": error.message}
 

@@ -27,10 +27,11 @@ import yaml
 
 from app.evaluation.service import EvaluationSpec
 from app.jobs.solved_examples import Asked, with_examples
+from app.objectives import OBJECTIVES
 from app.planning.duration import EXAMPLES_A_CLASS
 from worker.data import batching
 from worker.data.batching import Row, Tokenised
-from worker.data.chat_template import render_prompt
+from worker.data.chat_template import as_trained, render_prompt
 from worker.evaluation.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
 from worker.runtime.device import Compute
 from worker.scoring import held_out
@@ -64,10 +65,11 @@ def advise(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     with reader.loaded():
         say(0.1, f"Reading {min(len(rows), spec.rows)} rows")
         found = distance(reader, drawn(rows, spec.rows, spec.seed), spec.max_length)
-        if spec.task == "classification":
+        entry = OBJECTIVES[spec.task]
+        if entry.classifies:
             prompted = _by_labels(spec, reader, say, training, held)
-        elif spec.task == "preference":
-            prompted = _none("Preference pairs cannot score a prompt.")
+        elif not entry.scored:
+            prompted = _none(f"{entry.title} rows have no one answer to score a prompt by.")
         else:
             prompted = _by_answers(spec, reader, say, training, held)
     return {**found, **prompted}
@@ -82,8 +84,9 @@ def _none(reason: str) -> dict[str, Any]:
 
 def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any]:
     """Bits per byte of the rows' first bytes, of the probe's, and the one over the other."""
-    texts = all("text" in row.row for row in rows)
-    data = reader.tokenise([_as_read(row) for row in rows], longest)
+    read = [Row(row.line, as_trained(row.row)) for row in rows]
+    texts = all("text" in row.row for row in read)
+    data = reader.tokenise(read, longest)
     general = reader.tokenise(list(probe_rows(texts)), longest)
     if not len(data) or not len(general):
         return {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
@@ -97,16 +100,6 @@ def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any
         "compared": "texts" if texts else "answers",
         "first_bytes": most,
     }
-
-
-def _as_read(row: Row) -> Row:
-    """A row as a text to foresee: labels and rejected answers are left away."""
-    said = row.row
-    if "text" in said:
-        return Row(row.line, {"text": said["text"]})
-    if "chosen" in said:
-        return Row(row.line, {"messages": [*said["messages"], *said["chosen"]]})
-    return row
 
 
 def probe_rows(texts: bool) -> Iterator[Row]:
@@ -322,7 +315,7 @@ class LabelScorer:
 def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
     """An encoder: no distance, since it predicts no next token; labels by the nearest vector."""
     nothing = {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
-    if spec.task != "classification":
+    if not OBJECTIVES[spec.task].classifies:
         return nothing | _none(f"{spec.model.name} is an encoder: it writes no text, so there is no prompt to try.")
     from worker.modeling.classifier import Classifier, load_backbone
     from worker.modeling.loading import load_tokenizer

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from app import formats
 from app.evaluation.service import EvaluationSpec
-from app.jobs.solved_examples import question_of
 from worker.data.batching import Row, read_rows
 from worker.evaluation.predict import AT_ONCE, embedder
 from worker.evaluation.scoring import Say, drawn
@@ -45,7 +45,7 @@ def look(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
 
 def text_of(row: Row) -> str:
     """What a row says: its text, or its first question."""
-    return str(row.row["text"]) if "text" in row.row else (question_of(row.row) or {"prompt": str(row.row.get("prompt") or "")})["prompt"]
+    return formats.of(row.row).about(row.row)
 
 
 def flat(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:

@@ -19,6 +19,7 @@ from typing import Any
 from app.errors import StudioError
 from app.evaluation.predictions import OUTPUT
 from app.evaluation.service import EvaluationSpec
+from app.objectives import OBJECTIVES
 from worker.runtime.fast_import import importing
 
 with importing():
@@ -71,7 +72,7 @@ def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
         from worker.evaluation.embedding_map import look
 
         found = look(spec, engine, say)
-    elif spec.task == "classification":
+    elif OBJECTIVES[spec.task].classifies:
         found = classify(spec, engine, say)
     else:
         found = write(spec, engine, say)

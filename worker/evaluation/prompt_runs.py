@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import formats
 from app.datasets.splits import key_of
 from app.db import transaction
 from app.errors import BadData, StudioError
@@ -295,7 +296,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
     # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
     held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
     held.sort(key=lambda row: row.line)
-    labels = sorted({str(row.row["label"]) for row in rows if "label" in row.row})
+    labels = sorted({label for row in rows if (label := formats.of(row.row).label(row.row)) is not None})
     asked, examples, everything = ([prompts.solved(row.line, row.row) for row in some] for some in (held, training, rows))
     return asked, [row for row, _ in examples], [row for row, _ in everything], labels
 

@@ -16,6 +16,7 @@ import torch
 from app.errors import BadData
 from app.evaluation.forgetting import TextScore, compare
 from app.evaluation.service import EvaluationSpec
+from app.objectives import OBJECTIVES
 from app.run_settings import RunSettings
 from app.spec import ModelRef
 from app.strategies.lora import Lora
@@ -110,7 +111,7 @@ def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:
     if spec.part == "validation":
         training, held = batching.split(rows, spec.validation_fraction, spec.seed, spec.split)
         rows = held or rows
-    if spec.task == "classification" and training:
+    if OBJECTIVES[spec.task].classifies and training:
         known = {row.row["label"] for row in training}
         rows = [row for row in rows if row.row["label"] in known]  # a class that is all held out was learnt all the same
     return drawn(rows, spec.rows, spec.seed), training

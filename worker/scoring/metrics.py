@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app.kit import stats
+from app.metrics import METRICS
 
 CALIBRATION_BINS = 10
 MAX_DRAWN = 200
@@ -62,6 +63,11 @@ def calibration(confidence: np.ndarray, hit: np.ndarray) -> tuple[float, list[di
         bins.append({"confidence": stated, "accuracy": true, "rows": rows})
         error += rows / len(confidence) * abs(stated - true)
     return error, bins
+
+
+def label_metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """Of `classification_scores` what an evaluation's event carries: the metrics, the log loss as the loss."""
+    return {"loss": scores["log_loss"], **{name: scores[name] for name in METRICS if name in scores and name not in ("loss", "log_loss")}}
 
 
 def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from app import formats
 from app.kit import manifest
 from app.models.model_card import AppliedAdapter, Provenance, load_code, requirements
 from app.run_settings import RunSettings
 from app.spec import JobSpec
-from worker.data.chat_template import tuned_kind
 from worker.modeling.classifier import Classifier
 from worker.modeling.loading import folder_of, load_strategy
 from worker.training.checkpoint import State, Written, write_folder, write_weights
@@ -46,7 +46,7 @@ def card(spec: JobSpec, state: State, labels: int = 0) -> str:
     settings = "\n".join(f"| {key} | {value} |" for key, value in strategy.model_dump().items() if key != "name")
     scores = "".join(f"| {key} | {state.before[key]:.4f} | {state.best[key]:.4f} |\n" for key in state.before if key in state.best)
     table = f"\n## On validation rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
-    kind = "classifier" if labels else tuned_kind(spec.model.kind, spec.dataset.format)
+    kind = "classifier" if labels else formats.get(spec.dataset.format).tuned_kind(spec.model.kind)
     code = load_code(kind, made_of(spec, labels))
     return f"""---
 base_model: {spec.model.name}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from app.machines.hardware import this_machine
+from app.objectives import OBJECTIVES
 from app.planning.duration import operations_per_token, speed_of
 from app.run_settings import RunSettings
 from app.spec import JobSpec
@@ -46,7 +47,7 @@ def course_of(lesson: Objective, engine: Compute) -> Schedule:
     run, lengths = lesson.spec.run, lesson.train.lengths
     rows = run.batch_size and run.batch_size // run.micro_batches
     budget = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) / run.micro_batches)
-    if engine.framed and lesson.spec.task == "generation" and run.packing and not rows:
+    if engine.framed and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
         lesson.frame = packed_attention.frame_of(lengths, budget)
     most = lesson.frame.most() if lesson.frame else None
     packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))

@@ -29,7 +29,7 @@ from worker.runtime.device import Compute, choose, peak_memory
 from worker.runtime.failures import Diverged
 from worker.runtime.progress import ProgressReporter
 from worker.scoring import forgetting, prompt_baseline
-from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
+from worker.scoring.metrics import classification_scores, contest, label_metrics, paired_hits, prior_scores
 from worker.training import feature_cache, optim
 from worker.training import row_losses as training_row_losses
 from worker.training.checkpoint import State, measured, relative, spec_digest
@@ -95,7 +95,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     state.seconds = time.monotonic() - began
     if len(held_truth):
         prior = prior_scores(truth.tolist(), held_truth.tolist(), data.labels)
-        state.before = _named(prior)
+        state.before = label_metrics(prior)
         yield events.Evaluated(step=0, loss=prior["log_loss"], metrics=_rest(state.before))
     fitted = None
     if strategy.classifier == "logistic":
@@ -110,7 +110,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     evaluation: dict[str, Any] = {}
     if len(held_truth):
         scores = classification_scores(found, held_truth.tolist(), data.labels)
-        state.best, state.best_step = _named(scores), state.step
+        state.best, state.best_step = label_metrics(scores), state.step
         state.best_rows = row_losses(found, held_truth)[:MAX_REMEMBERED]
         yield events.Evaluated(step=state.step, loss=scores["log_loss"], metrics=_rest(state.best), best=True)
         yield events.Sampled(step=state.step, samples=_samples(found, data.held_out[: run.samples], data.labels))
@@ -295,10 +295,6 @@ def _probabilities(head: nn.Module, vectors: np.ndarray) -> np.ndarray:
     if not len(vectors):
         return np.empty((0, 0))
     return head(torch.from_numpy(vectors)).softmax(-1).double().numpy()
-
-
-def _named(scores: dict[str, Any]) -> dict[str, float]:
-    return {"loss": scores["log_loss"], **{name: scores[name] for name in ("accuracy", "macro_f1", "calibration_error")}}
 
 
 def _rest(named: dict[str, float]) -> dict[str, float]:

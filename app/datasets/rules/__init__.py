@@ -5,26 +5,11 @@ A rule sees every good row as it goes by and may keep a little of each; what it 
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
-
 from app.datasets.rules._base import Rule, Seen
+from app.kit.registry import classes_in
 
 __all__ = ["RULES", "Rule", "Seen"]
 
 
-def _scan() -> list[type[Rule]]:
-    found: list[type[Rule]] = []
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue
-        full_name = f"{__name__}.{module.name}"
-        for value in vars(importlib.import_module(full_name)).values():
-            if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == full_name and not inspect.isabstract(value):
-                found.append(value)
-    return sorted(found, key=lambda rule: rule.__module__)
-
-
-RULES: list[type[Rule]] = _scan()
+RULES: list[type[Rule]] = classes_in(__name__, Rule)
 """Every rule of this folder, by file name."""

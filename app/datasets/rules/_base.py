@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from app.formats import Finding
+from app import formats
+from app.formats import Finding, Format
 from app.formats._base import Row
+from app.objectives import OBJECTIVES
 
 WORD = re.compile(r"\w+")
 MAX_ROWS = 400_000
@@ -27,7 +28,8 @@ class Seen(NamedTuple):
     """One good row: its line, its texts with their places, and in lower case the words that are asked and those that are learnt.
 
     The system's message is left out: it is often the same in every row and says nothing of this one. Of a passage, and of a
-    text with a label, all words are asked; a label is learnt.
+    text with a label, all words are asked; a label is learnt. `shape` is the format that owns the row, `json` the row as it is stored, where
+    that is known.
     """
 
     line: int
@@ -35,34 +37,14 @@ class Seen(NamedTuple):
     texts: list[tuple[str, str]]
     asked: list[str]
     learnt: list[str]
+    shape: Format
+    json: str | None = None
 
 
-def seen(line: int, row: Row, texts: list[tuple[str, str]]) -> Seen:
-    asked, learnt = (_words(part) for part in asked_and_learnt(row))
-    return Seen(line, row, texts, asked, learnt)
-
-
-def asked_and_learnt(row: Row) -> tuple[str, str]:
-    """The text before the answer, without the system's message, and the answer or the answers."""
-    if "messages" in row:
-        before = row["messages"]
-        answers = [message for key in ("chosen", "rejected", "answer") for message in row.get(key, ())]
-        if not answers:
-            before, answers = before[:-1], before[-1:]
-        return _said(message for message in before if message["role"] != "system"), _said(answers)
-    if "completion" in row:
-        return row["prompt"], row["completion"]
-    return row["text"], row.get("label") or ""
-
-
-def _said(messages: Iterable[Row]) -> str:
-    """What messages say, tools' names and arguments too."""
-    return "\n".join(f"{message['content']} {calls_of(message)}".strip() for message in messages)
-
-
-def calls_of(message: Row) -> str:
-    """The calls of a message as text; empty where there are none."""
-    return json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+def seen(line: int, row: Row, json: str | None = None) -> Seen:
+    shape = formats.of(row)
+    asked, learnt = (_words(part) for part in shape.asked_and_learnt(row))
+    return Seen(line, row, list(shape.texts(row)), asked, learnt, shape, json)
 
 
 def _words(text: str) -> list[str]:
@@ -70,10 +52,16 @@ def _words(text: str) -> list[str]:
 
 
 class Rule(ABC):
-    """One rule. `say(line, finding)` reports, with no line for what is about all rows; `task` is that of the dataset."""
+    """One rule. `say(line, finding)` reports, with no line for what is about all rows; `entry` is the format that the dataset is read as,
+    `mapping` the column of each of its fields."""
 
-    def __init__(self, say: Say, task: str) -> None:
-        self.say, self.task = say, task
+    def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
+        self.say, self.entry, self.mapping = say, entry, mapping
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the rows are texts with a label."""
+        return OBJECTIVES[self.entry.task].classifies
 
     @abstractmethod
     def see(self, seen: Seen) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
-from app.formats import Finding
+from app.formats import Finding, Format
 from app.formats._base import fix, shown
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ MIN_ACCURACY = 0.7
 
 
 class LabelNoise(Rule):
-    def __init__(self, say: Say, task: str) -> None:
-        super().__init__(say, task)
+    def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
+        super().__init__(say, entry, mapping)
         self._features, self._starts = array("i"), array("q", [0])
         self._lines, self._labels = array("q"), array("i")
         self._names: dict[str, int] = {}
 
     def see(self, seen: Seen) -> None:
-        if self.task != "classification" or len(self._lines) >= MAX_ROWS:
+        if not self.classifies or len(self._lines) >= MAX_ROWS:
             return
         words = {zlib.crc32(word.encode()) % WIDTH for word in seen.asked}
         self._features.extend(words)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from app.datasets.rules._base import Rule, Say, Seen
-from app.formats import Finding
+from app.formats import Finding, Format
 from app.formats._base import fix, shown
 
 MAX_COUNTED = 20_000
@@ -17,13 +18,13 @@ NEAR = 0.75
 
 
 class Labels(Rule):
-    def __init__(self, say: Say, task: str) -> None:
-        super().__init__(say, task)
+    def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
+        super().__init__(say, entry, mapping)
         self._counts: dict[str, int] = {}
         self._first: dict[str, int] = {}
 
     def see(self, seen: Seen) -> None:
-        if self.task != "classification":
+        if not self.classifies:
             return
         label = seen.row["label"]
         if label in self._counts or len(self._counts) < MAX_COUNTED:

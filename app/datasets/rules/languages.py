@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Say, Seen
-from app.formats import Finding
+from app.formats import Finding, Format
 from app.formats._base import fix, shown
 
 MIN_LETTERS, MIN_COMMON = 20, 4
@@ -74,15 +74,15 @@ def language(text: str, words: Sequence[str] | None = None) -> str | None:
 
 
 class Languages(Rule):
-    def __init__(self, say: Say, task: str) -> None:
-        super().__init__(say, task)
+    def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
+        super().__init__(say, entry, mapping)
         self._names: dict[str, int] = {}
         self._lines, self._of = array("q"), array("h")
 
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MAX_ROWS:
             return
-        learnt = seen.learnt if self.task != "classification" and seen.learnt else seen.asked  # a prompt may speak another language
+        learnt = seen.learnt if not self.classifies and seen.learnt else seen.asked  # a prompt may speak another language
         found = language(" ".join(learnt[:MAX_WORDS]), learnt)
         if found is not None:
             self._lines.append(seen.line)

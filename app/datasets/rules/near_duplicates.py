@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import zlib
 from array import array
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
-from app.formats import Finding
+from app.formats import Finding, Format
 from app.formats._base import fix
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ MAX_WORDS_KNOWN, MAX_WORD_KNOWN_LENGTH = 100_000, 100
 
 
 class NearDuplicates(Rule):
-    def __init__(self, say: Say, task: str) -> None:
+    def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
         import numpy as np
 
-        super().__init__(say, task)
+        super().__init__(say, entry, mapping)
         draw = np.random.default_rng(20260101)
         # x → ax + b modulo 2³² with an odd a mixes the numbers well enough for minima, and fits a processor's lanes.
         self._a = draw.integers(0, 1 << 31, size=(BANDS * ASKED, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)

@@ -7,7 +7,8 @@ import copy
 import pytest
 
 from app.errors import BadData, BadRequest
-from worker.data.chat_template import prepare_tokenizer, render_prompt, render_row, sample_of, stop_ids, tuned_kind
+from app.formats import FORMATS
+from worker.data.chat_template import prepare_tokenizer, render_prompt, render_row, sample_of, stop_ids
 
 TALK = [
     {"role": "user", "content": "What wood is it?"},
@@ -87,7 +88,7 @@ def test_generic_models_learn_the_plain_template(own) -> None:
     assert learnt(own, rendered) == "Spruce.<|im_end|>Maple.<|im_end|>"
     assert own.decode(rendered.ids).startswith("### User:\nWhat wood is it?\n\n### Assistant:\nSpruce.")
     assert own.convert_tokens_to_ids("<|im_end|>") in stop_ids(own)
-    assert [tuned_kind("generic", f) for f in ("chat", "instruction", "completion", "text")] == [
+    assert [FORMATS[f].tuned_kind("generic") for f in ("chat", "instruction", "completion", "plain_text")] == [
         "dialogue",
         "instruction",
         "generic",

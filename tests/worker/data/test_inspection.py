@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from app.datasets import ingest_task, inspections
 from app.datasets import service as datasets
+from app.formats.preference import conversation_with
 from app.storage import files
 from app.tables import Dataset, Finding, Inspection
 from tests.tiny import build_tokenizer
@@ -139,7 +140,7 @@ def test_both_answers_of_a_pair_are_shown_as_the_trainer_reads_them(tmp_path):
     payload = {"rows": parquet(tmp_path / "r.parquet", [row]), "tokenizer": tmp_path, "kind": "dialogue", "count": 1, "cutoff": 500}
     shown = inspection.rows({**payload, "task": "preference"}, print)["rows"][0]
     for view, side, learnt in ((shown, "chosen", 1), (shown["worse"], "rejected", 3)):
-        rendered = render_row(real, inspection.conversation_with(row, side, "dialogue"), "dialogue", 500)
+        rendered = render_row(real, conversation_with(row, side, "dialogue"), "dialogue", 500)
         assert [state == learnt for _, state in view["tokens"]] == rendered.trained and view["trained"] == sum(rendered.trained)
     counter = inspection.TokenCounter(LightTokenizer(tmp_path), payload, "preference", print)
     counter.add(row, 1)

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from app import events
 from app.errors import BadData
 from app.kit import manifest
+from app.objectives.dpo import PreferenceSettings
 from app.settings import get_settings
-from app.spec import JobSpec, PreferenceSettings, RunSettings
+from app.spec import JobSpec, RunSettings
 from app.strategies import STRATEGIES
 from tests.tiny import SENTENCES
 from tests.worker.orders import WarmTrainer, order, put_dataset, put_model

@@ -1,23 +1,24 @@
-"""What a job learns: one file per objective."""
+"""What a job learns: the folder is the registry. A file here computes what the file of the same name in `app/objectives/` describes."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+from app.kit.registry import classes_in_module
+from app.objectives import OBJECTIVES
 from app.spec import JobSpec
 from worker.training.objectives._base import Objective
 
 
+def class_of(task: str) -> type[Objective]:
+    """The class that computes an objective. Its file is imported only now: a job needs one of them."""
+    name = type(OBJECTIVES[task]).__module__.rpartition(".")[2]
+    found: type[Objective]
+    (found,) = classes_in_module(importlib.import_module(f"{__name__}.{name}"), Objective)
+    return found
+
+
 def objective_of(spec: JobSpec, tokenizer: Any) -> Objective:
-    """The lesson of an order's task, its data read."""
-    if spec.task == "classification":
-        from worker.training.objectives.classification import SequenceClassification
-
-        return SequenceClassification(spec, tokenizer)
-    if spec.task == "preference":
-        from worker.training.objectives.dpo import DPO
-
-        return DPO(spec, tokenizer)
-    from worker.training.objectives.causal_lm import CausalLM
-
-    return CausalLM(spec, tokenizer)
+    """The objective of an order, its data read."""
+    return class_of(spec.task)(spec, tokenizer)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from app import events
+from app import events, formats
 from app.errors import BadData
 from app.jobs import solved_examples
 from app.planning.duration import CONTEST_ROWS, CONTEST_TOKENS
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Row, make_batch
-from worker.data.chat_template import prepare_tokenizer, template_remark, tuned_kind
+from worker.data.chat_template import prepare_tokenizer, template_remark
 from worker.modeling import packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
@@ -84,7 +84,7 @@ class CausalLM(Objective):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
                 yield f"{len(part.skipped)} {name} rows have no trainable tokens left and were excluded (lines {lines})."
-        if self.plain_template and self.spec.dataset.format in ("chat", "instruction"):
+        if self.plain_template and formats.get(self.spec.dataset.format).conversations:
             yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
     def load(self, engine: Compute) -> torch.nn.Module:
@@ -122,7 +122,7 @@ class CausalLM(Objective):
         ]
 
     def kind(self) -> str:
-        return tuned_kind(self.spec.model.kind, self.spec.dataset.format)
+        return formats.get(self.spec.dataset.format).tuned_kind(self.spec.model.kind)
 
     def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return _means((yield from held_out.scoring(model, self.train, budget, engine)))

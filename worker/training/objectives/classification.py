@@ -23,7 +23,7 @@ from worker.runtime.progress import drained
 from worker.runtime.transfer import sent
 from worker.scoring import prompt_baseline
 from worker.scoring.held_out import reading
-from worker.scoring.metrics import classification_scores, contest, paired_hits, prior_scores
+from worker.scoring.metrics import classification_scores, contest, label_metrics, paired_hits, prior_scores
 from worker.training.checkpoint import State
 from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, body_of, remarks_on
 
@@ -183,8 +183,7 @@ class SequenceClassification(Objective):
         self.newest = yield from sorting(cast("Classifier", model), self.held_out, budget, engine)
         found = classification_scores(self.newest, self.held_truth, self.labels or [])
         rows = row_losses(self.newest, self.held_truth)
-        names = ("accuracy", "macro_f1", "calibration_error")
-        return EvalResult({"loss": found["log_loss"], **{name: found[name] for name in names}}, rows[:MAX_REMEMBERED])
+        return EvalResult(label_metrics(found), rows[:MAX_REMEMBERED])
 
     def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         """The first held-out texts with the likeliest label and its probability, from the validation that was just made."""

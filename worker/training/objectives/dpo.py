@@ -21,7 +21,8 @@ from app.errors import BadData, StudioError
 from app.formats.preference import conversation_with
 from app.jobs import solved_examples
 from app.kit import manifest
-from app.spec import JobSpec, PreferenceSettings
+from app.objectives.dpo import PreferenceSettings
+from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark

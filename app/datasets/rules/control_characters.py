@@ -1,0 +1,17 @@
+"""Control characters in a text: a terminal's colors, and what is left over from another encoding."""
+
+from __future__ import annotations
+
+from app.datasets.edits import CONTROL
+from app.datasets.rules._base import Rule, Seen
+from app.formats import Finding
+from app.formats._base import around, fix
+
+
+class ControlCharacters(Rule):
+    def see(self, seen: Seen) -> None:
+        for column, part in seen.texts:
+            if found := CONTROL.search(part):
+                message = f"The text holds the control character {found.group()!r}."
+                value = around(part, found)
+                self.say(seen.line, Finding("control_character", message, column, value, "warning", fix("Remove it", "strip_control")))

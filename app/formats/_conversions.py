@@ -1,0 +1,51 @@
+"""How rows of one shape become rows of another: what the formats' `conversions` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from app.formats._rows import Row, with_rest
+
+
+class Conversion(NamedTuple):
+    """How rows of one shape become rows of another, in words, and whether nothing of them is lost.
+
+    `turn` gives no row for one that cannot be converted, several where one holds several. With `paired` many rows are turned together
+    (`app/datasets/compose_rows.py`).
+    """
+
+    words: str
+    lossless: bool
+    turn: Callable[[Row], list[Row]]
+    paired: bool = False
+
+
+def as_it_is(row: Row) -> list[Row]:
+    return [row]
+
+
+def turns(row: Row) -> list[Row]:
+    asked = [{"role": "user", "content": row["prompt"]}] if row["prompt"].strip() else []
+    return [with_rest(row, {"messages": [*asked, {"role": "assistant", "content": row["completion"]}]})]
+
+
+def single(row: Row) -> list[Row]:
+    """The row when it is one question and one answer, perhaps after a system's message."""
+    roles = [message["role"] for message in row["messages"]]
+    plain = roles in (["user", "assistant"], ["system", "user", "assistant"])
+    learnt = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
+    return [row] if plain and learnt and not row.get("tools") else []
+
+
+def prompt_and_completion(row: Row) -> list[Row]:
+    if not single(row):
+        return []
+    prompt = "\n\n".join(message["content"] for message in row["messages"][:-1])
+    return [with_rest(row, {"prompt": prompt, "completion": row["messages"][-1]["content"]})]
+
+
+def answer_of(row: Row, key: str) -> list[Row]:
+    """The conversation up to an answer; of earlier answers nothing is learnt, as in the pair it comes from."""
+    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["messages"]]
+    return [with_rest(row, {"messages": [*before, *row[key]]})]

@@ -1,0 +1,91 @@
+"""The metrics: what each is called, what it means, and which way is better. One table for pages, verdicts, comparisons and charts: a
+line here is a metric."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from app.kit.humanize import NARROW
+
+Unit = Literal["", "share"]
+
+
+class Metric(NamedTuple):
+    title: str
+    meaning: str
+    lower_is_better: bool
+    unit: Unit = ""  # a share is written in percent
+    column: str = ""  # its title in tables of jobs, where that says more
+    tile: int = 0  # place among the scores of which a job's page shows the first that was measured; 0: none of them
+    base: str = "Base"  # what a verdict calls the score that a tuned model is compared with
+    beside: str = "of the base"  # the same in a sentence
+    few_shot: str = "Base, few-shot"  # and the score of a model that was not trained, but shown examples
+    enough: float | None = None  # where a prompt alone reaches this, tuning has little left to teach
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("Loss", "mean cross-entropy (nats)", True, column="Validation loss"),
+    "perplexity": Metric("Perplexity", "exponential of the loss", True),
+    "bits_per_byte": Metric("Bits per byte", "comparable across tokenizers", True),
+    "token_accuracy": Metric("Token accuracy", "next-token accuracy", False, "share", tile=5),
+    "exact_match": Metric("Exact match", "share of answers equal to the reference", False),
+    "rouge_l": Metric("ROUGE-L", "longest common sequence of words, 0 to 1", False, tile=3, enough=0.8),
+    "chrf": Metric("chrF", "common character sequences, 0 to 1", False, tile=4),
+    "accuracy": Metric(
+        "Accuracy",
+        "share of correct labels",
+        False,
+        "share",
+        tile=1,
+        base="Majority baseline",
+        beside="of always answering the commonest label",
+        few_shot="Nearest neighbors",
+        enough=0.9,
+    ),
+    "macro_f1": Metric("Macro F1", "mean F1 over classes", False, "share"),
+    "log_loss": Metric("Log loss", "nats per row, of its probabilities", True),
+    "calibration_error": Metric("Calibration error", "mean gap between confidence and observed accuracy", True),
+    "reward_accuracy": Metric(
+        "Preference accuracy",
+        "share of pairs whose chosen answer became likelier than the rejected one",
+        False,
+        "share",
+        tile=2,
+        base="Chance",
+        beside="of a coin",
+    ),
+    "reward_margin": Metric("Reward margin", "how much likelier, in rewards", False),
+    "chosen_reward": Metric("Reward of chosen answers", "against the base model", False),
+    "rejected_reward": Metric("Reward of rejected answers", "against the base model", True),
+}
+"""In the order in which they are shown."""
+TILES = sorted((name for name, metric in METRICS.items() if metric.tile), key=lambda name: METRICS[name].tile)
+"""The score that says most about a task, first."""
+
+
+def in_text(name: str) -> str:
+    """A metric inside a sentence: `accuracy`, `ROUGE-L`."""
+    title = METRICS[name].title
+    return title.lower() if title.capitalize() == title else title
+
+
+ABILITY = {
+    "gained": "improved",
+    "within noise": "no significant change",
+    "forgot a little": "dropped a little",
+    "forgot some": "dropped",
+    "forgot much": "dropped much",
+    "nothing, by construction": "unchanged by design",
+}
+"""What pages call the verdicts on forgetting: a page tells what became of the ability, which reads forwards."""
+
+
+def signed(share: float, digits: int = 1) -> str:
+    """A relative change as the page writes it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to nothing."""
+    text = f"{share * 100:+.{digits}f}"
+    return f"{text.replace('-', '−') if float(text) else text[1:]}{NARROW}%"
+
+
+def ability(change: float, digits: int = 1) -> str:
+    """The change of general ability behind a relative change of bits per byte: more bits are less ability."""
+    return signed(-change, digits)

@@ -1,0 +1,36 @@
+"""The registry of objectives: the folder itself. A file here says what an objective is; the file of the same name in
+`worker/training/objectives/` computes it. Nothing else needs an edit: forms, the API, planning, evaluation and pages read `OBJECTIVES`.
+
+A job's spec and a dataset call an objective by its name in the field `task`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Any, Literal
+
+from app.kit.registry import classes_in
+from app.objectives._base import Objective
+
+__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "Task", "get"]
+
+OBJECTIVES: dict[str, Objective] = {cls.name: cls() for cls in sorted(classes_in(__name__, Objective), key=lambda cls: cls.place)}
+"""Every objective by name, in the order lists show them."""
+DEFAULT = next(iter(OBJECTIVES))
+"""The objective of an order on rows that have not been read yet."""
+METHODS = tuple(dict.fromkeys(entry.method for entry in OBJECTIVES.values()))
+"""Values of `method.type` in the fine-tuning API that some objective answers to."""
+
+if TYPE_CHECKING:
+    Task = str
+    SETTINGS = Any
+else:
+    Task = Literal[tuple(OBJECTIVES)]
+    SETTINGS = functools.reduce(operator.or_, (entry.settings for entry in OBJECTIVES.values() if entry.settings))
+"""The name of an objective, and a pydantic union of what objectives have for settings."""
+
+
+def get(task: str | None) -> Objective:
+    """An objective by its name; the default one for None, as a dataset that is still being read has."""
+    return OBJECTIVES[task or DEFAULT]

@@ -1,0 +1,21 @@
+"""Causal language modeling: the next token of texts and answers is learnt."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.objectives._base import Objective
+
+
+class CausalLM(Objective):
+    name: ClassVar = "generation"
+    title: ClassVar = "Generation"
+    summary: ClassVar = "Generation learns to write the answers of the rows, or to continue their texts."
+    place: ClassVar = 10
+    copies: ClassVar = True
+    turns: ClassVar = True
+    unpacked: ClassVar = True
+    fp8: ClassVar = True
+    uniform: ClassVar = True
+    larger_on_gpu: ClassVar = True
+    few_shot: ClassVar = True

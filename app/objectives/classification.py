@@ -1,0 +1,25 @@
+"""Classification: a head on the model learns the label of each text."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from app.objectives._base import Objective
+
+
+class Classification(Objective):
+    name: ClassVar = "classification"
+    title: ClassVar = "Classification"
+    summary: ClassVar = "Classification learns which label a text has."
+    place: ClassVar = 20
+    model_kinds: ClassVar = ("encoder", "instruction", "dialogue", "generic")
+    classifies: ClassVar = True
+    min_rows_per_step: ClassVar = 8
+    rows_per_step: ClassVar = 32  # one thing is learnt a text: a step of as many tokens as for answers would hold hundreds of them
+    min_step_tokens: ClassVar = 64
+    metrics: ClassVar = ("accuracy", "macro_f1", "loss")
+    loss_unit: ClassVar = "nats per row"
+    loss_per: ClassVar = "text"
+    base_title: ClassVar = "Prior baseline"
+    evaluation_base_title: ClassVar = "Majority baseline"
+    unfair: ClassVar = ("calibration_error",)  # always answering with the shares of the labels is never too sure

@@ -1,0 +1,222 @@
+"""What a strategy says for and against itself before its cost is known: facts of the data, and sentences that several strategies share.
+
+The rules weigh what the literature agrees on; each says its source where it stands. A strategy names the situations that it `suits` and
+those it is `unsuited` to, or says more in `advice_reasons`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel
+
+from app.metrics import METRICS, in_text
+from app.objectives import OBJECTIVES, Task
+
+Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
+Situation = Literal["few rows", "many rows", "far data", "close data", "solved"]
+"""Few or many rows; data foreign to the model, or hardly so; a prompt alone does the task almost."""
+FEW_ROWS, MANY_ROWS = 100, 5_000
+FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
+UNEVEN = 10
+"""A class with this many times the rows of another drowns it: accuracy looks good while the small one is never answered."""
+CLOSE, FAR = 1.25, 2.0
+"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
+from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
+1.3 to 1.8, a ship's log 2.1."""
+ENOUGH = 0.9
+"""Where a prompt alone reaches this by a metric that says nothing else, tuning has little left to teach."""
+CLOSE_TASK, FAR_TASK = 0.6, 0.15
+"""How far a few examples alone come from chance (0) to always right (1): beyond the first the labels are something the
+model tells apart already, below the second its vectors hardly show them."""
+
+
+class Reason(NamedTuple):
+    points: int
+    text: str
+
+
+class Weighed(Protocol):
+    """What is asked of a strategy."""
+
+    family: ClassVar[Family]
+    forgets: ClassVar[Literal["little", "some", "much"]]
+    suits: ClassVar[tuple[Situation, ...]]
+    unsuited: ClassVar[tuple[Situation, ...]]
+    standing: ClassVar[Reason | None]
+
+    def label_reasons(self, facts: Facts) -> list[Reason]: ...
+
+
+class Facts(BaseModel):
+    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
+    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
+    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
+    Memory in bytes."""
+
+    task: Task
+    rows: int
+    tokens: int | None = None
+    classes: int | None = None
+    smallest_class: int | None = None
+    largest_class: int | None = None
+    distance: float | None = None
+    metric: str | None = None
+    prompted: float | None = None
+    chance: float | None = None
+    how: str | None = None
+    memory_bytes: int
+    cuda: bool = False
+
+
+def worth_tuning(facts: Facts) -> bool | None:
+    """Whether a prompt alone leaves enough to be learnt; None while nobody has tried one."""
+    if facts.prompted is None or facts.metric is None:
+        return None
+    return facts.prompted < (METRICS[facts.metric].enough or ENOUGH)
+
+
+def task_skill(facts: Facts) -> float | None:
+    """How far examples alone come from chance (0) to always right (1), for labels."""
+    if facts.prompted is None or facts.metric not in OBJECTIVES[facts.task].metrics:
+        return None
+    chance = min(facts.chance or 0.0, 0.99)
+    return (facts.prompted - chance) / (1 - chance)
+
+
+def by_data(strategy: Weighed, facts: Facts) -> list[Reason]:
+    if OBJECTIVES[facts.task].classifies:
+        return strategy.label_reasons(facts)
+    rows = f"{facts.rows:,} rows"
+    if facts.rows < FEW_ROWS:
+        # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
+        if "few rows" in strategy.suits:
+            return [Reason(12, f"{rows} are few, and so few trainable parameters hardly overfit.")]
+        if strategy.family == "full":
+            return [Reason(-40, f"{rows} are too few to train every weight: it would overfit.")]
+        return []
+    if facts.rows >= MANY_ROWS:
+        if strategy.family == "full":
+            return [Reason(15, f"{rows} are enough to train every weight.")]
+        if "many rows" in strategy.suits:
+            return [Reason(8, f"{rows} can use the capacity beyond plain LoRA.")]
+        if "many rows" in strategy.unsuited:
+            return [Reason(-15, f"{rows} hold more than so few trainable parameters can take up.")]
+    return []
+
+
+def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
+    """A frozen model serves few labels. The smallest class says how many there are of what is hardest to learn."""
+    found = []
+    words, least, large = labeled(facts)
+    if strategy.family == "feature":
+        quick = "a classifier on the frozen model is quick, hard to beat, and keeps the base model unchanged."
+        found.append(Reason(30 if large else 35, f"{words}: {quick}"))
+        if facts.distance is not None and facts.distance >= FAR:
+            found.append(
+                Reason(-20, "The texts are far from what the model was trained on, so its frozen vectors may not separate the classes.")
+            )
+    elif least < FEW_PER_CLASS:
+        found.append(Reason(-15, f"{rows_a_class(facts)} are few to train the model itself."))
+    elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
+        found.append(Reason(10, f"{words}: enough to adapt the model itself."))
+    return found + by_balance(strategy.family, facts)
+
+
+def by_balance(family: str, facts: Facts) -> list[Reason]:
+    """What uneven classes do to a model that can learn much."""
+    if balance(facts) >= UNEVEN and family in ("full", "partial", "reparametrized"):
+        uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
+        return [
+            Reason(
+                -4,
+                f"{uneven}, so a model with many trainable parameters soon predicts only the large one. Watch macro F1, or balance the classes.",
+            )
+        ]
+    return []
+
+
+def balance(facts: Facts) -> float:
+    """How many times the rows of the smallest class the largest has; 1 where nobody counted."""
+    return facts.largest_class / max(facts.smallest_class, 1) if facts.smallest_class is not None and facts.largest_class else 1.0
+
+
+def labeled(facts: Facts) -> tuple[str, float, bool]:
+    """(the labeled rows in words, rows of the smallest class, whether there are many of every class)."""
+    least = _per_class(facts) if facts.smallest_class is None else facts.smallest_class
+    words = f"{facts.rows:,} labeled rows in {facts.classes} classes ({rows_a_class(facts)})"
+    return words, least, facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
+
+
+def _per_class(facts: Facts) -> float:
+    return facts.rows / max(facts.classes or 1, 1)
+
+
+def rows_a_class(facts: Facts) -> str:
+    mean = _per_class(facts)
+    return f"{mean:,.0f} rows a class" + (f", {facts.smallest_class:,} in the smallest" if balance(facts) > 1.5 else "")
+
+
+def told_apart(facts: Facts) -> bool | None:
+    """Whether the frozen model's vectors tell the classes apart; None while nothing says so."""
+    if facts.distance is not None and facts.distance >= FAR:
+        return False
+    skill = task_skill(facts)
+    return None if skill is None or facts.how != "vectors" else skill > FAR_TASK
+
+
+def by_distance(strategy: Weighed, facts: Facts) -> list[Reason]:
+    if facts.distance is None:
+        return []
+    says = f"This data is {facts.distance:.2f} × as hard to predict as general text for the base model"
+    if facts.distance >= FAR:
+        if strategy.family == "full":
+            return [Reason(32, f"{says}: far from what it was trained on, so every weight may have to change.")]
+        if "far data" in strategy.unsuited:
+            return [Reason(-12, f"{says}: too far for so few trainable parameters.")]
+        if "far data" in strategy.suits:
+            return [Reason(6, f"{says}: more capacity helps.")]
+    if facts.distance <= CLOSE:
+        if strategy.family == "full":
+            return [Reason(-15, f"{says}: it predicts such text already, so training every weight mostly makes it forget.")]
+        if "close data" in strategy.suits:
+            return [Reason(6, f"{says}: a small change is enough.")]
+    return []
+
+
+def by_prompts(strategy: Weighed, facts: Facts) -> list[Reason]:
+    """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
+    skill = task_skill(facts)
+    if skill is not None and facts.how == "vectors":
+        says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
+        if strategy.family == "feature" and skill >= CLOSE_TASK:
+            return [Reason(8, f"{says}: its vectors separate these classes already.")]
+        if strategy.family == "feature" and skill <= FAR_TASK:
+            return [Reason(-14, f"{says}: its frozen vectors hardly separate these classes.")]
+        if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
+            return [Reason(8, f"{says}, so the model itself has to be trained.")]
+        return []
+    if worth_tuning(facts) is False:
+        says = f"A prompt alone reaches {in_text(facts.metric or '')} {facts.prompted:.2f} on the validation set"
+        if strategy.family == "full":
+            return [Reason(-12, f"{says}: little headroom for full fine-tuning.")]
+        if "solved" in strategy.suits:
+            return [Reason(6, f"{says}: little headroom, so a small change is enough.")]
+    return []
+
+
+PLAIN_LORA = Reason(30, "Matches full fine-tuning on most datasets and forgets less.")
+"""LoRA on all linear layers equals full re-training on most small and middling sets and forgets less (Biderman et al. 2024, LoRA Learns
+Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
+LORA_VARIANT = Reason(22, "LoRA variant, as dependable: compare it once plain LoRA has shown what is possible.")
+SMALL_PART = Reason(10, "Trains a small part: the base model stays unchanged and can be shared.")
+
+
+def by_nature(strategy: Weighed) -> list[Reason]:
+    """What holds on any data."""
+    found = [strategy.standing] if strategy.standing else []
+    if strategy.standing is None and strategy.family in ("reparametrized", "additive", "partial"):
+        found.append(SMALL_PART)
+    if strategy.forgets == "much":
+        found.append(Reason(-8, "Trains every weight, so it forgets most: watch general ability."))
+    return found
