@@ -121,8 +121,8 @@ class PlainBackend(StepBackend):
             for found in self.passes(pack, batch.learnt):
                 self.loss += found.loss
                 tokens, losses = tokens + found.tokens, losses + found.losses
-                for sums in measured:
-                    sums += found.measured
+                if measured and found.measured is not None:
+                    measured[0] += found.measured
         self.sum_gradients()
         self.world.sum_([self.loss, *measured])
         return StepSums(self.loss, measured, *self.world.count(tokens, losses))

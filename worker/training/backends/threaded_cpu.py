@@ -91,9 +91,10 @@ class ThreadedCpuBackend(PlainBackend):
         first, later = ([(p, g) for p, g in pairs if (p.grad is None) == new] for new in (True, False))
         for parameter, _ in first:
             parameter.grad = torch.empty_like(parameter)  # the fused optimizer takes both to lie alike in memory
-        for add, some in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
-            if some:
-                add([p.grad for p, _ in some], [g for _, g in some])
+        if first:
+            torch._foreach_copy_([p.grad for p, _ in first if p.grad is not None], [g for _, g in first])
+        if later:
+            torch._foreach_add_([p.grad for p, _ in later if p.grad is not None], [g for _, g in later])
 
     def add_loss(self, extra: torch.Tensor) -> None:
         super().add_loss(extra)
