@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from app import formats, objectives
+from app.datasets import service as datasets
 from app.evaluation.comparison_table import score_columns
 from app.formats import FORMATS
 from app.metrics import METRICS
-from app.objectives import METHODS, OBJECTIVES
+from app.objectives import METHODS, OBJECTIVES, Objective
 from app.settings import PROJECT
 from app.strategies import STRATEGIES
+from app.tables import Dataset
 from worker.training.objectives import class_of
 
 
@@ -47,3 +50,30 @@ def test_rows_before_they_are_read_are_of_the_default():
     assert objectives.get(None) is OBJECTIVES[objectives.DEFAULT]
     with pytest.raises(KeyError):
         objectives.get("bogus")
+
+
+class Ratings(Objective):
+    name: ClassVar = "ratings"
+    title: ClassVar = "Ratings"
+    summary: ClassVar = "Learns which answers are good."
+    method: ClassVar = "kto"
+    formats: ClassVar = ("rated",)
+    trains_as: ClassVar = "preference"
+    compares: ClassVar = True
+
+
+def test_a_new_objective_is_known_everywhere_by_being_there(monkeypatch):
+    """What a file in app/objectives would do, done to the registry."""
+    lora, features = STRATEGIES["lora"], STRATEGIES["feature_extraction"]
+    with pytest.raises(KeyError):
+        lora.unsupported("ratings")
+    monkeypatch.setitem(OBJECTIVES, "ratings", Ratings())
+    assert [entry.name for entry in formats.objectives_of("rated")] == ["ratings"]
+    assert [entry.name for entry in formats.objectives_of("preference")] == ["preference"]
+    assert lora.unsupported("ratings") is None and "does not support the task ratings" in str(features.unsupported("ratings"))
+    assert lora.learning_rate_for("ratings") == lora.learning_rate_for("preference") < lora.learning_rate_for("generation")
+    assert datasets.trainable(Dataset(format="rated", good_rows=3)) and datasets.usual_task(Dataset(format="rated")) == "ratings"
+
+
+def test_without_it_rated_rows_are_not_trained_on():
+    assert not datasets.trainable(Dataset(format="rated", good_rows=3))
