@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from app import leases, queue
 from app.datasets import service as datasets
-from app.errors import BadField, Conflict, NotFound
+from app.errors import BadField, Conflict, NotFound, problem_json
 from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids
@@ -293,7 +293,7 @@ def to_json(evaluation: Evaluation) -> JSON:
         "progress": evaluation.progress,
         "stage": evaluation.stage,
         "result": evaluation.result,
-        "error": evaluation.error,
+        "error": problem_json(evaluation.error),
         "created_at": int(evaluation.created_at.timestamp()),
         "finished_at": int(evaluation.finished_at.timestamp()) if evaluation.finished_at else None,
     }

@@ -305,7 +305,7 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
     except StudioError as error:
         failed = said.Failed(kind="bad_data", message=error.message, hint=error.hint)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
-        job.error = {"code": error.code, "message": error.message, "hint": error.hint, "param": error.param}
+        job.error = {**error.as_problem(), "param": error.param}
         session.flush()
         record_event(session, job.id, job.attempt, failed)
         return

@@ -247,7 +247,7 @@ def fetch(model_id: uuid.UUID) -> None:
     except StudioError as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        _end(model_id, fence, status="error", error=starters.as_row_error(error), progress=None)
+        _end(model_id, fence, status="error", error=error.as_problem(), progress=None)
     except Exception as error:
         words = {
             "code": "internal_error",
@@ -374,7 +374,7 @@ def examine(model_id: uuid.UUID) -> None:
         except BadData as error:
             if error.code == "cannot_convert":
                 raise
-            refused = starters.as_row_error(error) | {"code": REFUSED}
+            refused = error.as_problem() | {"code": REFUSED}
     with db.transaction() as session:
         values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
         if leases.finish_if_held(session, EXAMINATIONS, model_id, fence, **values) and refused:

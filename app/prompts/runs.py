@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from app import leases, queue
 from app.datasets import service as datasets
-from app.errors import BadField, Conflict, NotFound
+from app.errors import BadField, Conflict, NotFound, problem_json
 from app.inference import playground
 from app.inference.protocol import ExternalEngine
 from app.jobs.lifecycle import storable
@@ -223,7 +223,7 @@ def to_json(run: PromptRun) -> JSON:
         "score_rule": spec["body"]["score"],
         "progress": run.progress,
         "result": run.result,
-        "error": run.error,
+        "error": problem_json(run.error),
         "created_at": int(run.created_at.timestamp()),
         "finished_at": int(run.finished_at.timestamp()) if run.finished_at else None,
     }

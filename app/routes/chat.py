@@ -39,8 +39,8 @@ from app.inference.protocol import (
 )
 from app.schemas.openapi import answers
 from app.tables import User
-from app.web import error_responses as errors_as_json
 from app.web.auth import CurrentUser
+from app.web.error_responses import fault_of
 from app.web.streaming import Stream, collect, later, left, merge, while_connected
 
 api = APIRouter(prefix="/v1")
@@ -400,10 +400,10 @@ class Call:
         except Exception as error:
             if self.held:
                 yield self._line(**self.held)
-            fault = errors_as_json.fault_of(error)
+            fault = fault_of(error)
             for heard in self.heard:
-                heard.error = heard.error or (None if heard.done else {"message": fault.message, "hint": fault.hint, "code": fault.code})
-            yield b"data: " + json.dumps({"error": errors_as_json.as_json(fault)}).encode() + b"\n\n"
+                heard.error = heard.error or (None if heard.done else fault.as_problem())
+            yield b"data: " + json.dumps({"error": fault.as_json()}).encode() + b"\n\n"
         finally:
             later(self._record)
             await merged.aclose()  # type: ignore[attr-defined]

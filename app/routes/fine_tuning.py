@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from app import events, leases, schemas
 from app.db import Db
-from app.errors import BadField, NotFound
+from app.errors import BadField, NotFound, problem_json
 from app.evaluation import verdict
 from app.jobs import checkpoints, config_file
 from app.jobs import service as jobs
@@ -230,7 +230,7 @@ def job_json(session: Session, job: Job) -> Json:
         "method": method_json(session, job, order),
         "integrations": order.integrations or [],
         "metadata": job.user_metadata,
-        "error": {**job.error, "param": job.error.get("param")} if job.error else None,
+        "error": problem_json({"param": None, **job.error}) if job.error else None,
         "user_provided_suffix": order.suffix,
         # Ours.
         "name": job.name,
@@ -303,7 +303,9 @@ def event_json(row: Event, names: _Names) -> Json:
     event = events.from_row(row.type, row.data)
     level, message = sentence(event, names)
     data = {**row.data, "event": row.type, "attempt": row.attempt}
-    if isinstance(event, events.Step):
+    if isinstance(event, events.Failed):
+        data = problem_json(data) or {}
+    elif isinstance(event, events.Step):
         data |= {"train_loss": event.loss}
     elif isinstance(event, events.Evaluated):
         data |= {"valid_loss": event.loss}

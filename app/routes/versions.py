@@ -15,7 +15,7 @@ from app.datasets import changes, compose, findings_export, inspections, version
 from app.datasets import hub as hub_datasets
 from app.datasets import service as datasets
 from app.db import Db, transaction
-from app.errors import BadField, Conflict
+from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
 from app.kit.humanize import plural
 from app.schemas.openapi import answers
@@ -46,7 +46,7 @@ def to_json(dataset: Dataset) -> dict[str, Any]:
         "version": dataset.version,
         "status": dataset.status,
         "progress": dataset.progress,
-        "error": dataset.error,
+        "error": problem_json(dataset.error),
         "format": dataset.format,
         "task": dataset.task,
         "mapping": dataset.mapping,
@@ -258,7 +258,7 @@ def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
         "dataset": key,
         "parent": ids.public(ids.DATASET, parent.id) if parent is not None else None,
         "status": found.status if found else "ready",
-        "error": found.error if found else None,
+        "error": problem_json(found.error) if found else None,
         **((found.result or {}) if found else {}),
     }
 

@@ -10,11 +10,13 @@ import pytest
 from jsonschema import Draft202012Validator
 from starlette.testclient import TestClient
 
-from app.errors import BadField
+from app.errors import BadField, problem_json
 from app.jobs.request import read_strategy
+from app.kit import ids
 from app.main import create_app
 from app.schemas import api_reference, openapi
 from app.settings import get_settings
+from app.tables import Dataset
 from app.web.navigation import each_route
 from tests import documented
 from tests.conftest import ORIGIN, PROJECT
@@ -200,6 +202,25 @@ def test_the_events_of_a_stream_are_seen(contract):
     for bad in ({**good, "type": "yawn"}, {**good, "at": "now"}, {**good, "more": 1}):
         with pytest.raises(AssertionError):
             contract.check("GET", path, answer(f"data: {json.dumps(bad)}\n\n", kind="text/event-stream"))
+
+
+def test_the_hint_of_a_stored_error_is_also_sent_by_its_old_name(contract, document, api, session, user):
+    """For this version; the document says that the name is deprecated, and the check of all answers holds it."""
+    told = {
+        name for name, one in document["components"]["schemas"].items() if one.get("properties", {}).get("way_out", {}).get("deprecated")
+    }
+    assert told == {"Check", "FailedEvent", "Problem", "ReadingProblem"}
+    error = {"code": "bad_data", "message": "Line 3 is broken.", "hint": "Mend line 3."}
+    dataset = Dataset(owner_id=user.id, name="a", status="error", mapping={}, error=error)
+    session.add(dataset)
+    session.commit()
+    path = f"/v1/datasets/{ids.public(ids.DATASET, dataset.id)}"
+    sent = api.get(path).json()
+    assert sent["error"] == {**error, "way_out": error["hint"]} and api.get(f"{path}/report").json()["error"] == sent["error"]
+    with pytest.raises(AssertionError, match="way_out"):
+        contract.check("GET", path, answer({**sent, "error": error}))
+    assert problem_json(None) is None and dataset.error == error, "it is stored by its name alone"
+    assert all(check["way_out"] == check["hint"] for check in api.get("/v1/studio").json()["checks"])
 
 
 def test_what_the_tests_ask_is_checked(api, monkeypatch):
