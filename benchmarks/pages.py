@@ -26,7 +26,7 @@ import httpx
 from benchmarks.servers import free_port, python, servers, tiny_model
 
 NO_PAGES = re.compile(
-    r"/(stream|download|export|file|state|content|first-model|standby|shell|healthz|readyz|metrics|log\.txt)$|\.(csv|yaml)$"
+    r"/(stream|download|export|file|state|content|first-model|loaded|shell|healthz|readyz|metrics|log\.txt)$|\.(csv|yaml)$"
 )
 """Routes that answer with a file, a stream, or a part of a page."""
 ELSEWHERE = {
@@ -161,9 +161,9 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/compare/{comparison_id}": {"": ids.public(ids.COMPARISON, compared.id)},
         "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},
         "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
-        "/playground/lab/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
-        "/playground/lab/runs/{run_id}": {"": ids.public(prompt_runs.RUN, run.id)},
-        "/playground/ab/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
+        "/playground/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
+        "/playground/prompts/runs/{run_id}": {"": ids.public(prompt_runs.RUN, run.id)},
+        "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/guide/{strategy}": {"": "lora"},
     }

@@ -2,7 +2,7 @@
 
     create ─→ reading ─→ ready | error          how it is read stands in `app/datasets/ingest_task.py`
 
-Versions that mend, edit or join come from `app/datasets/versions.py` and `app/datasets/compose.py`.
+Versions that fix, edit or combine come from `app/datasets/versions.py` and `app/datasets/compose.py`.
 """
 
 from __future__ import annotations

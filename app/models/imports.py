@@ -141,6 +141,8 @@ def good_name(name: str, param: str = "name") -> str:
             hint="Choose another name.",
             param=param,
         )
+    if name == "loaded":
+        raise BadField("“loaded” is where the loaded models are listed.", hint="Choose another name.", param=param)
     if not _NAME.fullmatch(name):
         raise BadField(
             f"{name[:80]!r} cannot be a model's name.",

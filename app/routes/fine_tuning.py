@@ -195,7 +195,7 @@ def list_permissions(
     responses=answers(schemas.Deleted),
 )
 def forbid(session: Db, user: CurrentUser, checkpoint: str, permission_id: str) -> Json:
-    """Take a permission back."""
+    """Delete a permission."""
     _job_of_checkpoint(session, user, checkpoint)
     row = session.get(CheckpointPermission, _permission_key(permission_id))
     if row is None or row.checkpoint != checkpoint:
@@ -350,7 +350,7 @@ def sentence(event: events.JobEvent, names: _Names) -> tuple[str, str]:
             return "warn", f"Attempt {event.attempt} was lost: {event.message}"
         case events.Stopped():
             return "info", f"The job was {event.status}{f': {event.reason}' if event.reason and event.reason != 'asked for' else ''}."
-        case events.Doing():
+        case events.TaskProgress():
             return "info", f"{event.what}: {event.share:.0%}."
         case events.Log():
             return event.level, event.message

@@ -65,7 +65,7 @@ class Found(NamedTuple):
 
 def asked(
     model: str = "",
-    cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Longest length in tokens; without it, that of a job.")] = None,
+    cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Max sequence length in tokens; without it, that of a job.")] = None,
     search: Annotated[str, Query(max_length=200)] = "",
     page: PageNumber = 1,
     line: PageNumber | None = None,

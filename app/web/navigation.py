@@ -25,12 +25,12 @@ MENU: tuple[tuple[str, tuple[Page, ...]], ...] = (
         "Evaluation",
         (
             ("Scores", "/evaluations"),
-            ("Prompt lab", "/playground/lab"),
-            ("Blind A/B", "/playground/ab"),
+            ("Prompt lab", "/playground/prompts"),
+            ("Blind A/B", "/playground/arena"),
             ("Learning curves", "/compare/curves"),
         ),
     ),
-    ("Playground", (("Chat", "/playground"), ("Next token", "/playground/tokens"), ("Classify", "/playground/classify"))),
+    ("Playground", (("Chat", "/playground"), ("Next token", "/playground/next-tokens"), ("Classify", "/playground/classify"))),
     ("", (("Learn", "/guide"), ("Settings", "/settings"))),
 )
 """Groups of pages under their headings; a group without one stands for itself."""
