@@ -18,7 +18,7 @@ from app.inference import playground, votes
 from app.inference.playground import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
-from app.routes.chat import Message
+from app.schemas.chat import Message
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
