@@ -17,6 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 SINCE = datetime(2026, 11, 29, tzinfo=UTC)
 """When the addresses below were deprecated."""
+MOVED = "moved"
+"""What a route that redirects is called."""
 HEADERS = {
     "Deprecation": {"description": "Since when, as @ and seconds since 1970 (RFC 9745).", "schema": {"type": "string"}},
     "Link": {"description": 'The address to use instead, with rel="successor-version".', "schema": {"type": "string"}},
@@ -30,7 +32,7 @@ def page_moved(pages: APIRouter, old: str, new: str) -> None:
         query = f"?{request.url.query}" if request.url.query else ""
         return RedirectResponse(_filled(new, request.path_params) + query, status_code=308)
 
-    pages.add_api_route(old, moved, methods=["GET"], include_in_schema=False)
+    pages.add_api_route(old, moved, methods=["GET"], name=MOVED, include_in_schema=False)
 
 
 def deprecated_path(api: APIRouter, old: str, endpoint: Callable[..., Any]) -> None:

@@ -83,7 +83,7 @@ UNSAFE: dict[str, Sample] = {
     "POST /datasets/combine": Sample(form=[("operation", "mix"), ("use.$dataset", "on"), ("use.$other", "on"), ("weight.$dataset", "2"), ("rows", "10"), ("seed", "3"), ("name", "Joined"), ("repeat", "on")]),
     "POST /datasets/hub": Sample(form=[("repo", "a/b"), ("split", "train"), ("file", ""), ("subset", "")], expect=(503,)),
     "POST /datasets/{key}/read": Sample({"key": "+dataset"}, form=[("format", "completion"), ("map.completion.prompt", "messages"), ("map.completion.completion", "messages")]),
-    "POST /datasets/{key}/again": Sample({"key": "+dataset"}, expect=(303, 409)),
+    "POST /datasets/{key}/retry": Sample({"key": "+dataset"}, expect=(303, 409)),
     "POST /datasets/{key}/delete": Sample({"key": "+dataset"}),
     "POST /datasets/{key}/fix": Sample({"key": "$dataset"}, form=[("finding", "$finding"), ("do", "drop"), ("rule", "")]),
     "POST /datasets/{key}/roles": Sample({"key": "$dataset"}, form=[("role.customer", "user"), ("role.agent", "")], expect=(303, 400)),
