@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from app.web.renamed import MOVED
 from benchmarks.servers import free_port, python, servers, tiny_model
 
 NO_PAGES = re.compile(
@@ -162,7 +163,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},
         "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
         "/playground/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
-        "/playground/prompts/runs/{run_id}": {"": ids.public(prompt_runs.RUN, run.id)},
+        "/playground/prompts/runs/{run_id}": {"": ids.public(ids.RUN, run.id)},
         "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/guide/{strategy}": {"": "lora"},
@@ -180,6 +181,8 @@ def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
     found = []
     for route, one in each_route(create_app().router):
         if "GET" not in (getattr(one, "methods", None) or ()) or route.startswith("/v1") or NO_PAGES.search(route) or route in ELSEWHERE:
+            continue
+        if one.name == MOVED:
             continue
         if route == "/jobs/compare":
             found.append(Page(route, route + samples[route]["two jobs"]))

@@ -22,15 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
-from app import leases, queue
+from app import leases, ownership, queue
 from app.datasets import service as datasets
-from app.errors import BadField, Conflict, NotFound, problem_json
+from app.errors import BadField, Conflict, problem_json
 from app.jobs.lifecycle import storable
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
+from app.ownership import owned
 from app.spec import DatasetRef, ModelRef, Split, Task
 from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
@@ -213,15 +214,12 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
 
 
 def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[Evaluation]:
-    return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None), Evaluation.kind.in_(kinds))
+    return ownership.mine(Evaluation, user, Evaluation.kind.in_(kinds))
 
 
 def get(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
     """One's own. Raises NotFound, also for another person's."""
-    found = session.scalar(mine(user, kinds).where(Evaluation.id == evaluation_id).execution_options(populate_existing=True))
-    if found is None:
-        raise NotFound(f"No such evaluation: {ids.public(ids.EVALUATION, evaluation_id)}", param="evaluation_id")
-    return found
+    return owned(session, Evaluation, user, evaluation_id, Evaluation.kind.in_(kinds))
 
 
 def list_(session: Session, user: User, *, model_id: uuid.UUID | None = None, limit: int = 50) -> list[Evaluation]:

@@ -20,7 +20,6 @@ from app.models import first_model
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
-from app.prompts.runs import RUN
 from app.prompts.service import PromptBody
 from app.schemas.openapi import answers, takes
 from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
@@ -41,7 +40,7 @@ def key_of(text: str) -> uuid.UUID:
 
 
 def run_key(text: str) -> uuid.UUID:
-    return ids.parse(RUN, text, param="run_id")
+    return ids.parse(ids.RUN, text, param="run_id")
 
 
 # The API --------------------------------------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
                 if not models:
                     raise BadField("No model was chosen.", hint="Choose one to try the prompt on.", param="models")
                 run = prompt_lab.try_out(session, user, body, models[0], dataset)
-                return RedirectResponse(f"/playground/prompts/runs/{ids.public(RUN, run.id)}", status_code=303)
+                return RedirectResponse(f"/playground/prompts/runs/{ids.public(ids.RUN, run.id)}", status_code=303)
             prompt, made = _saved(session, user, data, body)
             if action == "run":
                 prompt_lab.run_matrix(session, user, [made], models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
