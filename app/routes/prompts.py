@@ -261,9 +261,9 @@ async def try_out(request: Request, user: CurrentUser) -> Response:
 
 @pages.post("/playground/prompts")
 async def save(request: Request, user: CurrentUser) -> Response:
-    """A new prompt, or with `prompt_id` a new version of one; with the action `run` also a run on each chosen model."""
+    """A new prompt, or with `prompt_id` a new version of one; with `do=run` also a run on each chosen model."""
     data, models, _ = await _posted(request)
-    return await run_in_threadpool(_save, request, user, data, models, data.get("action", "save"))
+    return await run_in_threadpool(_save, request, user, data, models, data.get("do", "save"))
 
 
 def _save(request: Request, user: User, data: Typed, models: list[str], action: str) -> Response:
