@@ -395,7 +395,7 @@ def event_line(type_: str, data: dict[str, Any], total_steps: int | None) -> str
         return f"step {data['step']}/{total}: loss {data['loss']:.4f}{speed}"
     if type_ == "evaluated":
         return f"step {data['step']}: validation loss {data['loss']:.4f}"
-    if type_ == "doing":
+    if type_ == "progress":
         return f"{data['what']}: {data['share']:.0%}"
     if type_ == "log":
         return str(data.get("message"))

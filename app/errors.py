@@ -52,6 +52,14 @@ class StudioError(Exception):
         stop = "." if self.message[-1:].isalnum() and self.hint else ""
         return f"{self.message}{stop} {self.hint}".strip()
 
+    def as_json(self) -> dict[str, Any]:
+        """The `error` of a refusal as the OpenAI API has it, in answers and inside event streams."""
+        return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+
+    def as_problem(self) -> dict[str, Any]:
+        """What is stored as the `error` of an object."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
 
 class BadRequest(StudioError):
     status, code, type = 400, "invalid_request", "invalid_request_error"
@@ -129,6 +137,12 @@ class DiskFull(StudioError, OSError):
     def __init__(self, message: str, *, hint: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, hint=hint, param=param, code=code)
         self.errno = errno.ENOSPC
+
+
+def problem_json(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The stored error of an object as the API sends it: with `way_out`, which is what `hint` was called before. It is removed in the
+    next version."""
+    return stored and {**stored, "way_out": stored.get("hint")}
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

@@ -141,10 +141,10 @@ class Failed(_Event):
     suggestion: dict[str, Any] | None = Field(None, description="changed run settings, offered as one click")
 
 
-class Doing(_Event):
+class TaskProgress(_Event):
     """Long work that is no step, as scoring the validation rows or comparing base and result, and how far it is."""
 
-    type: Literal["doing"] = "doing"
+    type: Literal["progress"] = "progress"
     what: str = Field(description="`Comparing base and result`")
     share: float = Field(description="of this work, 0 to 1")
 
@@ -186,9 +186,9 @@ class Stopped(_Event):
     reason: str = ""
 
 
-TrainerEvent = Annotated[Started | Step | Evaluated | Sampled | Saved | Finished | Failed | Doing | Log, Field(discriminator="type")]
+TrainerEvent = Annotated[Started | Step | Evaluated | Sampled | Saved | Finished | Failed | TaskProgress | Log, Field(discriminator="type")]
 JobEvent = Annotated[
-    Started | Step | Evaluated | Sampled | Saved | Finished | Failed | Doing | Log | Queued | Claimed | Lost | Stopped,
+    Started | Step | Evaluated | Sampled | Saved | Finished | Failed | TaskProgress | Log | Queued | Claimed | Lost | Stopped,
     Field(discriminator="type"),
 ]
 

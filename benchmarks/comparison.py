@@ -91,7 +91,7 @@ def sent(client: Any, path: Path, rows: int | None, mapping: dict[str, Any] | No
     file = client.files.create(file=(path.name, data), purpose="fine-tune")
     report = read(client, file.id)
     if mapping:
-        client.post(f"/datasets/{report['dataset']}/readings", body=mapping, cast_to=object)
+        client.post(f"/datasets/{report['dataset']}/reparse", body=mapping, cast_to=object)
         report = read(client, file.id)
     if report["status"] == "error":
         raise SystemExit(f"{path.name}: {report['error']['message']}")

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from app.web.renamed import MOVED
 from benchmarks.servers import free_port, python, servers, tiny_model
 
 NO_PAGES = re.compile(
-    r"/(stream|download|export|file|state|content|first-model|standby|shell|healthz|readyz|metrics|log\.txt)$|\.(csv|yaml)$"
+    r"/(stream|download|export|file|state|content|first-model|loaded|shell|healthz|readyz|metrics|log\.txt)$|\.(csv|yaml)$"
 )
 """Routes that answer with a file, a stream, or a part of a page."""
 ELSEWHERE = {
@@ -161,9 +162,9 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/compare/{comparison_id}": {"": ids.public(ids.COMPARISON, compared.id)},
         "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},
         "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
-        "/playground/lab/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
-        "/playground/lab/runs/{run_id}": {"": ids.public(prompt_runs.RUN, run.id)},
-        "/playground/ab/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
+        "/playground/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
+        "/playground/prompts/runs/{run_id}": {"": ids.public(ids.RUN, run.id)},
+        "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/guide/{strategy}": {"": "lora"},
     }
@@ -180,6 +181,8 @@ def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
     found = []
     for route, one in each_route(create_app().router):
         if "GET" not in (getattr(one, "methods", None) or ()) or route.startswith("/v1") or NO_PAGES.search(route) or route in ELSEWHERE:
+            continue
+        if one.name == MOVED:
             continue
         if route == "/jobs/compare":
             found.append(Page(route, route + samples[route]["two jobs"]))

@@ -131,6 +131,7 @@ class Contract:
         assert content is not None, f"{where} with {answer.kind or 'no type'}, which {name} does not document"
         for value in _values(answer):
             self._validate(CLOSED, content["schema"], value, f"{where} ({name})")
+            assert (wrong := _without_old_name(value)) is None, f"{where} ({name}): {wrong!r} lacks `way_out`, the old name of its hint"
 
     def check_request(self, method: str, path: str, body: Any) -> None:
         """Raises AssertionError for a body that was accepted although the document knows no such body. Null is as good as absent."""
@@ -186,6 +187,16 @@ def _values(answer: Answer) -> list[Any]:
         said = [line[5:].strip() for line in answer.body.decode().splitlines() if line.startswith("data:")]
         return [json.loads(text) for text in said if text != "[DONE]"]
     return []
+
+
+def _without_old_name(value: Any) -> Any:
+    """The first stored error in an answer that does not also send its hint as `way_out`; None where all do."""
+    if isinstance(value, dict):
+        problem = value.get("error")
+        if isinstance(problem, dict) and "hint" in problem and problem.get("way_out", ...) != problem["hint"]:
+            return problem
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for one in inside if (found := _without_old_name(one)) is not None), None)
 
 
 def _absolute(value: Any, base: str) -> Any:

@@ -43,6 +43,9 @@ INSTEAD = {
     r"put away|made ready|under way": "unloaded, preparing, running",
     r"ticked(?= (ones|rows|findings))": "selected",
     r"which strategy": "method (the API's field stays `strategy`)",
+    r"look again": "refresh",
+    r"take (it|them) back|(the|a) deed": "undo, delete, action",
+    r"longest length": "max sequence length",
 }
 """Words that are not used any more, as patterns of whole words in any case, and what is said instead."""
 
@@ -57,6 +60,9 @@ LABELS = {
     "Figures": "Metrics",
     "State": "Status",
     "Made": "Created",
+    "Ordered": "Created",
+    "Join": "Combine",
+    "Learns": "Trainable parameters",
 }
 """Words that are wrong as the whole of a label or status, and right inside a sentence."""
 

@@ -230,7 +230,7 @@ def _log(level: str, message: str) -> events.Log:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(job: TrainState) -> Iterator[events.Doing | events.Evaluated | events.Sampled]:
+def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated | events.Sampled]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
@@ -282,7 +282,7 @@ def save(job: TrainState) -> events.Saved:
     )
 
 
-def finish(job: TrainState) -> Iterator[events.Log | events.Doing | events.Finished]:
+def finish(job: TrainState) -> Iterator[events.Log | events.TaskProgress | events.Finished]:
     """Write the result: the best checkpoint's weights where rows were held out and it is asked for, else the last ones. Then base and result are
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson

@@ -1,8 +1,8 @@
-"""Datasets made of others: joined, mixed by weights, drawn at random, freed of repetitions, or converted.
+"""Datasets made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted.
 
     order ─→ a new version with its lineage, `reading` ─→ the data worker writes its file (`app/datasets/compose_rows.py`) and reads it
 
-The result is a dataset like any other: it has a file of its own, so it can be mended, downloaded and joined again. Its
+The result is a dataset like any other: it has a file of its own, so it can be fixed, downloaded and combined again. Its
 `origin` names every source with its version and the hash of its rows, so the same order always gives the same rows.
 """
 

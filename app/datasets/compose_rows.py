@@ -1,4 +1,4 @@
-"""The rows of a dataset made of others: joined, mixed, drawn, thinned or converted. Runs in a limited child of the data worker.
+"""The rows of a dataset made of others: concatenated, mixed, drawn, thinned or converted. Runs in a limited child of the data worker.
 
 Nothing here holds the rows of a source: each is streamed from its Parquet file as often as it is needed, and only row
 numbers and fingerprints are kept. What comes out is a JSON Lines file that its format reads back row for row.
@@ -174,14 +174,14 @@ class Source(NamedTuple):
 
 
 def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """Write the file of a joined dataset. `payload`: operation, sources, shape, rows, seed, near, and `out`.
+    """Write the file of a combined dataset. `payload`: operation, sources, shape, rows, seed, near, and `out`.
 
     Says `{"progress": share}`. Gives `sha256`, `bytes`, `rows`, and how many rows were left out, by reason.
     """
     sources = [Source(Path(s["path"]), s["name"], s["sha256"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
     for source in sources:
         if not source.path.is_file():
-            raise BadData(f"The rows of {source.name} are gone: it was deleted.", hint="Join again without it.")
+            raise BadData(f"The rows of {source.name} are gone: it was deleted.", hint="Combine again without it.")
         verify_rows(source.path, source.sha256, source.name)
     counts: Counter[str] = Counter()
     expected = payload.get("rows") or sum(source.size for source in sources)
@@ -196,7 +196,7 @@ def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
             if rows % 4096 == 0:
                 say({"progress": min(0.99, rows / max(1, expected))})
     if not rows:
-        raise BadData("No row is left.", hint="Choose other datasets, or another way of joining them.")
+        raise BadData("No row is left.", hint="Choose other datasets, or another operation.")
     return {"sha256": digest.hexdigest(), "bytes": size, "rows": rows, "left_out": dict(+counts)}
 
 

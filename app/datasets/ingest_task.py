@@ -84,7 +84,7 @@ def read(dataset_id: uuid.UUID) -> None:
         return
     except (sandbox.Refused, StudioError) as refused:
         _drop(rows)
-        _record_error(dataset_id, fence, refused.error if isinstance(refused, sandbox.Refused) else _as_json(refused))
+        _record_error(dataset_id, fence, refused.error if isinstance(refused, sandbox.Refused) else refused.as_problem())
         return
     with db.transaction() as session:
         kept = _record(session, dataset_id, fence, result, rows, reading.findings, payload["counters"].get(result["task"]))
@@ -319,10 +319,6 @@ def _why(killed: sandbox.Killed) -> dict[str, Any]:
         "file_too_large": "Split the file into smaller ones.",
     }.get(killed.kind, "Try again. When it happens again, the file is one our readers cannot take: save it as .jsonl.")
     return {"code": killed.kind, "message": f"The file could not be read. {killed.message}", "hint": hint}
-
-
-def _as_json(error: StudioError) -> dict[str, Any]:
-    return {"code": error.code, "message": error.message, "hint": error.hint}
 
 
 def lines_path(rows: Path) -> Path:

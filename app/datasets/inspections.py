@@ -138,7 +138,7 @@ def answer(inspection_id: uuid.UUID) -> None:
     except sandbox.Killed as killed:
         result, error = None, {"message": f"It could not be computed. {killed.message}", "hint": "Try again, or with another model."}
     except StudioError as fault:
-        result, error = None, {"message": fault.message, "hint": fault.hint}
+        result, error = None, fault.as_problem()
     with db.transaction() as session:
         values = {"status": "ready" if error is None else "error", "result": result, "error": error, "deaths": 0}
         leases.finish_if_held(session, WORK, inspection_id, found.fence, **values)

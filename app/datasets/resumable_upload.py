@@ -30,6 +30,7 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict, NotFound, StudioError, TooLarge
 from app.kit import ids
+from app.ownership import owned
 from app.settings import get_settings
 from app.storage import files
 from app.storage.files import Blob, disk_errors
@@ -113,9 +114,7 @@ def begin(
 
 def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
     """An upload of this user. Raises NotFound, and Gone for one that has expired."""
-    upload = session.get(Upload, upload_id)
-    if upload is None or upload.owner_id != user.id:
-        raise NotFound("There is no such upload.", hint="Begin again.")
+    upload = owned(session, Upload, user, upload_id)
     if upload.file_id is None and session.scalars(select(leases.now())).one() >= upload.expires_at:
         raise Gone("This upload has expired.", hint="Begin again.")
     return upload

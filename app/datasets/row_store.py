@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
-READ_AGAIN = "Read the dataset again: on its page under “Change format or columns”, or with POST /v1/datasets/{id}/again."
+READ_AGAIN = "Read the dataset again: on its page under “Change format or columns”, or with POST /v1/datasets/{id}/retry."
 
 
 class RowsFile:

@@ -2,7 +2,7 @@
 
     create ─→ reading ─→ ready | error          how it is read stands in `app/datasets/ingest_task.py`
 
-Versions that mend, edit or join come from `app/datasets/versions.py` and `app/datasets/compose.py`.
+Versions that fix, edit or combine come from `app/datasets/versions.py` and `app/datasets/compose.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session, defer
 from app import db, formats, queue
 from app.datasets import readers
 from app.datasets.ingest import VERSION
-from app.errors import BadField, Conflict, NotFound
+from app.errors import BadField, Conflict
 from app.formats._messages import known_role
 from app.kit import ids
+from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef
 from app.storage import files
@@ -157,10 +158,7 @@ def file_of(session: Session, dataset: Dataset) -> File:
 
 def get(session: Session, user: User, dataset_id: uuid.UUID) -> Dataset:
     """A dataset of this user. Raises NotFound, also for another person's."""
-    dataset = session.get(Dataset, dataset_id)
-    if dataset is None or dataset.owner_id != user.id or dataset.deleted_at is not None:
-        raise NotFound(f"No such dataset: {ids.public(ids.DATASET, dataset_id)}", hint="It may have been deleted.", param="dataset")
-    return dataset
+    return owned(session, Dataset, user, dataset_id)
 
 
 def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
@@ -198,7 +196,7 @@ def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
 
 def list_(session: Session, user: User) -> list[Dataset]:
     """This user's datasets, newest first."""
-    query = select(Dataset).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    query = mine(Dataset, user)
     return list(session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id)))
 
 

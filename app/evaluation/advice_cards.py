@@ -81,7 +81,7 @@ def _prompt(facts: Facts, dataset_id: str) -> Card:
         title="A prompt, no training",
         sentence=f"The base model reaches {metric} {facts.prompted or 0:.2f} on the validation set with a prompt alone.",
         label="Open in the prompt lab",
-        url=f"/playground/lab/new?{urlencode({'builder': 'few_shot', 'dataset': dataset_id})}",
+        url=f"/playground/prompts/new?{urlencode({'builder': 'few_shot', 'dataset': dataset_id})}",
     )
 
 
@@ -126,7 +126,7 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
     found = [_other_model(model, shape, dataset, facts, others), _more_rows(dataset, facts), _length(model, shape, dataset, run)]
     if _advice.balance(facts) >= _advice.UNEVEN:
         text = f"Balance the classes: the largest has {_advice.balance(facts):,.0f} times the rows of the smallest."
-        found.append(Step(about="classes", text=text, label="Combine & transform", url="/datasets/join"))
+        found.append(Step(about="classes", text=text, label="Combine & transform", url="/datasets/combine"))
     return [step for step in found if step is not None]
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Float, cast, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
+from app.errors import problem_json
 from app.evaluation import comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
@@ -156,7 +157,7 @@ def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSO
         "seconds": measured.get("seconds"),
         "predicted_seconds": estimate.get("seconds"),
         **(tuned or {"model": None, "kept": None, "bytes": None}),
-        "error": {name: job.error.get(name) for name in ("code", "message", "hint")} if job.error else None,
+        "error": problem_json({name: job.error.get(name) for name in ("code", "message", "hint")}) if job.error else None,
     }
 
 

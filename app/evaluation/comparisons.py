@@ -18,6 +18,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app import ownership
 from app.errors import BadField, Conflict, DoesNotFit, NotFound, StudioError
 from app.jobs import request as job_request
 from app.jobs import service as jobs
@@ -27,6 +28,7 @@ from app.kit import ids
 from app.kit.forms import as_text
 from app.models import service as models
 from app.objectives import Task
+from app.ownership import owned
 from app.run_settings import RunSettings
 from app.spec import Split
 from app.strategies import Strategy
@@ -265,7 +267,7 @@ def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison |
 
 
 def mine(user: User) -> Select[Comparison]:
-    return select(Comparison).where(Comparison.owner_id == user.id, Comparison.deleted_at.is_(None))
+    return ownership.mine(Comparison, user)
 
 
 def list_(session: Session, user: User) -> list[Comparison]:
@@ -275,10 +277,7 @@ def list_(session: Session, user: User) -> list[Comparison]:
 
 def get(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
     """One's own comparison. Raises NotFound, also for another person's."""
-    found = session.scalar(mine(user).where(Comparison.id == comparison_id))
-    if found is None:
-        raise NotFound(f"No such comparison: {ids.public(ids.COMPARISON, comparison_id)}", param="comparison_id")
-    return found
+    return owned(session, Comparison, user, comparison_id)
 
 
 def jobs_of(session: Session, *found: Comparison) -> list[Job]:

@@ -24,7 +24,7 @@ from app import queue
 from app.datasets import readers
 from app.datasets import service as datasets
 from app.db import on_commit
-from app.errors import BadData, BadField, Conflict
+from app.errors import BadData, BadField, Conflict, problem_json
 from app.evaluation import service as evaluations
 from app.evaluation.service import EvaluationSpec, Kind
 from app.inference import tryout
@@ -146,7 +146,7 @@ def to_json(found: Evaluation) -> JSON:
         "added": result.get("added") or [],
         "without": result.get("without"),
         "seconds": result.get("seconds"),
-        "error": found.error,
+        "error": problem_json(found.error),
         "created_at": int(found.created_at.timestamp()),
         "finished_at": int(found.finished_at.timestamp()) if found.finished_at else None,
     }

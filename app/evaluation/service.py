@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
-from app import leases, queue
+from app import leases, ownership, queue
 from app.datasets import service as datasets
-from app.errors import BadField, Conflict, NotFound
+from app.errors import BadField, Conflict, problem_json
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.json_safe import storable
@@ -32,6 +32,7 @@ from app.leases import now
 from app.models import interpolation
 from app.models import service as models
 from app.objectives import DEFAULT, OBJECTIVES, Task
+from app.ownership import owned
 from app.spec import DatasetRef, ModelRef, Split
 from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
@@ -215,15 +216,12 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
 
 
 def mine(user: User, kinds: Sequence[Kind] = SCORING) -> Select[Evaluation]:
-    return select(Evaluation).where(Evaluation.owner_id == user.id, Evaluation.deleted_at.is_(None), Evaluation.kind.in_(kinds))
+    return ownership.mine(Evaluation, user, Evaluation.kind.in_(kinds))
 
 
 def get(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
     """One's own. Raises NotFound, also for another person's."""
-    found = session.scalar(mine(user, kinds).where(Evaluation.id == evaluation_id).execution_options(populate_existing=True))
-    if found is None:
-        raise NotFound(f"No such evaluation: {ids.public(ids.EVALUATION, evaluation_id)}", param="evaluation_id")
-    return found
+    return owned(session, Evaluation, user, evaluation_id, Evaluation.kind.in_(kinds))
 
 
 def list_(session: Session, user: User, *, model_id: uuid.UUID | None = None, limit: int = 50) -> list[Evaluation]:
@@ -295,7 +293,7 @@ def to_json(evaluation: Evaluation) -> JSON:
         "progress": evaluation.progress,
         "stage": evaluation.stage,
         "result": evaluation.result,
-        "error": evaluation.error,
+        "error": problem_json(evaluation.error),
         "created_at": int(evaluation.created_at.timestamp()),
         "finished_at": int(evaluation.finished_at.timestamp()) if evaluation.finished_at else None,
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from app.errors import BadField, NotFound
+from app.errors import BadField
 from app.inference import external_servers, tryout
 from app.inference.protocol import (
     ChoiceFinished,
@@ -36,6 +36,7 @@ from app.kit.json_safe import storable
 from app.models import aliases, interpolation
 from app.models import service as models
 from app.models.service import Resolved
+from app.ownership import owned
 from app.spec import ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
 
@@ -289,10 +290,7 @@ def readable(text: str) -> str:
 
 
 def get(session: Session, user: User, exchange_id: uuid.UUID) -> Exchange:
-    found = session.get(Exchange, exchange_id)
-    if found is None or found.owner_id != user.id:
-        raise NotFound(f"Conversation not found: {exchange_id}.", hint="The playground's history lists those that are stored.")
-    return found
+    return owned(session, Exchange, user, exchange_id)
 
 
 def answers(session: Session, exchange_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Answer]]:

@@ -3,7 +3,7 @@
 A generate worker says every second or two which models it has loaded; a train worker says how much memory its job takes.
 Both are words in Redis that fade by themselves, so a worker that dies takes nothing with it:
 
-    luthier:standby:<worker>          the models that a generate worker has loaded
+    luthier:loaded:<worker>          the models that a generate worker has loaded
     luthier:room:<machine>:<job>      the bytes a job of this machine takes while it trains
 """
 
@@ -63,7 +63,7 @@ class Shown(NamedTuple):
 
 
 def say(worker: str, standing: WorkerResidency) -> None:
-    get_redis().set(f"{PREFIX}standby:{worker}", standing.model_dump_json(), ex=FADES_SECONDS)
+    get_redis().set(f"{PREFIX}loaded:{worker}", standing.model_dump_json(), ex=FADES_SECONDS)
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def everyone() -> list[WorkerResidency]:
     """What every generate worker has loaded; nothing when Redis is away."""
     try:
         wire = get_redis()
-        keys = sorted(wire.scan_iter(match=f"{PREFIX}standby:*", count=500))
+        keys = sorted(wire.scan_iter(match=f"{PREFIX}loaded:*", count=500))
         return [WorkerResidency.model_validate_json(word) for word in (wire.mget(keys) if keys else []) if word]
     except (redis.RedisError, RuntimeError):
         return []

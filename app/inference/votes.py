@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats
+from app import formats, ownership
 from app.datasets import service as datasets
 from app.datasets.row_store import row_at
 from app.errors import BadField, Conflict, NotFound
@@ -23,6 +23,7 @@ from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import Sampling
 from app.kit import ids, stats
 from app.kit.json_safe import storable
+from app.ownership import owned
 from app.settings import get_settings
 from app.storage import files
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
@@ -162,14 +163,11 @@ def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange
 
 
 def mine(user: User) -> Select[Vote]:
-    return select(Vote).where(Vote.owner_id == user.id, Vote.choice.is_not(None))
+    return ownership.mine(Vote, user, Vote.choice.is_not(None))
 
 
 def get(session: Session, user: User, vote_id: uuid.UUID) -> Vote:
-    found = session.scalar(select(Vote).where(Vote.id == vote_id, Vote.owner_id == user.id))
-    if found is None:
-        raise NotFound(f"No such vote: {ids.public(ids.VOTE, vote_id)}", param="vote_id")
-    return found
+    return owned(session, Vote, user, vote_id)
 
 
 class Score(NamedTuple):

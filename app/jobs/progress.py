@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from app.events import (
     Claimed,
-    Doing,
     Evaluated,
     Failed,
     Finished,
@@ -33,6 +32,7 @@ from app.events import (
     Started,
     Step,
     Stopped,
+    TaskProgress,
 )
 
 Point = tuple[int, float]
@@ -77,7 +77,7 @@ class Progress:
     step: int = 0
     epoch: float = 0.0
     latest: Step | None = None
-    doing: Doing | None = None
+    task: TaskProgress | None = None
     """What the job does besides steps just now; None while it makes steps."""
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in (*CURVES, "validation")})
     metrics: dict[str, list[Point]] = field(default_factory=dict)
@@ -193,7 +193,7 @@ def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, eve
     """Take one more event in; `progress` is changed and returned. `at` and `event_id` are the row's time and id."""
     if event_id is not None:
         progress.last_event_id = event_id
-    progress.doing = event if isinstance(event, Doing) else progress.doing if isinstance(event, Log) else None
+    progress.task = event if isinstance(event, TaskProgress) else progress.task if isinstance(event, Log) else None
     _FOLDS[type(event)](progress, event)
     if isinstance(event, Claimed):
         progress.claimed_at = at
@@ -284,13 +284,13 @@ def _lost(progress: Progress, event: Lost) -> None:
     progress.resume_reason = "after the worker was lost"
 
 
-def _nothing(progress: Progress, event: Log | Doing) -> None:
+def _nothing(progress: Progress, event: Log | TaskProgress) -> None:
     pass
 
 
 _FOLDS: dict[type[JobEvent], Callable[[Progress, Any], None]] = {
     Queued: _queued, Claimed: _claimed, Started: _started, Step: _step, Evaluated: _evaluated, Sampled: _sampled, Saved: _saved,
-    Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, Doing: _nothing, Log: _nothing,
+    Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, TaskProgress: _nothing, Log: _nothing,
 }  # fmt: skip
 
 

@@ -17,14 +17,14 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, leases, queue
+from app import db, leases, ownership, queue
 from app import events as said
-from app.errors import Conflict, NotFound, StudioError
+from app.errors import Conflict, StudioError
 from app.jobs import lifecycle, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest, build_spec, estimate_of
-from app.kit import ids
 from app.models import service as models
+from app.ownership import owned
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Dataset, Event, Job, Model, User
@@ -104,14 +104,11 @@ def _complete(spec: JobSpec) -> bool:
 
 def get(session: Session, user: User, job_id: uuid.UUID) -> Job:
     """One's own job. Raises NotFound, also for another person's."""
-    job = session.scalar(mine(user).where(Job.id == job_id).execution_options(populate_existing=True))
-    if job is None:
-        raise NotFound(f"No such fine-tuning job: {ids.public(ids.JOB, job_id)}", param="fine_tuning_job_id")
-    return job
+    return owned(session, Job, user, job_id)
 
 
 def mine(user: User) -> Select[Job]:
-    return select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None))
+    return ownership.mine(Job, user)
 
 
 def mine_of(job: Job) -> Select[Job]:
@@ -305,7 +302,7 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
     except StudioError as error:
         failed = said.Failed(kind="bad_data", message=error.message, hint=error.hint)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
-        job.error = {"code": error.code, "message": error.message, "hint": error.hint, "param": error.param}
+        job.error = {**error.as_problem(), "param": error.param}
         session.flush()
         record_event(session, job.id, job.attempt, failed)
         return

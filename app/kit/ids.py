@@ -8,7 +8,7 @@ from app.errors import NotFound
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
-PREDICTION = "pred"
+PREDICTION, RUN = "pred", "run"
 
 _NAMES = {
     FILE: "file",

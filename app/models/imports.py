@@ -141,6 +141,8 @@ def good_name(name: str, param: str = "name") -> str:
             hint="Choose another name.",
             param=param,
         )
+    if name == "loaded":
+        raise BadField("“loaded” is where the loaded models are listed.", hint="Choose another name.", param=param)
     if not _NAME.fullmatch(name):
         raise BadField(
             f"{name[:80]!r} cannot be a model's name.",
@@ -247,7 +249,7 @@ def fetch(model_id: uuid.UUID) -> None:
     except StudioError as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        _end(model_id, fence, status="error", error=starters.as_row_error(error), progress=None)
+        _end(model_id, fence, status="error", error=error.as_problem(), progress=None)
     except Exception as error:
         words = {
             "code": "internal_error",
@@ -374,7 +376,7 @@ def examine(model_id: uuid.UUID) -> None:
         except BadData as error:
             if error.code == "cannot_convert":
                 raise
-            refused = starters.as_row_error(error) | {"code": REFUSED}
+            refused = error.as_problem() | {"code": REFUSED}
     with db.transaction() as session:
         values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
         if leases.finish_if_held(session, EXAMINATIONS, model_id, fence, **values) and refused:

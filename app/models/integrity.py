@@ -81,7 +81,7 @@ def tell(damaged: BadModel) -> None:
             for model in session.scalars(held):
                 tuned = "Put its folder back from a copy and try again, or fine-tune again."
                 hint = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
-                model.status, model.error = "error", {"code": damaged.code, "message": damaged.message, "hint": hint}
+                model.status, model.error = "error", damaged.as_problem() | {"hint": hint}
                 log.error("The model %s is damaged: %s", model.name, damaged.message)
     except (SQLAlchemyError, RuntimeError) as error:  # whoever meets it next tells it
         log.warning("That a model is damaged could not be recorded (%s): %s", type(error).__name__, damaged.message)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from app.errors import BadData, Conflict, DiskFull, NotFound, StudioError, Unavailable
+from app.errors import BadData, Conflict, DiskFull, NotFound, Unavailable
 from app.kit import manifest
 from app.kit.confinement import Confinement, confined
 from app.models import gguf_header, import_checks
@@ -469,8 +469,3 @@ def terms(name: str) -> str | None:
             fresh.write_text(text)
             fresh.rename(kept)
     return kept.read_text()
-
-
-def as_row_error(error: StudioError) -> dict[str, str]:
-    """How an error is kept in a row."""
-    return {"code": error.code, "message": error.message, "hint": error.hint}

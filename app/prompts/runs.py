@@ -17,19 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats, leases, objectives, queue
+from app import formats, leases, objectives, ownership, queue
 from app.datasets import service as datasets
-from app.errors import BadField, Conflict, NotFound
+from app.errors import BadField, Conflict, problem_json
 from app.inference import playground
 from app.inference.protocol import ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
+from app.ownership import owned
 from app.prompts.service import PromptBody
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
 from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRun, PromptVersion, User
-
-RUN = "run"
 
 
 class Learnt(BaseModel):
@@ -160,7 +159,7 @@ def _past(session: Session, who: playground.ResolvedModel) -> list[Job]:
 
 
 def mine(user: User) -> Select[PromptRun]:
-    return select(PromptRun).where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None))
+    return ownership.mine(PromptRun, user)
 
 
 def is_trial() -> ColumnElement[bool]:
@@ -172,10 +171,7 @@ def trial(session: Session, run_id: uuid.UUID) -> bool:
 
 
 def get(session: Session, user: User, run_id: uuid.UUID) -> PromptRun:
-    found = session.scalar(mine(user).where(PromptRun.id == run_id).execution_options(populate_existing=True))
-    if found is None:
-        raise NotFound(f"No such run: {ids.public(RUN, run_id)}", param="run_id")
-    return found
+    return owned(session, PromptRun, user, run_id)
 
 
 def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[PromptRun]:
@@ -210,7 +206,7 @@ def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset,
 def to_json(run: PromptRun) -> JSON:
     spec = run.spec
     return {
-        "id": ids.public(RUN, run.id),
+        "id": ids.public(ids.RUN, run.id),
         "object": "prompt.run",
         "status": run.status,
         "model": spec["model"]["name"],
@@ -223,7 +219,7 @@ def to_json(run: PromptRun) -> JSON:
         "score_rule": spec["body"]["score"],
         "progress": run.progress,
         "result": run.result,
-        "error": run.error,
+        "error": problem_json(run.error),
         "created_at": int(run.created_at.timestamp()),
         "finished_at": int(run.finished_at.timestamp()) if run.finished_at else None,
     }

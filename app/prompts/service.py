@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats
+from app import formats, ownership
 from app.errors import BadField, NotFound
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.ownership import owned
 from app.tables import JSON, Prompt, PromptVersion, User
 
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z_]\w{0,63})\s*\}\}")
@@ -281,14 +282,11 @@ def _add(session: Session, prompt: Prompt, number: int, body: PromptBody) -> Pro
 
 
 def mine(user: User) -> Select[Prompt]:
-    return select(Prompt).where(Prompt.owner_id == user.id, Prompt.deleted_at.is_(None))
+    return ownership.mine(Prompt, user)
 
 
 def get(session: Session, user: User, prompt_id: uuid.UUID) -> Prompt:
-    found = session.scalar(mine(user).where(Prompt.id == prompt_id))
-    if found is None:
-        raise NotFound(f"No such prompt: {ids.public(ids.PROMPT, prompt_id)}", hint="It may have been deleted.", param="prompt_id")
-    return found
+    return owned(session, Prompt, user, prompt_id)
 
 
 def versions(session: Session, prompt: Prompt) -> list[PromptVersion]:

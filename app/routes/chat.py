@@ -9,11 +9,10 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from app import schemas
@@ -23,9 +22,6 @@ from app.inference import playground
 from app.inference.client import stream
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import (
-    MAX_CHOICES,
-    MAX_STOPS,
-    MAX_TOP_LOGPROBS,
     ChoiceFinished,
     Done,
     Entry,
@@ -37,130 +33,16 @@ from app.inference.protocol import (
     Started,
     TextPart,
 )
+from app.schemas.chat import ChatBody, CompletionBody, GenerationBody
 from app.schemas.openapi import answers
 from app.tables import User
-from app.web import error_responses as errors_as_json
 from app.web.auth import CurrentUser
+from app.web.error_responses import fault_of
 from app.web.streaming import Stream, collect, later, left, merge, while_connected
 
 api = APIRouter(prefix="/v1")
 
 MAX_PROMPTS = 16
-
-
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def _as_list(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class _Body(BaseModel):
-    """What both calls take; `null` means the default. Unknown parameters are ignored, as the clients expect, but for those of
-    OpenAI's that would change the answer: `refused` names them, each with the values that ask for nothing."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str = Field(min_length=1, max_length=512)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
-    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    temperature: float | None = Field(1.0, ge=0, le=2)
-    top_p: float | None = Field(1.0, gt=0, le=1)
-    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
-    # Ours, through `extra_body`.
-    top_k: int | None = Field(0, ge=0, le=1_000_000)
-    min_p: float | None = Field(0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
-
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_cannot_be_kept(cls, body: Any) -> Any:
-        for name, harmless in cls.refused.items() if isinstance(body, dict) else ():
-            if body.get(name) is not None and body[name] not in harmless:
-                hint = " ".join(["Omit it", *(f"or send {json.dumps(value)}" for value in harmless if value)])
-                raise BadField(f"{name} is not supported with this value.", hint=f"{hint}.", param=name, code="unsupported_parameter")
-        return body
-
-    def sampling(self, **more: Any) -> Sampling:
-        given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name, None) is not None}
-        given |= {
-            "stop": tuple(self.stop),
-            "max_tokens": self.max_tokens,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-        }
-        return Sampling(**({"top_p": 1.0} | given | more))
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    role: str = Field(pattern="^(system|developer|user|assistant|tool|function)$")
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-    def plain(self, place: int) -> dict[str, Any]:
-        """The message as templates know it. Raises BadField for a part that is not text."""
-        content = self.content
-        if isinstance(content, list):
-            for part in content:
-                if part.get("type") not in ("text", "refusal") or not isinstance(part.get(part["type"]), str):
-                    raise BadField(f"messages.{place}.content: only parts of type text can be read.", param="messages")
-            content = "".join(part[part["type"]] for part in content)
-        if content is None and self.role != "assistant":
-            raise BadField(f"messages.{place}.content is missing.", hint="Send a text.", param="messages")
-        extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
-        return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
-
-
-class ChatBody(_Body):
-    messages: list[Message] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
-
-    refused = {
-        "response_format": ({"type": "text"},),
-        "tool_choice": ("auto", "none"),  # a model is told of the tools, and answers in text: no call is ever made of it
-        "functions": (),
-        "function_call": ("auto", "none"),
-        "modalities": (["text"],),
-        "audio": (),
-        "web_search_options": (),
-        "reasoning_effort": ("none",),
-        "verbosity": ("medium",),
-    }
-
-
-class CompletionBody(_Body):
-    prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
-    max_tokens: int | None = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool | None = False
-
-    refused = {"suffix": ("",), "best_of": ()}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_many_as_are_given(cls, body: Any) -> Any:
-        """`best_of` as large as `n` leaves nothing to choose from, so it asks for nothing."""
-        if isinstance(body, dict) and "best_of" in body and body["best_of"] == (body.get("n") or 1):
-            return {name: value for name, value in body.items() if name != "best_of"}
-        return body
 
 
 @api.post(
@@ -312,7 +194,7 @@ class Call:
         self.seen: list[list[SeenToken]] = []
         """The tokens of each prompt, where they are given back."""
 
-    async def respond(self, request: Request, body: _Body) -> Response:
+    async def respond(self, request: Request, body: GenerationBody) -> Response:
         await run_in_threadpool(self._resolve)
         looks = isinstance(self.shape, Completion) and self.shape.echo and (self.sampling.logprobs or not self._writes)
         if looks and not await self._look(request):
@@ -400,10 +282,10 @@ class Call:
         except Exception as error:
             if self.held:
                 yield self._line(**self.held)
-            fault = errors_as_json.fault_of(error)
+            fault = fault_of(error)
             for heard in self.heard:
-                heard.error = heard.error or (None if heard.done else {"message": fault.message, "hint": fault.hint, "code": fault.code})
-            yield b"data: " + json.dumps({"error": errors_as_json.as_json(fault)}).encode() + b"\n\n"
+                heard.error = heard.error or (None if heard.done else fault.as_problem())
+            yield b"data: " + json.dumps({"error": fault.as_json()}).encode() + b"\n\n"
         finally:
             later(self._record)
             await merged.aclose()  # type: ignore[attr-defined]

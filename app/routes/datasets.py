@@ -30,6 +30,7 @@ from app.web.auth import CurrentUser
 from app.web.multipart import Form as StreamedForm
 from app.web.multipart import read_form
 from app.web.navigation import MenuPage
+from app.web.renamed import deprecated_path, page_moved
 from app.web.templates import flash, render
 
 pages = APIRouter()
@@ -135,7 +136,7 @@ def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> R
     return RedirectResponse(_path(samples.add(session, user, name)), 303)
 
 
-# Joining ----------------------------------------------------------------------------------------------------------------
+# Combining ----------------------------------------------------------------------------------------------------------------
 
 OPERATIONS = {
     "concatenate": ("Concatenate", "All rows of each dataset, one after the other."),
@@ -146,22 +147,25 @@ OPERATIONS = {
 }
 
 
-@pages.get("/datasets/join")
-def join_form(request: Request, user: CurrentUser, session: Db, first: str = "", operation: str = "concatenate") -> Response:
+page_moved(pages, "/datasets/join", "/datasets/combine")
+
+
+@pages.get("/datasets/combine")
+def combine_form(request: Request, user: CurrentUser, session: Db, first: str = "", operation: str = "concatenate") -> Response:
     """The form, with one dataset chosen."""
-    return _join_page(
+    return _combine_page(
         request, user, session, {"operation": operation, "seed": "42", "first": first, **({f"use.{first}": "on"} if first else {})}, None
     )
 
 
-def _join_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
+def _combine_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
     able = [dataset for dataset in datasets.with_rows(session, user) if dataset.rows_path]
     targets = sorted(
         {wanted for dataset in able for wanted in compose_rows.MAPPINGS if (compose.shape_of(dataset), wanted) in compose_rows.CONVERSIONS}
     )
     return render(
         request,
-        "join.html",
+        "combine.html",
         status_code=problem.status if problem else 200,
         able=[(dataset, ids.public(ids.DATASET, dataset.id)) for dataset in able],
         titles=_titles(),
@@ -172,24 +176,24 @@ def _join_page(request: Request, user: User, session: Db, typed: dict[str, str],
     )
 
 
-@pages.post("/datasets/join")
-async def join(request: Request, user: CurrentUser) -> Response:
-    """`use.KEY` and `weight.KEY` for each dataset; the rest as in `JoinOrder`."""
+@pages.post("/datasets/combine")
+async def combine(request: Request, user: CurrentUser) -> Response:
+    """`use.KEY` and `weight.KEY` for each dataset; the rest as in `CombineRequest`."""
     form = await request.form()
-    return await run_in_threadpool(_join, request, user, {name: value for name, value in form.items() if isinstance(value, str)})
+    return await run_in_threadpool(_combine, request, user, {name: value for name, value in form.items() if isinstance(value, str)})
 
 
-def _join(request: Request, user: User, typed: dict[str, str]) -> Response:
+def _combine(request: Request, user: User, typed: dict[str, str]) -> Response:
     try:
         with transaction() as session:
-            return RedirectResponse(_path(compose.order(session, user, _join_order(typed))), 303)
+            return RedirectResponse(_path(compose.order(session, user, _combine_request(typed))), 303)
     except StudioError as error:
         with transaction() as session:
-            return _join_page(request, user, session, typed, error)
+            return _combine_page(request, user, session, typed, error)
 
 
-def _join_order(typed: dict[str, str]) -> compose.CombineRequest:
-    """The form's fields as an order; those that the operation does not use are left aside."""
+def _combine_request(typed: dict[str, str]) -> compose.CombineRequest:
+    """The form's fields as a request; those that the operation does not use are left aside."""
     operation = typed.get("operation", "")
     used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
         operation, ()
@@ -269,8 +273,8 @@ def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
         return _path(datasets.read_as(session, user, _get(session, user, key), name, mapping))
 
 
-@pages.post("/datasets/{key}/again")
-def again(user: CurrentUser, session: Db, key: str) -> Response:
+@pages.post("/datasets/{key}/retry")
+def retry(user: CurrentUser, session: Db, key: str) -> Response:
     """Read it once more as it is, after a fault such as a full disk."""
     dataset = _get(session, user, key)
     ingest_task.read_again(session, dataset)
@@ -293,7 +297,7 @@ def _get(session: Db, user: User, key: str) -> Dataset:
 
 
 @api.get("/datasets", operation_id="list_datasets", responses=answers(schemas.page_of(schemas.Dataset)))
-def list_json(
+def list_datasets(
     user: CurrentUser, session: Db, after: cursor.After = None, limit: cursor.Limit = 20, order: cursor.Order = "desc"
 ) -> dict[str, Any]:
     """Every dataset in all its versions."""
@@ -301,29 +305,32 @@ def list_json(
 
 
 @api.get("/datasets/{key}", operation_id="retrieve_dataset", responses=answers(schemas.DatasetWithVersions))
-def show_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+def retrieve_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """One version of a dataset, with the ids of all its versions."""
     dataset = _get(session, user, key)
     return to_json(dataset) | {"versions": [ids.public(ids.DATASET, version.id) for version in datasets.versions(session, dataset)]}
 
 
-@api.post("/datasets/{key}/again", operation_id="retry_dataset", responses=answers(schemas.Dataset, 409))
-def again_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+@api.post("/datasets/{key}/retry", operation_id="retry_dataset", responses=answers(schemas.Dataset, 409))
+def retry_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """Read it once more as it is, after a fault such as a full disk, or where its rows are damaged or gone."""
     dataset = _get(session, user, key)
     ingest_task.read_again(session, dataset)
     return to_json(dataset)
 
 
+deprecated_path(api, "/datasets/{key}/again", retry_dataset)
+
+
 @api.delete("/datasets/{key}", operation_id="delete_dataset", responses=answers(schemas.Deleted, 409))
-def delete_json(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
+def delete_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
     """Delete one version. Refused while something needs it."""
     datasets.delete(session, user, _get(session, user, key))
     return {"id": key, "object": "dataset", "deleted": True}
 
 
 @api.get("/datasets/{key}/report", operation_id="retrieve_dataset_report", responses=answers(schemas.DatasetReport))
-def report(
+def retrieve_report(
     user: CurrentUser,
     session: Db,
     key: str,

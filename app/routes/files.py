@@ -12,7 +12,7 @@ from app import schemas
 from app.datasets import readers
 from app.datasets import service as datasets
 from app.db import Db, transaction
-from app.errors import BadField, StudioError
+from app.errors import BadField, StudioError, problem_json
 from app.kit import ids
 from app.schemas.openapi import BYTES, answers, takes
 from app.settings import get_settings
@@ -146,7 +146,7 @@ def report(
     dataset = datasets.for_file(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
     later = datasets.failed_later(session, dataset)
-    failed = later and {"dataset": ids.public(ids.DATASET, later.id), "version": later.version, "error": later.error}
+    failed = later and {"dataset": ids.public(ids.DATASET, later.id), "version": later.version, "error": problem_json(later.error)}
     return report_json(dataset, found, more) | {"failed_later": failed}
 
 
@@ -157,7 +157,7 @@ def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str,
         "dataset": ids.public(ids.DATASET, dataset.id),
         "status": dataset.status,
         "progress": dataset.progress,
-        "error": dataset.error,
+        "error": problem_json(dataset.error),
         "format": dataset.format,
         "task": dataset.task,
         "mapping": dataset.mapping,

@@ -276,8 +276,8 @@ def save(request: Request, user: CurrentUser, session: Db, job_id: str) -> Respo
     return _asked(job)
 
 
-@pages.post("/jobs/{job_id}/again")
-def again(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int, Form_(ge=0)] = 0) -> Response:
+@pages.post("/jobs/{job_id}/retry")
+def retry(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int, Form_(ge=0)] = 0) -> Response:
     """The same job with the settings of one of its suggestions, as a new job."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     found = job_tabs.suggestions(session, job)

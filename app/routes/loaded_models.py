@@ -1,4 +1,7 @@
-"""Which models stand ready to answer: `/v1/standby`, and the part of the pages that shows it."""
+"""Which models are loaded: `/v1/models/loaded`, and the part of the pages that shows it.
+
+This module comes before `models`, whose `/models/{key}` would take the address otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,27 @@ from app.db import Db
 from app.inference import residency
 from app.schemas.openapi import answers
 from app.web.auth import CurrentUser
+from app.web.renamed import deprecated_path, page_moved
 from app.web.templates import render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
 
 
-@api.get("/standby", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
-def list_standby(session: Db, user: CurrentUser) -> dict[str, Any]:
+@api.get("/models/loaded", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
+def list_loaded_models(session: Db, user: CurrentUser) -> dict[str, Any]:
     """What every generate worker has loaded, and the rule by which it is unloaded."""
     rows = [residency.to_json(session, user, one) for one in residency.everyone()]
     return {"object": "list", "data": rows, "has_more": False, "rule": residency.rule()}
 
 
-@pages.get("/standby")
+deprecated_path(api, "/standby", list_loaded_models)
+
+
+page_moved(pages, "/standby", "/models/loaded")
+
+
+@pages.get("/models/loaded")
 def part(request: Request, session: Db, user: CurrentUser, chip: bool = False) -> Response:
     """The list or its chip alone, which the pages ask for anew while they are open."""
-    return render(request, "parts/loaded.html" if chip else "parts/standby.html", **residency.part(session, user))
+    return render(request, "parts/loaded.html" if chip else "parts/loaded_models.html", **residency.part(session, user))

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from app import schemas
 from app.db import Db
-from app.errors import BadField, Conflict, Forbidden, StudioError
+from app.errors import BadField, Conflict, Forbidden, StudioError, problem_json
 from app.evaluation import service as evaluations
 from app.evaluation import verdict
 from app.inference import external_server, external_servers, residency, tryout
@@ -80,7 +80,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "kept": model.kept,
         "status": model.status,
         "progress": model.progress,
-        "error": model.error,
+        "error": problem_json(model.error),
         "base": chain[0].name if len(chain) > 1 else None,
         "lineage": [part.name for part in chain],
         "job": ids.public(ids.JOB, model.job_id) if model.job_id else None,

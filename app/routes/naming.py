@@ -20,11 +20,11 @@ from app.jobs import service as jobs
 from app.kit import ids
 from app.kit.humanize import plural
 from app.models import service as models
-from app.routes import fine_tuning, versions
 from app.routes import models as model_routes
+from app.routes import versions
 from app.schemas.openapi import answers
 from app.tables import User
-from app.views import run_comparison
+from app.views import job_json, run_comparison
 from app.web.auth import CurrentUser
 from app.web.templates import flash
 
@@ -101,7 +101,7 @@ def change_job(session: Db, user: CurrentUser, job_id: str, change: NewNaming) -
     """Rename or tag a job."""
     job = KINDS["jobs"].find(session, user, job_id)
     _change(session, job, change.name, change.tags)
-    return fine_tuning.job_json(session, job)
+    return job_json.of(session, job)
 
 
 @api.patch("/models/{model:path}", operation_id="update_model", responses=answers(schemas.Model, 404))

@@ -22,10 +22,11 @@ from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
+from app.web.renamed import page_moved
 from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
-MENU = (MenuPage("Next token", "/playground/tokens", "playground", 20),)
+MENU = (MenuPage("Next token", "/playground/next-tokens", "playground", 20),)
 api = APIRouter(prefix="/v1")
 SHOWN = 10
 
@@ -58,8 +59,11 @@ async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) 
     return {"object": "list", "data": [next_tokens.to_json(view, body.prompt_tokens) for view in views]}
 
 
-@pages.get("/playground/tokens")
-async def tokens_page(
+page_moved(pages, "/playground/tokens", "/playground/next-tokens")
+
+
+@pages.get("/playground/next-tokens")
+async def next_tokens_page(
     request: Request,
     user: CurrentUser,
     models: Annotated[list[str] | None, Query()] = None,
@@ -94,4 +98,4 @@ def _page(request: Request, user: User, names: list[str], text: str, top_k: int,
         "probability": next_tokens.probability, "shade": next_tokens.shade, "rows": next_tokens.side_by_side(said), "said": said,
         "same": next_tokens.same_tokens(said) if said else False,
     }  # fmt: skip
-    return web_templates.render(request, "tokens.html", status_code=error.status if error else 200, **context)
+    return web_templates.render(request, "next_tokens.html", status_code=error.status if error else 200, **context)

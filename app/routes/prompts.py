@@ -20,7 +20,6 @@ from app.models import first_model
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
-from app.prompts.runs import RUN
 from app.prompts.service import PromptBody
 from app.schemas.openapi import answers, takes
 from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
@@ -29,9 +28,10 @@ from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, Offset, PageNumber, page
+from app.web.renamed import page_moved
 
 pages = APIRouter()
-MENU = (MenuPage("Prompt lab", "/playground/lab", "evaluation", 20),)
+MENU = (MenuPage("Prompt lab", "/playground/prompts", "evaluation", 20),)
 api = APIRouter(prefix="/v1/prompts")
 Json = dict[str, Any]
 PREFIX = "prompt"
@@ -42,7 +42,7 @@ def key_of(text: str) -> uuid.UUID:
 
 
 def run_key(text: str) -> uuid.UUID:
-    return ids.parse(RUN, text, param="run_id")
+    return ids.parse(ids.RUN, text, param="run_id")
 
 
 # The API --------------------------------------------------------------------------------------------------------------
@@ -151,9 +151,14 @@ def _run(session: Session, user: User, prompt: Prompt, number: int | None, model
 Typed = dict[str, str]
 
 
-@pages.get("/playground/lab")
-def lab_page(request: Request, session: Db, user: CurrentUser) -> Response:
-    return web_templates.render(request, "lab.html", **_lab(session, user))
+page_moved(pages, "/playground/lab", "/playground/prompts")
+page_moved(pages, "/playground/lab/prompts/{rest:path}", "/playground/prompts/{rest}")
+page_moved(pages, "/playground/lab/{rest:path}", "/playground/prompts/{rest}")
+
+
+@pages.get("/playground/prompts")
+def prompts_page(request: Request, session: Db, user: CurrentUser) -> Response:
+    return web_templates.render(request, "prompts.html", **_lab(session, user))
 
 
 def _lab(session: Session, user: User) -> Json:
@@ -169,7 +174,7 @@ def _lab(session: Session, user: User) -> Json:
     }  # fmt: skip
 
 
-@pages.get("/playground/lab/new")
+@pages.get("/playground/prompts/new")
 def new(
     request: Request,
     session: Db,
@@ -233,7 +238,7 @@ def _typed(data: Typed) -> Typed:
     return {key.removeprefix(f"{PREFIX}."): value for key, value in data.items() if key.startswith(f"{PREFIX}.")}
 
 
-@pages.post("/playground/lab/preview")
+@pages.post("/playground/prompts/preview")
 async def preview(request: Request, user: CurrentUser) -> Response:
     """The prompt of the form as it stands, filled in with the first row; or what is wrong with it."""
     data, _, _ = await _posted(request)
@@ -250,31 +255,31 @@ def _preview(request: Request, user: User, data: Typed) -> Response:
         return web_templates.render(request, "parts/prompt_preview.html", preview=found, error=error)
 
 
-@pages.post("/playground/lab/try")
+@pages.post("/playground/prompts/try")
 async def try_out(request: Request, user: CurrentUser) -> Response:
     """Three validation rows through the first chosen model, with the prompt as it is in the form; nothing is saved."""
     return await run_in_threadpool(_save, request, user, *(await _posted(request))[:2], "try")
 
 
-@pages.post("/playground/lab/prompts")
+@pages.post("/playground/prompts")
 async def save(request: Request, user: CurrentUser) -> Response:
-    """A new prompt, or with `prompt_id` a new version of one; with the deed `run` also a run on each chosen model."""
+    """A new prompt, or with `prompt_id` a new version of one; with `do=run` also a run on each chosen model."""
     data, models, _ = await _posted(request)
-    return await run_in_threadpool(_save, request, user, data, models, data.get("deed", "save"))
+    return await run_in_threadpool(_save, request, user, data, models, data.get("do", "save"))
 
 
-def _save(request: Request, user: User, data: Typed, models: list[str], deed: str) -> Response:
+def _save(request: Request, user: User, data: Typed, models: list[str], action: str) -> Response:
     try:
         with transaction() as session:
             body = prompts.read_body(_typed_body(_typed(data)))
-            if deed == "try":
+            if action == "try":
                 dataset = _dataset(session, user, data.get("dataset"), None)
                 if not models:
                     raise BadField("No model was chosen.", hint="Choose one to try the prompt on.", param="models")
                 run = prompt_lab.try_out(session, user, body, models[0], dataset)
-                return RedirectResponse(f"/playground/lab/runs/{ids.public(RUN, run.id)}", status_code=303)
+                return RedirectResponse(f"/playground/prompts/runs/{ids.public(ids.RUN, run.id)}", status_code=303)
             prompt, made = _saved(session, user, data, body)
-            if deed == "run":
+            if action == "run":
                 prompt_lab.run_matrix(session, user, [made], models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
             name, number, place = prompt.name, made.number, ids.public(ids.PROMPT, prompt.id)
     except StudioError as error:
@@ -283,7 +288,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], deed: st
             context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
             return web_templates.render(request, "prompt.html", status_code=error.status, **context)
     web_templates.flash(request, f"Saved “{name}”, version {number}.")
-    return RedirectResponse("/playground/lab#scores" if deed == "run" else f"/playground/lab/prompts/{place}", status_code=303)
+    return RedirectResponse("/playground/prompts#scores" if action == "run" else f"/playground/prompts/{place}", status_code=303)
 
 
 def _saved(session: Session, user: User, data: Typed, body: PromptBody) -> tuple[Prompt, PromptVersion]:
@@ -310,7 +315,7 @@ def _typed_body(typed: Typed) -> Json:
     return found | {"lines": lines, "variables": {n.strip(): v.strip() for n, _, v in pairs}}
 
 
-@pages.get("/playground/lab/prompts/{prompt_id}")
+@pages.get("/playground/prompts/{prompt_id}")
 def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: PageNumber | None = None) -> Response:
     prompt = prompts.get(session, user, key_of(prompt_id))
     found = prompts.version(session, prompt, version)
@@ -318,15 +323,15 @@ def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, versi
     return web_templates.render(request, "prompt.html", **context)
 
 
-@pages.post("/playground/lab/prompts/{prompt_id}/delete")
+@pages.post("/playground/prompts/{prompt_id}/delete")
 def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> Response:
     prompt = prompts.get(session, user, key_of(prompt_id))
     prompts.delete(session, user, prompt)
     web_templates.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
-    return RedirectResponse("/playground/lab", status_code=303)
+    return RedirectResponse("/playground/prompts", status_code=303)
 
 
-@pages.post("/playground/lab/runs")
+@pages.post("/playground/prompts/runs")
 async def start(request: Request, user: CurrentUser) -> Response:
     """One run for each chosen prompt and model."""
     return await run_in_threadpool(_start, request, user, *await _posted(request))
@@ -339,8 +344,8 @@ def _start(request: Request, user: User, data: Typed, models: list[str], chosen:
             prompt_lab.run_matrix(session, user, versions, models, _dataset(session, user, data.get("dataset"), None), _rows_of(data))
     except StudioError as error:
         with transaction() as session:
-            return web_templates.render(request, "lab.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
-    return RedirectResponse("/playground/lab#scores", status_code=303)
+            return web_templates.render(request, "prompts.html", status_code=error.status, **(_lab(session, user) | {"error": error}))
+    return RedirectResponse("/playground/prompts#scores", status_code=303)
 
 
 def _version(session: Session, user: User, name: str) -> PromptVersion:
@@ -349,7 +354,7 @@ def _version(session: Session, user: User, name: str) -> PromptVersion:
     return prompts.version(session, prompts.get(session, user, key_of(prompt_id)), forms.whole_number(number) if number else None)
 
 
-@pages.get("/playground/lab/runs/{run_id}")
+@pages.get("/playground/prompts/runs/{run_id}")
 def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Offset = 0) -> Response:
     run = prompt_runs.get(session, user, run_key(run_id))
     found = prompt_runs.results(session, run, after, 51)
@@ -359,13 +364,13 @@ def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, afte
     )  # fmt: skip
 
 
-@pages.post("/playground/lab/runs/{run_id}/{deed}")
-def run_deed(session: Db, user: CurrentUser, run_id: str, deed: str) -> Response:
+@pages.post("/playground/prompts/runs/{run_id}/{action}")
+def change_run(session: Db, user: CurrentUser, run_id: str, action: str) -> Response:
     run = prompt_runs.get(session, user, run_key(run_id))
-    if deed == "cancel":
+    if action == "cancel":
         prompt_runs.cancel(session, user, run)
-    elif deed == "delete":
+    elif action == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run has no action {deed[:40]}.", hint="It can be cancelled and deleted.", param="deed")
-    return RedirectResponse("/playground/lab#scores", status_code=303)
+        raise BadField(f"A run has no action {action[:40]}.", hint="It can be cancelled and deleted.", param="action")
+    return RedirectResponse("/playground/prompts#scores", status_code=303)

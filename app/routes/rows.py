@@ -12,7 +12,7 @@ from app import formats, objectives, schemas
 from app.datasets import inspections, row_editor, versions
 from app.datasets import service as datasets
 from app.db import transaction
-from app.errors import BadField, NotFound
+from app.errors import BadField, NotFound, problem_json
 from app.jobs import row_losses
 from app.kit import ids
 from app.routes.versions import dataset_of, path_of
@@ -65,7 +65,7 @@ class Found(NamedTuple):
 
 def asked(
     model: str = "",
-    cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Longest length in tokens; without it, that of a job.")] = None,
+    cutoff: Annotated[int | None, Query(ge=8, le=131_072, description="Max sequence length in tokens; without it, that of a job.")] = None,
     search: Annotated[str, Query(max_length=200)] = "",
     page: PageNumber = 1,
     line: PageNumber | None = None,
@@ -246,7 +246,7 @@ def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
         "object": "dataset.line",
         "line": line,
         "status": answer.status,
-        "error": answer.error,
+        "error": problem_json(answer.error),
         **(answer.result or {"text": None, "problems": []}),
     }
 

@@ -12,7 +12,7 @@ from app import schemas
 from app.datasets import inspections, row_editor, versions
 from app.datasets import service as datasets
 from app.db import transaction
-from app.errors import BadField, Conflict
+from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import RunSettings
@@ -155,5 +155,5 @@ def show_json(
         "status": unready.status if unready else found.status if found else "reading",
         **((found.result or {}) if found else {}),
         **({"rows": (rows.result or {}).get("rows", [])} if rows else {}),
-        "error": unready.error if unready else None,
+        "error": problem_json(unready.error) if unready else None,
     }

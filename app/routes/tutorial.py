@@ -8,16 +8,20 @@ from fastapi.responses import RedirectResponse, Response
 from app.db import Db
 from app.views import tutorial
 from app.web.auth import CurrentUser
+from app.web.renamed import page_moved
 from app.web.templates import render
 
 pages = APIRouter()
 
 
+page_moved(pages, "/playground/kinds", tutorial.PAGE)
+
+
 @pages.get(tutorial.PAGE)
-def kinds_page(request: Request, session: Db, user: CurrentUser) -> Response:
+def tutorial_page(request: Request, session: Db, user: CurrentUser) -> Response:
     steps = tutorial.steps(session, user)
     return render(
-        request, "kinds.html", steps=steps, together=[step.model.name for step in steps if step.model], question=tutorial.QUESTION
+        request, "tutorial.html", steps=steps, together=[step.model.name for step in steps if step.model], question=tutorial.QUESTION
     )
 
 

@@ -114,7 +114,7 @@ def _metadata(request: Request) -> dict[str, str]:
     return found
 
 
-@api.options("/tus", operation_id="retrieve_upload_abilities", responses=ABILITIES)
+@api.options("/tus", operation_id="retrieve_upload_capabilities", responses=ABILITIES)
 def abilities(user: CurrentUser) -> Response:
     """What this server can do."""
     limit = str(get_settings().upload_limit_bytes)
@@ -194,7 +194,7 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 
 @api.delete("/tus/{key}", status_code=204, operation_id="delete_upload", responses=STOPPED, openapi_extra={"parameters": [SPEAKS]})
 def stop(request: Request, user: CurrentUser, key: str) -> Response:
-    """Take the upload back."""
+    """Delete an upload that is not complete."""
     _check_version(request)
     held, _ = _find(user, key)
     with transaction() as session:

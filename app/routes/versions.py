@@ -1,4 +1,4 @@
-"""What makes a new version of a dataset: fixes by click, edited and dropped rows, joining; and findings to take away."""
+"""What makes a new version of a dataset: fixes by click, edited and dropped rows, combining; and findings to take away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.datasets import changes, compose, findings_export, inspections, version
 from app.datasets import hub as hub_datasets
 from app.datasets import service as datasets
 from app.db import Db, transaction
-from app.errors import BadField, Conflict
+from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
 from app.kit.humanize import plural
 from app.schemas.openapi import answers
@@ -23,6 +23,7 @@ from app.tables import Dataset, User
 from app.views import dataset as dataset_view
 from app.web.auth import CurrentUser
 from app.web.pagination import MAX_NUMBER
+from app.web.renamed import deprecated_path
 from app.web.templates import flash, render
 
 pages = APIRouter()
@@ -46,7 +47,7 @@ def to_json(dataset: Dataset) -> dict[str, Any]:
         "version": dataset.version,
         "status": dataset.status,
         "progress": dataset.progress,
-        "error": dataset.error,
+        "error": problem_json(dataset.error),
         "format": dataset.format,
         "task": dataset.task,
         "mapping": dataset.mapping,
@@ -195,19 +196,19 @@ class Reading(BaseModel):
 
 
 @api.post("/datasets", operation_id="create_dataset", responses=answers(schemas.Dataset, 404, 409))
-def join_json(user: CurrentUser, session: Db, order: compose.CombineRequest) -> dict[str, Any]:
+def create_dataset(user: CurrentUser, session: Db, order: compose.CombineRequest) -> dict[str, Any]:
     """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
     return to_json(compose.order(session, user, order))
 
 
 @api.post("/datasets/hub", operation_id="import_hub_dataset", responses=answers(schemas.Dataset))
-def hub_json(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> dict[str, Any]:
+def import_hub_dataset(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> dict[str, Any]:
     """A split of a dataset on the Hugging Face hub."""
     return to_json(hub_datasets.order(session, user, order))
 
 
 @api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.FixedDataset, 409))
-def fix_json(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
+def fix_dataset(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
     """The next version, with the fixes of some findings or of all of a rule. What has no automatic fix is left as it is and listed
     under `unfixed`; it is an error only where nothing can be fixed."""
     dataset = dataset_of(session, user, key)
@@ -232,7 +233,7 @@ def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
 
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))
-def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
+def edit_dataset(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
     """The next version, with one row replaced, or some relabeled or removed."""
     dataset = dataset_of(session, user, key)
     if order.row is not None and order.line is not None:
@@ -245,7 +246,7 @@ def edit_json(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str
 
 
 @api.get("/datasets/{key}/changes", operation_id="retrieve_dataset_changes", responses=answers(schemas.DatasetChanges, 409))
-def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
+def retrieve_changes(user: CurrentUser, key: Key) -> dict[str, Any]:
     """What this version changed against the one it was made from: counts, and the first rows of each kind of change."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
@@ -258,12 +259,15 @@ def changes_json(user: CurrentUser, key: Key) -> dict[str, Any]:
         "dataset": key,
         "parent": ids.public(ids.DATASET, parent.id) if parent is not None else None,
         "status": found.status if found else "ready",
-        "error": found.error if found else None,
+        "error": problem_json(found.error) if found else None,
         **((found.result or {}) if found else {}),
     }
 
 
-@api.post("/datasets/{key}/readings", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
-def read_json(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
+@api.post("/datasets/{key}/reparse", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
+def reparse_dataset(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
     """The next version: the same file, read as another format or with another mapping of columns."""
     return to_json(datasets.read_as(session, user, dataset_of(session, user, key), order.format, order.mapping))
+
+
+deprecated_path(api, "/datasets/{key}/readings", reparse_dataset)

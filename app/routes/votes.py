@@ -18,17 +18,18 @@ from app.inference import playground, votes
 from app.inference.playground import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
-from app.routes.chat import Message
+from app.schemas.chat import Message
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
+from app.web.renamed import page_moved
 from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
-MENU = (MenuPage("Blind A/B", "/playground/ab", "evaluation", 30),)
+MENU = (MenuPage("Blind A/B", "/playground/arena", "evaluation", 30),)
 api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 
@@ -86,9 +87,13 @@ def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-@pages.get("/playground/ab")
-def ab(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
-    return web_templates.render(request, "ab.html", **_context(session, user, models or []))
+page_moved(pages, "/playground/ab", "/playground/arena")
+page_moved(pages, "/playground/ab/{vote_id}", "/playground/arena/{vote_id}")
+
+
+@pages.get("/playground/arena")
+def arena(request: Request, session: Db, user: CurrentUser, models: Annotated[list[str] | None, Query()] = None) -> Response:
+    return web_templates.render(request, "arena.html", **_context(session, user, models or []))
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
@@ -100,7 +105,7 @@ def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
     return context | more
 
 
-@pages.post("/playground/ab")
+@pages.post("/playground/arena")
 async def ask(
     request: Request,
     user: CurrentUser,
@@ -127,7 +132,7 @@ async def ask(
         fault = StudioError(broken["message"], hint=broken.get("hint", ""))
         fault.status = 503
         return await run_in_threadpool(_again, request, user, names, prompt, dataset, fault)
-    return RedirectResponse(f"/playground/ab/{ids.public(ids.VOTE, vote_id)}", status_code=303)
+    return RedirectResponse(f"/playground/arena/{ids.public(ids.VOTE, vote_id)}", status_code=303)
 
 
 def _begin(user: User, names: list[str], prompt: str, dataset: str, sampling: Sampling) -> tuple[uuid.UUID, list[Any]]:
@@ -151,18 +156,18 @@ def _forget(user: User, vote_id: uuid.UUID) -> None:
 def _again(request: Request, user: User, names: list[str], prompt: str, dataset: str, error: StudioError) -> Response:
     with transaction() as session:
         context = _context(session, user, names, prompt=prompt, dataset=dataset, error=error)
-        return web_templates.render(request, "ab.html", status_code=error.status, **context)
+        return web_templates.render(request, "arena.html", status_code=error.status, **context)
 
 
-@pages.get("/playground/ab/{vote_id}")
+@pages.get("/playground/arena/{vote_id}")
 def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -> Response:
     vote = votes.get(session, user, key_of(vote_id))
     drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
     context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
-    return web_templates.render(request, "ab.html", **context)
+    return web_templates.render(request, "arena.html", **context)
 
 
-@pages.post("/playground/ab/{vote_id}")
+@pages.post("/playground/arena/{vote_id}")
 def cast(
     session: Db,
     user: CurrentUser,
@@ -171,10 +176,10 @@ def cast(
     edited: Annotated[str, Form(max_length=votes.MAX_EDIT_LENGTH)] = "",
 ) -> Response:
     votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
-    return RedirectResponse(f"/playground/ab/{vote_id}", status_code=303)
+    return RedirectResponse(f"/playground/arena/{vote_id}", status_code=303)
 
 
-@pages.post("/playground/ab-dataset")
+@pages.post("/playground/arena-dataset")
 def learn(session: Db, user: CurrentUser, kind: Annotated[str, Form()]) -> Response:
     dataset = votes.make_dataset(session, user, kind)
     return RedirectResponse(f"/datasets/{ids.public(ids.DATASET, dataset.id)}", status_code=303)

@@ -57,7 +57,7 @@ def _row(method: str, path: str, operation: Json) -> str:
     takes += [f"`{one['name']}`" for one in operation.get("parameters", []) if one["in"] == "query"]
     good = [said for status, said in operation["responses"].items() if status < "400"]
     answers = [
-        ("events of " if kind == "text/event-stream" else "") + (_named(said["schema"]) if "$ref" in said["schema"] else "bytes")
+        ("events of " if kind == "text/event-stream" else "") + " or ".join(map(_named, said["schema"].get("anyOf", [said["schema"]])))
         for kind, said in next((said["content"] for said in good if "content" in said), {}).items()
     ]
     refuses = [status for status in operation["responses"] if status >= "400" and int(status) not in (*ALWAYS, *UNSAFE)]

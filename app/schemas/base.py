@@ -70,12 +70,16 @@ class Error(Schema):
     error: Fault
 
 
+WAY_OUT: Any = Field(None, description="What `hint` was called before. Removed in the next version.", deprecated=True)
+
+
 class Problem(Schema):
     """Why an object has the status error."""
 
     code: str | None = None
     message: str
-    hint: str | None = None
+    hint: str | None = Field(None, description="What to do about it.")
+    way_out: str | None = WAY_OUT
     line: int | None = Field(None, description="Line of the file, where one is at fault.")
     column: str | None = None
     param: str | None = None

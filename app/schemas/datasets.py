@@ -13,7 +13,7 @@ Severity = Literal["error", "warning", "note"]
 
 
 class SuggestedReading(Schema):
-    """A body for `POST /v1/datasets/{key}/readings` that reads the file as its values suggest."""
+    """A body for `POST /v1/datasets/{key}/reparse` that reads the file as its values suggest."""
 
     format: str
     mapping: dict[str, str] = Field(description="Field of the format to column of the file.")

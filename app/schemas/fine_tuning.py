@@ -17,7 +17,7 @@ from app.jobs.request import JobRequest
 from app.objectives import SETTINGS, Task
 from app.planning.duration import Estimate
 from app.run_settings import RunSettings
-from app.schemas.base import UNBUILT, Problem, Schema
+from app.schemas.base import UNBUILT, WAY_OUT, Problem, Schema
 from app.strategies import AnyStrategy
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -190,7 +190,8 @@ class FineTuningJobEvent(Schema):
 
 
 def _streamed(kind: type[BaseModel]) -> type[BaseModel]:
-    """An event as a stream says it: with its number, its attempt and its time beside its own fields."""
+    """An event as a stream says it: with its number, its attempt and its time in addition to its own fields."""
+    old: dict[str, Any] = {"way_out": (str | None, WAY_OUT)} if kind is events.Failed else {}
     return create_model(
         f"{kind.__name__}Event",
         __base__=(kind, Schema),
@@ -198,6 +199,7 @@ def _streamed(kind: type[BaseModel]) -> type[BaseModel]:
         id=(int, Field(description="For Last-Event-ID, when the stream is opened again.")),
         attempt=(int, ...),
         at=(float, Field(description="Seconds since 1970.")),
+        **old,
     )
 
 

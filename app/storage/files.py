@@ -19,13 +19,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import func, select, text
+from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import leases
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
 from app.kit import ids
+from app.ownership import mine, owned
 from app.settings import get_settings
 from app.tables import File, User
 
@@ -240,20 +240,16 @@ def add_bytes(session: Session, user: User, data: bytes, filename: str, purpose:
 
 def get(session: Session, user: User, file_id: uuid.UUID) -> File:
     """A file of this user. Raises NotFound, also for another person's."""
-    file = session.get(File, file_id)
-    if file is None or file.owner_id != user.id or file.deleted_at is not None or _expired(session, file):
-        raise NotFound(f"No such file: {ids.public(ids.FILE, file_id)}", param="file_id")
-    return file
+    return owned(session, File, user, file_id, _not_expired())
 
 
-def _expired(session: Session, file: File) -> bool:
-    return file.expires_at is not None and session.scalars(select(leases.now())).one() >= file.expires_at
+def _not_expired() -> ColumnElement[bool]:
+    return File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
 
 
 def list_(session: Session, user: User, purpose: str | None = None, order: str = "desc") -> list[File]:
     """This user's files, newest first unless `order` is asc."""
-    query = select(File).where(File.owner_id == user.id, File.deleted_at.is_(None))
-    query = query.where(File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp()))
+    query = mine(File, user, _not_expired())
     if purpose:
         query = query.where(File.purpose == purpose)
     keys = (File.created_at, File.id)

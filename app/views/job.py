@@ -163,7 +163,7 @@ def page_title(job: Job, progress: Progress) -> str:
 
 def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
     """`Step 74 of 120, epoch 2 of 3, attempt 2 (resumed at step 40 after the worker was lost)`."""
-    doing = f"{progress.doing.what}, {human_percent(progress.doing.share, 0)}" if progress.doing and job.status == "running" else ""
+    doing = f"{progress.task.what}, {human_percent(progress.task.share, 0)}" if progress.task and job.status == "running" else ""
     if not progress.total_steps:
         words = {"queued": "Queued", "running": f"{_starting(progress)}: {doing or 'loading the model and the data'}"}
         return Markup("{}").format(words.get(job.status, "No training step"))

@@ -17,13 +17,13 @@ PATH = (
         "Next token",
         "Let a model continue “The cat sat on”.",
         "A language model gives each possible next token a probability. All that follows is built on this.",
-        (("Predict the next token", "/playground/tokens"),),
+        (("Predict the next token", "/playground/next-tokens"),),
     ),
     PathStep(
         "Three kinds of models",
         "Ask a base, an instruct and a chat model the same question.",
         "The base model continues the text, the instruct model answers, the chat model holds a conversation. Training made the difference.",
-        (("Three kinds", "/playground/kinds"),),
+        (("Three kinds", "/playground/tutorial"),),
     ),
     PathStep(
         "Prompts",
@@ -31,9 +31,9 @@ PATH = (
         "Prompt design changes the answers without training; prompt engineering measures which version is best. A small model gains "
         "little from a chain of thought.",
         (
-            ("Zero-shot", "/playground/lab/new?builder=zero_shot"),
-            ("Few-shot", "/playground/lab/new?builder=few_shot"),
-            ("Chain-of-thought", "/playground/lab/new?builder=chain_of_thought"),
+            ("Zero-shot", "/playground/prompts/new?builder=zero_shot"),
+            ("Few-shot", "/playground/prompts/new?builder=few_shot"),
+            ("Chain-of-thought", "/playground/prompts/new?builder=chain_of_thought"),
         ),
     ),
     PathStep(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import redis
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -39,6 +39,11 @@ class Check(BaseModel):
     good: bool
     message: str
     hint: str = ""
+
+    @computed_field(json_schema_extra={"deprecated": True})
+    def way_out(self) -> str:
+        """What `hint` was called before. Removed in the next version."""
+        return self.hint
 
 
 def checks(session: Session | None = None) -> list[Check]:

@@ -22,7 +22,7 @@ GENERIC, DIALOGUE = "gemma-3-270m", "smollm2-135m-instruct"
 SAMPLE = "plain-explanations"
 RECIPE = "three-kinds"
 """In the metadata of a job that this page has ordered."""
-PAGE = "/playground/kinds"
+PAGE = "/playground/tutorial"
 QUESTION = "What is the capital of France?"
 """What each is asked first."""
 

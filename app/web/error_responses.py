@@ -110,15 +110,10 @@ def _every(kind: type[StudioError]) -> Iterator[type[StudioError]]:
 
 def answer(request: Request, fault: StudioError) -> Response:
     if is_program(request):
-        return JSONResponse({"error": as_json(fault)}, status_code=fault.status, headers=_headers(fault))
+        return JSONResponse({"error": fault.as_json()}, status_code=fault.status, headers=_headers(fault))
     if isinstance(fault, NotSignedIn) and request.url.path != "/sign-in":
         return _to_sign_in(request)
     return _page(request, fault)
-
-
-def as_json(fault: StudioError) -> dict[str, Any]:
-    """The error object of the OpenAI API, also used inside event streams."""
-    return {"message": str(fault), "type": fault.type, "param": fault.param, "code": fault.code}
 
 
 def _headers(fault: StudioError) -> Mapping[str, str]:

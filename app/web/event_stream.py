@@ -28,6 +28,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.db import transaction
+from app.errors import problem_json
 from app.queue import PREFIX
 from app.settings import get_settings
 from app.tables import Event
@@ -76,7 +77,8 @@ def load_newest(job_id: uuid.UUID, limit: int) -> tuple[int, list[tuple[int, byt
 
 def encode(row: Any) -> bytes:
     """One server-sent event: `data` is the event's fields with its id, type, attempt and time (seconds since 1970)."""
-    said = {**row.data, "id": row.id, "type": row.type, "attempt": row.attempt, "at": round(row.created_at.timestamp(), 3)}
+    data = problem_json(row.data) if row.type == "failed" else row.data
+    said = {**(data or {}), "id": row.id, "type": row.type, "attempt": row.attempt, "at": round(row.created_at.timestamp(), 3)}
     return f"id: {row.id}\ndata: {json.dumps(said, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 

@@ -164,7 +164,7 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive_or_end, send)
         if revoked.is_set() and not self.complete:
             events = self.media_type == "text/event-stream"
-            last = b"data: " + json.dumps({"error": error_responses.as_json(REVOKED)}).encode() + b"\n\n" if events else b""
+            last = b"data: " + json.dumps({"error": REVOKED.as_json()}).encode() + b"\n\n" if events else b""
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STUCK_SECONDS):
                     await send({"type": "http.response.body", "body": last, "more_body": False})

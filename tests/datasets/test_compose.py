@@ -249,20 +249,20 @@ def test_a_worker_that_dies_between_writing_and_reading_joins_nothing_twice(sess
 
 def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     first, second = make([chat(n) for n in range(12)]), make([chat(n, "b") for n in range(12)], "b.jsonl")
-    page = client.get(f"/datasets/join?first={key(first)}").text
+    page = client.get(f"/datasets/combine?first={key(first)}").text
     assert "Concatenate" in page and f'name="use.{key(first)}" checked' in page
     chosen = {"first": key(second), f"use.{key(first)}": "on", f"use.{key(second)}": "on", f"weight.{key(second)}": "2"}
-    answer = client.post("/datasets/join", data={"operation": "mix", "rows": "9", **chosen}, follow_redirects=False)
+    answer = client.post("/datasets/combine", data={"operation": "mix", "rows": "9", **chosen}, follow_redirects=False)
     assert answer.status_code == 303, answer.text
     new = session.scalars(select(Dataset).where(Dataset.origin["operation"].astext == "mix")).one()
     assert (read(session, new).parent_id, new.name) == (second.id, "b"), "the dataset it was asked from comes first"
     shown = client.get(answer.headers["location"] + "?tab=versions").text
     assert "Made of" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
-    wrong = client.post("/datasets/join", data={"operation": "mix", "rows": "90", **chosen})
+    wrong = client.post("/datasets/combine", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
     for data, words in (({"operation": "mix"}, "Select at least one"), ({"operation": "boil", **chosen}, "operation"),
                         ({"operation": "sample", "rows": "x", **chosen}, "rows")):  # fmt: skip
-        wrong = client.post("/datasets/join", data=data)
+        wrong = client.post("/datasets/combine", data=data)
         assert wrong.status_code == 400 and words in wrong.text
 
 
@@ -293,7 +293,7 @@ def test_programs_fix_edit_and_read_anew(session, user, make, api):
     dropped = api.post(f"{base}/edits", json={"drop": [1, 2]}).json()
     found = [read(session, session.get(Dataset, ids.parse(ids.DATASET, made["id"]))) for made in (one, every, edited, dropped)]
     assert [(made.version, made.good_rows) for made in found] == [(2, 11), (3, 12), (4, 10), (5, 8)]
-    again = api.post(f"{base}/readings", json={"format": "chat", "mapping": {"messages": "messages"}}).json()
+    again = api.post(f"{base}/reparse", json={"format": "chat", "mapping": {"messages": "messages"}}).json()
     assert again["version"] == 6 and again["parent"] == key(dataset)
     for path, body in (("fixes", {}), ("fixes", {"rule": "duplicate"}), ("edits", {}), ("edits", {"line": 1, "row": {"messages": []}})):
         answer = api.post(f"{base}/{path}", json=body)

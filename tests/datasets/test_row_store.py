@@ -74,7 +74,7 @@ def test_a_job_on_damaged_rows_ends_as_bad_data_before_it_trains(data_dir, tiny_
     said, code = Trainer(order(put_model(tiny_model), data), "job", 1).run()
     assert [event.type for event in said if event.type != "log"] == ["failed"] and code == 1
     failed = said[-1]
-    assert failed.kind == "bad_data" and "rows file of dataset rows is damaged" in failed.message and "/again" in failed.hint
+    assert failed.kind == "bad_data" and "rows file of dataset rows is damaged" in failed.message and "/retry" in failed.hint
     assert not list((data_dir / "runs/job/a1").glob("checkpoint-*"))
 
 
@@ -99,7 +99,7 @@ def test_damaged_rows_are_told_by_an_evaluation_and_a_comparison_and_read_again_
     api, client, session, user, dataset, data_dir, tiny_registered
 ):
     key, path = ids.public(ids.DATASET, dataset.id), data_dir / dataset.rows_path
-    refused = api.post(f"/v1/datasets/{key}/again")
+    refused = api.post(f"/v1/datasets/{key}/retry")
     assert refused.status_code == 409 and "whole" in refused.json()["error"]["message"]
     file = files.get(session, user, dataset.file_id)
     twin = datasets.create(session, user, file)  # the same bytes: it shares the rows that were read already
@@ -113,7 +113,7 @@ def test_damaged_rows_are_told_by_an_evaluation_and_a_comparison_and_read_again_
     assert compared.status == "failed" and "damaged" in compared.error["message"] and "again" in compared.error["hint"]
     session.refresh(dataset)
 
-    assert client.post(f"/datasets/{ids.public(ids.DATASET, twin.id)}/again", follow_redirects=False).status_code == 303
+    assert client.post(f"/datasets/{ids.public(ids.DATASET, twin.id)}/retry", follow_redirects=False).status_code == 303
     ingest_task.read(twin.id)
     session.expire_all()
     for each in (dataset, twin):

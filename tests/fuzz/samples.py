@@ -25,6 +25,7 @@ class Sample:
 
 
 NOTHING = Sample()
+MOVED = Sample(expect=(308,))
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 TUS = [(b"tus-resumable", b"1.0.0")]
 METADATA = b"filename %s,purpose %s" % (base64.b64encode(b"a.jsonl"), base64.b64encode(b"user_data"))
@@ -79,10 +80,10 @@ UNSAFE: dict[str, Sample] = {
     "POST /datasets": Sample(multipart=[("name", None, b"A dataset"), ("format", None, b"chat"), ("file", "a.jsonl", ROW)]),
     "POST /datasets/paste": Sample(form=[("text", "text\tlabel\na\tb\n"), ("name", "Pasted")]),
     "POST /datasets/samples/{name}": Sample({"name": "support-replies"}),
-    "POST /datasets/join": Sample(form=[("operation", "mix"), ("use.$dataset", "on"), ("use.$other", "on"), ("weight.$dataset", "2"), ("rows", "10"), ("seed", "3"), ("name", "Joined"), ("repeat", "on")]),
+    "POST /datasets/combine": Sample(form=[("operation", "mix"), ("use.$dataset", "on"), ("use.$other", "on"), ("weight.$dataset", "2"), ("rows", "10"), ("seed", "3"), ("name", "Joined"), ("repeat", "on")]),
     "POST /datasets/hub": Sample(form=[("repo", "a/b"), ("split", "train"), ("file", ""), ("subset", "")], expect=(503,)),
     "POST /datasets/{key}/read": Sample({"key": "+dataset"}, form=[("format", "completion"), ("map.completion.prompt", "messages"), ("map.completion.completion", "messages")]),
-    "POST /datasets/{key}/again": Sample({"key": "+dataset"}, expect=(303, 409)),
+    "POST /datasets/{key}/retry": Sample({"key": "+dataset"}, expect=(303, 409)),
     "POST /datasets/{key}/delete": Sample({"key": "+dataset"}),
     "POST /datasets/{key}/fix": Sample({"key": "$dataset"}, form=[("finding", "$finding"), ("do", "drop"), ("rule", "")]),
     "POST /datasets/{key}/roles": Sample({"key": "$dataset"}, form=[("role.customer", "user"), ("role.agent", "")], expect=(303, 400)),
@@ -93,10 +94,12 @@ UNSAFE: dict[str, Sample] = {
     "POST /datasets/{key}/split/drop": Sample({"key": "$dataset"}, form=[("method", "random"), ("column", ""), ("fraction", "0.1"), ("seed", "1"), ("validation", "")], expect=(303, 400, 409)),
     "POST /v1/datasets": Sample(json={"operation": "mix", "datasets": [{"dataset": "$dataset", "weight": 1.5}, "$other"], "rows": 10, "seed": 1, "repeat": True, "name": "Joined"}),
     "POST /v1/datasets/hub": Sample(json={"repo": "a/b", "revision": "main", "subset": "x", "split": "train", "name": "A", "format": "chat"}, expect=(503,)),
+    "POST /v1/datasets/{key}/retry": Sample({"key": "+dataset"}, expect=(200, 409)),
     "POST /v1/datasets/{key}/again": Sample({"key": "+dataset"}, expect=(200, 409)),
     "DELETE /v1/datasets/{key}": Sample({"key": "+dataset"}),
     "POST /v1/datasets/{key}/fixes": Sample({"key": "$dataset"}, json={"rule": "duplicate_rows"}, expect=(200, 400)),
     "POST /v1/datasets/{key}/edits": Sample({"key": "$dataset"}, json={"line": 1, "row": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}}),
+    "POST /v1/datasets/{key}/reparse": Sample({"key": "$dataset"}, json={"format": "completion", "mapping": {"prompt": "messages", "completion": "messages"}}),
     "POST /v1/datasets/{key}/readings": Sample({"key": "$dataset"}, json={"format": "completion", "mapping": {"prompt": "messages", "completion": "messages"}}),
     # models and engines
     "POST /v1/models": Sample(json={"folder": "tiny", "name": "+name", "kind": "dialogue", "accept_terms": False}),
@@ -147,7 +150,7 @@ UNSAFE: dict[str, Sample] = {
     "POST /jobs/{job_id}/resume": Sample({"job_id": "+job"}, expect=(303, 409)),
     "POST /jobs/{job_id}/stop": Sample({"job_id": "+job"}),
     "POST /jobs/{job_id}/save": Sample({"job_id": "+job"}, expect=(303, 409)),
-    "POST /jobs/{job_id}/again": Sample({"job_id": "$job"}, expect=(400,)),
+    "POST /jobs/{job_id}/retry": Sample({"job_id": "$job"}, expect=(400,)),
     "POST /jobs/{job_id}/delete": Sample({"job_id": "+ended_job"}),
     "POST /v1/comparisons": Sample(json=COMPARE),
     "POST /v1/comparisons/plan": Sample(json=COMPARE),
@@ -172,13 +175,13 @@ UNSAFE: dict[str, Sample] = {
     "POST /playground": Sample(form=PLAY_FORM),
     "POST /playground/stream": Sample(form=PLAY_FORM),
     "POST /playground/{exchange_id:uuid}/save": Sample({"exchange_id:uuid": "$exchange"}, form=[("title", "Saved")]),
-    "POST /playground/kinds/instruction": Sample(expect=(303, 400, 404, 409)),
-    "POST /playground/kinds/dialogue": Sample(expect=(303, 400, 404, 409)),
+    "POST /playground/tutorial/instruction": Sample(expect=(303, 400, 404, 409)),
+    "POST /playground/tutorial/dialogue": Sample(expect=(303, 400, 404, 409)),
     "POST /v1/votes": Sample(json={"models": ["a", "b"], "messages": MESSAGES, "answers": ["x", "y"], "choice": 1, "edited": "z"}),
     "POST /v1/votes/dataset": Sample(json={"kind": "preference"}),
-    "POST /playground/ab": Sample(form=[("prompt", "What wood?"), ("models", "$model_name"), ("models", "$model_name@1"), ("dataset", ""), ("max_tokens", "2")], expect=(303, 400, 404)),
-    "POST /playground/ab/{vote_id}": Sample({"vote_id": "+vote"}, form=[("choice", "1"), ("edited", "better")]),
-    "POST /playground/ab-dataset": Sample(form=[("kind", "preference")]),
+    "POST /playground/arena": Sample(form=[("prompt", "What wood?"), ("models", "$model_name"), ("models", "$model_name@1"), ("dataset", ""), ("max_tokens", "2")], expect=(303, 400, 404)),
+    "POST /playground/arena/{vote_id}": Sample({"vote_id": "+vote"}, form=[("choice", "1"), ("edited", "better")]),
+    "POST /playground/arena-dataset": Sample(form=[("kind", "preference")]),
     # prompts
     "POST /v1/prompts": Sample(json=PROMPT),
     "POST /v1/prompts/{prompt_id}": Sample({"prompt_id": "$prompt"}, json={k: v for k, v in PROMPT.items() if k != "name"}),
@@ -186,12 +189,12 @@ UNSAFE: dict[str, Sample] = {
     "POST /v1/prompts/{prompt_id}/runs": Sample({"prompt_id": "$prompt"}, json={"model": "$model_name", "dataset_id": "$dataset", "version": 1, "part": "validation", "rows": 5, "validation_fraction": 0.2, "split_seed": 1, "beside": ["$model_name"]}),
     "POST /v1/prompts/runs/{run_id}/cancel": Sample({"run_id": "+run"}),
     "POST /jobs/new/file": Sample(multipart=[("file", "job.yaml", b"model: tiny\nstrategy: {name: lora, rank: 4}\n")]),
-    "POST /playground/lab/prompts": Sample(form=PROMPT_FORM),
-    "POST /playground/lab/prompts/{prompt_id}/delete": Sample({"prompt_id": "+prompt"}),
-    "POST /playground/lab/preview": Sample(form=PROMPT_FORM),
-    "POST /playground/lab/try": Sample(form=[*PROMPT_FORM, ("models", "$model_name"), ("dataset", "$dataset")]),
-    "POST /playground/lab/runs": Sample(form=[("models", "$model_name"), ("prompts", "$prompt:1"), ("dataset", "$dataset"), ("part", "validation"), ("rows", "5")]),
-    "POST /playground/lab/runs/{run_id}/{deed}": Sample({"run_id": "+run", "deed": "cancel"}),
+    "POST /playground/prompts": Sample(form=PROMPT_FORM),
+    "POST /playground/prompts/{prompt_id}/delete": Sample({"prompt_id": "+prompt"}),
+    "POST /playground/prompts/preview": Sample(form=PROMPT_FORM),
+    "POST /playground/prompts/try": Sample(form=[*PROMPT_FORM, ("models", "$model_name"), ("dataset", "$dataset")]),
+    "POST /playground/prompts/runs": Sample(form=[("models", "$model_name"), ("prompts", "$prompt:1"), ("dataset", "$dataset"), ("part", "validation"), ("rows", "5")]),
+    "POST /playground/prompts/runs/{run_id}/{action}": Sample({"run_id": "+run", "action": "cancel"}),
 }  # fmt: skip
 
 SAFE: dict[str, Sample] = {
@@ -212,13 +215,17 @@ SAFE: dict[str, Sample] = {
     "GET /v1/datasets/{key}/lines/{line}": Sample({"key": "$dataset", "line": "1"}),
     "GET /datasets/{key}/rows/{line}": Sample({"key": "$dataset", "line": "1"}),
     "HEAD /v1/tus/{key}": Sample({"key": "+upload"}, headers=TUS),
-    "GET /playground/tokens": Sample(query=[("models", "$model_name"), ("text", "What wood"), ("top_k", "3")]),
+    "GET /playground/next-tokens": Sample(query=[("models", "$model_name"), ("text", "What wood"), ("top_k", "3")]),
     "GET /playground/classify": Sample(query=[("models", "$model_name"), ("text", "What wood")], expect=(400,)),
     "GET /datasets/{key}/rows": Sample({"key": "$dataset"}, query=[("model", "$model_name"), ("cutoff", "64"), ("search", "wood"), ("page", "1"), ("sort", "longest")]),
     "GET /jobs/new/file": Sample(query=ORDER_FORM),
     "GET /jobs/new": Sample(query=[*ORDER_FORM, ("clone", "$job")]),
     "GET /compare/new": Sample(query=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora")]),
     "GET /static": Sample(expect=(404, 401, 405)),
+    **{f"GET {path}": MOVED for path in ("/playground/ab", "/playground/lab", "/playground/kinds", "/playground/tokens", "/datasets/join", "/standby")},
+    "GET /playground/ab/{vote_id}": Sample({"vote_id": "$vote"}, expect=(308,)),
+    "GET /playground/lab/{rest:path}": Sample({"rest:path": "new"}, expect=(308,)),
+    "GET /playground/lab/prompts/{rest:path}": Sample({"rest:path": "$prompt"}, expect=(308,)),
 }  # fmt: skip
 """Safe routes whose parameters do not follow from their names; the others are made from their signatures."""
 

@@ -121,7 +121,7 @@ class World:
     def _run(self) -> str:
         order = prompt_runs.RunOrder(rows=5)
         run = prompt_runs.create(self.session, self.user, self.version, self.base.name, self.dataset, order)
-        return ids.public(prompt_runs.RUN, run.id)
+        return ids.public(ids.RUN, run.id)
 
     # Makers -----------------------------------------------------------------------------------------------------------
 
@@ -183,11 +183,11 @@ class World:
             dataset_id=earlier.dataset_id, spec=earlier.spec, status="queued",
         )  # fmt: skip
         self.session.add(run)
-        return ids.public(prompt_runs.RUN, run.id)
+        return ids.public(ids.RUN, run.id)
 
     def _new_ended_run(self) -> str:
         key = self._new_run()
-        self.session.get_one(PromptRun, ids.parse(prompt_runs.RUN, key)).status = "cancelled"
+        self.session.get_one(PromptRun, ids.parse(ids.RUN, key)).status = "cancelled"
         return key
 
     def _new_evaluation(self) -> str:

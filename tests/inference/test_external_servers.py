@@ -172,7 +172,7 @@ def test_the_playground_and_the_lab_use_it_too(client, session, user, far, gener
     assert texts[0] == texts[1] != ""
     proofs = {t["pane"]: t["proof"] for t in told if t["type"] == "done"}
     assert "through 127.0.0.1" in proofs[1] and "through" not in proofs[0]
-    seen = client.get("/playground/tokens", params={"models": ["tiny", "far"], "text": "The bridge"})
+    seen = client.get("/playground/next-tokens", params={"models": ["tiny", "far"], "text": "The bridge"})
     assert seen.status_code == 200 and "engine_" not in seen.text  # looked up in the weights that are here
 
 

@@ -67,7 +67,7 @@ def test_a_text_longer_than_the_window_says_so(api, two, generate_worker):  # no
 
 def test_the_page_without_scripts(client, session, two, generate_worker):  # noqa: F811
     register_tiny(session, "broken", path="models/not-there")
-    page = client.get("/playground/tokens", params={"models": ["tiny", "broken"], "text": "<b>The</b> cat sat on"})
+    page = client.get("/playground/next-tokens", params={"models": ["tiny", "broken"], "text": "<b>The</b> cat sat on"})
     assert page.status_code == 200 and "<b>The" not in page.text and "is gone" in page.text
     assert page.text.count('<li class="tok">') == 10 and "bits/token" in page.text
 
@@ -76,7 +76,7 @@ def test_in_the_browser(browser_page, live, session, user, two, generate_worker,
     from tests.looks import look_at, sign_in
 
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/tokens?models=tiny")
+    page.goto(f"{live}/playground/next-tokens?models=tiny")
     page.locator("select[name=models]").nth(1).select_option("tiny-generic")
     page.get_by_role("button", name="Predict").click()
     page.locator(".next").nth(1).wait_for()

@@ -37,14 +37,14 @@ def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
     model = register_tiny(session)
     openai_client.chat.completions.create(model="tiny", **ASK)
     wait_until(lambda: "models/tiny" in loaded(), what="the word of the loaded model", seconds=10)
-    said = api.get("/v1/standby").json()
+    said = api.get("/v1/models/loaded").json()
     (row,) = [row for worker in said["data"] for row in worker["models"] if row["model"] == "tiny"]
     assert row["bytes"] > 4 * 100_000 and row["idle_seconds"] < 4.5 and "unloaded after" in said["rule"]
-    for page in ("/models", "/standby"):
+    for page in ("/models", "/models/loaded"):
         text = client.get(page).text
         assert "Loaded models" in text and f"/models/model-{model.id.hex}" in text and "finishes it first" in text
-    for page in ("/models", "/playground", "/standby?chip=true"):
-        assert re.search(r'href="/models#standby"[^>]*>[1-9] loaded · \d', client.get(page).text)
+    for page in ("/models", "/playground", "/models/loaded?chip=true"):
+        assert re.search(r'href="/models#loaded-models"[^>]*>[1-9] loaded · \d', client.get(page).text)
 
     talk = openai_client.chat.completions.create(model="tiny", **ASK | {"max_tokens": 400}, logit_bias={"70": 100}, stream=True)
     next(chunk for chunk in talk if chunk.choices and chunk.choices[0].delta.content)
@@ -53,7 +53,7 @@ def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
     reasons = [chunk.choices[0].finish_reason for chunk in talk if chunk.choices]
     assert reasons[-1] == "length" and len(reasons) > 300, "a model that was answering was put away"
     wait_until(lambda: "models/tiny" not in loaded(), what="the model making room", seconds=10)
-    assert "training on this machine takes about" in client.get("/standby").text
+    assert "training on this machine takes about" in client.get("/models/loaded").text
     with pytest.raises(openai.InternalServerError) as caught:
         openai_client.chat.completions.create(model="tiny", **ASK)
     assert caught.value.status_code == 503 and caught.value.code == "training_needs_memory"

@@ -90,7 +90,7 @@ def test_votes_and_edits_become_datasets(api, session, user):
 
 def test_names_are_hidden_until_the_vote(client, session, two, generate_worker):  # noqa: F811
     done = client.post(
-        "/playground/ab", data={"models": ["tiny", "tiny-generic"], "prompt": "Hello <b>", "max_tokens": "5"}, follow_redirects=False
+        "/playground/arena", data={"models": ["tiny", "tiny-generic"], "prompt": "Hello <b>", "max_tokens": "5"}, follow_redirects=False
     )
     assert done.status_code == 303, done.text
     place = done.headers["location"]
@@ -121,18 +121,18 @@ def test_rows_of_a_dataset_ask(client, session, user, two, generate_worker, data
     chats = bring("chats", [{"messages": [*talk, {"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "Yes."}]} for n in range(40)], "chat")  # fmt: skip
     texts = bring("texts", [{"text": f"The bridge stands at {n}."} for n in range(40)], "plain_text")
     order = {"models": ["tiny", "tiny-generic"], "prompt": "", "max_tokens": "4"}
-    page = client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, chats.id)})
+    page = client.post("/playground/arena", data={**order, "dataset": ids.public(ids.DATASET, chats.id)})
     vote = session.scalars(select(Vote)).one()
     assert vote.dataset_id == chats.id and [m["role"] for m in vote.messages] == ["system", "user", "assistant", "user"]
     assert (
         vote.messages[-1]["content"].startswith("Number ") and vote.messages[-1]["content"] in page.text and "3 earlier turns" in page.text
     )
-    after = client.post(f"/playground/ab/{ids.public(ids.VOTE, vote.id)}", data={"choice": "1"})
+    after = client.post(f"/playground/arena/{ids.public(ids.VOTE, vote.id)}", data={"choice": "1"})
     assert f'value="{ids.public(ids.DATASET, chats.id)}" selected' in after.text  # the next round draws from it too
     assert len({json.dumps(votes.draw(chats)) for _ in range(30)}) > 5
-    assert client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, texts.id)}).status_code == 400
-    assert client.post("/playground/ab", data={**order, "dataset": ids.public(ids.DATASET, uuid.uuid4())}).status_code == 404
-    own = client.post("/playground/ab", data={**order, "prompt": "My own words", "dataset": ids.public(ids.DATASET, chats.id)})
+    assert client.post("/playground/arena", data={**order, "dataset": ids.public(ids.DATASET, texts.id)}).status_code == 400
+    assert client.post("/playground/arena", data={**order, "dataset": ids.public(ids.DATASET, uuid.uuid4())}).status_code == 404
+    own = client.post("/playground/arena", data={**order, "prompt": "My own words", "dataset": ids.public(ids.DATASET, chats.id)})
     assert "My own words" in own.text
 
 
@@ -154,18 +154,18 @@ def test_what_a_row_asks(row, asks):
 
 def test_a_model_that_fails_leaves_no_round(client, session, two, generate_worker):  # noqa: F811
     register_tiny(session, "broken", path="models/not-there")
-    said = client.post("/playground/ab", data={"models": ["tiny", "broken"], "prompt": "Hello"})
+    said = client.post("/playground/arena", data={"models": ["tiny", "broken"], "prompt": "Hello"})
     assert said.status_code == 503 and "is gone" in said.text and "Hello" in said.text
     assert session.scalars(select(Vote)).all() == []
-    assert client.post("/playground/ab", data={"models": ["tiny", "tiny"], "prompt": "a"}).status_code == 400
-    assert client.post("/playground/ab", data={"models": ["tiny", "tiny-generic"], "prompt": " "}).status_code == 400
+    assert client.post("/playground/arena", data={"models": ["tiny", "tiny"], "prompt": "a"}).status_code == 400
+    assert client.post("/playground/arena", data={"models": ["tiny", "tiny-generic"], "prompt": " "}).status_code == 400
 
 
 def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/ab")
+    page.goto(f"{live}/playground/arena")
     page.get_by_label("Model 1").select_option("tiny")
     page.get_by_label("Model 2").select_option("tiny-generic")
     page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")
@@ -211,7 +211,7 @@ def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):
     page.goto(re.search(r"http\S+", studio.luthier("link").stdout)[0])
     if page.locator("form button").count() and "/sign-in" in page.url:
         page.locator("main form button").first.click()
-    page.goto(f"{studio.url}/playground/ab")
+    page.goto(f"{studio.url}/playground/arena")
     page.get_by_role("button", name="Create preference dataset").click()
     page.get_by_role("heading", name="Preferences from votes").wait_for()
     page.get_by_role("link", name="Fine-tune on this dataset").wait_for(timeout=60_000)

@@ -63,12 +63,12 @@ def test_what_a_recipe_measures_is_drawn_for_training_and_validation():
 
 
 def test_what_is_done_besides_steps_is_shown_until_something_else_is_said():
-    doing = events.Doing(what="Comparing base and result", share=0.4)
+    doing = events.TaskProgress(what="Comparing base and result", share=0.4)
     said = [started(2), step(1), step(2), events.Log(message="…"), doing, events.Log(message="…")]
     seen = progress(said)
-    assert seen.doing == doing and seen.seconds_left is None, "no step is left to estimate the time from"
+    assert seen.task == doing and seen.seconds_left is None, "no step is left to estimate the time from"
     assert len(seen.log) == 3, "it leaves no line"
-    assert progress([*said, events.Lost(attempt=1, message="gone")]).doing is None
+    assert progress([*said, events.Lost(attempt=1, message="gone")]).task is None
 
 
 def test_a_resume_forgets_the_steps_that_are_said_again():

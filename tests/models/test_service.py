@@ -250,6 +250,8 @@ def test_a_folder_outside_the_import_folders_is_forbidden_to_requests(session, u
 def test_names_that_cannot_be_are_refused(session, user, importable, name: str) -> None:
     with pytest.raises(BadField, match="cannot be a model's name"):
         model_imports.add_folder(session, user, "workshop", name)
+    with pytest.raises(BadField, match="where the loaded models are listed"):
+        model_imports.add_folder(session, user, "workshop", "loaded")
 
 
 def test_a_name_in_use_is_a_conflict(session, user, importable, tiny_registered) -> None:

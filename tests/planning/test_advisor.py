@@ -84,7 +84,7 @@ def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
     assert all(c.label == "Use this method" and f"strategy={c.strategy}" in c.url for c in found)
     enough = facts.model_copy(update={"metric": "rouge_l", "prompted": 0.9, "how": "answers"})
     first = cards(ranked(enough, costs=costs), enough, "m", "ds-1")[0]
-    assert first.strategy is None and "ROUGE-L 0.90" in first.sentence and first.url.startswith("/playground/lab/new?builder=few_shot")
+    assert first.strategy is None and "ROUGE-L 0.90" in first.sentence and first.url.startswith("/playground/prompts/new?builder=few_shot")
 
 
 def test_what_does_not_fit_cannot_be_advised():

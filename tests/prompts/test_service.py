@@ -270,7 +270,7 @@ def test_what_goes_wrong_is_told(client, session, user, sums):
     evaluation_prompt_runs.work(long.id)
     session.refresh(long)
     assert long.status == "failed" and "None of the 3 rows" in long.error["message"] and long.error["code"] == "context_length_exceeded"
-    page = client.get("/playground/lab").text + client.get(f"/playground/lab/runs/{ids.public('run', long.id)}").text
+    page = client.get("/playground/prompts").text + client.get(f"/playground/prompts/runs/{ids.public('run', long.id)}").text
     assert page.count("None of the 3 rows") == 3 and "3 rows got no answer" in page
     rows = [{"instruction": "One? " + "wood " * (1500 if i == 2 else 1), "output": "Two."} for i in range(5)]
     mixed = order(session, user, ready(session, user, rows, "mixed.jsonl"), {"max_tokens": 2}, part="all")
@@ -278,7 +278,7 @@ def test_what_goes_wrong_is_told(client, session, user, sums):
     session.refresh(mixed)
     assert mixed.status == "succeeded" and mixed.result["rows"] == 4, "an answer that failed says nothing about the prompt"
     assert mixed.result["unanswered"] == 1 and mixed.result["unanswered_lines"] == [3] and mixed.result["asked_of"] == 5
-    assert "line 3." in client.get(f"/playground/lab/runs/{ids.public('run', mixed.id)}").text
+    assert "line 3." in client.get(f"/playground/prompts/runs/{ids.public('run', mixed.id)}").text
 
 
 def test_prompts_and_a_tuned_model_are_asked_lines_that_it_has_not_learnt(session, user, sums):
@@ -378,27 +378,25 @@ def test_prompts_times_models_are_one_matrix(client, session, user, sums):
     session.commit()
     names = [f"{ids.public(ids.PROMPT, prompt.id)}:1" for prompt in versions]
     data = {"prompts": names, "models": ["tiny", "tiny-2"], "dataset": ids.public(ids.DATASET, sums.id), "rows": "5"}
-    assert client.post("/playground/lab/runs", data=data, follow_redirects=False).status_code == 303
+    assert client.post("/playground/prompts/runs", data=data, follow_redirects=False).status_code == 303
     runs = session.scalars(select(PromptRun)).all()
     assert len(runs) == 4 and {run.spec["rows"] for run in runs} == {5}
-    page = client.get("/playground/lab").text
+    page = client.get("/playground/prompts").text
     assert page.count('<th scope="col" class="n">tiny') == 2 and page.count("Queued") == 4
-    wrong = client.post("/playground/lab/runs", data=data | {"models": [f"m{n}" for n in range(20)]})
+    wrong = client.post("/playground/prompts/runs", data=data | {"models": [f"m{n}" for n in range(20)]})
     assert wrong.status_code == 400 and "2 prompts × 20 models are 40 runs; at most 32" in wrong.text
     for missing, says in (("prompts", "No prompt was chosen."), ("models", "No model was chosen.")):
-        assert says in client.post("/playground/lab/runs", data=data | {missing: []}).text
-    assert "gone" in client.post("/playground/lab/runs", data=data | {"models": ["tiny", "gone"]}).text
+        assert says in client.post("/playground/prompts/runs", data=data | {missing: []}).text
+    assert "gone" in client.post("/playground/prompts/runs", data=data | {"models": ["tiny", "gone"]}).text
     assert session.query(PromptRun).count() == 4
 
 
 def test_a_field_that_is_wrong_says_so_itself_and_nothing_is_saved(client, session, sums):
     register_tiny(session)
     form = {"name": "x", "prompt.template": "{{input}}", "prompt.max_tokens": "0", "dataset": ids.public(ids.DATASET, sums.id)}
-    page = client.post("/playground/lab/prompts", data=form | {"deed": "run", "models": ["tiny"]})
+    page = client.post("/playground/prompts", data=form | {"do": "run", "models": ["tiny"]})
     assert page.status_code == 400 and 'id="prompt-max-tokens-error"' in page.text and "<details open>" in page.text
-    assert (
-        client.post("/playground/lab/prompts", data=form | {"prompt.max_tokens": "4", "deed": "run", "models": ["gone"]}).status_code == 404
-    )
+    assert client.post("/playground/prompts", data=form | {"prompt.max_tokens": "4", "do": "run", "models": ["gone"]}).status_code == 404
     assert session.query(PromptRun).count() == 0 and session.query(Prompt).count() == 0
 
 
@@ -414,7 +412,7 @@ def test_in_the_browser_through_a_real_worker(browser_page, live, session, user,
         stop_worker(other)
     worker = start_worker(data_dir, valkey.url, LUTHIER_DATABASE_URL=os.environ["LUTHIER_DATABASE_URL"])
     try:
-        page.goto(f"{live}/playground/lab")
+        page.goto(f"{live}/playground/prompts")
         page.get_by_role("link", name="Few-shot").click()
         assert page.locator("#prompt-form > .field").count() == 5
         page.get_by_label("Name").fill("Four like it")

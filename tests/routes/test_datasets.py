@@ -157,7 +157,7 @@ def test_another_persons_dataset_is_not_there(client, session):
     dataset = datasets.create(session, other, files.add_bytes(session, other, CHAT.encode(), "x.jsonl", "fine-tune"))
     session.commit()
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    for method, tail in (("GET", ""), ("GET", "/state"), ("POST", "/read"), ("POST", "/again"), ("POST", "/delete")):
+    for method, tail in (("GET", ""), ("GET", "/state"), ("POST", "/read"), ("POST", "/retry"), ("POST", "/delete")):
         data = {"format": "chat"} if method == "POST" else None
         assert client.request(method, path + tail, data=data).status_code == 404
 

@@ -106,7 +106,7 @@ def test_a_reload_shows_all_that_was_said(client, session, user, tiny_registered
 
 def test_work_that_is_no_step_says_how_far_it_is(client, session, user, tiny_registered):
     life = lives.running(session, user, tiny_registered)
-    life.say(*lives.steps(75, 120), events.Doing(what="Comparing base and result", share=0.4))
+    life.say(*lives.steps(75, 120), events.TaskProgress(what="Comparing base and result", share=0.4))
     said = words(client.get(address(life)))
     assert "comparing base and result, 40" in said and "finishing" in said
 
@@ -152,7 +152,7 @@ def test_a_failed_job_says_why_and_what_to_do_and_offers_it_as_one_click(client,
     life.fail(events.Failed(kind="cuda_out_of_memory", message="Memory was full.", hint=hint, suggestion={"max_tokens_per_step": 512}))
     said = words(client.get(address(job)))
     assert "Memory was full." in said and hint in said and "Try again with max tokens per step 512" in said
-    answer = client.post(f"{address(job)}/again", follow_redirects=False)
+    answer = client.post(f"{address(job)}/retry", follow_redirects=False)
     assert answer.status_code == 303
     new = jobs.get(session, user, ids.parse(ids.JOB, answer.headers["location"].rpartition("/")[2]))
     assert new.id != job.id and new.spec["run"]["max_tokens_per_step"] == 512

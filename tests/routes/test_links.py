@@ -96,6 +96,8 @@ def crawl(client) -> tuple[dict[str, str], list[str]]:
         away = answer.status_code == 503 and AWAY.match(address)
         if answer.status_code >= 400 and not away:
             dead.append(f"{page} leads to {address}, which answers {answer.status_code}")
+        if answer.status_code == 308:
+            dead.append(f"{page} leads to {address}, which is called {answer.headers['location']} now")
         found = [urljoin(address, answer.headers["location"])] if answer.status_code in (302, 303, 307) else []
         if answer.headers.get("content-type", "").startswith("text/html"):
             links = Links(answer.text)
@@ -112,8 +114,19 @@ def test_no_link_of_any_page_leads_nowhere(client, full, session):
     asked, dead = crawl(client)
     assert not dead, "\n".join(dead)
     kinds = {kind_of(address).partition("?")[0] for address in asked}
-    wanted = {"/", "/datasets", "/models", "/jobs", "/compare", "/playground", "/playground/lab", "/playground/ab", "/guide", "/settings"}
+    wanted = {
+        "/",
+        "/datasets",
+        "/models",
+        "/jobs",
+        "/compare",
+        "/playground",
+        "/playground/prompts",
+        "/playground/arena",
+        "/guide",
+        "/settings",
+    }
     details = {"/datasets/ds-*", "/datasets/ds-*/rows", "/models/model-*", "/jobs/ftjob-*", "/compare/cmp-*", "/evaluations/eval-*"}
-    assert wanted | details | {"/playground/*", "/playground/lab/prompts/prompt-*", "/guide/lora", "/jobs/new", "/jobs/advice"} <= kinds
+    assert wanted | details | {"/playground/*", "/playground/prompts/prompt-*", "/guide/lora", "/jobs/new", "/jobs/advice"} <= kinds
     model = session.scalars(select(Model).where(Model.job_id.is_not(None))).one()
     assert f"/models/{ids.public(ids.MODEL, model.id)}" in asked

@@ -31,7 +31,7 @@ def test_results_of_a_comparison_are_offered_once_they_are_kept(api, client, ses
     end(session, first, loss=1.2, memory=1, seconds=1)
     end(session, second, loss=1.6, memory=2, seconds=2)
     page, pages = f"/compare/{ids.public(ids.COMPARISON, found.id)}", ("/jobs/new", "/compare/new", "/jobs/advice", "/evaluations")
-    pages += ("/playground", "/playground/ab", "/playground/batch", "/playground/vectors", "/playground/tokens")
+    pages += ("/playground", "/playground/arena", "/playground/batch", "/playground/vectors", "/playground/next-tokens")
     for path in pages:
         offered = options(client.get(path))
         assert "tiny" in offered and not [name for name in offered if name.startswith("ft:")], path

@@ -72,7 +72,7 @@ def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api,
     assert error["suggested"] == {"format": "classification", "mapping": mapping}
     assert error["columns"][1:] == list(mapping.values()) and len(error["preview"]) == 5
     assert error["preview"][0] == {column: error["preview"][0][column] for column in error["columns"]}
-    made = api.post(f"{path}/readings", json=error["suggested"]).json()
+    made = api.post(f"{path}/reparse", json=error["suggested"]).json()
     ingest_task.read(ids.parse(ids.DATASET, made["id"]))
     after = api.get(f"/v1/datasets/{made['id']}").json()
     assert (after["status"], after["good_rows"], after["mapping"], after["error"]) == ("ready", 12, mapping, None)
@@ -88,7 +88,7 @@ def test_an_excel_file_is_read_in_the_limited_child(api, session, user):
     key = ids.public(ids.DATASET, dataset.id)
     suggested = api.get(f"/v1/datasets/{key}").json()["error"]["suggested"]
     assert suggested == {"format": "classification", "mapping": {"text": "Frage", "label": "Kategorie"}}
-    made = api.post(f"/v1/datasets/{key}/readings", json=suggested).json()
+    made = api.post(f"/v1/datasets/{key}/reparse", json=suggested).json()
     ingest_task.read(ids.parse(ids.DATASET, made["id"]))
     report = api.get(f"/v1/datasets/{made['id']}/report").json()
     assert report["good_rows"] == 12 and "other_sheets" in {entry["rule"] for entry in report["rules"]}

@@ -215,9 +215,9 @@ def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session,
     assert pair(session, user, [tiny_registered], [bare, rated, chats], None, None)[1] is chats
     assert pair(session, user, [tiny_registered], [rated], None, None)[1] is rated, "where there is no other, the form says why"
     assert re.search(rf'value="{public(kinds)}" selected|value="{public(chats)}" selected', client.get("/jobs/new").text)
-    for path in ("/playground/lab", "/playground/vectors", "/evaluations", "/datasets/join"):
+    for path in ("/playground/prompts", "/playground/vectors", "/evaluations", "/datasets/combine"):
         assert public(bare) not in client.get(path).text, path
-    assert f"/datasets/join?first={public(rated)}&amp;operation=convert" in client.get(f"/datasets/{public(rated)}").text
+    assert f"/datasets/combine?first={public(rated)}&amp;operation=convert" in client.get(f"/datasets/{public(rated)}").text
     assert f"/jobs/new?dataset={public(rated)}" not in client.get(f"/datasets/{public(rated)}").text
 
 

@@ -33,7 +33,7 @@ WRONG = [
 def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_registered, plain_file, wrong, says):
     file_id, good = plain_file
     order = {"model": "tiny", "training_file": file_id}
-    made = api.post(f"/v1/datasets/{ids.public(ids.DATASET, good.id)}/readings", json=wrong).json()
+    made = api.post(f"/v1/datasets/{ids.public(ids.DATASET, good.id)}/reparse", json=wrong).json()
     waiting = api.post("/v1/fine_tuning/jobs", json=order).json()  # ordered while it is read: takes what it gives
     assert waiting["status"] == "validating_files"
     tasks.read(str(ids.parse(ids.DATASET, made["id"])))
@@ -46,7 +46,7 @@ def test_a_wrong_reading_does_not_take_over_the_file(api, session, tiny_register
         assert any("Version 2 of plain" in text and says in text for text in job["estimate"]["warnings"])
     report = api.get(f"/v1/files/{file_id}/report").json()
     assert report["good_rows"] == 12 and report["failed_later"]["dataset"] == made["id"]
-    right = api.post(f"/v1/datasets/{made['id']}/readings", json={"format": "completion"}).json()
+    right = api.post(f"/v1/datasets/{made['id']}/reparse", json={"format": "completion"}).json()
     ingest_task.read(ids.parse(ids.DATASET, right["id"]))
     last = api.post("/v1/fine_tuning/jobs", json=order | {"seed": 3}).json()
     assert last["dataset"] == right["id"] and not any("failed" in text for text in last["estimate"]["warnings"])

@@ -21,6 +21,7 @@ from app.datasets import inspections
 from app.kit import ids, manifest
 from app.main import create_app
 from app.tables import Outbox
+from tests import documented
 from tests.conftest import ORIGIN, csrf_token
 from tests.fuzz.asgi import Raw, ask
 from tests.fuzz.run import MAX_SECONDS, Fuzz, cases, json_shape, spy
@@ -83,14 +84,23 @@ def test_a_route_without_a_sample_is_told(web):
         cases(web.app)
 
 
+NOT_ANSWERED = {"import_hub_dataset"}
+"""Operations of the API that answer no valid request here: the hub is away. Others of the tests' answers are checked where they are made."""
+
+
 def test_no_request_makes_a_500(fuzz):
-    async def all_of_it() -> tuple[list[str], int]:
-        before = await fuzz.valid()
+    async def all_of_it() -> tuple[list[str], set[str], int]:
+        documented.checked.clear()
+        before, seen = await fuzz.valid(), good_answers()
         count = await fuzz.run(SECONDS)
-        return before + await fuzz.valid(), count
+        return before + await fuzz.valid(), seen, count
 
     began = time.monotonic()
-    wrong, count = asyncio.run(all_of_it())
+    wrong, seen, count = asyncio.run(all_of_it())
+    known = {operation["operationId"] for found in documented.contract().document["paths"].values() for operation in found.values()}
+    assert known - seen == NOT_ANSWERED, (
+        "an operation whose good answer was not checked against the document, or one that is listed and was"
+    )
     five = sum(n for status, n in fuzz.statuses.items() if status >= 500 or status == 0) - fuzz.meant
     print(
         f"\n{count} mutations of {len(fuzz.cases)} routes in {time.monotonic() - began:.0f} s, seed {SEED}: {five} answers of 5xx or none,"
@@ -103,6 +113,11 @@ def test_no_request_makes_a_500(fuzz):
         print(f"  {times:5} × {kind}")
     assert not wrong, "valid requests that are not honored:\n" + "\n".join(wrong)
     assert not fuzz.problems, "\n".join(fuzz.problems)
+
+
+def good_answers() -> set[str]:
+    """The operations that answered as their model says."""
+    return {name for name, status in map(str.split, documented.checked) if status < "300"}
 
 
 def test_requests_made_from_the_schema(web, api, session, user, tiny_registered, data_dir):

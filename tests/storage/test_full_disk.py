@@ -154,7 +154,7 @@ def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, s
     dataset = datasets.create(session, user, file)
     session.commit()
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
-    assert client.post(f"{path}/again", follow_redirects=False).status_code == 409, "it waits to be read already"
+    assert client.post(f"{path}/retry", follow_redirects=False).status_code == 409, "it waits to be read already"
     small_disk.fill()
     ingest_task.read(dataset.id)
     session.expire_all()
@@ -162,12 +162,12 @@ def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, s
     page = client.get(path).text
     assert "disk" in page and "Read it again" in page
 
-    assert client.post(f"{path}/again", follow_redirects=False).headers["location"] == path
+    assert client.post(f"{path}/retry", follow_redirects=False).headers["location"] == path
     ingest_task.read(dataset.id)  # still no room: the same again, not a reader that is thought to have died
     session.expire_all()
     assert (dataset.status, dataset.error["code"]) == ("error", "disk_full")
     small_disk.make_room()
-    client.post(f"{path}/again")
+    client.post(f"{path}/retry")
     session.expire_all()
     assert (dataset.status, file.status) == ("reading", "uploaded")
     ingest_task.read(dataset.id)

@@ -26,7 +26,7 @@ def test_a_name_without_a_space_pushes_no_column_out_of_sight(page: Page, served
     chats.name = LONG
     session.commit()
     page.set_viewport_size({"width": 1360, "height": 900})
-    for path in ("datasets", "datasets/join"):
+    for path in ("datasets", "datasets/combine"):
         page.goto(f"{served}/{path}")
         assert page.locator("main .scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)") == [0], path
         look_at(page, f"long-name-{path.replace('/', '-')}", tmp_path)

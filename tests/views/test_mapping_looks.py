@@ -79,5 +79,5 @@ def test_unknown_roles_are_asked_and_tables_are_pasted(page, served, tmp_path):
         page.goto(f"{served}/datasets")
         page.get_by_role("link", name="Pasted table").wait_for()
         look_at(page, "datasets", tmp_path)
-        page.goto(f"{served}/datasets/join")
+        page.goto(f"{served}/datasets/combine")
         look_at(page, "join", tmp_path)

@@ -227,7 +227,7 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session,
         votes.add(session, user, ["a", "b"], asked, ["Who knows, and who asks?", f"It is {n}."], 2, None)
     session.commit()
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/ab")
+    page.goto(f"{live}/playground/arena")
     assert "b is preferred" in page.get_by_role("row", name="a against b").inner_text()
     with data_worker():
         page.get_by_role("button", name="Create preference dataset").click()

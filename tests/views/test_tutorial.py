@@ -42,7 +42,7 @@ def test_one_button_a_step(browser_page, live, session, user, data_dir, tiny_mod
     kept = data_dir / "models" / f".{starters.model_id(tutorial.GENERIC)}.terms.txt"
     kept.write_text("Last modified\n\nBy using Gemma you agree.\n")
     page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/kinds")
+    page.goto(f"{live}/playground/tutorial")
     look_at(page, "kinds-empty", tmp_path)
     page.get_by_role("link", name="Read the terms and add it").click()
     page.get_by_label("I have read the").check()

@@ -82,7 +82,7 @@ class Run:
                 self._conclude(code, memory.killed_since())
         except BadModel as error:
             integrity.tell(error)
-            self._finish(error={"code": error.code, "message": error.message, "hint": error.hint})
+            self._finish(error=error.as_problem())
         except OSError as error:
             failed = exit_codes.of_os_error(error)
             self._finish(error=_error(failed, failed.message))
@@ -188,7 +188,7 @@ class Run:
             try:
                 predictions.keep(self.held.id, self.folder)
             except StudioError as fault:
-                return self._finish(error={"code": fault.code, "message": fault.message, "hint": fault.hint})
+                return self._finish(error=fault.as_problem())
         self._finish(result=self.result)
         if self.held.spec.kind == "predictions" and not self.ended:
             self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))

@@ -94,7 +94,7 @@ def fault_of(error: BaseException) -> dict[str, Any]:
     if isinstance(error, StudioError):
         line = getattr(error, "line", None)
         message = f"Line {line}: {error.message}" if line is not None else error.message
-        return {"code": error.code, "message": message, "hint": error.hint}
+        return error.as_problem() | {"message": message}
     return {
         "code": "crashed",
         "message": f"{type(error).__name__}: {error}"[:2000],

@@ -127,7 +127,7 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     except Stopped:
         return
     except StudioError as fault:
-        error = {"code": fault.code, "message": fault.message, "hint": fault.hint}
+        error = fault.as_problem()
     except Exception as fault:
         log.exception("The run %s failed.", run_id)
         error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "hint": "Try it again."}

@@ -176,7 +176,7 @@ def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple
     if not left:
         raise BadData(
             f"None of the {len(rows)} rows has an answer within {longest} tokens.",
-            hint="Raise the longest length, or take rows with answers.",
+            hint="Raise the max sequence length, or take rows with answers.",
         )
     return left, len(rows) - len(left)
 

@@ -23,7 +23,7 @@ class ProgressReporter:
         self.what = what
         self.told_at = time.monotonic()
 
-    def __call__(self, work: Generator[float, None, T], first: float = 0.0, last: float = 1.0) -> Generator[events.Doing, None, T]:
+    def __call__(self, work: Generator[float, None, T], first: float = 0.0, last: float = 1.0) -> Generator[events.TaskProgress, None, T]:
         """Do `work`, which is the part from `first` to `last` of the whole; what it found."""
         while True:
             try:
@@ -32,11 +32,11 @@ class ProgressReporter:
                 return done.value
             yield from self.at(first + (last - first) * share)
 
-    def at(self, share: float) -> Iterator[events.Doing]:
+    def at(self, share: float) -> Iterator[events.TaskProgress]:
         """The event of this share of the whole, unless one was told a moment ago."""
         if time.monotonic() - self.told_at >= EVERY_SECONDS:
             self.told_at = time.monotonic()
-            yield events.Doing(what=self.what, share=round(share, 4))
+            yield events.TaskProgress(what=self.what, share=round(share, 4))
 
 
 def drained(work: Generator[float, None, T], progress: Callable[[float], None] | None = None) -> T:

@@ -24,13 +24,13 @@ class Compared(NamedTuple):
     evaluation: dict[str, Any]
 
 
-def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
+def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Compared]:
     """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its backend is
     gone afterwards, and the model with it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
     telling = ProgressReporter("Comparing base and result")
-    yield events.Doing(what=telling.what, share=0.0)
+    yield events.TaskProgress(what=telling.what, share=0.0)
     examined = yield from telling(lesson.examine(job.model, state, budget, engine), 0.0, 0.05)
     losses = (yield from telling(lesson.row_losses(job.model, budget, engine), 0.05, 0.45)) if run.row_losses else []
     known = forgetting.without_measuring(job.spec, len(lesson.labels or ())) if run.forgetting else None
@@ -41,7 +41,7 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
     release(engine.device)
 
     base = _loader(job)
-    yield events.Doing(what=telling.what, share=0.5)
+    yield events.TaskProgress(what=telling.what, share=0.5)
     if losses:
         before_tuning = yield from telling(lesson.row_losses_before(base, budget, engine), 0.5, 0.9)
         parts = [row_losses.Part(lesson.train, before_tuning, losses)]
@@ -54,7 +54,7 @@ def compare(job: Any) -> Generator[events.Log | events.Doing, None, Compared]:
             job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine
         )
         lost = forgetting.compared(before, texts)
-    yield events.Doing(what=telling.what, share=0.95)
+    yield events.TaskProgress(what=telling.what, share=0.95)
     evaluation = lesson.evaluation(state, examined, base, budget, engine)
     if evaluation:
         evaluation["steps"] = state.step

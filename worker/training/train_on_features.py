@@ -184,7 +184,7 @@ def _remarks(cut: int, longest: int, train: list[Row], held_out: list[Row], labe
 
 def _vectors(
     spec: JobSpec, classifier: Classifier, tokenizer: Any, rows: list[Row], longest: int, engine: Compute, control: Any
-) -> Generator[events.Log | events.Doing, None, tuple[np.ndarray | None, int]]:
+) -> Generator[events.Log | events.TaskProgress, None, tuple[np.ndarray | None, int]]:
     """The vectors of all rows, kept from before or made now, and the tokens read for them; None when a stop was asked for."""
     texts = [row.row["text"] for row in rows]
     name = feature_cache.cache_name(spec.model, classifier.pooling, longest, engine.rounding)

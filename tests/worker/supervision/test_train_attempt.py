@@ -278,12 +278,12 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
     row = now_of(job)
     assert (row.status, row.attempt) == ("succeeded", 1), said(job, "lost")[0].data
     last_step = said(job, "step")[-1]
-    silent = [e for e in said(job) if e.id > last_step.id and e.type != "doing"]
+    silent = [e for e in said(job) if e.id > last_step.id and e.type != "progress"]
     assert (silent[-1].created_at - last_step.created_at).total_seconds() > 3 * patience
     assert max((b.created_at - a.created_at).total_seconds() for a, b in itertools.pairwise(silent)) > patience
-    shares = [e.data["share"] for e in said(job, "doing") if e.data["what"] == "Comparing base and result"]
+    shares = [e.data["share"] for e in said(job, "progress") if e.data["what"] == "Comparing base and result"]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 0.95 and len(shares) > 8
-    assert any(e.data["what"] == "Scoring the validation rows" for e in said(job, "doing"))
+    assert any(e.data["what"] == "Scoring the validation rows" for e in said(job, "progress"))
 
 
 def test_the_fence_is_lost_and_the_trainer_with_it(odd):

@@ -187,10 +187,10 @@ def test_few_held_out_rows_are_cross_validated_beside_the_commonest_label_and_ex
 def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: Path, tiny_model: Path, monkeypatch) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     model = put_encoder(tiny_model)
-    assert of(run(sorting(model, texts(), "feature_extraction"), data_dir, "first"), events.Doing)
+    assert of(run(sorting(model, texts(), "feature_extraction"), data_dir, "first"), events.TaskProgress)
     spec = sorting(model, texts(), "feature_extraction", {"classifier": "dense", "width": 16}, early_stopping_patience=0)
     said = run(spec, data_dir, "second")
-    assert any("were kept" in e.message for e in of(said, events.Log)) and not of(said, events.Doing)
+    assert any("were kept" in e.message for e in of(said, events.Log)) and not of(said, events.TaskProgress)
     steps = of(said, events.Step)
     assert len(steps) == 60 and steps[-1].loss < steps[0].loss - 0.05
 

@@ -67,7 +67,7 @@ class CausalLM(Objective):
         if not len(self.train):
             raise BadData(
                 f"None of the {len(train_rows)} rows has an answer to train on within {self.longest} tokens.",
-                hint="Raise the longest length, or check that the rows have assistant turns with weight 1.",
+                hint="Raise the max sequence length, or check that the rows have assistant turns with weight 1.",
             )
         kept = set(self.held_out.lines)
         self.held_rows = [row for row in held_rows if row.line in kept]

@@ -120,7 +120,7 @@ class DPO(CausalLM):
         if not len(self.train):
             raise BadData(
                 f"None of the {len(train_rows)} pairs has two different answers within {self.longest} tokens.",
-                hint="Raise the longest length, or check the two answers of each row.",
+                hint="Raise the max sequence length, or check the two answers of each row.",
             )
         kept = set(self.held_out.lines)
         # As rows that end with the better answer, which is what samples and evaluations compare with.

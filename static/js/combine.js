@@ -1,5 +1,5 @@
-// The form that joins datasets: only what the chosen operation uses is shown. Without this module all of it is.
-const form = document.getElementById("join");
+// The form that combines datasets: only what the chosen operation uses is shown. Without this module all of it is.
+const form = document.getElementById("combine");
 
 function show() {
   const chosen = form.elements.operation.value;

@@ -33,7 +33,7 @@ function preview() {
   typing = setTimeout(async () => {
     const mine = ++asked;
     try {
-      const answer = await send("/playground/lab/preview", { method: "POST", body: new URLSearchParams(new FormData(form)) });
+      const answer = await send("/playground/prompts/preview", { method: "POST", body: new URLSearchParams(new FormData(form)) });
       if (mine === asked) document.getElementById("preview").replaceChildren(...(await parse(answer)).body.childNodes);
     } catch {
       // The next key tries again.
@@ -48,7 +48,7 @@ async function tryOut(event) {
   sheet.hidden = false;
   place.textContent = "Queued";
   sheet.scrollIntoView({ block: "nearest" });
-  const page = await parse(await send("/playground/lab/try", { method: "POST", body: new URLSearchParams(new FormData(form)) }));
+  const page = await parse(await send("/playground/prompts/try", { method: "POST", body: new URLSearchParams(new FormData(form)) }));
   const found = page.getElementById("scores") ?? page.querySelector(".error");
   place.replaceChildren(found ?? "The studio did not answer. Try again.");
   look();

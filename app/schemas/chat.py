@@ -1,0 +1,126 @@
+"""What `/v1/chat/completions` and `/v1/completions` take."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from app.errors import BadField
+from app.inference import playground
+from app.inference.protocol import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, Sampling
+
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class GenerationBody(BaseModel):
+    """What both calls take; `null` means the default. Unknown parameters are ignored, as the clients expect, but for those of
+    OpenAI's that would change the answer: `refused` names them, each with the values that ask for nothing."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field(min_length=1, max_length=512)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    # Ours, through `extra_body`.
+    top_k: int | None = Field(0, ge=0, le=1_000_000)
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_kept(cls, body: Any) -> Any:
+        for name, harmless in cls.refused.items() if isinstance(body, dict) else ():
+            if body.get(name) is not None and body[name] not in harmless:
+                hint = " ".join(["Omit it", *(f"or send {json.dumps(value)}" for value in harmless if value)])
+                raise BadField(f"{name} is not supported with this value.", hint=f"{hint}.", param=name, code="unsupported_parameter")
+        return body
+
+    def sampling(self, **more: Any) -> Sampling:
+        given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name, None) is not None}
+        given |= {
+            "stop": tuple(self.stop),
+            "max_tokens": self.max_tokens,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+        }
+        return Sampling(**({"top_p": 1.0} | given | more))
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    role: str = Field(pattern="^(system|developer|user|assistant|tool|function)$")
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def plain(self, place: int) -> dict[str, Any]:
+        """The message as templates know it. Raises BadField for a part that is not text."""
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.get("type") not in ("text", "refusal") or not isinstance(part.get(part["type"]), str):
+                    raise BadField(f"messages.{place}.content: only parts of type text can be read.", param="messages")
+            content = "".join(part[part["type"]] for part in content)
+        if content is None and self.role != "assistant":
+            raise BadField(f"messages.{place}.content is missing.", hint="Send a text.", param="messages")
+        extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
+        return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
+
+
+class ChatBody(GenerationBody):
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+
+    refused = {
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("auto", "none"),  # a model is told of the tools, and answers in text: no call is ever made of it
+        "functions": (),
+        "function_call": ("auto", "none"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[str] | list[int] | list[list[int]] = "<|endoftext|>"
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = False
+
+    refused = {"suffix": ("",), "best_of": ()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_are_given(cls, body: Any) -> Any:
+        """`best_of` as large as `n` leaves nothing to choose from, so it asks for nothing."""
+        if isinstance(body, dict) and "best_of" in body and body["best_of"] == (body.get("n") or 1):
+            return {name: value for name, value in body.items() if name != "best_of"}
+        return body
