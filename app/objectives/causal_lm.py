@@ -10,7 +10,7 @@ from app.objectives._base import Objective
 class CausalLM(Objective):
     name: ClassVar = "generation"
     title: ClassVar = "Generation"
-    summary: ClassVar = "Generation learns to write the answers of the rows, or to continue their texts."
+    summary: ClassVar = "Generation is trained on the answers of the rows, or to continue their texts."
     place: ClassVar = 10
     copies: ClassVar = True
     turns: ClassVar = True

@@ -32,7 +32,7 @@ def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool =
     """
     if not kernels.allowed():
         return 0
-    use_fused_layers(model)
+    patch_norms_and_mlp(model)
     if rotary:
         use_fused_rotary(model, device)
     if not hasattr(model, "peft_config"):
@@ -42,7 +42,7 @@ def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool =
     return fused_lora.fuse(model, grouped) or fused_vera.fuse(model, grouped) or fused_ia3.fuse(model)
 
 
-def use_fused_layers(model: torch.nn.Module) -> None:
+def patch_norms_and_mlp(model: torch.nn.Module) -> None:
     """Norms and gated activations in as few passes as they need, where a model has such."""
     use_fused_norms(model)
     if next(model.parameters()).device.type == "cpu":

@@ -30,7 +30,7 @@ def tuned(biases: bool = False, sizes: dict | None = None, **config) -> torch.nn
     sizes = {**FITTING, **(sizes or {})}
     model = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if biases else LlamaForCausalLM(LlamaConfig(**sizes))).bfloat16()
     model.set_attn_implementation(packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_norms_and_mlp(model)
     config = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     model = get_peft_model(model, LoraConfig(**config))
     draw = torch.Generator().manual_seed(2)

@@ -38,7 +38,7 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
     frozen = torch.bfloat16 if half and strategy.adapter else torch.float32
     model = LlamaForCausalLM(LlamaConfig(**WIDTHS, num_key_value_heads=2, num_hidden_layers=layers)).to(frozen)
     model.set_attn_implementation(packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_norms_and_mlp(model)
     model = strategy.attach(model).train()
     engine = Compute(CPU, "cpu", precision, frozen, 1)
     fused_layers.speed_up(model, engine, 0.0)
