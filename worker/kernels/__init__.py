@@ -1,1 +1,1 @@
-"""Kernels of our own."""
+"""Hand-written kernels for the CPU (Numba, AMX) and the GPU (Triton, fp8)."""
