@@ -1,6 +1,6 @@
-"""A dataset's rows as a model embeds them: where each lies on a flat map, and which rows are nearest to it.
+"""A dataset's rows as a model embeds them: a two-dimensional map, and each row's nearest neighbors.
 
-The map is the first two principal components of the unit vectors; nearness is the cosine of the whole vectors.
+The map is the first two principal components of the unit vectors; neighbors are by cosine of the full vectors.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def look(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
 
 
 def text_of(row: Row) -> str:
-    """What a row says: its text, or its first question."""
+    """The text of a row: its text, or its first question."""
     return str(row.row["text"]) if "text" in row.row else (question_of(row.row) or {"prompt": str(row.row.get("prompt") or "")})["prompt"]
 
 
 def flat(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """(rows, 2): the first two principal components, scaled into −1 to 1, and the share of the variance each holds."""
+    """(rows, 2): the first two principal components, scaled to −1 to 1, and the share of the variance of each."""
     centered = vectors - vectors.mean(0)
     u, s, _ = np.linalg.svd(centered, full_matrices=False)
     places = np.zeros((len(vectors), 2))
