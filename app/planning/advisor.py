@@ -1,7 +1,7 @@
-"""Which strategy to pick: every one ranked from facts that are shown, with its reasons in plain words. Pure.
+"""Ranks all strategies from stated facts, with reasons in plain words. Pure.
 
-The rules weigh what the literature agrees on; each says its source where it stands. A score is only an order: it is made
-of the points named with each reason, so a reader can follow how the order came about.
+The rules follow what the literature agrees on; each cites its source. A score is only an order: it is the sum of the points of
+each reason, so a reader can follow how the order came about.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from app.strategies import STRATEGIES, Strategy
 FEW_ROWS, MANY_ROWS = 100, 5_000
 FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
 UNEVEN = 10
-"""A class with this many times the rows of another drowns it: accuracy looks good while the small one is never answered."""
+"""A class with this many times the rows of another dominates it: accuracy looks good while the small one is never predicted."""
 CLOSE, FAR = 1.25, 2.0
-"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
-from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
-1.3 to 1.8, a ship's log 2.1."""
+"""Bits per byte of the data over those of general text: up to the first value the model predicts the data like any other text;
+from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style 1.3
+to 1.8, a ship's log 2.1."""
 ROOMY, TIGHT = 0.5, 0.9
-"""A plan that needs less than the first share of the machine's memory leaves room; one beyond the second leaves none."""
+"""Shares of the machine's memory: a plan below the first leaves room; one above the second leaves none."""
 NEAR_LEAST = 1.1
-"""What needs up to this many times the least memory counts as needing as little."""
+"""What needs up to this many times the minimum memory counts as needing as little."""
 
 ENOUGH = {"accuracy": 0.9, "rouge_l": 0.8}
-"""Where a prompt alone reaches this, tuning has little left to teach."""
+"""Where a prompt alone reaches this, fine-tuning has little to add."""
 CLOSE_TASK, FAR_TASK = 0.6, 0.15
-"""How far a few examples alone come from chance (0) to always right (1): beyond the first the labels are something the
-model tells apart already, below the second its vectors hardly show them."""
+"""Accuracy of a few examples alone, rescaled from chance (0) to always right (1): beyond the first value the model separates the
+labels already, below the second its embeddings hardly do."""
 
 
 class Facts(BaseModel):
-    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
-    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
-    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
-    Memory in bytes."""
+    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe; `prompted`
+    is the best score by `metric` that a prompt alone reached on validation rows, `how` it was tried (answers, labels or vectors),
+    `chance` what always predicting the most frequent label reaches. None while they have not been measured. Memory in bytes."""
 
     task: Literal["generation", "classification", "preference"]
     rows: int
@@ -55,14 +54,14 @@ class Facts(BaseModel):
 
 
 def worth_tuning(facts: Facts) -> bool | None:
-    """Whether a prompt alone leaves enough to be learnt; None while nobody has tried one."""
+    """Whether a prompt alone leaves enough to learn; None while nobody has tried one."""
     if facts.prompted is None or facts.metric is None:
         return None
     return facts.prompted < ENOUGH.get(facts.metric, 0.9)
 
 
 def task_skill(facts: Facts) -> float | None:
-    """How far examples alone come from chance (0) to always right (1), for labels."""
+    """Accuracy of examples alone, rescaled from chance (0) to always right (1), for labels."""
     if facts.prompted is None or facts.metric != "accuracy":
         return None
     chance = min(facts.chance or 0.0, 0.99)
@@ -94,7 +93,8 @@ class Rule(BaseModel):
 
 
 class Advice(BaseModel):
-    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it cannot run."""
+    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it
+    cannot run."""
 
     strategy: str
     title: str
@@ -109,7 +109,7 @@ class Advice(BaseModel):
     _weighed: list[Reason] = PrivateAttr(default_factory=list)
 
     def decisive(self, *, speaks_for: bool = False) -> str | None:
-        """The weightiest sentence that is its own; one that speaks for it, where only those are wanted, else a shared one."""
+        """The weightiest sentence of its own; one in its favor, where only those are wanted, else a shared one."""
         found = [r for r in self._weighed if r.points > 0] if speaks_for else self._weighed
         own = [r for r in found if r.text in (*self.reasons, *self.warnings)]
         most = max(own or (found if speaks_for else []), key=lambda r: abs(r.points), default=None)
@@ -131,7 +131,7 @@ def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | No
 
 
 def rules(ranking: list[Advice]) -> list[Rule]:
-    """What was weighed for more than one strategy, the weightiest first."""
+    """The reasons that apply to more than one strategy, the weightiest first."""
     found: dict[Reason, list[str]] = {}
     for advice in ranking:
         for reason in advice._weighed:
@@ -163,7 +163,7 @@ def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
         return _by_labels(strategy, facts)
     rows = f"{facts.rows:,} rows"
     if facts.rows < FEW_ROWS:
-        # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
+        # Liu et al. 2022 (T-Few, https://arxiv.org/abs/2205.05638): with tens of examples the smallest methods overfit least.
         if strategy.name in ("ia3", "prompt_tuning", "layer_norm"):
             return [Reason(12, f"{rows} are few, and so few trainable parameters hardly overfit.")]
         if strategy.family == "full":
@@ -180,8 +180,8 @@ def _by_data(strategy: Strategy, facts: Facts) -> list[Reason]:
 
 
 def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
-    """A frozen model serves few labels; many pay for layers of their own on it (dense head), unless its states do not tell the
-    classes apart. The smallest class says how many there are of what is hardest to learn."""
+    """A frozen model is enough for few labels; many justify layers of their own on it (dense head), unless its embeddings do not
+    separate the classes. The smallest class says how many examples there are of what is hardest to learn."""
     found = []
     per_class = facts.rows / max(facts.classes or 1, 1)
     least = per_class if facts.smallest_class is None else facts.smallest_class
@@ -219,7 +219,7 @@ def _by_labels(strategy: Strategy, facts: Facts) -> list[Reason]:
 
 
 def balance(facts: Facts) -> float:
-    """How many times the rows of the smallest class the largest has; 1 where nobody counted."""
+    """Rows of the largest class over those of the smallest; 1 where nobody counted."""
     return facts.largest_class / max(facts.smallest_class, 1) if facts.smallest_class is not None and facts.largest_class else 1.0
 
 
@@ -228,7 +228,7 @@ def _rows_a_class(facts: Facts, mean: float) -> str:
 
 
 def _told_apart(facts: Facts) -> bool | None:
-    """Whether the frozen model's vectors tell the classes apart; None while nothing says so."""
+    """Whether the frozen model's embeddings separate the classes; None without evidence."""
     if facts.distance is not None and facts.distance >= FAR:
         return False
     skill = task_skill(facts)
@@ -255,7 +255,7 @@ def _by_distance(strategy: Strategy, facts: Facts) -> list[Reason]:
 
 
 def _by_prompts(strategy: Strategy, facts: Facts) -> list[Reason]:
-    """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
+    """The model's ability before fine-tuning: a task it knows needs little, one it does not know needs its weights to change."""
     skill = task_skill(facts)
     if skill is not None and facts.how == "vectors":
         says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
@@ -291,7 +291,7 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason
 
 
 def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -> list[Reason]:
-    """Where re-training every weight has no room: of the parameter-efficient strategies those that need the least."""
+    """Where full fine-tuning does not fit: of the parameter-efficient strategies those that need the least memory."""
     cost, full = costs.get(strategy.name), costs.get("full")
     if cost is None or full is None or (full.memory_bytes <= TIGHT * facts.memory_bytes and not full.recomputed_layers):
         return []
@@ -317,8 +317,9 @@ def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -
 
 
 def _by_nature(strategy: Strategy) -> list[Reason]:
-    """What holds on any data. LoRA on all linear layers equals full re-training on most small and middling sets and forgets
-    less (Biderman et al. 2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
+    """Reasons that hold on any data. LoRA on all linear layers equals full fine-tuning on most small and medium-sized datasets
+    and forgets less (Biderman et al. 2024, LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673; Schulman et al.
+    2025, LoRA Without Regret)."""
     found = []
     if strategy.name == "lora":
         found.append(Reason(30, "Matches full fine-tuning on most datasets and forgets less."))
