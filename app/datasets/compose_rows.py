@@ -1,7 +1,8 @@
-"""The rows of a dataset made of others: joined, mixed, drawn, thinned or converted. Runs in a limited child of the data worker.
+"""Writes the rows of a combined dataset: concatenated, mixed, sampled, deduplicated or converted. Runs in a limited child of the
+data worker.
 
-Nothing here holds the rows of a source: each is streamed from its Parquet file as often as it is needed, and only row
-numbers and fingerprints are kept. What comes out is a JSON Lines file that its format reads back row for row.
+Sources are streamed from their Parquet files as often as needed; only row numbers and fingerprints are kept in memory. The result
+is a JSON Lines file that its format parses back row for row.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Rows = Iterator[tuple[int, Row]]
 
 
 class Conversion(NamedTuple):
-    """How rows of one shape become rows of another, in words, and whether nothing of them is lost.
+    """How rows of one shape become rows of another, in words, and whether the conversion is lossless.
 
-    `turn` gives no row for one that cannot be converted, several where one holds several.
+    `turn` returns no row for one that cannot be converted, several where one holds several.
     """
 
     words: str
@@ -49,7 +50,7 @@ def _turns(row: Row) -> list[Row]:
 
 
 def _single(row: Row) -> list[Row]:
-    """The row when it is one question and one answer, perhaps after a system's message."""
+    """The row when it is one question and one answer, possibly after a system message."""
     roles = [message["role"] for message in row["messages"]]
     plain = roles in (["user", "assistant"], ["system", "user", "assistant"])
     learnt = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
@@ -64,7 +65,7 @@ def _prompt_and_completion(row: Row) -> list[Row]:
 
 
 def _answer_of(row: Row, key: str) -> list[Row]:
-    """The conversation up to an answer; of earlier answers nothing is learnt, as in the pair it comes from."""
+    """The conversation up to an answer; earlier answers have no loss, as in the pair it comes from."""
     before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["messages"]]
     return [_with_rest(row, {"messages": [*before, *row[key]]})]
 
@@ -106,7 +107,7 @@ CONVERSIONS: dict[tuple[str, str], Conversion] = {
         lambda row: [_with_rest(row, {"prompt": row["text"], "completion": row["label"]})],
     ),
 }  # fmt: skip
-"""(from, to) → how. A pair that is not here cannot be converted. `rated → preference` is made by `_paired`, from many rows."""
+"""(from, to) → conversion. A pair that is not here cannot be converted. `rated → preference` is made by `_paired`, from many rows."""
 
 
 def conversion(shape: str, wanted: str) -> Conversion | None:
@@ -114,19 +115,19 @@ def conversion(shape: str, wanted: str) -> Conversion | None:
 
 
 def common_shape(shapes: Sequence[str]) -> str | None:
-    """The shape all of these can take without losing anything; None where there is none. An own shape wins over a new one."""
+    """The shape that all of these convert to without a loss; None where there is none. One of their own shapes is preferred."""
     able = [wanted for wanted in (*shapes, "chat", "rated") if all((c := conversion(shape, wanted)) and c.lossless for shape in shapes)]
     return able[0] if able else None
 
 
 def file_row(row: Row, shape: str) -> Row:
-    """A normalised row as a row of a file: `normalise` of the format gives it back. Metadata become columns of their own."""
+    """A normalized row as a row of a file: `normalise` of the format restores it. Metadata become columns."""
     keys = {
         "completion": ("prompt", "completion"),
         "plain_text": ("text",),
         "classification": ("text", "label"),
     }.get(shape, ("messages", "tools"))
-    if shape == "preference":  # OpenAI's own keys are the ones with a place for tools
+    if shape == "preference":  # OpenAI's own keys, which have a place for tools
         asked = {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
         made: Row = {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
     elif shape == "instruction":
@@ -154,14 +155,14 @@ MAPPINGS: dict[str, dict[str, str]] = {
     "preference": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", "tools": "", **_NOT_GUESSED},
     "rated": {"prompt": "prompt", "completion": "completion", "label": "label", **_NOT_GUESSED},
 }
-"""Shape → the mapping that reads such a file; an empty name keeps a field from being guessed among the metadata."""
+"""Shape → the mapping that reads such a file; an empty name keeps a field from being detected among the metadata."""
 
 
 # Which rows -------------------------------------------------------------------------------------------------------------
 
 
 def shares(weights: Sequence[float], rows: int) -> list[int]:
-    """How many of `rows` each source gives, by the largest remainders, so that they add up."""
+    """Rows from each source, by the largest remainder method, so that they add up to `rows`."""
     total = sum(Fraction(weight).limit_denominator(10**6) for weight in weights)
     exact = [Fraction(weight).limit_denominator(10**6) * rows / total for weight in weights]
     counts = [int(part) for part in exact]
@@ -172,7 +173,7 @@ def shares(weights: Sequence[float], rows: int) -> list[int]:
 
 
 def most_rows(weights: Sequence[float], sizes: Sequence[int]) -> int:
-    """The largest mixture in which no row has to come twice."""
+    """The largest mixture without repeated rows."""
     total = sum(weights)
     most = int(min(size * total / weight for weight, size in zip(weights, sizes, strict=True)))
     while any(count > size for count, size in zip(shares(weights, most), sizes, strict=True)):
@@ -181,7 +182,7 @@ def most_rows(weights: Sequence[float], sizes: Sequence[int]) -> int:
 
 
 def _drawn(read: Callable[[], Rows], size: int, count: int, draw: random.Random) -> Rows:
-    """`count` rows of a source of `size`, in its order; all of them again and again while more are wanted than there are."""
+    """`count` rows of a source of `size`, in its order; repeated when more are requested than there are."""
     for _ in range(count // size if size else 0):
         yield from read()
     chosen = array("q", sorted(draw.sample(range(size), count % size))) if count % size else array("q")
@@ -194,7 +195,7 @@ def _drawn(read: Callable[[], Rows], size: int, count: int, draw: random.Random)
 
 
 def _mixed(sources: Sequence[Source], rows: int, seed: int) -> Iterator[tuple[Source, int, Row]]:
-    """Rows of every source in its share, in an order drawn by the seed."""
+    """Rows of every source in its share, in a random order given by the seed."""
     counts = shares([source.weight for source in sources], rows)
     turns = array("H", itertools.chain.from_iterable(itertools.repeat(place, count) for place, count in enumerate(counts)))
     random.Random(f"{seed} order").shuffle(turns)
@@ -208,7 +209,7 @@ def _mixed(sources: Sequence[Source], rows: int, seed: int) -> Iterator[tuple[So
 
 
 def _thinned(sources: Sequence[Source], near: bool, counts: Counter[str]) -> Iterator[tuple[Source, int, Row]]:
-    """Every row whose texts were not there before; with `near`, also not nearly the same ones."""
+    """Every row whose texts did not occur before; with `near`, near duplicates are dropped too."""
     from app.datasets.report import texts
     from app.datasets.rules._base import seen as as_seen
     from app.datasets.rules.near_duplicates import NearDuplicates
@@ -274,9 +275,9 @@ class Source(NamedTuple):
 
 
 def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """Write the file of a joined dataset. `payload`: operation, sources, shape, rows, seed, near, and `out`.
+    """Write the file of a combined dataset. `payload`: operation, sources, shape, rows, seed, near, and `out`.
 
-    Says `{"progress": share}`. Gives `sha256`, `bytes`, `rows`, and how many rows were left out, by reason.
+    Sends `{"progress": fraction}`. Returns `sha256`, `bytes`, `rows`, and the number of excluded rows by reason.
     """
     sources = [Source(Path(s["path"]), s["name"], s["sha256"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
     for source in sources:

@@ -1,4 +1,4 @@
-"""The report on a dataset: what was found, counted while the rows go by, in memory that does not grow with them."""
+"""The report on a dataset: findings and statistics, collected in one streaming pass in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
 
 MAX_FINDINGS_PER_RULE = 5000
-"""Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
+"""Findings listed per rule; all are counted, and a fix of a whole rule reaches every line (see `lines`)."""
 PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
-"""What a report shows of the first rows, as bytes of JSON: all of them, and one."""
+"""The report's preview of the first rows: their number, the bytes of JSON of all, and of one."""
 MAX_LABELS, LABEL_CHARACTERS = 5000, 200
-"""Labels whose rows are told: all of them, of every set that a classifier may learn (`MAX_CLASSES`)."""
+"""Labels that are counted: every set that a classifier may have (`MAX_CLASSES`), and the characters of one."""
 MAX_ROLES = 50
 """Unknown roles that a person is asked about at once."""
 MAX_REMEMBERED = 3_000_000
@@ -34,10 +34,10 @@ Say = Any
 
 
 class Report:
-    """Everything the report says about the rows, in memory that does not grow with them."""
+    """Collects everything the report says about the rows, in bounded memory."""
 
     def __init__(self, entry: Format, mapping: dict[str, str], say: Say) -> None:
-        from app.datasets.rules import RULES  # numpy stands behind it, which the web process does without
+        from app.datasets.rules import RULES  # it imports numpy, which the web process does not need
 
         self.entry, self.mapping, self.say = entry, mapping, say
         self.lines: dict[str, array[int]] = {}
@@ -57,7 +57,7 @@ class Report:
         self._prompts: dict[int, tuple[int, int]] = {}
 
     def check(self, raw: Raw) -> Row | None:
-        """The normalised row, or None when it is left out; whatever was found is said."""
+        """The normalized row, or None when it is excluded; reports all findings."""
         if raw.row is None:
             assert raw.problem is not None
             if raw.problem.severity == "error":
@@ -88,7 +88,7 @@ class Report:
         return good
 
     def add(self, line: int | None, finding: Finding) -> None:
-        """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
+        """Report a finding, once per row and rule: counts are numbers of rows, and a fix reaches all places of its row."""
         role = named(finding.value) if finding.rule == "wrong_role" else None
         if role and (role in self.unknown_roles or len(self.unknown_roles) < MAX_ROLES):
             self.unknown_roles[role] += 1
@@ -108,7 +108,7 @@ class Report:
             self.say({"finding": {"line": line, **told}})
 
     def count(self, row: Row, text: str, line: int) -> None:
-        """Add a good row to the counts, and look at its texts."""
+        """Count a valid row, and check its texts."""
         parts = list(texts(row))
         length = sum(len(part) for _, part in parts)
         for column, part in parts:
@@ -205,7 +205,7 @@ class Report:
 
 
 def texts(row: Row) -> Iterator[tuple[str, str]]:
-    """Every text of a normalised row that a model would see, with its place."""
+    """Every text of a normalized row that a model would see, with its path."""
     for key in ("text", "prompt", "completion"):
         if key in row:
             yield key, row[key]
@@ -217,9 +217,9 @@ def texts(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _question(row: Row) -> tuple[str, str]:
-    """What two rows must share to be compared, and what they may then say differently about it.
+    """(what two rows must share to be compared, the part in which they may then conflict).
 
-    A prompt has an answer or a label; a prompt with an answer has a rating; a prompt with two answers has the better one of them.
+    A prompt has an answer or a label; a prompt with an answer has a rating; a prompt with two answers has the preferred one.
     """
     if "label" in row:
         return row["text"], row["label"]
@@ -253,6 +253,6 @@ def _fingerprint(text: str) -> int:
 
 
 def _name(label: str) -> str:
-    """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
+    """A label as it is counted and shown: a long one is shortened, with a fingerprint to distinguish equal beginnings."""
     short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({_fingerprint(label):016x})"
     return str(storable(short))

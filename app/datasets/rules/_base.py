@@ -1,4 +1,4 @@
-"""What a rule is, and what it is shown of a row."""
+"""The base class of rules, and their view of a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.formats._base import Row
 
 WORD = re.compile(r"\w+")
 MAX_ROWS = 400_000
-"""Rows a rule remembers something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
+"""Rows that a rule keeps something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
 Say = Callable[[int | None, Finding], None]
 
@@ -24,10 +24,10 @@ MAX_WORDS = 20_000
 
 
 class Seen(NamedTuple):
-    """One good row: its line, its texts with their places, and in lower case the words that are asked and those that are learnt.
+    """One valid row: its line, its texts with their paths, and the lower-case words of prompt and answer.
 
-    The system's message is left out: it is often the same in every row and says nothing of this one. Of a passage, and of a
-    text with a label, all words are asked; a label is learnt.
+    The system message is excluded: it is often the same in every row. Of a passage, and of a labeled text, all words are the
+    prompt; the label is the answer.
     """
 
     line: int
@@ -43,7 +43,7 @@ def seen(line: int, row: Row, texts: list[tuple[str, str]]) -> Seen:
 
 
 def asked_and_learnt(row: Row) -> tuple[str, str]:
-    """The text before the answer, without the system's message, and the answer or the answers."""
+    """The text before the answer, without the system message, and the answer or answers."""
     if "messages" in row:
         before = row["messages"]
         answers = [message for key in ("chosen", "rejected", "answer") for message in row.get(key, ())]
@@ -56,12 +56,12 @@ def asked_and_learnt(row: Row) -> tuple[str, str]:
 
 
 def _said(messages: Iterable[Row]) -> str:
-    """What messages say, tools' names and arguments too."""
+    """The text of messages, including tools' names and arguments."""
     return "\n".join(f"{message['content']} {calls_of(message)}".strip() for message in messages)
 
 
 def calls_of(message: Row) -> str:
-    """The calls of a message as text; empty where there are none."""
+    """The tool calls of a message as text; empty where there are none."""
     return json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
 
 
@@ -77,8 +77,8 @@ class Rule(ABC):
 
     @abstractmethod
     def see(self, seen: Seen) -> None:
-        """Look at a row as it goes by."""
+        """Look at one row."""
 
     def finish(self) -> None:
-        """Say what only all rows together show."""
+        """Report what only all rows together show."""
         return
