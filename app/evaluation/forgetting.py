@@ -1,9 +1,9 @@
-"""Forgetting: what a tuned model lost on general text that its base had, and whether that is more than noise.
+"""Forgetting: what a fine-tuned model lost on general text compared with its base, and whether that is more than noise.
 
 Both models are scored on the same probe (`worker/scoring/probe/general.yaml`), text by text, in bits per byte. The change is
-relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts
-(Efron 1979; Koehn 2004 for the paired form), so a change that hangs on a few texts is not called forgetting.
-Where nothing can be measured, `without_measuring` says why, and what is known all the same.
+relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts (Efron
+1979; Koehn 2004 for the paired form), so a change that depends on a few texts is not called forgetting. Where nothing can be
+measured, `without_measuring` says why, and what is known all the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Verdict = Literal["gained", "within noise", "forgot a little", "forgot some", "f
 Known = Literal["nothing, by construction", "not applicable"]
 RESAMPLES = 2000
 NEGLIGIBLE, LITTLE, SOME = 0.001, 0.02, 0.10
-"""Relative changes up to which a change is called nothing, and forgetting little, and some."""
+"""Thresholds of the relative change for none, little and some forgetting."""
 
 
 class TextScore(NamedTuple):
@@ -64,7 +64,7 @@ class WithoutMeasuring(BaseModel):
 
 
 def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) -> WithoutMeasuring | None:
-    """A classifier on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
+    """A classifier on a frozen backbone forgets nothing; an encoder has no generation to score. None for all others."""
     if task != "classification":
         return None
     if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
@@ -82,7 +82,7 @@ def bits_per_byte(scores: Sequence[TextScore]) -> float:
 
 
 def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: int = 0) -> Forgetting:
-    """What changed between two scores of the same texts in the same order. Raises ValueError when they are not."""
+    """The change between two scores of the same texts in the same order. Raises ValueError when they differ."""
     if [(s.skill, s.bytes) for s in before] != [(s.skill, s.bytes) for s in after] or not before:
         raise ValueError("The two scores are not of the same texts.")
     whole = _change(before, after, seed)
@@ -95,7 +95,7 @@ def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: in
 
 
 def judge(change: float, interval: tuple[float, float]) -> Verdict:
-    """A change whose interval holds zero is noise, however large; so is one that no reader would notice, however steady."""
+    """A change whose interval contains zero is noise, however large; so is a negligible one, however certain."""
     low, high = interval
     if not math.isfinite(change):
         return "forgot much"
