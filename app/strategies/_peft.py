@@ -1,4 +1,4 @@
-"""What the strategies that stand on the peft library share. The adapter's folder is peft's own layout, so
+"""Shared parts of strategies based on the peft library. The adapter's folder has peft's own layout, so
 `PeftModel.from_pretrained(base, folder)` loads it anywhere."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class PeftStrategy(Strategy):
     neutral: ClassVar[float] = 0.0  # the value of those weights that changes nothing
 
     def task_type(self, task: str) -> str:
-        """peft's word for the model it wraps: a classifier is wrapped without its head."""
+        """peft's task type for the model it wraps: a classifier is wrapped without its head."""
         return "FEATURE_EXTRACTION" if task == "classification" else "CAUSAL_LM"
 
     @abstractmethod
